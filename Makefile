@@ -1,0 +1,40 @@
+# Two commands for a bare machine with Python (3.11 or later), pip and make:
+#   make demo    the whole path on real text, in minutes
+#   make test    lint, types and tests
+# Everything is installed into .venv; nothing else is touched. All paths are relative, so a clone may lie anywhere.
+
+PYTHON ?= python3
+VENV_PYTHON := .venv/bin/python
+INSTALLED := .venv/installed
+
+.PHONY: setup demo test lint types pytest clean
+
+setup: $(INSTALLED)
+
+# The mark depends on what decides the packages, so a second run costs nothing and a changed list installs again.
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "mlmkit needs Python 3.11 or later: make setup PYTHON=python3.12"; exit 1; }
+	@test -x $(VENV_PYTHON) || $(PYTHON) -m venv .venv || \
+		{ rm -rf .venv; echo "python -m venv failed: on Debian and Ubuntu, apt install python3-venv"; exit 1; }
+	$(VENV_PYTHON) -m pip install --quiet --constraint constraints.txt setuptools
+	$(VENV_PYTHON) -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[dev]'
+	@touch $(INSTALLED)
+
+demo: $(INSTALLED)
+	$(VENV_PYTHON) -m mlmkit demo
+
+test: lint types pytest
+
+lint: $(INSTALLED)
+	$(VENV_PYTHON) -m ruff format --check .
+	$(VENV_PYTHON) -m ruff check .
+
+types: $(INSTALLED)
+	$(VENV_PYTHON) -m basedpyright
+
+pytest: $(INSTALLED)
+	$(VENV_PYTHON) -m pytest
+
+clean:
+	rm -rf .venv build dist *.egg-info mlmkit-demo .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,22 @@
+"""The two ways a command ends early, each shown to the user as one line."""
+
+from importlib.util import find_spec
+
+
+class UserError(Exception):
+    """The user's mistake: says what is wrong and what to do. Exit code 2."""
+
+    exit_code = 2
+
+
+class CheckError(Exception):
+    """A check that mlmkit made for the user did not hold (parity, a tampered file). Exit code 1."""
+
+    exit_code = 1
+
+
+def require(extra: str, *modules: str) -> None:
+    """Raise `UserError` naming the extra to install unless every one of `modules` can be imported."""
+    missing = [module for module in modules if find_spec(module) is None]
+    if missing:
+        raise UserError(f"this needs {', '.join(missing)}: pip install 'mlmkit[{extra}]'")
