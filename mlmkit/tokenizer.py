@@ -1,0 +1,197 @@
+"""A tokenizer as the rest of mlmkit needs it: corpus text to ordinary ids, and what mask-v1 must know.
+
+It runs on the `tokenizers` library alone, so that an exported artifact needs no transformers.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from hashlib import sha256
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+from tokenizers import Encoding
+from tokenizers import Tokenizer as RustTokenizer
+
+from mlmkit.errors import UserError
+from mlmkit.masking import MaskVocabulary
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """A batch of tokenised documents, flat: `ids` and `words` `[tokens]`, `lengths` `[documents]`.
+
+    `words` is the index of the token's word in its document, -1 where the tokenizer names none.
+    """
+
+    ids: NDArray[np.int64]
+    words: NDArray[np.int32]
+    lengths: NDArray[np.int64]
+
+
+class Tokenizer:
+    """Wraps a `tokenizers.Tokenizer` and the names of its special tokens.
+
+    A token is special if the tokenizer marks it so or names it (unknown, padding, mask, ...). Truncation and padding
+    that a `tokenizer.json` may carry are switched off: nothing is cut silently.
+
+    Raises `UserError` when there is no mask token.
+    """
+
+    def __init__(
+        self, rust: RustTokenizer, named: dict[str, str], extra_special: Sequence[str] = (), limit: float = 0
+    ) -> None:
+        rust.no_truncation()
+        rust.no_padding()
+        self._serialized = rust.to_str()
+        # Two copies, as the switch is part of the object's state: text of a corpus is data, and a "[MASK]" in it is
+        # four ordinary pieces; text for `fill` holds real mask tokens.
+        self._data = RustTokenizer.from_str(self._serialized)
+        self._data.encode_special_tokens = True
+        self._control = RustTokenizer.from_str(self._serialized)
+        self._control.encode_special_tokens = False
+
+        if "mask_token" not in named:
+            raise UserError("the tokenizer has no mask token: is this a masked language model?")
+        marked = {id for id, token in rust.get_added_tokens_decoder().items() if token.special}
+        by_name = {self._control.token_to_id(token) for token in [*named.values(), *extra_special]}
+        self.named = named
+        self.limit = int(limit) if 0 < limit < 1 << 30 else None  # transformers writes 1e30 for "none"
+        self.special_ids = frozenset(marked | {id for id in by_name if id is not None})
+        self.mask_token = named["mask_token"]
+        self.mask_id = self._id_of("mask_token")
+        self.unk_id = self._id_of("unk_token") if "unk_token" in named else None
+        self.pad_id = self._id_of("pad_token") if "pad_token" in named else 0
+        self.prefix, self.suffix = self._frame()
+
+    def _id_of(self, name: str) -> int:
+        id = self._control.token_to_id(self.named[name])
+        if id is None:
+            raise UserError(f"the tokenizer's {name} {self.named[name]!r} is not in its vocabulary")
+        return id
+
+    def _frame(self) -> tuple[list[int], list[int]]:
+        """The special tokens that the post-processor puts before and after a text."""
+        encoding = self._data.encode("a")
+        added = np.flatnonzero(np.diff([1, *encoding.special_tokens_mask, 1]))
+        if len(added) != 2:
+            raise UserError("the tokenizer puts special tokens inside a text, which mlmkit cannot score")
+        return encoding.ids[: added[0]], encoding.ids[added[1] :]
+
+    @classmethod
+    def from_folder(cls, folder: Path) -> "Tokenizer":
+        """From `tokenizer.json` and `tokenizer_config.json`, without transformers.
+
+        Raises `UserError` when one is missing or unreadable.
+        """
+        try:
+            rust = RustTokenizer.from_str((folder / "tokenizer.json").read_text(encoding="utf-8"))
+            config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+        except OSError as error:
+            raise UserError(f"{folder}: no {Path(error.filename).name}: not a complete artifact") from None
+        except Exception as error:  # the Rust parser raises bare Exception
+            raise UserError(f"{folder}: the tokenizer cannot be read: {error}") from None
+        named = {name: _content(config[name]) for name in NAMED_TOKENS if config.get(name)}
+        extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
+        extra = extra.values() if isinstance(extra, dict) else extra
+        limit = config.get("model_max_length")
+        limit = limit if isinstance(limit, int | float) else 0
+        return cls(rust, named, [_content(token) for token in extra], limit)
+
+    @classmethod
+    def from_transformers(cls, tokenizer: "PreTrainedTokenizerBase") -> "Tokenizer":
+        """From any fast tokenizer of transformers."""
+        rust = getattr(tokenizer, "backend_tokenizer", None)
+        if not isinstance(rust, RustTokenizer):
+            raise UserError(f"{type(tokenizer).__name__} has no fast version (tokenizer.json), which mlmkit needs")
+        named = {name: str(getattr(tokenizer, name)) for name in NAMED_TOKENS if getattr(tokenizer, name, None)}
+        copy = RustTokenizer.from_str(rust.to_str())
+        return cls(copy, named, [str(token) for token in tokenizer.all_special_tokens], tokenizer.model_max_length)
+
+    @cached_property
+    def vocabulary_size(self) -> int:
+        """One more than the largest id: what a model's embedding must hold."""
+        return max(self._control.get_vocab(with_added_tokens=True).values()) + 1
+
+    @cached_property
+    def masking(self) -> MaskVocabulary:
+        """The mask id, the special ids and the ordinary ids, for mask-v1."""
+        ids = np.array(list(self._control.get_vocab(with_added_tokens=True).values()), dtype=np.int64)
+        return MaskVocabulary.build(ids, self.special_ids, self.mask_id)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of everything that decides which ids a text gets."""
+        identity = json.dumps([json.loads(self._serialized), self.named, sorted(self.special_ids)], sort_keys=True)
+        return sha256(identity.encode("utf-8")).hexdigest()
+
+    @property
+    def added_tokens(self) -> int:
+        """How many special tokens frame a text."""
+        return len(self.prefix) + len(self.suffix)
+
+    def encode(self, texts: Sequence[str]) -> Tokens:
+        """Corpus text to ids: no special tokens added, and none yielded by the text but the unknown token."""
+        encodings = self._data.encode_batch(list(texts), add_special_tokens=False)
+        ids = [id for encoding in encodings for id in encoding.ids]
+        words = [-1 if word is None else word for encoding in encodings for word in encoding.word_ids]
+        tokens = Tokens(
+            np.array(ids, dtype=np.int64),
+            np.array(words, dtype=np.int32),
+            np.array([len(encoding) for encoding in encodings], dtype=np.int64),
+        )
+        control = np.array(sorted(self.special_ids - {self.unk_id}), dtype=np.int64)
+        return self._spell_out(tokens, control) if np.isin(tokens.ids, control).any() else tokens
+
+    def _spell_out(self, tokens: Tokens, control: NDArray[np.int64]) -> Tokens:
+        """Replace a control token that text alone produced by the pieces of its own spelling.
+
+        Happens where the vocabulary holds the token as a piece (Unigram models: XLM-R's "<s>", ALBERT's "[SEP]").
+        """
+        pieces = {int(id): self._pieces_of(int(id)) for id in control}
+        replaced = [pieces.get(int(id), [int(id)]) for id in tokens.ids]
+        counts = np.array([len(ids) for ids in replaced], dtype=np.int64)
+        document = np.repeat(np.arange(len(tokens.lengths)), tokens.lengths)
+        return Tokens(
+            np.array([id for ids in replaced for id in ids], dtype=np.int64),
+            np.repeat(tokens.words, counts),
+            np.bincount(document, weights=counts, minlength=len(tokens.lengths)).astype(np.int64),
+        )
+
+    def _pieces_of(self, control_id: int) -> list[int]:
+        spelling = self.token(control_id)
+        parts = [part for part in (spelling[:1], spelling[1:]) if part]
+        ids = [token.id for part in parts for token in self._control.model.tokenize(part)]
+        return [id for id in ids if id not in self.special_ids or id == self.unk_id]
+
+    def frame(self, ids: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The ids with the special tokens that the model expects around them."""
+        return np.concatenate([self.prefix, ids, self.suffix]).astype(np.int64)
+
+    def encode_control(self, text: str) -> Encoding:
+        """Text for `fill`: special tokens in it are control tokens, and the frame is added."""
+        return self._control.encode(text)
+
+    def token_id(self, token: str) -> int | None:
+        """The id of a vocabulary entry, spelled as the vocabulary spells it; None if there is none."""
+        return self._control.token_to_id(token)
+
+    def token(self, id: int) -> str:
+        """The vocabulary entry of an id, as the vocabulary spells it; empty if there is none."""
+        return self._control.id_to_token(id) or ""
+
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
+        """Ids to text."""
+        return self._control.decode(list(ids), skip_special_tokens=skip_special_tokens)
+
+
+def _content(token: Any) -> str:
+    return token["content"] if isinstance(token, dict) else str(token)

@@ -1,0 +1,206 @@
+"""Reading, tokenising, caching, windows."""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from conftest import PORTUGUESE, paragraphs
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mlmkit.corpus import (
+    Source,
+    cut_windows,
+    load_corpus,
+    nearest_window,
+    overlapping_windows,
+    read_documents,
+    tokenize,
+)
+from mlmkit.errors import UserError
+from mlmkit.masking import document_key
+from mlmkit.tokenizer import Tokenizer
+
+
+def read(path: Path | str, **options) -> list[str]:
+    return list(read_documents(Source(str(path), **options)))
+
+
+def write(path: Path, content: bytes) -> Path:
+    path.write_bytes(content)
+    return path
+
+
+# ------------------------------------------------------------------ reading
+
+
+def test_lines_split_at_lf_alone(tmp_path):
+    content = "one\r\n\ntwo\u2028still two\x0cand still\n \t\n  three  \nlast\r".encode()
+    assert read(write(tmp_path / "a.txt", content)) == ["one", "two\u2028still two\x0cand still", "  three  ", "last\r"]
+
+
+def test_blocks_between_blank_lines(tmp_path):
+    path = write(tmp_path / "a.txt", b"\n\none\ntwo\n \nthree\r\nfour\n\n\n")
+    assert read(path, blank_line=True) == ["one\ntwo", "three\nfour"]
+
+
+def test_jsonl_parquet_and_datasets_give_the_same_documents(tmp_path):
+    texts = [*PORTUGUESE, "line one\nline two", "   ", ""]
+    jsonl = write(tmp_path / "a.jsonl", "\n".join(json.dumps({"body": text}) for text in texts).encode() + b"\n\n")
+    pq.write_table(pa.table({"body": texts, "n": [1, 2, 3, 4, 5]}), tmp_path / "a.parquet")
+    folder = tmp_path / "dataset"
+    folder.mkdir()
+    (folder / "train.jsonl").write_bytes(jsonl.read_bytes())
+    expected = texts[:3]
+    assert read(jsonl, text_field="body") == expected
+    assert read(tmp_path / "a.parquet", text_field="body") == expected
+    assert read(f"hub:{folder}@train", text_field="body") == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.txt", b"good\nbad \xff byte\n", "line 2, byte 5 is not UTF-8"),
+        ("a.txt", "texto".encode("utf-16"), "UTF-16"),
+        ("a.jsonl", b'{"text": "a"}\n{"text": \n', "line 2 is not JSON"),
+        ("a.jsonl", b'{"body": "a"}\n', "no field 'text' .it has body."),
+        ("a.jsonl", b"[1]\n", "no field"),
+        ("a.jsonl", b'{"text": 3}\n', "holds int, not text"),
+        ("a.jsonl", b'{"text": "\\ud800"}\n', "surrogate"),
+        ("a.jsonl", b"[" * 100_000, "is not JSON"),
+        ("a.parquet", b"no parquet", "cannot be read as parquet"),
+    ],
+)
+def test_what_cannot_be_read_is_named(tmp_path, name, content, message):
+    with pytest.raises(UserError, match=message):
+        read(write(tmp_path / name, content))
+
+
+def test_missing_column_folder_and_file_are_named(tmp_path):
+    pq.write_table(pa.table({"body": ["a"]}), tmp_path / "a.parquet")
+    with pytest.raises(UserError, match=r"no column 'text' .it has body."):
+        read(tmp_path / "a.parquet")
+    with pytest.raises(UserError, match="is a folder"):
+        read(tmp_path)
+    with pytest.raises(UserError, match="no such file"):
+        read(tmp_path / "none.txt")
+    with pytest.raises(UserError, match="cannot be loaded"):
+        read(f"hub:{tmp_path / 'none'}")
+
+
+# ------------------------------------------------------------------ tokenising
+
+
+@pytest.fixture
+def wordpiece(tokenizer_folder) -> Tokenizer:
+    return Tokenizer.from_folder(tokenizer_folder("wordpiece"))
+
+
+def test_corpus_is_what_transformers_says(wordpiece, tokenizer_folder, text_file):
+    from transformers import AutoTokenizer
+
+    reference = AutoTokenizer.from_pretrained(tokenizer_folder("wordpiece"))
+    corpus = load_corpus(Source(str(text_file)), wordpiece)
+    documents = paragraphs()
+    assert len(corpus) == len(documents)
+    for index, text in enumerate(documents):
+        here = slice(corpus.starts[index], corpus.starts[index + 1])
+        expected = reference(text, add_special_tokens=False, split_special_tokens=True)
+        assert corpus.ids[here].tolist() == expected["input_ids"]
+        assert corpus.words[here].tolist() == expected.word_ids()
+        assert int(corpus.keys[index]) == document_key(text)
+        assert corpus.text_sizes[index].tolist() == [len(text.split()), len(text), len(text.encode())]
+
+
+def test_cache_is_used_and_follows_content_tokenizer_and_options(wordpiece, tokenizer_folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("MLMKIT_CACHE", str(tmp_path / "cache"))
+    entries = tmp_path / "cache" / "tokens"
+    path = write(tmp_path / "a.txt", b"one two\n\nthree\n")
+    first = load_corpus(Source(str(path)), wordpiece)
+    assert load_corpus(Source(str(write(tmp_path / "copy.txt", path.read_bytes()))), wordpiece).starts.tolist() == (
+        first.starts.tolist()
+    )
+    assert len(list(entries.iterdir())) == 1
+    load_corpus(Source(str(path), blank_line=True), wordpiece)
+    load_corpus(Source(str(path)), Tokenizer.from_folder(tokenizer_folder("bpe")))
+    write(path, b"one two\n\nfour\n")
+    assert load_corpus(Source(str(path)), wordpiece).fingerprint != first.fingerprint
+    assert len(list(entries.iterdir())) == 4
+    assert not list(entries.glob(".building*"))
+
+
+def test_nothing_is_left_in_the_cache_when_reading_fails(wordpiece, tmp_path, monkeypatch):
+    monkeypatch.setenv("MLMKIT_CACHE", str(tmp_path / "cache"))
+    for content in (b"good\n\xff\n", b"", b" \n\t\n"):
+        with pytest.raises(UserError):
+            load_corpus(Source(str(write(tmp_path / "a.txt", content))), wordpiece)
+    assert not list((tmp_path / "cache" / "tokens").iterdir())
+
+
+def test_a_damaged_cache_is_refused(wordpiece, tmp_path, monkeypatch):
+    monkeypatch.setenv("MLMKIT_CACHE", str(tmp_path / "cache"))
+    path = write(tmp_path / "a.txt", b"one two three\n")
+    load_corpus(Source(str(path)), wordpiece)
+    (entry,) = (tmp_path / "cache" / "tokens").iterdir()
+    os.truncate(entry / "ids", 2)
+    with pytest.raises(UserError, match="damaged"):
+        load_corpus(Source(str(path)), wordpiece)
+
+
+def test_fingerprint_is_of_texts_and_order_not_of_the_tokenizer(wordpiece, tokenizer_folder):
+    bpe = Tokenizer.from_folder(tokenizer_folder("bpe"))
+    assert tokenize(PORTUGUESE, wordpiece).fingerprint == tokenize(PORTUGUESE, bpe).fingerprint
+    assert tokenize(PORTUGUESE, wordpiece).fingerprint != tokenize(PORTUGUESE[::-1], wordpiece).fingerprint
+
+
+def test_documents_without_tokens_are_kept(wordpiece):
+    corpus = tokenize(["", "a b", "\u200b"], wordpiece)
+    assert len(corpus) == 3
+    assert corpus.lengths[0] == 0
+    assert tokenize([""], wordpiece).starts.tolist() == [0, 0]
+
+
+# ------------------------------------------------------------------ windows
+
+
+lengths_strategy = st.lists(st.integers(0, 60), min_size=1, max_size=10).map(lambda values: np.array(values))
+
+
+@given(lengths_strategy, st.integers(1, 20))
+def test_cut_windows_cover_each_token_once(lengths, capacity):
+    windows = cut_windows(lengths, capacity)
+    for document, length in enumerate(lengths):
+        here = windows.document == document
+        assert here.sum() == -(-length // capacity)
+        covered = [t for s, n in zip(windows.start[here], windows.length[here], strict=True) for t in range(s, s + n)]
+        assert covered == list(range(length))
+        if here.any():
+            assert windows.length[here].max() <= capacity
+            assert windows.length[here].max() - windows.length[here].min() <= 1
+
+
+@given(lengths_strategy, st.integers(1, 20))
+def test_overlapping_windows_follow_their_definition(lengths, capacity):
+    """Brute force: equal windows over the document, each token scored by the one whose centre is nearest."""
+    windows = overlapping_windows(lengths, capacity)
+    document = np.repeat(np.arange(len(lengths)), lengths)
+    offset = np.concatenate([np.arange(n) for n in lengths]).astype(np.int64)
+    chosen = nearest_window(windows, document, offset)
+    for d, i, row in zip(document.tolist(), offset.tolist(), chosen.tolist(), strict=True):
+        assert windows.document[row] == d
+        assert windows.start[row] <= i < windows.start[row] + windows.length[row]
+        rows = np.flatnonzero(windows.document == d).tolist()
+        distance = {r: abs(2 * i - (2 * windows.start[r] + windows.length[r] - 1)) for r in rows}
+        assert row == min(rows, key=lambda r: (distance[r], r))
+    for d, n in enumerate(lengths.tolist()):
+        here = windows.document == d
+        assert set(windows.length[here].tolist()) <= {min(n, capacity)}
+        if n > capacity:
+            starts = windows.start[here]
+            assert starts[0] == 0
+            assert starts[-1] == n - capacity
+            assert np.diff(starts).max() <= max(capacity // 2, 1)
