@@ -1,0 +1,307 @@
+"""`MaskedLM`: one forward for training, evaluation and export, over any masked LM of transformers.
+
+Two hooks into transformers, and no code for any single architecture:
+
+- A forward hook on `base_model` gathers the hidden rows at the masked positions before the vocabulary head runs.
+  Every masked-LM head works on each position alone, so the head's cost falls to the masked share.
+- A registered attention, `mlmkit_packed`, lets documents share a row without seeing each other or any padding.
+"""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    AutoConfig,
+    AutoModelForMaskedLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.utils.generic import ModelOutput
+
+from mlmkit.errors import UserError
+from mlmkit.tokenizer import Tokenizer
+
+log = logging.getLogger(__name__)
+
+TOP_K = 100
+PACKED_ATTENTION = "mlmkit_packed"
+
+
+class Scores(NamedTuple):
+    """The scoring graph's outputs. `log_prob` float32 and `rank` int64 `[masked]`; `top_*` `[masked, k]`."""
+
+    log_prob: Tensor
+    rank: Tensor
+    top_log_prob: Tensor
+    top_id: Tensor
+
+
+@dataclass(frozen=True)
+class Pack:
+    """Documents laid end to end in one row. All int64 but `cu_seqlens`, int32.
+
+    `input_ids` and `position_ids` `[1, total]`; `cu_seqlens` `[documents + 1]` is where each begins and the last ends.
+    """
+
+    input_ids: Tensor
+    position_ids: Tensor
+    cu_seqlens: Tensor
+    longest: int
+
+
+class MaskedLM(nn.Module):
+    """A masked LM of transformers whose vocabulary head sees the masked positions only."""
+
+    def __init__(self, network: PreTrainedModel, top_k: int = TOP_K) -> None:
+        super().__init__()
+        self.network = network
+        self.top_k = min(top_k, network.config.vocab_size)
+        self._positions: Tensor | None = None
+        network.base_model.register_forward_hook(self._gather)
+
+    def _gather(self, _module: nn.Module, _inputs: Any, output: Any) -> Any:
+        """`[batch, seq, hidden]` → `[1, masked, hidden]`, in a tuple or a ModelOutput as the architecture has it."""
+        if self._positions is None:
+            return output
+        rows = output[0].flatten(0, 1).index_select(0, self._positions).unsqueeze(0)
+        if isinstance(output, ModelOutput):
+            output["last_hidden_state"] = rows
+            return output
+        return (rows, *output[1:])
+
+    def logits(self, positions: Tensor, **inputs: Any) -> Tensor:
+        """Logits at flat `positions` `[masked]` (index into batch x seq), `[masked, vocabulary]`, in the model's dtype.
+
+        `inputs` go to the transformers model as they are: `input_ids` and `attention_mask`, or what `packed_inputs`
+        makes.
+        """
+        self._positions = positions
+        try:
+            return self.network(**inputs).logits.squeeze(0)
+        finally:
+            self._positions = None
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, positions: Tensor, targets: Tensor) -> Scores:
+        """The scoring graph (`docs/architecture.md`).
+
+        `input_ids` and `attention_mask` `[batch, seq]`; `positions`, flat, and `targets` `[masked]`; all int64.
+        The log-softmax is float32 whatever the model computes in. `rank` counts the other ids whose logit is at least
+        the target's, so ties count against the model.
+        """
+        logits = self.logits(positions, input_ids=input_ids, attention_mask=attention_mask).float()
+        normalizer = torch.logsumexp(logits, dim=-1, keepdim=True)
+        target_logit = logits.gather(-1, targets.unsqueeze(-1))
+        rank = (logits >= target_logit).sum(dim=-1) - 1
+        top = torch.topk(logits, self.top_k, dim=-1)
+        return Scores((target_logit - normalizer).squeeze(-1), rank, top.values - normalizer, top.indices)
+
+    def loss_sum(self, positions: Tensor, targets: Tensor, **inputs: Any) -> Tensor:
+        """The summed cross-entropy over `[masked]` targets, float32: divide by the global count, not the batch's."""
+        return F.cross_entropy(self.logits(positions, **inputs).float(), targets, reduction="sum")
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.network.device
+
+    @property
+    def position_offset(self) -> int:
+        """The first token's position id: 0, or `padding_idx + 1` for the RoBERTa family."""
+        for name, module in self.network.base_model.named_modules():
+            if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
+                return 0 if module.padding_idx is None else module.padding_idx + 1
+        return 0
+
+    def max_length(self, tokenizer_limit: int | None = None) -> int:
+        """Tokens a row can hold, special tokens included: what the position table and the tokenizer allow."""
+        table = getattr(self.network.config, "max_position_embeddings", None) or (1 << 30)
+        limit = table - self.position_offset
+        return min(limit, tokenizer_limit or limit)
+
+
+# ---------------------------------------------------------------- loading
+
+
+def load_pretrained(path: str, *, dtype: torch.dtype = torch.float32) -> tuple[MaskedLM, Tokenizer]:
+    """A checkpoint folder or hub name, ready to score: evaluation mode, float32 unless told otherwise.
+
+    Weights are read from safetensors only. Raises `UserError` for what is not a complete masked LM with its tokenizer.
+    """
+    config = load_config(path)
+    with _as_user_error(path):
+        network, info = AutoModelForMaskedLM.from_pretrained(
+            path, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True
+        )
+    if missing := sorted(info["missing_keys"]):
+        raise UserError(f"{path} is no masked LM checkpoint: it lacks weights for {', '.join(missing[:3])}")
+    tokenizer = load_tokenizer(path)
+    if tokenizer.vocabulary_size > config.vocab_size:
+        raise UserError(
+            f"{path}: the tokenizer has ids up to {tokenizer.vocabulary_size - 1} but the model's vocabulary has "
+            f"{config.vocab_size}: the two do not belong together"
+        )
+    return MaskedLM(network.eval()), tokenizer
+
+
+def load_config(path: str) -> PreTrainedConfig:
+    """The configuration of a masked LM. Raises `UserError` for another kind of model."""
+    if Path(path).is_file():
+        raise UserError(f"{path} is a file: name the folder of a checkpoint or an artifact")
+    if Path(path).is_dir() and not (Path(path) / "config.json").exists():
+        raise UserError(f"{path} holds no config.json: it is neither a checkpoint nor an artifact")
+    with _as_user_error(path):
+        config = AutoConfig.from_pretrained(path)
+    if type(config) not in AutoModelForMaskedLM._model_mapping:
+        raise UserError(f"{path} is a {config.model_type} model, which transformers has no masked LM for")
+    if getattr(config, "is_decoder", False):
+        raise UserError(f"{path} is a causal model (is_decoder): mlmkit scores masked language models")
+    return config
+
+
+def load_tokenizer(path: str) -> Tokenizer:
+    """The checkpoint's tokenizer. Raises `UserError` when there is none that mlmkit can use."""
+    with _as_user_error(path):
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    return Tokenizer.from_transformers(tokenizer)
+
+
+class _as_user_error:  # noqa: N801  (a context manager)
+    """transformers raises OSError or ValueError with pages of advice: keep the first line."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, _kind: object, error: BaseException | None, _traceback: object) -> None:
+        if isinstance(error, Exception) and not isinstance(error, UserError):
+            first_line = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+            raise UserError(f"{self.path}: cannot be loaded: {first_line}") from error
+
+
+# ---------------------------------------------------------------- packing
+
+
+def packed_inputs(pack: Pack) -> dict[str, Any]:
+    """What `MaskedLM.logits` passes to transformers for a pack, once `enable_packing` has said yes."""
+    return {
+        "input_ids": pack.input_ids,
+        "position_ids": pack.position_ids,
+        "cu_seq_lens_q": pack.cu_seqlens,
+        "cu_seq_lens_k": pack.cu_seqlens,
+        "max_length_q": pack.longest,
+        "max_length_k": pack.longest,
+    }
+
+
+def enable_packing(model: MaskedLM) -> bool:
+    """Switch a model on the CPU to packed attention if its architecture takes it; say whether it did.
+
+    Evidence instead of a list of names: two documents, packed, must give the logits that each gives alone. The second
+    is long enough for a sliding window to show. The bound is tight, as random weights attend to little: DeBERTa, which
+    ignores the request, was within 1e-3.
+    """
+    network, before = model.network, model.network.config._attn_implementation
+    training = network.training
+    lengths = (7, min(200, model.max_length()))
+    network.eval()
+    try:
+        with torch.no_grad():
+            alone = torch.cat([model.logits(**_probe(model, [length])) for length in lengths])
+            network.set_attn_implementation(PACKED_ATTENTION)
+            together = model.logits(**_probe(model, lengths, packed=True))
+        works = network.config._attn_implementation == PACKED_ATTENTION
+        works = works and torch.allclose(alone, together, atol=2e-5, rtol=1e-5)
+    except (ValueError, TypeError, RuntimeError, NotImplementedError, AttributeError, IndexError, KeyError) as error:
+        log.debug("packing probe failed: %s", error)
+        works = False
+    finally:
+        network.train(training)
+    if not works and before and network.config._attn_implementation == PACKED_ATTENTION:
+        network.set_attn_implementation(before)
+    return works
+
+
+def _probe(model: MaskedLM, lengths: Sequence[int], *, packed: bool = False) -> dict[str, Any]:
+    """Inputs of arbitrary ids from the upper half of the vocabulary: a document is the same alone and packed."""
+    last = model.network.config.vocab_size - 1
+    ids = torch.cat([last - torch.arange(length) % (last // 2) for length in lengths]).unsqueeze(0)
+    positions = torch.arange(ids.shape[1])
+    if not packed:
+        return {"positions": positions, "input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    position_ids = torch.cat([torch.arange(length) for length in lengths]).unsqueeze(0)
+    ends = torch.cumsum(torch.tensor([0, *lengths]), 0).to(torch.int32)
+    pack = Pack(ids, position_ids + model.position_offset, ends, max(lengths))
+    return {"positions": positions, **packed_inputs(pack)}
+
+
+def _packed_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    cu_seq_lens_q: Tensor,
+    max_length_q: int,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """Attention within each document. `query`, `key`, `value` `[1, heads, total, width]` → `[1, total, heads, width]`.
+
+    transformers counts a sliding window inclusively: a token sees `sliding_window - 1` neighbours on either side.
+    There is no dropout here: the CUDA kernel has none, and both devices should train alike.
+    """
+    query, key, value = (states.squeeze(0).transpose(0, 1) for states in (query, key, value))
+    if query.is_cuda:
+        from torch.nn.attention.varlen import varlen_attn
+
+        reach = -1 if sliding_window is None else sliding_window - 1
+        output: Tensor = varlen_attn(  # pyright: ignore[reportAssignmentType]  (a tuple only with return_aux)
+            query,
+            key,
+            value,
+            cu_seq_lens_q,
+            cu_seq_lens_q,
+            max_length_q,
+            max_length_q,
+            scale=scaling,
+            window_size=(reach, reach),
+            enable_gqa=query.shape[1] != key.shape[1],
+        )
+        return output.unsqueeze(0), None
+
+    # varlen_attn has no CPU kernel: the documents take rows of a padded view for this one operation.
+    starts, lengths = cu_seq_lens_q[:-1, None], cu_seq_lens_q.diff()[:, None]
+    column = torch.arange(max_length_q, device=query.device)
+    is_token = column < lengths  # [documents, longest]
+    place = torch.where(is_token, starts + column, 0)
+    mask = is_token[:, None, None, :]
+    if sliding_window is not None:
+        mask = mask & ((column[:, None] - column).abs() < sliding_window)
+    padded = F.scaled_dot_product_attention(
+        *(states[place].transpose(1, 2) for states in (query, key, value)),
+        attn_mask=mask,
+        scale=scaling,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+    return padded.transpose(1, 2)[is_token].unsqueeze(0), None
+
+
+def _no_mask(*_: Any, **__: Any) -> None:
+    """`cu_seqlens` says all that a mask would."""
+
+
+AttentionInterface.register(PACKED_ATTENTION, _packed_attention)
+AttentionMaskInterface.register(PACKED_ATTENTION, _no_mask)

@@ -1,0 +1,166 @@
+"""One forward for every architecture: the gathered head and the packed attention against the dense model."""
+
+from typing import Any
+
+import pytest
+import torch
+import transformers as T
+
+from mlmkit.model import MaskedLM, Pack, enable_packing, packed_inputs
+
+VOCABULARY = 200
+SIZES: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 64,
+    "max_position_embeddings": 64,
+}
+SPECIALS: dict[str, Any] = {
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "cls_token_id": 1,
+    "sep_token_id": 2,
+}
+CONFIGS = {
+    "albert": lambda: T.AlbertConfig(**SIZES, embedding_size=16),
+    "bert": lambda: T.BertConfig(**SIZES),
+    "camembert": lambda: T.CamembertConfig(**SIZES),
+    "convbert": lambda: T.ConvBertConfig(**SIZES),
+    "data2vec-text": lambda: T.Data2VecTextConfig(**SIZES),
+    "deberta-v2": lambda: T.DebertaV2Config(**SIZES, relative_attention=True, pos_att_type=["p2c", "c2p"]),
+    "distilbert": lambda: T.DistilBertConfig(
+        vocab_size=VOCABULARY, dim=32, n_layers=2, n_heads=4, hidden_dim=64, max_position_embeddings=64
+    ),
+    "electra": lambda: T.ElectraConfig(**SIZES, embedding_size=16),
+    "ernie": lambda: T.ErnieConfig(**SIZES),
+    "eurobert": lambda: T.EuroBertConfig(**SIZES, pad_token_id=0, bos_token_id=1, eos_token_id=2, mask_token_id=4),
+    "megatron-bert": lambda: T.MegatronBertConfig(**SIZES),
+    "mobilebert": lambda: T.MobileBertConfig(**SIZES, embedding_size=16, intra_bottleneck_size=16),
+    "modernbert": lambda: T.ModernBertConfig(**SIZES, **SPECIALS, local_attention=6, global_attn_every_n_layers=2),
+    "mpnet": lambda: T.MPNetConfig(**SIZES),
+    "nomic_bert": lambda: T.NomicBertConfig(**SIZES),
+    "rembert": lambda: T.RemBertConfig(**SIZES, bos_token_id=1, eos_token_id=2),
+    "roberta": lambda: T.RobertaConfig(**SIZES),
+    "roformer": lambda: T.RoFormerConfig(**SIZES),
+    "xlm-roberta": lambda: T.XLMRobertaConfig(**SIZES),
+    "xmod": lambda: T.XmodConfig(**SIZES, languages=["en_XX"], default_language="en_XX"),
+}
+# These do not route attention through transformers' interface, so packing must be refused, not faked.
+UNPACKABLE = {"convbert", "deberta-v2", "megatron-bert", "mobilebert", "mpnet", "rembert", "roformer"}
+
+
+def tiny(name: str, top_k: int = 10) -> MaskedLM:
+    """Random weights, scaled up so that attention matters: at the usual 0.02 a broken mask hardly shows."""
+    torch.manual_seed(0)
+    network = T.AutoModelForMaskedLM.from_config(CONFIGS[name]()).eval()
+    with torch.no_grad():
+        for parameter in network.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(3)
+    return MaskedLM(network, top_k)
+
+
+def ragged() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    input_ids = torch.randint(5, VOCABULARY, (3, 12), generator=generator)
+    attention_mask = torch.ones_like(input_ids)
+    attention_mask[1, 7:] = 0
+    attention_mask[2, 3:] = 0
+    positions = torch.tensor([0, 5, 11, 13, 18, 24, 26])
+    return input_ids, attention_mask, positions, torch.randint(5, VOCABULARY, (7,), generator=generator)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_gathered_head_equals_the_dense_forward(name):
+    model = tiny(name)
+    input_ids, attention_mask, positions, targets = ragged()
+    with torch.no_grad():
+        found = model(input_ids, attention_mask, positions, targets)
+        logits = model.network(input_ids=input_ids, attention_mask=attention_mask).logits
+    assert logits.shape == (3, 12, VOCABULARY)  # without positions the model is the plain one
+    expected = logits.flatten(0, 1)[positions].log_softmax(-1)
+    chosen = expected.gather(1, targets[:, None])
+    torch.testing.assert_close(found.log_prob, chosen[:, 0], atol=1e-5, rtol=0)
+    top = expected.topk(10)
+    torch.testing.assert_close(found.top_log_prob, top.values, atol=1e-5, rtol=0)
+    assert (found.top_id == top.indices).all()
+    gathered = model.logits(positions, input_ids=input_ids, attention_mask=attention_mask)
+    others = (gathered >= gathered.gather(1, targets[:, None])).sum(1) - 1
+    assert (found.rank == others).all()
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_packed_equals_padded(name):
+    model = tiny(name)
+    lengths = [12, 7, 3]
+    input_ids, attention_mask, _, _ = ragged()
+    rows = [input_ids[row, :length] for row, length in enumerate(lengths)]
+    everywhere = torch.cat([row * 12 + torch.arange(length) for row, length in enumerate(lengths)])
+    with torch.no_grad():
+        padded = model.logits(everywhere, input_ids=input_ids, attention_mask=attention_mask)
+    assert enable_packing(model) == (name not in UNPACKABLE)
+    if name in UNPACKABLE:
+        with torch.no_grad():
+            after = model.logits(everywhere, input_ids=input_ids, attention_mask=attention_mask)
+        torch.testing.assert_close(after, padded, atol=0, rtol=0)
+        return
+    with torch.no_grad():
+        packed = model.logits(torch.arange(22), **packed_inputs(lay_end_to_end(model, rows)))
+    torch.testing.assert_close(packed, padded, atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", sorted(set(CONFIGS) - UNPACKABLE))
+def test_packed_documents_do_not_see_each_other(name):
+    model = tiny(name)
+    assert enable_packing(model)
+    input_ids, *_ = ragged()
+    rows = [input_ids[0], input_ids[1, :7], input_ids[2, :3]]
+    changed = [rows[0], rows[1].flip(0), rows[2]]
+    with torch.no_grad():
+        before = model.logits(torch.arange(22), **packed_inputs(lay_end_to_end(model, rows)))
+        after = model.logits(torch.arange(22), **packed_inputs(lay_end_to_end(model, changed)))
+    assert torch.equal(before[:12], after[:12])
+    assert torch.equal(before[19:], after[19:])
+    assert not torch.equal(before[12:19], after[12:19])
+
+
+def lay_end_to_end(model: MaskedLM, rows: list[torch.Tensor]) -> Pack:
+    lengths = torch.tensor([len(row) for row in rows])
+    position_ids = torch.cat([torch.arange(length) for length in lengths.tolist()]) + model.position_offset
+    ends = torch.cumsum(torch.cat([torch.zeros(1, dtype=torch.long), lengths]), 0).to(torch.int32)
+    return Pack(torch.cat(rows)[None], position_ids[None], ends, int(lengths.max()))
+
+
+def test_ties_count_against_the_model():
+    model = tiny("bert")
+    with torch.no_grad():
+        for parameter in model.network.parameters():
+            parameter.zero_()
+        found = model(*ragged())
+    assert (found.rank == VOCABULARY - 1).all()
+    torch.testing.assert_close(found.log_prob, torch.full((7,), -torch.tensor(float(VOCABULARY)).log().item()))
+
+
+def test_loss_is_the_mean_of_log_probabilities():
+    model = tiny("bert")
+    input_ids, attention_mask, positions, targets = ragged()
+    with torch.no_grad():
+        loss = model.loss_sum(positions, targets, input_ids=input_ids, attention_mask=attention_mask)
+        found = model(input_ids, attention_mask, positions, targets)
+    torch.testing.assert_close(loss, -found.log_prob.sum(), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(("name", "length"), [("bert", 64), ("roberta", 62), ("distilbert", 64)])
+def test_longest_row_that_the_position_table_holds(name, length):
+    model = tiny(name)
+    assert model.max_length() == length
+    assert model.max_length(16) == 16
+    input_ids = torch.full((1, length), 9)
+    with torch.no_grad():
+        model(input_ids, torch.ones_like(input_ids), torch.tensor([length - 1]), torch.tensor([9]))
+        with pytest.raises((IndexError, RuntimeError)):
+            longer = torch.full((1, length + 1), 9)
+            model(longer, torch.ones_like(longer), torch.tensor([0]), torch.tensor([9]))
