@@ -1,0 +1,1 @@
+"""Training: TOML in, a run folder with Hugging Face checkpoints out."""

@@ -1,0 +1,85 @@
+"""Checkpoints: Hugging Face folders with the optimiser's state beside them, whole or absent, never half-written.
+
+`RUN/checkpoints/step-00000500/` holds `config.json`, `model.safetensors` and the tokenizer's files, which any Hugging
+Face tool loads, `optimizer.safetensors`, and `trainer.json`, the cursor.
+"""
+
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.optim import Optimizer
+from transformers import PreTrainedModel
+
+from mlmkit.errors import UserError
+from mlmkit.files import new_folder
+from mlmkit.train.config import Config
+
+
+def save_checkpoint(
+    run: Path, step: int, network: PreTrainedModel, tokenizer_folder: Path, optimizer: Optimizer, keep: int
+) -> None:
+    """Write the checkpoint of `step`, then delete all but the newest `keep`."""
+    with new_folder(run / "checkpoints" / f"step-{step:08d}", overwrite=True) as folder:
+        save_model(network, tokenizer_folder, folder)
+        save_file(_flatten(optimizer), folder / "optimizer.safetensors")
+        (folder / "trainer.json").write_text(json.dumps({"step": step}))
+    for old in checkpoints(run)[:-keep]:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def save_model(network: PreTrainedModel, tokenizer_folder: Path, folder: Path) -> None:
+    """The part of a checkpoint that Hugging Face tools read."""
+    network.save_pretrained(folder)
+    shutil.copytree(tokenizer_folder, folder, dirs_exist_ok=True)
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """Complete checkpoints, oldest first."""
+    return sorted(path.parent for path in (run / "checkpoints").glob("step-*/trainer.json"))
+
+
+def load_optimizer(folder: Path, optimizer: Optimizer) -> int:
+    """Restore the optimiser's state in place; returns the step to go on from."""
+    stored = load_file(folder / "optimizer.safetensors")
+    state: dict[int, dict[str, Tensor]] = {}
+    for name, value in stored.items():
+        index, _, key = name.partition(".")
+        state.setdefault(int(index), {})[key] = value
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    return json.loads((folder / "trainer.json").read_text())["step"]
+
+
+def _flatten(optimizer: Optimizer) -> dict[str, Tensor]:
+    state = optimizer.state_dict()["state"]
+    return {f"{index}.{key}": torch.as_tensor(value) for index, entry in state.items() for key, value in entry.items()}
+
+
+def begin_run(run: Path, identity: dict[str, object]) -> None:
+    """Write `run.json`, or refuse to go on in a folder that was begun with something else."""
+    path = run / "run.json"
+    if not path.exists():
+        with_temporary = path.with_suffix(".tmp")
+        with_temporary.write_text(json.dumps(identity, indent=2) + "\n")
+        with_temporary.rename(path)
+        return
+    before = json.loads(path.read_text())
+    if difference := _first_difference(before, json.loads(json.dumps(identity)), ""):
+        raise UserError(f"{run} was begun with another {difference}: choose another --output, or delete that folder")
+
+
+def _first_difference(before: object, now: object, name: str) -> str:
+    if isinstance(before, dict) and isinstance(now, dict):
+        for key in {**before, **now}:
+            if found := _first_difference(before.get(key), now.get(key), f"{name}.{key}".lstrip(".")):
+                return found
+        return ""
+    return "" if before == now else f"{name} ({before!r}, now {now!r})"
+
+
+def run_identity(config: Config, corpus_fingerprint: str, tokenizer_fingerprint: str) -> dict[str, object]:
+    """What must not change between the start of a run and its resumption."""
+    return {"config": config.as_dict(), "corpus": corpus_fingerprint, "tokenizer": tokenizer_fingerprint}

@@ -1,0 +1,174 @@
+"""The training configuration: one TOML table a dataclass, every key with a default but the text."""
+
+import tomllib
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from mlmkit.corpus import Source
+from mlmkit.errors import UserError
+from mlmkit.masking import MaskRecipe
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """`[data]`: the text to train on. Paths are relative to where the command runs."""
+
+    train: str = ""
+    text_field: str = "text"
+    blank_line: bool = False
+
+    @property
+    def source(self) -> Source:
+        """As `corpus` reads it."""
+        return Source(self.train, self.text_field, self.blank_line)
+
+
+@dataclass(frozen=True)
+class TokenizerConfig:
+    """`[tokenizer]`: `path` takes a finished one; otherwise one is trained on `data.train`."""
+
+    path: str = ""
+    kind: str = "wordpiece"  # or "bpe", byte-level
+    vocab_size: int = 16000
+    lowercase: bool = False
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """`[model]`: a preset's name or a Hugging Face `config.json`; `init_from` continues from a checkpoint."""
+
+    architecture: str = "bert-small"
+    init_from: str = ""
+    max_length: int = 512
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """`[optim]`: AdamW, linear warm-up, then linear decay to zero."""
+
+    lr: float = 1e-3
+    beta1: float = 0.9
+    beta2: float = 0.98  # as RoBERTa (Liu et al. 2019, section 4): 0.999 is unstable with large batches
+    eps: float = 1e-6
+    weight_decay: float = 0.01
+    warmup_steps: int = 100
+    max_grad_norm: float = 1.0
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """`[train]`: how long, how much at once, how often to save. Batch sizes count tokens, specials included."""
+
+    steps: int = 1000
+    global_batch_tokens: int = 8192
+    micro_batch_tokens: int = 8192
+    seed: int = 0
+    save_every: int = 500
+    keep_checkpoints: int = 2
+    log_every: int = 10
+    device: str = "auto"
+
+
+@dataclass(frozen=True)
+class Config:
+    """All of it. Raises `UserError` for what cannot work."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    masking: MaskRecipe = field(default_factory=MaskRecipe)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: RunConfig = field(default_factory=RunConfig)
+
+    def __post_init__(self) -> None:
+        positive = {
+            "model.max_length": self.model.max_length,
+            "tokenizer.vocab_size": self.tokenizer.vocab_size,
+            "train.steps": self.train.steps,
+            "train.global_batch_tokens": self.train.global_batch_tokens,
+            "train.micro_batch_tokens": self.train.micro_batch_tokens,
+            "train.save_every": self.train.save_every,
+            "train.keep_checkpoints": self.train.keep_checkpoints,
+            "train.log_every": self.train.log_every,
+            "optim.lr": self.optim.lr,
+            "optim.max_grad_norm": self.optim.max_grad_norm,
+        }
+        for name, value in positive.items():
+            if not value > 0:
+                raise UserError(f"{name} must be positive, not {value}")
+        if not self.data.train:
+            raise UserError("data.train is missing: name the text to train on")
+        if self.tokenizer.kind not in ("wordpiece", "bpe"):
+            raise UserError(f"tokenizer.kind must be wordpiece or bpe, not {self.tokenizer.kind!r}")
+        if self.model.init_from and self.tokenizer.path:
+            raise UserError("tokenizer.path cannot go with model.init_from, which brings its own tokenizer")
+        if self.train.micro_batch_tokens < self.model.max_length:
+            raise UserError(
+                f"train.micro_batch_tokens ({self.train.micro_batch_tokens}) must hold one row of model.max_length "
+                f"({self.model.max_length}): raise the one or lower the other"
+            )
+        if self.train.global_batch_tokens % self.train.micro_batch_tokens:
+            raise UserError("train.global_batch_tokens must be a multiple of train.micro_batch_tokens")
+        if self.masking.mask_prob == 0:
+            raise UserError("masking.mask_prob is 0: there would be nothing to learn")
+
+    def as_dict(self) -> dict[str, Any]:
+        """Nested plain values, as `run.json` keeps them."""
+        return asdict(self)
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a TOML file and apply `table.key=value` overrides. Raises `UserError` naming the key at fault."""
+    try:
+        tables = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
+    except tomllib.TOMLDecodeError as error:
+        raise UserError(f"{path}: not valid TOML: {error}") from None
+    for override in overrides:
+        name, equals, value = override.partition("=")
+        table, dot, key = name.strip().partition(".")
+        if not (equals and dot):
+            raise UserError(f"--set {override}: write it as table.key=value, for example optim.lr=1e-3")
+        values = tables.setdefault(table, {})
+        if not isinstance(values, dict):
+            raise UserError(f"{path}: {table} must be a table, [{table}]")
+        values[key] = _toml_value(value.strip())
+    return _build(Config, tables, "")
+
+
+def _toml_value(text: str) -> Any:
+    """A TOML value, or the text itself, so that `--set data.train=corpus.txt` needs no quotes."""
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def _build(kind: type, values: dict[str, Any], prefix: str) -> Any:
+    hints = get_type_hints(kind)
+    known = [item.name for item in fields(kind)]
+    arguments = {}
+    for key, value in values.items():
+        name = f"{prefix}{key}"
+        if key not in known:
+            guess = get_close_matches(key, known, n=1)
+            hint = f"did you mean {prefix}{guess[0]}?" if guess else f"known are {', '.join(known)}"
+            raise UserError(f"unknown setting {name}: {hint}")
+        arguments[key] = _checked(hints[key], value, name)
+    return kind(**arguments)
+
+
+def _checked(kind: type, value: Any, name: str) -> Any:
+    if is_dataclass(kind):
+        if not isinstance(value, dict):
+            raise UserError(f"{name} must be a table, [{name}]")
+        return _build(kind, value, f"{name}.")
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if type(value) is not kind:
+        raise UserError(f"{name} must be {kind.__name__}, not {value!r}")
+    return value

@@ -1,0 +1,89 @@
+"""Training a tokenizer on the corpus, saved so that `AutoTokenizer` loads it."""
+
+from collections.abc import Callable, Iterable
+
+from tokenizers import Tokenizer as RustTokenizer
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
+
+from mlmkit.train.config import TokenizerConfig
+
+WORDPIECE_SPECIALS = {
+    "pad_token": "[PAD]",
+    "unk_token": "[UNK]",
+    "cls_token": "[CLS]",
+    "sep_token": "[SEP]",
+    "mask_token": "[MASK]",
+}
+BPE_SPECIALS = {
+    "bos_token": "<s>",
+    "pad_token": "<pad>",
+    "eos_token": "</s>",
+    "unk_token": "<unk>",
+    "mask_token": "<mask>",
+    "cls_token": "<s>",
+    "sep_token": "</s>",
+}
+
+
+def train_tokenizer(
+    documents: Callable[[], Iterable[str]], config: TokenizerConfig, max_length: int
+) -> PreTrainedTokenizerFast:
+    """WordPiece as BERT's, or byte-level BPE as RoBERTa's, of at most `vocab_size` entries.
+
+    `documents` is called for each pass over the text. The same text gives the same tokenizer. Accents are kept, lower
+    case or not: BERT's habit of dropping them with the case loses what tells "avó" from "avô".
+    """
+    if config.kind == "wordpiece":
+        return _wrap(_train_wordpiece(documents, config), WORDPIECE_SPECIALS, max_length)
+    return _wrap(_train_bpe(documents, config), BPE_SPECIALS, max_length)
+
+
+def _train_wordpiece(documents: Callable[[], Iterable[str]], config: TokenizerConfig) -> RustTokenizer:
+    def untrained(model: models.WordPiece) -> RustTokenizer:
+        rust = RustTokenizer(model)
+        rust.normalizer = normalizers.BertNormalizer(lowercase=config.lowercase, strip_accents=False)
+        rust.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+        rust.decoder = decoders.WordPiece()
+        return rust
+
+    def train(vocab_size: int, first: list[str]) -> dict[str, int]:
+        rust = untrained(models.WordPiece(unk_token="[UNK]"))
+        trainer = trainers.WordPieceTrainer(vocab_size=vocab_size, special_tokens=first, show_progress=False)
+        rust.train_from_iterator(documents(), trainer)
+        return rust.get_vocab()
+
+    # The library numbers the characters inside words ("##a") in the order of a hash map, which differs from run to
+    # run, and breaks ties between merges by those numbers. A pass without merges finds them; naming them in order,
+    # where the trainer takes special tokens, fixes both.
+    specials = list(WORDPIECE_SPECIALS.values())
+    inner = sorted(token for token in train(0, specials) if len(token) == 3 and token.startswith("##"))
+    return untrained(models.WordPiece(train(config.vocab_size, specials + inner), unk_token="[UNK]"))
+
+
+def _train_bpe(documents: Callable[[], Iterable[str]], config: TokenizerConfig) -> RustTokenizer:
+    rust = RustTokenizer(models.BPE())
+    if config.lowercase:
+        rust.normalizer = normalizers.Lowercase()
+    rust.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    rust.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=config.vocab_size,
+        special_tokens=list(dict.fromkeys(BPE_SPECIALS.values())),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    rust.train_from_iterator(documents(), trainer)
+    return rust
+
+
+def _wrap(rust: RustTokenizer, specials: dict[str, str], max_length: int) -> PreTrainedTokenizerFast:
+    """Name the special tokens, and frame a text with [CLS] and [SEP] or their like."""
+    rust.add_special_tokens(list(dict.fromkeys(specials.values())))
+    cls, sep = specials["cls_token"], specials["sep_token"]
+    rust.post_processor = processors.TemplateProcessing(
+        single=f"{cls}:0 $A:0 {sep}:0",
+        pair=f"{cls}:0 $A:0 {sep}:0 $B:1 {sep}:1",
+        special_tokens=[(token, rust.token_to_id(token)) for token in (cls, sep)],
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=rust, model_max_length=max_length, **specials)
