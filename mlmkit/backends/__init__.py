@@ -1,0 +1,101 @@
+"""What runs a model: torch or ONNX Runtime behind one small protocol. `load` picks.
+
+Heavy imports happen in the module that is picked: running an artifact imports neither torch nor transformers.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mlmkit.artifact import is_artifact
+from mlmkit.errors import UserError, require
+from mlmkit.tokenizer import Tokenizer
+
+BACKENDS = ("auto", "torch", "onnx")
+DEVICES = ("auto", "cpu", "cuda")
+
+
+class Batch(NamedTuple):
+    """Inputs of the scoring graph, int64. `input_ids`, `attention_mask` `[batch, seq]`; the rest `[masked]`.
+
+    `positions` are flat, into batch x seq. `targets` are the ids whose probability is asked for.
+    """
+
+    input_ids: NDArray[np.int64]
+    attention_mask: NDArray[np.int64]
+    positions: NDArray[np.int64]
+    targets: NDArray[np.int64]
+
+
+class Scored(NamedTuple):
+    """`log_prob` float32, natural log, and `rank` int64 of the targets, both `[masked]`."""
+
+    log_prob: NDArray[np.float32]
+    rank: NDArray[np.int64]
+
+
+class Predicted(NamedTuple):
+    """The same, and the `k` best ids of each position with their log-probabilities, `[masked, k]`, best first."""
+
+    log_prob: NDArray[np.float32]
+    rank: NDArray[np.int64]
+    top_log_prob: NDArray[np.float32]
+    top_id: NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """What a backend runs. `fingerprint` is that of the checkpoint's weights, the same for its artifact."""
+
+    path: str
+    fingerprint: str
+    architecture: str
+    vocabulary_size: int
+    max_length: int
+    precision: str
+    top_k: int
+
+
+class Backend(Protocol):
+    """A loaded model with its tokenizer. `name` and `device` say what runs it."""
+
+    name: str
+    device: str
+    info: ModelInfo
+    tokenizer: Tokenizer
+
+    def score(self, batch: Batch) -> Scored:
+        """Log-probability and rank of each target. Costs no top-k."""
+        ...
+
+    def predict(self, batch: Batch) -> Predicted:
+        """The same with the `info.top_k` best candidates."""
+        ...
+
+
+def load(path: str, backend: str = "auto", device: str = "auto") -> Backend:
+    """A checkpoint folder or hub name with torch, an artifact with ONNX Runtime.
+
+    Raises `UserError` when `path` is neither, or cannot be run with what was asked for.
+    """
+    if backend not in BACKENDS:
+        raise UserError(f"no backend {backend!r}: choose {', '.join(BACKENDS)}")
+    if device not in DEVICES:
+        raise UserError(f"no device {device!r}: choose {', '.join(DEVICES)}")
+    if is_artifact(Path(path)):
+        if backend == "torch":
+            raise UserError(f"{path} is an artifact, which torch cannot run: name the checkpoint it came from")
+        from mlmkit.backends.onnx import OnnxBackend
+
+        return OnnxBackend(path, device)
+    if backend == "onnx":
+        raise UserError(f"{path} is no artifact: export it first (mlmkit export {path} --output ARTIFACT)")
+    if not Path(path).exists() and (path.startswith((".", "/", "~")) or path.count("/") > 1):
+        raise UserError(f"{path}: no such folder")
+    require("train", "torch", "transformers", "safetensors")
+    from mlmkit.backends.torch import TorchBackend
+
+    return TorchBackend(path, device)
