@@ -1,0 +1,50 @@
+"""Pseudo-log-likelihood of single texts: `mlmkit score`."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mlmkit.backends import Backend
+from mlmkit.corpus import tokenize
+from mlmkit.eval.plan import pseudo_plan
+from mlmkit.eval.scoring import run_plan
+from mlmkit.eval.statistics import sum_by_document
+from mlmkit.progress import progress
+
+
+@dataclass(frozen=True)
+class TextScore:
+    """One text: `token_ids` int64 and `log_prob` float32, both `[scored]`, and their sum in float64, natural log.
+
+    A text without ordinary tokens scores 0.0 over no tokens.
+    """
+
+    text: str
+    pseudo_log_likelihood: float
+    token_ids: NDArray[np.int64]
+    log_prob: NDArray[np.float32]
+
+
+def score_texts(
+    backend: Backend, texts: Sequence[str], *, variant: str = "original", batch_tokens: int = 0
+) -> list[TextScore]:
+    """PLL of each text: the sum over its tokens of log P(token | the rest), each token masked alone.
+
+    Special tokens are context, never targets. `variant="within-word"` masks the later tokens of the same word too.
+    """
+    if not texts:
+        return []
+    corpus = tokenize(texts, backend.tokenizer)
+    plan = pseudo_plan(corpus, backend.tokenizer, backend.info.max_length - backend.tokenizer.added_tokens, variant)
+    with progress() as bar:
+        task = bar.add_task("scoring", total=len(plan))
+        scored = run_plan(backend, corpus, plan, batch_tokens, lambda rows: bar.advance(task, rows))
+    sums = sum_by_document(scored.log_prob, plan.document, len(corpus))
+    ends = np.searchsorted(plan.document, np.arange(len(corpus) + 1))
+    ids = corpus.ids[corpus.starts[plan.document] + plan.offset].astype(np.int64)
+    return [
+        TextScore(text, float(sums[index]), ids[begin:end], scored.log_prob[begin:end])
+        for index, (text, begin, end) in enumerate(zip(texts, ends, ends[1:], strict=False))
+    ]
