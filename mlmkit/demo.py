@@ -1,0 +1,183 @@
+"""`mlmkit demo`: the main job on real text, with nothing downloaded."""
+
+import json
+import logging
+import time
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from mlmkit.backends import Backend, load
+from mlmkit.corpus import Source, load_corpus, read_documents
+from mlmkit.errors import CheckError, UserError
+from mlmkit.eval.evaluate import Evaluation, PseudoOptions, evaluate, write_evaluation
+from mlmkit.export.export import export
+from mlmkit.fill import fill
+from mlmkit.masking import MaskRecipe, document_key
+from mlmkit.pydocs import python_documentation
+from mlmkit.tokenizer import Tokenizer
+from mlmkit.train.config import Config, DataConfig, ModelConfig, OptimConfig, RunConfig, TokenizerConfig
+from mlmkit.train.loop import train
+
+log = logging.getLogger(__name__)
+
+HELD_OUT_ONE_IN = 20
+PSEUDO_SAMPLE = 0.05
+SENTENCES = (
+    "Return a [MASK] object.",
+    "If the argument is [MASK], an exception is raised.",
+    "Return the [MASK] of the file as a [MASK].",
+)
+
+
+def demo_config(train_text: Path) -> Config:
+    """Two minutes on two cores. Chosen by held-out loss among a dozen runs: docs/decisions.md."""
+    return Config(
+        data=DataConfig(train=str(train_text)),
+        tokenizer=TokenizerConfig(vocab_size=4096, lowercase=True),
+        model=ModelConfig(architecture="bert-tiny", max_length=128),
+        masking=MaskRecipe(mask_prob=0.4),
+        optim=OptimConfig(lr=3e-3, warmup_steps=100),
+        train=RunConfig(steps=900, global_batch_tokens=2048, micro_batch_tokens=2048, save_every=300),
+    )
+
+
+def run_demo(output: Path, text: str | None) -> None:
+    """Train, export, evaluate, fill; print what came of it. Raises `UserError` and `CheckError` as its steps do."""
+    began = time.perf_counter()
+    console = Console(highlight=False)
+    train_text, heldout_text = prepare_text(output, text)
+
+    log.info("1/4 training on %s", train_text)
+    checkpoint = train(demo_config(train_text), output / "run")
+
+    artifact = output / "artifact"
+    if artifact.exists():
+        log.info("2/4 %s is already there", artifact)
+    else:
+        log.info("2/4 exporting to ONNX")
+        export(str(checkpoint), artifact)
+
+    log.info("3/4 evaluating both on %s, mask seed 0", heldout_text)
+    models = {"checkpoint (torch)": load(str(checkpoint)), "artifact (ONNX Runtime)": load(str(artifact))}
+    evaluations = {name: measure(model, heldout_text) for name, model in models.items()}
+    for name, evaluation in evaluations.items():
+        write_evaluation(evaluation, output / f"eval-{name.split()[0]}", overwrite=True)
+    check_agreement(evaluations)
+
+    log.info("4/4 filling masks")
+    engine = models["artifact (ONNX Runtime)"]
+    for sentence in fillable_sentences(engine.tokenizer, heldout_text, own_text=text is not None):
+        show_fill(console, engine, sentence)
+
+    entropy = unigram_entropy(train_text, heldout_text, engine.tokenizer)
+    console.print(result_table(evaluations, entropy))
+    parity = json.loads((artifact / "mlmkit.json").read_text())["parity"]
+    console.print(
+        f"parity over {parity['masked']} masked tokens: log P differs by at most "
+        f"{parity['max_log_prob_difference']:.1e} nats (bound {parity['bound']:.0e})"
+    )
+    console.print(f"\nIn {time.perf_counter() - began:.0f} s. To look at:")
+    for name, what in (
+        ("run/model", "the checkpoint, for any Hugging Face tool"),
+        ("run/log.jsonl", "the training log"),
+        ("artifact", "the ONNX engine, its tokenizer and mlmkit.json"),
+        ("eval-checkpoint/result.json", "the measurement; tokens.parquet beside it has every token"),
+    ):
+        console.print(f"  {output / name}  {what}", soft_wrap=True)
+    console.print(f'\nGo on:  mlmkit fill {artifact} "Return a [MASK] object."', soft_wrap=True, markup=False)
+
+
+def prepare_text(output: Path, text: str | None) -> tuple[Path, Path]:
+    """Write `train.txt` and `heldout.txt`, a document a line; which is which depends on each text's hash alone.
+
+    Raises `UserError` when the user's text leaves one of them empty, or differs from that of an earlier demo here.
+    """
+    if text is None:
+        log.info("collecting Python's documentation")
+        documents = python_documentation()
+    else:
+        documents = list(dict.fromkeys(read_documents(Source(text))))
+    paths = output / "train.txt", output / "heldout.txt"
+    for path, held_out in zip(paths, (False, True), strict=True):
+        lines = [line for line in documents if (document_key(line) % HELD_OUT_ONE_IN == 0) == held_out]
+        if not lines:
+            raise UserError(f"{text} has {len(documents)} documents: too few to hold one in {HELD_OUT_ONE_IN} out")
+        content = "".join(f"{line}\n" for line in lines)
+        if path.exists() and path.read_bytes() != content.encode():
+            raise UserError(f"{output} holds a demo on other text: choose another --output, or delete it")
+        output.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content.encode())
+    return paths
+
+
+def measure(model: Backend, heldout_text: Path) -> Evaluation:
+    """Masked cross-entropy on all of it, pseudo-perplexity on a sample."""
+    return evaluate(
+        model,
+        Source(str(heldout_text)),
+        metrics=("masked", "pseudo"),
+        mask_seed=0,
+        pseudo=PseudoOptions(sample=PSEUDO_SAMPLE),
+    )
+
+
+def check_agreement(evaluations: dict[str, Evaluation], tolerance: float = 1e-4) -> None:
+    """Raise `CheckError` unless both measured the same positions and found the same."""
+    first, second = (evaluation.result for evaluation in evaluations.values())
+    if first["mask_digest"] != second["mask_digest"]:
+        raise CheckError("the two evaluations carry different mask digests")
+    name = "masked_cross_entropy"
+    difference = abs(first["metrics"][name]["value"] - second["metrics"][name]["value"])
+    if not difference <= tolerance:
+        raise CheckError(f"checkpoint and artifact disagree by {difference:.2e} nats of masked cross-entropy")
+
+
+def unigram_entropy(train_text: Path, heldout_text: Path, tokenizer: Tokenizer) -> float:
+    """Cross-entropy, in nats, of the held-out tokens under the training counts, one added to each.
+
+    What a model that knows frequencies and nothing of context would reach.
+    """
+    counts = np.ones(tokenizer.vocabulary_size)
+    counts += np.bincount(load_corpus(Source(str(train_text)), tokenizer).ids, minlength=len(counts))
+    heldout = load_corpus(Source(str(heldout_text)), tokenizer).ids
+    return float(-np.log(counts / counts.sum())[heldout].mean())
+
+
+def fillable_sentences(tokenizer: Tokenizer, heldout_text: Path, *, own_text: bool) -> list[str]:
+    """Our sentences for our text; for the user's, the first words of held-out documents with one masked."""
+    if not own_text:
+        return [sentence.replace("[MASK]", tokenizer.mask_token) for sentence in SENTENCES]
+    openings = [text.split()[:12] for text in read_documents(Source(str(heldout_text)))][:3]
+    return [" ".join([*words[:-2], tokenizer.mask_token, *words[-1:]]) for words in openings]
+
+
+def show_fill(console: Console, model: Backend, sentence: str) -> None:
+    """The sentence and, for each mask, its candidates."""
+    console.print(f"  {sentence}", markup=False)
+    for row in fill(model, sentence, top_k=4):
+        console.print("      " + "   ".join(f"{c['token_str']} {c['score']:.2f}" for c in row), markup=False)
+
+
+def result_table(evaluations: dict[str, Evaluation], entropy: float) -> Table:
+    """The numbers side by side."""
+    table = Table(title="held-out text, mask seed 0", title_justify="left")
+    table.add_column("")
+    for name in evaluations:
+        table.add_column(name, justify="right")
+
+    results = [evaluation.result for evaluation in evaluations.values()]
+    names = {
+        "masked_cross_entropy": "masked cross-entropy (nats)",
+        "masked_accuracy": "masked accuracy",
+        "pseudo_perplexity": f"pseudo-perplexity ({PSEUDO_SAMPLE:.0%} of tokens)",
+    }
+    table.add_row("unigram entropy (nats), to beat", *[f"{entropy:.3f}"] * len(results))
+    for name, label in names.items():
+        table.add_row(label, *[f"{result['metrics'][name]['value']:.4f}" for result in results])
+    table.add_row("mask digest", *[result["mask_digest"][:12] + "…" for result in results])
+    speeds = [result["timing"]["masked"]["tokens_per_second"] for result in results]
+    table.add_row("tokens/s, masked", *[f"{speed:,.0f}" for speed in speeds])
+    return table
