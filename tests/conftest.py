@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["OMP_NUM_THREADS"] = "1"  # these models are so small that a second thread costs more than it brings
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 
 from mlmkit.pydocs import topics

@@ -17,13 +17,8 @@ SIZES: dict[str, Any] = {
     "intermediate_size": 64,
     "max_position_embeddings": 64,
 }
-SPECIALS: dict[str, Any] = {
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "cls_token_id": 1,
-    "sep_token_id": 2,
-}
+IDS = {"pad": 0, "bos": 1, "eos": 2, "cls": 1, "sep": 2}
+SPECIALS: dict[str, Any] = {f"{name}_token_id": id for name, id in IDS.items()} | {"global_attn_every_n_layers": 2}
 CONFIGS = {
     "albert": lambda: T.AlbertConfig(**SIZES, embedding_size=16),
     "bert": lambda: T.BertConfig(**SIZES),
@@ -39,7 +34,7 @@ CONFIGS = {
     "eurobert": lambda: T.EuroBertConfig(**SIZES, pad_token_id=0, bos_token_id=1, eos_token_id=2, mask_token_id=4),
     "megatron-bert": lambda: T.MegatronBertConfig(**SIZES),
     "mobilebert": lambda: T.MobileBertConfig(**SIZES, embedding_size=16, intra_bottleneck_size=16),
-    "modernbert": lambda: T.ModernBertConfig(**SIZES, **SPECIALS, local_attention=6, global_attn_every_n_layers=2),
+    "modernbert": lambda: T.ModernBertConfig(**SIZES, **SPECIALS, local_attention=6),
     "mpnet": lambda: T.MPNetConfig(**SIZES),
     "nomic_bert": lambda: T.NomicBertConfig(**SIZES),
     "rembert": lambda: T.RemBertConfig(**SIZES, bos_token_id=1, eos_token_id=2),

@@ -1,0 +1,271 @@
+"""Evaluation against its definitions, recomputed here from the tokens it writes down."""
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from conftest import KINDS, PORTUGUESE, paragraphs
+from transformers import AutoModelForMaskedLM, AutoTokenizer
+
+from mlmkit.backends import Batch, Scored, load
+from mlmkit.corpus import Source, overlapping_windows, tokenize
+from mlmkit.errors import CheckError, UserError
+from mlmkit.eval.evaluate import PseudoOptions, evaluate, write_evaluation
+from mlmkit.eval.metrics import masked_metrics
+from mlmkit.eval.plan import corrupt_corpus, masked_plan, pseudo_plan
+from mlmkit.eval.pseudo import score_texts
+from mlmkit.eval.scoring import run_plan
+from mlmkit.eval.statistics import bootstrap
+from mlmkit.masking import MaskRecipe, document_key
+
+CAPACITY = 62  # tokens of a document that a row of the test models holds
+
+
+@pytest.fixture(scope="session")
+def short_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A few documents, one of them longer than the models take."""
+    path = tmp_path_factory.mktemp("short") / "short.txt"
+    documents = [*PORTUGUESE, "a [MASK] in </s> text", " ".join(paragraphs()[:6])[:900], "Yes."]
+    path.write_text("".join(f"{line}\n" for line in documents), encoding="utf-8")
+    return path
+
+
+class Dense:
+    """The plain transformers model, one row at a time."""
+
+    def __init__(self, folder: Path) -> None:
+        self.network = AutoModelForMaskedLM.from_pretrained(folder).eval()
+        self.tokenizer = AutoTokenizer.from_pretrained(folder)
+
+    def ids(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+
+    def log_probs(self, ids: list[int]) -> torch.Tensor:
+        cls, sep = self.tokenizer.cls_token_id, self.tokenizer.sep_token_id
+        with torch.no_grad():
+            return self.network(torch.tensor([[cls, *ids, sep]])).logits[0, 1:-1].log_softmax(-1)
+
+
+def window_of(length: int, offset: int) -> tuple[int, int]:
+    """Brute force: the window of a document whose centre is nearest to the token, the earlier on a tie."""
+    windows = overlapping_windows(np.array([length]), CAPACITY)
+    spans = list(zip(windows.start.tolist(), windows.length.tolist(), strict=True))
+    return min(spans, key=lambda span: (abs(2 * offset - (2 * span[0] + span[1] - 1)), span[0]))
+
+
+@pytest.mark.parametrize("backend", ["torch", "onnx"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_number_can_be_recomputed(
+    kind: str, backend: str, short_file: Path, checkpoint: Callable, artifact: Callable, tmp_path: Path
+):
+    """Masks, scores and metrics from `tokens.parquet`, the texts and the plain model alone."""
+    model = load(str(checkpoint(kind) if backend == "torch" else artifact(kind)))
+    evaluation = evaluate(model, Source(str(short_file)), metrics=("masked", "pseudo"), mask_seed=3)
+    write_evaluation(evaluation, tmp_path / "result")
+    rows = pq.read_table(tmp_path / "result" / "tokens.parquet").to_pylist()
+    dense, texts = Dense(checkpoint(kind)), short_file.read_text(encoding="utf-8").split("\n")[:-1]
+    documents = [dense.ids(text) for text in texts]
+    assert max(map(len, documents)) > CAPACITY
+
+    for metric in ("masked", "pseudo"):
+        of_metric = [row for row in rows if row["metric"] == metric]
+        places = [(row["document"], row["offset"]) for row in of_metric]
+        assert places == sorted(set(places))
+        ordinary = [
+            (d, i)
+            for d, ids in enumerate(documents)
+            for i, id in enumerate(ids)
+            if id not in dense.tokenizer.all_special_ids
+        ]
+        assert metric == "masked" or places == ordinary
+        shown = [list(ids) for ids in documents]
+        if metric == "masked":
+            for row in of_metric:
+                shown[row["document"]][row["offset"]] = row["input_id"]
+        for row in of_metric:
+            d, i = row["document"], row["offset"]
+            assert row["token_id"] == documents[d][i]
+            start, length = window_of(len(documents[d]), i)
+            ids = shown[d][start : start + length]
+            if metric == "pseudo":
+                assert row["input_id"] == dense.tokenizer.mask_token_id
+                ids = [*ids[: i - start], dense.tokenizer.mask_token_id, *ids[i - start + 1 :]]
+            log_probs = dense.log_probs(ids)[i - start]
+            assert row["log_prob"] == pytest.approx(log_probs[row["token_id"]].item(), abs=1e-4)
+            lower = (log_probs > row["log_prob"] + 1e-4).sum() - 1
+            upper = (log_probs > row["log_prob"] - 1e-4).sum() - 1
+            assert max(lower, 0) <= row["rank"] <= max(upper, 0) or lower + 1 == row["rank"]
+
+    metrics = {name: metric["value"] for name, metric in evaluation.metrics.items()}
+    masked = [row for row in rows if row["metric"] == "masked"]
+    cross_entropy = -sum(row["log_prob"] for row in masked) / len(masked)
+    assert metrics["masked_cross_entropy"] == pytest.approx(cross_entropy)
+    assert metrics["masked_perplexity"] == pytest.approx(math.exp(cross_entropy))
+    assert metrics["masked_accuracy"] == pytest.approx(sum(row["rank"] == 0 for row in masked) / len(masked))
+    assert metrics["mean_reciprocal_rank"] == pytest.approx(sum(1 / (1 + row["rank"]) for row in masked) / len(masked))
+    pseudo = [row["log_prob"] for row in rows if row["metric"] == "pseudo"]
+    assert metrics["pseudo_log_likelihood"] == pytest.approx(sum(pseudo))
+    assert metrics["pseudo_perplexity"] == pytest.approx(math.exp(-sum(pseudo) / len(pseudo)))
+    size = sum(len(text.encode()) for text in texts)
+    assert metrics["bits_per_byte"] == pytest.approx(-sum(pseudo) / math.log(2) / size)
+    words = sum(len(text.split()) for text in texts)
+    assert metrics["pseudo_perplexity_per_word"] == pytest.approx(math.exp(-sum(pseudo) / words))
+    assert evaluation.result["corpus"]["windowed_documents"] == sum(len(ids) > CAPACITY for ids in documents)
+
+
+def test_masks_and_digest_are_those_of_the_specification(short_file, checkpoint):
+    """Worked out again for each document alone, with whole words, as docs/masking.md says."""
+    model = load(str(checkpoint("roberta")))
+    recipe = MaskRecipe(0.3, 0.5, 0.3, whole_word=True)
+    evaluation = evaluate(model, Source(str(short_file)), recipe=recipe, mask_seed=2**64 - 1)
+    found = {(row["document"], row["offset"]): row["input_id"] for row in evaluation.tokens.to_pylist()}
+    digest, total, tokenizer = 0, {}, AutoTokenizer.from_pretrained(checkpoint("roberta"))
+    from hashlib import blake2b
+
+    special = set(tokenizer.all_special_ids)
+    ordinary = sorted(set(tokenizer.get_vocab().values()) - special)
+    for d, text in enumerate(short_file.read_text(encoding="utf-8").split("\n")[:-1]):
+        encoding = tokenizer(text, add_special_tokens=False, split_special_tokens=True)
+        ids, words = encoding["input_ids"], encoding.word_ids()
+        key = np.array([2**64 - 1, document_key(text)], dtype=np.uint64)
+        w = [int(x) for x in np.random.Philox(counter=np.zeros(4, dtype=np.uint64), key=key).random_raw(2 * len(ids))]
+        hashed = blake2b(document_key(text).to_bytes(8, "little"), digest_size=16)
+        for i, id in enumerate(ids):
+            if id not in special and w[2 * words.index(words[i])] >> 11 < math.floor(0.3 * 2**53):
+                t, put = w[2 * i + 1] >> 32, id
+                if t < math.floor(0.5 * 2**32):
+                    put = tokenizer.mask_token_id
+                elif t < math.floor(0.8 * 2**32):
+                    put = ordinary[((w[2 * i + 1] & 0xFFFFFFFF) * len(ordinary)) >> 32]
+                total[d, i] = put
+                hashed.update(i.to_bytes(4, "little") + put.to_bytes(4, "little"))
+        digest += int.from_bytes(hashed.digest(), "little")
+    assert found == total
+    assert evaluation.result["mask_digest"] == f"{digest % 2**128:032x}"
+
+
+@pytest.mark.parametrize("batch_tokens", [1, 70, 300])
+def test_batches_change_no_mask_and_hardly_a_score(batch_tokens, short_file, artifact):
+    model = load(str(artifact("bert")))
+    whole = evaluate(model, Source(str(short_file)), metrics=("masked", "pseudo"))
+    cut = evaluate(model, Source(str(short_file)), metrics=("masked", "pseudo"), batch_tokens=batch_tokens)
+    assert cut.result["mask_digest"] == whole.result["mask_digest"]
+    columns = ["document", "offset", "token_id", "input_id", "word", "metric"]
+    assert cut.tokens.select(columns).equals(whole.tokens.select(columns))
+    difference = np.abs(cut.tokens["log_prob"].to_numpy() - whole.tokens["log_prob"].to_numpy())
+    assert difference.max() <= 1e-5
+
+
+def test_another_order_of_documents_has_the_same_digest(short_file, checkpoint, tmp_path):
+    model = load(str(checkpoint("bert")))
+    turned = tmp_path / "turned.txt"
+    turned.write_text("".join(f"{line}\n" for line in short_file.read_text(encoding="utf-8").split("\n")[-2::-1]))
+    first, second = (evaluate(model, Source(str(path))) for path in (short_file, turned))
+    assert first.result["mask_digest"] == second.result["mask_digest"]
+    assert first.result["corpus"]["fingerprint"] != second.result["corpus"]["fingerprint"]
+    value = "masked_cross_entropy"
+    assert first.metrics[value]["value"] == pytest.approx(second.metrics[value]["value"], abs=1e-5)
+
+
+def test_within_word_masks_the_later_tokens_of_the_word(checkpoint):
+    text = "The interpreter distinguishes representations."
+    model, dense = load(str(checkpoint("bert"))), Dense(checkpoint("bert"))
+    (scored,) = score_texts(model, [text], variant="within-word")
+    encoding = dense.tokenizer(text, add_special_tokens=False)
+    ids, words = encoding["input_ids"], encoding.word_ids()
+    assert len(set(words)) < len(ids)
+    for i, (id, log_prob) in enumerate(zip(ids, scored.log_prob, strict=True)):
+        hidden = [dense.tokenizer.mask_token_id if j >= i and words[j] == words[i] else ids[j] for j in range(len(ids))]
+        assert log_prob == pytest.approx(dense.log_probs(hidden)[i, id].item(), abs=1e-4)
+    (original,) = score_texts(model, [text])
+    assert original.pseudo_log_likelihood != scored.pseudo_log_likelihood
+
+
+def test_pseudo_sample_is_mask_v1s_choice_and_estimates_the_whole(text_file, artifact):
+    model = load(str(artifact("bert")))
+    source = Source(str(text_file))
+    whole = evaluate(model, source, metrics=("pseudo",))
+    part = evaluate(model, source, metrics=("pseudo",), pseudo=PseudoOptions(sample=0.3))
+    corpus = tokenize(paragraphs(), model.tokenizer)
+    chosen = corrupt_corpus(corpus, model.tokenizer, MaskRecipe(mask_prob=0.3), 0)[0].selected
+    flat = corpus.starts[part.tokens["document"].to_numpy()] + part.tokens["offset"].to_numpy()
+    assert flat.tolist() == chosen.tolist()
+    exact = whole.metrics["pseudo_log_likelihood"]["value"]
+    spread = float(np.std(whole.tokens["log_prob"].to_numpy())) / math.sqrt(len(flat)) * len(whole.tokens)
+    assert abs(part.metrics["pseudo_log_likelihood"]["value"] - exact) < 5 * spread
+
+
+@pytest.mark.parametrize(
+    ("probabilities", "losses", "mean"),
+    [((0.7, 0.4), (0.36, 0.92), 0.636), ((0.9, 0.7), (0.105, 0.357), 0.231)],
+)
+def test_worked_examples_of_the_loss(probabilities, losses, mean, checkpoint):
+    tokenizer = load(str(checkpoint("bert"))).tokenizer
+    corpus = tokenize([PORTUGUESE[1]], tokenizer)
+    corruption, _ = corrupt_corpus(corpus, tokenizer, MaskRecipe(mask_prob=0.15), 0)
+    plan = masked_plan(corpus, corruption, CAPACITY)
+    log_prob = np.log(np.array(probabilities, dtype=np.float32))
+    assert [round(-float(value), 3) for value in log_prob] == pytest.approx(losses, abs=0.005)
+    two = replace(plan, document=np.zeros(2, dtype=np.int64), offset=np.arange(2))
+    metrics = masked_metrics(corpus, two, Scored(log_prob, np.array([0, 1])))
+    assert metrics["masked_cross_entropy"]["value"] == pytest.approx(-np.log(probabilities).mean(), rel=1e-6)
+    assert metrics["masked_cross_entropy"]["value"] == pytest.approx(mean, abs=0.001)
+    assert metrics["masked_perplexity"]["value"] == pytest.approx(1 / math.sqrt(math.prod(probabilities)), rel=1e-6)
+    assert metrics["masked_accuracy"]["value"] == 0.5
+    assert metrics["mean_reciprocal_rank"]["value"] == 0.75
+
+
+def test_intervals_are_those_of_the_bootstrap():
+    """For a mean of independent documents the percentile interval is close to the normal one."""
+    generator = np.random.default_rng(0)
+    sums = np.column_stack([generator.normal(3, 1, 400), np.ones(400)])
+    found = bootstrap(sums, {"mean": lambda totals: totals[..., 0] / totals[..., 1]})["mean"]
+    assert found["value"] == pytest.approx(sums[:, 0].mean())
+    half = 1.96 * sums[:, 0].std() / 20
+    assert found["low"] == pytest.approx(found["value"] - half, abs=0.02)
+    assert found["high"] == pytest.approx(found["value"] + half, abs=0.02)
+    again = bootstrap(sums, {"mean": lambda totals: totals[..., 0] / totals[..., 1]})["mean"]
+    assert again == found
+
+
+def test_a_document_without_tokens_scores_nothing(checkpoint):
+    model = load(str(checkpoint("bert")))
+    empty, full = score_texts(model, ["\u200b", "Roma"])
+    assert (empty.pseudo_log_likelihood, len(empty.log_prob)) == (0.0, 0)
+    assert full.pseudo_log_likelihood < 0
+
+
+def test_scores_that_are_not_finite_are_named(checkpoint):
+    model = load(str(checkpoint("bert")))
+    corpus = tokenize(["Roma", "O rato roeu"], model.tokenizer)
+
+    class Broken:
+        tokenizer, info, device, name = model.tokenizer, model.info, "cpu", "broken"
+
+        def score(self, batch: Batch) -> Scored:
+            scored = model.score(batch)
+            return Scored(np.where(batch.targets == corpus.ids[-1], np.nan, scored.log_prob), scored.rank)
+
+        predict = model.predict
+
+    with pytest.raises(CheckError, match=f"document 1, token {corpus.lengths[1] - 1}"):
+        run_plan(Broken(), corpus, pseudo_plan(corpus, model.tokenizer, CAPACITY))
+
+
+def test_unusable_text_and_options_are_named(checkpoint, tmp_path):
+    model = load(str(checkpoint("bert")))
+    (tmp_path / "a.txt").write_text("Roma\n")
+    source = Source(str(tmp_path / "a.txt"))
+    with pytest.raises(UserError, match="select no token"):
+        evaluate(model, source, recipe=MaskRecipe(mask_prob=0.0))
+    with pytest.raises(UserError, match="no metric 'bleu'"):
+        evaluate(model, source, metrics=("bleu",))
+    with pytest.raises(UserError, match="sample must be"):
+        PseudoOptions(sample=0)
+    with pytest.raises(UserError, match="variant 'l2r'"):
+        evaluate(model, source, metrics=("pseudo",), pseudo=PseudoOptions(variant="l2r"))

@@ -1,0 +1,332 @@
+"""Training: configuration, order, gradients, resuming."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import paragraphs
+from safetensors.torch import load_file
+
+from mlmkit.corpus import tokenize
+from mlmkit.errors import CheckError, UserError
+from mlmkit.masking import MaskRecipe, corrupt
+from mlmkit.model import MaskedLM, enable_packing, load_pretrained
+from mlmkit.train import loop
+from mlmkit.train.checkpoint import checkpoints
+from mlmkit.train.config import Config, load_config
+from mlmkit.train.data import TrainingData
+from mlmkit.train.presets import PRESETS, build_config
+
+CONFIG = """
+[data]
+train = {text!r}
+[tokenizer]
+vocab_size = 600
+[model]
+architecture = {architecture!r}
+max_length = 48
+[optim]
+lr = 2e-3
+warmup_steps = 4
+[train]
+steps = 12
+global_batch_tokens = 512
+micro_batch_tokens = 256
+save_every = 4
+log_every = 2
+device = "cpu"
+"""
+
+
+@pytest.fixture
+def config(tmp_path, text_file) -> Config:
+    return write_config(tmp_path, text_file, "bert-tiny")
+
+
+def write_config(tmp_path: Path, text_file: Path, architecture: str, *overrides: str) -> Config:
+    path = tmp_path / "config.toml"
+    path.write_text(CONFIG.format(text=str(text_file), architecture=architecture))
+    return load_config(path, overrides)
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def log_lines(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+
+
+# ------------------------------------------------------------------ configuration
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("optim.lrr=1", "unknown setting optim.lrr: did you mean optim.lr"),
+        ("optimizer.lr=1", "unknown setting optimizer: did you mean optim"),
+        ("optim.lr=fast", "optim.lr must be float"),
+        ("train.steps=1.5", "train.steps must be int"),
+        ("train.steps=true", "train.steps must be int"),
+        ("train.steps=0", "train.steps must be positive"),
+        ("masking.mask_prob=1.5", "mask_prob must be between"),
+        ("masking.mask_prob=nan", "mask_prob must be between"),
+        ("train.micro_batch_tokens=8", "must hold one row"),
+        ("train.global_batch_tokens=300", "multiple of"),
+        ("tokenizer.kind=words", "wordpiece or bpe"),
+        ("lr=1", "table.key=value"),
+        ("data.train=", "data.train is missing"),
+        ("model=3", "table.key=value"),
+    ],
+)
+def test_wrong_settings_are_named(tmp_path, text_file, override, message):
+    with pytest.raises(UserError, match=message):
+        write_config(tmp_path, text_file, "bert-tiny", override)
+
+
+def test_overrides_take_values_of_their_type(tmp_path, text_file):
+    config = write_config(tmp_path, text_file, "bert-tiny", "optim.lr=1", "data.train=some file.txt", "train.steps=7")
+    assert (config.optim.lr, config.data.train, config.train.steps) == (1.0, "some file.txt", 7)
+
+
+def test_a_file_that_is_no_toml_is_named(tmp_path):
+    (tmp_path / "a.toml").write_text("[data\n")
+    with pytest.raises(UserError, match="not valid TOML"):
+        load_config(tmp_path / "a.toml")
+    with pytest.raises(UserError, match="cannot be read"):
+        load_config(tmp_path / "b.toml")
+
+
+@pytest.mark.parametrize("name", sorted(set(PRESETS) - {"bert-large", "modernbert-large"}))
+def test_presets_take_the_length_asked_for(name, tokenizer_folder):
+    from transformers import AutoModelForMaskedLM
+
+    from mlmkit.tokenizer import Tokenizer
+
+    tokenizer = Tokenizer.from_folder(tokenizer_folder("bpe" if name == "roberta-base" else "wordpiece"))
+    with torch.device("meta"):
+        model = MaskedLM(AutoModelForMaskedLM.from_config(build_config(name, tokenizer, 48)))
+    assert model.max_length() == 48
+    assert model.network.config.vocab_size == tokenizer.vocabulary_size
+    assert model.network.config.pad_token_id == tokenizer.pad_id
+
+
+# ------------------------------------------------------------------ data
+
+
+@pytest.fixture
+def data_parts(checkpoint):
+    model, tokenizer = load_pretrained(str(checkpoint("roberta")))
+    return model, tokenizer, tokenize(paragraphs(), tokenizer)
+
+
+def make_data(parts, *, packed=True, recipe=None, max_length=32, tokens=128) -> TrainingData:
+    model, tokenizer, corpus = parts
+    return TrainingData(
+        corpus,
+        tokenizer,
+        recipe or MaskRecipe(),
+        max_length=max_length,
+        micro_batch_tokens=tokens,
+        seed=5,
+        packed=packed,
+        position_offset=model.position_offset,
+    )
+
+
+@pytest.mark.parametrize("whole_word", [False, True])
+@pytest.mark.parametrize("packed", [True, False])
+def test_an_epoch_shows_each_token_once_with_the_masks_of_its_document(data_parts, packed, whole_word):
+    """However the corpus is cut, packed or padded: the same ids are shown and the same are asked for."""
+    _, tokenizer, corpus = data_parts
+    recipe = MaskRecipe(0.4, whole_word=whole_word)
+    data = make_data(data_parts, packed=packed, recipe=recipe)
+    expected = corrupt(
+        corpus.ids, corpus.lengths, corpus.keys, recipe, tokenizer.masking, seed=5, epoch=2, words=corpus.words
+    )
+    shown, asked, targets = np.zeros(len(corpus.ids), dtype=int), [], []
+    for members in data.epoch(2):
+        batch = data.build(2, members)
+        ids = batch.inputs["input_ids"].numpy().ravel()
+        assert batch.tokens <= 128
+        where = np.concatenate(
+            [
+                corpus.starts[data.windows.document[w]] + data.windows.start[w] + np.arange(data.windows.length[w])
+                for w in members
+            ]
+        )
+        width = batch.inputs["input_ids"].shape[1]
+        column = [1 + np.arange(data.windows.length[w]) for w in members]
+        rows = np.cumsum([0, *[len(c) + 2 for c in column]])[:-1] if packed else np.arange(len(members)) * width
+        places = np.concatenate([row + c for row, c in zip(rows, column, strict=True)])
+        assert (ids[places] == expected.input_ids[where]).all()
+        shown[where] += 1
+        by_place = dict(zip(places.tolist(), where.tolist(), strict=True))
+        asked += [by_place[int(position)] for position in batch.positions]
+        targets += batch.targets.tolist()
+    assert (shown == 1).all()
+    assert sorted(asked) == expected.selected.tolist()
+    assert [int(corpus.ids[place]) for place in asked] == targets
+
+
+def test_order_depends_on_seed_and_epoch_only(data_parts):
+    data = make_data(data_parts)
+    assert list(data.epoch(0)) == list(make_data(data_parts, recipe=MaskRecipe(0.3)).epoch(0))
+    assert list(data.epoch(0)) != list(data.epoch(1))
+    flat = [sorted(window for members in data.epoch(epoch) for window in members) for epoch in (0, 1)]
+    assert flat[0] == flat[1] == list(range(len(data.windows)))
+
+
+def test_skipped_steps_are_the_steps_not_taken(data_parts):
+    data = make_data(data_parts)
+    steps, later = data.steps(3), data.steps(3, skip=60)  # beyond the first epoch
+    for _ in range(60):
+        next(steps)
+    (epoch, batch), (other_epoch, other) = next(steps), next(later)
+    assert epoch == other_epoch > 0
+    for one, two in zip(batch, other, strict=True):
+        assert torch.equal(one.inputs["input_ids"], two.inputs["input_ids"])
+        assert torch.equal(one.positions, two.positions)
+
+
+def test_gradient_does_not_depend_on_how_the_batch_is_cut(data_parts):
+    """One micro-batch of everything, many small ones, and padded ones: the same gradient, in float64."""
+    model, _, _ = data_parts
+    windows = next(iter(make_data(data_parts, tokens=512).epoch(0)))
+
+    def gradient(packed: bool, groups: list[list[int]]) -> torch.Tensor:
+        data = make_data(data_parts, packed=packed)
+        network = load_pretrained(str(model.network.name_or_path))[0]
+        assert not packed or enable_packing(network)
+        network.double()
+        batch = [data.build(0, group) for group in groups]
+        masked = sum(len(micro.targets) for micro in batch)
+        for micro in batch:
+            logits = network.logits(micro.positions, **micro.inputs)
+            loss = torch.nn.functional.cross_entropy(logits, micro.targets, reduction="sum")
+            (loss / masked).backward()
+        return torch.cat([p.grad.flatten() for p in network.parameters() if p.grad is not None])
+
+    whole = gradient(True, [windows])
+    singles = gradient(True, [[window] for window in windows])
+    padded = gradient(False, [windows[:3], windows[3:]])
+    scale = whole.abs().max()
+    assert scale > 1e-3
+    torch.testing.assert_close(singles, whole, atol=1e-9 * float(scale), rtol=1e-6)
+    torch.testing.assert_close(padded, whole, atol=1e-9 * float(scale), rtol=1e-6)
+
+
+# ------------------------------------------------------------------ the loop
+
+
+def test_learning_rate_warms_up_and_decays(config):
+    rates = [loop.learning_rate(step, config.optim, 12) for step in range(12)]
+    assert rates[:4] == pytest.approx([0.0005, 0.001, 0.0015, 0.002])
+    assert rates[4:] == pytest.approx([0.002 * (12 - step) / 8 for step in range(4, 12)])
+
+
+def test_training_learns_and_leaves_a_hugging_face_folder(config, tmp_path):
+    from dataclasses import replace
+
+    from transformers import pipeline
+
+    config = replace(config, train=replace(config.train, steps=60, save_every=60))
+    model = loop.train(config, tmp_path / "run")
+    entries = log_lines(tmp_path / "run")
+    assert [entry["step"] for entry in entries] == list(range(2, 61, 2))
+    assert entries[-1]["loss"] < entries[0]["loss"] - 0.5
+    assert all(entry["tokens_per_second"] > 0 for entry in entries)
+    assert sum(entry["masked"] for entry in entries) / sum(entry["tokens"] for entry in entries) < 0.15
+    filled = pipeline("fill-mask", model=str(model))("The [MASK] statement")
+    assert len(filled) == 5
+    assert {"model.safetensors", "config.json", "tokenizer.json"} <= {path.name for path in model.iterdir()}
+
+
+@pytest.mark.parametrize("stop_after", [5, 8])
+def test_an_interrupted_run_goes_on_to_the_same_weights(config, tmp_path, monkeypatch, stop_after):
+    straight = weights(loop.train(config, tmp_path / "straight"))
+
+    real_step, taken = loop.train_step, 0
+
+    def step_then_die(*arguments):
+        nonlocal taken
+        if taken == stop_after:
+            raise KeyboardInterrupt
+        taken += 1
+        return real_step(*arguments)
+
+    monkeypatch.setattr(loop, "train_step", step_then_die)
+    with pytest.raises(KeyboardInterrupt):
+        loop.train(config, tmp_path / "broken")
+    assert not (tmp_path / "broken" / "model").exists()
+    monkeypatch.setattr(loop, "train_step", real_step)
+    resumed = weights(loop.train(config, tmp_path / "broken"))
+    assert straight.keys() == resumed.keys()
+    assert all(torch.equal(straight[name], resumed[name]) for name in straight)
+    logged = [[(line["step"], line["loss"]) for line in log_lines(tmp_path / name)] for name in ("straight", "broken")]
+    assert logged[0] == logged[1]
+    assert [path.name for path in checkpoints(tmp_path / "broken")] == ["step-00000008", "step-00000012"]
+
+
+def test_a_finished_run_is_not_trained_again(config, tmp_path, monkeypatch):
+    first = loop.train(config, tmp_path / "run")
+    monkeypatch.setattr(loop, "train_step", lambda *_: pytest.fail("trained again"))
+    assert loop.train(config, tmp_path / "run") == first
+
+
+def test_another_configuration_or_text_is_refused(config, tmp_path, text_file):
+    loop.train(config, tmp_path / "run")
+    with pytest.raises(UserError, match=r"another config\.optim\.lr \(0.002, now 0.1\)"):
+        loop.train(write_config(tmp_path, text_file, "bert-tiny", "optim.lr=0.1"), tmp_path / "run")
+    other = tmp_path / "other.txt"
+    other.write_text("another text\n" * 20)
+    with pytest.raises(UserError, match="begun with another"):
+        loop.train(write_config(tmp_path, other, "bert-tiny"), tmp_path / "run")
+
+
+def test_a_folder_with_something_else_is_left_alone(config, tmp_path):
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    (folder / "thesis.tex").write_text("precious")
+    with pytest.raises(UserError, match="something else"):
+        loop.train(config, folder)
+    assert [path.name for path in folder.iterdir()] == ["thesis.tex"]
+
+
+def test_a_half_written_checkpoint_is_not_taken(config, tmp_path):
+    straight = weights(loop.train(config, tmp_path / "run"))
+    import shutil
+
+    shutil.rmtree(tmp_path / "run" / "model")
+    newest = checkpoints(tmp_path / "run")[-1]
+    newest.rename(newest.with_name(".step-00000012.half"))
+    resumed = weights(loop.train(config, tmp_path / "run"))
+    assert all(torch.equal(straight[name], resumed[name]) for name in straight)
+
+
+def test_a_loss_that_is_not_finite_stops_with_the_step_named(tmp_path, text_file):
+    config = write_config(tmp_path, text_file, "bert-tiny", "optim.lr=1e30", "optim.warmup_steps=1")
+    with pytest.raises(CheckError, match=r"step \d+: loss .* learning rate"):
+        loop.train(config, tmp_path / "run")
+
+
+@pytest.mark.parametrize(("architecture", "message"), [("mpnet", "cannot be packed"), ("modernbert", "")])
+def test_other_architectures_train(tmp_path, text_file, caplog, architecture, message):
+    path = tmp_path / "architecture.json"
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
+    path.write_text(json.dumps({"model_type": architecture, **sizes}))
+    config = write_config(tmp_path, text_file, str(path), "tokenizer.kind=bpe", "train.steps=4")
+    with caplog.at_level("INFO", logger="mlmkit"):
+        model = loop.train(config, tmp_path / "run")
+    assert ("cannot be packed" in caplog.text) == bool(message)
+    load_pretrained(str(model))
+
+
+def test_training_goes_on_from_a_checkpoint(tmp_path, text_file, checkpoint):
+    settings = ("train.steps=4", f"model.init_from={checkpoint('bert')}", "optim.lr=1e-9")
+    model = loop.train(write_config(tmp_path, text_file, "unused", *settings), tmp_path / "run")
+    before, after = weights(checkpoint("bert")), weights(model)
+    assert before.keys() == after.keys()
+    assert all(torch.allclose(before[name], after[name], atol=1e-6) for name in before)
