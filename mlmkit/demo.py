@@ -100,17 +100,18 @@ def prepare_text(output: Path, text: str | None) -> tuple[Path, Path]:
         documents = python_documentation()
     else:
         documents = list(dict.fromkeys(read_documents(Source(text))))
-    paths = output / "train.txt", output / "heldout.txt"
-    for path, held_out in zip(paths, (False, True), strict=True):
-        lines = [line for line in documents if (document_key(line) % HELD_OUT_ONE_IN == 0) == held_out]
-        if not lines:
-            raise UserError(f"{text} has {len(documents)} documents: too few to hold one in {HELD_OUT_ONE_IN} out")
-        content = "".join(f"{line}\n" for line in lines)
-        if path.exists() and path.read_bytes() != content.encode():
-            raise UserError(f"{output} holds a demo on other text: choose another --output, or delete it")
+    is_held_out = [document_key(line) % HELD_OUT_ONE_IN == 0 for line in documents]
+    if all(is_held_out) or not any(is_held_out):
+        raise UserError(f"{text} has {len(documents)} documents: too few to hold one in {HELD_OUT_ONE_IN} out")
+    train_text, heldout_text = output / "train.txt", output / "heldout.txt"
+    for path, wanted in ((train_text, False), (heldout_text, True)):
+        lines = [line for line, held_out in zip(documents, is_held_out, strict=True) if held_out == wanted]
+        content = "".join(f"{line}\n" for line in lines).encode()
+        if path.exists() and path.read_bytes() != content:
+            raise UserError(f"{output} holds a demo on another text: choose another --output, or delete that folder")
         output.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content.encode())
-    return paths
+        path.write_bytes(content)
+    return train_text, heldout_text
 
 
 def measure(model: Backend, heldout_text: Path) -> Evaluation:

@@ -1,0 +1,338 @@
+"""The command line as a user meets it: real processes where that matters, `main` in this one elsewhere."""
+
+import ast
+import io
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+from conftest import PORTUGUESE
+
+from mlmkit.cli import main
+
+ROOT = Path(__file__).parent.parent
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
+    """Exit code, standard output, standard error."""
+    with pytest.raises(SystemExit) as stop:
+        main([str(argument) for argument in arguments])
+    captured = capsys.readouterr()
+    return int(stop.value.code or 0), captured.out, captured.err
+
+
+def process(*arguments: object, **options) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "mlmkit", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, **options)
+
+
+# ------------------------------------------------------------------ start-up and structure
+
+
+def test_help_imports_nothing_heavy():
+    code = "import sys; from mlmkit.cli import main\ntry: main(['--help'])\nexcept SystemExit: print(*sys.modules)"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    loaded = {name.partition(".")[0] for name in result.stdout.splitlines()[-1].split()}
+    assert not loaded & {"torch", "transformers", "onnxruntime", "numpy", "pyarrow", "datasets", "tokenizers", "rich"}
+
+
+def test_an_artifact_runs_without_torch_and_transformers(artifact, tmp_path):
+    """As in an environment that has the base install alone."""
+    (tmp_path / "text.txt").write_text("The statement\n")
+    commands = [
+        ["fill", str(artifact("bert")), "The [MASK] statement"],
+        ["score", str(artifact("bert")), str(tmp_path / "text.txt")],
+        ["eval", str(artifact("bert")), "--set", str(tmp_path / "text.txt"), "--mask-prob", "0.9"],
+    ]
+    blocked = "('torch', 'transformers', 'onnx', 'onnxscript', 'safetensors', 'datasets')"
+    code = (
+        f"import sys\nfor name in {blocked}: sys.modules[name] = None\nfrom mlmkit.cli import main\nmain(sys.argv[1:])"
+    )
+    for command in commands:
+        result = subprocess.run([sys.executable, "-c", code, *command], capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr
+
+
+def test_imports_run_one_way():
+    """cli, demo → serve, train → eval, export → backends → model → the rest: docs/architecture.md."""
+    layers = [
+        {"errors", "files", "masking", "progress", "pydocs"},
+        {"tokenizer"},
+        {"corpus", "batching", "artifact"},
+        {"model"},
+        {"backends"},
+        {"fill", "eval", "export"},
+        {"train"},
+        {"demo"},
+        {"cli"},
+        {"__main__"},
+    ]
+    level = {name: height for height, names in enumerate(layers) for name in names}
+    same_layer = {("files", "errors"), ("masking", "errors")}
+    for path in sorted([*ROOT.glob("mlmkit/**/*.py"), *ROOT.glob("eval/*.py"), *ROOT.glob("export/*.py")]):
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        own = parts[1] if parts[0] == "mlmkit" else parts[0]
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("mlmkit."):
+                other = node.module.split(".")[1]
+                if own not in ("__init__", other) and (own, other) not in same_layer:
+                    assert level[other] < level[own], f"{path} imports {node.module}"
+
+
+@pytest.mark.parametrize("command", ["demo", "train", "export", "eval", "score", "fill"])
+def test_each_command_has_help(capsys, command):
+    code, out, _ = run(capsys, command, "--help")
+    assert code == 0
+    assert out.startswith(f"Usage: mlmkit {command} ")
+    assert max(map(len, out.splitlines())) <= 100
+
+
+# ------------------------------------------------------------------ the Portuguese sentences, all the way
+
+
+@pytest.mark.parametrize("kind", ["bert", "roberta"])
+def test_portuguese_sentences_are_scored_and_evaluated(capsys, kind, artifact, tmp_path):
+    path = tmp_path / "pt.txt"
+    path.write_text("".join(f"{text}\n" for text in PORTUGUESE), encoding="utf-8")
+    code, out, err = run(capsys, "score", artifact(kind), path, "--json", "--per-token")
+    assert code == 0, err
+    scored = json.loads(out)["texts"]
+    assert [item["text"] for item in scored] == list(PORTUGUESE)
+    for item in scored:
+        total = sum(token["log_prob"] for token in item["per_token"])
+        assert item["pseudo_log_likelihood"] == pytest.approx(total)
+        assert item["tokens"] == len(item["per_token"])
+
+    code, out, err = run(capsys, "eval", artifact(kind), "--set", path, "--json", "--output", tmp_path / "result")
+    assert code == 0, err
+    result = json.loads(out)
+    assert result == json.loads((tmp_path / "result" / "result.json").read_text())
+    table = pq.read_table(tmp_path / "result" / "tokens.parquet")
+    assert table.column_names == [
+        "document", "offset", "token_id", "input_id", "word", "log_prob", "rank", "metric"
+    ]  # fmt: skip
+    assert len(table) == result["masking"]["selected"] > 0
+    assert len(result["mask_digest"]) == 32
+    assert set(result["metrics"]["masked_cross_entropy"]) == {"value", "low", "high"}
+
+
+@pytest.mark.parametrize("kind", ["bert", "roberta"])
+@pytest.mark.parametrize(
+    "text", ["O rato {} a roupa do rei de Roma.", "A {} voa alto no {} azul.", "{}", "a{}, {} {}b {}"]
+)
+def test_fill_agrees_with_the_pipeline(capsys, kind, text, checkpoint, artifact):
+    from transformers import pipeline
+
+    oracle = pipeline("fill-mask", model=str(checkpoint(kind)))
+    masked = text.replace("{}", oracle.tokenizer.mask_token)
+    expected = oracle(masked, top_k=7)
+    expected = [expected] if masked.count(oracle.tokenizer.mask_token) == 1 else expected
+    code, out, err = run(capsys, "fill", artifact(kind), masked, "--top-k", 7, "--json")
+    assert code == 0, err
+    found = json.loads(out)["masks"]
+    assert len(found) == len(expected)
+    for row, oracle_row in zip(found, expected, strict=True):
+        assert [c["token"] for c in row] == [c["token"] for c in oracle_row]
+        assert [c["token_str"] for c in row] == [c["token_str"] for c in oracle_row]
+        assert [c["sequence"] for c in row] == [c["sequence"] for c in oracle_row]
+        assert [c["score"] for c in row] == pytest.approx([c["score"] for c in oracle_row], abs=1e-4)
+
+
+def test_fill_ranks_targets_as_the_pipeline_does(capsys, checkpoint, artifact):
+    from transformers import pipeline
+
+    targets = ["statement", "the", "of", "the", "xyzzy"]
+    expected = pipeline("fill-mask", model=str(checkpoint("bert")))("The [MASK] is", targets=targets)
+    arguments = [part for target in targets[:2] for part in ("--targets", target)]
+    code, out, _ = run(
+        capsys, "fill", artifact("bert"), "The [MASK] is", *arguments, "--targets", "of,the, xyzzy", "--json"
+    )
+    assert code == 0
+    (row,) = json.loads(out)["masks"]
+    assert [c["token"] for c in row] == [c["token"] for c in expected]
+    assert [c["score"] for c in row] == pytest.approx([c["score"] for c in expected], abs=1e-4)
+
+
+def test_score_reads_standard_input_and_prints_a_line_a_text(artifact):
+    result = process("score", artifact("bert"), input="The statement\n\nRoma\n")
+    assert result.returncode == 0, result.stderr
+    lines = [line.split("\t") for line in result.stdout.splitlines()]
+    assert [line[2] for line in lines] == ["The statement", "Roma"]
+    assert all(float(line[0]) < 0 and int(line[1]) > 0 for line in lines)
+    assert result.stderr == ""
+
+
+# ------------------------------------------------------------------ several sets, overwriting
+
+
+def test_several_sets_have_a_folder_each(capsys, artifact, tmp_path, text_file):
+    # different lines: the masks of a text are its own, so equal lines are masked alike
+    (tmp_path / "other.txt").write_text("".join(f"Another text, number {number}\n" for number in range(30)))
+    arguments = ["eval", artifact("bert"), "--set", text_file, "--set", tmp_path / "other.txt", "--json"]
+    code, out, err = run(capsys, *arguments, "--output", tmp_path / "results")
+    assert code == 0, err
+    assert len(json.loads(out)["results"]) == 2
+    assert (tmp_path / "results" / "text" / "result.json").exists()
+    assert (tmp_path / "results" / "other" / "tokens.parquet").exists()
+    code, _, err = run(capsys, *arguments, "--output", tmp_path / "results")
+    assert code == 2
+    assert "--overwrite" in err
+    code, _, err = run(capsys, *arguments, "--output", tmp_path / "results", "--overwrite")
+    assert code == 0, err
+
+
+# ------------------------------------------------------------------ mistakes
+
+
+def mistakes(folder: Path, checkpoint: Path, artifact: Path) -> dict[str, list[object]]:
+    """Commands that cannot work, by what their message must name."""
+    (folder / "empty.txt").write_text("")
+    (folder / "latin.txt").write_bytes("ação\n".encode("latin-1"))
+    (folder / "good.txt").write_text("The statement of the text\n" * 5)
+    (folder / "bad.jsonl").write_text('{"text": 1}\n')
+    (folder / "bad.toml").write_text("[train]\nstep = 3\n")
+    (folder / "no-model").mkdir()
+    half = Path(shutil.copytree(checkpoint, folder / "half"))
+    (half / "model.safetensors").unlink()
+    good, output = folder / "good.txt", folder / "out"
+    return {
+        "Missing argument 'MODEL'": ["eval"],
+        "No such command": ["evaluate"],
+        "No such option": ["fill", artifact, "x", "--topk", 3],
+        "no such folder": ["fill", folder / "none", "a [MASK]"],
+        "holds no config.json": ["fill", folder / "no-model", "a [MASK]"],
+        "is a file": ["score", good, good],
+        "cannot be loaded": ["export", half, "--output", output],
+        "has no [MASK]": ["fill", artifact, "nothing to fill"],
+        "top_k must be": ["fill", artifact, "a [MASK]", "--top-k", 0],
+        "tokens, and this model takes 64": ["fill", artifact, "a [MASK] " * 70],
+        "no documents": ["eval", artifact, "--set", folder / "empty.txt", "--output", output],
+        "is not UTF-8": ["eval", artifact, "--set", folder / "latin.txt", "--output", output],
+        "holds int": ["eval", artifact, "--set", folder / "bad.jsonl", "--output", output],
+        "no such file": ["eval", artifact, "--set", folder / "none.txt", "--output", output],
+        "is a folder": ["eval", artifact, "--set", folder, "--output", output],
+        "mask_prob must be": ["eval", artifact, "--set", good, "--mask-prob", "nan", "--output", output],
+        "must not exceed 1": ["eval", artifact, "--set", good, "--random-prob", "0.5", "--output", output],
+        "no metric": ["eval", artifact, "--set", good, "--metric", "bleu", "--output", output],
+        "choose auto": ["eval", artifact, "--set", good, "--backend", "jax", "--output", output],
+        "seed and epoch": ["eval", artifact, "--set", good, "--mask-seed", "-1", "--output", output],
+        "is not a folder": ["eval", artifact, "--set", good, "--output", good],
+        "did you mean train.steps": ["train", folder / "bad.toml", "--output", output],
+        "cannot be read": ["train", folder / "none.toml", "--output", output],
+        "variant": ["score", artifact, good, "--pll", "l2r"],
+        "too few to hold": ["demo", "--text", good, "--output", output],
+    }
+
+
+def test_mistakes_end_in_one_line_and_write_nothing(capsys, tmp_path, checkpoint, artifact):
+    cases = mistakes(tmp_path, checkpoint("bert"), artifact("bert"))
+    for message, arguments in cases.items():
+        code, out, err = run(capsys, *arguments)
+        assert (code, out) == (2, ""), (arguments, err)
+        assert message in err, (arguments, err)
+        assert len(err.splitlines()) == 1, err
+        assert "Traceback" not in err
+        assert not (tmp_path / "out").exists(), arguments
+
+
+def test_a_missing_extra_is_named(capsys, tmp_path, monkeypatch, checkpoint):
+    monkeypatch.setattr("mlmkit.errors.find_spec", lambda name: None if name == "torch" else object())
+    (tmp_path / "a.toml").write_text('[data]\ntrain = "a.txt"\n')
+    for arguments in (
+        ["train", tmp_path / "a.toml", "--output", tmp_path / "run"],
+        ["export", checkpoint("bert"), "--output", tmp_path / "artifact"],
+        ["fill", checkpoint("bert"), "a [MASK]"],
+        ["demo", "--output", tmp_path / "demo"],
+    ):
+        code, _, err = run(capsys, *arguments)
+        assert code == 2
+        assert "pip install 'mlmkit[train]'" in err
+
+
+def test_a_causal_or_headless_checkpoint_is_refused(capsys, tmp_path, checkpoint):
+    from transformers import AutoModel, GPT2Config, GPT2LMHeadModel
+
+    config = GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=600, n_positions=32)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
+    code, _, err = run(capsys, "fill", tmp_path / "gpt2", "a [MASK]")
+    assert (code, "no masked LM" in err, len(err.splitlines())) == (2, True, 1)
+
+    headless = Path(shutil.copytree(checkpoint("bert"), tmp_path / "headless"))
+    AutoModel.from_pretrained(checkpoint("bert"), add_pooling_layer=False).save_pretrained(headless)
+    code, _, err = run(capsys, "fill", headless, "a [MASK]")
+    assert (code, "lacks weights" in err, len(err.splitlines())) == (2, True, 1)
+
+
+def test_pickled_weights_are_not_loaded(capsys, tmp_path, checkpoint):
+    import torch
+
+    pickled = Path(shutil.copytree(checkpoint("bert"), tmp_path / "pickled"))
+    (pickled / "model.safetensors").unlink()
+    torch.save({}, pickled / "pytorch_model.bin")
+    code, _, err = run(capsys, "fill", pickled, "a [MASK]")
+    assert (code, len(err.splitlines())) == (2, 1)
+
+
+def test_a_closed_pipe_is_no_error(artifact, tmp_path):
+    (tmp_path / "text.txt").write_text("The statement\n" * 3)
+    command = f"{sys.executable} -m mlmkit score {artifact('bert')} {tmp_path / 'text.txt'} | true"
+    result = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert "Traceback" not in result.stderr
+
+
+def test_interrupting_says_so(capsys, monkeypatch, artifact):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("mlmkit.backends.load", interrupted)
+    code, _, err = run(capsys, "fill", artifact("bert"), "a [MASK]")
+    assert (code, err.strip()) == (130, "mlmkit: interrupted")
+
+
+# ------------------------------------------------------------------ the demo
+
+
+def test_demo_on_own_text_goes_the_whole_way(capsys, caplog, tmp_path, text_file, monkeypatch):
+    """All of the demo but its length: ten steps instead of hundreds."""
+    from dataclasses import replace
+
+    from mlmkit import demo
+
+    real = demo.demo_config
+    monkeypatch.setattr(
+        demo, "demo_config", lambda text: replace(real(text), train=replace(real(text).train, steps=10, save_every=5))
+    )
+    code, out, err = run(capsys, "demo", "--text", text_file, "--output", tmp_path / "demo")
+    assert code == 0, err
+    assert "unigram entropy" in out
+    results = [
+        json.loads((tmp_path / "demo" / f"eval-{name}" / "result.json").read_text())
+        for name in ("checkpoint", "artifact")
+    ]
+    assert results[0]["mask_digest"] == results[1]["mask_digest"]
+    assert results[0]["model"]["fingerprint"] == results[1]["model"]["fingerprint"]
+    assert results[0]["mask_digest"][:12] in out
+    for part in ("run/model", "artifact", "eval-checkpoint/result.json"):
+        assert str(tmp_path / "demo" / part) in out
+        assert (tmp_path / "demo" / part).exists()
+    train, heldout = ((tmp_path / "demo" / name).read_text().splitlines() for name in ("train.txt", "heldout.txt"))
+    assert not set(train) & set(heldout)
+
+    with caplog.at_level("INFO", logger="mlmkit"):
+        code, _, _ = run(capsys, "demo", "--text", text_file, "--output", tmp_path / "demo")
+    assert code == 0
+    assert "nothing to train" in caplog.text
+    code, _, err = run(capsys, "demo", "--output", tmp_path / "demo")
+    assert (code, "another" in err) == (2, True)
+
+
+def test_json_leaves_standard_output_to_the_object(artifact, tmp_path):
+    (tmp_path / "text.txt").write_text("The statement of the text\n" * 20)
+    result = process("eval", artifact("bert"), "--set", tmp_path / "text.txt", "--json", "--metric", "pseudo")
+    assert result.returncode == 0
+    assert json.loads(io.StringIO(result.stdout).read())["metrics"]["pseudo_perplexity"]["value"] > 1
+    assert result.stderr == ""
