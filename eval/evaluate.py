@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mlmkit import __version__
-from mlmkit.backends import Backend, Scored
+from mlmkit.backends import Backend, Scored, capacity
 from mlmkit.corpus import Corpus, Source, load_corpus
 from mlmkit.errors import UserError
 from mlmkit.eval.metrics import Metrics, masked_metrics, pseudo_metrics
@@ -74,20 +74,20 @@ def evaluate(
             raise UserError(f"no metric {metric!r}: choose {' or '.join(METRICS)}")
     began = time.perf_counter()
     corpus = load_corpus(source, backend.tokenizer)
-    capacity = backend.info.max_length - backend.tokenizer.added_tokens
+    room = capacity(backend)
     corruption, digest = corrupt_corpus(corpus, backend.tokenizer, recipe, mask_seed)
     is_special = backend.tokenizer.masking.is_special
     plans: list[Plan] = []
     if "masked" in metrics:
         if not len(corruption.selected):
             raise UserError(f"{source.location}: the masks select no token: use more text or a higher --mask-prob")
-        plans.append(masked_plan(corpus, corruption, capacity))
+        plans.append(masked_plan(corpus, corruption, room))
     if "pseudo" in metrics:
         sample = None
         if pseudo.sample < 1:
             selecting = MaskRecipe(mask_prob=pseudo.sample)
             sample = corrupt_corpus(corpus, backend.tokenizer, selecting, mask_seed)[0].selected
-        plans.append(pseudo_plan(corpus, backend.tokenizer, capacity, pseudo.variant, sample))
+        plans.append(pseudo_plan(corpus, backend.tokenizer, room, pseudo.variant, sample))
         if not len(plans[-1]):
             raise UserError(f"{source.location}: there is no token to score")
 
@@ -115,7 +115,7 @@ def evaluate(
             "fingerprint": corpus.fingerprint,
             "documents": len(corpus),
             "documents_without_tokens": int((corpus.lengths == 0).sum()),
-            "windowed_documents": int((corpus.lengths > capacity).sum()),
+            "windowed_documents": int((corpus.lengths > room).sum()),
             "tokens": len(corpus.ids),
             "words": int(corpus.text_sizes[:, 0].sum()),
             "characters": int(corpus.text_sizes[:, 1].sum()),

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from mlmkit.backends import Backend
+from mlmkit.backends import Backend, capacity
 from mlmkit.corpus import tokenize
 from mlmkit.eval.plan import pseudo_plan
 from mlmkit.eval.scoring import run_plan
@@ -37,7 +37,7 @@ def score_texts(
     if not texts:
         return []
     corpus = tokenize(texts, backend.tokenizer)
-    plan = pseudo_plan(corpus, backend.tokenizer, backend.info.max_length - backend.tokenizer.added_tokens, variant)
+    plan = pseudo_plan(corpus, backend.tokenizer, capacity(backend), variant)
     with progress() as bar:
         task = bar.add_task("scoring", total=len(plan))
         scored = run_plan(backend, corpus, plan, batch_tokens, lambda rows: bar.advance(task, rows))

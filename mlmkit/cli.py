@@ -54,9 +54,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         code = _fail(str(error), error.exit_code)
     except (KeyboardInterrupt, click.Abort):
         code = _fail("interrupted", INTERRUPTED)
-    except BrokenPipeError:  # the reader of our output has left: `mlmkit ... | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 1
+    except OSError as error:  # a full disk, a name too long, a folder that went away
+        if isinstance(error, BrokenPipeError):  # the reader of our output has left: `mlmkit ... | head`
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            code = 1
+        else:
+            code = _fail(f"{error.strerror or error}: {str(error.filename or '')[:200]}".rstrip(": "), 2)
     sys.exit(code or 0)
 
 
@@ -346,6 +349,8 @@ def fill(model: str, text: str, top_k: int, targets: tuple[str, ...], backend: s
     from mlmkit.fill import fill as run_fill
 
     wanted = [target.strip() for group in targets for target in group.split(",") if target.strip()]
+    if targets and not wanted:
+        raise UserError("--targets names no target")
     candidates = run_fill(load(model, backend, device), text, top_k=top_k, targets=wanted)
     if as_json:
         _print_json({"text": text, "masks": candidates})

@@ -144,7 +144,7 @@ def _read_parquet(path: Path, field: str) -> Iterator[str]:
             for value in batch.column(0).to_pylist():
                 yield _checked(value, f"{path}: row {row}, column {field!r}")
                 row += 1
-    except pa.ArrowException as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read as parquet: {str(error).splitlines()[0]}") from None
 
 
@@ -167,8 +167,9 @@ def _load_hub(location: str) -> Any:
     try:
         return datasets.load_dataset(name, config or None, split=split or "train")
     except Exception as error:  # datasets raises many kinds, for many causes: a missing name, split, network
-        first_line = next(iter(str(error).splitlines()), "")
-        raise UserError(f"{location}: cannot be loaded: {type(error).__name__}: {first_line}") from None
+        cause = error.__cause__ or error
+        first_line = next(iter(str(cause).splitlines()), "")
+        raise UserError(f"{location}: cannot be loaded: {type(cause).__name__}: {first_line}") from None
 
 
 def _checked(value: object, place: str) -> str:

@@ -44,7 +44,7 @@ def new_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
 
 def refuse_existing(path: Path, overwrite: bool) -> None:
     """Raise `UserError` now rather than after hours of work if `path` would be overwritten unasked."""
-    if path.exists() and not path.is_dir():
+    if (path.exists() or path.is_symlink()) and not path.is_dir():
         raise UserError(f"{path} exists and is not a folder: choose another --output")
     if path.is_dir() and any(path.iterdir()) and not overwrite:
         raise UserError(f"{path} exists: choose another --output, or replace it with --overwrite")

@@ -29,6 +29,8 @@ def fill(backend: Backend, text: str, *, top_k: int = 5, targets: Sequence[str] 
     Raises `UserError` when there is no mask, the text is too long, or `top_k` is out of range.
     """
     tokenizer = backend.tokenizer
+    if not all(_is_unicode(string) for string in (text, *targets)):
+        raise UserError("the text or a target is not valid UTF-8")
     ids = np.array(tokenizer.encode_control(text).ids, dtype=np.int64)
     masks = np.flatnonzero(ids == tokenizer.mask_id)
     if not len(masks):
@@ -50,6 +52,11 @@ def fill(backend: Backend, text: str, *, top_k: int = 5, targets: Sequence[str] 
         [_candidate(tokenizer, ids, int(mask), id, score, several=len(masks) > 1) for id, score in row]
         for mask, row in zip(masks, ranked, strict=True)
     ]
+
+
+def _is_unicode(text: str) -> bool:
+    """A shell hands bytes that are not UTF-8 on as half surrogate pairs."""
+    return text.encode("utf-8", "ignore").decode() == text
 
 
 def _rank_targets(

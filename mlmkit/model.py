@@ -27,6 +27,7 @@ from transformers import (
 )
 from transformers.utils.generic import ModelOutput
 
+from mlmkit.artifact import is_artifact
 from mlmkit.errors import UserError
 from mlmkit.tokenizer import Tokenizer
 
@@ -138,12 +139,19 @@ def load_pretrained(path: str, *, dtype: torch.dtype = torch.float32) -> tuple[M
     Weights are read from safetensors only. Raises `UserError` for what is not a complete masked LM with its tokenizer.
     """
     config = load_config(path)
-    with _as_user_error(path):
+    with as_user_error(path):
         network, info = AutoModelForMaskedLM.from_pretrained(
-            path, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True
+            path,
+            config=config,
+            dtype=dtype,
+            use_safetensors=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # reported below, in one line
         )
     if missing := sorted(info["missing_keys"]):
         raise UserError(f"{path} is no masked LM checkpoint: it lacks weights for {', '.join(missing[:3])}")
+    if mismatched := sorted(str(key) for key in info["mismatched_keys"]):
+        raise UserError(f"{path}: the weights do not have the shapes that config.json asks for: {mismatched[0]}")
     tokenizer = load_tokenizer(path)
     if tokenizer.vocabulary_size > config.vocab_size:
         raise UserError(
@@ -157,25 +165,32 @@ def load_config(path: str) -> PreTrainedConfig:
     """The configuration of a masked LM. Raises `UserError` for another kind of model."""
     if Path(path).is_file():
         raise UserError(f"{path} is a file: name the folder of a checkpoint or an artifact")
+    if is_artifact(Path(path)):
+        raise UserError(f"{path} is an artifact: name the checkpoint that it came from")
     if Path(path).is_dir() and not (Path(path) / "config.json").exists():
         raise UserError(f"{path} holds no config.json: it is neither a checkpoint nor an artifact")
-    with _as_user_error(path):
+    with as_user_error(path):
         config = AutoConfig.from_pretrained(path)
-    if type(config) not in AutoModelForMaskedLM._model_mapping:
-        raise UserError(f"{path} is a {config.model_type} model, which transformers has no masked LM for")
-    if getattr(config, "is_decoder", False):
-        raise UserError(f"{path} is a causal model (is_decoder): mlmkit scores masked language models")
+    refuse_other_models(config, path)
     return config
+
+
+def refuse_other_models(config: PreTrainedConfig, name: str) -> None:
+    """Raise `UserError` unless this configures a masked language model."""
+    if type(config) not in AutoModelForMaskedLM._model_mapping:
+        raise UserError(f"{name} is a {config.model_type} model, which transformers has no masked LM for")
+    if getattr(config, "is_decoder", False):
+        raise UserError(f"{name} is a causal model (is_decoder): mlmkit is for masked language models")
 
 
 def load_tokenizer(path: str) -> Tokenizer:
     """The checkpoint's tokenizer. Raises `UserError` when there is none that mlmkit can use."""
-    with _as_user_error(path):
+    with as_user_error(path):
         tokenizer = AutoTokenizer.from_pretrained(path)
     return Tokenizer.from_transformers(tokenizer)
 
 
-class _as_user_error:  # noqa: N801  (a context manager)
+class as_user_error:  # noqa: N801  (a context manager)
     """transformers raises OSError or ValueError with pages of advice: keep the first line."""
 
     def __init__(self, path: str) -> None:

@@ -80,6 +80,18 @@ def test_what_cannot_be_read_is_named(tmp_path, name, content, message):
         read(write(tmp_path / name, content))
 
 
+def test_damaged_parquet_is_named(tmp_path):
+    pq.write_table(pa.table({"text": ["a" * 5000] * 3}), tmp_path / "a.parquet", use_dictionary=False)
+    content = bytearray((tmp_path / "a.parquet").read_bytes())
+    content[40:90] = b"\xff" * 50
+    with pytest.raises(UserError, match="cannot be read as parquet"):
+        read(write(tmp_path / "a.parquet", bytes(content)))
+    binary = pa.array([b"\xff\xfe"], pa.binary())
+    pq.write_table(pa.table({"text": pa.Array.from_buffers(pa.string(), 1, binary.buffers())}), tmp_path / "b.parquet")
+    with pytest.raises(UserError, match="cannot be read as parquet"):
+        read(tmp_path / "b.parquet")
+
+
 def test_missing_column_folder_and_file_are_named(tmp_path):
     pq.write_table(pa.table({"body": ["a"]}), tmp_path / "a.parquet")
     with pytest.raises(UserError, match=r"no column 'text' .it has body."):

@@ -198,6 +198,23 @@ def test_a_tokenizer_larger_than_the_model_is_refused(copy):
         load(str(copy))
 
 
+def test_a_manifest_that_promises_too_much_is_refused(copy):
+    change(copy, top_k=200)
+    with pytest.raises(UserError, match="gives 100 candidates"):
+        load(str(copy)).predict(random_batch(1, 5, 1))
+    change(copy, top_k=100, max_length=128)
+    with pytest.raises(CheckError, match=r"ONNX Runtime failed on a batch of shape \(1, 100\)"):
+        load(str(copy)).score(random_batch(1, 100, 1))
+
+
+def test_weights_of_another_shape_are_refused(checkpoint, tmp_path):
+    shutil.copytree(checkpoint("bert"), tmp_path / "copy")
+    config = json.loads((tmp_path / "copy" / "config.json").read_text())
+    (tmp_path / "copy" / "config.json").write_text(json.dumps({**config, "intermediate_size": 64}))
+    with pytest.raises(UserError, match="do not have the shapes"):
+        load(str(tmp_path / "copy"))
+
+
 def test_the_wrong_backend_is_refused(copy, checkpoint):
     with pytest.raises(UserError, match="name the checkpoint"):
         load(str(copy), backend="torch")

@@ -79,6 +79,14 @@ def log_lines(run: Path) -> list[dict]:
         ("lr=1", "table.key=value"),
         ("data.train=", "data.train is missing"),
         ("model=3", "table.key=value"),
+        ("optim.lr=inf", "optim.lr must be positive and finite"),
+        ("optim.eps=0", "optim.eps must be positive"),
+        ("optim.beta2=1.0", "optim.beta2 must be"),
+        ("optim.beta1=nan", "optim.beta1 must be"),
+        ("optim.weight_decay=-0.1", "optim.weight_decay must be"),
+        ("optim.warmup_steps=-1", "optim.warmup_steps must be"),
+        ("train.seed=-1", "train.seed must be"),
+        ("train.device=tpu", "train.device must be one of auto, cpu, cuda"),
     ],
 )
 def test_wrong_settings_are_named(tmp_path, text_file, override, message):
@@ -295,6 +303,43 @@ def test_a_folder_with_something_else_is_left_alone(config, tmp_path):
     assert [path.name for path in folder.iterdir()] == ["thesis.tex"]
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["data.train=none.txt"], "no such file"),
+        (["model.max_length=2", "train.micro_batch_tokens=256"], "no room beside 2 special tokens"),
+        (["tokenizer.vocab_size=20"], "the text's characters alone take"),
+        (["model.architecture=none"], "neither a preset"),
+        (["model.init_from=none/of/these"], "cannot be loaded"),
+    ],
+)
+def test_nothing_is_written_when_training_cannot_start(tmp_path, text_file, settings, message):
+    with pytest.raises(UserError, match=message):
+        loop.train(write_config(tmp_path, text_file, "bert-tiny", *settings), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    assert not list(tmp_path.glob(".run*"))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"model_type": "gpt2"}', "no masked LM for"),
+        ('{"model_type": "bert", "is_decoder": true}', "causal"),
+        ('{"model_type": "bert", "hidden_size": "32"}', "cannot be loaded"),
+        ('{"model_type": "nothing"}', "no model_type 'nothing'"),
+        ("{}", "no model_type None"),
+        ("[]", "no JSON object"),
+        ("{", "not a Hugging Face config.json"),
+    ],
+)
+def test_an_unusable_architecture_is_named(tmp_path, text_file, content, message):
+    (tmp_path / "architecture.json").write_text(content)
+    config = write_config(tmp_path, text_file, str(tmp_path / "architecture.json"))
+    with pytest.raises(UserError, match=message):
+        loop.train(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_half_written_checkpoint_is_not_taken(config, tmp_path):
     straight = weights(loop.train(config, tmp_path / "run"))
     import shutil
@@ -307,7 +352,7 @@ def test_a_half_written_checkpoint_is_not_taken(config, tmp_path):
 
 
 def test_a_loss_that_is_not_finite_stops_with_the_step_named(tmp_path, text_file):
-    config = write_config(tmp_path, text_file, "bert-tiny", "optim.lr=1e30", "optim.warmup_steps=1")
+    config = write_config(tmp_path, text_file, "bert-tiny", "optim.lr=1e11", "optim.warmup_steps=1")
     with pytest.raises(CheckError, match=r"step \d+: loss .* learning rate"):
         loop.train(config, tmp_path / "run")
 

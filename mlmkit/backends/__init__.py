@@ -76,6 +76,16 @@ class Backend(Protocol):
         ...
 
 
+def capacity(backend: Backend) -> int:
+    """How many tokens of a text fit in a row, beside the special tokens. Raises `UserError` if none does."""
+    room = backend.info.max_length - backend.tokenizer.added_tokens
+    if room < 1:
+        raise UserError(
+            f"{backend.info.path} takes {backend.info.max_length} tokens, and the special tokens take all of them"
+        )
+    return room
+
+
 def load(path: str, backend: str = "auto", device: str = "auto") -> Backend:
     """A checkpoint folder or hub name with torch, an artifact with ONNX Runtime.
 

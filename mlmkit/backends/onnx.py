@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from mlmkit.artifact import read_manifest
 from mlmkit.backends import Batch, ModelInfo, Predicted, Scored
 from mlmkit.backends.graph import drop_outputs
-from mlmkit.errors import UserError
+from mlmkit.errors import CheckError, UserError
 from mlmkit.tokenizer import Tokenizer
 
 TOP_OUTPUTS = {"top_log_prob", "top_id"}
@@ -55,7 +55,11 @@ class OnnxBackend:
 
     @cached_property
     def _predicting(self) -> ort.InferenceSession:
-        return _session(self._graph, str(self._graph), self.device)
+        session = _session(self._graph, str(self._graph), self.device)
+        k = next(output.shape[-1] for output in session.get_outputs() if output.name == "top_id")
+        if k != self.info.top_k:
+            raise UserError(f"{self._graph} gives {k} candidates, its manifest says {self.info.top_k}: export it again")
+        return session
 
     @cached_property
     def _scoring(self) -> ort.InferenceSession:
@@ -64,7 +68,13 @@ class OnnxBackend:
     def _run(self, session: ort.InferenceSession, batch: Batch) -> list[Any]:
         outputs = [output.name for output in session.get_outputs()]
         if self.device == "cpu":
-            return list(session.run(outputs, batch._asdict()))
+            try:
+                return list(session.run(outputs, batch._asdict()))
+            except Exception as error:  # onnxruntime's own exceptions share no public base
+                raise CheckError(
+                    f"{self.info.path}: ONNX Runtime failed on a batch of shape {batch.input_ids.shape}, in a model "
+                    f"of {self.info.max_length} tokens and {self.info.vocabulary_size} ids: {_first_line(error)}"
+                ) from error
         # Binding lets the inputs go to the device in one step each and keeps every intermediate there; the outputs
         # are a few numbers a masked position.
         binding = session.io_binding()
@@ -96,7 +106,7 @@ def _session(path: Path, graph: str | bytes, device: str) -> ort.InferenceSessio
     try:
         session = ort.InferenceSession(graph, options, providers=providers)
     except Exception as error:  # onnxruntime's own exceptions share no public base
-        raise UserError(f"{path}: ONNX Runtime cannot load it: {str(error).splitlines()[0]}") from None
+        raise UserError(f"{path}: ONNX Runtime cannot load it: {_first_line(error)}") from None
     if device == "cuda" and session.get_providers()[0] != "CUDAExecutionProvider":
         raise UserError("ONNX Runtime could not start CUDA (its messages are above): use --device cpu")
     return session
@@ -119,6 +129,10 @@ def _has_cuda_driver() -> bool:
         return ctypes.CDLL("libcuda.so.1").cuInit(0) == 0
     except OSError:
         return False
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def _contiguous(array: NDArray[np.int64]) -> NDArray[np.int64]:

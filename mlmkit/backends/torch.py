@@ -4,7 +4,6 @@ from hashlib import sha256
 
 import torch
 from transformers import PreTrainedModel
-from transformers.utils import logging as transformers_logging
 
 from mlmkit.backends import Batch, ModelInfo, Predicted, Scored
 from mlmkit.errors import UserError
@@ -18,9 +17,8 @@ class TorchBackend:
     name = "torch"
 
     def __init__(self, path: str, device: str = "auto") -> None:
-        transformers_logging.disable_progress_bar()
         self.model, self.tokenizer = load_pretrained(path)
-        self.device = _pick_device(device)
+        self.device = pick_device(device)
         self.model.to(self.device)
         torch.set_float32_matmul_precision("highest")
         self.info = model_info(path, self.model, self.tokenizer)
@@ -63,7 +61,8 @@ def weights_fingerprint(network: PreTrainedModel) -> str:
     return digest.hexdigest()
 
 
-def _pick_device(device: str) -> str:
+def pick_device(device: str) -> str:
+    """`auto` is CUDA where torch finds it. Raises `UserError` for CUDA where it does not."""
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("torch finds no CUDA device here: use --device cpu")
     return "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"

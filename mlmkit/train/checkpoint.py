@@ -14,9 +14,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
-from mlmkit.errors import UserError
 from mlmkit.files import new_folder
-from mlmkit.train.config import Config
 
 
 def save_checkpoint(
@@ -56,30 +54,3 @@ def load_optimizer(folder: Path, optimizer: Optimizer) -> int:
 def _flatten(optimizer: Optimizer) -> dict[str, Tensor]:
     state = optimizer.state_dict()["state"]
     return {f"{index}.{key}": torch.as_tensor(value) for index, entry in state.items() for key, value in entry.items()}
-
-
-def begin_run(run: Path, identity: dict[str, object]) -> None:
-    """Write `run.json`, or refuse to go on in a folder that was begun with something else."""
-    path = run / "run.json"
-    if not path.exists():
-        with_temporary = path.with_suffix(".tmp")
-        with_temporary.write_text(json.dumps(identity, indent=2) + "\n")
-        with_temporary.rename(path)
-        return
-    before = json.loads(path.read_text())
-    if difference := _first_difference(before, json.loads(json.dumps(identity)), ""):
-        raise UserError(f"{run} was begun with another {difference}: choose another --output, or delete that folder")
-
-
-def _first_difference(before: object, now: object, name: str) -> str:
-    if isinstance(before, dict) and isinstance(now, dict):
-        for key in {**before, **now}:
-            if found := _first_difference(before.get(key), now.get(key), f"{name}.{key}".lstrip(".")):
-                return found
-        return ""
-    return "" if before == now else f"{name} ({before!r}, now {now!r})"
-
-
-def run_identity(config: Config, corpus_fingerprint: str, tokenizer_fingerprint: str) -> dict[str, object]:
-    """What must not change between the start of a run and its resumption."""
-    return {"config": config.as_dict(), "corpus": corpus_fingerprint, "tokenizer": tokenizer_fingerprint}

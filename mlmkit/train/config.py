@@ -7,6 +7,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, get_type_hints
 
+from mlmkit.backends import DEVICES
 from mlmkit.corpus import Source
 from mlmkit.errors import UserError
 from mlmkit.masking import MaskRecipe
@@ -93,12 +94,23 @@ class Config:
             "train.save_every": self.train.save_every,
             "train.keep_checkpoints": self.train.keep_checkpoints,
             "train.log_every": self.train.log_every,
+            "optim.eps": self.optim.eps,
             "optim.lr": self.optim.lr,
             "optim.max_grad_norm": self.optim.max_grad_norm,
         }
         for name, value in positive.items():
-            if not value > 0:
-                raise UserError(f"{name} must be positive, not {value}")
+            if not 0 < value < 1 << 40:  # also false for NaN and infinity
+                raise UserError(f"{name} must be positive and finite, not {value}")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self.optim, name) < 1:
+                raise UserError(f"optim.{name} must be at least 0 and below 1, not {getattr(self.optim, name)}")
+        for name in ("weight_decay", "warmup_steps"):
+            if not 0 <= getattr(self.optim, name) < 1 << 40:
+                raise UserError(f"optim.{name} must be at least 0 and finite, not {getattr(self.optim, name)}")
+        if not 0 <= self.train.seed < 1 << 63:
+            raise UserError(f"train.seed must be between 0 and 2**63 - 1, not {self.train.seed}")
+        if self.train.device not in DEVICES:
+            raise UserError(f"train.device must be one of {', '.join(DEVICES)}, not {self.train.device!r}")
         if not self.data.train:
             raise UserError("data.train is missing: name the text to train on")
         if self.tokenizer.kind not in ("wordpiece", "bpe"):
@@ -124,9 +136,9 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read a TOML file and apply `table.key=value` overrides. Raises `UserError` naming the key at fault."""
     try:
         tables = tomllib.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
-    except tomllib.TOMLDecodeError as error:
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:  # tomllib's own error is a ValueError
         raise UserError(f"{path}: not valid TOML: {error}") from None
     for override in overrides:
         name, equals, value = override.partition("=")
@@ -144,7 +156,7 @@ def _toml_value(text: str) -> Any:
     """A TOML value, or the text itself, so that `--set data.train=corpus.txt` needs no quotes."""
     try:
         return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):
         return text
 
 

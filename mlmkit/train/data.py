@@ -54,6 +54,8 @@ class TrainingData:
         self.corpus, self.tokenizer, self.recipe, self.seed = corpus, tokenizer, recipe, seed
         self.packed, self.position_offset = packed, position_offset
         self.budget = micro_batch_tokens
+        if max_length <= tokenizer.added_tokens:
+            raise UserError(f"rows of {max_length} tokens have no room beside {tokenizer.added_tokens} special tokens")
         self.windows = cut_windows(corpus.lengths, max_length - tokenizer.added_tokens)
         if not len(self.windows):
             raise UserError("the training text has no tokens")

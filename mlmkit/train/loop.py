@@ -10,27 +10,16 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForMaskedLM, AutoTokenizer
 
-from mlmkit import model as masked_lm
-from mlmkit.corpus import load_corpus, read_documents
-from mlmkit.errors import CheckError, UserError
+from mlmkit.backends.torch import pick_device
+from mlmkit.errors import CheckError
 from mlmkit.files import new_folder
 from mlmkit.model import MaskedLM, enable_packing
 from mlmkit.progress import progress
-from mlmkit.tokenizer import Tokenizer
-from mlmkit.train.checkpoint import (
-    begin_run,
-    checkpoints,
-    load_optimizer,
-    run_identity,
-    save_checkpoint,
-    save_model,
-)
+from mlmkit.train.checkpoint import checkpoints, load_optimizer, save_checkpoint, save_model
 from mlmkit.train.config import Config, OptimConfig
-from mlmkit.train.data import MicroBatch, TrainingData
-from mlmkit.train.presets import build_config
-from mlmkit.train.tokenizer import train_tokenizer
+from mlmkit.train.data import MicroBatch
+from mlmkit.train.start import begin_or_check, build_model, make_data
 
 log = logging.getLogger(__name__)
 
@@ -41,39 +30,25 @@ def train(config: Config, run: Path) -> Path:
     Returns the folder of the finished model, `RUN/model`. `RUN/log.jsonl` has a line every `train.log_every` steps.
     Raises `UserError` for input that cannot be trained on and `CheckError` when the loss is no longer finite.
     """
-    if run.exists() and any(run.iterdir()) and not (run / "tokenizer").exists():
-        raise UserError(f"{run} holds something else than a training run: choose another --output")
-    tokenizer = prepare_tokenizer(config, run / "tokenizer")
-    corpus = load_corpus(config.data.source, tokenizer)
-    begin_run(run, run_identity(config, corpus.fingerprint, tokenizer.fingerprint))
+    tokenizer, corpus = begin_or_check(config, run)
     if (run / "model").exists():
         log.info("%s is finished: nothing to train", run)
         return run / "model"
 
-    device = torch.device(_default_device() if config.train.device == "auto" else config.train.device)
+    device = torch.device(pick_device(config.train.device))
     saved = checkpoints(run)
     torch.manual_seed(config.train.seed)
     model = build_model(config, tokenizer, resume_from=saved[-1] if saved else None)
     packed = enable_packing(model)
     if not packed:
         log.warning("%s cannot be packed: training on padded batches", type(model.network).__name__)
-    max_length = min(config.model.max_length, model.max_length())
     model.to(device).train()
     optimizer = build_optimizer(model, config.optim, fused=device.type == "cuda")
     step = load_optimizer(saved[-1], optimizer) if saved else 0
     if saved:
         log.info("resuming %s after step %d", run, step)
 
-    data = TrainingData(
-        corpus,
-        tokenizer,
-        config.masking,
-        max_length=max_length,
-        micro_batch_tokens=config.train.micro_batch_tokens,
-        seed=config.train.seed,
-        packed=packed,
-        position_offset=model.position_offset,
-    )
+    data = make_data(config, tokenizer, corpus, model, packed=packed)
     log.info(
         "%s, %.1f M parameters, vocabulary %d; %d documents, %d tokens; %s",
         config.model.init_from or config.model.architecture,
@@ -157,31 +132,6 @@ def build_optimizer(model: MaskedLM, config: OptimConfig, *, fused: bool) -> tor
     return torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=fused)
 
 
-def build_model(config: Config, tokenizer: Tokenizer, resume_from: Path | None) -> MaskedLM:
-    """From the checkpoint to resume, from `model.init_from`, or with random weights."""
-    pretrained = str(resume_from) if resume_from else config.model.init_from
-    if pretrained:
-        return masked_lm.load_pretrained(pretrained)[0]
-    hf_config = build_config(config.model.architecture, tokenizer, config.model.max_length)
-    return MaskedLM(AutoModelForMaskedLM.from_config(hf_config))
-
-
-def prepare_tokenizer(config: Config, folder: Path) -> Tokenizer:
-    """The run's own copy of the tokenizer: trained on the text, given by `tokenizer.path`, or that of `init_from`."""
-    if not folder.exists():
-        if given := config.model.init_from or config.tokenizer.path:
-            masked_lm.load_tokenizer(given)  # refuse what mlmkit cannot use before anything is written
-            tokenizer = AutoTokenizer.from_pretrained(given)
-        else:
-            log.info("training a %s tokenizer of %d entries", config.tokenizer.kind, config.tokenizer.vocab_size)
-            tokenizer = train_tokenizer(
-                lambda: read_documents(config.data.source), config.tokenizer, config.model.max_length
-            )
-        with new_folder(folder) as building:
-            tokenizer.save_pretrained(building)
-    return masked_lm.load_tokenizer(str(folder))
-
-
 class TrainingLog:
     """`log.jsonl`: one JSON object every few steps. On a resume, lines after the resumed step are dropped."""
 
@@ -231,7 +181,3 @@ def _lines(path: Path) -> Iterator[str]:
         for line in path.read_text().splitlines(keepends=True):
             if line.endswith("}\n"):  # a kill may have cut the last one
                 yield line
-
-
-def _default_device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForMaskedLM, PreTrainedConfig
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForMaskedLM, PreTrainedConfig
 
 from mlmkit.errors import UserError
-from mlmkit.model import MaskedLM
+from mlmkit.model import MaskedLM, as_user_error, refuse_other_models
 from mlmkit.tokenizer import Tokenizer
 
 
@@ -67,10 +67,11 @@ def build_config(architecture: str, tokenizer: Tokenizer, max_length: int) -> Pr
     """The Hugging Face configuration, with vocabulary size, special ids and positions fitted to tokenizer and text."""
     values = dict(PRESETS.get(architecture) or _read_config(architecture))
     model_type = values.pop("model_type", None)
-    try:
+    if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
+        raise UserError(f"{architecture}: transformers knows no model_type {model_type!r}")
+    with as_user_error(architecture):
         config = AutoConfig.for_model(model_type, **values)
-    except ValueError:
-        raise UserError(f"{architecture}: transformers knows no model_type {model_type!r}") from None
+    refuse_other_models(config, architecture)
     config.vocab_size = tokenizer.vocabulary_size
     for name in ("pad", "bos", "eos", "cls", "sep"):
         if hasattr(config, f"{name}_token_id"):
@@ -81,17 +82,20 @@ def build_config(architecture: str, tokenizer: Tokenizer, max_length: int) -> Pr
         if hasattr(config, name):
             setattr(config, name, 0.0)
     # Position ids of the RoBERTa family begin at padding_idx + 1, so their table needs as many rows more.
-    with torch.device("meta"):
+    with as_user_error(architecture), torch.device("meta"):
         config.max_position_embeddings += MaskedLM(AutoModelForMaskedLM.from_config(config)).position_offset
     return config
 
 
 def _read_config(path: str) -> dict[str, Any]:
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        values = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError:
         raise UserError(
             f"model.architecture: {path!r} is neither a preset ({', '.join(PRESETS)}) nor a config.json"
         ) from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not a Hugging Face config.json: {error}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: not a Hugging Face config.json: no JSON object")
+    return values

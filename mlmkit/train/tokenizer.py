@@ -6,6 +6,7 @@ from tokenizers import Tokenizer as RustTokenizer
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
+from mlmkit.errors import UserError
 from mlmkit.train.config import TokenizerConfig
 
 WORDPIECE_SPECIALS = {
@@ -33,10 +34,16 @@ def train_tokenizer(
 
     `documents` is called for each pass over the text. The same text gives the same tokenizer. Accents are kept, lower
     case or not: BERT's habit of dropping them with the case loses what tells "avó" from "avô".
+
+    Raises `UserError` when `vocab_size` does not even hold the characters.
     """
-    if config.kind == "wordpiece":
-        return _wrap(_train_wordpiece(documents, config), WORDPIECE_SPECIALS, max_length)
-    return _wrap(_train_bpe(documents, config), BPE_SPECIALS, max_length)
+    wordpiece = config.kind == "wordpiece"
+    rust = _train_wordpiece(documents, config) if wordpiece else _train_bpe(documents, config)
+    if (size := rust.get_vocab_size()) > config.vocab_size:
+        raise UserError(
+            f"tokenizer.vocab_size ({config.vocab_size}) is too small: the text's characters alone take {size}"
+        )
+    return _wrap(rust, WORDPIECE_SPECIALS if wordpiece else BPE_SPECIALS, max_length)
 
 
 def _train_wordpiece(documents: Callable[[], Iterable[str]], config: TokenizerConfig) -> RustTokenizer:
