@@ -18,9 +18,10 @@ from mlmkit import __version__
 from mlmkit.backends import Backend, Scored, capacity
 from mlmkit.corpus import Corpus, Source, load_corpus
 from mlmkit.errors import UserError
-from mlmkit.eval.metrics import Metrics, masked_metrics, pseudo_metrics
-from mlmkit.eval.plan import Plan, corrupt_corpus, masked_plan, pseudo_plan
+from mlmkit.eval.metrics import masked_metrics, pseudo_metrics
+from mlmkit.eval.plan import VARIANTS, Plan, corrupt_corpus, masked_plan, pseudo_plan
 from mlmkit.eval.scoring import run_plan, shown_ids
+from mlmkit.eval.statistics import Metrics
 from mlmkit.files import new_folder
 from mlmkit.masking import MaskRecipe, format_digest
 from mlmkit.progress import progress
@@ -37,6 +38,8 @@ class PseudoOptions:
     sample: float = 1.0
 
     def __post_init__(self) -> None:
+        if self.variant not in VARIANTS:
+            raise UserError(f"no pseudo-likelihood variant {self.variant!r}: choose {' or '.join(VARIANTS)}")
         if not 0.0 < self.sample <= 1.0:
             raise UserError(f"the pseudo-likelihood sample must be above 0 and at most 1, not {self.sample}")
 
@@ -137,7 +140,7 @@ def evaluate(
 
 def write_evaluation(evaluation: Evaluation, folder: Path, *, overwrite: bool = False) -> None:
     """`result.json` and `tokens.parquet`, both or neither. Raises `UserError` if the folder exists."""
-    with new_folder(folder, overwrite=overwrite) as building:
+    with new_folder(folder, replaces="result.json" if overwrite else "") as building:
         (building / "result.json").write_text(json.dumps(evaluation.result, indent=2) + "\n", encoding="utf-8")
         pq.write_table(evaluation.tokens, building / "tokens.parquet", compression="zstd")
 

@@ -8,9 +8,8 @@ from numpy.typing import NDArray
 from mlmkit.backends import Scored
 from mlmkit.corpus import Corpus
 from mlmkit.eval.plan import Plan
-from mlmkit.eval.statistics import bootstrap, sum_by_document
+from mlmkit.eval.statistics import Metrics, bootstrap, sum_by_document
 
-Metrics = dict[str, dict[str, float]]
 Columns = NDArray[np.float64]
 
 
@@ -23,7 +22,7 @@ def masked_metrics(corpus: Corpus, plan: Plan, scored: Scored) -> Metrics:
     sums = np.stack([sum_by_document(column, plan.document, len(corpus)) for column in columns], axis=1)
 
     def mean(column: int):
-        return lambda totals: totals[..., column] / np.maximum(totals[..., 0], 1)
+        return lambda totals: totals[..., column] / totals[..., 0]
 
     return bootstrap(
         sums,
@@ -47,10 +46,10 @@ def pseudo_metrics(corpus: Corpus, plan: Plan, scored: Scored, scorable: NDArray
     sums = np.column_stack([pll, counted, scorable, corpus.text_sizes]).astype(np.float64)
 
     def total(totals: Columns) -> Columns:
-        return totals[..., 0] / np.maximum(totals[..., 1], 1) * totals[..., 2]
+        return totals[..., 0] / totals[..., 1] * totals[..., 2]
 
     def per(column: int):
-        return lambda totals: -total(totals) / np.maximum(totals[..., column], 1)
+        return lambda totals: -total(totals) / totals[..., column]
 
     return bootstrap(
         sums,

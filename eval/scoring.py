@@ -30,7 +30,8 @@ def run_plan(
     log_prob = np.empty(len(plan.offset), dtype=np.float32)
     rank = np.empty(len(plan.offset), dtype=np.int64)
     lengths = plan.rows.length + backend.tokenizer.added_tokens
-    for rows in length_batches(lengths, batch_tokens or BATCH_TOKENS[backend.device]):
+    budget = batch_tokens or BATCH_TOKENS[backend.device]
+    for rows in length_batches(lengths, budget, equal=backend.info.sees_padding):
         batch, scored = build_batch(corpus, plan, rows, backend.tokenizer)
         log_prob[scored], rank[scored] = backend.score(batch)
         if not np.isfinite(log_prob[scored]).all():

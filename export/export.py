@@ -7,7 +7,7 @@ from pathlib import Path
 from transformers import AutoTokenizer
 
 from mlmkit import __version__
-from mlmkit.artifact import FORMAT, Manifest, hash_files, write_manifest
+from mlmkit.artifact import FORMAT, MANIFEST, Manifest, hash_files, write_manifest
 from mlmkit.backends.onnx import OnnxBackend
 from mlmkit.backends.torch import TorchBackend
 from mlmkit.errors import CheckError
@@ -25,7 +25,7 @@ def export(checkpoint: str, output: Path, *, texts: Sequence[str] = (), overwrit
     `texts` is what parity is proven on; by default Python's own documentation. Nothing appears at `output` unless the
     proof holds. Raises `UserError` for an unusable checkpoint and `CheckError` when parity does not hold.
     """
-    with new_folder(output, overwrite=overwrite) as folder:
+    with new_folder(output, replaces=MANIFEST if overwrite else "") as folder:
         log.info("loading %s", checkpoint)
         reference = TorchBackend(checkpoint, "cpu")
         info = reference.info
@@ -45,6 +45,7 @@ def export(checkpoint: str, output: Path, *, texts: Sequence[str] = (), overwrit
                 precision=info.precision,
                 opset=OPSET,
                 top_k=info.top_k,
+                sees_padding=info.sees_padding,
                 parity=parity,
                 tensorrt=None,
                 mlmkit_version=__version__,

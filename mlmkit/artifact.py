@@ -19,6 +19,7 @@ FORMAT = 1
 class Manifest:
     """`files` maps each file's name to its SHA-256. `fingerprint` is that of the checkpoint's weights.
 
+    `sees_padding`: rows of different lengths must not share a batch (see `mlmkit.model.sees_padding`).
     `parity` is the report that the export made, in natural-log units; `tensorrt` describes the plan, if there is one.
     """
 
@@ -31,6 +32,7 @@ class Manifest:
     precision: str
     opset: int
     top_k: int
+    sees_padding: bool
     parity: dict[str, Any]
     tensorrt: dict[str, Any] | None
     mlmkit_version: str
@@ -76,8 +78,8 @@ def read_manifest(folder: Path) -> Manifest:
 def _has_type(value: object, kind: Any) -> bool:
     if kind is int:
         return type(value) is int and value > 0
-    if kind is str:
-        return isinstance(value, str)
+    if kind in (str, bool):
+        return isinstance(value, kind)
     if kind == dict[str, str]:
         return isinstance(value, dict) and all(isinstance(item, str) for item in value.values())
     return isinstance(value, dict) or (value is None and kind == dict[str, Any] | None)

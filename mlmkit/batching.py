@@ -42,17 +42,22 @@ def pack(lengths: Sequence[int], budget: int, lookahead: int = LOOKAHEAD) -> Ite
         yield members
 
 
-def length_batches(lengths: NDArray[np.int64], budget: int) -> list[NDArray[np.int64]]:
+def length_batches(lengths: NDArray[np.int64], budget: int, *, equal: bool = False) -> list[NDArray[np.int64]]:
     """Indices of rows, each once, in batches of similar length: `rows * longest <= budget`, or a single row.
 
-    Longest first, so that memory peaks at once and not at the end. It depends on `lengths` alone.
+    With `equal`, the rows of a batch have one length, so there is no padding. Longest first, so that memory peaks at
+    once and not at the end. It depends on `lengths` alone.
     """
     order = np.argsort(-lengths, kind="stable")
+    descending = lengths[order]
     batches, begin = [], 0
     while begin < len(order):
-        rows = max(budget // max(int(lengths[order[begin]]), 1), 1)
-        batches.append(order[begin : begin + rows])
-        begin += rows
+        longest = int(descending[begin])
+        end = begin + max(budget // max(longest, 1), 1)
+        if equal:
+            end = min(end, int(np.searchsorted(-descending, -longest, side="right")))
+        batches.append(order[begin:end])
+        begin = end
     return batches
 
 

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,7 +14,7 @@ import click
 from mlmkit import __version__
 from mlmkit.errors import CheckError, UserError, require
 
-INTERRUPTED = 130
+INTERRUPTED, TERMINATED = 130, 143
 
 
 class _HelpfulGroup(click.Group):
@@ -39,6 +40,8 @@ def cli(verbose: bool) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line; every error that the user can mend is one line on standard error."""
+    # As Ctrl-C does, so that what is half-written is removed on the way out.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
     try:
         code = cli.main(args=arguments, prog_name="mlmkit", standalone_mode=False)
     except click.exceptions.NoArgsIsHelpError as error:
@@ -152,12 +155,13 @@ def export(checkpoint: str, output: Path, text: str | None, overwrite: bool, as_
     require("train", "torch", "transformers", "onnx", "onnxscript", "safetensors")
     from itertools import islice
 
+    from mlmkit.artifact import MANIFEST
     from mlmkit.corpus import Source, read_documents
     from mlmkit.export.export import export as run_export
     from mlmkit.export.parity import TEXTS
     from mlmkit.files import refuse_existing
 
-    refuse_existing(output, overwrite)
+    refuse_existing(output, MANIFEST if overwrite else "")
     texts = list(islice(read_documents(Source(text)), TEXTS)) if text else []
     if text and not texts:
         raise UserError(f"{text}: no documents in it")
@@ -183,7 +187,13 @@ def export(checkpoint: str, output: Path, text: str | None, overwrite: bool, as_
 @click.option("--whole-word", is_flag=True, help="Select whole words.")
 @click.option("--pll", default="original", show_default=True, metavar="original|within-word", help="Pseudo-likelihood.")
 @click.option("--pseudo-sample", default=1.0, show_default=True, help="Share of tokens that pseudo scores.")
-@click.option("--batch-tokens", default=0, metavar="N", help="Tokens a batch, padding included. Default: by device.")
+@click.option(
+    "--batch-tokens",
+    type=click.IntRange(min=0),
+    default=0,
+    metavar="N",
+    help="Tokens a batch, padding included. Default: by device.",
+)
 @_text_options
 @click.option("--output", type=click.Path(path_type=Path), help="Folder for result.json and tokens.parquet.")
 @_overwrite_option
@@ -228,7 +238,7 @@ def evaluate(
         if not location.startswith(HUB):
             existing_file(location)
         if folder:
-            refuse_existing(folder, overwrite)
+            refuse_existing(folder, "result.json" if overwrite else "")
     loaded = load(model, backend, device)
     results = []
     for location, folder in zip(sets, folders, strict=True):
@@ -263,7 +273,10 @@ def _print_result(result: dict[str, Any], folder: Path | None) -> None:
     corpus = result["corpus"]
     click.echo(f"{corpus['source']['location']}: {corpus['documents']} documents, {corpus['tokens']} tokens")
     for name, metric in result["metrics"].items():
-        click.echo(f"  {name:32} {metric['value']:>14.4f}   95 % [{metric['low']:.4f}, {metric['high']:.4f}]")
+        value, low, high = (
+            f"{metric[key]:.4f}" if metric[key] is not None else "-" for key in ("value", "low", "high")
+        )
+        click.echo(f"  {name:32} {value:>14}   95 % [{low}, {high}]")
     if corpus["windowed_documents"]:
         click.echo(f"  {corpus['windowed_documents']} documents were longer than the model takes, and read in windows")
     click.echo(f"  {'mask_digest':32} {result['mask_digest']}")

@@ -164,6 +164,8 @@ def _load_hub(location: str) -> Any:
     name, _, split = location.removeprefix(HUB).partition("@")
     name, _, config = name.partition(":")
     datasets.disable_progress_bars()
+    for library in ("datasets", "huggingface_hub", "fsspec"):
+        logging.getLogger(library).setLevel(logging.CRITICAL)  # what goes wrong is said below, in one line
     try:
         return datasets.load_dataset(name, config or None, split=split or "train")
     except Exception as error:  # datasets raises many kinds, for many causes: a missing name, split, network
@@ -240,7 +242,10 @@ def _cache_key(source: Source, tokenizer: Tokenizer) -> str:
     if source.location.startswith(HUB):
         content = _load_hub(source.location)._fingerprint
     else:
-        content = file_sha256(existing_file(source.location))
+        path = existing_file(source.location)
+        if not path.is_file():
+            raise UserError(f"{source.location} is a pipe, which can be read once only: save its content to a file")
+        content = file_sha256(path)
     options = asdict(source) | {"location": Path(source.location).suffix, "content": content}
     identity = json.dumps([CACHE_FORMAT, options, tokenizer.fingerprint], sort_keys=True)
     return sha256(identity.encode()).hexdigest()[:32]
@@ -252,9 +257,7 @@ def _tokenize_into(folder: Path, texts: Iterable[str], tokenizer: Tokenizer, loc
         folder.parent.mkdir(parents=True, exist_ok=True)
         building = Path(tempfile.mkdtemp(prefix=".building.", dir=folder.parent))
     except OSError as error:
-        raise UserError(
-            f"cannot write the token cache {folder.parent} ({error.strerror}): set MLMKIT_CACHE to a folder that can be"
-        ) from None
+        raise _cache_error(folder, error) from None
     try:
         dtypes = {"ids": _id_dtype(tokenizer), "words": "<i4", "keys": "<u8", "text_sizes": "<i8"}
         files = {name: (building / name).open("wb") for name in _ARRAYS}
@@ -265,8 +268,11 @@ def _tokenize_into(folder: Path, texts: Iterable[str], tokenizer: Tokenizer, loc
                 keys = np.array([document_key(text) for text in batch], dtype=np.uint64)
                 sizes = np.array([[len(text.split()), len(text), len(text.encode())] for text in batch])
                 columns = {"ids": tokens.ids, "words": tokens.words, "keys": keys, "text_sizes": sizes}
-                for name, values in columns.items():
-                    values.astype(dtypes[name]).tofile(files[name])
+                try:
+                    for name, values in columns.items():
+                        files[name].write(values.astype(dtypes[name]).tobytes())
+                except OSError as error:
+                    raise _cache_error(folder, error) from None
                 lengths.append(tokens.lengths)
                 fingerprint.update(keys.astype("<u8").tobytes())
         finally:
@@ -287,7 +293,18 @@ def _tokenize_into(folder: Path, texts: Iterable[str], tokenizer: Tokenizer, loc
         shutil.rmtree(building, ignore_errors=True)
 
 
+def _cache_error(folder: Path, error: OSError) -> UserError:
+    return UserError(f"cannot write the token cache {folder.parent}: {error.strerror}: point MLMKIT_CACHE elsewhere")
+
+
 def _open_corpus(folder: Path) -> Corpus:
+    try:
+        return _map_corpus(folder)
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(f"the token cache {folder} is damaged: delete that folder and run again") from None
+
+
+def _map_corpus(folder: Path) -> Corpus:
     meta = json.loads((folder / "meta.json").read_text())
     starts = np.load(folder / "starts.npy", allow_pickle=False)
     documents, tokens = len(starts) - 1, int(starts[-1])
@@ -296,7 +313,7 @@ def _open_corpus(folder: Path) -> Corpus:
     for name, shape in shapes.items():
         dtype = np.dtype(meta["dtypes"][name])
         if (folder / name).stat().st_size != int(np.prod(shape)) * dtype.itemsize:
-            raise UserError(f"the token cache {folder} is damaged: delete that folder and run again")
+            raise ValueError(f"{name} has another size")
         # an empty file cannot be mapped
         arrays[name] = (
             np.memmap(folder / name, dtype, "r", shape=shape) if tokens else np.fromfile(folder / name, dtype)

@@ -12,15 +12,17 @@ from mlmkit.errors import UserError
 
 
 @contextmanager
-def new_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
+def new_folder(path: Path, *, replaces: str = "") -> Iterator[Path]:
     """Yield a temporary folder beside `path`; on success sync it and rename it to `path`, on failure remove it.
 
-    Raises `UserError` when `path` exists and `overwrite` is not set, or cannot be written.
+    A folder that holds the file `replaces` may be replaced. Raises `UserError` when `path` is another one that is not
+    empty, or cannot be written.
     """
-    refuse_existing(path, overwrite)
+    refuse_existing(path, replaces)
+    path = path.resolve()
     try:
-        path.absolute().parent.mkdir(parents=True, exist_ok=True)
-        building = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.absolute().parent))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        building = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}") from None
     try:
@@ -34,7 +36,7 @@ def new_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
         if path.exists():
             path.rename(replaced)
         building.rename(path)
-        _sync(path.absolute().parent)
+        _sync(path.parent)
         shutil.rmtree(replaced, ignore_errors=True)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}") from error
@@ -42,12 +44,15 @@ def new_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
         shutil.rmtree(building, ignore_errors=True)
 
 
-def refuse_existing(path: Path, overwrite: bool) -> None:
-    """Raise `UserError` now rather than after hours of work if `path` would be overwritten unasked."""
+def refuse_existing(path: Path, replaces: str = "") -> None:
+    """Raise `UserError` now rather than after hours of work if `new_folder` would refuse `path`."""
     if (path.exists() or path.is_symlink()) and not path.is_dir():
         raise UserError(f"{path} exists and is not a folder: choose another --output")
-    if path.is_dir() and any(path.iterdir()) and not overwrite:
-        raise UserError(f"{path} exists: choose another --output, or replace it with --overwrite")
+    if not path.is_dir() or not any(path.iterdir()) or (replaces and (path / replaces).exists()):
+        return
+    if replaces:
+        raise UserError(f"{path} holds no {replaces}, so --overwrite leaves it alone: choose another --output")
+    raise UserError(f"{path} exists: choose another --output, or replace it with --overwrite")
 
 
 def file_sha256(path: Path) -> str:

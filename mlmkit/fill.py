@@ -1,13 +1,14 @@
 """Filling masks, in the terms that users of Hugging Face know: `score`, `token`, `token_str`, `sequence`."""
 
 import logging
+import math
 from collections.abc import Sequence
 from typing import TypedDict
 
 import numpy as np
 
 from mlmkit.backends import Backend, Batch
-from mlmkit.errors import UserError
+from mlmkit.errors import CheckError, UserError
 from mlmkit.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
@@ -26,7 +27,8 @@ def fill(backend: Backend, text: str, *, top_k: int = 5, targets: Sequence[str] 
     """Candidates for each mask of the text, best first: a list a mask.
 
     Several masks are filled independently, each with the others still masked. With `targets`, only these are ranked.
-    Raises `UserError` when there is no mask, the text is too long, or `top_k` is out of range.
+    Raises `UserError` when there is no mask, the text is too long, or `top_k` is out of range, and `CheckError` when
+    the model's scores are not finite.
     """
     tokenizer = backend.tokenizer
     if not all(_is_unicode(string) for string in (text, *targets)):
@@ -48,6 +50,8 @@ def fill(backend: Backend, text: str, *, top_k: int = 5, targets: Sequence[str] 
             list(zip(row_ids[:top_k].tolist(), np.exp(row[:top_k]).tolist(), strict=True))
             for row_ids, row in zip(predicted.top_id, predicted.top_log_prob, strict=True)
         ]
+    if not all(math.isfinite(score) for row in ranked for _, score in row):
+        raise CheckError("the model gives scores that are not finite: its weights or activations are not")
     return [
         [_candidate(tokenizer, ids, int(mask), id, score, several=len(masks) > 1) for id, score in row]
         for mask, row in zip(masks, ranked, strict=True)

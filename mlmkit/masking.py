@@ -68,8 +68,6 @@ class MaskVocabulary:
         is_special[sorted(special_ids)] = True
         ordinary = np.unique(ids)
         ordinary = ordinary[~is_special[ordinary]]
-        if len(ordinary) == 0:
-            raise UserError("the tokenizer has no ordinary token: every id is special")
         return cls(mask_id, is_special, ordinary)
 
 

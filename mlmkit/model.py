@@ -186,8 +186,11 @@ def refuse_other_models(config: PreTrainedConfig, name: str) -> None:
 def load_tokenizer(path: str) -> Tokenizer:
     """The checkpoint's tokenizer. Raises `UserError` when there is none that mlmkit can use."""
     with as_user_error(path):
-        tokenizer = AutoTokenizer.from_pretrained(path)
-    return Tokenizer.from_transformers(tokenizer)
+        tokenizer = Tokenizer.from_transformers(AutoTokenizer.from_pretrained(path))
+    if not len(tokenizer.masking.ordinary):
+        # transformers makes one up, of special tokens alone, where the files are missing.
+        raise UserError(f"{path}: the tokenizer has no ordinary token: are its files (tokenizer.json) there?")
+    return tokenizer
 
 
 class as_user_error:  # noqa: N801  (a context manager)
@@ -246,6 +249,24 @@ def enable_packing(model: MaskedLM) -> bool:
     if not works and before and network.config._attn_implementation == PACKED_ATTENTION:
         network.set_attn_implementation(before)
     return works
+
+
+def sees_padding(model: MaskedLM, pad_id: int) -> bool:
+    """Whether a row's logits change with the padding behind it, found by a probe on a model on the CPU.
+
+    They do where an architecture mixes positions without asking the attention mask: FNet's Fourier transform, the
+    convolutions of ConvBERT, Nystromformer's landmarks, MobileBERT's embeddings of three neighbours.
+    """
+    inputs = _probe(model, [5])
+    padded = {
+        name: F.pad(inputs[name], (0, 4), value=fill) for name, fill in (("input_ids", pad_id), ("attention_mask", 0))
+    }
+    training = model.network.training
+    model.network.eval()
+    with torch.no_grad():
+        alone, behind = model.logits(**inputs), model.logits(inputs["positions"], **padded)
+    model.network.train(training)
+    return not torch.allclose(alone, behind, atol=2e-5, rtol=1e-5)
 
 
 def _probe(model: MaskedLM, lengths: Sequence[int], *, packed: bool = False) -> dict[str, Any]:

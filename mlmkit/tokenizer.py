@@ -99,6 +99,8 @@ class Tokenizer:
             raise UserError(f"{folder}: no {Path(error.filename).name}: not a complete artifact") from None
         except Exception as error:  # the Rust parser raises bare Exception
             raise UserError(f"{folder}: the tokenizer cannot be read: {error}") from None
+        if not isinstance(config, dict):
+            raise UserError(f"{folder}: tokenizer_config.json is no JSON object")
         named = {name: _content(config[name]) for name in NAMED_TOKENS if config.get(name)}
         extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
         extra = extra.values() if isinstance(extra, dict) else extra

@@ -110,6 +110,7 @@ def artifact(tmp_path_factory: pytest.TempPathFactory, checkpoint: Callable[[str
 SIZES = '"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48'
 ARCHITECTURES = {
     "bert": f'{{"model_type": "bert", {SIZES}}}',
+    "convbert": f'{{"model_type": "convbert", {SIZES}, "embedding_size": 32, "head_ratio": 1}}',
     "roberta": f'{{"model_type": "roberta", {SIZES}}}',
     "modernbert": f'{{"model_type": "modernbert", "local_attention": 8, "global_attn_every_n_layers": 2, {SIZES}}}',
 }

@@ -54,6 +54,14 @@ def test_length_batches_hold_each_row_once_within_the_budget(lengths, budget):
         assert len(batch) == 1 or len(batch) * longest <= budget
 
 
+@given(lengths_strategy, st.integers(1, 200))
+def test_equal_batches_hold_rows_of_one_length(lengths, budget):
+    batches = length_batches(np.array(lengths, dtype=np.int64), budget, equal=True)
+    assert sorted(int(index) for batch in batches for index in batch) == list(range(len(lengths)))
+    assert all(len({lengths[index] for index in batch}) == 1 for batch in batches)
+    assert all(len(batch) == 1 or len(batch) * lengths[batch[0]] <= budget for batch in batches)
+
+
 @given(lengths_strategy, st.integers(50, 200), st.integers(1, 30))
 def test_buckets_hold_each_item_once_within_the_budget(lengths, budget, lookahead):
     batches = list(bucketed(lengths, budget, lookahead))

@@ -242,6 +242,62 @@ def test_mistakes_end_in_one_line_and_write_nothing(capsys, tmp_path, checkpoint
         assert not (tmp_path / "out").exists(), arguments
 
 
+def test_overwriting_spares_what_is_not_its_own(capsys, tmp_path, checkpoint, artifact):
+    (tmp_path / "text.txt").write_text("The statement of the text\nanother text\nand a third\n")
+    copy = Path(shutil.copytree(checkpoint("bert"), tmp_path / "copy"))
+    before = sorted(path.name for path in copy.iterdir())
+    for arguments in (
+        ["eval", artifact("bert"), "--set", tmp_path / "text.txt", "--output", copy, "--overwrite"],
+        ["export", copy, "--output", copy, "--overwrite"],
+    ):
+        code, _, err = run(capsys, *arguments)
+        assert (code, "leaves it alone" in err) == (2, True)
+        assert sorted(path.name for path in copy.iterdir()) == before
+
+
+def test_an_output_that_is_a_link_is_written_where_it_leads(capsys, tmp_path, artifact):
+    (tmp_path / "text.txt").write_text("The statement of the text\nanother text\nand a third\n")
+    (tmp_path / "target").mkdir()
+    (tmp_path / "link").symlink_to("target")
+    arguments = ["eval", artifact("bert"), "--set", tmp_path / "text.txt", "--metric", "pseudo"]
+    code, _, err = run(capsys, *arguments, "--output", tmp_path / "link")
+    assert code == 0, err
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "target" / "result.json").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "target", "text.txt"]
+
+
+def test_scores_that_are_not_finite_are_not_shown(capsys, tmp_path, checkpoint):
+    from safetensors.torch import load_file, save_file
+
+    broken = Path(shutil.copytree(checkpoint("bert"), tmp_path / "broken"))
+    weights = load_file(broken / "model.safetensors")
+    next(iter(weights.values())).fill_(float("nan"))
+    save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
+    code, out, err = run(capsys, "fill", broken, "a [MASK]")
+    assert (code, out, "not finite" in err) == (1, "", True)
+
+
+def test_a_checkpoint_without_its_tokenizer_is_refused(capsys, tmp_path, checkpoint):
+    bare = Path(shutil.copytree(checkpoint("bert"), tmp_path / "bare"))
+    for file in bare.glob("tokenizer*"):
+        file.unlink()
+    code, _, err = run(capsys, "fill", bare, "a [MASK]")
+    assert (code, len(err.splitlines())) == (2, 1), err
+
+
+def test_a_pipe_is_scored_but_not_evaluated(artifact, tmp_path):
+    (tmp_path / "text.txt").write_text("The statement\n")
+    inner = f"{sys.executable} -m mlmkit"
+    for command, code in (
+        (f"score {artifact('bert')} <(cat text.txt)", 0),
+        (f"eval {artifact('bert')} --set <(cat text.txt)", 2),
+    ):
+        result = subprocess.run(["bash", "-c", f"{inner} {command}"], cwd=tmp_path, capture_output=True, text=True)
+        assert result.returncode == code, result.stderr
+        assert (code == 0) or "is a pipe" in result.stderr
+
+
 def test_a_missing_extra_is_named(capsys, tmp_path, monkeypatch, checkpoint):
     monkeypatch.setattr("mlmkit.errors.find_spec", lambda name: None if name == "torch" else object())
     (tmp_path / "a.toml").write_text('[data]\ntrain = "a.txt"\n')

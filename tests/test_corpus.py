@@ -1,7 +1,6 @@
 """Reading, tokenising, caching, windows."""
 
 import json
-import os
 from pathlib import Path
 
 import numpy as np
@@ -158,9 +157,16 @@ def test_a_damaged_cache_is_refused(wordpiece, tmp_path, monkeypatch):
     path = write(tmp_path / "a.txt", b"one two three\n")
     load_corpus(Source(str(path)), wordpiece)
     (entry,) = (tmp_path / "cache" / "tokens").iterdir()
-    os.truncate(entry / "ids", 2)
-    with pytest.raises(UserError, match="damaged"):
-        load_corpus(Source(str(path)), wordpiece)
+    for name, damage in (("ids", b"ab"), ("starts.npy", b"\x93NUMPY"), ("meta.json", b"{"), ("keys", None)):
+        content = (entry / name).read_bytes()
+        if damage is None:
+            (entry / name).unlink()
+        else:
+            (entry / name).write_bytes(damage)
+        with pytest.raises(UserError, match="damaged: delete"):
+            load_corpus(Source(str(path)), wordpiece)
+        (entry / name).write_bytes(content)
+    load_corpus(Source(str(path)), wordpiece)
 
 
 def test_fingerprint_is_of_texts_and_order_not_of_the_tokenizer(wordpiece, tokenizer_folder):

@@ -217,8 +217,3 @@ def test_treatments_that_sum_to_one_are_allowed():
 def test_seeds_out_of_range_are_refused(seed):
     with pytest.raises(UserError, match="between 0"):
         corrupt(IDS, np.array([20]), np.zeros(1, dtype=np.uint64), MaskRecipe(), VOCABULARY, seed=seed)
-
-
-def test_a_vocabulary_without_ordinary_tokens_is_refused():
-    with pytest.raises(UserError, match="no ordinary"):
-        MaskVocabulary.build(np.arange(3), frozenset({0, 1, 2}), 1)

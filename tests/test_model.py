@@ -6,7 +6,7 @@ import pytest
 import torch
 import transformers as T
 
-from mlmkit.model import MaskedLM, Pack, enable_packing, packed_inputs
+from mlmkit.model import MaskedLM, Pack, enable_packing, packed_inputs, sees_padding
 
 VOCABULARY = 200
 SIZES: dict[str, Any] = {
@@ -127,6 +127,12 @@ def lay_end_to_end(model: MaskedLM, rows: list[torch.Tensor]) -> Pack:
     position_ids = torch.cat([torch.arange(length) for length in lengths.tolist()]) + model.position_offset
     ends = torch.cumsum(torch.cat([torch.zeros(1, dtype=torch.long), lengths]), 0).to(torch.int32)
     return Pack(torch.cat(rows)[None], position_ids[None], ends, int(lengths.max()))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_who_sees_padding(name):
+    """By evidence again: MobileBERT with random weights has an embedding for the padding that neighbours see."""
+    assert sees_padding(tiny(name), pad_id=3) == (name in {"convbert", "mobilebert"})
 
 
 def test_ties_count_against_the_model():

@@ -253,7 +253,11 @@ def test_training_learns_and_leaves_a_hugging_face_folder(config, tmp_path):
 
 
 @pytest.mark.parametrize("stop_after", [5, 8])
-def test_an_interrupted_run_goes_on_to_the_same_weights(config, tmp_path, monkeypatch, stop_after):
+def test_an_interrupted_run_goes_on_to_the_same_weights(text_file, tmp_path, monkeypatch, stop_after):
+    """With dropout, whose draws must be those of the step."""
+    architecture = {"model_type": "bert", "num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 2}
+    (tmp_path / "dropout.json").write_text(json.dumps({**architecture, "hidden_dropout_prob": 0.2}))
+    config = write_config(tmp_path, text_file, str(tmp_path / "dropout.json"))
     straight = weights(loop.train(config, tmp_path / "straight"))
 
     real_step, taken = loop.train_step, 0
@@ -307,6 +311,7 @@ def test_a_folder_with_something_else_is_left_alone(config, tmp_path):
     ("settings", "message"),
     [
         (["data.train=none.txt"], "no such file"),
+        *([] if torch.cuda.is_available() else [(["train.device=cuda"], "no CUDA device")]),
         (["model.max_length=2", "train.micro_batch_tokens=256"], "no room beside 2 special tokens"),
         (["tokenizer.vocab_size=20"], "the text's characters alone take"),
         (["model.architecture=none"], "neither a preset"),

@@ -48,7 +48,10 @@ class Predicted(NamedTuple):
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """What a backend runs. `fingerprint` is that of the checkpoint's weights, the same for its artifact."""
+    """What a backend runs. `fingerprint` is that of the checkpoint's weights, the same for its artifact.
+
+    With `sees_padding`, a row's scores change with the padding behind it, so a batch must hold rows of one length.
+    """
 
     path: str
     fingerprint: str
@@ -57,6 +60,7 @@ class ModelInfo:
     max_length: int
     precision: str
     top_k: int
+    sees_padding: bool
 
 
 class Backend(Protocol):

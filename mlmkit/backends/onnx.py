@@ -42,6 +42,7 @@ class OnnxBackend:
             max_length=manifest.max_length,
             precision=manifest.precision,
             top_k=manifest.top_k,
+            sees_padding=manifest.sees_padding,
         )
         self._graph = folder / "model.onnx"
 
@@ -63,7 +64,11 @@ class OnnxBackend:
 
     @cached_property
     def _scoring(self) -> ort.InferenceSession:
-        return _session(self._graph, drop_outputs(self._graph.read_bytes(), TOP_OUTPUTS), self.device)
+        try:
+            graph = drop_outputs(self._graph.read_bytes(), TOP_OUTPUTS)
+        except ValueError as error:
+            raise UserError(f"{self._graph}: {error}: export the checkpoint again") from None
+        return _session(self._graph, graph, self.device)
 
     def _run(self, session: ort.InferenceSession, batch: Batch) -> list[Any]:
         outputs = [output.name for output in session.get_outputs()]

@@ -7,7 +7,7 @@ from transformers import PreTrainedModel
 
 from mlmkit.backends import Batch, ModelInfo, Predicted, Scored
 from mlmkit.errors import UserError
-from mlmkit.model import TOP_K, MaskedLM, Scores, load_pretrained
+from mlmkit.model import TOP_K, MaskedLM, Scores, load_pretrained, sees_padding
 from mlmkit.tokenizer import Tokenizer
 
 
@@ -19,9 +19,9 @@ class TorchBackend:
     def __init__(self, path: str, device: str = "auto") -> None:
         self.model, self.tokenizer = load_pretrained(path)
         self.device = pick_device(device)
+        self.info = model_info(path, self.model, self.tokenizer)
         self.model.to(self.device)
         torch.set_float32_matmul_precision("highest")
-        self.info = model_info(path, self.model, self.tokenizer)
 
     def score(self, batch: Batch) -> Scored:
         """See `Backend`."""
@@ -49,6 +49,7 @@ def model_info(path: str, model: MaskedLM, tokenizer: Tokenizer) -> ModelInfo:
         max_length=model.max_length(tokenizer.limit),
         precision="fp32",
         top_k=min(TOP_K, config.vocab_size),
+        sees_padding=sees_padding(model, tokenizer.pad_id),
     )
 
 

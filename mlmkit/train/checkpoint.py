@@ -21,7 +21,7 @@ def save_checkpoint(
     run: Path, step: int, network: PreTrainedModel, tokenizer_folder: Path, optimizer: Optimizer, keep: int
 ) -> None:
     """Write the checkpoint of `step`, then delete all but the newest `keep`."""
-    with new_folder(run / "checkpoints" / f"step-{step:08d}", overwrite=True) as folder:
+    with new_folder(run / "checkpoints" / f"step-{step:08d}", replaces="trainer.json") as folder:
         save_model(network, tokenizer_folder, folder)
         save_file(_flatten(optimizer), folder / "optimizer.safetensors")
         (folder / "trainer.json").write_text(json.dumps({"step": step}))

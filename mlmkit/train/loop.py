@@ -65,9 +65,8 @@ def train(config: Config, run: Path) -> Path:
         while step < config.train.steps:
             epoch, batch = next(batches)
             lr = learning_rate(step, config.optim, config.train.steps)
-            loss, grad_norm = train_step(
-                model, optimizer, batch, lr, config.optim.max_grad_norm, config.train.seed + step
-            )
+            torch.manual_seed(config.train.seed + step)  # dropout depends on the step: no generator state to resume
+            loss, grad_norm = train_step(model, optimizer, batch, lr, config.optim.max_grad_norm)
             if not (math.isfinite(loss) and math.isfinite(grad_norm)):
                 last_good = next(reversed(checkpoints(run)), "none yet")
                 raise CheckError(
@@ -80,7 +79,7 @@ def train(config: Config, run: Path) -> Path:
             if step % config.train.save_every == 0 or step == config.train.steps:
                 save_checkpoint(run, step, model.network, run / "tokenizer", optimizer, config.train.keep_checkpoints)
 
-    with new_folder(run / "model", overwrite=True) as folder:
+    with new_folder(run / "model", replaces="config.json") as folder:
         save_model(model.network, run / "tokenizer", folder)
     return run / "model"
 
@@ -91,7 +90,6 @@ def train_step(
     batch: list[MicroBatch],
     lr: float,
     max_grad_norm: float,
-    seed: int,
 ) -> tuple[float, float]:
     """One update; returns the mean loss over the masked tokens of the whole batch, and the gradient norm.
 

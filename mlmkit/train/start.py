@@ -8,6 +8,7 @@ from typing import Any
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 
 from mlmkit import model as masked_lm
+from mlmkit.backends.torch import pick_device
 from mlmkit.corpus import Corpus, load_corpus, read_documents
 from mlmkit.errors import UserError
 from mlmkit.files import new_folder
@@ -27,6 +28,7 @@ def begin_or_check(config: Config, run: Path) -> tuple[Tokenizer, Corpus]:
     A new run's folder, with `tokenizer/` and `run.json`, appears whole, and only if training can start. A folder that
     was begun with another configuration, text or tokenizer is refused: `UserError` names the first difference.
     """
+    pick_device(config.train.device)  # refuse before anything is written
     if not (run / "run.json").exists():
         if run.exists() and not run.is_dir():
             raise UserError(f"{run} is not a folder: choose another --output")
