@@ -1,6 +1,5 @@
 """`mlmkit demo`: the main job on real text, with nothing downloaded."""
 
-import json
 import logging
 import time
 from pathlib import Path
@@ -9,6 +8,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from mlmkit.artifact import read_manifest
 from mlmkit.backends import Backend, load
 from mlmkit.corpus import Source, load_corpus, read_documents
 from mlmkit.errors import CheckError, UserError
@@ -61,23 +61,24 @@ def run_demo(output: Path, text: str | None) -> None:
         export(str(checkpoint), artifact)
 
     log.info("3/4 evaluating both on %s, mask seed 0", heldout_text)
-    models = {"checkpoint (torch)": load(str(checkpoint)), "artifact (ONNX Runtime)": load(str(artifact))}
+    models = {"checkpoint": load(str(checkpoint)), "artifact": load(str(artifact))}
     evaluations = {name: measure(model, heldout_text) for name, model in models.items()}
     for name, evaluation in evaluations.items():
-        write_evaluation(evaluation, output / f"eval-{name.split()[0]}", overwrite=True)
-    check_agreement(evaluations)
+        write_evaluation(evaluation, output / f"eval-{name}", overwrite=True)
+    difference = check_agreement(evaluations)
 
     log.info("4/4 filling masks")
-    engine = models["artifact (ONNX Runtime)"]
+    engine = models["artifact"]
     for sentence in fillable_sentences(engine.tokenizer, heldout_text, own_text=text is not None):
         show_fill(console, engine, sentence)
 
     entropy = unigram_entropy(train_text, heldout_text, engine.tokenizer)
     console.print(result_table(evaluations, entropy))
-    parity = json.loads((artifact / "mlmkit.json").read_text())["parity"]
+    parity = read_manifest(artifact).parity
     console.print(
-        f"parity over {parity['masked']} masked tokens: log P differs by at most "
-        f"{parity['max_log_prob_difference']:.1e} nats (bound {parity['bound']:.0e})"
+        f"Same masks, and cross-entropies {difference:.0e} nats apart. Parity over {parity['masked']} masked tokens of "
+        f"other text: log P differs by at most {parity['max_log_prob_difference']:.1e} nats.",
+        soft_wrap=True,
     )
     console.print(f"\nIn {time.perf_counter() - began:.0f} s. To look at:")
     for name, what in (
@@ -125,8 +126,8 @@ def measure(model: Backend, heldout_text: Path) -> Evaluation:
     )
 
 
-def check_agreement(evaluations: dict[str, Evaluation], tolerance: float = 1e-4) -> None:
-    """Raise `CheckError` unless both measured the same positions and found the same."""
+def check_agreement(evaluations: dict[str, Evaluation], tolerance: float = 1e-4) -> float:
+    """How far apart the two cross-entropies are; `CheckError` unless both measured the same positions and agree."""
     first, second = (evaluation.result for evaluation in evaluations.values())
     if first["mask_digest"] != second["mask_digest"]:
         raise CheckError("the two evaluations carry different mask digests")
@@ -134,6 +135,7 @@ def check_agreement(evaluations: dict[str, Evaluation], tolerance: float = 1e-4)
     difference = abs(first["metrics"][name]["value"] - second["metrics"][name]["value"])
     if not difference <= tolerance:
         raise CheckError(f"checkpoint and artifact disagree by {difference:.2e} nats of masked cross-entropy")
+    return difference
 
 
 def unigram_entropy(train_text: Path, heldout_text: Path, tokenizer: Tokenizer) -> float:
@@ -164,18 +166,18 @@ def show_fill(console: Console, model: Backend, sentence: str) -> None:
 
 def result_table(evaluations: dict[str, Evaluation], entropy: float) -> Table:
     """The numbers side by side."""
-    table = Table(title="held-out text, mask seed 0", title_justify="left")
-    table.add_column("")
-    for name in evaluations:
-        table.add_column(name, justify="right")
-
     results = [evaluation.result for evaluation in evaluations.values()]
+    table = Table(title="held-out text, mask seed 0, in nats", title_justify="left")
+    table.add_column("")
+    for result in results:
+        table.add_column(result["backend"]["name"], justify="right")
+    table.add_row("unigram entropy, to beat", *[f"{entropy:.4f}"] * len(results))
+    sampled = f"pseudo-perplexity, {results[0]['scored']['pseudo']:,} tokens"
     names = {
-        "masked_cross_entropy": "masked cross-entropy (nats)",
+        "masked_cross_entropy": "masked cross-entropy",
         "masked_accuracy": "masked accuracy",
-        "pseudo_perplexity": f"pseudo-perplexity ({PSEUDO_SAMPLE:.0%} of tokens)",
+        "pseudo_perplexity": sampled,
     }
-    table.add_row("unigram entropy (nats), to beat", *[f"{entropy:.3f}"] * len(results))
     for name, label in names.items():
         table.add_row(label, *[f"{result['metrics'][name]['value']:.4f}" for result in results])
     table.add_row("mask digest", *[result["mask_digest"][:12] + "…" for result in results])
