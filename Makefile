@@ -17,8 +17,9 @@ $(INSTALLED): pyproject.toml constraints.txt
 		{ echo "mlmkit needs Python 3.11 or later: make setup PYTHON=python3.12"; exit 1; }
 	@test -x $(VENV_PYTHON) || $(PYTHON) -m venv .venv || \
 		{ rm -rf .venv; echo "python -m venv failed: on Debian and Ubuntu, apt install python3-venv"; exit 1; }
-	$(VENV_PYTHON) -m pip install --quiet --constraint constraints.txt setuptools
-	$(VENV_PYTHON) -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[dev]'
+	@echo "Installing into .venv: about two gigabytes, a few minutes the first time"
+	@$(VENV_PYTHON) -m pip install --quiet --constraint constraints.txt setuptools
+	@$(VENV_PYTHON) -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[dev]'
 	@touch $(INSTALLED)
 
 demo: $(INSTALLED)

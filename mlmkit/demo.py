@@ -1,6 +1,9 @@
 """`mlmkit demo`: the main job on real text, with nothing downloaded."""
 
 import logging
+import os
+import shutil
+import sys
 import time
 from pathlib import Path
 
@@ -76,8 +79,8 @@ def run_demo(output: Path, text: str | None) -> None:
     console.print(result_table(evaluations, entropy))
     parity = read_manifest(artifact).parity
     console.print(
-        f"Same masks, and cross-entropies {difference:.0e} nats apart. Parity over {parity['masked']} masked tokens of "
-        f"other text: log P differs by at most {parity['max_log_prob_difference']:.1e} nats.",
+        f"Same masks, and cross-entropies {difference:.0e} nats apart. Parity at export, over {parity['masked']} "
+        f"masked tokens: log P differs by at most {parity['max_log_prob_difference']:.1e} nats.",
         soft_wrap=True,
     )
     console.print(f"\nIn {time.perf_counter() - began:.0f} s. To look at:")
@@ -88,7 +91,8 @@ def run_demo(output: Path, text: str | None) -> None:
         ("eval-checkpoint/result.json", "the measurement; tokens.parquet beside it has every token"),
     ):
         console.print(f"  {output / name}  {what}", soft_wrap=True)
-    console.print(f'\nGo on:  mlmkit fill {artifact} "Return a [MASK] object."', soft_wrap=True, markup=False)
+    command = "mlmkit" if shutil.which("mlmkit") else os.path.relpath(Path(sys.executable).with_name("mlmkit"))
+    console.print(f'\nGo on:  {command} fill {artifact} "Return a [MASK] object."', soft_wrap=True, markup=False)
 
 
 def prepare_text(output: Path, text: str | None) -> tuple[Path, Path]:

@@ -288,14 +288,12 @@ def test_a_checkpoint_without_its_tokenizer_is_refused(capsys, tmp_path, checkpo
 
 def test_a_pipe_is_scored_but_not_evaluated(artifact, tmp_path):
     (tmp_path / "text.txt").write_text("The statement\n")
-    inner = f"{sys.executable} -m mlmkit"
-    for command, code in (
-        (f"score {artifact('bert')} <(cat text.txt)", 0),
-        (f"eval {artifact('bert')} --set <(cat text.txt)", 2),
-    ):
-        result = subprocess.run(["bash", "-c", f"{inner} {command}"], cwd=tmp_path, capture_output=True, text=True)
+    for arguments, code in (('score "$1"', 0), ('eval "$1" --set', 2)):
+        script = f'"$0" -m mlmkit {arguments} <(cat text.txt)'
+        command = ["bash", "-c", script, sys.executable, artifact("bert")]
+        result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
         assert result.returncode == code, result.stderr
-        assert (code == 0) or "is a pipe" in result.stderr
+        assert code == 0 or "is a pipe" in result.stderr
 
 
 def test_a_missing_extra_is_named(capsys, tmp_path, monkeypatch, checkpoint):
@@ -338,8 +336,8 @@ def test_pickled_weights_are_not_loaded(capsys, tmp_path, checkpoint):
 
 def test_a_closed_pipe_is_no_error(artifact, tmp_path):
     (tmp_path / "text.txt").write_text("The statement\n" * 3)
-    command = f"{sys.executable} -m mlmkit score {artifact('bert')} {tmp_path / 'text.txt'} | true"
-    result = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    command = ["bash", "-c", '"$0" -m mlmkit score "$1" text.txt | true', sys.executable, artifact("bert")]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert "Traceback" not in result.stderr
 
 

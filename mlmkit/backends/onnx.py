@@ -95,8 +95,6 @@ def _session(path: Path, graph: str | bytes, device: str) -> ort.InferenceSessio
     options = ort.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0
-    # Batches come in many shapes, and the arena never gives back what each one took.
-    options.enable_cpu_mem_arena = False
     options.add_session_config_entry(
         "session.model_external_initializers_file_folder_path", str(path.parent.absolute())
     )
