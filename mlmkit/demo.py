@@ -72,7 +72,8 @@ def run_demo(output: Path, text: str | None) -> None:
 
     log.info("4/4 filling masks")
     engine = models["artifact"]
-    for sentence in fillable_sentences(engine.tokenizer, heldout_text, own_text=text is not None):
+    sentences = fillable_sentences(engine.tokenizer, heldout_text, own_text=text is not None)
+    for sentence in sentences:
         show_fill(console, engine, sentence)
 
     entropy = unigram_entropy(train_text, heldout_text, engine.tokenizer)
@@ -92,7 +93,7 @@ def run_demo(output: Path, text: str | None) -> None:
     ):
         console.print(f"  {output / name}  {what}", soft_wrap=True)
     command = "mlmkit" if shutil.which("mlmkit") else os.path.relpath(Path(sys.executable).with_name("mlmkit"))
-    console.print(f'\nGo on:  {command} fill {artifact} "Return a [MASK] object."', soft_wrap=True, markup=False)
+    console.print(f'\nGo on:  {command} fill {artifact} "{sentences[0]}"', soft_wrap=True, markup=False)
 
 
 def prepare_text(output: Path, text: str | None) -> tuple[Path, Path]:
@@ -163,7 +164,7 @@ def fillable_sentences(tokenizer: Tokenizer, heldout_text: Path, *, own_text: bo
 
 def show_fill(console: Console, model: Backend, sentence: str) -> None:
     """The sentence and, for each mask, its candidates."""
-    console.print(f"  {sentence}", markup=False)
+    console.print(f"  {sentence}", markup=False, soft_wrap=True)
     for row in fill(model, sentence, top_k=4):
         console.print("      " + "   ".join(f"{c['token_str']} {c['score']:.2f}" for c in row), markup=False)
 
