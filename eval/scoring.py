@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 from mlmkit.backends import Backend, Batch, Scored
 from mlmkit.batching import length_batches, pad
-from mlmkit.corpus import Corpus
+from mlmkit.corpus import Corpus, ranges
 from mlmkit.errors import CheckError
 from mlmkit.eval.plan import Plan
 from mlmkit.tokenizer import Tokenizer
@@ -58,8 +58,7 @@ def build_batch(
     input_ids, attention_mask = pad(framed, tokenizer.pad_id)
     counts = plan.first[rows + 1] - plan.first[rows]
     row_of_token = np.repeat(np.arange(len(rows)), counts)
-    within = np.arange(len(row_of_token)) - np.repeat(np.cumsum(counts) - counts, counts)
-    scored = plan.first[rows][row_of_token] + within
+    scored = ranges(plan.first[rows], counts)
     column = plan.offset[scored] - start[row_of_token] + len(tokenizer.prefix)
     targets = np.asarray(corpus.ids[begin[row_of_token] + plan.offset[scored]], dtype=np.int64)
     positions = row_of_token * input_ids.shape[1] + column

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from transformers import AutoTokenizer
@@ -34,25 +35,23 @@ def export(checkpoint: str, output: Path, *, texts: Sequence[str] = (), overwrit
         AutoTokenizer.from_pretrained(checkpoint).save_pretrained(folder)
         reference.model.network.config.save_pretrained(folder)
 
-        def manifest(parity: dict[str, float | int]) -> Manifest:
-            return Manifest(
-                format=FORMAT,
-                files=hash_files(folder),
-                fingerprint=info.fingerprint,
-                architecture=info.architecture,
-                vocabulary_size=info.vocabulary_size,
-                max_length=info.max_length,
-                precision=info.precision,
-                opset=OPSET,
-                top_k=info.top_k,
-                sees_padding=info.sees_padding,
-                parity=parity,
-                tensorrt=None,
-                mlmkit_version=__version__,
-            )
-
+        manifest = Manifest(
+            format=FORMAT,
+            files=hash_files(folder),
+            fingerprint=info.fingerprint,
+            architecture=info.architecture,
+            vocabulary_size=info.vocabulary_size,
+            max_length=info.max_length,
+            precision=info.precision,
+            opset=OPSET,
+            top_k=info.top_k,
+            sees_padding=info.sees_padding,
+            parity={},
+            tensorrt=None,
+            mlmkit_version=__version__,
+        )
         # The engine is loaded as a user will load it, so the proof covers the manifest, the tokenizer and both graphs.
-        write_manifest(folder, manifest({}))
+        write_manifest(folder, manifest)
         log.info("checking parity with ONNX Runtime on real text")
         engine = OnnxBackend(str(folder), "cpu")
         if engine.tokenizer.fingerprint != reference.tokenizer.fingerprint:
@@ -63,5 +62,5 @@ def export(checkpoint: str, output: Path, *, texts: Sequence[str] = (), overwrit
                 f"parity does not hold: log-probabilities differ by up to {parity.max_log_prob_difference:.2e} nats "
                 f"(bound {parity.bound:.0e}) over {parity.masked} tokens; nothing was exported"
             )
-        write_manifest(folder, manifest(parity.as_dict()))
+        write_manifest(folder, replace(manifest, parity=parity.as_dict()))
     return parity

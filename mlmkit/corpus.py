@@ -347,6 +347,11 @@ class Windows:
         return len(self.document)
 
 
+def ranges(begin: NDArray[np.int64], length: NDArray[np.int64]) -> NDArray[np.int64]:
+    """`begin[i], begin[i] + 1, ...` for `length[i]` entries, one after the other."""
+    return np.arange(int(length.sum())) + np.repeat(begin - (np.cumsum(length) - length), length)
+
+
 def cut_windows(lengths: NDArray[np.int64], capacity: int) -> Windows:
     """Cut each document into the fewest pieces of at most `capacity` tokens, equal to within one: for training.
 
@@ -354,7 +359,7 @@ def cut_windows(lengths: NDArray[np.int64], capacity: int) -> Windows:
     """
     pieces = -(-lengths // capacity)
     document = np.repeat(np.arange(len(lengths)), pieces)
-    piece = np.arange(len(document)) - np.repeat(np.cumsum(pieces) - pieces, pieces)
+    piece = ranges(np.zeros_like(pieces), pieces)
     begin = piece * lengths[document] // pieces[document]
     end = (piece + 1) * lengths[document] // pieces[document]
     return Windows(document, begin, end - begin)
@@ -370,7 +375,7 @@ def overlapping_windows(lengths: NDArray[np.int64], capacity: int) -> Windows:
     step = max(capacity // 2, 1)
     count = np.where(lengths == 0, 0, 1 + -(-excess // step))
     document = np.repeat(np.arange(len(lengths)), count)
-    index = np.arange(len(document)) - np.repeat(np.cumsum(count) - count, count)
+    index = ranges(np.zeros_like(count), count)
     start = index * excess[document] // np.maximum(count[document] - 1, 1)
     return Windows(document, start, np.minimum(lengths[document], capacity))
 
@@ -384,9 +389,8 @@ def nearest_window(windows: Windows, document: NDArray[np.int64], offset: NDArra
     # is 2 * start + length - 1, an integer, so the comparison is exact.
     doubled = 2 * windows.start + windows.length - 1
     same_document = windows.document[1:] == windows.document[:-1]
-    last_offset = np.append(np.where(same_document, (doubled[1:] + doubled[:-1]) // 4, np.iinfo(np.int64).max >> 1), 0)
-    if len(windows):
-        last_offset[-1] = np.iinfo(np.int64).max >> 1
     stride = int(offset.max(initial=0)) + 1
-    served_up_to = windows.document * stride + np.minimum(last_offset[: len(windows)], stride - 1)
+    to_the_end = stride - 1
+    last_offset = np.append(np.where(same_document, (doubled[1:] + doubled[:-1]) // 4, to_the_end), to_the_end)
+    served_up_to = windows.document * stride + np.minimum(last_offset[: len(windows)], to_the_end)
     return np.searchsorted(served_up_to, document * stride + offset)

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mlmkit.batching import bucketed, pack, pad
-from mlmkit.corpus import Corpus, cut_windows
+from mlmkit.corpus import Corpus, cut_windows, ranges
 from mlmkit.errors import UserError
 from mlmkit.masking import MaskRecipe, corrupt
 from mlmkit.model import Pack, packed_inputs
@@ -31,7 +31,7 @@ class MicroBatch:
     tokens: int
 
     def to(self, device: torch.device) -> "MicroBatch":
-        """On another device; copies overlap with computing when the memory is pinned."""
+        """On another device."""
         inputs = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in self.inputs.items()}
         return MicroBatch(inputs, self.positions.to(device), self.targets.to(device), self.tokens)
 
@@ -91,7 +91,7 @@ class TrainingData:
         begin = self.corpus.starts[document] + start
         # Whole-word masking looks at a word's first token, which may lie before the window.
         lead = self._words_cut(begin, start) if self.recipe.whole_word else np.zeros_like(start)
-        place = _ranges(begin - lead, length + lead)
+        place = ranges(begin - lead, length + lead)
         corruption = corrupt(
             self.corpus.ids[place],
             length + lead,
@@ -104,13 +104,13 @@ class TrainingData:
             words=self.corpus.words[place] if self.recipe.whole_word else None,
         )
         inside = np.ones(len(place), dtype=bool)
-        inside[_ranges(np.cumsum(length + lead) - length - lead, lead)] = False
+        inside[ranges(np.cumsum(length + lead) - length - lead, lead)] = False
         is_target = np.zeros(len(place), dtype=bool)
         is_target[corruption.selected] = True
         input_ids, is_target = corruption.input_ids[inside], is_target[inside]
         targets = self.corpus.ids[place][inside][is_target].astype(np.int64)
         rows = [self.tokenizer.frame(ids) for ids in np.split(input_ids, np.cumsum(length)[:-1])]
-        offset_in_row = _ranges(np.zeros_like(length), length) + len(self.tokenizer.prefix)
+        offset_in_row = ranges(np.zeros_like(length), length) + len(self.tokenizer.prefix)
         row = np.repeat(np.arange(len(members)), length)
         return self._lay_out(rows, row[is_target], offset_in_row[is_target], targets)
 
@@ -134,7 +134,7 @@ class TrainingData:
         tokens, longest = int(lengths.sum()), int(lengths.max())
         if self.packed:
             starts = np.cumsum([0, *lengths])
-            position_ids = _ranges(np.zeros_like(lengths), lengths) + self.position_offset
+            position_ids = ranges(np.zeros_like(lengths), lengths) + self.position_offset
             packed = Pack(
                 torch.from_numpy(np.concatenate(rows))[None],
                 torch.from_numpy(position_ids)[None],
@@ -148,8 +148,3 @@ class TrainingData:
             inputs = {"input_ids": torch.from_numpy(input_ids), "attention_mask": torch.from_numpy(attention_mask)}
             positions = row * longest + column
         return MicroBatch(inputs, torch.from_numpy(positions), torch.from_numpy(targets), tokens)
-
-
-def _ranges(begin: NDArray[np.int64], length: NDArray[np.int64]) -> NDArray[np.int64]:
-    """`begin[i], begin[i] + 1, ...` for `length[i]` entries, one after the other."""
-    return np.arange(int(length.sum())) + np.repeat(begin - (np.cumsum(length) - length), length)
