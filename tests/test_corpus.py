@@ -12,14 +12,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mlmkit.corpus import (
-    Source,
     cut_windows,
     load_corpus,
     nearest_window,
     overlapping_windows,
-    read_documents,
     tokenize,
 )
+from mlmkit.documents import Source, read_documents
 from mlmkit.errors import UserError
 from mlmkit.masking import document_key
 from mlmkit.tokenizer import Tokenizer

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from mlmkit.backends import DEVICES
-from mlmkit.corpus import Source
+from mlmkit.documents import Source
 from mlmkit.errors import UserError
 from mlmkit.masking import MaskRecipe
 

@@ -9,7 +9,8 @@ from transformers import AutoModelForMaskedLM, AutoTokenizer
 
 from mlmkit import model as masked_lm
 from mlmkit.backends.torch import pick_device
-from mlmkit.corpus import Corpus, load_corpus, read_documents
+from mlmkit.corpus import Corpus, load_corpus
+from mlmkit.documents import read_documents
 from mlmkit.errors import UserError
 from mlmkit.files import new_folder
 from mlmkit.model import MaskedLM

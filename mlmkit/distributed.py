@@ -1,0 +1,49 @@
+"""This process's place among those that `torchrun` started; alone, it is rank 0 of 1."""
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+from mlmkit.errors import require
+
+PATIENCE = timedelta(days=7)  # a rank may wait for another one's share of a long evaluation
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """`rank` of `world` processes; `local` counts them on this machine."""
+
+    rank: int = 0
+    world: int = 1
+    local: int = 0
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process speaks and writes for all."""
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        """Wait until every rank is here."""
+        if self.world > 1:
+            import torch.distributed as dist
+
+            if not dist.is_initialized():
+                dist.init_process_group("gloo", timeout=PATIENCE)
+            dist.barrier()
+
+    def close(self) -> None:
+        """Leave the group; ranks that go on alone need not."""
+        if self.world > 1:
+            import torch.distributed as dist
+
+            if dist.is_initialized():
+                dist.destroy_process_group()
+
+
+def ranks() -> Ranks:
+    """From the environment that `torchrun` sets. Raises `UserError` when torch is missing."""
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if world == 1:
+        return Ranks()
+    require("train", "torch")
+    return Ranks(int(os.environ["RANK"]), world, int(os.environ.get("LOCAL_RANK", "0")))
