@@ -11,8 +11,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from mlmkit.backends import load
-from mlmkit.corpus import Source
 from mlmkit.demo import demo_config, prepare_text, unigram_entropy
+from mlmkit.documents import Source
 from mlmkit.eval.evaluate import evaluate
 from mlmkit.masking import MaskRecipe
 from mlmkit.train.config import Config

@@ -1,173 +1,224 @@
-"""Evaluating a model on a corpus: plan, score, measure, and the record of it all."""
+"""Evaluating a model: passes over parts, gathered into tables, measured, and the record of it all."""
 
-import json
 import platform
 import sys
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 from mlmkit import __version__
-from mlmkit.backends import Backend, Scored, capacity
-from mlmkit.corpus import Corpus, Source, load_corpus
+from mlmkit.backends import Backend, capacity
+from mlmkit.corpus import Corpus
+from mlmkit.distributed import Ranks
 from mlmkit.errors import UserError
-from mlmkit.eval.metrics import masked_metrics, pseudo_metrics
-from mlmkit.eval.plan import VARIANTS, Plan, corrupt_corpus, masked_plan, pseudo_plan
-from mlmkit.eval.scoring import run_plan, shown_ids
+from mlmkit.eval.examples import token_examples
+from mlmkit.eval.material import Material
+from mlmkit.eval.measure import measure, spread
+from mlmkit.eval.pair_metrics import measure_pairs
+from mlmkit.eval.pairs import PairMaterial
+from mlmkit.eval.parts import Part, cut_parts
+from mlmkit.eval.passes import Pass, Settings
+from mlmkit.eval.plan import Plan
+from mlmkit.eval.scoring import refuse_batch_coupling, score_parts
+from mlmkit.eval.sets import EvalSet
 from mlmkit.eval.statistics import Metrics
-from mlmkit.files import new_folder
-from mlmkit.masking import MaskRecipe, format_digest
+from mlmkit.eval.store import PartFacts, Store, token_table
+from mlmkit.masking import DIGEST_MODULUS, format_digest
 from mlmkit.progress import progress
 
-RESULT_FORMAT = 1
-METRICS = ("masked", "pseudo")
-
-
-@dataclass(frozen=True)
-class PseudoOptions:
-    """`variant`: `original` or `within-word`. `sample`: the share of tokens to score, chosen by mask-v1."""
-
-    variant: str = "original"
-    sample: float = 1.0
-
-    def __post_init__(self) -> None:
-        if self.variant not in VARIANTS:
-            raise UserError(f"no pseudo-likelihood variant {self.variant!r}: choose {' or '.join(VARIANTS)}")
-        if not 0.0 < self.sample <= 1.0:
-            raise UserError(f"the pseudo-likelihood sample must be above 0 and at most 1, not {self.sample}")
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """`result` is what `result.json` holds, `tokens` what `tokens.parquet` holds: a row a scored token."""
-
-    result: dict[str, Any]
-    tokens: pa.Table
-
-    @property
-    def metrics(self) -> Metrics:
-        """`{name: {value, low, high}}`."""
-        return self.result["metrics"]
+RESULT_FORMAT = 2
 
 
 def evaluate(
     backend: Backend,
-    source: Source,
+    material: Material,
+    settings: Settings,
+    folder: Path,
     *,
-    metrics: Sequence[str] = ("masked",),
-    recipe: MaskRecipe | None = None,
-    mask_seed: int = 0,
-    pseudo: PseudoOptions | None = None,
+    declared: EvalSet | None = None,
     batch_tokens: int = 0,
-) -> Evaluation:
-    """Measure a model on a corpus.
+    allow_batch_coupling: bool = False,
+    overwrite: bool = False,
+    ranks: Ranks | None = None,
+) -> dict[str, Any]:
+    """Measure a model into `folder` and return its `result.json`; on other ranks than the first, nothing.
 
-    Raises `UserError` for unusable text or options and `CheckError` when a score is not finite.
+    What an interrupted call with the same arguments left in `folder` is not done again. Raises `UserError` for unusable
+    text, options or another evaluation there, and `CheckError` when a score is not finite.
     """
-    recipe, pseudo = recipe or MaskRecipe(), pseudo or PseudoOptions()
-    for metric in metrics:
-        if metric not in METRICS:
-            raise UserError(f"no metric {metric!r}: choose {' or '.join(METRICS)}")
+    ranks = ranks or Ranks()
     began = time.perf_counter()
-    corpus = load_corpus(source, backend.tokenizer)
-    room = capacity(backend)
-    corruption, digest = corrupt_corpus(corpus, backend.tokenizer, recipe, mask_seed)
-    is_special = backend.tokenizer.masking.is_special
-    plans: list[Plan] = []
-    if "masked" in metrics:
-        if not len(corruption.selected):
-            raise UserError(f"{source.location}: the masks select no token: use more text or a higher --mask-prob")
-        plans.append(masked_plan(corpus, corruption, room))
-    if "pseudo" in metrics:
-        sample = None
-        if pseudo.sample < 1:
-            selecting = MaskRecipe(mask_prob=pseudo.sample)
-            sample = corrupt_corpus(corpus, backend.tokenizer, selecting, mask_seed)[0].selected
-        plans.append(pseudo_plan(corpus, backend.tokenizer, room, pseudo.variant, sample))
-        if not len(plans[-1]):
-            raise UserError(f"{source.location}: there is no token to score")
+    refuse_batch_coupling(backend, allow_batch_coupling)
+    is_pairs = isinstance(material, PairMaterial)
+    chosen = material.chosen() if isinstance(material, PairMaterial) else None
+    passes = settings.passes(chosen)
+    store = Store(folder, _identity(backend, material, settings))
+    if finished := store.finished(overwrite=overwrite):
+        return finished
+    ranks.barrier()  # so that no rank finds what the first has begun
+    if ranks.is_first:
+        store.open()
+        if ranks.world > 1:
+            material.corpus()  # tokenised once for all
+    ranks.barrier()
+    try:
+        for item in passes:
+            _score(backend, material, item, store, batch_tokens, ranks)
+    except BaseException:
+        if ranks.is_first:
+            store.discard_if_empty()
+        raise
+    ranks.barrier()
+    if not ranks.is_first:
+        return {}
 
-    measured: Metrics = {}
-    tables, timing = [], {}
-    for plan in plans:
-        scored, seconds = _run_with_progress(backend, corpus, plan, batch_tokens)
-        if plan.metric == "masked":
-            measured |= masked_metrics(corpus, plan, scored)
-        else:
-            ordinary = np.flatnonzero(~is_special[corpus.ids])
-            document = np.searchsorted(corpus.starts, ordinary, side="right") - 1
-            scorable = np.bincount(document, minlength=len(corpus))
-            measured |= pseudo_metrics(corpus, plan, scored, scorable)
-        tables.append(_token_table(corpus, plan, scored, backend.tokenizer.mask_id))
-        tokens = int(plan.rows.length.sum()) + len(plan) * backend.tokenizer.added_tokens
-        timing[plan.metric] = {"seconds": seconds, "rows": len(plan), "tokens_per_second": tokens / seconds}
-
-    result = {
+    store.gather(passes, material, backend.tokenizer.masking.is_special)
+    corpus, mask_id = material.corpus(), backend.tokenizer.mask_id
+    facts = {item.name: store.part_facts(item.name) for item in passes}
+    digests = {name: format_digest(_digest(parts)) for name, parts in facts.items()}
+    metrics: Metrics = {}
+    result: dict[str, Any] = {
         "format": RESULT_FORMAT,
-        "metrics": measured,
-        "mask_digest": format_digest(digest),
-        "corpus": {
-            "source": asdict(source),
-            "fingerprint": corpus.fingerprint,
-            "documents": len(corpus),
-            "documents_without_tokens": int((corpus.lengths == 0).sum()),
-            "windowed_documents": int((corpus.lengths > room).sum()),
-            "tokens": len(corpus.ids),
-            "words": int(corpus.text_sizes[:, 0].sum()),
-            "characters": int(corpus.text_sizes[:, 1].sum()),
-            "bytes": int(corpus.text_sizes[:, 2].sum()),
+        "metrics": metrics,
+        "mask_digest": _mask_digest(passes, digests),
+        "digests": digests,
+    }
+    if "masked" in settings.metrics:
+        _require_tokens(
+            facts[passes[0].name], material, store, "the masks select no token: use more text or a higher --mask-prob"
+        )
+        measured = measure(folder, "masked", settings.mask_seeds, len(corpus), mask_id)
+        metrics |= measured.metrics
+        result["slices"] = {"masked": measured.slices}
+        if len(settings.mask_seeds) > 1:
+            by_seed = {
+                seed: {"mask_digest": digests[f"masked-{seed}"], **values} for seed, values in measured.by_seed.items()
+            }
+            result["mask_seeds"] = {"by_seed": by_seed, "spread": spread(measured.by_seed)}
+    if "pseudo" in settings.metrics:
+        _require_tokens(facts["pseudo"], material, store, "there is no token to score")
+        if is_pairs:
+            found, result["pairs"] = measure_pairs(folder)
+            metrics |= found
+        else:
+            measured = measure(folder, "pseudo", [None], len(corpus), mask_id)
+            metrics |= measured.metrics
+            result.setdefault("slices", {})["pseudo"] = measured.slices
+    described = settings.describe()
+    by_metric: dict[str, list[PartFacts]] = {}
+    for item in passes:
+        by_metric.setdefault(item.metric, []).extend(facts[item.name])
+    result |= {
+        "corpus": _describe_corpus(material, corpus, capacity(backend)),
+        "masking": {
+            **described["masking"],
+            "seed": settings.mask_seeds[0],
+            "selected": sum(part.scored for part in by_metric.get("masked", [])),
         },
-        "masking": {**recipe.describe(), "seed": mask_seed, "epoch": 0, "selected": len(corruption.selected)},
-        "scored": {plan.metric: len(plan.offset) for plan in plans},
-        "model": {**asdict(backend.info), "tokenizer": backend.tokenizer.fingerprint},
+        "pseudo": described["pseudo"],
+        "scored": {metric: sum(part.scored for part in parts) for metric, parts in by_metric.items()},
+        "model": {**asdict(backend.info), "tokenizer": backend.tokenizer.fingerprint, "mask_id": mask_id},
         "backend": {"name": backend.name, "device": backend.device},
+        "batch_coupling": backend.info.couples_batch,
+        "identity": store.identity,
+        "set": asdict(declared) if declared else None,
+        "examples": token_examples(folder, passes[0], corpus, backend.tokenizer),
         "seconds": time.perf_counter() - began,
-        "timing": timing,
+        "timing": {metric: _timing(parts) for metric, parts in by_metric.items()},
         "versions": _versions(),
         "command": sys.argv,
     }
-    if "pseudo" in metrics:
-        result["pseudo"] = asdict(pseudo)
-    return Evaluation(result, pa.concat_tables(tables))
+    store.finish(result)
+    return result
 
 
-def write_evaluation(evaluation: Evaluation, folder: Path, *, overwrite: bool = False) -> None:
-    """`result.json` and `tokens.parquet`, both or neither. Raises `UserError` if the folder exists."""
-    with new_folder(folder, replaces="result.json" if overwrite else "") as building:
-        (building / "result.json").write_text(json.dumps(evaluation.result, indent=2) + "\n", encoding="utf-8")
-        pq.write_table(evaluation.tokens, building / "tokens.parquet", compression="zstd")
+def _score(backend: Backend, material: Material, item: Pass, store: Store, batch_tokens: int, ranks: Ranks) -> None:
+    """One pass: every part that is this rank's and not yet done, written as it is finished."""
+    room, tokenizer = capacity(backend), backend.tokenizer
+    digests: dict[int, int] = {}
 
+    def work(parts: Iterator[Part]) -> Iterator[tuple[Part, Plan]]:
+        for part in parts:
+            if part.index % ranks.world == ranks.rank and not store.has(item.name, part.index):
+                plan, digests[part.index] = item.plan(part, tokenizer, room)
+                yield part, plan
 
-def _run_with_progress(backend: Backend, corpus: Corpus, plan: Plan, batch_tokens: int) -> tuple[Scored, float]:
-    began = time.perf_counter()
     with progress() as bar:
-        task = bar.add_task(f"{plan.metric} rows", total=len(plan))
-        scored = run_plan(backend, corpus, plan, batch_tokens, lambda rows: bar.advance(task, rows))
-    return scored, time.perf_counter() - began
+        task = bar.add_task(item.name, total=None)
+        planned = work(cut_parts(material.blocks(), item.cost))
+        began = time.perf_counter()
+        for part, plan, scores in score_parts(
+            backend,
+            planned,
+            top=item.metric == "masked",
+            batch_tokens=batch_tokens,
+            advance=lambda share: bar.advance(task, share),
+        ):
+            facts = PartFacts(
+                first_document=part.first_document,
+                end_document=part.end_document,
+                digest=format_digest(digests.pop(part.index)),
+                rows=len(plan),
+                scored=len(plan.offset),
+                tokens=int(plan.rows.length.sum()) + len(plan) * tokenizer.added_tokens,
+                seconds=time.perf_counter() - began,
+            )
+            store.write_part(item.name, part.index, token_table(item, part, plan, scores, tokenizer), facts)
+            began = time.perf_counter()
 
 
-def _token_table(corpus: Corpus, plan: Plan, scored: Scored, mask_id: int) -> pa.Table:
-    flat = corpus.starts[plan.document] + plan.offset
-    words = corpus.words[flat].astype(np.int32)
-    return pa.table(
-        {
-            "document": plan.document.astype(np.int64),
-            "offset": plan.offset.astype(np.int32),
-            "token_id": corpus.ids[flat].astype(np.int32),
-            "input_id": shown_ids(corpus, plan, mask_id).astype(np.int32),
-            "word": pa.array(words, mask=words < 0),
-            "log_prob": scored.log_prob,
-            "rank": scored.rank.astype(np.int32),
-            "metric": pa.array([plan.metric] * len(flat)),
-        }
-    )
+def _identity(backend: Backend, material: Material, settings: Settings) -> dict[str, Any]:
+    """What an evaluation must share with an unfinished one to go on with it; a batch size changes nothing."""
+    return {
+        "format": RESULT_FORMAT,
+        "text": material.identity(),
+        "model": backend.info.fingerprint,
+        "tokenizer": backend.tokenizer.fingerprint,
+        "backend": [backend.name, backend.device, backend.info.precision],
+        **settings.describe(),
+    }
+
+
+def _require_tokens(facts: Sequence[PartFacts], material: Material, store: Store, problem: str) -> None:
+    if not any(part.scored for part in facts):
+        store.discard()
+        raise UserError(f"{material.describe()['location']}: {problem}")
+
+
+def _digest(facts: Sequence[PartFacts]) -> int:
+    return sum(int(part.digest, 16) for part in facts) % DIGEST_MODULUS
+
+
+def _mask_digest(passes: Sequence[Pass], digests: dict[str, str]) -> str:
+    """Of the masked passes, several seeds' summed; where there is none, of the positions that pseudo scored."""
+    masked = [item.name for item in passes if item.metric == "masked"]
+    return format_digest(sum(int(digests[name], 16) for name in masked or digests) % DIGEST_MODULUS)
+
+
+def _timing(facts: Sequence[PartFacts]) -> dict[str, float]:
+    seconds = sum(part.seconds for part in facts)
+    rows, tokens = (sum(getattr(part, name) for part in facts) for name in ("rows", "tokens"))
+    return {"seconds": seconds, "rows": rows, "tokens_per_second": tokens / seconds}
+
+
+def _describe_corpus(material: Material, corpus: Corpus, room: int) -> dict[str, Any]:
+    lengths = corpus.lengths
+    words, characters, size = (int(total) for total in corpus.text_sizes.sum(axis=0))
+    return {
+        "source": material.describe(),
+        "fingerprint": corpus.fingerprint,
+        "documents": len(corpus),
+        "empty_texts": corpus.empty_texts,
+        "documents_without_tokens": int((lengths == 0).sum()),
+        "windowed_documents": int((lengths > room).sum()),
+        "tokens": int(lengths.sum()),
+        "words": words,
+        "characters": characters,
+        "bytes": size,
+    }
 
 
 def _versions() -> dict[str, str]:

@@ -1,63 +1,133 @@
-"""From scores to metrics, with the definitions of `docs/evaluation.md`."""
+"""From scores to metrics, with the definitions of `docs/evaluation.md`.
+
+A metric is a function of column sums over documents, so that its value, its interval, its slices and the difference
+between two models are all worked out from the same sums.
+"""
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 
-from mlmkit.backends import Scored
-from mlmkit.corpus import Corpus
-from mlmkit.eval.plan import Plan
-from mlmkit.eval.statistics import Metrics, bootstrap, sum_by_document
+from mlmkit.eval.statistics import Estimator
 
 Columns = NDArray[np.float64]
 
+CALIBRATION_BINS = 15  # Guo et al. 2017
+SIZES = ("ordinary", "words", "characters", "bytes")  # columns of documents.parquet
 
-def masked_metrics(corpus: Corpus, plan: Plan, scored: Scored) -> Metrics:
-    """Cross-entropy L = -(1/|M|) sum of log P over all selected tokens M, its exponential, accuracy, reciprocal rank.
 
-    A tie counts against the model: the rank is the number of other ids at least as likely.
+@dataclass(frozen=True)
+class Family:
+    """The metrics of one kind of score.
+
+    `columns` maps token rows to values `[scored, width]`. `estimators` take sums of them over documents, followed by
+    the sums of the documents' `SIZES`; those of slices take no sizes.
     """
-    columns = [np.ones(len(scored.rank)), -scored.log_prob, scored.rank == 0, 1.0 / (1 + scored.rank)]
-    sums = np.stack([sum_by_document(column, plan.document, len(corpus)) for column in columns], axis=1)
 
-    def mean(column: int):
-        return lambda totals: totals[..., column] / totals[..., 0]
-
-    return bootstrap(
-        sums,
-        {
-            "masked_cross_entropy": mean(1),
-            "masked_perplexity": lambda totals: np.exp(mean(1)(totals)),
-            "masked_accuracy": mean(2),
-            "mean_reciprocal_rank": mean(3),
-        },
-    )
+    columns: Callable[[pa.Table], Columns]
+    width: int
+    estimators: dict[str, Estimator]
+    slice_estimators: dict[str, Estimator]
 
 
-def pseudo_metrics(corpus: Corpus, plan: Plan, scored: Scored, scorable: NDArray[np.int64]) -> Metrics:
-    """Pseudo-log-likelihood PLL = sum of log P(w_t | rest) and what follows from it (Salazar et al. 2020).
+def _ratio(column: int) -> Estimator:
+    return lambda totals: totals[..., column] / totals[..., 0]
 
-    `scorable` `[documents]` counts the tokens that a full run would score. When the plan holds a sample of them, PLL is
-    estimated as their count times the sample's mean, which is unbiased as every token is as likely to be drawn.
+
+def _exp(estimator: Estimator, sign: float = 1.0) -> Estimator:
+    def exponential(totals: Columns) -> Columns:
+        with np.errstate(over="ignore"):  # infinity becomes null
+            return np.exp(sign * estimator(totals))
+
+    return exponential
+
+
+def _masked_columns(tokens: pa.Table) -> Columns:
+    """1, -log P, rank 0, rank below 5, reciprocal rank, and correctness less confidence in its confidence's bin."""
+    rank, log_prob = tokens["rank"].to_numpy(), tokens["log_prob"].to_numpy().astype(np.float64)
+    confidence = np.exp(tokens["top_log_prob"].to_numpy().astype(np.float64))
+    values = np.zeros((len(rank), 5 + CALIBRATION_BINS))
+    values[:, :5] = np.stack([np.ones(len(rank)), -log_prob, rank == 0, rank < 5, 1.0 / (1 + rank)], axis=1)
+    values[np.arange(len(rank)), 5 + calibration_bin(confidence)] = (rank == 0) - confidence
+    return values
+
+
+def calibration_bin(confidence: Columns) -> NDArray[np.int64]:
+    """Equal bins over (0, 1], each open below and closed above."""
+    return np.clip(np.ceil(confidence * CALIBRATION_BINS).astype(np.int64) - 1, 0, CALIBRATION_BINS - 1)
+
+
+def _calibration_error(totals: Columns) -> Columns:
+    return np.abs(totals[..., 5 : 5 + CALIBRATION_BINS]).sum(axis=-1) / totals[..., 0]
+
+
+def _pseudo_columns(tokens: pa.Table) -> Columns:
+    """1, log P and its square."""
+    log_prob = tokens["log_prob"].to_numpy().astype(np.float64)
+    return np.stack([np.ones(len(log_prob)), log_prob, log_prob**2], axis=1)
+
+
+PSEUDO_WIDTH = 3
+
+
+def _pll(totals: Columns) -> Columns:
+    """The documents' scorable tokens times the mean: the sum itself where every token is scored."""
+    return totals[..., 1] / totals[..., 0] * totals[..., PSEUDO_WIDTH]
+
+
+def _pll_per(size: int) -> Estimator:
+    return lambda totals: -_pll(totals) / totals[..., PSEUDO_WIDTH + size]
+
+
+MASKED = Family(
+    _masked_columns,
+    5 + CALIBRATION_BINS,
+    masked := {
+        "masked_cross_entropy": _ratio(1),
+        "masked_perplexity": _exp(_ratio(1)),
+        "masked_accuracy": _ratio(2),
+        "masked_top5_accuracy": _ratio(3),
+        "mean_reciprocal_rank": _ratio(4),
+        "expected_calibration_error": _calibration_error,
+    },
+    masked,
+)
+PSEUDO = Family(
+    _pseudo_columns,
+    PSEUDO_WIDTH,
+    {
+        "pseudo_log_likelihood": _pll,
+        "pseudo_perplexity": _exp(_ratio(1), -1.0),
+        "pseudo_perplexity_per_word": _exp(_pll_per(1)),
+        "pseudo_perplexity_per_character": _exp(_pll_per(2)),
+        "bits_per_byte": lambda totals: _pll_per(3)(totals) / math.log(2),
+    },
+    {"pseudo_perplexity": _exp(_ratio(1), -1.0)},
+)
+FAMILIES = {"masked": MASKED, "pseudo": PSEUDO}
+
+
+def sampling_errors(totals: Columns) -> dict[str, float]:
+    """Standard errors of pseudo-likelihood metrics that come from scoring n of N tokens, drawn alike.
+
+    SE(PLL) = N sqrt(1 - n / N) s / sqrt(n), s the sample's standard deviation (Cochran 1977, section 2.6); the others
+    follow from it to first order.
     """
-    counted = sum_by_document(np.ones(len(scored.rank)), plan.document, len(corpus))
-    pll = sum_by_document(scored.log_prob, plan.document, len(corpus))
-    sums = np.column_stack([pll, counted, scorable, corpus.text_sizes]).astype(np.float64)
-
-    def total(totals: Columns) -> Columns:
-        return totals[..., 0] / totals[..., 1] * totals[..., 2]
-
-    def per(column: int):
-        return lambda totals: -total(totals) / totals[..., column]
-
-    return bootstrap(
-        sums,
-        {
-            "pseudo_log_likelihood": total,
-            "pseudo_perplexity": lambda totals: np.exp(per(2)(totals)),
-            "pseudo_perplexity_per_word": lambda totals: np.exp(per(3)(totals)),
-            "pseudo_perplexity_per_character": lambda totals: np.exp(per(4)(totals)),
-            "bits_per_byte": lambda totals: per(5)(totals) / math.log(2),
-        },
-    )
+    n, total, squares, scorable, words, characters, size = totals[: PSEUDO_WIDTH + 4].tolist()
+    if n < 2:
+        return {}
+    variance = max(squares - total**2 / n, 0.0) / (n - 1)
+    error = scorable * math.sqrt(max(1 - n / scorable, 0.0) * variance / n)
+    values = {name: float(estimator(totals)) for name, estimator in PSEUDO.estimators.items()}
+    errors = {
+        "pseudo_log_likelihood": error,
+        "pseudo_perplexity": values["pseudo_perplexity"] * error / scorable,
+        "pseudo_perplexity_per_word": values["pseudo_perplexity_per_word"] * error / words if words else math.nan,
+        "pseudo_perplexity_per_character": values["pseudo_perplexity_per_character"] * error / characters,
+        "bits_per_byte": error / size / math.log(2),
+    }
+    return {name: value for name, value in errors.items() if math.isfinite(value)}

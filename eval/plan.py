@@ -4,18 +4,17 @@ Masked cross-entropy and pseudo-likelihood differ in their plan alone; `mlmkit.e
 """
 
 from dataclasses import dataclass
-from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mlmkit.corpus import Corpus, Windows, nearest_window, overlapping_windows
 from mlmkit.errors import UserError
-from mlmkit.masking import DIGEST_MODULUS, Corruption, MaskRecipe, corrupt, mask_digest
+from mlmkit.masking import Corruption
 from mlmkit.tokenizer import Tokenizer
 
 VARIANTS = ("original", "within-word")
-TOKENS_PER_CHUNK = 1 << 20
+WHOLE_WORD, FIRST_PIECE, LATER_PIECE = range(3)
 
 
 @dataclass(frozen=True)
@@ -26,7 +25,6 @@ class Plan:
     what the rows show, except that row r has the mask at offsets `hide_from[r]` up to `hide_to[r]`, both `[rows]`.
     """
 
-    metric: str
     rows: Windows
     first: NDArray[np.int64]
     document: NDArray[np.int64]
@@ -39,22 +37,6 @@ class Plan:
         return len(self.rows)
 
 
-def corrupt_corpus(corpus: Corpus, tokenizer: Tokenizer, recipe: MaskRecipe, seed: int) -> tuple[Corruption, int]:
-    """mask-v1 over a whole corpus at epoch 0, and its digest; `selected` indexes the corpus's flat tokens."""
-    input_ids = np.empty(len(corpus.ids), dtype=np.int64)
-    selected, digest = [np.zeros(0, dtype=np.int64)], 0
-    for begin, end in _document_chunks(corpus):
-        tokens = slice(int(corpus.starts[begin]), int(corpus.starts[end]))
-        lengths, keys = corpus.lengths[begin:end], corpus.keys[begin:end]
-        part = corrupt(
-            corpus.ids[tokens], lengths, keys, recipe, tokenizer.masking, seed=seed, words=corpus.words[tokens]
-        )
-        digest += mask_digest(part, lengths, keys)
-        input_ids[tokens] = part.input_ids
-        selected.append(part.selected + tokens.start)
-    return Corruption(input_ids, np.concatenate(selected)), digest % DIGEST_MODULUS
-
-
 def masked_plan(corpus: Corpus, corruption: Corruption, capacity: int) -> Plan:
     """One row a window of at most `capacity` tokens, scoring the selected tokens that lie nearest its centre."""
     document, offset = _place(corpus, corruption.selected)
@@ -64,7 +46,7 @@ def masked_plan(corpus: Corpus, corruption: Corruption, capacity: int) -> Plan:
     scoring = np.flatnonzero(counts)
     rows = _take(windows, scoring)
     nothing = np.zeros(len(rows), dtype=np.int64)
-    return Plan("masked", rows, _starts(counts[scoring]), document, offset, corruption.input_ids, nothing, nothing)
+    return Plan(rows, _starts(counts[scoring]), document, offset, corruption.input_ids, nothing, nothing)
 
 
 def pseudo_plan(
@@ -88,15 +70,8 @@ def pseudo_plan(
     rows = _take(windows, nearest_window(windows, document, offset))
     hide_to = offset + 1
     if variant == "within-word":
-        hide_to = np.minimum(_word_ends(corpus)[tokens] - corpus.starts[document], rows.start + rows.length)
-    return Plan("pseudo", rows, np.arange(len(tokens) + 1), document, offset, corpus.ids, offset, hide_to)
-
-
-def _document_chunks(corpus: Corpus) -> list[tuple[int, int]]:
-    """Stretches of documents of about a million tokens, so that the random words stay small."""
-    edges = np.searchsorted(corpus.starts, np.arange(0, int(corpus.starts[-1]), TOKENS_PER_CHUNK))
-    bounds = np.unique(np.concatenate([[0], edges, [len(corpus)]])).tolist()
-    return list(pairwise(bounds))
+        hide_to = np.minimum(word_ends(corpus)[tokens] - corpus.starts[document], rows.start + rows.length)
+    return Plan(rows, np.arange(len(tokens) + 1), document, offset, corpus.ids, offset, hide_to)
 
 
 def _place(corpus: Corpus, tokens: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -105,7 +80,7 @@ def _place(corpus: Corpus, tokens: NDArray[np.int64]) -> tuple[NDArray[np.int64]
     return document, tokens - corpus.starts[document]
 
 
-def _word_ends(corpus: Corpus) -> NDArray[np.int64]:
+def word_ends(corpus: Corpus) -> NDArray[np.int64]:
     """For each flat token the flat index just after its word. A token without a word is a word of its own."""
     words = np.asarray(corpus.words)
     ends = np.ones(len(words), dtype=bool)  # whether the token is its word's last
@@ -114,6 +89,14 @@ def _word_ends(corpus: Corpus) -> NDArray[np.int64]:
     ends[inner_starts[inner_starts > 0] - 1] = True
     places = np.flatnonzero(ends) + 1
     return places[np.searchsorted(places, np.arange(len(words)), side="right")]
+
+
+def pieces(corpus: Corpus, tokens: NDArray[np.int64]) -> NDArray[np.int8]:
+    """Whether each flat token is a whole word, or the first or a later piece of one."""
+    ends = word_ends(corpus)
+    is_first = (tokens == 0) | (ends[tokens - 1] == tokens)
+    is_last = ends[tokens] == tokens + 1
+    return np.select([is_first & is_last, is_first], [WHOLE_WORD, FIRST_PIECE], LATER_PIECE).astype(np.int8)
 
 
 def _take(windows: Windows, index: NDArray[np.int64]) -> Windows:

@@ -9,8 +9,8 @@ from numpy.typing import NDArray
 from mlmkit.backends import Backend, capacity
 from mlmkit.corpus import tokenize
 from mlmkit.eval.plan import pseudo_plan
-from mlmkit.eval.scoring import run_plan
-from mlmkit.eval.statistics import sum_by_document
+from mlmkit.eval.scoring import refuse_batch_coupling, run_plan
+from mlmkit.eval.statistics import sum_by
 from mlmkit.progress import progress
 
 
@@ -28,20 +28,26 @@ class TextScore:
 
 
 def score_texts(
-    backend: Backend, texts: Sequence[str], *, variant: str = "original", batch_tokens: int = 0
+    backend: Backend,
+    texts: Sequence[str],
+    *,
+    variant: str = "original",
+    batch_tokens: int = 0,
+    allow_batch_coupling: bool = False,
 ) -> list[TextScore]:
     """PLL of each text: the sum over its tokens of log P(token | the rest), each token masked alone.
 
     Special tokens are context, never targets. `variant="within-word"` masks the later tokens of the same word too.
     """
+    refuse_batch_coupling(backend, allow_batch_coupling)
     if not texts:
         return []
     corpus = tokenize(texts, backend.tokenizer)
     plan = pseudo_plan(corpus, backend.tokenizer, capacity(backend), variant)
     with progress() as bar:
-        task = bar.add_task("scoring", total=len(plan))
-        scored = run_plan(backend, corpus, plan, batch_tokens, lambda rows: bar.advance(task, rows))
-    sums = sum_by_document(scored.log_prob, plan.document, len(corpus))
+        task = bar.add_task("scoring", total=1)
+        scored = run_plan(backend, corpus, plan, batch_tokens, lambda share: bar.advance(task, share))
+    sums = sum_by(scored.log_prob, plan.document, len(corpus))
     ends = np.searchsorted(plan.document, np.arange(len(corpus) + 1))
     ids = corpus.ids[corpus.starts[plan.document] + plan.offset].astype(np.int64)
     return [

@@ -1,6 +1,11 @@
-"""Running a plan: length-sorted batches through a backend, results in corpus order."""
+"""Running plans: length-sorted batches through a backend, made ahead of it, results in corpus order."""
 
-from collections.abc import Callable
+import contextlib
+import queue
+import threading
+from collections.abc import Callable, Generator, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -8,11 +13,66 @@ from numpy.typing import NDArray
 from mlmkit.backends import Backend, Batch, Scored
 from mlmkit.batching import length_batches, pad
 from mlmkit.corpus import Corpus, ranges
-from mlmkit.errors import CheckError
+from mlmkit.errors import CheckError, UserError
+from mlmkit.eval.parts import Part
 from mlmkit.eval.plan import Plan
 from mlmkit.tokenizer import Tokenizer
 
 BATCH_TOKENS = {"cpu": 2048, "cuda": 65536}  # on a CPU larger batches leave the cache: docs/decisions.md
+BATCHES_AHEAD = 8
+
+Item = TypeVar("Item")
+
+
+@dataclass(frozen=True)
+class TokenScores:
+    """A plan's scores, each `[scored]`: `log_prob` and `top_log_prob` float32, `rank` and `top_id` int64.
+
+    `top_id` is the likeliest token and `top_log_prob` its log-probability, where they were asked for.
+    """
+
+    log_prob: NDArray[np.float32]
+    rank: NDArray[np.int64]
+    top_log_prob: NDArray[np.float32] | None = None
+    top_id: NDArray[np.int64] | None = None
+
+
+@dataclass(frozen=True)
+class _Step:
+    """A batch of a part's plan, and the tokens of the plan that it scores; no batch where there is nothing to score."""
+
+    part: Part
+    plan: Plan
+    batch: Batch | None
+    scored: NDArray[np.int64]
+    is_last: bool
+
+
+def score_parts(
+    backend: Backend,
+    work: Iterable[tuple[Part, Plan]],
+    *,
+    top: bool = False,
+    batch_tokens: int = 0,
+    advance: Callable[[float], object] = lambda _: None,
+) -> Iterator[tuple[Part, Plan, TokenScores]]:
+    """Score each part's plan. Reading, planning and padding run ahead in a thread while the model computes.
+
+    `batch_tokens` bounds rows x longest of a batch (0: by device). With `top` the likeliest tokens are kept too.
+    `advance` is called with the share of a part that was done. Raises `CheckError` naming the document and token when a
+    score is not finite.
+    """
+    scores = TokenScores(np.zeros(0, np.float32), np.zeros(0, np.int64))
+    begun = None
+    with _Ahead(_steps(work, backend, batch_tokens), BATCHES_AHEAD) as steps:
+        for step in steps:
+            if step.part is not begun:
+                scores, begun = _empty(len(step.plan.offset), top), step.part
+            if step.batch is not None:
+                _score(backend, step, scores)
+                advance(len(step.batch.input_ids) / len(step.plan))
+            if step.is_last:
+                yield step.part, step.plan, scores
 
 
 def run_plan(
@@ -20,28 +80,62 @@ def run_plan(
     corpus: Corpus,
     plan: Plan,
     batch_tokens: int = 0,
-    advance: Callable[[int], object] = lambda _: None,
+    advance: Callable[[float], object] = lambda _: None,
 ) -> Scored:
-    """Score every token of the plan: `log_prob` float32 and `rank` int64, `[scored]`, in the plan's order.
+    """Score the plan of a corpus in memory: `log_prob` float32 and `rank` int64, `[scored]`, in the plan's order."""
+    ((_, _, scores),) = score_parts(
+        backend, [(Part(0, 0, 0, corpus), plan)], batch_tokens=batch_tokens, advance=advance
+    )
+    return Scored(scores.log_prob, scores.rank)
 
-    `batch_tokens` bounds rows x longest of a batch (0: by device). `advance` is called with the rows done.
-    Raises `CheckError` naming the document and token when a score is not finite.
-    """
-    log_prob = np.empty(len(plan.offset), dtype=np.float32)
-    rank = np.empty(len(plan.offset), dtype=np.int64)
-    lengths = plan.rows.length + backend.tokenizer.added_tokens
+
+def refuse_batch_coupling(backend: Backend, allow: bool) -> None:
+    """Raise `UserError` for a model whose scores change with a row's batch-mates, unless the user insists."""
+    if backend.info.couples_batch and not allow:
+        raise UserError(
+            f"{backend.info.path} is quantized dynamically: a score changes with the rows in its batch, by up to a few "
+            "hundredths of a nat. Evaluate the fp32 artifact, or insist with --allow-batch-coupling"
+        )
+
+
+def _empty(size: int, top: bool) -> TokenScores:
+    first = TokenScores(np.empty(size, np.float32), np.empty(size, np.int64))
+    return (
+        TokenScores(first.log_prob, first.rank, np.empty(size, np.float32), np.empty(size, np.int64)) if top else first
+    )
+
+
+def _score(backend: Backend, step: _Step, scores: TokenScores) -> None:
+    assert step.batch is not None
+    if scores.top_log_prob is not None and scores.top_id is not None:
+        predicted = backend.predict(step.batch)
+        log_prob, rank = predicted.log_prob, predicted.rank
+        scores.top_log_prob[step.scored], scores.top_id[step.scored] = (
+            predicted.top_log_prob[:, 0],
+            predicted.top_id[:, 0],
+        )
+    else:
+        log_prob, rank = backend.score(step.batch)
+    scores.log_prob[step.scored], scores.rank[step.scored] = log_prob, rank
+    if not np.isfinite(log_prob).all():
+        bad = np.flatnonzero(~np.isfinite(log_prob))[0]
+        place = step.scored[bad]
+        raise CheckError(
+            f"the model gives {log_prob[bad]} for document {step.part.first_document + step.plan.document[place]}, "
+            f"token {step.plan.offset[place]}: its weights or activations are not finite"
+        )
+
+
+def _steps(work: Iterable[tuple[Part, Plan]], backend: Backend, batch_tokens: int) -> Generator[_Step]:
     budget = batch_tokens or BATCH_TOKENS[backend.device]
-    for rows in length_batches(lengths, budget, equal=backend.info.sees_padding):
-        batch, scored = build_batch(corpus, plan, rows, backend.tokenizer)
-        log_prob[scored], rank[scored] = backend.score(batch)
-        if not np.isfinite(log_prob[scored]).all():
-            place = scored[~np.isfinite(log_prob[scored])][0]
-            raise CheckError(
-                f"the model gives {log_prob[place]} for document {plan.document[place]}, token {plan.offset[place]}: "
-                "its weights or activations are not finite"
-            )
-        advance(len(rows))
-    return Scored(log_prob, rank)
+    for part, plan in work:
+        lengths = plan.rows.length + backend.tokenizer.added_tokens
+        batches = length_batches(lengths, budget, equal=backend.info.sees_padding)
+        for number, rows in enumerate(batches, start=1):
+            batch, scored = build_batch(part.corpus, plan, rows, backend.tokenizer)
+            yield _Step(part, plan, batch, scored, is_last=number == len(batches))
+        if not batches:
+            yield _Step(part, plan, None, np.zeros(0, dtype=np.int64), is_last=True)
 
 
 def build_batch(
@@ -65,8 +159,45 @@ def build_batch(
     return Batch(input_ids, attention_mask, positions, targets), scored
 
 
-def shown_ids(corpus: Corpus, plan: Plan, mask_id: int) -> NDArray[np.int64]:
-    """What stood at each scored token when it was scored, `[scored]`."""
-    if plan.metric == "pseudo":
-        return np.full(len(plan.offset), mask_id, dtype=np.int64)
-    return plan.input_ids[corpus.starts[plan.document] + plan.offset].astype(np.int64)
+class _Ahead(Generic[Item]):
+    """Iterates over `items` made by a thread that runs up to `depth` ahead; what it raises is raised here.
+
+    Leaving the `with` block stops the thread, and closes `items`, before anything else happens.
+    """
+
+    def __init__(self, items: Generator[Item], depth: int) -> None:
+        self._items, self._stopped = items, threading.Event()
+        self._queue: queue.Queue[Item | BaseException] = queue.Queue(depth)
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    def __enter__(self) -> Iterator[Item]:
+        self._thread.start()
+        return self._take()
+
+    def __exit__(self, *_: object) -> None:
+        self._stopped.set()
+        while self._thread.is_alive():
+            with contextlib.suppress(queue.Empty):  # it may be waiting for room
+                self._queue.get_nowait()
+            self._thread.join(0.01)
+
+    def _run(self) -> None:
+        outcome: BaseException = StopIteration()
+        try:
+            for item in self._items:
+                self._queue.put(item)
+                if self._stopped.is_set():
+                    break
+            self._items.close()
+        except BaseException as error:
+            outcome = error
+        self._queue.put(outcome)
+
+    def _take(self) -> Iterator[Item]:
+        while True:
+            item = self._queue.get()
+            if isinstance(item, StopIteration):
+                return
+            if isinstance(item, BaseException):
+                raise item
+            yield item

@@ -1,4 +1,4 @@
-"""Bootstrap intervals over documents."""
+"""Bootstrap intervals over documents, in memory that does not grow with their number."""
 
 from collections.abc import Callable
 
@@ -10,49 +10,70 @@ CONFIDENCE = 0.95
 CHUNK = 1 << 22
 
 Estimator = Callable[[NDArray[np.float64]], NDArray[np.float64]]
-Metrics = dict[str, dict[str, float | None]]
+Interval = dict[str, float | None]
+Metrics = dict[str, Interval]
 
 
-def sum_by_document(values: NDArray[np.floating], document: NDArray[np.int64], documents: int) -> NDArray[np.float64]:
-    """Float64 sums of per-token values, `[documents]`; tokens in document order fix the order of adding."""
-    return np.bincount(document, weights=values.astype(np.float64), minlength=documents).astype(np.float64)
+def sum_by(values: NDArray, group: NDArray[np.int64], groups: int) -> NDArray[np.float64]:
+    """Float64 sums of values by group, `[groups]`; tokens in document order fix the order of adding."""
+    return np.bincount(group, weights=values.astype(np.float64), minlength=groups).astype(np.float64)
+
+
+class Bootstrap:
+    """Column sums of documents, and of `RESAMPLES` draws of as many documents with replacement.
+
+    Fed a stretch of documents at a time: each draw's share in a stretch is binomial given what is left, and uniform
+    within it, which together is the multinomial draw over all. The generator is fixed, so the same stretches give the
+    same draws; statistics of one object are paired.
+    """
+
+    def __init__(self, documents: int, columns: int, resamples: int = RESAMPLES) -> None:
+        self.totals = np.zeros(columns)
+        self.resampled = np.zeros((resamples, columns))
+        self._generator = np.random.Generator(np.random.Philox(0))
+        self._documents_left = documents
+        self._draws_left = np.full(resamples, documents)
+
+    def add(self, sums: NDArray[np.float64]) -> None:
+        """`sums` `[documents, columns]` of the next documents."""
+        size = len(sums)
+        if self._documents_left == size:
+            draws = self._draws_left
+        else:
+            draws = self._generator.binomial(self._draws_left, size / self._documents_left)
+        self.totals += sums.sum(axis=0)
+        for begin in range(0, len(draws), max(CHUNK // size, 1)):
+            part = slice(begin, begin + max(CHUNK // size, 1))
+            row = np.repeat(np.arange(len(draws[part])), draws[part])
+            drawn = self._generator.integers(size, size=len(row)) + row * size
+            weights = np.bincount(drawn, minlength=len(draws[part]) * size).reshape(-1, size)
+            self.resampled[part] += weights.astype(np.float64) @ sums
+        self._documents_left, self._draws_left = self._documents_left - size, self._draws_left - draws
+
+
+def interval(estimator: Estimator, totals: NDArray[np.float64], resampled: NDArray[np.float64]) -> Interval:
+    """Value and percentile interval of a statistic of column sums (Efron and Tibshirani 1993, chapter 13).
+
+    `estimator` maps totals `[..., columns]` to `[...]`. None where a number overflows float64 or does not exist.
+    """
+    tail = (1 - CONFIDENCE) / 2
+    with np.errstate(all="ignore"):
+        values = estimator(resampled)
+        # A resample without a scored token has no value (0 / 0), which is not the same as a perfect one. Order
+        # statistics instead of interpolation keep an overflow to infinity from becoming NaN.
+        values = values[~np.isnan(values)]
+        low, high = np.quantile(values, [tail, 1 - tail], method="nearest") if len(values) else (np.nan, np.nan)
+        value = estimator(totals)
+    return {key: finite(number) for key, number in (("value", value), ("low", low), ("high", high))}
 
 
 def bootstrap(sums: NDArray[np.float64], estimators: dict[str, Estimator], resamples: int = RESAMPLES) -> Metrics:
-    """Value and percentile interval of statistics of column sums, resampling documents with replacement.
-
-    `sums` is `[documents, columns]`; each estimator maps totals `[..., columns]` to `[...]` (Efron and Tibshirani 1993,
-    chapter 13). Returns `{name: {value, low, high}}`, None where a number overflows float64. The generator is fixed, so
-    the same sums give the same interval.
-    """
-    totals = resampled_totals(sums, resamples)
-    tail = (1 - CONFIDENCE) / 2
-    result = {}
-    for name, estimator in estimators.items():
-        with np.errstate(all="ignore"):
-            values = estimator(totals)
-            # A resample without a scored token has no value (0 / 0), which is not the same as a perfect one. Order
-            # statistics instead of interpolation keep an overflow to infinity from becoming NaN.
-            low, high = np.nanquantile(values, [tail, 1 - tail], method="nearest")
-            value = estimator(sums.sum(axis=0))
-        result[name] = {key: _finite(number) for key, number in (("value", value), ("low", low), ("high", high))}
-    return result
+    """`{name: {value, low, high}}` of statistics of `sums` `[documents, columns]`, resampling documents."""
+    draws = Bootstrap(len(sums), sums.shape[1], resamples)
+    draws.add(sums)
+    return {name: interval(estimator, draws.totals, draws.resampled) for name, estimator in estimators.items()}
 
 
-def _finite(number: NDArray[np.float64] | float) -> float | None:
+def finite(number: NDArray[np.float64] | float) -> float | None:
     """JSON has no infinity."""
     return float(number) if np.isfinite(number) else None
-
-
-def resampled_totals(sums: NDArray[np.float64], resamples: int) -> NDArray[np.float64]:
-    """Column sums of resampled documents, `[resamples, columns]`."""
-    documents = len(sums)
-    generator = np.random.Generator(np.random.Philox(0))
-    totals = np.empty((resamples, sums.shape[1]))
-    step = max(CHUNK // documents, 1)
-    for begin in range(0, resamples, step):
-        count = min(step, resamples - begin)
-        drawn = generator.integers(documents, size=(count, documents)) + np.arange(count)[:, None] * documents
-        weights = np.bincount(drawn.ravel(), minlength=count * documents).reshape(count, documents)
-        totals[begin : begin + count] = weights @ sums
-    return totals

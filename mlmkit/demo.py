@@ -13,9 +13,10 @@ from rich.table import Table
 
 from mlmkit.artifact import read_manifest
 from mlmkit.backends import Backend, load
-from mlmkit.corpus import Source, load_corpus, read_documents
+from mlmkit.corpus import load_corpus
+from mlmkit.documents import Source, read_documents
 from mlmkit.errors import CheckError, UserError
-from mlmkit.eval.evaluate import Evaluation, PseudoOptions, evaluate, write_evaluation
+from mlmkit.eval.api import Evaluation, evaluate
 from mlmkit.export.export import export
 from mlmkit.fill import fill
 from mlmkit.masking import MaskRecipe, document_key
@@ -65,9 +66,7 @@ def run_demo(output: Path, text: str | None) -> None:
 
     log.info("3/4 evaluating both on %s, mask seed 0", heldout_text)
     models = {"checkpoint": load(str(checkpoint)), "artifact": load(str(artifact))}
-    evaluations = {name: measure(model, heldout_text) for name, model in models.items()}
-    for name, evaluation in evaluations.items():
-        write_evaluation(evaluation, output / f"eval-{name}", overwrite=True)
+    evaluations = {name: measure(model, heldout_text, output / f"eval-{name}") for name, model in models.items()}
     difference = check_agreement(evaluations)
 
     log.info("4/4 filling masks")
@@ -120,14 +119,16 @@ def prepare_text(output: Path, text: str | None) -> tuple[Path, Path]:
     return train_text, heldout_text
 
 
-def measure(model: Backend, heldout_text: Path) -> Evaluation:
+def measure(model: Backend, heldout_text: Path, output: Path) -> Evaluation:
     """Masked cross-entropy on all of it, pseudo-perplexity on a sample."""
     return evaluate(
         model,
         Source(str(heldout_text)),
         metrics=("masked", "pseudo"),
         mask_seed=0,
-        pseudo=PseudoOptions(sample=PSEUDO_SAMPLE),
+        pseudo_sample=PSEUDO_SAMPLE,
+        output=output,
+        overwrite=True,
     )
 
 

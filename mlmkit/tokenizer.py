@@ -190,6 +190,11 @@ class Tokenizer:
         """The vocabulary entry of an id, as the vocabulary spells it; empty if there is none."""
         return self._control.id_to_token(id) or ""
 
+    def readable(self, id: int) -> str:
+        """A token for people: as text, without marks of where a word begins or goes on."""
+        text = self._control.decode([id], skip_special_tokens=False)
+        return text.strip().removeprefix("##") or self.token(id)
+
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
         """Ids to text."""
         return self._control.decode(list(ids), skip_special_tokens=skip_special_tokens)

@@ -60,19 +60,20 @@ def test_an_artifact_runs_without_torch_and_transformers(artifact, tmp_path):
 def test_imports_run_one_way():
     """cli, demo → serve, train → eval, export → backends → model → the rest: docs/architecture.md."""
     layers = [
-        {"errors", "files", "masking", "progress", "pydocs"},
-        {"tokenizer"},
+        {"errors", "files", "masking", "progress", "pydocs", "distributed"},
+        {"tokenizer", "documents"},
         {"corpus", "batching", "artifact"},
         {"model"},
         {"backends"},
         {"fill", "eval", "export"},
         {"train"},
-        {"demo"},
+        {"demo", "cli_options"},
+        {"cli_eval"},
         {"cli"},
         {"__main__"},
     ]
     level = {name: height for height, names in enumerate(layers) for name in names}
-    same_layer = {("files", "errors"), ("masking", "errors")}
+    same_layer = {("files", "errors"), ("masking", "errors"), ("distributed", "errors")}
     for path in sorted([*ROOT.glob("mlmkit/**/*.py"), *ROOT.glob("eval/*.py"), *ROOT.glob("export/*.py")]):
         parts = path.relative_to(ROOT).with_suffix("").parts
         own = parts[1] if parts[0] == "mlmkit" else parts[0]
@@ -83,7 +84,7 @@ def test_imports_run_one_way():
                     assert level[other] < level[own], f"{path} imports {node.module}"
 
 
-@pytest.mark.parametrize("command", ["demo", "train", "export", "eval", "score", "fill"])
+@pytest.mark.parametrize("command", ["demo", "train", "export", "eval", "compare", "report", "score", "fill"])
 def test_each_command_has_help(capsys, command):
     code, out, _ = run(capsys, command, "--help")
     assert code == 0
@@ -113,7 +114,8 @@ def test_portuguese_sentences_are_scored_and_evaluated(capsys, kind, artifact, t
     assert result == json.loads((tmp_path / "result" / "result.json").read_text())
     table = pq.read_table(tmp_path / "result" / "tokens.parquet")
     assert table.column_names == [
-        "document", "offset", "token_id", "input_id", "word", "log_prob", "rank", "metric"
+        "document", "offset", "token_id", "input_id", "word", "log_prob", "rank", "metric",
+        "mask_seed", "top_id", "top_log_prob", "token", "piece", "length", "frequency",
     ]  # fmt: skip
     assert len(table) == result["masking"]["selected"] > 0
     assert len(result["mask_digest"]) == 32
@@ -177,11 +179,16 @@ def test_several_sets_have_a_folder_each(capsys, artifact, tmp_path, text_file):
     assert len(json.loads(out)["results"]) == 2
     assert (tmp_path / "results" / "text" / "result.json").exists()
     assert (tmp_path / "results" / "other" / "tokens.parquet").exists()
+    code, again, err = run(capsys, *arguments, "--output", tmp_path / "results")
+    assert (code, again) == (0, out), err  # what is done is not done again
+    arguments += ["--mask-seed", "5"]
     code, _, err = run(capsys, *arguments, "--output", tmp_path / "results")
     assert code == 2
+    assert "another masking" in err
     assert "--overwrite" in err
-    code, _, err = run(capsys, *arguments, "--output", tmp_path / "results", "--overwrite")
+    code, replaced, err = run(capsys, *arguments, "--output", tmp_path / "results", "--overwrite")
     assert code == 0, err
+    assert json.loads(replaced)["results"][0]["mask_digest"] != json.loads(out)["results"][0]["mask_digest"]
 
 
 # ------------------------------------------------------------------ mistakes
@@ -222,7 +229,7 @@ def mistakes(folder: Path, checkpoint: Path, artifact: Path) -> dict[str, list[o
         "must not exceed 1": ["eval", artifact, "--set", good, "--random-prob", "0.5", "--output", output],
         "no metric": ["eval", artifact, "--set", good, "--metric", "bleu", "--output", output],
         "choose auto": ["eval", artifact, "--set", good, "--backend", "jax", "--output", output],
-        "seed and epoch": ["eval", artifact, "--set", good, "--mask-seed", "-1", "--output", output],
+        "mask seed must": ["eval", artifact, "--set", good, "--mask-seed", "-1", "--output", output],
         "is not a folder": ["eval", artifact, "--set", good, "--output", good],
         "did you mean train.steps": ["train", folder / "bad.toml", "--output", output],
         "cannot be read": ["train", folder / "none.toml", "--output", output],

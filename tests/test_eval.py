@@ -3,10 +3,10 @@
 import json
 import math
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -14,15 +14,16 @@ from conftest import KINDS, PORTUGUESE, paragraphs
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 
 from mlmkit.backends import Batch, Scored, load
-from mlmkit.corpus import Source, overlapping_windows, tokenize
+from mlmkit.corpus import overlapping_windows, tokenize
+from mlmkit.documents import Source
 from mlmkit.errors import CheckError, UserError
-from mlmkit.eval.evaluate import PseudoOptions, evaluate, write_evaluation
-from mlmkit.eval.metrics import masked_metrics
-from mlmkit.eval.plan import corrupt_corpus, masked_plan, pseudo_plan
-from mlmkit.eval.pseudo import score_texts
+from mlmkit.eval.api import evaluate, pseudo_log_likelihood
+from mlmkit.eval.metrics import MASKED
+from mlmkit.eval.passes import Settings
+from mlmkit.eval.plan import pseudo_plan
 from mlmkit.eval.scoring import run_plan
 from mlmkit.eval.statistics import bootstrap
-from mlmkit.masking import MaskRecipe, document_key
+from mlmkit.masking import MaskRecipe, corrupt, document_key
 
 CAPACITY = 62  # tokens of a document that a row of the test models holds
 
@@ -66,8 +67,9 @@ def test_every_number_can_be_recomputed(
 ):
     """Masks, scores and metrics from `tokens.parquet`, the texts and the plain model alone."""
     model = load(str(checkpoint(kind) if backend == "torch" else artifact(kind)))
-    evaluation = evaluate(model, Source(str(short_file)), metrics=("masked", "pseudo"), mask_seed=3)
-    write_evaluation(evaluation, tmp_path / "result")
+    evaluation = evaluate(
+        model, Source(str(short_file)), metrics=("masked", "pseudo"), mask_seed=3, output=tmp_path / "result"
+    )
     rows = pq.read_table(tmp_path / "result" / "tokens.parquet").to_pylist()
     dense, texts = Dense(checkpoint(kind)), short_file.read_text(encoding="utf-8").split("\n")[:-1]
     documents = [dense.ids(text) for text in texts]
@@ -179,14 +181,14 @@ def test_another_order_of_documents_has_the_same_digest(short_file, checkpoint, 
 def test_within_word_masks_the_later_tokens_of_the_word(checkpoint):
     text = "The interpreter distinguishes representations."
     model, dense = load(str(checkpoint("bert"))), Dense(checkpoint("bert"))
-    (scored,) = score_texts(model, [text], variant="within-word")
+    (scored,) = pseudo_log_likelihood(model, [text], variant="within-word")
     encoding = dense.tokenizer(text, add_special_tokens=False)
     ids, words = encoding["input_ids"], encoding.word_ids()
     assert len(set(words)) < len(ids)
     for i, (id, log_prob) in enumerate(zip(ids, scored.log_prob, strict=True)):
         hidden = [dense.tokenizer.mask_token_id if j >= i and words[j] == words[i] else ids[j] for j in range(len(ids))]
         assert log_prob == pytest.approx(dense.log_probs(hidden)[i, id].item(), abs=1e-4)
-    (original,) = score_texts(model, [text])
+    (original,) = pseudo_log_likelihood(model, [text])
     assert original.pseudo_log_likelihood != scored.pseudo_log_likelihood
 
 
@@ -194,9 +196,10 @@ def test_pseudo_sample_is_mask_v1s_choice_and_estimates_the_whole(text_file, art
     model = load(str(artifact("bert")))
     source = Source(str(text_file))
     whole = evaluate(model, source, metrics=("pseudo",))
-    part = evaluate(model, source, metrics=("pseudo",), pseudo=PseudoOptions(sample=0.3))
+    part = evaluate(model, source, metrics=("pseudo",), pseudo_sample=0.3)
     corpus = tokenize(paragraphs(), model.tokenizer)
-    chosen = corrupt_corpus(corpus, model.tokenizer, MaskRecipe(mask_prob=0.3), 0)[0].selected
+    recipe = MaskRecipe(mask_prob=0.3)
+    chosen = corrupt(corpus.ids, corpus.lengths, corpus.keys, recipe, model.tokenizer.masking, seed=0).selected
     flat = corpus.starts[part.tokens["document"].to_numpy()] + part.tokens["offset"].to_numpy()
     assert flat.tolist() == chosen.tolist()
     exact, estimate = (e.result["metrics"]["pseudo_log_likelihood"]["value"] for e in (whole, part))
@@ -208,20 +211,20 @@ def test_pseudo_sample_is_mask_v1s_choice_and_estimates_the_whole(text_file, art
     ("probabilities", "losses", "mean"),
     [((0.7, 0.4), (0.36, 0.92), 0.636), ((0.9, 0.7), (0.105, 0.357), 0.231)],
 )
-def test_worked_examples_of_the_loss(probabilities, losses, mean, checkpoint):
-    tokenizer = load(str(checkpoint("bert"))).tokenizer
-    corpus = tokenize([PORTUGUESE[1]], tokenizer)
-    corruption, _ = corrupt_corpus(corpus, tokenizer, MaskRecipe(mask_prob=0.15), 0)
-    plan = masked_plan(corpus, corruption, CAPACITY)
+def test_worked_examples_of_the_loss(probabilities, losses, mean):
     log_prob = np.log(np.array(probabilities, dtype=np.float32))
     assert [round(-float(value), 3) for value in log_prob] == pytest.approx(losses, abs=0.005)
-    two = replace(plan, document=np.zeros(2, dtype=np.int64), offset=np.arange(2))
-    metrics = masked_metrics(corpus, two, Scored(log_prob, np.array([0, 1])))
-    assert metrics["masked_cross_entropy"]["value"] == pytest.approx(-np.log(probabilities).mean(), rel=1e-6)
-    assert metrics["masked_cross_entropy"]["value"] == pytest.approx(mean, abs=0.001)
-    assert metrics["masked_perplexity"]["value"] == pytest.approx(1 / math.sqrt(math.prod(probabilities)), rel=1e-6)
-    assert metrics["masked_accuracy"]["value"] == 0.5
-    assert metrics["mean_reciprocal_rank"]["value"] == 0.75
+    tokens = pa.table({"log_prob": log_prob, "rank": [0, 7], "top_log_prob": np.log(np.array([0.7, 0.5], np.float32))})
+    totals = MASKED.columns(tokens).sum(axis=0)
+    metrics = {name: float(estimator(totals)) for name, estimator in MASKED.estimators.items()}
+    assert metrics["masked_cross_entropy"] == pytest.approx(-np.log(probabilities).mean(), rel=1e-6)
+    assert metrics["masked_cross_entropy"] == pytest.approx(mean, abs=0.001)
+    assert metrics["masked_perplexity"] == pytest.approx(1 / math.sqrt(math.prod(probabilities)), rel=1e-6)
+    assert metrics["masked_accuracy"] == 0.5
+    assert metrics["masked_top5_accuracy"] == 0.5
+    assert metrics["mean_reciprocal_rank"] == pytest.approx((1 + 1 / 8) / 2)
+    # One token in the bin of confidence 0.7, right; one in that of 0.5, wrong.
+    assert metrics["expected_calibration_error"] == pytest.approx((0.3 + 0.5) / 2, abs=1e-6)
 
 
 def test_intervals_are_those_of_the_bootstrap():
@@ -248,17 +251,17 @@ def test_a_resample_without_a_scored_token_has_no_value():
 def test_a_number_that_overflows_is_null_in_valid_json(short_file, checkpoint, tmp_path):
     path = tmp_path / "unspaced.txt"
     path.write_text("".join(line.replace(" ", "") * 40 + "\n" for line in paragraphs()[:3]), encoding="utf-8")
-    evaluation = evaluate(load(str(checkpoint("roberta"))), Source(str(path)), metrics=("pseudo",))
-    write_evaluation(evaluation, tmp_path / "result")
+    evaluate(load(str(checkpoint("roberta"))), Source(str(path)), metrics="pseudo", output=tmp_path / "result")
     text = (tmp_path / "result" / "result.json").read_text()
     metrics = json.loads(text, parse_constant=lambda name: pytest.fail(name))["metrics"]
-    assert metrics["pseudo_perplexity_per_word"] == {"value": None, "low": None, "high": None}
+    per_word = metrics["pseudo_perplexity_per_word"]
+    assert [per_word[key] for key in ("value", "low", "high")] == [None, None, None]
     assert metrics["bits_per_byte"]["value"] > 0
 
 
 def test_a_document_without_tokens_scores_nothing(checkpoint):
     model = load(str(checkpoint("bert")))
-    empty, full = score_texts(model, ["\u200b", "Roma"])
+    empty, full = pseudo_log_likelihood(model, ["\u200b", "Roma"])
     assert (empty.pseudo_log_likelihood, len(empty.log_prob)) == (0.0, 0)
     assert full.pseudo_log_likelihood < 0
 
@@ -289,6 +292,6 @@ def test_unusable_text_and_options_are_named(checkpoint, tmp_path):
     with pytest.raises(UserError, match="no metric 'bleu'"):
         evaluate(model, source, metrics=("bleu",))
     with pytest.raises(UserError, match="sample must be"):
-        PseudoOptions(sample=0)
+        Settings(pseudo_sample=0)
     with pytest.raises(UserError, match="variant 'l2r'"):
-        evaluate(model, source, metrics=("pseudo",), pseudo=PseudoOptions(variant="l2r"))
+        evaluate(model, source, metrics=("pseudo",), variant="l2r")

@@ -16,6 +16,7 @@ from mlmkit.tokenizer import Tokenizer
 
 BACKENDS = ("auto", "torch", "onnx")
 DEVICES = ("auto", "cpu", "cuda")
+DYNAMIC_INT8 = "int8-dynamic"
 
 
 class Batch(NamedTuple):
@@ -61,6 +62,11 @@ class ModelInfo:
     precision: str
     top_k: int
     sees_padding: bool
+
+    @property
+    def couples_batch(self) -> bool:
+        """Whether a row's scores change with the other rows of its batch, as scales found while it runs make them."""
+        return self.precision == DYNAMIC_INT8
 
 
 class Backend(Protocol):

@@ -1,0 +1,140 @@
+"""Evaluation from Python: `mlmkit.evaluate` and `mlmkit.pseudo_log_likelihood`."""
+
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from mlmkit.backends import Backend, load
+from mlmkit.documents import Source
+from mlmkit.eval.evaluate import evaluate as run_evaluation
+from mlmkit.eval.material import GivenTexts
+from mlmkit.eval.passes import Settings
+from mlmkit.eval.pseudo import TextScore, score_texts
+from mlmkit.eval.sets import Request, data_folder, find_set
+from mlmkit.eval.statistics import Metrics
+from mlmkit.eval.store import DOCUMENTS, TOKENS
+from mlmkit.masking import MaskRecipe
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A finished evaluation.
+
+    `result` is what `result.json` holds. `tokens` has a row a scored token, `documents` a row a document; both are
+    Arrow tables (`.to_pandas()`), with the columns that `docs/evaluation.md` lists.
+    """
+
+    result: dict[str, Any]
+    tokens: pa.Table
+    documents: pa.Table
+
+    @property
+    def metrics(self) -> Metrics:
+        """`{name: {"value", "low", "high"}}`, the interval at 95 %."""
+        return self.result["metrics"]
+
+    def __repr__(self) -> str:
+        values = (f"{name}={metric['value']}" for name, metric in self.metrics.items())
+        return f"Evaluation({', '.join(values)})"
+
+
+def evaluate(
+    model: str | Path | Backend,
+    data: str | Path | Sequence[str] | Source | Request,
+    *,
+    metrics: Sequence[str] | str = ("masked",),
+    mask_seed: int | Sequence[int] = 0,
+    recipe: MaskRecipe | None = None,
+    variant: str = "original",
+    pseudo_sample: float = 1.0,
+    output: str | Path | None = None,
+    overwrite: bool = False,
+    batch_tokens: int = 0,
+    allow_batch_coupling: bool = False,
+    backend: str = "auto",
+    device: str = "auto",
+) -> Evaluation:
+    """Measure a masked language model, with masks that anyone can reproduce.
+
+    ```python
+    import mlmkit
+    evaluation = mlmkit.evaluate("artifact", ["O rato roeu a roupa.", "Era uma vez."], metrics=["masked", "pseudo"])
+    evaluation.metrics["masked_cross_entropy"]   # {"value": ..., "low": ..., "high": ...}, in nats
+    evaluation.tokens.to_pandas().nsmallest(10, "log_prob")
+    ```
+
+    `model` is a checkpoint (folder or hub name), an artifact, or what `mlmkit.load` returned. `data` is a list of
+    texts, the name of a set (`mlmkit eval --list-sets`), or a file's path. `metrics`: `masked` (cross-entropy and what
+    goes with it) and `pseudo` (exact pseudo-likelihood; `variant` `original` or `within-word`, on a share
+    `pseudo_sample` of the tokens); a set of pairs is measured by its pairs. Several `mask_seed`s give the spread
+    between masks.
+
+    With `output` the result is kept in that folder, and an interrupted call goes on where it stopped. Raises
+    `mlmkit.UserError` for what cannot be measured and `mlmkit.CheckError` when a score is not finite.
+    """
+    loaded = load(str(model), backend, device) if isinstance(model, str | Path) else model
+    wanted = _find(data)
+    is_pairs = isinstance(wanted, Request) and wanted.task == "pairs"
+    settings = Settings(
+        metrics=("pseudo",) if is_pairs else (metrics,) if isinstance(metrics, str) else tuple(metrics),
+        recipe=recipe or MaskRecipe(),
+        mask_seeds=(mask_seed,) if isinstance(mask_seed, int) else tuple(mask_seed),
+        variant=variant,
+        pseudo_sample=pseudo_sample,
+    )
+    is_request = isinstance(wanted, Request)
+    material = wanted.read(loaded.tokenizer) if is_request else GivenTexts(wanted, loaded.tokenizer)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(output) if output else Path(temporary) / "result"
+        result = run_evaluation(
+            loaded,
+            material,
+            settings,
+            folder,
+            declared=wanted.declared if is_request else None,
+            batch_tokens=batch_tokens,
+            allow_batch_coupling=allow_batch_coupling,
+            overwrite=overwrite,
+        )
+        return Evaluation(result, pq.read_table(folder / TOKENS), pq.read_table(folder / DOCUMENTS))
+
+
+def pseudo_log_likelihood(
+    model: str | Path | Backend,
+    texts: Sequence[str],
+    *,
+    variant: str = "original",
+    batch_tokens: int = 0,
+    allow_batch_coupling: bool = False,
+    backend: str = "auto",
+    device: str = "auto",
+) -> list[TextScore]:
+    """Pseudo-log-likelihood of each text, in nats: every token masked alone (Salazar et al. 2020).
+
+    ```python
+    good, bad = mlmkit.pseudo_log_likelihood("artifact", ["The keys are here.", "The keys is here."])
+    good.pseudo_log_likelihood > bad.pseudo_log_likelihood
+    ```
+
+    `model` and the exceptions are those of `evaluate`. With `variant="within-word"` the later tokens of the same word
+    are masked too (Kauf and Ivanova 2023).
+    """
+    if isinstance(texts, str):
+        texts = [texts]
+    loaded = load(str(model), backend, device) if isinstance(model, str | Path) else model
+    return score_texts(
+        loaded, texts, variant=variant, batch_tokens=batch_tokens, allow_batch_coupling=allow_batch_coupling
+    )
+
+
+def _find(data: str | Path | Sequence[str] | Source | Request) -> Sequence[str] | Request:
+    if isinstance(data, Source):
+        return Request(data.location, "text", data.location, source=data)
+    if isinstance(data, str | Path):
+        return find_set(str(data), data_folder(None))
+    return data

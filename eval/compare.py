@@ -1,0 +1,229 @@
+"""Comparing evaluations of the same text and positions, with paired intervals."""
+
+import heapq
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from mlmkit.errors import CheckError, UserError
+from mlmkit.eval.measure import column_count, document_sums, each_slice
+from mlmkit.eval.metrics import FAMILIES
+from mlmkit.eval.pair_metrics import COUNT, ESTIMATORS, GROUPS, pair_columns
+from mlmkit.eval.statistics import Bootstrap, Estimator, finite, interval
+from mlmkit.eval.store import DOCUMENTS, RESULT, TOKENS, read_blocks
+
+# Metrics that mean the same whatever the tokens are.
+TOKENIZER_FREE = (
+    "pseudo_log_likelihood",
+    "pseudo_perplexity_per_word",
+    "pseudo_perplexity_per_character",
+    "bits_per_byte",
+)
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A finished evaluation on disk."""
+
+    folder: Path
+    result: dict[str, Any]
+
+    @property
+    def mask_id(self) -> int:
+        return self.result["model"]["mask_id"]
+
+
+def load_result(folder: Path) -> Stored:
+    """Raises `UserError` for what is no finished evaluation."""
+    try:
+        result = json.loads((folder / RESULT).read_text(encoding="utf-8"))
+        keys = {"metrics", "corpus", "digests", "model", "backend"}
+        if not isinstance(result, dict) or not keys <= result.keys():
+            raise ValueError("it lacks fields")
+        for name in (TOKENS, DOCUMENTS):
+            pq.read_schema(folder / name)
+    except FileNotFoundError as error:
+        what = "is not finished: run its command again" if folder.is_dir() else "does not exist"
+        raise UserError(f"{folder} {what} (no {Path(error.filename or folder).name})") from None
+    except (OSError, ValueError, RecursionError, pa.ArrowException) as error:
+        raise UserError(f"{folder} holds no evaluation that can be read: {str(error).splitlines()[0]}") from None
+    return Stored(folder, result)
+
+
+def compare(folders: Sequence[Path], top: int = 20) -> dict[str, Any]:
+    """Each evaluation against the first: differences (its value less the first's), intervals, p-values, tokens.
+
+    Raises `UserError`, with the reason, for evaluations of different text, masks or metrics.
+    """
+    first, *others = [load_result(folder) for folder in folders]
+    return {
+        "first": _describe(first),
+        "comparisons": [{**_describe(other), **_compare(first, other, top)} for other in others],
+    }
+
+
+def _describe(stored: Stored) -> dict[str, Any]:
+    result = stored.result
+    model, backend = result["model"], result["backend"]
+    return {
+        "folder": str(stored.folder),
+        "model": model["path"],
+        "architecture": model["architecture"],
+        "precision": model["precision"],
+        "backend": backend["name"],
+        "set": result["corpus"]["source"]["set"] or result["corpus"]["source"]["location"],
+        "variant": (result["pseudo"] or {}).get("variant"),
+    }
+
+
+def _compare(a: Stored, b: Stored, top: int) -> dict[str, Any]:
+    one, two = a.result, b.result
+    if one["corpus"]["fingerprint"] != two["corpus"]["fingerprint"]:
+        raise UserError(
+            f"{a.folder} and {b.folder} measure different texts (corpus fingerprints {one['corpus']['fingerprint']} "
+            f"and {two['corpus']['fingerprint']}): evaluate both on the same"
+        )
+    common = [name for name in one["digests"] if name in two["digests"]]
+    if not common:
+        raise UserError(
+            f"{a.folder} measures {' and '.join(one['digests'])}, {b.folder} {' and '.join(two['digests'])}: "
+            "they share nothing to compare"
+        )
+    other_tokens = one["model"]["tokenizer"] != two["model"]["tokenizer"]
+    for name in common:
+        if one["digests"][name] == two["digests"][name]:
+            continue
+        if name == "pseudo" and other_tokens and one["pseudo"]["sample"] == two["pseudo"]["sample"] == 1:
+            continue
+        why = "their tokenizers differ: compare --metric pseudo" if other_tokens else "evaluate with the same recipe"
+        raise UserError(
+            f"{a.folder} and {b.folder} scored different positions ({name} digests {one['digests'][name]} and "
+            f"{two['digests'][name]}): {why}"
+        )
+    found: dict[str, Any] = {"metrics": {}, "slices": {}, "tokens": []}
+    if "pairs" in one:
+        found["metrics"], found["pairs"] = _compare_pairs(a, b)
+        return found
+    seeds: dict[str, list[int | None]] = {}
+    for name in common:
+        metric, _, seed = name.partition("-")
+        seeds.setdefault(metric, []).append(int(seed) if seed else None)
+    for metric, wanted in seeds.items():
+        _compare_scores(a, b, metric, wanted, other_tokens, found)
+    if not other_tokens:
+        found["tokens"] = _largest_differences(a, b, next(iter(seeds)), next(iter(seeds.values()))[0], top)
+    return found
+
+
+def _compare_scores(
+    a: Stored, b: Stored, metric: str, seeds: list[int | None], other_tokens: bool, found: dict[str, Any]
+) -> None:
+    """Add a metric's differences to `found`; where the tokens differ, only those that do not depend on them."""
+    family, width = FAMILIES[metric], column_count(metric)
+    draws = Bootstrap(a.result["corpus"]["documents"], 2 * width)
+    sides = [[read_blocks(side.folder, metric, seed) for seed in seeds] for side in (a, b)]
+    for left, right in zip(zip(*sides[0], strict=True), zip(*sides[1], strict=True), strict=True):
+        sums = []
+        for side, stretch in ((a, left), (b, right)):
+            sums.append(np.sum([document_sums(metric, *tables, side.mask_id) for tables in stretch], axis=0))
+        draws.add(np.concatenate(sums, axis=1))
+
+    def difference(estimator: Estimator, columns: slice) -> dict[str, Any]:
+        other = slice(columns.start + width, columns.stop + width)
+        return _difference(estimator, draws, columns, other)
+
+    for name, estimator in family.estimators.items():
+        if not other_tokens or name in TOKENIZER_FREE:
+            found["metrics"][name] = difference(estimator, slice(0, width))
+    if other_tokens:
+        return
+    slices = found["slices"].setdefault(metric, {})
+    for split, label, columns in each_slice(metric):
+        if tokens := int(draws.totals[columns][0]):
+            values = {name: difference(estimator, columns) for name, estimator in family.slice_estimators.items()}
+            slices.setdefault(split, {})[label] = {"tokens": tokens, **values}
+
+
+def _difference(estimator: Estimator, draws: Bootstrap, one: slice, two: slice) -> dict[str, Any]:
+    """B less A: the same documents are drawn for both, so what makes a document hard for either cancels.
+
+    The p-value is twice the smaller share of draws on the other side of zero, counting the observed one (Davison and
+    Hinkley 1997, section 4.2).
+    """
+    with np.errstate(all="ignore"):
+        resampled = estimator(draws.resampled[:, two]) - estimator(draws.resampled[:, one])
+        values = [float(estimator(draws.totals[side])) for side in (one, two)]
+    resampled = resampled[~np.isnan(resampled)]
+    change = interval(lambda totals: totals, np.array(values[1] - values[0]), resampled)
+    below, above = int((resampled <= 0).sum()), int((resampled >= 0).sum())
+    p_value = min(1.0, 2 * (min(below, above) + 1) / (len(resampled) + 1))
+    return {
+        "a": finite(values[0]),
+        "b": finite(values[1]),
+        "difference": change["value"],
+        "low": change["low"],
+        "high": change["high"],
+        "p_value": p_value,
+    }
+
+
+def _compare_pairs(a: Stored, b: Stored) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Pair accuracies, overall and by group, resampling pairs."""
+    columns = np.concatenate([pair_columns(side.folder) for side in (a, b)], axis=1)
+    width = columns.shape[1] // 2
+    labels = pq.read_table(a.folder / DOCUMENTS, columns=list(GROUPS))
+
+    def differences(rows: NDArray[np.float64]) -> dict[str, Any]:
+        draws = Bootstrap(len(rows), rows.shape[1])
+        draws.add(rows)
+        one, two = slice(0, width), slice(width, 2 * width)
+        return {name: _difference(estimator, draws, one, two) for name, estimator in ESTIMATORS.items()}
+
+    groups: dict[str, Any] = {}
+    for column, plural in GROUPS.items():
+        names = np.array(labels[column].to_pylist()[::2])
+        groups[plural] = {
+            name: {"pairs": int(columns[names == name, COUNT].sum()), **differences(columns[names == name])}
+            for name in sorted(set(names.tolist()) - {""})
+        }
+    return differences(columns), groups
+
+
+def _largest_differences(a: Stored, b: Stored, metric: str, seed: int | None, top: int) -> list[dict[str, Any]]:
+    """The tokens whose log-probabilities differ most, the largest difference first."""
+    largest: list[tuple[float, int, int, dict[str, Any]]] = []
+    for number, (left, right) in enumerate(_aligned(a, b, metric, seed)):
+        change = right["log_prob"].to_numpy().astype(np.float64) - left["log_prob"].to_numpy()
+        for row in np.argsort(-np.abs(change), kind="stable")[:top].tolist():
+            one, two = left.slice(row, 1).to_pylist()[0], right.slice(row, 1).to_pylist()[0]
+            entry = {
+                "document": one["document"],
+                "offset": one["offset"],
+                "token": one["token"],
+                "metric": metric,
+                "log_prob_a": one["log_prob"],
+                "log_prob_b": two["log_prob"],
+                "difference": float(change[row]),
+                "rank_a": one["rank"],
+                "rank_b": two["rank"],
+            }
+            largest.append((-abs(entry["difference"]), number, row, entry))
+        largest = heapq.nsmallest(top, largest)
+    return [entry[-1] for entry in largest]
+
+
+def _aligned(a: Stored, b: Stored, metric: str, seed: int | None) -> Iterator[tuple[pa.Table, pa.Table]]:
+    place = ["document", "offset", "token_id", "input_id"]
+    for (left, _), (right, _) in zip(
+        read_blocks(a.folder, metric, seed), read_blocks(b.folder, metric, seed), strict=True
+    ):
+        if not left.select(place).equals(right.select(place)):
+            raise CheckError(f"{a.folder}/{TOKENS} and {b.folder}/{TOKENS} hold different tokens: was one edited?")
+        yield left, right

@@ -1,0 +1,97 @@
+"""What is measured on: tokenised documents, as often as they are asked for, and what identifies them."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+import pyarrow as pa
+
+from mlmkit.corpus import Corpus, cache_folder, load_corpus, stream_corpus, tokenize
+from mlmkit.documents import Source
+from mlmkit.tokenizer import Tokenizer
+
+
+class Material(Protocol):
+    """Text or pairs, tokenised by one tokenizer."""
+
+    def blocks(self) -> Iterator[Corpus]:
+        """The documents in stretches, in order."""
+        ...
+
+    def corpus(self) -> Corpus:
+        """All of them, with the fingerprint."""
+        ...
+
+    def identity(self) -> str:
+        """Equal for the same texts; known before they are read."""
+        ...
+
+    def describe(self) -> dict[str, Any]:
+        """Where it came from, for `result.json`."""
+        ...
+
+    def columns(self, begin: int, end: int) -> dict[str, pa.Array]:
+        """What `documents.parquet` says of documents `begin` up to `end`, beside their sizes."""
+        ...
+
+
+@dataclass(frozen=True)
+class TextMaterial:
+    """A file or a dataset, tokenised while it is measured, through the token cache. `name` is its set's, if any."""
+
+    source: Source
+    tokenizer: Tokenizer
+    name: str | None = None
+
+    @cached_property
+    def _folder(self) -> Path:
+        return cache_folder(self.source, self.tokenizer)
+
+    def blocks(self) -> Iterator[Corpus]:
+        """See `Material`."""
+        return stream_corpus(self.source, self.tokenizer, self._folder)
+
+    def corpus(self) -> Corpus:
+        """See `Material`."""
+        return load_corpus(self.source, self.tokenizer, self._folder)
+
+    def identity(self) -> str:
+        """See `Material`."""
+        return self._folder.name
+
+    def describe(self) -> dict[str, Any]:
+        """See `Material`."""
+        return {"set": self.name, **asdict(self.source)}
+
+    def columns(self, begin: int, end: int) -> dict[str, pa.Array]:
+        """See `Material`."""
+        return {}
+
+
+class GivenTexts:
+    """Texts in memory. An empty one is a document without tokens, so that indices stay the caller's."""
+
+    def __init__(self, texts: Sequence[str], tokenizer: Tokenizer) -> None:
+        self._corpus = tokenize(texts, tokenizer)
+
+    def blocks(self) -> Iterator[Corpus]:
+        """See `Material`."""
+        return self._corpus.blocks()
+
+    def corpus(self) -> Corpus:
+        """See `Material`."""
+        return self._corpus
+
+    def identity(self) -> str:
+        """See `Material`."""
+        return self._corpus.fingerprint
+
+    def describe(self) -> dict[str, Any]:
+        """See `Material`."""
+        return {"set": None, "location": "texts given in Python"}
+
+    def columns(self, begin: int, end: int) -> dict[str, pa.Array]:
+        """See `Material`."""
+        return {}

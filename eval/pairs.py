@@ -1,0 +1,226 @@
+"""Minimal pairs: which of two sentences does the model prefer, and by how many of them is it right.
+
+A pair is two documents, the better sentence first; what is scored is their pseudo-log-likelihood.
+"""
+
+import csv
+import io
+import json
+import zipfile
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from difflib import SequenceMatcher
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from mlmkit.corpus import Corpus, ranges, tokenize
+from mlmkit.documents import HUB, hub_configurations, load_hub, read_lines
+from mlmkit.errors import UserError
+from mlmkit.tokenizer import Tokenizer
+
+SCORINGS = ("all", "shared")
+
+
+@dataclass(frozen=True)
+class Pair:
+    """`good` should be the more probable. `phenomenon` and `paradigm` are its coarser and finer group, "" for none."""
+
+    good: str
+    bad: str
+    phenomenon: str = ""
+    paradigm: str = ""
+    id: str = ""
+
+
+@dataclass(frozen=True)
+class PairColumns:
+    """Where a row holds a pair. `a.b` reaches into nested rows, `a|b` takes the first that is there.
+
+    With `label`, `good` and `bad` name a list, and the parallel list `label` says which entry is which. `scoring`:
+    `all` scores whole sentences, `shared` the tokens that both share alone (CrowS-Pairs).
+    """
+
+    good: str = "sentence_good"
+    bad: str = "sentence_bad"
+    phenomenon: str = ""
+    paradigm: str = ""
+    id: str = ""
+    label: str = ""
+    good_label: int | str = 1
+    bad_label: int | str = 0
+    scoring: str = "all"
+
+    def __post_init__(self) -> None:
+        if self.scoring not in SCORINGS:
+            raise UserError(f"no scoring {self.scoring!r} of pairs: choose {' or '.join(SCORINGS)}")
+
+
+def read_pairs(location: str, columns: PairColumns) -> list[Pair]:
+    """Pairs from a `.jsonl`, `.csv`, `.tsv` or `.parquet` file, a `.zip` of `.jsonl` files, or `hub:...`, `*` for every
+    configuration.
+
+    Raises `UserError` naming the row that has no pair.
+    """
+    pairs = []
+    for place, row in _rows(location):
+        pair = _pair(row, columns, place)
+        if pair.good.strip() and pair.bad.strip():
+            pairs.append(pair)
+    if not pairs:
+        raise UserError(f"{location}: there are no pairs in it")
+    return pairs
+
+
+def keep_pairs(pairs: Iterable[Pair], listing: Path) -> list[Pair]:
+    """The pairs that a table names, with columns `UID` (paradigm) and `pairIDs` (separated by commas)."""
+    rows = csv.DictReader(read_lines(listing), delimiter="\t")
+    if not rows.fieldnames or not {"UID", "pairIDs"} <= set(rows.fieldnames):
+        raise UserError(f"{listing}: not a table of pairs to keep: it needs columns UID and pairIDs")
+    wanted = {(row["UID"], id) for row in rows for id in row["pairIDs"].split(",")}
+    kept = [pair for pair in pairs if (pair.paradigm, pair.id) in wanted]
+    if len(kept) < len(wanted):
+        raise UserError(f"{listing} names {len(wanted)} pairs, of which {len(kept)} are there")
+    return kept
+
+
+def _pair(row: dict[str, Any], columns: PairColumns, place: str) -> Pair:
+    good, bad = _value(row, columns.good, place), _value(row, columns.bad, place)
+    if columns.label:
+        labels = list(_value(row, columns.label, place))
+        if columns.good_label not in labels or columns.bad_label not in labels:
+            raise UserError(f"{place}: no sentence is labelled {columns.good_label!r} or {columns.bad_label!r}")
+        good, bad = good[labels.index(columns.good_label)], bad[labels.index(columns.bad_label)]
+    if not isinstance(good, str) or not isinstance(bad, str):
+        raise UserError(f"{place}: {columns.good!r} and {columns.bad!r} hold no text")
+    named = {name: str(_value(row, getattr(columns, name), place)) for name in ("phenomenon", "paradigm", "id")}
+    return Pair(good, bad, **named)
+
+
+def _value(row: dict[str, Any], column: str, place: str) -> Any:
+    if not column:
+        return ""
+    for alternative in column.split("|"):
+        value: Any = row
+        for key in alternative.split("."):
+            value = value.get(key) if isinstance(value, dict) else None
+        if value is not None:
+            return value
+    raise UserError(f"{place} has no field {column!r} (it has {', '.join(map(str, row))})")
+
+
+def _rows(location: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(its place for people, the row) of each."""
+    if location.startswith(HUB):
+        for configuration in hub_configurations(location):
+            for number, row in enumerate(load_hub(configuration)):
+                yield f"{configuration}: row {number}", row
+        return
+    path = Path(location)
+    try:
+        match path.suffix:
+            case ".jsonl" | ".json" | ".ndjson":
+                yield from _json_rows(location, read_lines(path))
+            case ".csv" | ".tsv":
+                lines = (f"{line}\n" for line in read_lines(path))
+                rows = csv.DictReader(lines, delimiter="\t" if path.suffix == ".tsv" else ",")
+                yield from ((f"{location}: row {number}", row) for number, row in enumerate(rows))
+            case ".parquet":
+                import pyarrow.parquet as pq
+
+                yield from ((f"{location}: row {n}", row) for n, row in enumerate(pq.read_table(path).to_pylist()))
+            case ".zip":
+                yield from _zip_rows(location)
+            case _:
+                raise UserError(f"{location}: pairs are read from .jsonl, .csv, .tsv, .parquet and .zip files")
+    except (zipfile.BadZipFile, pa.ArrowException, csv.Error, UnicodeDecodeError) as error:
+        raise UserError(f"{location}: cannot be read: {str(error).splitlines()[0]}") from None
+
+
+def _zip_rows(location: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    with zipfile.ZipFile(location) as archive:
+        for name in sorted(archive.namelist()):
+            if name.endswith(".jsonl") and not name.startswith("__MACOSX"):
+                with io.TextIOWrapper(archive.open(name), encoding="utf-8", newline="\n") as lines:
+                    yield from _json_rows(f"{location}/{name}", lines)
+
+
+def _json_rows(place: str, lines: Iterable[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    for number, line in enumerate(lines, start=1):
+        if not line or line.isspace():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{place}: line {number} is not JSON: {error}") from None
+        if not isinstance(row, dict):
+            raise UserError(f"{place}: line {number} is no JSON object")
+        yield f"{place}: line {number}", row
+
+
+# ---------------------------------------------------------------- as documents to be scored
+
+
+class PairMaterial:
+    """Pairs as a corpus: documents 2i and 2i + 1 are the better and the worse sentence of pair i."""
+
+    def __init__(self, pairs: Sequence[Pair], tokenizer: Tokenizer, origin: dict[str, Any], scoring: str) -> None:
+        self.pairs, self.scoring, self._origin = pairs, scoring, origin
+        texts = [text for pair in pairs for text in (pair.good, pair.bad)]
+        corpus = tokenize(texts, tokenizer)
+        # Groups are part of what is measured: other labels on the same sentences are another corpus.
+        labels = json.dumps([(pair.phenomenon, pair.paradigm, pair.id) for pair in pairs] + [scoring])
+        fingerprint = blake2b((corpus.fingerprint + labels).encode(), digest_size=16).hexdigest()
+        self._corpus = replace(corpus, fingerprint=fingerprint)
+
+    def blocks(self) -> Iterator[Corpus]:
+        """See `Material`."""
+        return self._corpus.blocks()
+
+    def corpus(self) -> Corpus:
+        """See `Material`."""
+        return self._corpus
+
+    def identity(self) -> str:
+        """See `Material`."""
+        return self._corpus.fingerprint
+
+    def describe(self) -> dict[str, Any]:
+        """See `Material`."""
+        return {**self._origin, "scoring": self.scoring}
+
+    def chosen(self) -> np.ndarray | None:
+        """The flat tokens to score, or None for all: with `shared`, those that the two sentences have in common.
+
+        They are what `difflib.SequenceMatcher` calls equal between the two token sequences, as in the script of Nangia
+        et al. 2020.
+        """
+        if self.scoring == "all":
+            return None
+        corpus, spans = self._corpus, []
+        for pair in range(len(self.pairs)):
+            good, bad = (corpus.ids[corpus.starts[d] : corpus.starts[d + 1]].tolist() for d in (2 * pair, 2 * pair + 1))
+            matches = SequenceMatcher(None, good, bad, autojunk=False).get_matching_blocks()
+            spans += [(corpus.starts[2 * pair] + match.a, match.size) for match in matches]
+            spans += [(corpus.starts[2 * pair + 1] + match.b, match.size) for match in matches]
+        begin, size = np.array(spans, dtype=np.int64).T
+        return np.sort(ranges(begin, size))
+
+    def columns(self, begin: int, end: int) -> dict[str, pa.Array]:
+        """See `Material`."""
+        pairs = [self.pairs[document // 2] for document in range(begin, end)]
+        same = [self._ids(document & ~1) == self._ids(document | 1) for document in range(begin, end)]
+        return {
+            "pair": pa.array(np.arange(begin, end) // 2),
+            "is_good": pa.array(np.arange(begin, end) % 2 == 0),
+            "same_ids": pa.array(same),
+            "phenomenon": pa.array([pair.phenomenon for pair in pairs]),
+            "paradigm": pa.array([pair.paradigm for pair in pairs]),
+            "id": pa.array([pair.id for pair in pairs]),
+        }
+
+    def _ids(self, document: int) -> bytes:
+        return self._corpus.ids[self._corpus.starts[document] : self._corpus.starts[document + 1]].tobytes()

@@ -1,0 +1,259 @@
+"""The evidence on disk: finished parts while an evaluation runs, then `tokens.parquet` and `documents.parquet`."""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from mlmkit.errors import CheckError, UserError
+from mlmkit.eval.material import Material
+from mlmkit.eval.parts import Part
+from mlmkit.eval.passes import Pass
+from mlmkit.eval.plan import Plan, pieces
+from mlmkit.eval.scoring import TokenScores
+from mlmkit.tokenizer import Tokenizer
+
+RESULT, TOKENS, DOCUMENTS, REPORT = "result.json", "tokens.parquet", "documents.parquet", "report.html"
+UNFINISHED, PARTS = "unfinished.json", "parts"
+FACTS = b"mlmkit"
+
+
+@dataclass(frozen=True)
+class PartFacts:
+    """What a part's file says of itself: its documents, share of the mask digest, and what scoring it took."""
+
+    first_document: int
+    end_document: int
+    digest: str
+    rows: int
+    scored: int
+    tokens: int
+    seconds: float
+
+
+class Store:
+    """The folder of one evaluation. It exists from the first finished part on; `result.json` comes last.
+
+    `identity` says what is measured by what: a folder that holds another evaluation is refused.
+    """
+
+    def __init__(self, folder: Path, identity: dict[str, Any]) -> None:
+        self.folder, self.identity = folder, identity
+        self._replaces = False
+
+    def finished(self, *, overwrite: bool = False) -> dict[str, Any] | None:
+        """The result, if this evaluation is complete here.
+
+        Raises `UserError` when the folder holds something else. With `overwrite`, `open` will replace
+        another evaluation or a complete one; an unfinished one is gone on with.
+        """
+        if (self.folder.exists() or self.folder.is_symlink()) and not self.folder.is_dir():
+            raise UserError(f"{self.folder} exists and is not a folder: choose another --output")
+        if not self.folder.is_dir() or not any(self.folder.iterdir()):
+            return None
+        found = _read_json(self.folder / RESULT) or _read_json(self.folder / UNFINISHED)
+        if found is None or "identity" not in found:
+            spared = ", so --overwrite leaves it alone" if overwrite else ""
+            raise UserError(f"{self.folder} exists and holds no evaluation{spared}: choose another --output")
+        is_same, is_complete = found["identity"] == self.identity, "metrics" in found
+        self._replaces = overwrite and (is_complete or not is_same)
+        if self._replaces:
+            return None
+        if not is_same:
+            changed = [key for key in self.identity if found["identity"].get(key) != self.identity[key]]
+            raise UserError(
+                f"{self.folder} holds an evaluation with another {' and '.join(changed) or 'version of mlmkit'}: "
+                "choose another --output, or replace it with --overwrite"
+            )
+        return found if is_complete else None
+
+    def open(self) -> None:
+        """Make the folder, and note what is being measured."""
+        try:
+            if self._replaces:
+                shutil.rmtree(self.folder)
+            (self.folder / PARTS).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"cannot write {self.folder}: {error.strerror}") from None
+        if not (self.folder / UNFINISHED).exists():
+            write_json(self.folder / UNFINISHED, {"identity": self.identity})
+
+    def discard_if_empty(self) -> None:
+        """Leave nothing behind when no part was finished."""
+        if (self.folder / UNFINISHED).exists() and not any((self.folder / PARTS).glob("*.parquet")):
+            self.discard()
+
+    def discard(self) -> None:
+        """Remove an evaluation that came to nothing."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    # ------------------------------------------------------------ parts
+
+    def has(self, name: str, index: int) -> bool:
+        """Whether a pass's part is done."""
+        return self._part(name, index).exists()
+
+    def write_part(self, name: str, index: int, table: pa.Table, facts: PartFacts) -> None:
+        """Under another name first, so that a part that is there is whole."""
+        path = self._part(name, index)
+        unfinished = path.with_suffix(f".{os.getpid()}")
+        described = table.replace_schema_metadata({FACTS: json.dumps(asdict(facts)).encode()})
+        pq.write_table(described, unfinished, compression="zstd")
+        unfinished.rename(path)
+
+    def part_facts(self, name: str) -> list[PartFacts]:
+        """Of a pass's parts, in order."""
+        schemas = (pq.read_schema(path) for path in self._parts(name))
+        return [PartFacts(**json.loads((schema.metadata or {})[FACTS])) for schema in schemas]
+
+    def _part(self, name: str, index: int) -> Path:
+        return self.folder / PARTS / f"{name}-{index:07d}.parquet"
+
+    def _parts(self, name: str) -> list[Path]:
+        return sorted((self.folder / PARTS).glob(f"{name}-{'[0-9]' * 7}.parquet"))
+
+    # ------------------------------------------------------------ the whole
+
+    def gather(self, passes: Sequence[Pass], material: Material, is_special: NDArray[np.bool_]) -> None:
+        """Write `documents.parquet`, and `tokens.parquet` with a row group a part and each token's frequency.
+
+        Raises `CheckError` when a part is missing.
+        """
+        corpus, document = material.corpus(), 0
+        frequency = np.zeros(len(is_special), dtype=np.int64)
+        with _Writer(self.folder / DOCUMENTS) as documents:
+            for block in corpus.blocks():
+                frequency += np.bincount(block.ids, minlength=len(frequency))
+                end, owner = document + len(block), np.repeat(np.arange(len(block)), block.lengths)
+                ordinary = np.bincount(owner[~is_special[block.ids]], minlength=len(block))
+                sizes = dict(zip(("words", "characters", "bytes"), block.text_sizes.T, strict=True))
+                index = np.arange(document, end)
+                counts = {"document": index, "tokens": block.lengths, "ordinary": ordinary, **sizes}
+                documents.write(pa.table({**counts, **material.columns(document, end)}))
+                document = end
+        with _Writer(self.folder / TOKENS) as tokens:
+            for item in passes:
+                edges = [0, *(facts.end_document for facts in self.part_facts(item.name))]
+                if edges[-1] != len(corpus):
+                    raise CheckError(f"{self.folder}: the {item.name} parts end at document {edges[-1]}: run again")
+                for path in self._parts(item.name):
+                    table = pq.read_table(path, partitioning=None).replace_schema_metadata(None)
+                    counted = frequency[table["token_id"].to_numpy()]
+                    tokens.write(table.append_column("frequency", pa.array(counted)))
+
+    def finish(self, result: dict[str, Any]) -> None:
+        """Write `result.json`; with it the evaluation is complete, and the parts are no longer needed."""
+        write_json(self.folder / RESULT, result)
+        shutil.rmtree(self.folder / PARTS, ignore_errors=True)
+        (self.folder / UNFINISHED).unlink(missing_ok=True)
+
+
+class _Writer:
+    """A parquet file that takes tables one after the other and appears when it is complete."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._building = path, path.with_suffix(".building")
+        self._writer: pq.ParquetWriter | None = None
+
+    def __enter__(self) -> "_Writer":
+        return self
+
+    def write(self, table: pa.Table) -> None:
+        if self._writer is None:
+            self._writer = pq.ParquetWriter(self._building, table.schema, compression="zstd")
+        if len(table):
+            self._writer.write_table(table, row_group_size=max(len(table), 1))
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        if self._writer is not None:
+            self._writer.close()
+        if kind is None and self._building.exists():
+            self._building.rename(self._path)
+
+
+def token_table(item: Pass, part: Part, plan: Plan, scores: TokenScores, tokenizer: Tokenizer) -> pa.Table:
+    """A part's rows of `tokens.parquet`."""
+    corpus = part.corpus
+    flat = corpus.starts[plan.document] + plan.offset
+    words = corpus.words[flat].astype(np.int32)
+    shown = plan.input_ids[flat] if item.metric == "masked" else np.full(len(flat), tokenizer.mask_id)
+    seed = np.full(len(flat), item.mask_seed or 0, dtype=np.uint64)
+    ids, spelled = np.unique(corpus.ids[flat], return_inverse=True)
+    spellings = pa.array([tokenizer.readable(int(id)) for id in ids], pa.string())
+    return pa.table(
+        {
+            "document": part.first_document + plan.document,
+            "offset": plan.offset.astype(np.int32),
+            "token_id": corpus.ids[flat].astype(np.int32),
+            "input_id": shown.astype(np.int32),
+            "word": pa.array(words, mask=words < 0),
+            "log_prob": scores.log_prob,
+            "rank": scores.rank.astype(np.int32),
+            "metric": pa.array([item.metric] * len(flat), pa.string()),
+            "mask_seed": pa.array(seed, mask=np.full(len(flat), item.mask_seed is None)),
+            "top_id": _optional(scores.top_id, pa.int32(), len(flat)),
+            "top_log_prob": _optional(scores.top_log_prob, pa.float32(), len(flat)),
+            "token": pa.DictionaryArray.from_arrays(spelled.astype(np.int32), spellings),
+            "piece": pieces(corpus, flat),
+            "length": corpus.lengths[plan.document].astype(np.int32),
+        }
+    )
+
+
+def _optional(values: NDArray | None, kind: pa.DataType, size: int) -> pa.Array:
+    return pa.nulls(size, kind) if values is None else pa.array(values).cast(kind)
+
+
+# ---------------------------------------------------------------- reading
+
+
+def read_blocks(folder: Path, metric: str, mask_seed: int | None) -> Iterator[tuple[pa.Table, pa.Table]]:
+    """The rows of one pass with their documents' sizes, a stretch of documents at a time: (tokens, documents)."""
+    groups = _groups(folder / TOKENS, metric, mask_seed)
+    waiting = next(groups, None)
+    file = pq.ParquetFile(folder / DOCUMENTS)
+    for documents in map(file.read_row_group, range(file.num_row_groups)):
+        end = documents["document"][-1].as_py() + 1
+        taken = []
+        while waiting is not None:
+            cut = int(np.searchsorted(waiting["document"].to_numpy(), end))
+            taken.append(waiting.slice(0, cut))
+            if cut < len(waiting):
+                waiting = waiting.slice(cut)
+                break
+            waiting = next(groups, None)
+        if taken:
+            yield pa.concat_tables(taken), documents
+        else:
+            yield pq.read_schema(folder / TOKENS).empty_table(), documents
+
+
+def _groups(path: Path, metric: str, mask_seed: int | None) -> Iterator[pa.Table]:
+    file = pq.ParquetFile(path)
+    for group in range(file.num_row_groups):
+        first = file.read_row_group(group, columns=["metric", "mask_seed"]).slice(0, 1).to_pylist()[0]
+        if first == {"metric": metric, "mask_seed": mask_seed}:
+            yield file.read_row_group(group)
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    """Whole or not at all."""
+    unfinished = path.with_suffix(f".{os.getpid()}")
+    unfinished.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    unfinished.rename(path)
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return value if isinstance(value, dict) else None
