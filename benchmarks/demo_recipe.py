@@ -13,7 +13,7 @@ from pathlib import Path
 from mlmkit.backends import load
 from mlmkit.demo import demo_config, prepare_text, unigram_entropy
 from mlmkit.documents import Source
-from mlmkit.eval.evaluate import evaluate
+from mlmkit.eval.api import evaluate
 from mlmkit.masking import MaskRecipe
 from mlmkit.train.config import Config
 from mlmkit.train.loop import train

@@ -83,6 +83,7 @@ def evaluate(
     result: dict[str, Any] = {
         "format": RESULT_FORMAT,
         "metrics": metrics,
+        "slices": {},
         "mask_digest": _mask_digest(passes, digests),
         "digests": digests,
     }
@@ -92,7 +93,7 @@ def evaluate(
         )
         measured = measure(folder, "masked", settings.mask_seeds, len(corpus), mask_id)
         metrics |= measured.metrics
-        result["slices"] = {"masked": measured.slices}
+        result["slices"]["masked"] = measured.slices
         if len(settings.mask_seeds) > 1:
             by_seed = {
                 seed: {"mask_digest": digests[f"masked-{seed}"], **values} for seed, values in measured.by_seed.items()
@@ -106,7 +107,7 @@ def evaluate(
         else:
             measured = measure(folder, "pseudo", [None], len(corpus), mask_id)
             metrics |= measured.metrics
-            result.setdefault("slices", {})["pseudo"] = measured.slices
+            result["slices"]["pseudo"] = measured.slices
     described = settings.describe()
     by_metric: dict[str, list[PartFacts]] = {}
     for item in passes:
@@ -142,12 +143,14 @@ def _score(backend: Backend, material: Material, item: Pass, store: Store, batch
 
     def work(parts: Iterator[Part]) -> Iterator[tuple[Part, Plan]]:
         for part in parts:
-            if part.index % ranks.world == ranks.rank and not store.has(item.name, part.index):
+            if part.index % ranks.world != ranks.rank or store.has(item.name, part.index):
+                bar.advance(task, len(part.corpus))
+            else:
                 plan, digests[part.index] = item.plan(part, tokenizer, room)
                 yield part, plan
 
     with progress() as bar:
-        task = bar.add_task(item.name, total=None)
+        task = bar.add_task(f"{item.name}, documents", total=material.known_size())
         planned = work(cut_parts(material.blocks(), item.cost))
         began = time.perf_counter()
         for part, plan, scores in score_parts(
@@ -155,7 +158,7 @@ def _score(backend: Backend, material: Material, item: Pass, store: Store, batch
             planned,
             top=item.metric == "masked",
             batch_tokens=batch_tokens,
-            advance=lambda share: bar.advance(task, share),
+            advance=lambda documents: bar.advance(task, documents),
         ):
             facts = PartFacts(
                 first_document=part.first_document,

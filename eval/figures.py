@@ -41,28 +41,27 @@ STYLE = {
 def loss_histogram(counts: np.ndarray, right: np.ndarray, edges: np.ndarray) -> str:
     """Tokens by -log P, with the probability on top; `right` `[bins]` of the `counts` `[bins]` have rank 0."""
     with matplotlib.rc_context(STYLE):
-        figure, axes = _axes(6.4, 3.4)
+        figure, axes = _axes(4.8, 3.7)
         total, width = max(counts.sum(), 1), np.diff(edges)
-        axes.bar(edges[:-1], 100 * right / total, width, align="edge", color=ONE, label="the best guess")
-        axes.bar(edges[:-1], 100 * (counts - right) / total, width, 100 * right / total, align="edge", color=TWO)
-        axes.patches[-1].set_label("not the best guess")
-        axes.set(xlabel="−log P of the original token, nats (last bar: and more)", ylabel="% of scored tokens")
+        right, wrong = 100 * right / total, 100 * (counts - right) / total
+        axes.bar(edges[:-1], right, width, align="edge", color=ONE, label="is the best guess")
+        axes.bar(edges[:-1], wrong, width, right, align="edge", color=TWO, label="is not")
+        axes.set(xlabel="−log P of the original token, nats", ylabel="% of scored tokens")
         axes.set_xlim(edges[0], edges[-1])
         axes.grid(axis="x", visible=False)
-        handles = [axes.patches[0], axes.patches[-1]]
-        axes.legend(handles, ["best guess", "not the best guess"], loc="upper right")
+        axes.legend(loc="upper right")
         top = axes.secondary_xaxis("top")
-        ticks = [1.0, 0.5, 0.1, 0.01, 0.001, 1e-4, 1e-5, 1e-6]
+        ticks = [1.0, 0.1, 0.01, 0.001, 1e-4, 1e-5, 1e-6]
         shown = [tick for tick in ticks if -np.log(tick) <= edges[-1]]
         top.set_xticks([-np.log(tick) for tick in shown], [f"{tick:g}" for tick in shown])
-        top.set_xlabel("P of the original token")
+        top.set_xlabel("P of it")
         return _svg(figure, "loss")
 
 
 def loss_curve(tokens: np.ndarray, losses: np.ndarray) -> str:
     """Where the loss comes from: share of tokens and of the summed loss by P, `[bins]`, and the curve -log P."""
     with matplotlib.rc_context(STYLE):
-        figure, axes = _axes(6.4, 3.4)
+        figure, axes = _axes(4.8, 3.7)
         edges = np.linspace(0, 1, len(tokens) + 1)
         width = np.diff(edges) / 2
         axes.bar(edges[:-1], 100 * tokens / max(tokens.sum(), 1), width, align="edge", color=ONE, label="tokens")
@@ -86,7 +85,7 @@ def loss_curve(tokens: np.ndarray, losses: np.ndarray) -> str:
 def calibration(confidence: np.ndarray, accuracy: np.ndarray, counts: np.ndarray) -> str:
     """Accuracy against confidence, a point a bin, its area the share of tokens, `[bins]`; NaN where a bin is empty."""
     with matplotlib.rc_context(STYLE):
-        figure, axes = _axes(4.6, 3.8)
+        figure, axes = _axes(4.8, 3.7)
         axes.plot([0, 1], [0, 1], color=MUTED, linewidth=1, linestyle=(0, (4, 2)))
         full = counts > 0
         axes.plot(confidence[full], accuracy[full], color=ONE, linewidth=1)
@@ -99,7 +98,7 @@ def calibration(confidence: np.ndarray, accuracy: np.ndarray, counts: np.ndarray
 def slice_bars(split: str, slices: dict[str, Any], metric: str, label: str) -> str:
     """A metric by slice, with intervals."""
     with matplotlib.rc_context(STYLE):
-        figure, axes = _axes(4.6, 3.2)
+        figure, axes = _axes(4.8, 3.4)
         names = list(slices)
         values = [slices[name][metric]["value"] or np.nan for name in names]
         places = np.arange(len(names))

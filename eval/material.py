@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import pyarrow as pa
 
-from mlmkit.corpus import Corpus, cache_folder, load_corpus, stream_corpus, tokenize
+from mlmkit.corpus import Corpus, cache_folder, is_cached, load_corpus, stream_corpus, tokenize
 from mlmkit.documents import Source
 from mlmkit.tokenizer import Tokenizer
 
@@ -22,6 +22,10 @@ class Material(Protocol):
 
     def corpus(self) -> Corpus:
         """All of them, with the fingerprint."""
+        ...
+
+    def known_size(self) -> int | None:
+        """Documents in it, if that is known before they are read."""
         ...
 
     def identity(self) -> str:
@@ -57,6 +61,10 @@ class TextMaterial:
         """See `Material`."""
         return load_corpus(self.source, self.tokenizer, self._folder)
 
+    def known_size(self) -> int | None:
+        """See `Material`."""
+        return len(self.corpus()) if is_cached(self._folder) else None
+
     def identity(self) -> str:
         """See `Material`."""
         return self._folder.name
@@ -83,6 +91,10 @@ class GivenTexts:
     def corpus(self) -> Corpus:
         """See `Material`."""
         return self._corpus
+
+    def known_size(self) -> int | None:
+        """See `Material`."""
+        return len(self._corpus)
 
     def identity(self) -> str:
         """See `Material`."""

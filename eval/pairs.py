@@ -184,6 +184,10 @@ class PairMaterial:
         """See `Material`."""
         return self._corpus
 
+    def known_size(self) -> int | None:
+        """See `Material`."""
+        return len(self._corpus)
+
     def identity(self) -> str:
         """See `Material`."""
         return self._corpus.fingerprint

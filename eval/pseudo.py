@@ -45,8 +45,8 @@ def score_texts(
     corpus = tokenize(texts, backend.tokenizer)
     plan = pseudo_plan(corpus, backend.tokenizer, capacity(backend), variant)
     with progress() as bar:
-        task = bar.add_task("scoring", total=1)
-        scored = run_plan(backend, corpus, plan, batch_tokens, lambda share: bar.advance(task, share))
+        task = bar.add_task("scoring, documents", total=len(corpus))
+        scored = run_plan(backend, corpus, plan, batch_tokens, lambda documents: bar.advance(task, documents))
     sums = sum_by(scored.log_prob, plan.document, len(corpus))
     ends = np.searchsorted(plan.document, np.arange(len(corpus) + 1))
     ids = corpus.ids[corpus.starts[plan.document] + plan.offset].astype(np.int64)

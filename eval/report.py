@@ -34,11 +34,11 @@ HEADLINES = {
     "pseudo_perplexity_bad": ("pseudo-perplexity", "worse sentences", "{:,.2f}"),
 }
 SPLITS = {
-    "frequency": "times the token occurs in this corpus",
-    "piece": "word or piece of one",
-    "position": "position in the document",
-    "length": "tokens in the document",
-    "treatment": "what the model saw in its place",
+    "frequency": ("token frequency", "How often the token occurs in this corpus."),
+    "position": ("position", "Tokens before it in its document."),
+    "length": ("document length", "Tokens in its document."),
+    "piece": ("word or subword", "Whether the token is a whole word, or the first or a later piece of one."),
+    "treatment": ("treatment", "What the model saw in its place: the mask, a random token, or the token itself."),
 }
 
 
@@ -78,7 +78,11 @@ def _content(stored: Stored) -> dict[str, Any]:
     metric = "masked" if "masked" in result["scored"] else "pseudo"
     shapes = _shapes(stored, metric)
     drawn = [
-        (f"Loss of the {shapes['tokens'].sum():,} scored tokens", figures.loss_histogram(*shapes["histogram"]), ""),
+        (
+            f"Loss of the {shapes['tokens'].sum():,.0f} scored tokens",
+            figures.loss_histogram(*shapes["histogram"]),
+            f"Tokens of {LARGEST_LOSS:.0f} nats and more are in the last bar.",
+        ),
         (
             "Where the loss comes from",
             figures.loss_curve(shapes["tokens"], shapes["losses"]),
@@ -96,10 +100,10 @@ def _content(stored: Stored) -> dict[str, Any]:
         )
     by_slice = "masked_cross_entropy" if metric == "masked" else "pseudo_perplexity"
     axis = "cross-entropy, nats" if metric == "masked" else "pseudo-perplexity"
-    slices = result.get("slices", {}).get(metric, {})
-    for split, label in SPLITS.items():
+    slices = result["slices"].get(metric, {})
+    for split, (label, note) in SPLITS.items():
         if split in slices:
-            drawn.append((f"By {label}", figures.slice_bars(split, slices[split], by_slice, axis), ""))
+            drawn.append((f"Loss by {label}", figures.slice_bars(split, slices[split], by_slice, axis), note))
     declared = result["set"] or {}
     references = [item for item in declared.get("reference", []) if item["metric"] in result["metrics"]]
     groups = result.get("pairs", {}).get("phenomena") or result.get("pairs", {}).get("paradigms") or {}

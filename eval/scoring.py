@@ -59,8 +59,8 @@ def score_parts(
     """Score each part's plan. Reading, planning and padding run ahead in a thread while the model computes.
 
     `batch_tokens` bounds rows x longest of a batch (0: by device). With `top` the likeliest tokens are kept too.
-    `advance` is called with the share of a part that was done. Raises `CheckError` naming the document and token when a
-    score is not finite.
+    `advance` is called with the documents done, a batch's rows counting as their share of the part's. Raises
+    `CheckError` naming the document and token when a score is not finite.
     """
     scores = TokenScores(np.zeros(0, np.float32), np.zeros(0, np.int64))
     begun = None
@@ -70,7 +70,7 @@ def score_parts(
                 scores, begun = _empty(len(step.plan.offset), top), step.part
             if step.batch is not None:
                 _score(backend, step, scores)
-                advance(len(step.batch.input_ids) / len(step.plan))
+                advance(len(step.part.corpus) * len(step.batch.input_ids) / len(step.plan))
             if step.is_last:
                 yield step.part, step.plan, scores
 

@@ -141,9 +141,11 @@ class Store:
                 document = end
         with _Writer(self.folder / TOKENS) as tokens:
             for item in passes:
-                edges = [0, *(facts.end_document for facts in self.part_facts(item.name))]
-                if edges[-1] != len(corpus):
-                    raise CheckError(f"{self.folder}: the {item.name} parts end at document {edges[-1]}: run again")
+                reached = 0
+                for facts in self.part_facts(item.name):
+                    reached = facts.end_document if facts.first_document == reached else -1
+                if reached != len(corpus):
+                    raise CheckError(f"{self.folder}: parts of {item.name} are missing: run the same command again")
                 for path in self._parts(item.name):
                     table = pq.read_table(path, partitioning=None).replace_schema_metadata(None)
                     counted = frequency[table["token_id"].to_numpy()]

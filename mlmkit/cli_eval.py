@@ -76,6 +76,7 @@ def evaluate(
     if not sets:
         raise click.UsageError("Missing option '--set'.")
     from mlmkit.backends import load
+    from mlmkit.distributed import claim_gpu
     from mlmkit.distributed import ranks as find_ranks
     from mlmkit.eval.evaluate import evaluate as run_evaluation
     from mlmkit.eval.passes import Settings
@@ -94,6 +95,7 @@ def evaluate(
         "pseudo_sample": pseudo_sample,
     }
     settings = [Settings(metrics=_metrics(request, metrics), **common) for request in requests]
+    claim_gpu(ranks)
     loaded = load(model, backend, device)
     results = []
     with ExitStack() as stack:

@@ -89,8 +89,8 @@ def concatenate(parts: Iterable[Corpus]) -> Corpus:
     """Stretches of a corpus, in order, as one."""
     parts = list(parts)
     starts = np.cumsum(np.concatenate([[0], *(part.lengths for part in parts)]))
-    joined = {name: np.concatenate([getattr(part, name) for part in parts]) for name in _ARRAYS}
-    return Corpus(**joined, starts=starts)
+    ids, words, keys, text_sizes = (np.concatenate([getattr(part, name) for part in parts]) for name in _ARRAYS)
+    return Corpus(ids, words, starts, keys, text_sizes)
 
 
 def tokenize(texts: Iterable[str], tokenizer: Tokenizer) -> Corpus:
@@ -125,7 +125,7 @@ def load_corpus(source: Source, tokenizer: Tokenizer, folder: Path | None = None
     `folder` is its `cache_folder`, where the caller knows it already.
     """
     folder = folder or cache_folder(source, tokenizer)
-    if not _is_cached(folder):
+    if not is_cached(folder):
         for _ in stream_corpus(source, tokenizer, folder):
             pass
     return _open_corpus(folder)
@@ -133,7 +133,7 @@ def load_corpus(source: Source, tokenizer: Tokenizer, folder: Path | None = None
 
 def stream_corpus(source: Source, tokenizer: Tokenizer, folder: Path) -> Iterator[Corpus]:
     """The corpus in blocks of documents, tokenised as they are asked for; at the end it is in the cache at `folder`."""
-    if _is_cached(folder):
+    if is_cached(folder):
         yield from _open_corpus(folder).blocks()
     else:
         yield from _tokenize_into(folder, read_texts(source), tokenizer, source.location)
@@ -158,7 +158,8 @@ def cache_folder(source: Source, tokenizer: Tokenizer) -> Path:
     return root / "tokens" / sha256(identity.encode()).hexdigest()[:32]
 
 
-def _is_cached(folder: Path) -> bool:
+def is_cached(folder: Path) -> bool:
+    """Whether a whole corpus lies there."""
     return (folder / "meta.json").exists()
 
 
@@ -196,7 +197,7 @@ def _tokenize_into(folder: Path, texts: Iterable[str], tokenizer: Tokenizer, loc
         try:
             building.rename(folder)
         except OSError:
-            if not _is_cached(folder):  # else another process was faster with the same content
+            if not is_cached(folder):  # else another process was faster with the same content
                 raise
     finally:
         shutil.rmtree(building, ignore_errors=True)

@@ -11,11 +11,12 @@ PATIENCE = timedelta(days=7)  # a rank may wait for another one's share of a lon
 
 @dataclass(frozen=True)
 class Ranks:
-    """`rank` of `world` processes; `local` counts them on this machine."""
+    """`rank` of `world` processes; on this machine the process is `local` of `local_world`."""
 
     rank: int = 0
     world: int = 1
     local: int = 0
+    local_world: int = 1
 
     @property
     def is_first(self) -> bool:
@@ -46,4 +47,13 @@ def ranks() -> Ranks:
     if world == 1:
         return Ranks()
     require("train", "torch")
-    return Ranks(int(os.environ["RANK"]), world, int(os.environ.get("LOCAL_RANK", "0")))
+    local = (int(os.environ.get(name, default)) for name, default in (("LOCAL_RANK", "0"), ("LOCAL_WORLD_SIZE", "1")))
+    return Ranks(int(os.environ["RANK"]), world, *local)
+
+
+def claim_gpu(place: Ranks) -> None:
+    """Let this process see its own GPU alone, whatever then runs on it; to be called before CUDA is touched."""
+    if place.local_world > 1:
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        names = visible.split(",") if visible else [str(number) for number in range(place.local_world)]
+        os.environ["CUDA_VISIBLE_DEVICES"] = names[place.local % len(names)]

@@ -2,7 +2,9 @@
 
 import json
 import math
+import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +13,11 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import KINDS, PORTUGUESE, paragraphs
+from test_cli import run
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 
-from mlmkit.backends import Batch, Scored, load
+from mlmkit.artifact import hash_files, read_manifest, write_manifest
+from mlmkit.backends import DYNAMIC_INT8, Batch, Scored, load
 from mlmkit.corpus import overlapping_windows, tokenize
 from mlmkit.documents import Source
 from mlmkit.errors import CheckError, UserError
@@ -295,3 +299,23 @@ def test_unusable_text_and_options_are_named(checkpoint, tmp_path):
         Settings(pseudo_sample=0)
     with pytest.raises(UserError, match="variant 'l2r'"):
         evaluate(model, source, metrics=("pseudo",), variant="l2r")
+
+
+def test_a_dynamically_quantized_artifact_is_refused_unless_insisted_on(capsys, artifact, short_file, tmp_path):
+    """Its activation scales span the batch, so a score depends on the rows beside it."""
+    from onnxruntime.quantization import quantize_dynamic
+
+    folder = Path(shutil.copytree(artifact("bert"), tmp_path / "int8"))
+    quantize_dynamic(str(artifact("bert") / "model.onnx"), str(folder / "model.onnx"))
+    manifest = read_manifest(artifact("bert"))
+    write_manifest(folder, replace(manifest, precision=DYNAMIC_INT8, files=hash_files(folder)))
+    arguments = ["eval", folder, "--set", short_file, "--json"]
+    code, _, err = run(capsys, *arguments)
+    assert (code, "--allow-batch-coupling" in err) == (2, True)
+    code, _, err = run(capsys, "score", folder, short_file)
+    assert (code, "--allow-batch-coupling" in err) == (2, True)
+    code, out, err = run(capsys, *arguments, "--allow-batch-coupling")
+    assert code == 0, err
+    assert json.loads(out)["batch_coupling"] is True
+    code, out, err = run(capsys, "eval", artifact("bert"), "--set", short_file, "--json")
+    assert json.loads(out)["batch_coupling"] is False

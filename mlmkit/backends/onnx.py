@@ -94,7 +94,9 @@ class OnnxBackend:
 def _session(path: Path, graph: str | bytes, device: str) -> ort.InferenceSession:
     options = ort.SessionOptions()
     options.log_severity_level = 3
-    options.intra_op_num_threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0
+    sharing = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # as torchrun sets it
+    options.intra_op_num_threads = max(cores // sharing, 1) if cores else 0
     options.add_session_config_entry(
         "session.model_external_initializers_file_folder_path", str(path.parent.absolute())
     )

@@ -1,0 +1,243 @@
+"""Evaluations that are killed, resumed, shared between ranks, and bounded in memory."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from conftest import paragraphs
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mlmkit.backends import load
+from mlmkit.corpus import Corpus
+from mlmkit.documents import Source
+from mlmkit.errors import CheckError, UserError
+from mlmkit.eval import parts as parts_module
+from mlmkit.eval.api import evaluate
+from mlmkit.eval.parts import cut_parts
+from mlmkit.eval.statistics import Bootstrap
+
+TIMES = ("seconds", "timing", "command")
+
+
+def without_times(folder: Path) -> dict[str, object]:
+    result = json.loads((folder / "result.json").read_text())
+    return {key: value for key, value in result.items() if key not in TIMES}
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Source:
+    """A few dozen documents."""
+    path = tmp_path / "source.txt"
+    path.write_text("".join(f"{line}\n" for line in paragraphs()[:40]), encoding="utf-8")
+    return Source(str(path))
+
+
+@pytest.fixture
+def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parts_module.cut_parts, "__defaults__", (600.0,))
+
+
+class Interrupted:
+    """A backend whose power goes after a number of batches."""
+
+    def __init__(self, backend, batches: int) -> None:
+        self.inner, self.left = backend, batches
+        self.name, self.device, self.info, self.tokenizer = "onnx", "cpu", backend.info, backend.tokenizer
+
+    def _count(self) -> None:
+        self.left -= 1
+        if self.left < 0:
+            raise KeyboardInterrupt
+
+    def score(self, batch):
+        self._count()
+        return self.inner.score(batch)
+
+    def predict(self, batch):
+        self._count()
+        return self.inner.predict(batch)
+
+
+def test_an_interrupted_evaluation_goes_on_and_ends_the_same(artifact, source, tmp_path, small_parts):
+    model = load(str(artifact("bert")))
+    options = {"metrics": ("masked", "pseudo"), "pseudo_sample": 0.2, "mask_seed": (0, 7), "batch_tokens": 300}
+    evaluate(model, source, output=tmp_path / "whole", **options)
+    broken = Interrupted(model, 0)
+    runs, done = 0, 0
+    while True:
+        broken.left = 40
+        runs += 1
+        try:
+            evaluate(broken, source, output=tmp_path / "cut", **options)
+            break
+        except KeyboardInterrupt:
+            assert not (tmp_path / "cut" / "result.json").exists()
+            found = len(list((tmp_path / "cut" / "parts").glob("*.parquet")))
+            assert found > done  # what was finished stays
+            done = found
+    assert runs > 3
+    assert without_times(tmp_path / "cut") == without_times(tmp_path / "whole")
+    for name in ("tokens.parquet", "documents.parquet"):
+        assert pq.read_table(tmp_path / "cut" / name).equals(pq.read_table(tmp_path / "whole" / name))
+    assert sorted(path.name for path in (tmp_path / "cut").iterdir()) == [
+        "documents.parquet",
+        "result.json",
+        "tokens.parquet",
+    ]
+    broken.left = 0  # a finished evaluation is not done again
+    evaluate(broken, source, output=tmp_path / "cut", **options)
+
+
+def test_another_evaluation_does_not_go_on_with_it(artifact, source, tmp_path, small_parts):
+    model = load(str(artifact("bert")))
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(Interrupted(model, 12), source, output=tmp_path / "cut", batch_tokens=300)
+    with pytest.raises(UserError, match=r"another masking: .*--overwrite"):
+        evaluate(model, source, output=tmp_path / "cut", mask_seed=1)
+    with pytest.raises(UserError, match="another model"):
+        evaluate(load(str(artifact("modernbert")), "onnx"), source, output=tmp_path / "cut")
+    replaced = evaluate(model, source, output=tmp_path / "cut", mask_seed=1, overwrite=True)
+    assert replaced.result["masking"]["seed"] == 1
+
+
+def test_nothing_is_left_behind_by_a_mistake(artifact, tmp_path):
+    model = load(str(artifact("bert")))
+    (tmp_path / "empty.txt").write_text(" \n\n")
+    (tmp_path / "latin.txt").write_bytes(b"good\n\xe9\n")
+    for name, message in (("empty.txt", "no documents"), ("latin.txt", "not UTF-8")):
+        with pytest.raises(UserError, match=message):
+            evaluate(model, Source(str(tmp_path / name)), output=tmp_path / "result")
+        assert not (tmp_path / "result").exists()
+
+
+def test_a_damaged_part_is_not_taken_for_a_whole_one(artifact, source, tmp_path, small_parts):
+    """A part is renamed when it is complete; a missing one in the middle is scored again."""
+    model = load(str(artifact("bert")))
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(Interrupted(model, 9), source, output=tmp_path / "cut", batch_tokens=300)
+    parts = sorted((tmp_path / "cut" / "parts").glob("*.parquet"))
+    parts[1].unlink()
+    (tmp_path / "cut" / "parts" / "masked-0-0000001.4711").write_bytes(b"half a file")
+    evaluate(model, source, output=tmp_path / "cut")
+    evaluate(model, source, output=tmp_path / "whole")
+    assert without_times(tmp_path / "cut") == without_times(tmp_path / "whole")
+
+
+def test_kill_minus_nine(artifact, tmp_path):
+    """The real thing: SIGKILL as soon as there is a part, then the same command."""
+    text = tmp_path / "text.txt"
+    text.write_text("".join(f"{number} {line}\n" for number in range(40) for line in paragraphs()), encoding="utf-8")
+    command = [sys.executable, "-m", "mlmkit", "eval", str(artifact("bert")), "--set", str(text), "--metric", "masked"]
+    command += ["--mask-seeds", "0,1", "--batch-tokens", "300"]
+    killed = tmp_path / "killed"
+    process = subprocess.Popen([*command, "--output", str(killed)], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not list(killed.glob("parts/*.parquet")):
+        assert process.poll() is None, process.stderr.read().decode() if process.stderr else ""
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (killed / "result.json").exists()
+    kept = {path: path.stat().st_mtime_ns for path in killed.glob("parts/*.parquet")}
+    assert kept
+    subprocess.run([*command, "--output", str(killed)], check=True, capture_output=True)
+    subprocess.run([*command, "--output", str(tmp_path / "whole")], check=True, capture_output=True)
+    assert without_times(killed) == without_times(tmp_path / "whole")
+    assert pq.read_table(killed / "tokens.parquet").equals(pq.read_table(tmp_path / "whole" / "tokens.parquet"))
+
+
+@pytest.mark.parametrize("kind", ["checkpoint", "artifact"])
+def test_two_ranks_give_what_one_gives(kind, checkpoint, artifact, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("".join(f"{number} {line}\n" for number in range(20) for line in paragraphs()), encoding="utf-8")
+    model = checkpoint("bert") if kind == "checkpoint" else artifact("bert")
+    arguments = ["-m", "mlmkit", "eval", str(model), "--set", str(text), "--json", "--metric", "masked"]
+    arguments += ["--metric", "pseudo", "--pseudo-sample", "0.05", "--output"]
+    one = subprocess.run([sys.executable, *arguments, tmp_path / "one"], check=True, capture_output=True, text=True)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
+    environment = os.environ | {"MLMKIT_CACHE": str(tmp_path / "cache")}
+    two = subprocess.run(
+        [*torchrun, *arguments, tmp_path / "two"], check=True, capture_output=True, text=True, env=environment
+    )
+    assert json.loads(two.stdout)["metrics"] == json.loads(one.stdout)["metrics"]  # printed once, by one rank
+    assert without_times(tmp_path / "two") == without_times(tmp_path / "one")
+    tables = [pq.read_table(tmp_path / name / "tokens.parquet") for name in ("one", "two")]
+    assert tables[0].equals(tables[1])
+
+
+# ------------------------------------------------------------------ parts
+
+
+def corpus_of(lengths: list[int]) -> Corpus:
+    """Documents of these lengths whose tokens are numbered through."""
+    starts = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]).astype(np.int64)
+    ids = np.arange(int(starts[-1]))
+    documents = np.arange(len(lengths))
+    return Corpus(ids, ids.astype(np.int32), starts, documents.astype(np.uint64), np.tile(documents[:, None], 3))
+
+
+@given(
+    st.lists(st.integers(0, 50), min_size=1, max_size=60),
+    st.lists(st.integers(1, 20), min_size=1, max_size=10),
+    st.integers(1, 200),
+)
+def test_parts_cover_the_corpus_whatever_the_blocks(lengths, block_sizes, budget):
+    corpus = corpus_of(lengths)
+
+    def blocks(sizes):
+        begin, number = 0, 0
+        while begin < len(corpus):
+            end = min(begin + sizes[number % len(sizes)], len(corpus))
+            yield corpus.part(begin, end)
+            begin, number = end, number + 1
+
+    def cost(lengths):
+        return lengths.astype(np.float64) ** 2 / 7
+
+    parts = list(cut_parts(blocks(block_sizes), cost, budget))
+    assert [part.index for part in parts] == list(range(len(parts)))
+    assert parts[0].first_document == 0
+    assert [part.end_document for part in parts[:-1]] == [part.first_document for part in parts[1:]]
+    assert parts[-1].end_document == len(corpus)
+    assert np.concatenate([part.corpus.ids for part in parts]).tolist() == corpus.ids.tolist()
+    assert all(part.corpus.ids[0] == part.first_token for part in parts if len(part.corpus.ids))
+    for part in parts[:-1]:  # ends with the document that reaches the budget
+        costs = cost(part.corpus.lengths)
+        assert costs.sum() >= budget > costs[:-1].sum()
+    again = list(cut_parts(blocks([1000]), cost, budget))
+    assert [part.end_document for part in again] == [part.end_document for part in parts]
+
+
+# ------------------------------------------------------------------ statistics
+
+
+def test_a_bootstrap_in_stretches_is_a_bootstrap():
+    """Every draw takes as many documents as there are; means and variances are those of drawing at once."""
+    generator = np.random.default_rng(0)
+    values = np.column_stack([np.ones(900), generator.exponential(size=900)])
+    draws = Bootstrap(900, 2)
+    for begin, end in ((0, 500), (500, 501), (501, 900)):
+        draws.add(values[begin:end])
+    assert (draws.resampled[:, 0] == 900).all()
+    means = draws.resampled[:, 1] / 900
+    assert means.mean() == pytest.approx(values[:, 1].mean(), abs=4 * values[:, 1].std() / 30 / np.sqrt(1000))
+    assert means.std() == pytest.approx(values[:, 1].std() / 30, rel=0.1)
+
+
+def test_a_part_that_went_missing_is_noticed(artifact, source, tmp_path, small_parts, monkeypatch):
+    from mlmkit.eval.store import Store
+
+    model = load(str(artifact("bert")))
+    has = Store.has
+    monkeypatch.setattr(Store, "has", lambda self, name, index: index == 2 or has(self, name, index))
+    with pytest.raises(CheckError, match="parts of masked-0 are missing"):
+        evaluate(model, source, output=tmp_path / "result")

@@ -1,0 +1,285 @@
+"""Minimal pairs and declared sets."""
+
+import csv
+import difflib
+import json
+import math
+import os
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from test_eval import Dense
+
+from mlmkit.backends import load
+from mlmkit.errors import UserError
+from mlmkit.eval.api import evaluate, pseudo_log_likelihood
+from mlmkit.eval.pairs import Pair, PairColumns, PairMaterial, keep_pairs, read_pairs
+from mlmkit.eval.passes import Settings
+from mlmkit.eval.sets import built_in_sets, find_set, read_set
+
+PAIRS = [
+    ("The keys are on the table.", "The keys is on the table.", "agreement", "number"),
+    ("The statement is executed.", "The statement are executed.", "agreement", "number"),
+    ("A name is bound here.", "A name bound is here.", "order", "participle"),
+    ("They bind themselves.", "They bind itself.", "binding", "anaphor"),
+    ("The same words.", "The same words.", "binding", "none"),
+    ("Every expression has a value.", "Every expression have a value.", "agreement", "verb"),
+]
+
+
+@pytest.fixture
+def pair_file(tmp_path: Path) -> Path:
+    path = tmp_path / "pairs.jsonl"
+    keys = ("sentence_good", "sentence_bad", "linguistics_term", "UID")
+    path.write_text("".join(json.dumps(dict(zip(keys, pair, strict=True))) + "\n" for pair in PAIRS))
+    return path
+
+
+@pytest.fixture
+def pair_set(tmp_path: Path, pair_file: Path) -> Path:
+    path = tmp_path / "mine.toml"
+    path.write_text(
+        'name = "mine"\ntask = "pairs"\nlocal = "pairs.jsonl"\n'
+        '[pairs]\nphenomenon = "linguistics_term"\nparadigm = "UID"\n'
+    )
+    return path
+
+
+@pytest.mark.parametrize("variant", ["original", "within-word"])
+@pytest.mark.parametrize("kind", ["bert", "roberta"])
+def test_pairs_are_counted_as_defined(kind, variant, checkpoint, pair_set, tmp_path):
+    """Each sentence scored alone with the plain model; strictly greater is right; the twins tie."""
+    dense = Dense(checkpoint(kind))
+    sums, means = [], []
+    for pair in PAIRS:
+        for text in pair[:2]:
+            encoding = dense.tokenizer(text, add_special_tokens=False)
+            ids, words = encoding["input_ids"], encoding.word_ids()
+            total = 0.0
+            for i, id in enumerate(ids):
+                hidden = [
+                    dense.tokenizer.mask_token_id
+                    if j == i or (variant == "within-word" and j > i and words[j] == words[i])
+                    else ids[j]
+                    for j in range(len(ids))
+                ]
+                total += dense.log_probs(hidden)[i, id].item()
+            sums.append(total)
+            means.append(total / len(ids))
+    evaluation = evaluate(str(checkpoint(kind)), pair_set, variant=variant, output=tmp_path / "result")
+    right = [sums[2 * i] > sums[2 * i + 1] and PAIRS[i][0] != PAIRS[i][1] for i in range(len(PAIRS))]
+    right_per_token = [means[2 * i] > means[2 * i + 1] and PAIRS[i][0] != PAIRS[i][1] for i in range(len(PAIRS))]
+    assert evaluation.metrics["pair_accuracy"]["value"] == pytest.approx(np.mean(right))
+    assert evaluation.metrics["pair_accuracy_per_token"]["value"] == pytest.approx(np.mean(right_per_token))
+    pairs = evaluation.result["pairs"]
+    assert (pairs["pairs"], pairs["ties"]) == (6, 1)
+    agreement = pairs["phenomena"]["agreement"]
+    assert agreement["pairs"] == 3
+    assert agreement["pair_accuracy"]["value"] == pytest.approx(np.mean([right[0], right[1], right[5]]))
+    by_paradigm = [np.mean(right[:2]), right[2], right[3], right[4], right[5]]
+    assert evaluation.metrics["pair_accuracy_macro"]["value"] == pytest.approx(np.mean(by_paradigm))
+    good = -sum(sums[::2]) / sum(len(dense.ids(pair[0])) for pair in PAIRS)
+    assert math.log(evaluation.metrics["pseudo_perplexity_good"]["value"] or 0) == pytest.approx(good, abs=1e-4)
+    assert evaluation.documents["is_good"].to_pylist() == [True, False] * 6
+
+
+def test_a_constant_model_gets_no_pair_right(checkpoint, pair_set):
+    """Ties count as wrong: some pipelines give such a model full marks."""
+    model = load(str(checkpoint("bert")))
+
+    class Constant:
+        name, device, info, tokenizer = "torch", "cpu", model.info, model.tokenizer
+
+        def score(self, batch):
+            from mlmkit.backends import Scored
+
+            size = len(batch.targets)
+            return Scored(np.full(size, -0.0, np.float32), np.zeros(size, np.int64))
+
+    evaluation = evaluate(Constant(), find_set(str(pair_set)))  # pyright: ignore[reportArgumentType]
+    assert evaluation.metrics["pair_accuracy"]["value"] == 0
+    assert evaluation.result["pairs"]["ties"] == 6
+
+
+def test_crows_pairs_masks_only_what_both_share(checkpoint, tmp_path):
+    """Against the published script's own logic: difflib over ids, one shared token masked at a time."""
+    path = tmp_path / "crows.csv"
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["", "sent_more", "sent_less", "bias_type"])
+        writer.writerows([[i, *pair[:2], pair[2]] for i, pair in enumerate(PAIRS)])
+    columns = PairColumns("sent_more", "sent_less", phenomenon="bias_type", scoring="shared")
+    dense, model = Dense(checkpoint("bert")), load(str(checkpoint("bert")))
+    declared = tmp_path / "crows.toml"
+    declared.write_text(
+        'name = "crows"\ntask = "pairs"\nlocal = "crows.csv"\n[pairs]\ngood = "sent_more"\nbad = "sent_less"\n'
+        'phenomenon = "bias_type"\nscoring = "shared"\n'
+    )
+    evaluation = evaluate(model, declared)
+    assert read_pairs(str(path), columns)[0] == Pair(PAIRS[0][0], PAIRS[0][1], "agreement")
+    tokens = evaluation.tokens.to_pylist()
+    for i, pair in enumerate(PAIRS):
+        ids = [dense.ids(text) for text in pair[:2]]
+        blocks = difflib.SequenceMatcher(None, ids[0], ids[1]).get_matching_blocks()
+        for side in (0, 1):
+            shared = [block[side] + k for block in blocks for k in range(block.size)]
+            rows = [row for row in tokens if row["document"] == 2 * i + side]
+            assert [row["offset"] for row in rows] == shared
+            for row in rows:
+                masked = list(ids[side])
+                masked[row["offset"]] = dense.tokenizer.mask_token_id
+                expected = dense.log_probs(masked)[row["offset"], ids[side][row["offset"]]].item()
+                assert row["log_prob"] == pytest.approx(expected, abs=1e-4)
+
+
+# ------------------------------------------------------------------ reading
+
+
+def test_pairs_from_every_kind_of_file(tmp_path):
+    rows = [{"good": f"good {i}", "bad": f"bad {i}", "group": "g", "n": {"id": i}} for i in range(4)]
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    (tmp_path / "a.jsonl").write_text(lines)
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.writestr("data/a.jsonl", lines)
+        archive.writestr("__MACOSX/data/._a.jsonl", b"\xff\xfe")
+    folder = tmp_path / "dataset"
+    folder.mkdir()
+    (folder / "train.jsonl").write_text(lines)
+    expected = [Pair(f"good {i}", f"bad {i}", "g", "", str(i)) for i in range(4)]
+    columns = PairColumns("good", "bad", phenomenon="group", id="missing|n.id")
+    for location in ("a.jsonl", "a.parquet", "a.zip"):
+        assert read_pairs(str(tmp_path / location), columns) == expected
+    assert read_pairs(f"hub:{folder}@train", columns) == expected
+    (tmp_path / "a.tsv").write_text('good\tbad\nx y\tz "w\n')
+    assert read_pairs(str(tmp_path / "a.tsv"), PairColumns("good", "bad"))[0].good == "x y"
+
+
+def test_labelled_sentences_as_stereoset_has_them(tmp_path):
+    row = {"bias": "b", "sentences": {"sentence": ["anti", "stereo", "other"], "gold_label": [0, 1, 2]}}
+    (tmp_path / "s.jsonl").write_text(json.dumps(row) + "\n")
+    columns = PairColumns("sentences.sentence", "sentences.sentence", phenomenon="bias", label="sentences.gold_label")
+    assert read_pairs(str(tmp_path / "s.jsonl"), columns) == [Pair("stereo", "anti", "b")]
+
+
+def test_unusable_pairs_are_named(tmp_path):
+    path = tmp_path / "a.jsonl"
+    for content, message in (
+        ('{"sentence_good": "a"}\n', r"line 1 has no field 'sentence_bad' \(it has sentence_good\)"),
+        ('{"sentence_good": 1, "sentence_bad": "b"}\n', "hold no text"),
+        ("[1]\n", "no JSON object"),
+        ("{\n", "not JSON"),
+        ("", "no pairs"),
+        ('{"sentence_good": " ", "sentence_bad": "b"}\n', "no pairs"),
+    ):
+        path.write_text(content)
+        with pytest.raises(UserError, match=message):
+            read_pairs(str(path), PairColumns())
+    (tmp_path / "a.zip").write_bytes(b"no archive")
+    with pytest.raises(UserError, match="cannot be read"):
+        read_pairs(str(tmp_path / "a.zip"), PairColumns())
+    (tmp_path / "a.txt").write_text("a\n")
+    with pytest.raises(UserError, match="read from"):
+        read_pairs(str(tmp_path / "a.txt"), PairColumns())
+
+
+def test_keeping_a_subset(tmp_path):
+    pairs = [Pair("a", "b", paradigm="p", id=str(i)) for i in range(5)]
+    (tmp_path / "keep.tsv").write_text("file\tUID\tn\tpairIDs\np\tp\t2\t1,3\n")
+    assert [pair.id for pair in keep_pairs(pairs, tmp_path / "keep.tsv")] == ["1", "3"]
+    (tmp_path / "keep.tsv").write_text("file\tUID\tn\tpairIDs\np\tp\t2\t1,9\n")
+    with pytest.raises(UserError, match="names 2 pairs, of which 1"):
+        keep_pairs(pairs, tmp_path / "keep.tsv")
+
+
+# ------------------------------------------------------------------ declared sets
+
+
+def test_every_declared_set_can_be_read_and_says_what_it_is():
+    sets = {item.name: item for item in built_in_sets()}
+    wanted = {"wikitext-2", "wikitext-103", "penn-treebank", "lambada", "c4", "blimp", "blimp-filtered", "crows-pairs"}
+    wanted |= {"stereoset", "multiblimp-por", "ud-pt-bosque"}
+    assert wanted <= sets.keys()
+    assert sum(item.language == "pt" and item.task == "text" for item in sets.values()) >= 3
+    for item in sets.values():
+        assert item.description and item.licence and item.citation and item.homepage, item.name
+        for reference in item.reference:
+            assert reference.source, item.name
+
+
+def test_mistakes_in_a_declaration_are_named(tmp_path):
+    path = tmp_path / "x.toml"
+    for content, message in (
+        ('name = "x"\ntask = "text"\n', "hub or local"),
+        ('name = "x"\ntask = "poem"\nlocal = "a"\n', "no task 'poem'"),
+        ('name = "x"\ntask = "text"\nlocal = "a"\nlocale = 1\n', "unknown key 'locale'"),
+        ('name = "x"\ntask = "pairs"\nlocal = "a"\n[pairs]\nscoring = "half"\n', "no scoring 'half'"),
+        ('task = "text"\nlocal = "a"\n', "name"),
+        ("name = \n", "TOML"),
+        ('name = "x"\ntask = "text"\nlocal = "a"\n[text]\nstrip = "yes"\n', "must be of type bool"),
+    ):
+        path.write_text(content)
+        with pytest.raises(UserError, match=message):
+            read_set(path)
+    with pytest.raises(UserError, match="the sets are"):
+        find_set("wikitex-2")
+
+
+def test_a_set_with_strip_is_the_same_from_a_file_and_from_rows(checkpoint, tmp_path):
+    """WikiText's lines have a blank at either end; the hub's rows an LF besides."""
+    (tmp_path / "a.txt").write_text(" = Title = \n \n one two \n")
+    pq.write_table(pa.table({"text": [" = Title = \n", "", " one two \n"]}), tmp_path / "a.parquet")
+    model, results = load(str(checkpoint("bert"))), []
+    for name in ("a.txt", "a.parquet"):
+        path = tmp_path / f"{name}.toml"
+        path.write_text(f'name = "a"\ntask = "text"\nlocal = "{name}"\n[text]\nstrip = true\n')
+        results.append(evaluate(model, path, recipe=None, metrics="pseudo").result)
+    assert results[0]["mask_digest"] == results[1]["mask_digest"]
+    assert results[0]["corpus"]["empty_texts"] == results[1]["corpus"]["empty_texts"] == 1
+
+
+DATA = Path(os.environ.get("MLMKIT_DATA", "missing"))
+
+
+@pytest.mark.skipif(not (DATA / "blimp" / "BLiMP.zip").exists(), reason="needs MLMKIT_DATA with blimp/BLiMP.zip")
+def test_blimp_and_its_filter_are_whole(checkpoint):
+    tokenizer = load(str(checkpoint("bert"))).tokenizer
+    for name, size in (("blimp", 67000), ("blimp-filtered", 59875)):
+        request = find_set(name, DATA)
+        material = request.read(tokenizer)
+        assert isinstance(material, PairMaterial)
+        assert len(material.pairs) == size
+        assert len({pair.paradigm for pair in material.pairs}) == 67
+        assert len({(pair.paradigm, pair.id) for pair in material.pairs}) == size
+
+
+@pytest.mark.skipif(not (DATA / "crows_pairs").exists(), reason="needs MLMKIT_DATA with crows_pairs")
+def test_local_sets_are_evaluated(checkpoint, tmp_path):
+    model = load(str(checkpoint("bert")))
+    evaluation = evaluate(model, find_set("crows-pairs", DATA))
+    assert evaluation.result["pairs"]["pairs"] == 1508
+    assert len(evaluation.result["pairs"]["phenomena"]) == 9
+    bosque = evaluate(model, find_set("ud-pt-bosque", DATA))
+    assert bosque.result["corpus"]["documents"] == 1167
+    assert bosque.result["set"]["name"] == "ud-pt-bosque"
+
+
+def test_settings_and_texts_from_python(checkpoint):
+    model = load(str(checkpoint("bert")))
+    evaluation = evaluate(model, ["The statement.", "", "A name is bound."], metrics=["masked", "pseudo"])
+    assert evaluation.documents["document"].to_pylist() == [0, 1, 2]
+    assert evaluation.result["corpus"]["documents_without_tokens"] == 1
+    assert 1 not in evaluation.tokens["document"].to_pylist()
+    assert evaluation.tokens.to_pandas()["log_prob"].max() <= 0
+    scores = pseudo_log_likelihood(model, ["The statement.", "A name is bound."])
+    total = sum(score.pseudo_log_likelihood for score in scores)
+    assert evaluation.metrics["pseudo_log_likelihood"]["value"] == pytest.approx(total, abs=1e-4)
+    for seeds in ((), (1, 1), (-1,)):
+        with pytest.raises(UserError, match="seed"):
+            Settings(mask_seeds=seeds)
+    with pytest.raises(UserError, match="no metric"):
+        Settings(metrics=())

@@ -1,0 +1,224 @@
+"""The report and the comparison, from stored results."""
+
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from test_cli import run
+from test_pairs import PAIRS
+
+from mlmkit.errors import CheckError, UserError
+from mlmkit.eval.api import evaluate
+from mlmkit.eval.compare import compare
+
+EVIL = "<script>alert('x')</script> & \"quotes\" $\\frac{1}{2}$ </style> {{ 7 * 7 }} <img src=http://evil.example/x>"
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from conftest import PORTUGUESE, paragraphs
+
+    path = tmp_path_factory.mktemp("texts") / "<b>evil.txt"
+    path.write_text("".join(f"{line}\n" for line in [*PORTUGUESE, EVIL, *paragraphs()[:30]]), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def results(texts: Path, checkpoint, artifact, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """bert on torch and on ONNX Runtime, another bert with the same tokenizer (modernbert), each masked and pseudo."""
+    folder = tmp_path_factory.mktemp("results")
+    models = {"torch": checkpoint("bert"), "onnx": artifact("bert"), "modern": checkpoint("modernbert")}
+    for name, model in models.items():
+        evaluate(str(model), texts, metrics=["masked", "pseudo"], mask_seed=[0, 1], output=folder / name)
+    return {name: folder / name for name in models}
+
+
+class Page(HTMLParser):
+    """Tags, attributes and text of a page."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.attributes: list[tuple[str, str | None]] = []
+        self.text: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += attrs
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+
+def test_the_report_is_one_safe_page(capsys, results):
+    code, _, err = run(capsys, "report", results["torch"])
+    assert code == 0, err
+    text = (results["torch"] / "report.html").read_text(encoding="utf-8")
+    page = Page(text)
+    assert not {"script", "img", "link", "iframe"} & set(page.tags)
+    assert "<b>evil" not in text
+    for name, value in page.attributes:
+        if name in ("src", "href", "xlink:href"):
+            assert value is not None and value.startswith("#"), value
+    assert not re.search(r"url\((?!#)", text)
+    assert page.tags.count("svg") == 8
+    shown = "".join(page.text)
+    result = json.loads((results["torch"] / "result.json").read_text())
+    assert f"{result['metrics']['masked_cross_entropy']['value']:.4f}" in shown
+    assert result["mask_digest"] in shown
+    before = text
+    assert run(capsys, "report", results["torch"])[0] == 0
+    assert (results["torch"] / "report.html").read_text(encoding="utf-8") == before
+
+
+def test_examples_are_the_extremes(results):
+    result = json.loads((results["onnx"] / "result.json").read_text())
+    tokens = pq.read_table(results["onnx"] / "tokens.parquet").to_pandas()
+    tokens = tokens[(tokens.metric == "masked") & (tokens.mask_seed == 0)]
+    worst = tokens.sort_values("log_prob").drop_duplicates("document").head(12)
+    assert [item["log_prob"] for item in result["examples"]["worst"]] == pytest.approx(worst.log_prob.tolist())
+    best = tokens.sort_values("log_prob", ascending=False).drop_duplicates("document").head(12)
+    assert [item["log_prob"] for item in result["examples"]["best"]] == pytest.approx(best.log_prob.tolist())
+    for item in result["examples"]["worst"]:
+        assert item["tokens"][item["target"]]["log_prob"] == item["log_prob"]
+
+
+def test_pairs_have_a_report_and_a_comparison(capsys, checkpoint, artifact, tmp_path):
+    path = tmp_path / "pairs.jsonl"
+    keys = ("sentence_good", "sentence_bad", "linguistics_term", "UID")
+    path.write_text("".join(json.dumps(dict(zip(keys, pair, strict=True))) + "\n" for pair in PAIRS))
+    (tmp_path / "p.toml").write_text(
+        'name = "p"\ntask = "pairs"\nlocal = "pairs.jsonl"\n[pairs]\nphenomenon = "linguistics_term"\n'
+        '[[reference]]\nmodel = "R<i>ef"\nmetric = "pair_accuracy"\nvalue = 0.5\nsource = "x"\n'
+        "phenomena = { agreement = 0.7 }\n"
+    )
+    for name, model in (("a", checkpoint("bert")), ("b", checkpoint("roberta"))):
+        arguments = ["eval", model, "--set", tmp_path / "p.toml", "--output", tmp_path / name]
+        code, out, err = run(capsys, *arguments)
+        assert code == 0, err
+        assert "agreement" in out and "1 ties" in out
+    text = (tmp_path / "a" / "report.html").read_text(encoding="utf-8")
+    assert "R&lt;i&gt;ef" in text and "<i>" not in text
+    code, out, err = run(capsys, "compare", tmp_path / "a", tmp_path / "b", "--json", "--output", tmp_path / "page")
+    assert code == 0, err
+    (found,) = json.loads(out)["comparisons"]
+    values = [json.loads((tmp_path / name / "result.json").read_text())["metrics"]["pair_accuracy"] for name in "ab"]
+    difference = found["metrics"]["pair_accuracy"]
+    assert difference["difference"] == pytest.approx(values[1]["value"] - values[0]["value"])
+    assert found["pairs"]["phenomena"]["agreement"]["pairs"] == 3
+    assert (tmp_path / "page" / "compare.html").exists()
+    # a plain file of pairs needs no declaration
+    code, out, err = run(capsys, "eval", artifact("bert"), "--set", path, "--metric", "pairs", "--json")
+    assert code == 0, err
+    assert json.loads(out)["pairs"]["pairs"] == 6
+    code, _, err = run(capsys, "eval", artifact("bert"), "--set", tmp_path / "p.toml", "--metric", "masked")
+    assert (code, "holds pairs" in err) == (2, True)
+
+
+# ------------------------------------------------------------------ comparison
+
+
+def test_a_comparison_is_paired(results):
+    comparison = compare([results["torch"], results["onnx"], results["modern"]])
+    same, other = comparison["comparisons"]
+    assert abs(same["metrics"]["masked_cross_entropy"]["difference"]) < 1e-5
+    found = other["metrics"]["masked_cross_entropy"]
+    tables = [pq.read_table(results[name] / "tokens.parquet").to_pandas() for name in ("torch", "modern")]
+    masked = [table[table.metric == "masked"] for table in tables]
+    change = masked[0].log_prob.astype(float).mean() - masked[1].log_prob.astype(float).mean()
+    assert found["difference"] == pytest.approx(change)
+    # The interval is that of resampling documents with the same draws for both.
+    by_document = [table.groupby("document").log_prob.agg(["sum", "size"]) for table in masked]
+    generator = np.random.default_rng(1)
+    documents, draws = len(by_document[0]), []
+    for _ in range(2000):
+        rows = generator.integers(documents, size=documents)
+        means = [-frame["sum"].to_numpy()[rows].sum() / frame["size"].to_numpy()[rows].sum() for frame in by_document]
+        draws.append(means[1] - means[0])
+    spread = float(np.std(draws))
+    assert found["low"] == pytest.approx(np.quantile(draws, 0.025), abs=0.35 * spread)
+    assert found["high"] == pytest.approx(np.quantile(draws, 0.975), abs=0.35 * spread)
+    assert found["low"] <= found["difference"] <= found["high"]
+    assert 0 < found["p_value"] <= 1
+    treatment = other["slices"]["masked"]["treatment"]
+    assert sum(group["tokens"] for group in treatment.values()) == len(masked[0])
+    largest = other["tokens"][0]
+    first = [table[table.mask_seed == 0] for table in masked]
+    assert abs(largest["difference"]) == pytest.approx(
+        np.abs(first[0].log_prob.to_numpy() - first[1].log_prob.to_numpy()).max(), abs=1e-5
+    )
+    assert len(other["tokens"]) == 20
+
+
+def test_a_result_compared_with_itself_differs_in_nothing(results):
+    (found,) = compare([results["torch"], results["torch"]])["comparisons"]
+    for difference in found["metrics"].values():
+        assert (difference["difference"], difference["low"], difference["high"]) == (0, 0, 0)
+        assert difference["p_value"] == 1
+
+
+def test_what_cannot_be_compared_is_refused_with_the_reason(capsys, results, checkpoint, texts, tmp_path):
+    other = tmp_path / "other.txt"
+    other.write_text("Another text of some words.\nAnd another line.\n" * 3)
+    evaluate(str(checkpoint("bert")), other, output=tmp_path / "text")
+    evaluate(str(checkpoint("bert")), texts, mask_seed=[0, 1], recipe=None, metrics="masked", output=tmp_path / "masks")
+    with pytest.raises(UserError, match="different texts"):
+        compare([results["torch"], tmp_path / "text"])
+    assert compare([results["torch"], tmp_path / "masks"])["comparisons"][0]["metrics"]  # what both measure
+    evaluate(str(checkpoint("roberta")), texts, mask_seed=[0, 1], metrics=["masked"], output=tmp_path / "tokens")
+    with pytest.raises(UserError, match=r"different positions .*tokenizers differ"):
+        compare([results["torch"], tmp_path / "tokens"])
+    evaluate(str(checkpoint("bert")), texts, metrics="pseudo", output=tmp_path / "pseudo")
+    with pytest.raises(UserError, match="share nothing"):
+        compare([tmp_path / "masks", tmp_path / "pseudo"])
+    code, _, err = run(capsys, "compare", results["torch"], tmp_path / "none")
+    assert (code, "does not exist" in err) == (2, True)
+    code, _, err = run(capsys, "compare", results["torch"])
+    assert (code, "two results" in err) == (2, True)
+    (tmp_path / "masks" / "result.json").write_text("{}")
+    with pytest.raises(UserError, match="lacks fields"):
+        compare([results["torch"], tmp_path / "masks"])
+
+
+def test_other_tokenizers_compare_by_bytes(checkpoint, texts, tmp_path):
+    for name in ("bert", "roberta"):
+        evaluate(str(checkpoint(name)), texts, metrics="pseudo", output=tmp_path / name)
+    (found,) = compare([tmp_path / "bert", tmp_path / "roberta"])["comparisons"]
+    values = [
+        json.loads((tmp_path / name / "result.json").read_text())["metrics"]["bits_per_byte"]["value"]
+        for name in ("bert", "roberta")
+    ]
+    assert found["metrics"]["bits_per_byte"]["difference"] == pytest.approx(values[1] - values[0])
+    assert "pseudo_perplexity" not in found["metrics"]
+    assert found["tokens"] == []
+
+
+def test_an_edited_table_is_noticed(results, tmp_path, checkpoint, texts):
+    evaluate(str(checkpoint("bert")), texts, metrics="masked", mask_seed=[0, 1], output=tmp_path / "edited")
+    table = pq.read_table(tmp_path / "edited" / "tokens.parquet")
+    offsets = table["offset"].to_numpy().copy()
+    offsets[3] += 1
+    edited = table.set_column(1, "offset", pa.array(offsets))
+    half = int((table["mask_seed"].to_numpy() == 0).sum())
+    with pq.ParquetWriter(tmp_path / "edited" / "tokens.parquet", edited.schema) as writer:
+        writer.write_table(edited.slice(0, half))
+        writer.write_table(edited.slice(half))
+    with pytest.raises(CheckError, match="different tokens"):
+        compare([results["torch"], tmp_path / "edited"])
+
+
+def test_the_comparison_as_lines_and_page(capsys, results, tmp_path):
+    code, out, err = run(capsys, "compare", results["torch"], results["modern"], "--output", tmp_path, "--top", 3)
+    assert code == 0, err
+    lines = out.splitlines()
+    assert any(line.startswith("masked_cross_entropy ") for line in lines)
+    assert sum("document" in line and "token" in line for line in lines) == 3
+    text = (tmp_path / "compare.html").read_text(encoding="utf-8")
+    assert "<b>evil" not in text
+    assert "svg" in Page(text).tags
