@@ -90,7 +90,7 @@ def calibration(confidence: np.ndarray, accuracy: np.ndarray, counts: np.ndarray
         full = counts > 0
         axes.plot(confidence[full], accuracy[full], color=ONE, linewidth=1)
         area = 30 + 500 * counts[full] / max(counts.sum(), 1)
-        axes.scatter(confidence[full], accuracy[full], s=area, color=ONE, alpha=0.75, linewidths=0)
+        axes.scatter(confidence[full], accuracy[full], s=area, color=ONE, alpha=0.75, linewidths=0, clip_on=False)
         axes.set(xlabel="confidence: P of the best guess", ylabel="how often it is right", xlim=(0, 1), ylim=(0, 1))
         return _svg(figure, "calibration")
 

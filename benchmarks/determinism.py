@@ -1,0 +1,120 @@
+"""Where a score is bit-identical, and how far it moves elsewhere.
+
+One sentence is scored alone, and then among others: in batches of other sizes, behind more padding, at another place of
+the batch, with other numbers of threads. Printed for each architecture, backend and change: whether every bit stayed,
+and the largest difference of a log-probability in nats. Random weights; the sizes are those of real models, two layers.
+"""
+
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+KINDS = ("bert", "roberta", "modernbert", "distilbert", "electra", "albert", "deberta-v2")
+WIDTHS = (128, 768)
+LENGTHS = (5, 16, 23, 48)
+VOCABULARY = 4000
+
+
+def write_checkpoint(folder: Path, kind: str, width: int) -> None:
+    """Random weights, and a tokenizer that is only there because a checkpoint has one."""
+    import torch
+    from transformers import AutoConfig, AutoModelForMaskedLM
+
+    from mlmkit.pydocs import topics
+    from mlmkit.train.config import TokenizerConfig
+    from mlmkit.train.tokenizer import train_tokenizer
+
+    tokenizer = train_tokenizer(lambda: topics()[:20], TokenizerConfig("wordpiece", VOCABULARY), max_length=128)
+    sizes = {"hidden_size": width, "num_hidden_layers": 2, "num_attention_heads": width // 64}
+    sizes |= {"intermediate_size": 4 * width, "max_position_embeddings": 130, "vocab_size": VOCABULARY}
+    sizes |= {"embedding_size": width} if kind in ("electra", "albert") else {}
+    sizes |= (
+        {"dim": width, "n_layers": 2, "n_heads": width // 64, "hidden_dim": 4 * width} if kind == "distilbert" else {}
+    )
+    special = {name: getattr(tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(kind, **sizes, **{key: value for key, value in special.items() if value is not None})
+    AutoModelForMaskedLM.from_config(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def batch_of(rows: list[np.ndarray], longest: int):
+    """Rows padded to `longest`, every token a target of its own row."""
+    from mlmkit.backends import Batch
+
+    input_ids = np.zeros((len(rows), longest), dtype=np.int64)
+    attention_mask = np.zeros_like(input_ids)
+    for number, row in enumerate(rows):
+        input_ids[number, : len(row)], attention_mask[number, : len(row)] = row, 1
+    positions = np.flatnonzero(attention_mask)
+    return Batch(input_ids, attention_mask, positions, input_ids.ravel()[positions])
+
+
+def score(folder: Path, backend: str) -> dict[str, np.ndarray]:
+    """Log-probabilities of the same sentences under every change, in one process with its number of threads."""
+    from mlmkit.backends import load
+
+    model = load(str(folder / ("artifact" if backend == "onnx" else "checkpoint")), backend)
+    generator = np.random.default_rng(0)
+    rows = [generator.integers(10, VOCABULARY, size=length) for length in LENGTHS]
+    others = [generator.integers(10, VOCABULARY, size=16) for _ in range(31)]
+    found = {}
+    for length, row in zip(LENGTHS, rows, strict=True):
+        mates = [other[: min(length, 16)] for other in others]
+        found[f"alone {length}"] = model.score(batch_of([row], length)).log_prob
+        for size in (2, 7, 32):
+            found[f"batch {length} {size}"] = model.score(batch_of([row, *mates[: size - 1]], length)).log_prob[:length]
+        found[f"place {length}"] = model.score(batch_of([*mates[:6], row], length)).log_prob[-length:]
+        for padding in (1, 9, 40):
+            found[f"padding {length} {padding}"] = model.score(batch_of([row], length + padding)).log_prob
+    return found
+
+
+def main() -> None:
+    """Each number of threads in a process of its own."""
+    if len(sys.argv) == 4:
+        np.savez(sys.argv[3], **score(Path(sys.argv[1]), sys.argv[2]))
+        return
+    from mlmkit.export.export import export
+
+    cores = sorted(os.sched_getaffinity(0))
+    print("| model | width | backend | batch | place | padding | threads |\n|---|---|---|---|---|---|---|")  # noqa: T201
+    for kind in KINDS:
+        for width in WIDTHS:
+            with tempfile.TemporaryDirectory() as temporary:
+                folder = Path(temporary)
+                write_checkpoint(folder / "checkpoint", kind, width)
+                export(str(folder / "checkpoint"), folder / "artifact")
+                for backend in ("onnx", "torch"):
+                    runs = []
+                    for threads in (1, len(cores)):
+                        path = folder / f"{backend}-{threads}.npz"
+                        allowed = set(cores[:threads])
+                        subprocess.run(
+                            [sys.executable, __file__, folder, backend, path],
+                            check=True,
+                            env=os.environ | {"OMP_NUM_THREADS": str(threads)},
+                            preexec_fn=lambda allowed=allowed: os.sched_setaffinity(0, allowed),
+                        )
+                        runs.append(dict(np.load(path)))
+                    cells = [describe(runs, change) for change in ("batch", "place", "padding", "threads")]
+                    print(f"| {kind} | {width} | {backend} | {' | '.join(cells)} |", flush=True)  # noqa: T201
+
+
+def describe(runs: list[dict[str, np.ndarray]], change: str) -> str:
+    """`same` if every bit is, else the largest difference."""
+    if change == "threads":
+        pairs = [(runs[0][name], runs[1][name]) for name in runs[0]]
+    else:
+        names = [name for name in runs[0] if name.startswith(change)]
+        pairs = [(run[name], run[f"alone {name.split()[1]}"]) for run in runs for name in names]
+    largest = max(float(np.abs(one - other).max()) for one, other in pairs)
+    return "same" if all(np.array_equal(one, other) for one, other in pairs) else f"{largest:.1e}"
+
+
+if __name__ == "__main__":
+    main()
