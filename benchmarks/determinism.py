@@ -1,8 +1,9 @@
 """Where a score is bit-identical, and how far it moves elsewhere.
 
 One sentence is scored alone, and then among others: in batches of other sizes, behind more padding, at another place of
-the batch, with other numbers of threads. Printed for each architecture, backend and change: whether every bit stayed,
-and the largest difference of a log-probability in nats. Random weights; the sizes are those of real models, two layers.
+the batch, one position at a time, with other numbers of threads. Printed for each architecture, backend and change:
+whether every bit stayed, or the largest difference of a log-probability in nats. Random weights; two layers of the
+widths of real models.
 """
 
 import os
@@ -15,7 +16,7 @@ import numpy as np
 
 KINDS = ("bert", "roberta", "modernbert", "distilbert", "electra", "albert", "deberta-v2")
 WIDTHS = (128, 768)
-LENGTHS = (5, 16, 23, 48)
+LENGTHS = (1, 5, 23, 200)
 VOCABULARY = 4000
 
 
@@ -28,9 +29,9 @@ def write_checkpoint(folder: Path, kind: str, width: int) -> None:
     from mlmkit.train.config import TokenizerConfig
     from mlmkit.train.tokenizer import train_tokenizer
 
-    tokenizer = train_tokenizer(lambda: topics()[:20], TokenizerConfig("wordpiece", VOCABULARY), max_length=128)
+    tokenizer = train_tokenizer(lambda: topics()[:20], TokenizerConfig("wordpiece", VOCABULARY), max_length=512)
     sizes = {"hidden_size": width, "num_hidden_layers": 2, "num_attention_heads": width // 64}
-    sizes |= {"intermediate_size": 4 * width, "max_position_embeddings": 130, "vocab_size": VOCABULARY}
+    sizes |= {"intermediate_size": 4 * width, "max_position_embeddings": 514, "vocab_size": VOCABULARY}
     sizes |= {"embedding_size": width} if kind in ("electra", "albert") else {}
     sizes |= (
         {"dim": width, "n_layers": 2, "n_heads": width // 64, "hidden_dim": 4 * width} if kind == "distilbert" else {}
@@ -56,7 +57,7 @@ def batch_of(rows: list[np.ndarray], longest: int):
 
 def score(folder: Path, backend: str) -> dict[str, np.ndarray]:
     """Log-probabilities of the same sentences under every change, in one process with its number of threads."""
-    from mlmkit.backends import load
+    from mlmkit.backends import Batch, load
 
     model = load(str(folder / ("artifact" if backend == "onnx" else "checkpoint")), backend)
     generator = np.random.default_rng(0)
@@ -64,12 +65,15 @@ def score(folder: Path, backend: str) -> dict[str, np.ndarray]:
     others = [generator.integers(10, VOCABULARY, size=16) for _ in range(31)]
     found = {}
     for length, row in zip(LENGTHS, rows, strict=True):
-        mates = [other[: min(length, 16)] for other in others]
+        mates = [other[:length] for other in others]
         found[f"alone {length}"] = model.score(batch_of([row], length)).log_prob
         for size in (2, 7, 32):
             found[f"batch {length} {size}"] = model.score(batch_of([row, *mates[: size - 1]], length)).log_prob[:length]
+        whole = batch_of([row], length)
+        alone = [Batch(*whole[:2], whole.positions[[i]], whole.targets[[i]]) for i in range(length)]
+        found[f"positions {length}"] = np.concatenate([model.score(batch).log_prob for batch in alone])
         found[f"place {length}"] = model.score(batch_of([*mates[:6], row], length)).log_prob[-length:]
-        for padding in (1, 9, 40):
+        for padding in (1, 9, 200):
             found[f"padding {length} {padding}"] = model.score(batch_of([row], length + padding)).log_prob
     return found
 
@@ -82,7 +86,9 @@ def main() -> None:
     from mlmkit.export.export import export
 
     cores = sorted(os.sched_getaffinity(0))
-    print("| model | width | backend | batch | place | padding | threads |\n|---|---|---|---|---|---|---|")  # noqa: T201
+    print(  # noqa: T201
+        "| model | width | backend | batch | place | padding | positions | threads |\n|---|---|---|---|---|---|---|---|"
+    )
     for kind in KINDS:
         for width in WIDTHS:
             with tempfile.TemporaryDirectory() as temporary:
@@ -101,7 +107,7 @@ def main() -> None:
                             preexec_fn=lambda allowed=allowed: os.sched_setaffinity(0, allowed),
                         )
                         runs.append(dict(np.load(path)))
-                    cells = [describe(runs, change) for change in ("batch", "place", "padding", "threads")]
+                    cells = [describe(runs, change) for change in ("batch", "place", "padding", "positions", "threads")]
                     print(f"| {kind} | {width} | {backend} | {' | '.join(cells)} |", flush=True)  # noqa: T201
 
 
