@@ -4,6 +4,7 @@ import platform
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -11,7 +12,6 @@ from typing import Any
 
 from mlmkit import __version__
 from mlmkit.backends import Backend, capacity
-from mlmkit.corpus import Corpus
 from mlmkit.distributed import Ranks
 from mlmkit.errors import UserError
 from mlmkit.eval.examples import token_examples
@@ -24,12 +24,13 @@ from mlmkit.eval.passes import Pass, Settings
 from mlmkit.eval.plan import Plan
 from mlmkit.eval.scoring import refuse_batch_coupling, score_parts
 from mlmkit.eval.sets import EvalSet
-from mlmkit.eval.statistics import Metrics
 from mlmkit.eval.store import PartFacts, Store, token_table
 from mlmkit.masking import DIGEST_MODULUS, format_digest
 from mlmkit.progress import progress
 
 RESULT_FORMAT = 2
+
+Facts = dict[str, list[PartFacts]]  # by pass
 
 
 def evaluate(
@@ -52,88 +53,34 @@ def evaluate(
     ranks = ranks or Ranks()
     began = time.perf_counter()
     refuse_batch_coupling(backend, allow_batch_coupling)
-    is_pairs = isinstance(material, PairMaterial)
-    chosen = material.chosen() if isinstance(material, PairMaterial) else None
-    passes = settings.passes(chosen)
+    passes = settings.passes(material.chosen())
     store = Store(folder, _identity(backend, material, settings))
     if finished := store.finished(overwrite=overwrite):
         return finished
     ranks.barrier()  # so that no rank finds what the first has begun
-    if ranks.is_first:
-        store.open()
-        if ranks.world > 1:
+    with store.working() if ranks.is_first else nullcontext():
+        if ranks.is_first and ranks.world > 1:
             material.corpus()  # tokenised once for all
-    ranks.barrier()
-    try:
+        ranks.barrier()
         for item in passes:
             _score(backend, material, item, store, batch_tokens, ranks)
-    except BaseException:
-        if ranks.is_first:
-            store.discard_if_empty()
-        raise
-    ranks.barrier()
-    if not ranks.is_first:
-        return {}
-
-    store.gather(passes, material, backend.tokenizer.masking.is_special)
-    corpus, mask_id = material.corpus(), backend.tokenizer.mask_id
-    facts = {item.name: store.part_facts(item.name) for item in passes}
-    digests = {name: format_digest(_digest(parts)) for name, parts in facts.items()}
-    metrics: Metrics = {}
-    result: dict[str, Any] = {
-        "format": RESULT_FORMAT,
-        "metrics": metrics,
-        "slices": {},
-        "mask_digest": _mask_digest(passes, digests),
-        "digests": digests,
-    }
-    if "masked" in settings.metrics:
-        _require_tokens(
-            facts[passes[0].name], material, store, "the masks select no token: use more text or a higher --mask-prob"
-        )
-        measured = measure(folder, "masked", settings.mask_seeds, len(corpus), mask_id)
-        metrics |= measured.metrics
-        result["slices"]["masked"] = measured.slices
-        if len(settings.mask_seeds) > 1:
-            by_seed = {
-                seed: {"mask_digest": digests[f"masked-{seed}"], **values} for seed, values in measured.by_seed.items()
-            }
-            result["mask_seeds"] = {"by_seed": by_seed, "spread": spread(measured.by_seed)}
-    if "pseudo" in settings.metrics:
-        _require_tokens(facts["pseudo"], material, store, "there is no token to score")
-        if is_pairs:
-            found, result["pairs"] = measure_pairs(folder)
-            metrics |= found
-        else:
-            measured = measure(folder, "pseudo", [None], len(corpus), mask_id)
-            metrics |= measured.metrics
-            result["slices"]["pseudo"] = measured.slices
-    described = settings.describe()
-    by_metric: dict[str, list[PartFacts]] = {}
-    for item in passes:
-        by_metric.setdefault(item.metric, []).extend(facts[item.name])
-    result |= {
-        "corpus": _describe_corpus(material, corpus, capacity(backend)),
-        "masking": {
-            **described["masking"],
-            "seed": settings.mask_seeds[0],
-            "selected": sum(part.scored for part in by_metric.get("masked", [])),
-        },
-        "pseudo": described["pseudo"],
-        "scored": {metric: sum(part.scored for part in parts) for metric, parts in by_metric.items()},
-        "model": {**asdict(backend.info), "tokenizer": backend.tokenizer.fingerprint, "mask_id": mask_id},
-        "backend": {"name": backend.name, "device": backend.device},
-        "batch_coupling": backend.info.couples_batch,
-        "identity": store.identity,
-        "set": asdict(declared) if declared else None,
-        "examples": token_examples(folder, passes[0], corpus, backend.tokenizer),
-        "seconds": time.perf_counter() - began,
-        "timing": {metric: _timing(parts) for metric, parts in by_metric.items()},
-        "versions": _versions(),
-        "command": sys.argv,
-    }
-    store.finish(result)
-    return result
+        ranks.barrier()
+        if not ranks.is_first:
+            return {}
+        facts = {item.name: store.part_facts(item.name) for item in passes}
+        _require_tokens(passes, facts, material, store)
+        store.gather(passes, material, backend.tokenizer.masking.is_special)
+        result = {
+            "format": RESULT_FORMAT,
+            **_measured(folder, settings, material, backend.tokenizer.mask_id, facts),
+            **_record(backend, material, settings, passes, facts),
+            "set": asdict(declared) if declared else None,
+            "identity": store.identity,
+            "examples": token_examples(folder, passes[0], material.corpus(), backend.tokenizer),
+            "seconds": time.perf_counter() - began,
+        }
+        store.finish(result)
+        return result
 
 
 def _score(backend: Backend, material: Material, item: Pass, store: Store, batch_tokens: int, ranks: Ranks) -> None:
@@ -185,20 +132,72 @@ def _identity(backend: Backend, material: Material, settings: Settings) -> dict[
     }
 
 
-def _require_tokens(facts: Sequence[PartFacts], material: Material, store: Store, problem: str) -> None:
-    if not any(part.scored for part in facts):
-        store.discard()
-        raise UserError(f"{material.describe()['location']}: {problem}")
+def _require_tokens(passes: Sequence[Pass], facts: Facts, material: Material, store: Store) -> None:
+    """Raise `UserError` when a pass scored nothing at all."""
+    for item in passes:
+        if not any(part.scored for part in facts[item.name]):
+            store.discard()
+            problem = "there is no token to score"
+            if item.metric == "masked":
+                problem = "the masks select no token: use more text or a higher --mask-prob"
+            raise UserError(f"{material.describe()['location']}: {problem}")
+
+
+def _measured(folder: Path, settings: Settings, material: Material, mask_id: int, facts: Facts) -> dict[str, Any]:
+    """The numbers: everything that follows from the two tables."""
+    documents, digests = len(material.corpus()), {name: format_digest(_digest(parts)) for name, parts in facts.items()}
+    masked = [f"masked-{seed}" for seed in settings.mask_seeds if "masked" in settings.metrics]
+    # Without masked passes, of the positions that pseudo-likelihood scored.
+    digest = sum(int(digests[name], 16) for name in masked or digests) % DIGEST_MODULUS
+    found: dict[str, Any] = {"metrics": {}, "mask_digest": format_digest(digest), "digests": digests, "slices": {}}
+    if masked:
+        measured = measure(folder, "masked", settings.mask_seeds, documents, mask_id)
+        found["metrics"] |= measured.metrics
+        found["slices"]["masked"] = measured.slices
+        if len(masked) > 1:
+            by_seed = {
+                seed: {"mask_digest": digests[f"masked-{seed}"], **values} for seed, values in measured.by_seed.items()
+            }
+            found["mask_seeds"] = {"by_seed": by_seed, "spread": spread(measured.by_seed)}
+    if isinstance(material, PairMaterial):
+        found["metrics"], found["pairs"] = measure_pairs(folder)
+    elif "pseudo" in settings.metrics:
+        measured = measure(folder, "pseudo", [None], documents, mask_id)
+        found["metrics"] |= measured.metrics
+        found["slices"]["pseudo"] = measured.slices
+    return found
+
+
+def _record(
+    backend: Backend, material: Material, settings: Settings, passes: Sequence[Pass], facts: Facts
+) -> dict[str, Any]:
+    """What was measured, by what, and how fast."""
+    by_metric: dict[str, list[PartFacts]] = {}
+    for item in passes:
+        by_metric.setdefault(item.metric, []).extend(facts[item.name])
+    scored = {metric: sum(part.scored for part in parts) for metric, parts in by_metric.items()}
+    described = settings.describe()
+    masking = {"seed": settings.mask_seeds[0], "selected": scored.get("masked", 0)}
+    return {
+        "corpus": _describe_corpus(material, capacity(backend)),
+        "masking": {**described["masking"], **masking},
+        "pseudo": described["pseudo"],
+        "scored": scored,
+        "model": {
+            **asdict(backend.info),
+            "tokenizer": backend.tokenizer.fingerprint,
+            "mask_id": backend.tokenizer.mask_id,
+        },
+        "backend": {"name": backend.name, "device": backend.device},
+        "batch_coupling": backend.info.couples_batch,
+        "timing": {metric: _timing(parts) for metric, parts in by_metric.items()},
+        "versions": _versions(),
+        "command": sys.argv,
+    }
 
 
 def _digest(facts: Sequence[PartFacts]) -> int:
     return sum(int(part.digest, 16) for part in facts) % DIGEST_MODULUS
-
-
-def _mask_digest(passes: Sequence[Pass], digests: dict[str, str]) -> str:
-    """Of the masked passes, several seeds' summed; where there is none, of the positions that pseudo scored."""
-    masked = [item.name for item in passes if item.metric == "masked"]
-    return format_digest(sum(int(digests[name], 16) for name in masked or digests) % DIGEST_MODULUS)
 
 
 def _timing(facts: Sequence[PartFacts]) -> dict[str, float]:
@@ -207,7 +206,8 @@ def _timing(facts: Sequence[PartFacts]) -> dict[str, float]:
     return {"seconds": seconds, "rows": rows, "tokens_per_second": tokens / seconds}
 
 
-def _describe_corpus(material: Material, corpus: Corpus, room: int) -> dict[str, Any]:
+def _describe_corpus(material: Material, room: int) -> dict[str, Any]:
+    corpus = material.corpus()
     lengths = corpus.lengths
     words, characters, size = (int(total) for total in corpus.text_sizes.sum(axis=0))
     return {

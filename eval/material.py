@@ -6,7 +6,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
 from mlmkit.corpus import Corpus, cache_folder, is_cached, load_corpus, stream_corpus, tokenize
 from mlmkit.documents import Source
@@ -34,6 +36,10 @@ class Material(Protocol):
 
     def describe(self) -> dict[str, Any]:
         """Where it came from, for `result.json`."""
+        ...
+
+    def chosen(self) -> NDArray[np.int64] | None:
+        """The flat tokens that pseudo-likelihood scores, ascending, or None for all."""
         ...
 
     def columns(self, begin: int, end: int) -> dict[str, pa.Array]:
@@ -73,6 +79,10 @@ class TextMaterial:
         """See `Material`."""
         return {"set": self.name, **asdict(self.source)}
 
+    def chosen(self) -> NDArray[np.int64] | None:
+        """See `Material`."""
+        return None
+
     def columns(self, begin: int, end: int) -> dict[str, pa.Array]:
         """See `Material`."""
         return {}
@@ -103,6 +113,10 @@ class GivenTexts:
     def describe(self) -> dict[str, Any]:
         """See `Material`."""
         return {"set": None, "location": "texts given in Python"}
+
+    def chosen(self) -> NDArray[np.int64] | None:
+        """See `Material`."""
+        return None
 
     def columns(self, begin: int, end: int) -> dict[str, pa.Array]:
         """See `Material`."""

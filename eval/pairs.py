@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
 from mlmkit.corpus import Corpus, ranges, tokenize
 from mlmkit.documents import HUB, hub_configurations, load_hub, read_lines
@@ -196,8 +197,8 @@ class PairMaterial:
         """See `Material`."""
         return {**self._origin, "scoring": self.scoring}
 
-    def chosen(self) -> np.ndarray | None:
-        """The flat tokens to score, or None for all: with `shared`, those that the two sentences have in common.
+    def chosen(self) -> NDArray[np.int64] | None:
+        """See `Material`: with `shared`, the tokens that the two sentences have in common.
 
         They are what `difflib.SequenceMatcher` calls equal between the two token sequences, as in the script of Nangia
         et al. 2020.

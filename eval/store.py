@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
+
+try:
+    import fcntl
+except ImportError:  # Windows has none
+    fcntl = None
 
 from mlmkit.errors import CheckError, UserError
 from mlmkit.eval.material import Material
@@ -52,7 +58,7 @@ class Store:
     def finished(self, *, overwrite: bool = False) -> dict[str, Any] | None:
         """The result, if this evaluation is complete here.
 
-        Raises `UserError` when the folder holds something else. With `overwrite`, `open` will replace
+        Raises `UserError` when the folder holds something else. With `overwrite`, `working` will replace
         another evaluation or a complete one; an unfinished one is gone on with.
         """
         if (self.folder.exists() or self.folder.is_symlink()) and not self.folder.is_dir():
@@ -73,23 +79,38 @@ class Store:
                 f"{self.folder} holds an evaluation with another {' and '.join(changed) or 'version of mlmkit'}: "
                 "choose another --output, or replace it with --overwrite"
             )
-        return found if is_complete else None
+        if is_complete:
+            self._clear()
+            return found
+        return None
 
-    def open(self) -> None:
-        """Make the folder, and note what is being measured."""
+    @contextmanager
+    def working(self) -> Iterator[None]:
+        """Make the folder, note what is being measured, and keep other processes out.
+
+        If nothing was finished, nothing is left behind. Raises `UserError` when another process is at it.
+        """
         try:
             if self._replaces:
                 shutil.rmtree(self.folder)
             (self.folder / PARTS).mkdir(parents=True, exist_ok=True)
+            if not (self.folder / UNFINISHED).exists():
+                write_json(self.folder / UNFINISHED, {"identity": self.identity})
         except OSError as error:
             raise UserError(f"cannot write {self.folder}: {error.strerror}") from None
-        if not (self.folder / UNFINISHED).exists():
-            write_json(self.folder / UNFINISHED, {"identity": self.identity})
-
-    def discard_if_empty(self) -> None:
-        """Leave nothing behind when no part was finished."""
-        if (self.folder / UNFINISHED).exists() and not any((self.folder / PARTS).glob("*.parquet")):
-            self.discard()
+        with (self.folder / UNFINISHED).open("rb") as held:
+            # Two writers would remove each other's parts. The lock ends with the process, however that ends.
+            try:
+                if fcntl is not None:
+                    fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(f"another process is evaluating into {self.folder}: wait for it") from None
+            try:
+                yield
+            except BaseException:
+                if not any((self.folder / PARTS).glob("*.parquet")):
+                    self.discard()
+                raise
 
     def discard(self) -> None:
         """Remove an evaluation that came to nothing."""
@@ -154,6 +175,9 @@ class Store:
     def finish(self, result: dict[str, Any]) -> None:
         """Write `result.json`; with it the evaluation is complete, and the parts are no longer needed."""
         write_json(self.folder / RESULT, result)
+        self._clear()
+
+    def _clear(self) -> None:
         shutil.rmtree(self.folder / PARTS, ignore_errors=True)
         (self.folder / UNFINISHED).unlink(missing_ok=True)
 

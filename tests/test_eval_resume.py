@@ -241,3 +241,19 @@ def test_a_part_that_went_missing_is_noticed(artifact, source, tmp_path, small_p
     monkeypatch.setattr(Store, "has", lambda self, name, index: index == 2 or has(self, name, index))
     with pytest.raises(CheckError, match="parts of masked-0 are missing"):
         evaluate(model, source, output=tmp_path / "result")
+
+
+def test_two_processes_do_not_write_one_folder(artifact, source, tmp_path, small_parts):
+    """The second is refused while the first is at it, and goes on once it is gone."""
+    model = load(str(artifact("bert")))
+
+    class Nested(Interrupted):
+        def _count(self) -> None:
+            with pytest.raises(UserError, match="another process"):
+                evaluate(model, source, output=tmp_path / "result")
+            super()._count()
+
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(Nested(model, 14), source, output=tmp_path / "result", batch_tokens=300)
+    assert list((tmp_path / "result" / "parts").glob("*.parquet"))
+    evaluate(model, source, output=tmp_path / "result")
