@@ -29,7 +29,9 @@ def write_checkpoint(folder: Path, kind: str, width: int) -> None:
     from mlmkit.train.config import TokenizerConfig
     from mlmkit.train.tokenizer import train_tokenizer
 
-    tokenizer = train_tokenizer(lambda: topics()[:20], TokenizerConfig("wordpiece", VOCABULARY), max_length=512)
+    tokenizer = train_tokenizer(
+        lambda: topics()[:20], TokenizerConfig(kind="wordpiece", vocab_size=VOCABULARY), max_length=512
+    )
     sizes = {"hidden_size": width, "num_hidden_layers": 2, "num_attention_heads": width // 64}
     sizes |= {"intermediate_size": 4 * width, "max_position_embeddings": 514, "vocab_size": VOCABULARY}
     sizes |= {"embedding_size": width} if kind in ("electra", "albert") else {}
@@ -81,7 +83,7 @@ def score(folder: Path, backend: str) -> dict[str, np.ndarray]:
 def main() -> None:
     """Each number of threads in a process of its own."""
     if len(sys.argv) == 4:
-        np.savez(sys.argv[3], **score(Path(sys.argv[1]), sys.argv[2]))
+        np.savez(sys.argv[3], allow_pickle=False, **score(Path(sys.argv[1]), sys.argv[2]))
         return
     from mlmkit.export.export import export
 

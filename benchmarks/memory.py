@@ -51,7 +51,9 @@ def write_model(folder: Path) -> None:
     from mlmkit.train.tokenizer import train_tokenizer
 
     checkpoint = folder / "checkpoint"
-    train_tokenizer(topics, TokenizerConfig("wordpiece", 4000), max_length=128).save_pretrained(checkpoint)
+    train_tokenizer(topics, TokenizerConfig(kind="wordpiece", vocab_size=4000), max_length=128).save_pretrained(
+        checkpoint
+    )
     (folder / "architecture.json").write_text(ARCHITECTURE)
     config = build_config(str(folder / "architecture.json"), Tokenizer.from_folder(checkpoint), 128)
     torch.manual_seed(0)

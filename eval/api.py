@@ -1,23 +1,25 @@
 """Evaluation from Python: `mlmkit.evaluate` and `mlmkit.pseudo_log_likelihood`."""
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from operator import index
 from pathlib import Path
-from typing import Any
+from typing import Any, SupportsIndex
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mlmkit.backends import Backend, load
 from mlmkit.documents import Source
+from mlmkit.errors import UserError
 from mlmkit.eval.evaluate import evaluate as run_evaluation
 from mlmkit.eval.material import GivenTexts
 from mlmkit.eval.passes import Settings
 from mlmkit.eval.pseudo import TextScore, score_texts
 from mlmkit.eval.sets import Request, data_folder, find_set
 from mlmkit.eval.statistics import Metrics
-from mlmkit.eval.store import DOCUMENTS, TOKENS
+from mlmkit.eval.stored import DOCUMENTS, TOKENS
 from mlmkit.masking import MaskRecipe
 
 
@@ -45,10 +47,10 @@ class Evaluation:
 
 def evaluate(
     model: str | Path | Backend,
-    data: str | Path | Sequence[str] | Source | Request,
+    data: str | Path | Iterable[str] | Source | Request,
     *,
     metrics: Sequence[str] | str = ("masked",),
-    mask_seed: int | Sequence[int] = 0,
+    mask_seed: SupportsIndex | Iterable[SupportsIndex] = 0,
     recipe: MaskRecipe | None = None,
     variant: str = "original",
     pseudo_sample: float = 1.0,
@@ -83,7 +85,7 @@ def evaluate(
     settings = Settings(
         metrics=("pseudo",) if is_pairs else (metrics,) if isinstance(metrics, str) else tuple(metrics),
         recipe=recipe or MaskRecipe(),
-        mask_seeds=(mask_seed,) if isinstance(mask_seed, int) else tuple(mask_seed),
+        mask_seeds=_seeds(mask_seed),
         variant=variant,
         pseudo_sample=pseudo_sample,
     )
@@ -106,7 +108,7 @@ def evaluate(
 
 def pseudo_log_likelihood(
     model: str | Path | Backend,
-    texts: Sequence[str],
+    texts: Iterable[str],
     *,
     variant: str = "original",
     batch_tokens: int = 0,
@@ -132,7 +134,19 @@ def pseudo_log_likelihood(
     )
 
 
-def _find(data: str | Path | Sequence[str] | Source | Request) -> Sequence[str] | Request:
+def _seeds(given: SupportsIndex | Iterable[SupportsIndex]) -> tuple[int, ...]:
+    """Plain numbers, from numpy's too."""
+    try:
+        return (index(given),)  # pyright: ignore[reportArgumentType]
+    except TypeError:
+        pass
+    try:
+        return tuple(index(seed) for seed in given)  # pyright: ignore[reportGeneralTypeIssues]
+    except TypeError:
+        raise UserError(f"a mask seed must be a whole number, not {given!r}") from None
+
+
+def _find(data: str | Path | Iterable[str] | Source | Request) -> Iterable[str] | Request:
     if isinstance(data, Source):
         return Request(data.location, "text", data.location, source=data)
     if isinstance(data, str | Path):

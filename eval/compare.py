@@ -1,9 +1,7 @@
 """Comparing evaluations of the same text and positions, with paired intervals."""
 
 import heapq
-import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +15,7 @@ from mlmkit.eval.measure import column_count, document_sums, each_slice
 from mlmkit.eval.metrics import FAMILIES
 from mlmkit.eval.pair_metrics import COUNT, ESTIMATORS, GROUPS, pair_columns
 from mlmkit.eval.statistics import Bootstrap, Estimator, finite, interval
-from mlmkit.eval.store import DOCUMENTS, RESULT, TOKENS, read_blocks
+from mlmkit.eval.stored import DOCUMENTS, TOKENS, Stored, load_result, read_blocks
 
 # Metrics that mean the same whatever the tokens are.
 TOKENIZER_FREE = (
@@ -26,35 +24,6 @@ TOKENIZER_FREE = (
     "pseudo_perplexity_per_character",
     "bits_per_byte",
 )
-
-
-@dataclass(frozen=True)
-class Stored:
-    """A finished evaluation on disk."""
-
-    folder: Path
-    result: dict[str, Any]
-
-    @property
-    def mask_id(self) -> int:
-        return self.result["model"]["mask_id"]
-
-
-def load_result(folder: Path) -> Stored:
-    """Raises `UserError` for what is no finished evaluation."""
-    try:
-        result = json.loads((folder / RESULT).read_text(encoding="utf-8"))
-        keys = {"metrics", "corpus", "digests", "model", "backend"}
-        if not isinstance(result, dict) or not keys <= result.keys():
-            raise ValueError("it lacks fields")
-        for name in (TOKENS, DOCUMENTS):
-            pq.read_schema(folder / name)
-    except FileNotFoundError as error:
-        what = "is not finished: run its command again" if folder.is_dir() else "does not exist"
-        raise UserError(f"{folder} {what} (no {Path(error.filename or folder).name})") from None
-    except (OSError, ValueError, RecursionError, pa.ArrowException) as error:
-        raise UserError(f"{folder} holds no evaluation that can be read: {str(error).splitlines()[0]}") from None
-    return Stored(folder, result)
 
 
 def compare(folders: Sequence[Path], top: int = 20) -> dict[str, Any]:
@@ -96,13 +65,14 @@ def _compare(a: Stored, b: Stored, top: int) -> dict[str, Any]:
             f"{a.folder} measures {' and '.join(one['digests'])}, {b.folder} {' and '.join(two['digests'])}: "
             "they share nothing to compare"
         )
-    other_tokens = one["model"]["tokenizer"] != two["model"]["tokenizer"]
+    other_tokens = any(one["digests"][name] != two["digests"][name] for name in common)
+    other_tokenizer = one["model"]["tokenizer"] != two["model"]["tokenizer"]
     for name in common:
         if one["digests"][name] == two["digests"][name]:
             continue
-        if name == "pseudo" and other_tokens and one["pseudo"]["sample"] == two["pseudo"]["sample"] == 1:
+        if name == "pseudo" and other_tokenizer and one["pseudo"]["sample"] == two["pseudo"]["sample"] == 1:
             continue
-        why = "their tokenizers differ: compare --metric pseudo" if other_tokens else "evaluate with the same recipe"
+        why = "their tokenizers differ: compare --metric pseudo" if other_tokenizer else "evaluate with the same recipe"
         raise UserError(
             f"{a.folder} and {b.folder} scored different positions ({name} digests {one['digests'][name]} and "
             f"{two['digests'][name]}): {why}"

@@ -25,10 +25,9 @@ from mlmkit.eval.plan import Plan
 from mlmkit.eval.scoring import refuse_batch_coupling, score_parts
 from mlmkit.eval.sets import EvalSet
 from mlmkit.eval.store import PartFacts, Store, token_table
+from mlmkit.eval.stored import RESULT_FORMAT
 from mlmkit.masking import DIGEST_MODULUS, format_digest
 from mlmkit.progress import progress
-
-RESULT_FORMAT = 2
 
 Facts = dict[str, list[PartFacts]]  # by pass
 
@@ -72,11 +71,11 @@ def evaluate(
         store.gather(passes, material, backend.tokenizer.masking.is_special)
         result = {
             "format": RESULT_FORMAT,
-            **_measured(folder, settings, material, backend.tokenizer.mask_id, facts),
+            **_measured(store.folder, settings, material, backend.tokenizer.mask_id, facts),
             **_record(backend, material, settings, passes, facts),
             "set": asdict(declared) if declared else None,
             "identity": store.identity,
-            "examples": token_examples(folder, passes[0], material.corpus(), backend.tokenizer),
+            "examples": token_examples(store.folder, passes[0], material.corpus(), backend.tokenizer),
             "seconds": time.perf_counter() - began,
         }
         store.finish(result)
@@ -133,14 +132,15 @@ def _identity(backend: Backend, material: Material, settings: Settings) -> dict[
 
 
 def _require_tokens(passes: Sequence[Pass], facts: Facts, material: Material, store: Store) -> None:
-    """Raise `UserError` when a pass scored nothing at all."""
-    for item in passes:
-        if not any(part.scored for part in facts[item.name]):
+    """Raise `UserError` when a metric has no token at all."""
+    problems = {
+        "masked": "the masks select no token: use more text or a higher --mask-prob",
+        "pseudo": "there is no token to score",
+    }
+    for metric in {item.metric for item in passes}:
+        if not any(part.scored for item in passes if item.metric == metric for part in facts[item.name]):
             store.discard()
-            problem = "there is no token to score"
-            if item.metric == "masked":
-                problem = "the masks select no token: use more text or a higher --mask-prob"
-            raise UserError(f"{material.describe()['location']}: {problem}")
+            raise UserError(f"{material.describe()['location']}: {problems[metric]}")
 
 
 def _measured(folder: Path, settings: Settings, material: Material, mask_id: int, facts: Facts) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import pyarrow as pa
 
 from mlmkit.corpus import Corpus
 from mlmkit.eval.passes import Pass
-from mlmkit.eval.store import read_blocks
+from mlmkit.eval.stored import read_blocks
 from mlmkit.tokenizer import Tokenizer
 
 EXAMPLES = 12

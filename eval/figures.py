@@ -2,6 +2,7 @@
 
 import io
 import re
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -172,7 +173,8 @@ def _whiskers(axes: Axes, places: np.ndarray, found: Sequence[dict[str, Any]]) -
 def _svg(figure: Figure, name: str) -> str:
     """Inline SVG that fills its container; the same figure gives the same bytes."""
     text = io.StringIO()
-    with matplotlib.rc_context({"svg.hashsalt": name}):
+    # Text stays text, so it is the reader's fonts that must have its letters, not ours.
+    with matplotlib.rc_context({"svg.hashsalt": name}), warnings.catch_warnings(action="ignore"):
         figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None}, transparent=True)
     svg = text.getvalue()
     svg = svg[svg.index("<svg") :]

@@ -1,6 +1,6 @@
 """What is measured on: tokenised documents, as often as they are asked for, and what identifies them."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -11,7 +11,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from mlmkit.corpus import Corpus, cache_folder, is_cached, load_corpus, stream_corpus, tokenize
-from mlmkit.documents import Source
+from mlmkit.documents import Source, checked_text
 from mlmkit.tokenizer import Tokenizer
 
 
@@ -91,8 +91,9 @@ class TextMaterial:
 class GivenTexts:
     """Texts in memory. An empty one is a document without tokens, so that indices stay the caller's."""
 
-    def __init__(self, texts: Sequence[str], tokenizer: Tokenizer) -> None:
-        self._corpus = tokenize(texts, tokenizer)
+    def __init__(self, texts: Iterable[str], tokenizer: Tokenizer) -> None:
+        checked = (checked_text(text, f"text {number}") for number, text in enumerate(texts))
+        self._corpus = tokenize(checked, tokenizer)
 
     def blocks(self) -> Iterator[Corpus]:
         """See `Material`."""

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from mlmkit.eval.metrics import FAMILIES, SIZES, sampling_errors
 from mlmkit.eval.slices import SPLITS
 from mlmkit.eval.statistics import Bootstrap, Metrics, finite, interval, sum_by
-from mlmkit.eval.store import read_blocks
+from mlmkit.eval.stored import read_blocks
 
 Columns = NDArray[np.float64]
 

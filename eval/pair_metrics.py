@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from mlmkit.eval.statistics import Metrics, bootstrap, sum_by
-from mlmkit.eval.store import DOCUMENTS, read_blocks
+from mlmkit.eval.stored import DOCUMENTS, read_blocks
 
 COUNT, CORRECT, TIE, CORRECT_PER_TOKEN, TIE_PER_TOKEN = range(5)
 ESTIMATORS = {

@@ -7,6 +7,7 @@ import csv
 import io
 import json
 import zipfile
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from difflib import SequenceMatcher
@@ -19,7 +20,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from mlmkit.corpus import Corpus, ranges, tokenize
-from mlmkit.documents import HUB, hub_configurations, load_hub, read_lines
+from mlmkit.documents import HUB, checked_text, hub_configurations, load_hub, read_lines
 from mlmkit.errors import UserError
 from mlmkit.tokenizer import Tokenizer
 
@@ -35,6 +36,11 @@ class Pair:
     phenomenon: str = ""
     paradigm: str = ""
     id: str = ""
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether neither sentence is white space only."""
+        return bool(self.good.strip() and self.bad.strip())
 
 
 @dataclass(frozen=True)
@@ -66,12 +72,8 @@ def read_pairs(location: str, columns: PairColumns) -> list[Pair]:
 
     Raises `UserError` naming the row that has no pair.
     """
-    pairs = []
-    for place, row in _rows(location):
-        pair = _pair(row, columns, place)
-        if pair.good.strip() and pair.bad.strip():
-            pairs.append(pair)
-    if not pairs:
+    pairs = [_pair(row, columns, place) for place, row in _rows(location)]
+    if not any(pair.is_whole for pair in pairs):
         raise UserError(f"{location}: there are no pairs in it")
     return pairs
 
@@ -91,13 +93,16 @@ def keep_pairs(pairs: Iterable[Pair], listing: Path) -> list[Pair]:
 def _pair(row: dict[str, Any], columns: PairColumns, place: str) -> Pair:
     good, bad = _value(row, columns.good, place), _value(row, columns.bad, place)
     if columns.label:
-        labels = list(_value(row, columns.label, place))
+        labels = _value(row, columns.label, place)
+        if not all(isinstance(found, list) and len(found) == len(good) for found in (good, bad, labels)):
+            raise UserError(f"{place}: {columns.good!r} and {columns.label!r} are not lists of one length")
         if columns.good_label not in labels or columns.bad_label not in labels:
             raise UserError(f"{place}: no sentence is labelled {columns.good_label!r} or {columns.bad_label!r}")
         good, bad = good[labels.index(columns.good_label)], bad[labels.index(columns.bad_label)]
-    if not isinstance(good, str) or not isinstance(bad, str):
-        raise UserError(f"{place}: {columns.good!r} and {columns.bad!r} hold no text")
     named = {name: str(_value(row, getattr(columns, name), place)) for name in ("phenomenon", "paradigm", "id")}
+    for name, value in named.items():
+        checked_text(value, f"{place}, field {getattr(columns, name)!r}")
+    good, bad = checked_text(good, f"{place}, {columns.good!r}"), checked_text(bad, f"{place}, {columns.bad!r}")
     return Pair(good, bad, **named)
 
 
@@ -126,9 +131,11 @@ def _rows(location: str) -> Iterator[tuple[str, dict[str, Any]]]:
             case ".jsonl" | ".json" | ".ndjson":
                 yield from _json_rows(location, read_lines(path))
             case ".csv" | ".tsv":
-                lines = (f"{line}\n" for line in read_lines(path))
-                rows = csv.DictReader(lines, delimiter="\t" if path.suffix == ".tsv" else ",")
-                yield from ((f"{location}: row {number}", row) for number, row in enumerate(rows))
+                lines = (f"{line}\n".removeprefix("\ufeff") for line in read_lines(path))
+                for number, row in enumerate(csv.DictReader(lines, delimiter="\t" if path.suffix == ".tsv" else ",")):
+                    if None in row:
+                        raise UserError(f"{location}: row {number} has more fields than the header: quote its texts")
+                    yield f"{location}: row {number}", row
             case ".parquet":
                 import pyarrow.parquet as pq
 
@@ -137,7 +144,7 @@ def _rows(location: str) -> Iterator[tuple[str, dict[str, Any]]]:
                 yield from _zip_rows(location)
             case _:
                 raise UserError(f"{location}: pairs are read from .jsonl, .csv, .tsv, .parquet and .zip files")
-    except (zipfile.BadZipFile, pa.ArrowException, csv.Error, UnicodeDecodeError) as error:
+    except (zipfile.BadZipFile, pa.ArrowException, csv.Error, zlib.error, UnicodeDecodeError) as error:
         raise UserError(f"{location}: cannot be read: {str(error).splitlines()[0]}") from None
 
 
@@ -166,16 +173,20 @@ def _json_rows(place: str, lines: Iterable[str]) -> Iterator[tuple[str, dict[str
 
 
 class PairMaterial:
-    """Pairs as a corpus: documents 2i and 2i + 1 are the better and the worse sentence of pair i."""
+    """Pairs as a corpus: documents 2i and 2i + 1 are the better and the worse sentence of pair i.
 
-    def __init__(self, pairs: Sequence[Pair], tokenizer: Tokenizer, origin: dict[str, Any], scoring: str) -> None:
-        self.pairs, self.scoring, self._origin = pairs, scoring, origin
+    Pairs with a sentence of white space only are left out, and counted as `empty_texts`.
+    """
+
+    def __init__(self, given: Sequence[Pair], tokenizer: Tokenizer, origin: dict[str, Any], scoring: str) -> None:
+        self.pairs, self.scoring, self._origin = [pair for pair in given if pair.is_whole], scoring, origin
+        pairs = self.pairs
         texts = [text for pair in pairs for text in (pair.good, pair.bad)]
-        corpus = tokenize(texts, tokenizer)
+        corpus, self._tokenizer = tokenize(texts, tokenizer), tokenizer
         # Groups are part of what is measured: other labels on the same sentences are another corpus.
         labels = json.dumps([(pair.phenomenon, pair.paradigm, pair.id) for pair in pairs] + [scoring])
         fingerprint = blake2b((corpus.fingerprint + labels).encode(), digest_size=16).hexdigest()
-        self._corpus = replace(corpus, fingerprint=fingerprint)
+        self._corpus = replace(corpus, fingerprint=fingerprint, empty_texts=len(given) - len(pairs))
 
     def blocks(self) -> Iterator[Corpus]:
         """See `Material`."""
@@ -200,19 +211,21 @@ class PairMaterial:
     def chosen(self) -> NDArray[np.int64] | None:
         """See `Material`: with `shared`, the tokens that the two sentences have in common.
 
-        They are what `difflib.SequenceMatcher` calls equal between the two token sequences, as in the script of Nangia
-        et al. 2020.
+        They are what `difflib.SequenceMatcher` calls equal between the two token sequences with their special tokens,
+        as in the script of Nangia et al. 2020.
         """
         if self.scoring == "all":
             return None
-        corpus, spans = self._corpus, []
+        corpus, spans, begins = self._corpus, [], len(self._tokenizer.prefix)
         for pair in range(len(self.pairs)):
-            good, bad = (corpus.ids[corpus.starts[d] : corpus.starts[d + 1]].tolist() for d in (2 * pair, 2 * pair + 1))
-            matches = SequenceMatcher(None, good, bad, autojunk=False).get_matching_blocks()
-            spans += [(corpus.starts[2 * pair] + match.a, match.size) for match in matches]
-            spans += [(corpus.starts[2 * pair + 1] + match.b, match.size) for match in matches]
-        begin, size = np.array(spans, dtype=np.int64).T
-        return np.sort(ranges(begin, size))
+            starts, ends = corpus.starts[2 * pair : 2 * pair + 2], corpus.starts[2 * pair + 1 : 2 * pair + 3]
+            framed = [self._tokenizer.frame(corpus.ids[a:b]).tolist() for a, b in zip(starts, ends, strict=True)]
+            for match in SequenceMatcher(None, *framed).get_matching_blocks():
+                for start, end, place in zip(starts, ends, (match.a, match.b), strict=True):
+                    first = max(int(start) + place - begins, int(start))
+                    spans.append((first, min(int(start) + place - begins + match.size, int(end)) - first))
+        begin, size = np.array(spans, dtype=np.int64).reshape(-1, 2).T
+        return np.sort(ranges(begin, np.maximum(size, 0)))
 
     def columns(self, begin: int, end: int) -> dict[str, pa.Array]:
         """See `Material`."""

@@ -8,7 +8,8 @@ from numpy.typing import NDArray
 
 from mlmkit.corpus import Corpus, concatenate
 
-# Tokens that the model reads for one part. On 2 cores BERT-base takes 5 minutes for it, an H200 well under a second.
+# Tokens that the model reads for one part. BERT-base on 2 cores takes minutes for it, a GPU a second or less.
+# Another number needs another RESULT_FORMAT, as unfinished evaluations hold parts of this one.
 PART_TOKENS = 1 << 18
 
 

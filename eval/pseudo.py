@@ -1,6 +1,6 @@
 """Pseudo-log-likelihood of single texts: `mlmkit score`."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 
 from mlmkit.backends import Backend, capacity
 from mlmkit.corpus import tokenize
+from mlmkit.documents import checked_text
 from mlmkit.eval.plan import pseudo_plan
 from mlmkit.eval.scoring import refuse_batch_coupling, run_plan
 from mlmkit.eval.statistics import sum_by
@@ -29,7 +30,7 @@ class TextScore:
 
 def score_texts(
     backend: Backend,
-    texts: Sequence[str],
+    texts: Iterable[str],
     *,
     variant: str = "original",
     batch_tokens: int = 0,
@@ -40,6 +41,7 @@ def score_texts(
     Special tokens are context, never targets. `variant="within-word"` masks the later tokens of the same word too.
     """
     refuse_batch_coupling(backend, allow_batch_coupling)
+    texts = [checked_text(text, f"text {number}") for number, text in enumerate(texts)]
     if not texts:
         return []
     corpus = tokenize(texts, backend.tokenizer)

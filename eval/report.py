@@ -7,9 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from mlmkit.eval.compare import Stored, load_result
 from mlmkit.eval.metrics import CALIBRATION_BINS, calibration_bin
-from mlmkit.eval.store import REPORT, read_blocks
+from mlmkit.eval.stored import REPORT, Stored, load_result, read_blocks
 
 LARGEST_LOSS = 14.0
 LOSS_BINS = 28

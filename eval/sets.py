@@ -1,10 +1,12 @@
 """Benchmark sets, declared in TOML: a name, where its text or pairs come from, and what others have reached on it."""
 
+import math
 import os
+import re
 import tomllib
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_type_hints
 
 from mlmkit.documents import HUB, Source, existing_file
 from mlmkit.errors import UserError
@@ -107,9 +109,8 @@ class Request:
         pairs = read_pairs(self.location, self.columns)
         if self.keep:
             pairs = keep_pairs(pairs, self.keep)
-        names = asdict(self.columns)
         origin = {"set": self.declared.name if self.declared else None, "location": self.location}
-        return PairMaterial(pairs, tokenizer, origin, names["scoring"])
+        return PairMaterial(pairs, tokenizer, origin, self.columns.scoring)
 
 
 def find_set(
@@ -162,14 +163,17 @@ def read_set(path: Path, *, own: bool = False) -> EvalSet:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise UserError(f"{path}: cannot be read as TOML: {error}") from None
+    references = values.pop("reference", [])
+    if not isinstance(references, list):
+        raise UserError(f"{path}: [[reference]] must be a list of tables")
     nested = {
         "text": _declared(TextReading, values.pop("text", {}), f"{path}, [text]"),
         "pairs": _declared(PairReading, values.pop("pairs", {}), f"{path}, [pairs]"),
-        "reference": tuple(
-            _declared(Reference, item, f"{path}, [[reference]]") for item in values.pop("reference", [])
-        ),
+        "reference": tuple(_declared(Reference, item, f"{path}, [[reference]]") for item in references),
     }
-    found = _declared(EvalSet, {"folder": str(path.parent) if own else "", **values, **nested}, str(path))
+    found = replace(_declared(EvalSet, values, str(path)), **nested, folder=str(path.parent) if own else "")
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", found.name):
+        raise UserError(f"{path}: the name {found.name!r} is not of letters, digits, '.', '-' and '_' alone")
     if found.task not in TASKS:
         raise UserError(f"{path}: no task {found.task!r}: choose {' or '.join(TASKS)}")
     if not found.hub and not found.local:
@@ -180,14 +184,34 @@ def read_set(path: Path, *, own: bool = False) -> EvalSet:
 def _declared(kind: type[Declared], values: Any, place: str) -> Declared:
     if not isinstance(values, dict):
         raise UserError(f"{place} must be a table")
-    known = {item.name: item for item in fields(kind)}  # pyright: ignore[reportArgumentType]
+    known = get_type_hints(kind)
     for key, value in values.items():
-        if key not in known:
-            raise UserError(f"{place}: unknown key {key!r} (known: {', '.join(known)})")
-        default = known[key].default
-        if isinstance(default, str | bool) and not isinstance(value, type(default)):
-            raise UserError(f"{place}: {key} must be of type {type(default).__name__}, not {type(value).__name__}")
+        if key not in known or key == "folder":
+            raise UserError(f"{place}: unknown key {key!r} (known: {', '.join(sorted(known.keys() - {'folder'}))})")
+        if not _fits(value, known[key]):
+            raise UserError(f"{place}: {key} must be {_EXPECTED[known[key]]}, not {value!r}")
     try:
         return kind(**values)
     except TypeError as error:
         raise UserError(f"{place}: {str(error).partition('() ')[2] or error}") from None
+
+
+_EXPECTED = {
+    str: "text",
+    bool: "true or false",
+    int | str: "text or a whole number",
+    float | None: "a number",
+    dict[str, float] | None: "a table of numbers",
+}
+
+
+def _fits(value: object, kind: Any) -> bool:
+    match kind:
+        case _ if kind == float | None:
+            return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        case _ if kind == dict[str, float] | None:
+            return isinstance(value, dict) and all(_fits(item, float | None) for item in value.values())
+        case _ if kind == int | str:
+            return isinstance(value, int | str) and not isinstance(value, bool)
+        case _:
+            return kind in (str, bool) and isinstance(value, kind)

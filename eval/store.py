@@ -25,9 +25,10 @@ from mlmkit.eval.parts import Part
 from mlmkit.eval.passes import Pass
 from mlmkit.eval.plan import Plan, pieces
 from mlmkit.eval.scoring import TokenScores
+from mlmkit.eval.stored import DOCUMENTS, RESULT, TOKENS, load_result
+from mlmkit.files import new_folder, sync
 from mlmkit.tokenizer import Tokenizer
 
-RESULT, TOKENS, DOCUMENTS, REPORT = "result.json", "tokens.parquet", "documents.parquet", "report.html"
 UNFINISHED, PARTS = "unfinished.json", "parts"
 FACTS = b"mlmkit"
 
@@ -52,34 +53,39 @@ class Store:
     """
 
     def __init__(self, folder: Path, identity: dict[str, Any]) -> None:
-        self.folder, self.identity = folder, identity
-        self._replaces = False
+        self.final = self.folder = folder.resolve()
+        self.identity = identity
 
     def finished(self, *, overwrite: bool = False) -> dict[str, Any] | None:
         """The result, if this evaluation is complete here.
 
-        Raises `UserError` when the folder holds something else. With `overwrite`, `working` will replace
-        another evaluation or a complete one; an unfinished one is gone on with.
+        Raises `UserError` when the folder holds something else. With `overwrite`, another evaluation or a complete one
+        stays until this one is finished and takes its place; an unfinished one is gone on with.
         """
-        if (self.folder.exists() or self.folder.is_symlink()) and not self.folder.is_dir():
-            raise UserError(f"{self.folder} exists and is not a folder: choose another --output")
-        if not self.folder.is_dir() or not any(self.folder.iterdir()):
+        replacement = self.final.with_name(f".{self.final.name}.replacement")
+        if not self.final.exists() and (replacement / RESULT).exists():
+            replacement.rename(self.final)  # it was killed between the two renames of `finish`
+        if self.final.exists() and not self.final.is_dir():
+            raise UserError(f"{self.final} exists and is not a folder: choose another --output")
+        if not self.final.is_dir() or not any(self.final.iterdir()):
             return None
-        found = _read_json(self.folder / RESULT) or _read_json(self.folder / UNFINISHED)
+        found = _read_json(self.final / RESULT) or _read_json(self.final / UNFINISHED)
         if found is None or "identity" not in found:
             spared = ", so --overwrite leaves it alone" if overwrite else ""
-            raise UserError(f"{self.folder} exists and holds no evaluation{spared}: choose another --output")
+            raise UserError(f"{self.final} exists and holds no evaluation{spared}: choose another --output")
         is_same, is_complete = found["identity"] == self.identity, "metrics" in found
-        self._replaces = overwrite and (is_complete or not is_same)
-        if self._replaces:
+        if overwrite and (is_complete or not is_same):
+            self.folder = replacement
             return None
         if not is_same:
-            changed = [key for key in self.identity if found["identity"].get(key) != self.identity[key]]
+            known = found["identity"] if isinstance(found["identity"], dict) else {}
+            changed = [key for key in self.identity if known.get(key) != self.identity[key]]
             raise UserError(
-                f"{self.folder} holds an evaluation with another {' and '.join(changed) or 'version of mlmkit'}: "
+                f"{self.final} holds an evaluation with another {' and '.join(changed) or 'version of mlmkit'}: "
                 "choose another --output, or replace it with --overwrite"
             )
         if is_complete:
+            load_result(self.final)
             self._clear()
             return found
         return None
@@ -90,21 +96,20 @@ class Store:
 
         If nothing was finished, nothing is left behind. Raises `UserError` when another process is at it.
         """
-        try:
-            if self._replaces:
-                shutil.rmtree(self.folder)
-            (self.folder / PARTS).mkdir(parents=True, exist_ok=True)
-            if not (self.folder / UNFINISHED).exists():
-                write_json(self.folder / UNFINISHED, {"identity": self.identity})
-        except OSError as error:
-            raise UserError(f"cannot write {self.folder}: {error.strerror}") from None
+        unfinished = _read_json(self.folder / UNFINISHED)
+        if self.folder != self.final and (unfinished or {}).get("identity") != self.identity:
+            shutil.rmtree(self.folder, ignore_errors=True)
+        if not (self.folder / UNFINISHED).exists():
+            with new_folder(self.folder) as building:  # whole or not at all: what is in the way of no later run
+                (building / PARTS).mkdir()
+                write_json(building / UNFINISHED, {"identity": self.identity})
         with (self.folder / UNFINISHED).open("rb") as held:
             # Two writers would remove each other's parts. The lock ends with the process, however that ends.
             try:
                 if fcntl is not None:
                     fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise UserError(f"another process is evaluating into {self.folder}: wait for it") from None
+                raise UserError(f"another process is evaluating into {self.final}: wait for it") from None
             try:
                 yield
             except BaseException:
@@ -119,15 +124,24 @@ class Store:
     # ------------------------------------------------------------ parts
 
     def has(self, name: str, index: int) -> bool:
-        """Whether a pass's part is done."""
-        return self._part(name, index).exists()
+        """Whether a pass's part is done, and can be read: a power cut may leave one that cannot."""
+        path = self._part(name, index)
+        try:
+            pq.read_schema(path)
+        except FileNotFoundError:
+            return False
+        except (OSError, pa.ArrowException):
+            path.unlink()
+            return False
+        return True
 
     def write_part(self, name: str, index: int, table: pa.Table, facts: PartFacts) -> None:
         """Under another name first, so that a part that is there is whole."""
         path = self._part(name, index)
         unfinished = path.with_suffix(f".{os.getpid()}")
         described = table.replace_schema_metadata({FACTS: json.dumps(asdict(facts)).encode()})
-        pq.write_table(described, unfinished, compression="zstd")
+        pq.write_table(described, unfinished, compression="zstd", write_page_checksum=True)
+        sync(unfinished)
         unfinished.rename(path)
 
     def part_facts(self, name: str) -> list[PartFacts]:
@@ -168,7 +182,7 @@ class Store:
                 if reached != len(corpus):
                     raise CheckError(f"{self.folder}: parts of {item.name} are missing: run the same command again")
                 for path in self._parts(item.name):
-                    table = pq.read_table(path, partitioning=None).replace_schema_metadata(None)
+                    table = _read_part(path).replace_schema_metadata(None)
                     counted = frequency[table["token_id"].to_numpy()]
                     tokens.write(table.append_column("frequency", pa.array(counted)))
 
@@ -176,10 +190,17 @@ class Store:
         """Write `result.json`; with it the evaluation is complete, and the parts are no longer needed."""
         write_json(self.folder / RESULT, result)
         self._clear()
+        if self.folder != self.final:
+            replaced = self.final.with_name(f".{self.final.name}.replaced")
+            shutil.rmtree(replaced, ignore_errors=True)
+            self.final.rename(replaced)
+            self.folder.rename(self.final)
+            shutil.rmtree(replaced, ignore_errors=True)
 
     def _clear(self) -> None:
         shutil.rmtree(self.folder / PARTS, ignore_errors=True)
-        (self.folder / UNFINISHED).unlink(missing_ok=True)
+        for path in (self.folder / UNFINISHED, *self.folder.glob("result.[0-9]*")):
+            path.unlink(missing_ok=True)
 
 
 class _Writer:
@@ -194,7 +215,7 @@ class _Writer:
 
     def write(self, table: pa.Table) -> None:
         if self._writer is None:
-            self._writer = pq.ParquetWriter(self._building, table.schema, compression="zstd")
+            self._writer = pq.ParquetWriter(self._building, table.schema, compression="zstd", write_page_checksum=True)
         if len(table):
             self._writer.write_table(table, row_group_size=max(len(table), 1))
 
@@ -202,6 +223,7 @@ class _Writer:
         if self._writer is not None:
             self._writer.close()
         if kind is None and self._building.exists():
+            sync(self._building)
             self._building.rename(self._path)
 
 
@@ -234,52 +256,29 @@ def token_table(item: Pass, part: Part, plan: Plan, scores: TokenScores, tokeniz
     )
 
 
+def _read_part(path: Path) -> pa.Table:
+    try:
+        return pq.read_table(path, partitioning=None, page_checksum_verification=True)
+    except (OSError, pa.ArrowException):
+        path.unlink(missing_ok=True)
+        raise CheckError(f"{path} is damaged and was removed: run the same command again") from None
+
+
 def _optional(values: NDArray | None, kind: pa.DataType, size: int) -> pa.Array:
     return pa.nulls(size, kind) if values is None else pa.array(values).cast(kind)
-
-
-# ---------------------------------------------------------------- reading
-
-
-def read_blocks(folder: Path, metric: str, mask_seed: int | None) -> Iterator[tuple[pa.Table, pa.Table]]:
-    """The rows of one pass with their documents' sizes, a stretch of documents at a time: (tokens, documents)."""
-    groups = _groups(folder / TOKENS, metric, mask_seed)
-    waiting = next(groups, None)
-    file = pq.ParquetFile(folder / DOCUMENTS)
-    for documents in map(file.read_row_group, range(file.num_row_groups)):
-        end = documents["document"][-1].as_py() + 1
-        taken = []
-        while waiting is not None:
-            cut = int(np.searchsorted(waiting["document"].to_numpy(), end))
-            taken.append(waiting.slice(0, cut))
-            if cut < len(waiting):
-                waiting = waiting.slice(cut)
-                break
-            waiting = next(groups, None)
-        if taken:
-            yield pa.concat_tables(taken), documents
-        else:
-            yield pq.read_schema(folder / TOKENS).empty_table(), documents
-
-
-def _groups(path: Path, metric: str, mask_seed: int | None) -> Iterator[pa.Table]:
-    file = pq.ParquetFile(path)
-    for group in range(file.num_row_groups):
-        first = file.read_row_group(group, columns=["metric", "mask_seed"]).slice(0, 1).to_pylist()[0]
-        if first == {"metric": metric, "mask_seed": mask_seed}:
-            yield file.read_row_group(group)
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
     """Whole or not at all."""
     unfinished = path.with_suffix(f".{os.getpid()}")
     unfinished.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    sync(unfinished)
     unfinished.rename(path)
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) else None

@@ -114,7 +114,7 @@ def _read_jsonl(path: Path, field: str) -> Iterator[str]:
         if not isinstance(row, dict) or field not in row:
             known = f" (it has {', '.join(row)})" if isinstance(row, dict) else ""
             raise UserError(f"{path}: line {number} has no field {field!r}{known}: choose one with --text-field")
-        yield _checked(row[field], f"{path}: line {number}, field {field!r}")
+        yield checked_text(row[field], f"{path}: line {number}, field {field!r}")
 
 
 def _read_parquet(path: Path, field: str) -> Iterator[str]:
@@ -129,7 +129,7 @@ def _read_parquet(path: Path, field: str) -> Iterator[str]:
         row = 0
         for batch in file.iter_batches(columns=[field]):
             for value in batch.column(0).to_pylist():
-                yield _checked(value, f"{path}: row {row}, column {field!r}")
+                yield checked_text(value, f"{path}: row {row}, column {field!r}")
                 row += 1
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read as parquet: {str(error).splitlines()[0]}") from None
@@ -141,7 +141,7 @@ def _read_hub(source: Source) -> Iterator[str]:
         columns = ", ".join(dataset.column_names or [])
         raise UserError(f"{source.location}: no column {source.text_field!r} (it has {columns}): use --text-field")
     for row, value in enumerate(dataset[source.text_field]):
-        yield _checked(value, f"{source.location}: row {row}")
+        yield checked_text(value, f"{source.location}: row {row}")
 
 
 def hub_configurations(location: str) -> list[str]:
@@ -191,7 +191,8 @@ def _hub_errors(location: str) -> Iterator[None]:
         raise UserError(f"{location}: cannot be loaded: {type(cause).__name__}: {first_line}") from None
 
 
-def _checked(value: object, place: str) -> str:
+def checked_text(value: object, place: str) -> str:
+    """The value, if it is Unicode text. Raises `UserError` naming its place otherwise."""
     if not isinstance(value, str):
         raise UserError(f"{place} holds {type(value).__name__}, not text")
     try:

@@ -30,13 +30,13 @@ def new_folder(path: Path, *, replaces: str = "") -> Iterator[Path]:
         yield building
         for file in building.rglob("*"):
             if file.is_file():
-                _sync(file)
-        _sync(building)
+                sync(file)
+        sync(building)
         replaced = building.with_name(f"{building.name}.replaced")
         if path.exists():
             path.rename(replaced)
         building.rename(path)
-        _sync(path.parent)
+        sync(path.parent)
         shutil.rmtree(replaced, ignore_errors=True)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}") from error
@@ -61,7 +61,8 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Wait until a file's or folder's content is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -243,6 +243,60 @@ def test_a_part_that_went_missing_is_noticed(artifact, source, tmp_path, small_p
         evaluate(model, source, output=tmp_path / "result")
 
 
+def test_a_folder_that_was_never_more_than_begun_is_gone_on_with(artifact, source, tmp_path, small_parts, monkeypatch):
+    """Killed while the folder is made: nothing of it is in the way."""
+    from mlmkit.eval import store
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    model = load(str(artifact("bert")))
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "write_json", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            evaluate(model, source, output=tmp_path / "result")
+    assert not (tmp_path / "result").exists()
+    evaluate(model, source, output=tmp_path / "result")
+
+
+def test_a_part_that_cannot_be_read_is_scored_again(artifact, source, tmp_path, small_parts):
+    model = load(str(artifact("bert")))
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(Interrupted(model, 14), source, output=tmp_path / "cut", batch_tokens=300)
+    part = sorted((tmp_path / "cut" / "parts").glob("*.parquet"))[0]
+    part.write_bytes(part.read_bytes()[:100])  # cut short
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(Interrupted(model, 6), source, output=tmp_path / "cut", batch_tokens=300)
+    content = bytearray(part.read_bytes())
+    content[40:60] = bytes(20)  # its body damaged: noticed by its checksum
+    part.write_bytes(content)
+    with pytest.raises(CheckError, match="damaged and was removed"):
+        evaluate(model, source, output=tmp_path / "cut")
+    evaluate(model, source, output=tmp_path / "cut")
+    evaluate(model, source, output=tmp_path / "whole")
+    assert without_times(tmp_path / "cut") == without_times(tmp_path / "whole")
+
+
+def test_overwriting_keeps_the_old_result_until_there_is_a_new_one(artifact, source, tmp_path, small_parts):
+    model, folder = load(str(artifact("bert"))), tmp_path / "result"
+    evaluate(model, source, output=folder)
+    old = without_times(folder)
+    (tmp_path / "link").symlink_to(folder)
+    for interrupted in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            evaluate(
+                Interrupted(model, 5), source, output=tmp_path / "link", mask_seed=4, overwrite=True, batch_tokens=300
+            )
+        assert without_times(folder) == old, interrupted
+    evaluate(model, source, output=tmp_path / "link", mask_seed=4, overwrite=True)
+    assert without_times(folder)["masking"] != old["masking"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "result", "source.txt"]
+    (folder / "tokens.parquet").unlink()
+    with pytest.raises(UserError, match=r"tokens.parquet is missing or damaged: .*--overwrite"):
+        evaluate(model, source, output=folder, mask_seed=4)
+    evaluate(model, source, output=folder, mask_seed=4, overwrite=True)
+
+
 def test_two_processes_do_not_write_one_folder(artifact, source, tmp_path, small_parts):
     """The second is refused while the first is at it, and goes on once it is gone."""
     model = load(str(artifact("bert")))

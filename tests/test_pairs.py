@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from conftest import paragraphs
 from test_eval import Dense
 
 from mlmkit.backends import load
@@ -124,9 +125,11 @@ def test_crows_pairs_masks_only_what_both_share(checkpoint, tmp_path):
     tokens = evaluation.tokens.to_pylist()
     for i, pair in enumerate(PAIRS):
         ids = [dense.ids(text) for text in pair[:2]]
-        blocks = difflib.SequenceMatcher(None, ids[0], ids[1]).get_matching_blocks()
+        framed = [[dense.tokenizer.cls_token_id, *side, dense.tokenizer.sep_token_id] for side in ids]
+        blocks = difflib.SequenceMatcher(None, framed[0], framed[1]).get_matching_blocks()
         for side in (0, 1):
-            shared = [block[side] + k for block in blocks for k in range(block.size)]
+            shared = [block[side] + k - 1 for block in blocks for k in range(block.size)]
+            shared = [offset for offset in shared if 0 <= offset < len(ids[side])]
             rows = [row for row in tokens if row["document"] == 2 * i + side]
             assert [row["offset"] for row in rows] == shared
             for row in rows:
@@ -170,7 +173,8 @@ def test_unusable_pairs_are_named(tmp_path):
     path = tmp_path / "a.jsonl"
     for content, message in (
         ('{"sentence_good": "a"}\n', r"line 1 has no field 'sentence_bad' \(it has sentence_good\)"),
-        ('{"sentence_good": 1, "sentence_bad": "b"}\n', "hold no text"),
+        ('{"sentence_good": 1, "sentence_bad": "b"}\n', "holds int, not text"),
+        ('{"sentence_good": "a \\ud800", "sentence_bad": "b"}\n', "surrogate"),
         ("[1]\n", "no JSON object"),
         ("{\n", "not JSON"),
         ("", "no pairs"),
@@ -179,6 +183,13 @@ def test_unusable_pairs_are_named(tmp_path):
         path.write_text(content)
         with pytest.raises(UserError, match=message):
             read_pairs(str(path), PairColumns())
+    (tmp_path / "a.csv").write_text("sentence_good,sentence_bad\nThe keys, and the door, are.,The keys, and is.\n")
+    with pytest.raises(UserError, match="more fields than the header"):
+        read_pairs(str(tmp_path / "a.csv"), PairColumns())
+    for content in ('{"s": "ab", "l": [1, 0]}', '{"s": ["a"], "l": [1, 0]}', '{"s": ["a", "b"], "l": 1}'):
+        path.write_text(content)
+        with pytest.raises(UserError, match="not lists of one length"):
+            read_pairs(str(path), PairColumns("s", "s", label="l"))
     (tmp_path / "a.zip").write_bytes(b"no archive")
     with pytest.raises(UserError, match="cannot be read"):
         read_pairs(str(tmp_path / "a.zip"), PairColumns())
@@ -220,7 +231,12 @@ def test_mistakes_in_a_declaration_are_named(tmp_path):
         ('name = "x"\ntask = "pairs"\nlocal = "a"\n[pairs]\nscoring = "half"\n', "no scoring 'half'"),
         ('task = "text"\nlocal = "a"\n', "name"),
         ("name = \n", "TOML"),
-        ('name = "x"\ntask = "text"\nlocal = "a"\n[text]\nstrip = "yes"\n', "must be of type bool"),
+        ('name = "x"\ntask = "text"\nlocal = "a"\n[text]\nstrip = "yes"\n', "must be true or false"),
+        ('name = "../x"\ntask = "text"\nlocal = "a"\n', "not of letters"),
+        ('name = 3\ntask = "text"\nlocal = "a"\n', "name must be text"),
+        ('name = "x"\ntask = "text"\nlocal = "a"\nreference = 3\n', "list of tables"),
+        ('name = "x"\ntask = "text"\nlocal = "a"\n[[reference]]\nvalue = nan\n', "must be a number"),
+        ('name = "x"\ntask = "text"\nlocal = "a"\n[[reference]]\nphenomena = {a = "z"}\n', "table of numbers"),
     ):
         path.write_text(content)
         with pytest.raises(UserError, match=message):
@@ -275,7 +291,7 @@ def test_settings_and_texts_from_python(checkpoint):
     assert evaluation.result["corpus"]["documents_without_tokens"] == 1
     assert 1 not in evaluation.tokens["document"].to_pylist()
     assert evaluation.tokens.to_pandas()["log_prob"].max() <= 0
-    scores = pseudo_log_likelihood(model, ["The statement.", "A name is bound."])
+    scores = pseudo_log_likelihood(model, (text for text in ("The statement.", "A name is bound.")))
     total = sum(score.pseudo_log_likelihood for score in scores)
     assert evaluation.metrics["pseudo_log_likelihood"]["value"] == pytest.approx(total, abs=1e-4)
     for seeds in ((), (1, 1), (-1,)):
@@ -283,3 +299,21 @@ def test_settings_and_texts_from_python(checkpoint):
             Settings(mask_seeds=seeds)
     with pytest.raises(UserError, match="no metric"):
         Settings(metrics=())
+    assert evaluate(model, paragraphs()[:5], mask_seed=np.arange(2)).result["masking"]["seeds"] == [0, 1]
+    for seed in (1.0, [0.5]):
+        with pytest.raises(UserError, match="whole number"):
+            evaluate(model, ["Two words."], mask_seed=seed)  # pyright: ignore[reportArgumentType]
+    for text in ("a \ud800", None):
+        with pytest.raises(UserError, match="text 1 holds"):
+            evaluate(model, ["one", text])  # pyright: ignore[reportArgumentType]
+        with pytest.raises(UserError, match="text 0 holds"):
+            pseudo_log_likelihood(model, [text])  # pyright: ignore[reportArgumentType]
+
+
+def test_a_pair_with_an_empty_sentence_is_left_out_and_counted(checkpoint, tmp_path):
+    path = tmp_path / "a.jsonl"
+    rows = [{"sentence_good": good, "sentence_bad": "The words."} for good in ("A word.", " ", "")]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    evaluation = evaluate(str(checkpoint("bert")), find_set(str(path), pairs=True))
+    assert evaluation.result["pairs"]["pairs"] == 1
+    assert evaluation.result["corpus"]["empty_texts"] == 2

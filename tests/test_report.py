@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -181,9 +182,43 @@ def test_what_cannot_be_compared_is_refused_with_the_reason(capsys, results, che
     assert (code, "does not exist" in err) == (2, True)
     code, _, err = run(capsys, "compare", results["torch"])
     assert (code, "two results" in err) == (2, True)
-    (tmp_path / "masks" / "result.json").write_text("{}")
-    with pytest.raises(UserError, match="lacks fields"):
+    path = tmp_path / "masks" / "result.json"
+    whole = json.loads(path.read_text())
+    for changes, message in (
+        ({"format": 1}, "format 1"),
+        ({"model": {}}, "model.path"),
+        ({"corpus": "x"}, "'corpus' is missing"),
+        ({"scored": {"masked": 1}}, "not the table that belongs"),
+    ):
+        path.write_text(json.dumps({**whole, **changes}))
+        with pytest.raises(UserError, match=message):
+            compare([results["torch"], tmp_path / "masks"])
+        assert run(capsys, "report", tmp_path / "masks")[0] == 2
+    path.write_text("[")
+    with pytest.raises(UserError, match="cannot be read"):
         compare([results["torch"], tmp_path / "masks"])
+
+
+def test_flipped_bytes_are_noticed(results, tmp_path):
+    folder = tmp_path / "flipped"
+    shutil.copytree(results["torch"], folder)
+    content = bytearray((folder / "tokens.parquet").read_bytes())
+    content[200:220] = bytes(20)
+    (folder / "tokens.parquet").write_bytes(content)
+    with pytest.raises(UserError, match="damaged"):
+        compare([results["torch"], folder])
+
+
+def test_tokenizers_that_read_alike_are_compared(checkpoint, texts, tmp_path):
+    """Another decoder is another fingerprint, but the same ids and masks."""
+    copy = Path(shutil.copytree(checkpoint("bert"), tmp_path / "copy"))
+    tokenizer = json.loads((copy / "tokenizer.json").read_text())
+    tokenizer["decoder"]["cleanup"] = not tokenizer["decoder"]["cleanup"]
+    (copy / "tokenizer.json").write_text(json.dumps(tokenizer))
+    for name, model in (("a", checkpoint("bert")), ("b", copy)):
+        evaluate(str(model), texts, output=tmp_path / name)
+    (found,) = compare([tmp_path / "a", tmp_path / "b"])["comparisons"]
+    assert found["metrics"]["masked_cross_entropy"]["difference"] == 0
 
 
 def test_other_tokenizers_compare_by_bytes(checkpoint, texts, tmp_path):
