@@ -17,6 +17,7 @@ from mlmkit.corpus import load_corpus
 from mlmkit.documents import Source, read_documents
 from mlmkit.errors import CheckError, UserError
 from mlmkit.eval.api import Evaluation, evaluate
+from mlmkit.eval.report import write_report
 from mlmkit.export.export import export
 from mlmkit.fill import fill
 from mlmkit.masking import MaskRecipe, document_key
@@ -67,6 +68,8 @@ def run_demo(output: Path, text: str | None) -> None:
     log.info("3/4 evaluating both on %s, mask seed 0", heldout_text)
     models = {"checkpoint": load(str(checkpoint)), "artifact": load(str(artifact))}
     evaluations = {name: measure(model, heldout_text, output / f"eval-{name}") for name, model in models.items()}
+    for name in models:
+        write_report(output / f"eval-{name}")
     difference = check_agreement(evaluations)
 
     log.info("4/4 filling masks")
@@ -88,7 +91,7 @@ def run_demo(output: Path, text: str | None) -> None:
         ("run/model", "the checkpoint, for any Hugging Face tool"),
         ("run/log.jsonl", "the training log"),
         ("artifact", "the ONNX engine, its tokenizer and mlmkit.json"),
-        ("eval-checkpoint/result.json", "the measurement; tokens.parquet beside it has every token"),
+        ("eval-checkpoint/report.html", "the measurement on one page; result.json and the tokens lie beside it"),
     ):
         console.print(f"  {output / name}  {what}", soft_wrap=True)
     command = "mlmkit" if shutil.which("mlmkit") else os.path.relpath(Path(sys.executable).with_name("mlmkit"))
