@@ -88,12 +88,11 @@ class TextMaterial:
         return {}
 
 
-class GivenTexts:
-    """Texts in memory. An empty one is a document without tokens, so that indices stay the caller's."""
+class InMemory:
+    """What is common to materials whose corpus is small enough to be held."""
 
-    def __init__(self, texts: Iterable[str], tokenizer: Tokenizer) -> None:
-        checked = (checked_text(text, f"text {number}") for number, text in enumerate(texts))
-        self._corpus = tokenize(checked, tokenizer)
+    def __init__(self, corpus: Corpus) -> None:
+        self._corpus = corpus
 
     def blocks(self) -> Iterator[Corpus]:
         """See `Material`."""
@@ -110,6 +109,14 @@ class GivenTexts:
     def identity(self) -> str:
         """See `Material`."""
         return self._corpus.fingerprint
+
+
+class GivenTexts(InMemory):
+    """Texts from Python. An empty one is a document without tokens, so that indices stay the caller's."""
+
+    def __init__(self, texts: Iterable[str], tokenizer: Tokenizer) -> None:
+        checked = (checked_text(text, f"text {number}") for number, text in enumerate(texts))
+        super().__init__(tokenize(checked, tokenizer))
 
     def describe(self) -> dict[str, Any]:
         """See `Material`."""

@@ -19,9 +19,10 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from mlmkit.corpus import Corpus, ranges, tokenize
+from mlmkit.corpus import ranges, tokenize
 from mlmkit.documents import HUB, checked_text, hub_configurations, load_hub, read_lines
 from mlmkit.errors import UserError
+from mlmkit.eval.material import InMemory
 from mlmkit.tokenizer import Tokenizer
 
 SCORINGS = ("all", "shared")
@@ -172,7 +173,7 @@ def _json_rows(place: str, lines: Iterable[str]) -> Iterator[tuple[str, dict[str
 # ---------------------------------------------------------------- as documents to be scored
 
 
-class PairMaterial:
+class PairMaterial(InMemory):
     """Pairs as a corpus: documents 2i and 2i + 1 are the better and the worse sentence of pair i.
 
     Pairs with a sentence of white space only are left out, and counted as `empty_texts`.
@@ -186,23 +187,7 @@ class PairMaterial:
         # Groups are part of what is measured: other labels on the same sentences are another corpus.
         labels = json.dumps([(pair.phenomenon, pair.paradigm, pair.id) for pair in pairs] + [scoring])
         fingerprint = blake2b((corpus.fingerprint + labels).encode(), digest_size=16).hexdigest()
-        self._corpus = replace(corpus, fingerprint=fingerprint, empty_texts=len(given) - len(pairs))
-
-    def blocks(self) -> Iterator[Corpus]:
-        """See `Material`."""
-        return self._corpus.blocks()
-
-    def corpus(self) -> Corpus:
-        """See `Material`."""
-        return self._corpus
-
-    def known_size(self) -> int | None:
-        """See `Material`."""
-        return len(self._corpus)
-
-    def identity(self) -> str:
-        """See `Material`."""
-        return self._corpus.fingerprint
+        super().__init__(replace(corpus, fingerprint=fingerprint, empty_texts=len(given) - len(pairs)))
 
     def describe(self) -> dict[str, Any]:
         """See `Material`."""
