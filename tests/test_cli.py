@@ -380,7 +380,7 @@ def test_demo_on_own_text_goes_the_whole_way(capsys, caplog, tmp_path, text_file
     assert results[0]["mask_digest"] == results[1]["mask_digest"]
     assert results[0]["model"]["fingerprint"] == results[1]["model"]["fingerprint"]
     assert results[0]["mask_digest"][:12] in out
-    for part in ("run/model", "artifact", "eval-checkpoint/result.json"):
+    for part in ("run/model", "artifact", "eval-checkpoint/report.html"):
         assert str(tmp_path / "demo" / part) in out
         assert (tmp_path / "demo" / part).exists()
     train, heldout = ((tmp_path / "demo" / name).read_text().splitlines() for name in ("train.txt", "heldout.txt"))
