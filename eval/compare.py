@@ -7,15 +7,14 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from mlmkit.errors import CheckError, UserError
 from mlmkit.eval.measure import column_count, document_sums, each_slice
 from mlmkit.eval.metrics import FAMILIES
-from mlmkit.eval.pair_metrics import COUNT, ESTIMATORS, GROUPS, pair_columns
+from mlmkit.eval.pair_metrics import COUNT, ESTIMATORS, pair_columns, pair_groups
 from mlmkit.eval.statistics import Bootstrap, Estimator, finite, interval
-from mlmkit.eval.stored import DOCUMENTS, TOKENS, Stored, load_result, read_blocks
+from mlmkit.eval.stored import TOKENS, Stored, load_result, read_blocks
 
 # Metrics that mean the same whatever the tokens are.
 TOKENIZER_FREE = (
@@ -148,7 +147,6 @@ def _compare_pairs(a: Stored, b: Stored) -> tuple[dict[str, Any], dict[str, Any]
     """Pair accuracies, overall and by group, resampling pairs."""
     columns = np.concatenate([pair_columns(side.folder) for side in (a, b)], axis=1)
     width = columns.shape[1] // 2
-    labels = pq.read_table(a.folder / DOCUMENTS, columns=list(GROUPS))
 
     def differences(rows: NDArray[np.float64]) -> dict[str, Any]:
         draws = Bootstrap(len(rows), rows.shape[1])
@@ -157,8 +155,7 @@ def _compare_pairs(a: Stored, b: Stored) -> tuple[dict[str, Any], dict[str, Any]
         return {name: _difference(estimator, draws, one, two) for name, estimator in ESTIMATORS.items()}
 
     groups: dict[str, Any] = {}
-    for column, plural in GROUPS.items():
-        names = np.array(labels[column].to_pylist()[::2])
+    for plural, names in pair_groups(a.folder).items():
         groups[plural] = {
             name: {"pairs": int(columns[names == name, COUNT].sum()), **differences(columns[names == name])}
             for name in sorted(set(names.tolist()) - {""})

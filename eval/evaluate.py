@@ -24,7 +24,7 @@ from mlmkit.eval.passes import Pass, Settings
 from mlmkit.eval.plan import Plan
 from mlmkit.eval.scoring import refuse_batch_coupling, score_parts
 from mlmkit.eval.sets import EvalSet
-from mlmkit.eval.store import PartFacts, Store, token_table
+from mlmkit.eval.store import PartFacts, Store, part_facts, token_table
 from mlmkit.eval.stored import RESULT_FORMAT
 from mlmkit.masking import DIGEST_MODULUS, format_digest
 from mlmkit.progress import progress
@@ -68,7 +68,7 @@ def evaluate(
             return {}
         facts = {item.name: store.part_facts(item.name) for item in passes}
         _require_tokens(passes, facts, material, store)
-        store.gather(passes, material, backend.tokenizer.masking.is_special)
+        store.gather(facts, material, backend.tokenizer.masking.is_special)
         result = {
             "format": RESULT_FORMAT,
             **_measured(store.folder, settings, material, backend.tokenizer.mask_id, facts),
@@ -85,15 +85,13 @@ def evaluate(
 def _score(backend: Backend, material: Material, item: Pass, store: Store, batch_tokens: int, ranks: Ranks) -> None:
     """One pass: every part that is this rank's and not yet done, written as it is finished."""
     room, tokenizer = capacity(backend), backend.tokenizer
-    digests: dict[int, int] = {}
 
     def work(parts: Iterator[Part]) -> Iterator[tuple[Part, Plan]]:
         for part in parts:
             if part.index % ranks.world != ranks.rank or store.has(item.name, part.index):
                 bar.advance(task, len(part.corpus))
             else:
-                plan, digests[part.index] = item.plan(part, tokenizer, room)
-                yield part, plan
+                yield part, item.plan(part, tokenizer, room)
 
     with progress() as bar:
         task = bar.add_task(f"{item.name}, documents", total=material.known_size())
@@ -106,15 +104,7 @@ def _score(backend: Backend, material: Material, item: Pass, store: Store, batch
             batch_tokens=batch_tokens,
             advance=lambda documents: bar.advance(task, documents),
         ):
-            facts = PartFacts(
-                first_document=part.first_document,
-                end_document=part.end_document,
-                digest=format_digest(digests.pop(part.index)),
-                rows=len(plan),
-                scored=len(plan.offset),
-                tokens=int(plan.rows.length.sum()) + len(plan) * tokenizer.added_tokens,
-                seconds=time.perf_counter() - began,
-            )
+            facts = part_facts(part, plan, tokenizer, time.perf_counter() - began)
             store.write_part(item.name, part.index, token_table(item, part, plan, scores, tokenizer), facts)
             began = time.perf_counter()
 

@@ -23,31 +23,46 @@ def measure_pairs(folder: Path) -> tuple[Metrics, dict[str, Any]]:
 
     Only a strictly greater PLL is right. Sentences that the tokenizer reads alike tie, whatever the last bits say.
     """
-    columns, labels = pair_columns(folder), pq.read_table(folder / DOCUMENTS, columns=list(GROUPS))
+    scores = _sentence_scores(folder)
+    columns = _columns(scores)
     metrics = bootstrap(columns, ESTIMATORS)
     described: dict[str, Any] = _counts(columns)
-    for column, plural in GROUPS.items():
-        names = np.array(labels[column].to_pylist()[::2])
+    for plural, names in pair_groups(folder).items():
         groups = {name: columns[names == name] for name in dict.fromkeys(names.tolist()) if name}
         if groups:
             described[plural] = {
                 name: {**_counts(rows), **bootstrap(rows, ESTIMATORS)} for name, rows in sorted(groups.items())
             }
-        if groups and column == "paradigm":
+        if groups and plural == "paradigms":
             metrics |= _macro(columns, names, list(groups))
-    return metrics | _perplexities(folder), described
+    return metrics | _perplexities(scores), described
 
 
 def pair_columns(folder: Path) -> NDArray[np.float64]:
     """For each pair 1, right, tied, and the latter two for mean log-probabilities a token, `[pairs, 5]`."""
-    sums, counts, same = [], [], []
+    return _columns(_sentence_scores(folder))
+
+
+def pair_groups(folder: Path) -> dict[str, NDArray[np.str_]]:
+    """The name of each pair's phenomenon and paradigm, `[pairs]`, "" for none."""
+    labels = pq.read_table(folder / DOCUMENTS, columns=list(GROUPS))
+    return {plural: np.array(labels[column].to_pylist()[::2]) for column, plural in GROUPS.items()}
+
+
+def _sentence_scores(folder: Path) -> NDArray[np.float64]:
+    """Of each sentence its scored tokens, PLL, and whether its pair's two are read alike, `[2 * pairs, 3]`."""
+    scores = []
     for tokens, documents in read_blocks(folder, "pseudo", None):
         document = tokens["document"].to_numpy() - documents["document"][0].as_py()
-        sums.append(sum_by(tokens["log_prob"].to_numpy(), document, len(documents)))
-        counts.append(np.bincount(document, minlength=len(documents)))
-        same.append(documents["same_ids"].to_numpy())
-    total, count = np.concatenate(sums), np.concatenate(counts)
-    is_same = np.concatenate(same)[::2]
+        log_prob, same = tokens["log_prob"].to_numpy(), documents["same_ids"].to_numpy()
+        sums = [sum_by(values, document, len(documents)) for values in (np.ones(len(log_prob)), log_prob)]
+        scores.append(np.stack([*sums, same], axis=1))
+    return np.concatenate(scores)
+
+
+def _columns(scores: NDArray[np.float64]) -> NDArray[np.float64]:
+    count, total = scores[:, 0], scores[:, 1]
+    is_same = scores[::2, 2] == 1
     mean = np.divide(total, count, out=np.zeros_like(total), where=count > 0)
     columns = [np.ones(len(is_same))]
     for score in (total, mean):
@@ -72,19 +87,10 @@ def _macro(columns: NDArray[np.float64], names: NDArray[np.str_], groups: list[s
     return bootstrap(sums, {"pair_accuracy_macro": mean})
 
 
-def _perplexities(folder: Path) -> Metrics:
+def _perplexities(scores: NDArray[np.float64]) -> Metrics:
     """Pseudo-perplexity of the better and of the worse sentences."""
     found: Metrics = {}
-    for name, is_good in (("good", True), ("bad", False)):
-        rows = []
-        for tokens, documents in read_blocks(folder, "pseudo", None):
-            document = tokens["document"].to_numpy() - documents["document"][0].as_py()
-            wanted = documents["is_good"].to_numpy() == is_good
-            log_prob = tokens["log_prob"].to_numpy()
-            sums = [sum_by(values, document, len(documents)) for values in (np.ones(len(log_prob)), log_prob)]
-            rows.append(np.stack(sums, axis=1)[wanted])
-        found |= bootstrap(
-            np.concatenate(rows),
-            {f"pseudo_perplexity_{name}": lambda totals: np.exp(-totals[..., 1] / totals[..., 0])},
-        )
+    for name, sentences in (("good", scores[::2]), ("bad", scores[1::2])):
+        estimators = {f"pseudo_perplexity_{name}": lambda totals: np.exp(-totals[..., 1] / totals[..., 0])}
+        found |= bootstrap(sentences, estimators)
     return found

@@ -20,7 +20,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from mlmkit.corpus import ranges, tokenize
-from mlmkit.documents import HUB, checked_text, hub_configurations, load_hub, read_lines
+from mlmkit.documents import HUB, checked_text, hub_configurations, json_lines, load_hub, read_lines
 from mlmkit.errors import UserError
 from mlmkit.eval.material import InMemory
 from mlmkit.tokenizer import Tokenizer
@@ -158,13 +158,7 @@ def _zip_rows(location: str) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _json_rows(place: str, lines: Iterable[str]) -> Iterator[tuple[str, dict[str, Any]]]:
-    for number, line in enumerate(lines, start=1):
-        if not line or line.isspace():
-            continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{place}: line {number} is not JSON: {error}") from None
+    for number, row in json_lines(place, lines):
         if not isinstance(row, dict):
             raise UserError(f"{place}: line {number} is no JSON object")
         yield f"{place}: line {number}", row

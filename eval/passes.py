@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from mlmkit.errors import UserError
 from mlmkit.eval.parts import Part
 from mlmkit.eval.plan import VARIANTS, Plan, masked_plan, pseudo_plan
-from mlmkit.masking import Corruption, MaskRecipe, corrupt, mask_digest
+from mlmkit.masking import MaskRecipe, corrupt
 from mlmkit.tokenizer import Tokenizer
 
 METRICS = ("masked", "pseudo")
@@ -82,8 +82,8 @@ class Pass(Protocol):
         """Tokens that a model reads for documents of these lengths, about."""
         ...
 
-    def plan(self, part: Part, tokenizer: Tokenizer, capacity: int) -> tuple[Plan, int]:
-        """What to score in a part, and the part's share of the mask digest."""
+    def plan(self, part: Part, tokenizer: Tokenizer, capacity: int) -> Plan:
+        """What to score in a part."""
         ...
 
 
@@ -104,13 +104,13 @@ class MaskedPass:
         """Each token is read once."""
         return lengths.astype(np.float64)
 
-    def plan(self, part: Part, tokenizer: Tokenizer, capacity: int) -> tuple[Plan, int]:
+    def plan(self, part: Part, tokenizer: Tokenizer, capacity: int) -> Plan:
         """See `Pass`."""
         corpus, lengths = part.corpus, part.corpus.lengths
         corruption = corrupt(
             corpus.ids, lengths, corpus.keys, self.recipe, tokenizer.masking, seed=self.mask_seed, words=corpus.words
         )
-        return masked_plan(corpus, corruption, capacity), mask_digest(corruption, lengths, corpus.keys)
+        return masked_plan(corpus, corruption, capacity)
 
 
 @dataclass(frozen=True)
@@ -129,14 +129,9 @@ class PseudoPass:
         """A row a token."""
         return self.sample * lengths * np.minimum(lengths, TYPICAL_ROW)
 
-    def plan(self, part: Part, tokenizer: Tokenizer, capacity: int) -> tuple[Plan, int]:
+    def plan(self, part: Part, tokenizer: Tokenizer, capacity: int) -> Plan:
         """See `Pass`."""
-        corpus = part.corpus
-        plan = pseudo_plan(corpus, tokenizer, capacity, self.variant, self._tokens(part, tokenizer))
-        flat = corpus.starts[plan.document] + plan.offset
-        hidden = corpus.ids.astype(np.int64)
-        hidden[flat] = tokenizer.mask_id
-        return plan, mask_digest(Corruption(hidden, flat), corpus.lengths, corpus.keys)
+        return pseudo_plan(part.corpus, tokenizer, capacity, self.variant, self._tokens(part, tokenizer))
 
     def _tokens(self, part: Part, tokenizer: Tokenizer) -> NDArray[np.int64] | None:
         corpus = part.corpus

@@ -91,6 +91,13 @@ def word_ends(corpus: Corpus) -> NDArray[np.int64]:
     return places[np.searchsorted(places, np.arange(len(words)), side="right")]
 
 
+def shown_ids(plan: Plan, corpus: Corpus, mask_id: int) -> NDArray[np.int64]:
+    """What stands at each scored token when it is scored, `[scored]`."""
+    row = np.repeat(np.arange(len(plan)), np.diff(plan.first))
+    is_hidden = (plan.hide_from[row] <= plan.offset) & (plan.offset < plan.hide_to[row])
+    return np.where(is_hidden, mask_id, plan.input_ids[corpus.starts[plan.document] + plan.offset])
+
+
 def pieces(corpus: Corpus, tokens: NDArray[np.int64]) -> NDArray[np.int8]:
     """Whether each flat token is a whole word, or the first or a later piece of one."""
     ends = word_ends(corpus)

@@ -114,11 +114,7 @@ def _content(stored: Stored) -> dict[str, Any]:
         "metric": metric,
         "title": declared.get("name") or Path(result["corpus"]["source"]["location"]).name,
         "model": Path(result["model"]["path"]).name,
-        "headlines": [
-            (*HEADLINES[name][:2], HEADLINES[name][2], found)
-            for name, found in result["metrics"].items()
-            if name in HEADLINES
-        ],
+        "headlines": [(*HEADLINES[name], found) for name, found in result["metrics"].items() if name in HEADLINES],
         "figures": drawn,
         "pairs_figure": pairs_figure,
         "references": references,

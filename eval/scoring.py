@@ -99,10 +99,8 @@ def refuse_batch_coupling(backend: Backend, allow: bool) -> None:
 
 
 def _empty(size: int, top: bool) -> TokenScores:
-    first = TokenScores(np.empty(size, np.float32), np.empty(size, np.int64))
-    return (
-        TokenScores(first.log_prob, first.rank, np.empty(size, np.float32), np.empty(size, np.int64)) if top else first
-    )
+    arrays = [np.empty(size, kind) for kind in (np.float32, np.int64) * (2 if top else 1)]
+    return TokenScores(*arrays)
 
 
 def _score(backend: Backend, step: _Step, scores: TokenScores) -> None:

@@ -69,9 +69,8 @@ class EvalSet:
 
     def location(self, data: Path | None) -> str:
         """Where it is read from: a local copy if there is one, the hub otherwise. Raises `UserError` for neither."""
-        for folder in (Path(self.folder) if self.folder else None, data):
-            if folder and self.local and (folder / self.local).exists():
-                return str(folder / self.local)
+        if found := self._local(self.local, data):
+            return str(found)
         if self.hub:
             return self.hub
         where = f"put {self.local} (from {self.homepage or 'its publisher'}) under --data-dir or $MLMKIT_DATA"
@@ -81,13 +80,17 @@ class EvalSet:
         """The table of pairs to keep, if the set has one. Raises `UserError` where it is missing."""
         if not self.pairs.keep:
             return None
-        for folder in (Path(self.folder) if self.folder else None, data):
-            if folder and (folder / self.pairs.keep).exists():
-                return folder / self.pairs.keep
+        if found := self._local(self.pairs.keep, data):
+            return found
         raise UserError(
             f"the set {self.name} needs {self.pairs.keep} under --data-dir or $MLMKIT_DATA (made from "
             f"{self.pairs.keep_from or self.homepage})"
         )
+
+    def _local(self, name: str, data: Path | None) -> Path | None:
+        """A file beside the declaration, if it is a user's own, or in the data folder."""
+        folders = [Path(self.folder)] * bool(self.folder) + [data] * bool(data)
+        return next((folder / name for folder in folders if folder and name and (folder / name).exists()), None)
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,10 +23,11 @@ from mlmkit.errors import CheckError, UserError
 from mlmkit.eval.material import Material
 from mlmkit.eval.parts import Part
 from mlmkit.eval.passes import Pass
-from mlmkit.eval.plan import Plan, pieces
+from mlmkit.eval.plan import Plan, pieces, shown_ids
 from mlmkit.eval.scoring import TokenScores
 from mlmkit.eval.stored import DOCUMENTS, RESULT, TOKENS, load_result
 from mlmkit.files import new_folder, sync
+from mlmkit.masking import Corruption, format_digest, mask_digest
 from mlmkit.tokenizer import Tokenizer
 
 UNFINISHED, PARTS = "unfinished.json", "parts"
@@ -47,7 +48,7 @@ class PartFacts:
 
 
 class Store:
-    """The folder of one evaluation. It exists from the first finished part on; `result.json` comes last.
+    """The folder of one evaluation. `result.json` comes last.
 
     `identity` says what is measured by what: a folder that holds another evaluation is refused.
     """
@@ -157,10 +158,10 @@ class Store:
 
     # ------------------------------------------------------------ the whole
 
-    def gather(self, passes: Sequence[Pass], material: Material, is_special: NDArray[np.bool_]) -> None:
+    def gather(self, facts: dict[str, list[PartFacts]], material: Material, is_special: NDArray[np.bool_]) -> None:
         """Write `documents.parquet`, and `tokens.parquet` with a row group a part and each token's frequency.
 
-        Raises `CheckError` when a part is missing.
+        `facts` are those of each pass. Raises `CheckError` when a part is missing.
         """
         corpus, document = material.corpus(), 0
         frequency = np.zeros(len(is_special), dtype=np.int64)
@@ -175,13 +176,13 @@ class Store:
                 documents.write(pa.table({**counts, **material.columns(document, end)}))
                 document = end
         with _Writer(self.folder / TOKENS) as tokens:
-            for item in passes:
+            for name, parts in facts.items():
                 reached = 0
-                for facts in self.part_facts(item.name):
-                    reached = facts.end_document if facts.first_document == reached else -1
+                for part in parts:
+                    reached = part.end_document if part.first_document == reached else -1
                 if reached != len(corpus):
-                    raise CheckError(f"{self.folder}: parts of {item.name} are missing: run the same command again")
-                for path in self._parts(item.name):
+                    raise CheckError(f"{self.folder}: parts of {name} are missing: run the same command again")
+                for path in self._parts(name):
                     table = _read_part(path).replace_schema_metadata(None)
                     counted = frequency[table["token_id"].to_numpy()]
                     tokens.write(table.append_column("frequency", pa.array(counted)))
@@ -227,12 +228,29 @@ class _Writer:
             self._building.rename(self._path)
 
 
+def part_facts(part: Part, plan: Plan, tokenizer: Tokenizer, seconds: float) -> PartFacts:
+    """Of a part that was scored in `seconds`."""
+    corpus = part.corpus
+    flat = corpus.starts[plan.document] + plan.offset
+    shown = corpus.ids.astype(np.int64)
+    shown[flat] = shown_ids(plan, corpus, tokenizer.mask_id)
+    return PartFacts(
+        first_document=part.first_document,
+        end_document=part.end_document,
+        digest=format_digest(mask_digest(Corruption(shown, flat), corpus.lengths, corpus.keys)),
+        rows=len(plan),
+        scored=len(plan.offset),
+        tokens=int(plan.rows.length.sum()) + len(plan) * tokenizer.added_tokens,
+        seconds=seconds,
+    )
+
+
 def token_table(item: Pass, part: Part, plan: Plan, scores: TokenScores, tokenizer: Tokenizer) -> pa.Table:
     """A part's rows of `tokens.parquet`."""
     corpus = part.corpus
     flat = corpus.starts[plan.document] + plan.offset
     words = corpus.words[flat].astype(np.int32)
-    shown = plan.input_ids[flat] if item.metric == "masked" else np.full(len(flat), tokenizer.mask_id)
+    shown = shown_ids(plan, corpus, tokenizer.mask_id)
     seed = np.full(len(flat), item.mask_seed or 0, dtype=np.uint64)
     ids, spelled = np.unique(corpus.ids[flat], return_inverse=True)
     spellings = pa.array([tokenizer.readable(int(id)) for id in ids], pa.string())

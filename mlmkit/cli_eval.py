@@ -99,12 +99,8 @@ def evaluate(
     loaded = load(model, backend, device)
     results = []
     with ExitStack() as stack:
-        if output is None:
-            output = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "result"
-            is_kept = False
-        else:
-            is_kept = True
-        for request, chosen, folder in zip(requests, settings, _folders(output, requests), strict=True):
+        base = output or Path(stack.enter_context(tempfile.TemporaryDirectory())) / "result"
+        for request, chosen, folder in zip(requests, settings, _folders(base, requests), strict=True):
             result = run_evaluation(
                 loaded,
                 request.read(loaded.tokenizer),
@@ -118,11 +114,11 @@ def evaluate(
             )
             if not ranks.is_first:
                 continue
-            if is_kept:
+            if output:
                 write_report(folder)
             results.append(result)
             if not as_json:
-                _print_result(result, folder if is_kept else None)
+                _print_result(result, folder if output else None)
     if as_json and ranks.is_first:
         print_json(results[0] if len(results) == 1 else {"results": results})
     ranks.close()

@@ -104,17 +104,22 @@ def _blocks(lines: Iterable[str]) -> Iterator[str]:
 
 
 def _read_jsonl(path: Path, field: str) -> Iterator[str]:
-    for number, line in enumerate(read_lines(path), start=1):
-        if not line or line.isspace():
-            continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{path}: line {number} is not JSON: {error}") from None
+    for number, row in json_lines(str(path), read_lines(path)):
         if not isinstance(row, dict) or field not in row:
             known = f" (it has {', '.join(row)})" if isinstance(row, dict) else ""
             raise UserError(f"{path}: line {number} has no field {field!r}{known}: choose one with --text-field")
         yield checked_text(row[field], f"{path}: line {number}, field {field!r}")
+
+
+def json_lines(place: str, lines: Iterable[str]) -> Iterator[tuple[int, Any]]:
+    """(number, value) of each line that is not white space. Raises `UserError` naming the line that is not JSON."""
+    for number, line in enumerate(lines, start=1):
+        if not line or line.isspace():
+            continue
+        try:
+            yield number, json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{place}: line {number} is not JSON: {error}") from None
 
 
 def _read_parquet(path: Path, field: str) -> Iterator[str]:
