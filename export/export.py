@@ -47,6 +47,8 @@ def export(checkpoint: str, output: Path, *, texts: Sequence[str] = (), overwrit
             top_k=info.top_k,
             sees_padding=info.sees_padding,
             parity={},
+            drift_allowed=False,
+            calibration=None,
             tensorrt=None,
             mlmkit_version=__version__,
         )

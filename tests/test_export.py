@@ -161,7 +161,7 @@ def test_a_changed_or_missing_file_is_refused(copy, name):
 @pytest.mark.parametrize(
     "values",
     [
-        {"format": 2},
+        {"format": 1},
         {"format": None},
         {"top_k": "100"},
         {"max_length": -1},

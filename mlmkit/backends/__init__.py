@@ -10,13 +10,12 @@ from typing import NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from mlmkit.artifact import is_artifact
+from mlmkit.artifact import DYNAMIC_INT8, is_artifact
 from mlmkit.errors import UserError, require
 from mlmkit.tokenizer import Tokenizer
 
 BACKENDS = ("auto", "torch", "onnx")
 DEVICES = ("auto", "cpu", "cuda")
-DYNAMIC_INT8 = "int8-dynamic"
 
 
 class Batch(NamedTuple):
