@@ -24,6 +24,12 @@ NEEDED = (GRAPH, "tokenizer.json", "tokenizer_config.json", "config.json")
 FILE_NAME = re.compile(
     r"(?!(con|prn|aux|nul|com\d|lpt\d)(\.|$))[a-z0-9_]([a-z0-9_.-]{0,126}[a-z0-9_])?", re.ASCII | re.IGNORECASE
 )
+STATES = {
+    "changed": "is not the file that was exported (its SHA-256 differs)",
+    "missing": "is missing",
+    "not a plain file": "is not a plain file of the folder",
+    "unreadable": "cannot be read",
+}
 LARGEST_MANIFEST, DEEPEST = 4 << 20, 16  # bytes; objects within objects
 AGAIN = "export the checkpoint again (mlmkit export CHECKPOINT --output ARTIFACT)"
 DYNAMIC_INT8 = "int8-dynamic"
@@ -118,8 +124,8 @@ def read_manifest(folder: Path) -> Manifest:
     """
     manifest = parse_manifest(folder)
     for name, state in check_files(folder, manifest):
-        if state:
-            raise UserError(f"{folder}: {name} {state}: {AGAIN}")
+        if state != "ok":
+            raise UserError(f"{folder}: {name} {STATES[state]}: {AGAIN}")
     return manifest
 
 
@@ -135,19 +141,18 @@ def parse_manifest(folder: Path) -> Manifest:
 
 
 def check_files(folder: Path, manifest: Manifest) -> Iterator[tuple[str, str]]:
-    """Each file that the manifest lists with what is wrong with it, empty if nothing is."""
+    """Each file that the manifest lists, and its state: `ok` or a key of `STATES`."""
     for name, expected in manifest.files.items():
         path = folder / name
         if path.is_symlink() or (path.exists() and not path.is_file()):
-            yield name, "is not a plain file of the folder"
+            yield name, "not a plain file"
         elif not path.exists():
-            yield name, "is missing"
+            yield name, "missing"
         else:
             try:
-                changed = file_sha256(path) != expected
-                yield name, "is not the file that was exported (its SHA-256 differs)" if changed else ""
-            except OSError as error:
-                yield name, f"cannot be read ({error.strerror})"
+                yield name, "ok" if file_sha256(path) == expected else "changed"
+            except OSError:
+                yield name, "unreadable"
 
 
 def read_tokenizer(folder: Path, manifest: Manifest) -> Tokenizer:
@@ -170,13 +175,13 @@ def read_tokenizer(folder: Path, manifest: Manifest) -> Tokenizer:
     return tokenizer
 
 
-def parity_rows(parity: dict[str, Any]) -> list[tuple[str, str]]:
-    """A parity report for people: what was compared, and what came out. Differences and bounds are in nats."""
+def report_rows(report: dict[str, Any]) -> list[tuple[str, str]]:
+    """A report of the manifest (parity, calibration) for people: each entry in words, and its value."""
     rows = []
-    for name, value in parity.items():
+    for name, value in report.items():
         words = name.replace("_", " ").replace("log prob", "log-probability")
         if isinstance(value, dict):
-            rows += [(f"{words}, {inner}", shown) for inner, shown in parity_rows(value)]
+            rows += [(f"{words}, {inner}", shown) for inner, shown in report_rows(value)]
         elif isinstance(value, float):
             rows.append((words, f"{value:.2%}" if name.endswith("agreement") else f"{value:.1e}"))
         else:
@@ -245,6 +250,6 @@ def _parse(kind: Any, value: Any, name: str) -> Any:
     if origin is tuple and isinstance(value, list) and len(value) == len(arguments):
         return tuple(_parse(item_kind, item, name) for item_kind, item in zip(arguments, value, strict=True))
     # type, not isinstance: True is an int to Python, but no count
-    if kind is Any or (type(value) is kind and not (kind is int and not 0 < value < 1 << 31)):
+    if kind is Any or (type(value) is kind and not (kind is int and value not in range(1, 1 << 31))):
         return value
     raise ValueError(f"{reprlib.repr(name.rstrip('.'))} is of a wrong type or value")

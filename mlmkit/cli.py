@@ -12,7 +12,8 @@ import click
 
 from mlmkit import __version__
 from mlmkit.cli_eval import compare, evaluate, report, score
-from mlmkit.cli_options import json_option, model_options, overwrite_option, print_json
+from mlmkit.cli_inspect import inspect
+from mlmkit.cli_options import json_option, model_options, overwrite_option, print_json, printable
 from mlmkit.errors import CheckError, UserError, require
 
 INTERRUPTED, TERMINATED = 130, 143
@@ -21,7 +22,7 @@ INTERRUPTED, TERMINATED = 130, 143
 class _HelpfulGroup(click.Group):
     def list_commands(self, ctx: click.Context) -> list[str]:
         # in the order in which they are used
-        return ["demo", "train", "export", "eval", "compare", "report", "score", "fill"]
+        return ["demo", "train", "export", "inspect", "eval", "compare", "report", "score", "fill"]
 
 
 @click.group(cls=_HelpfulGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -69,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _fail(message: str, code: int) -> int:
-    click.echo(f"mlmkit: {' '.join(message.split())}", err=True)
+    click.echo(printable(f"mlmkit: {' '.join(message.split())}"), err=True)
     return code
 
 
@@ -149,7 +150,7 @@ def export(checkpoint: str, output: Path, text: str | None, overwrite: bool, as_
     click.echo(f"artifact: {output}")
 
 
-for _command in (evaluate, compare, report, score):
+for _command in (inspect, evaluate, compare, report, score):
     cli.add_command(_command)
 
 
