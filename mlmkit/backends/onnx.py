@@ -68,7 +68,12 @@ class OnnxBackend:
 
     def _session(self, graph: str | bytes) -> ort.InferenceSession:
         try:
-            session = ort.InferenceSession(graph, _options(self._graph.parent), providers=_providers(self.device))
+            session = ort.InferenceSession(
+                graph,
+                _options(self._graph.parent),
+                providers=_providers(self.device),
+                enable_fallback=False,  # it would print to standard output, and change the device unasked
+            )
         except Exception as error:  # onnxruntime's own exceptions share no public base
             reason = NO_BF16 if (self.info.precision, self.device) == ("bf16", "cpu") else _first_line(error)
             raise UserError(f"{self._graph}: ONNX Runtime cannot load it: {reason}") from None
