@@ -10,7 +10,7 @@ from mlmkit.artifact import CARD, MANIFEST, Manifest, report_rows
 from mlmkit.errors import UserError
 from mlmkit.tokenizer import Tokenizer
 
-HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
+HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
 
 INTRODUCTION = """\
 # {architecture} masked language model, {precision} ONNX

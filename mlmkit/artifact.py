@@ -27,7 +27,7 @@ FILE_NAME = re.compile(
 STATES = {
     "changed": "is not the file that was exported (its SHA-256 differs)",
     "missing": "is missing",
-    "not a plain file": "is not a plain file of the folder",
+    "not a plain file": "is not a plain file of the folder (if it is a link, copy what it leads to: cp -rL)",
     "unreadable": "cannot be read",
 }
 LARGEST_MANIFEST, DEEPEST = 4 << 20, 16  # bytes; objects within objects
