@@ -1,8 +1,8 @@
 """int8: static, with scales measured on text (Q/DQ nodes), or dynamic, with scales that ONNX Runtime finds as it runs.
 
 Only products with a constant weight are quantized, and only what they read: attention's products, the residual stream
-and every output stay float32, and so does the vocabulary head (docs/decisions.md has what int8 costs there). Scales are
-symmetric, and weights have one a channel, as TensorRT requires.
+and every output stay float32, and so does the vocabulary head, behind whose rounding nothing would even it out. Scales
+are symmetric, and weights have one a channel, as TensorRT requires.
 """
 
 import contextlib
