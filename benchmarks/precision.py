@@ -3,7 +3,8 @@
     python benchmarks/precision.py CHECKPOINT [CHECKPOINT ...] --text FILE
 
 A row a precision, int8 with both calibrations, exported with the drift allowed. The bounds in `export/parity.py` come
-from here. fp16 is run as it is by ONNX Runtime's CPU provider; bf16 in float32 that is rounded to it. Speeds are medians of alternating rounds over the same batch of 8 x 128 at 15 % masked.
+from here. fp16 is run as it is by ONNX Runtime's CPU provider; bf16 in float32 that is rounded to it. Speeds are
+medians of alternating rounds over the same batch of 8 x 128 at 15 % masked.
 """
 
 import argparse
