@@ -4,17 +4,33 @@ Its format is read by the backends and written by `mlmkit.export`, so it stands 
 """
 
 import json
+import re
+import reprlib
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
-from mlmkit.errors import UserError
+from mlmkit.errors import CheckError, UserError
 from mlmkit.files import file_sha256, sync
+from mlmkit.tokenizer import Tokenizer
 
-MANIFEST = "mlmkit.json"
+MANIFEST, CARD = "mlmkit.json", "README.md"
 FORMAT = 2
 GRAPH, PLAN, SCORING_PLAN = "model.onnx", "model.plan", "scoring.plan"
+NEEDED = (GRAPH, "tokenizer.json", "tokenizer_config.json", "config.json")
+# Files of one folder, on any system: no separators, no drives, no streams, no devices of Windows, nothing hidden.
+FILE_NAME = re.compile(
+    r"(?!(con|prn|aux|nul|com\d|lpt\d)(\.|$))[a-z0-9_]([a-z0-9_.-]{0,126}[a-z0-9_])?", re.ASCII | re.IGNORECASE
+)
+STATES = {
+    "changed": "is not the file that was exported (its SHA-256 differs)",
+    "missing": "is missing",
+    "not a plain file": "is not a plain file of the folder",
+    "unreadable": "cannot be read",
+}
+LARGEST_MANIFEST, DEEPEST = 4 << 20, 16  # bytes; objects within objects
 AGAIN = "export the checkpoint again (mlmkit export CHECKPOINT --output ARTIFACT)"
 DYNAMIC_INT8 = "int8-dynamic"
 PRECISIONS = ("fp32", "fp16", "bf16", "int8", DYNAMIC_INT8)
@@ -81,14 +97,22 @@ def is_artifact(folder: Path) -> bool:
 
 
 def hash_files(folder: Path) -> dict[str, str]:
-    """SHA-256 of every file in the folder but the manifest."""
-    return {path.name: file_sha256(path) for path in sorted(folder.iterdir()) if path.name != MANIFEST}
+    """SHA-256 of every file in the folder but the manifest and the model card, which its owner may edit."""
+    return {path.name: file_sha256(path) for path in sorted(folder.iterdir()) if path.name not in (MANIFEST, CARD)}
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Written last, and whole or not at all: a folder with a manifest is complete."""
+    """Written last, and whole or not at all: a folder with a manifest is complete.
+
+    Raises `CheckError` for one that `parse_manifest` would refuse, such as one with a figure that is not finite.
+    """
+    content = json.dumps(asdict(manifest), indent=2) + "\n"
+    try:
+        _decode(content.encode())
+    except ValueError as error:
+        raise CheckError(f"the manifest cannot be written: {error}") from None
     building = folder / f".{MANIFEST}"
-    building.write_text(json.dumps(asdict(manifest), indent=2) + "\n", encoding="utf-8")
+    building.write_text(content, encoding="utf-8")
     sync(building)
     building.rename(folder / MANIFEST)
 
@@ -99,41 +123,114 @@ def read_manifest(folder: Path) -> Manifest:
     Raises `UserError` for another format, a missing or changed file, or a name that leads out of the folder.
     """
     manifest = parse_manifest(folder)
-    check_files(folder, manifest)
+    for name, state in check_files(folder, manifest):
+        if state != "ok":
+            raise UserError(f"{folder}: {name} {STATES[state]}: {AGAIN}")
     return manifest
 
 
 def parse_manifest(folder: Path) -> Manifest:
     """The manifest alone, its files unchecked. Raises `UserError` for what is not one of this format."""
     try:
-        values = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{folder}/{MANIFEST} cannot be read ({error}): {AGAIN}") from None
-    if not isinstance(values, dict) or values.get("format") != FORMAT:
-        found = values.get("format") if isinstance(values, dict) else type(values).__name__
-        raise UserError(f"{folder}/{MANIFEST} is of format {found!r}, this mlmkit reads {FORMAT}: {AGAIN}")
-    try:
-        manifest: Manifest = _parse(Manifest, values, "")
-    except ValueError as error:
+        with (folder / MANIFEST).open("rb") as file:
+            return _decode(file.read(LARGEST_MANIFEST + 1))
+    except OSError as error:
+        raise UserError(f"{folder}/{MANIFEST} cannot be read: {error.strerror}: {AGAIN}") from None
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{folder}/{MANIFEST}: {error}: {AGAIN}") from None
+
+
+def check_files(folder: Path, manifest: Manifest) -> Iterator[tuple[str, str]]:
+    """Each file that the manifest lists, and its state: `ok` or a key of `STATES`."""
+    for name, expected in manifest.files.items():
+        path = folder / name
+        if path.is_symlink() or (path.exists() and not path.is_file()):
+            yield name, "not a plain file"
+        elif not path.exists():
+            yield name, "missing"
+        else:
+            try:
+                yield name, "ok" if file_sha256(path) == expected else "changed"
+            except OSError:
+                yield name, "unreadable"
+
+
+def read_tokenizer(folder: Path, manifest: Manifest) -> Tokenizer:
+    """The artifact's tokenizer. Raises `UserError` if it or `config.json` does not fit the model's vocabulary."""
+    tokenizer, size = Tokenizer.from_folder(folder), manifest.vocabulary_size
+    if tokenizer.vocabulary_size > size:
+        raise UserError(
+            f"{folder}: the tokenizer has ids up to {tokenizer.vocabulary_size - 1} but the model's vocabulary "
+            f"has {size}: {AGAIN}"
+        )
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{folder}: config.json cannot be read: {error}: {AGAIN}") from None
+    found = config.get("vocab_size", size) if isinstance(config, dict) else None
+    if found != size:
+        raise UserError(
+            f"{folder}: config.json says a vocabulary of {reprlib.repr(found)}, the model has {size}: {AGAIN}"
+        )
+    return tokenizer
+
+
+def report_rows(report: dict[str, Any]) -> list[tuple[str, str]]:
+    """A report of the manifest (parity, calibration) for people: each entry in words, and its value."""
+    rows = []
+    for name, value in report.items():
+        words = name.replace("_", " ").replace("log prob", "log-probability")
+        if isinstance(value, dict):
+            rows += [(f"{words}, {inner}", shown) for inner, shown in report_rows(value)]
+        elif isinstance(value, float):
+            rows.append((words, f"{value:.2%}" if name.endswith("agreement") else f"{value:.1e}"))
+        else:
+            rows.append((words, f"{value:,}" if type(value) is int else str(value)))
+    return rows
+
+
+def _decode(content: bytes) -> Manifest:
+    """The manifest in a file's content. Raises `ValueError` in words, `RecursionError` for endless nesting."""
+    if len(content) > LARGEST_MANIFEST:
+        raise ValueError(f"larger than {LARGEST_MANIFEST >> 20} MiB, which no manifest is")
+    values = json.loads(content.decode(), object_pairs_hook=_without_duplicates)
+    found = values.get("format") if isinstance(values, dict) else values
+    if not isinstance(values, dict) or found != FORMAT:
+        raise ValueError(f"of format {reprlib.repr(found)}, and this mlmkit reads {FORMAT}")
+    _check_plain(values, DEEPEST)
+    manifest: Manifest = _parse(Manifest, values, "")
     if manifest.precision not in PRECISIONS:
-        raise UserError(f"{folder}/{MANIFEST}: no precision {manifest.precision!r}: {AGAIN}")
+        raise ValueError(f"no precision {reprlib.repr(manifest.precision)}")
+    if missing := [name for name in NEEDED if name not in manifest.files]:
+        raise ValueError(f"does not list {missing[0]}")
+    taken = {MANIFEST}  # names that differ in case alone are one file on some systems
+    for name in manifest.files:
+        if not FILE_NAME.fullmatch(name) or name.casefold() in taken:
+            raise ValueError(f"{reprlib.repr(name)} is not a plain file of the folder")
+        taken.add(name.casefold())
     return manifest
 
 
-def check_files(folder: Path, manifest: Manifest) -> None:
-    """Raise `UserError` unless every file that the manifest lists is a plain one of the folder, and unchanged."""
-    for needed in (GRAPH, "tokenizer.json", "tokenizer_config.json", "config.json"):
-        if needed not in manifest.files:
-            raise UserError(f"{folder}/{MANIFEST} does not list {needed}: {AGAIN}")
-    for name, expected in manifest.files.items():
-        path = folder / name
-        if Path(name).name != name or path.is_symlink():
-            raise UserError(f"{folder}/{MANIFEST}: {name!r} is not a plain file of the folder: {AGAIN}")
-        if not path.is_file():
-            raise UserError(f"{folder}: {name} is missing: {AGAIN}")
-        if file_sha256(path) != expected:
-            raise UserError(f"{folder}: {name} is not the file that was exported (its SHA-256 differs): {AGAIN}")
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        raise ValueError("an object names a key twice")
+    return values
+
+
+def _check_plain(value: Any, levels: int) -> None:
+    """Raise `ValueError` for what JSON allows and nobody can show or reckon with."""
+    if levels == 0:
+        raise ValueError("nested too deeply")
+    if isinstance(value, str) and not value.isprintable():
+        raise ValueError(f"{reprlib.repr(value)} has characters that cannot be printed")
+    if isinstance(value, int | float) and not abs(value) < 1 << 63:  # so that NaN is refused too
+        raise ValueError("a number is not finite, or too large")
+    if isinstance(value, dict):
+        _check_plain([*value, *value.values()], levels)
+    elif isinstance(value, list):
+        for item in value:
+            _check_plain(item, levels - 1)
 
 
 def _parse(kind: Any, value: Any, name: str) -> Any:
@@ -153,6 +250,6 @@ def _parse(kind: Any, value: Any, name: str) -> Any:
     if origin is tuple and isinstance(value, list) and len(value) == len(arguments):
         return tuple(_parse(item_kind, item, name) for item_kind, item in zip(arguments, value, strict=True))
     # type, not isinstance: True is an int to Python, but no count
-    if kind is Any or (type(value) is kind and not (kind is int and value <= 0)):
+    if kind is Any or (type(value) is kind and not (kind is int and value not in range(1, 1 << 31))):
         return value
-    raise ValueError(f"{name.rstrip('.')!r} is of a wrong type or value")
+    raise ValueError(f"{reprlib.repr(name.rstrip('.'))} is of a wrong type or value")

@@ -13,7 +13,8 @@ import click
 from mlmkit import __version__
 from mlmkit.cli_eval import compare, evaluate, report, score
 from mlmkit.cli_export import export
-from mlmkit.cli_options import json_option, model_options, print_json
+from mlmkit.cli_inspect import inspect
+from mlmkit.cli_options import json_option, model_options, print_json, printable
 from mlmkit.errors import CheckError, UserError, require
 
 INTERRUPTED, TERMINATED = 130, 143
@@ -22,7 +23,7 @@ INTERRUPTED, TERMINATED = 130, 143
 class _HelpfulGroup(click.Group):
     def list_commands(self, ctx: click.Context) -> list[str]:
         # in the order in which they are used
-        return ["demo", "train", "export", "eval", "compare", "report", "score", "fill"]
+        return ["demo", "train", "export", "inspect", "eval", "compare", "report", "score", "fill"]
 
 
 @click.group(cls=_HelpfulGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -70,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _fail(message: str, code: int) -> int:
-    click.echo(f"mlmkit: {' '.join(message.split())}", err=True)
+    click.echo(printable(f"mlmkit: {' '.join(message.split())}"), err=True)
     return code
 
 
@@ -113,7 +114,7 @@ def train(config: str, overrides: tuple[str, ...], output: Path, as_json: bool) 
         click.echo(f"model: {model}")
 
 
-for _command in (export, evaluate, compare, report, score):
+for _command in (export, inspect, evaluate, compare, report, score):
     cli.add_command(_command)
 
 

@@ -12,6 +12,11 @@ def print_json(value: Any) -> None:
     click.echo(json.dumps(value, ensure_ascii=False))
 
 
+def printable(text: str) -> str:
+    """The text with every character that could steer a terminal, or that no terminal shows, written as an escape."""
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
+
+
 def model_options(command: Callable[..., None]) -> Callable[..., None]:
     """What runs the model, and where."""
     command = click.option(

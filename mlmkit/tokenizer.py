@@ -95,18 +95,19 @@ class Tokenizer:
         try:
             rust = RustTokenizer.from_str((folder / "tokenizer.json").read_text(encoding="utf-8"))
             config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+            named = {name: _content(config[name]) for name in NAMED_TOKENS if config.get(name)}
+            extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
+            extra = [_content(token) for token in (extra.values() if isinstance(extra, dict) else extra)]
+            limit = config.get("model_max_length")
+            return cls(rust, named, extra, limit if isinstance(limit, int | float) else 0)
         except OSError as error:
             raise UserError(f"{folder}: no {Path(error.filename).name}: not a complete artifact") from None
-        except Exception as error:  # the Rust parser raises bare Exception
+        except UserError as error:
+            raise UserError(f"{folder}: {error}") from None
+        except BaseException as error:  # JSON may hold anything; Rust raises bare Exception, and panics beside it
+            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+                raise
             raise UserError(f"{folder}: the tokenizer cannot be read: {error}") from None
-        if not isinstance(config, dict):
-            raise UserError(f"{folder}: tokenizer_config.json is no JSON object")
-        named = {name: _content(config[name]) for name in NAMED_TOKENS if config.get(name)}
-        extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
-        extra = extra.values() if isinstance(extra, dict) else extra
-        limit = config.get("model_max_length")
-        limit = limit if isinstance(limit, int | float) else 0
-        return cls(rust, named, [_content(token) for token in extra], limit)
 
     @classmethod
     def from_transformers(cls, tokenizer: "PreTrainedTokenizerBase") -> "Tokenizer":
@@ -201,4 +202,4 @@ class Tokenizer:
 
 
 def _content(token: Any) -> str:
-    return token["content"] if isinstance(token, dict) else str(token)
+    return str(token["content"] if isinstance(token, dict) else token)

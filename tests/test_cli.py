@@ -65,10 +65,10 @@ def test_imports_run_one_way():
         {"corpus", "batching", "artifact"},
         {"model"},
         {"backends"},
-        {"fill", "eval", "export"},
+        {"fill", "eval", "export", "inspection"},
         {"train"},
         {"demo", "cli_options"},
-        {"cli_eval"},
+        {"cli_eval", "cli_inspect"},
         {"cli"},
         {"__main__"},
     ]
@@ -84,7 +84,9 @@ def test_imports_run_one_way():
                     assert level[other] < level[own], f"{path} imports {node.module}"
 
 
-@pytest.mark.parametrize("command", ["demo", "train", "export", "eval", "compare", "report", "score", "fill"])
+@pytest.mark.parametrize(
+    "command", ["demo", "train", "export", "inspect", "eval", "compare", "report", "score", "fill"]
+)
 def test_each_command_has_help(capsys, command):
     code, out, _ = run(capsys, command, "--help")
     assert code == 0

@@ -10,13 +10,13 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from mlmkit.artifact import GRAPH, read_manifest
+from mlmkit.artifact import AGAIN, GRAPH, read_manifest, read_tokenizer
 from mlmkit.backends import Batch, ModelInfo, Predicted, Scored
-from mlmkit.backends.graph import drop_outputs
+from mlmkit.backends.graph import drop_outputs, graph_problems, read_graph
 from mlmkit.errors import CheckError, UserError
-from mlmkit.tokenizer import Tokenizer
 
 TOP_OUTPUTS = {"top_log_prob", "top_id"}
+NO_BF16 = "it has no bf16 on the CPU: use --device cuda, or export with --precision fp32"
 
 
 class OnnxBackend:
@@ -27,15 +27,17 @@ class OnnxBackend:
     def __init__(self, path: str, device: str = "auto") -> None:
         folder = Path(path)
         manifest = read_manifest(folder)
-        self.tokenizer = Tokenizer.from_folder(folder)
-        if self.tokenizer.vocabulary_size > manifest.vocabulary_size:
-            raise UserError(
-                f"{path}: the tokenizer has ids up to {self.tokenizer.vocabulary_size - 1} but the model's vocabulary "
-                f"has {manifest.vocabulary_size}: export the checkpoint again"
-            )
+        self.tokenizer = read_tokenizer(folder, manifest)
+        self._graph = folder / GRAPH
+        try:
+            problems = graph_problems(read_graph(self._graph.read_bytes()), manifest)
+        except ValueError as error:
+            problems = [str(error)]
+        if problems:
+            raise UserError(f"{self._graph} {problems[0]}: {AGAIN}")
         self.device = _pick_device(device)
         if manifest.precision == "bf16" and self.device == "cpu":
-            raise UserError(f"{path} computes in bfloat16, which ONNX Runtime has on a GPU only: export fp32 or fp16")
+            raise UserError(f"{path}: ONNX Runtime cannot run it: {NO_BF16}")
         self.info = ModelInfo(
             path=path,
             fingerprint=manifest.fingerprint,
@@ -46,7 +48,6 @@ class OnnxBackend:
             top_k=manifest.top_k,
             sees_padding=manifest.sees_padding,
         )
-        self._graph = folder / GRAPH
         # It would merge the quantizers that query, key and value have each, and a product whose input others read does
         # not become an int8 kernel: 6 of 13 in a BERT of two layers.
         self._without = ["CommonSubexpressionElimination"] if manifest.precision == "int8" else []
@@ -61,19 +62,29 @@ class OnnxBackend:
 
     @cached_property
     def _predicting(self) -> ort.InferenceSession:
-        session = _session(self._graph, str(self._graph), self.device, self._without)
-        k = next(output.shape[-1] for output in session.get_outputs() if output.name == "top_id")
-        if k != self.info.top_k:
-            raise UserError(f"{self._graph} gives {k} candidates, its manifest says {self.info.top_k}: export it again")
-        return session
+        return self._session(str(self._graph))
 
     @cached_property
     def _scoring(self) -> ort.InferenceSession:
         try:
-            graph = drop_outputs(self._graph.read_bytes(), TOP_OUTPUTS)
+            return self._session(drop_outputs(self._graph.read_bytes(), TOP_OUTPUTS))
         except ValueError as error:
-            raise UserError(f"{self._graph}: {error}: export the checkpoint again") from None
-        return _session(self._graph, graph, self.device, self._without)
+            raise UserError(f"{self._graph}: {error}: {AGAIN}") from None
+
+    def _session(self, graph: str | bytes) -> ort.InferenceSession:
+        try:
+            session = ort.InferenceSession(
+                graph,
+                _options(self._graph.parent),
+                providers=_providers(self.device),
+                disabled_optimizers=self._without,
+                enable_fallback=False,  # it would print to standard output, and change the device unasked
+            )
+        except Exception as error:  # onnxruntime's own exceptions share no public base
+            raise UserError(f"{self._graph}: ONNX Runtime cannot load it: {_first_line(error)}") from None
+        if self.device == "cuda" and session.get_providers()[0] != "CUDAExecutionProvider":
+            raise UserError("ONNX Runtime could not start CUDA (its messages are above): use --device cpu")
+        return session
 
     def _run(self, session: ort.InferenceSession, batch: Batch) -> list[Any]:
         outputs = [output.name for output in session.get_outputs()]
@@ -96,49 +107,46 @@ class OnnxBackend:
         return binding.copy_outputs_to_cpu()
 
 
-def _session(path: Path, graph: str | bytes, device: str, without: list[str]) -> ort.InferenceSession:
+def _options(folder: Path) -> ort.SessionOptions:
     options = ort.SessionOptions()
     options.log_severity_level = 3
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0
     sharing = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # as torchrun sets it
     options.intra_op_num_threads = max(cores // sharing, 1) if cores else 0
-    options.add_session_config_entry(
-        "session.model_external_initializers_file_folder_path", str(path.parent.absolute())
-    )
-    providers: list[Any] = ["CPUExecutionProvider"]
-    if device == "cuda":
-        cuda_options = {
-            "device_id": "0",
-            "use_tf32": "0",  # ten bits of mantissa would break the parity that the manifest states
-            "arena_extend_strategy": "kSameAsRequested",
-        }
-        providers.insert(0, ("CUDAExecutionProvider", cuda_options))
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder.absolute()))
+    # Not to be guessed from the bytes: another format could name files that read_graph has not seen.
+    options.add_session_config_entry("session.load_model_format", "ONNX")
+    return options
+
+
+def _providers(device: str) -> list[Any]:
+    cuda_options = {
+        "device_id": "0",
+        "use_tf32": "0",  # ten bits of mantissa would break the parity that the manifest states
+        "arena_extend_strategy": "kSameAsRequested",
+    }
+    cuda: list[Any] = [("CUDAExecutionProvider", cuda_options)] if device == "cuda" else []
+    return [*cuda, "CPUExecutionProvider"]
+
+
+def why_no_cuda() -> str:
+    """Why ONNX Runtime cannot run on CUDA here; empty if it can. Trying it out prints errors where it cannot."""
+    if "CUDAExecutionProvider" not in ort.get_available_providers():
+        return "this onnxruntime is built without CUDA"
     try:
-        session = ort.InferenceSession(graph, options, providers=providers, disabled_optimizers=without)
-    except Exception as error:  # onnxruntime's own exceptions share no public base
-        raise UserError(f"{path}: ONNX Runtime cannot load it: {_first_line(error)}") from None
-    if device == "cuda" and session.get_providers()[0] != "CUDAExecutionProvider":
-        raise UserError("ONNX Runtime could not start CUDA (its messages are above): use --device cpu")
-    return session
+        return "" if ctypes.CDLL("libcuda.so.1").cuInit(0) == 0 else "the CUDA driver finds no GPU"
+    except OSError:
+        return "no CUDA driver"
 
 
 def _pick_device(device: str) -> str:
-    """CUDA only where a driver answers: asking ONNX Runtime for it elsewhere prints errors."""
-    if device == "cpu":
+    reason = "" if device == "cpu" else why_no_cuda()
+    if device == "cpu" or (device == "auto" and reason):
         return "cpu"
-    if _has_cuda_driver() and "CUDAExecutionProvider" in ort.get_available_providers():
-        ort.preload_dlls()
-        return "cuda"
-    if device == "cuda":
-        raise UserError("no CUDA driver, or an onnxruntime without CUDA: use --device cpu")
-    return "cpu"
-
-
-def _has_cuda_driver() -> bool:
-    try:
-        return ctypes.CDLL("libcuda.so.1").cuInit(0) == 0
-    except OSError:
-        return False
+    if reason:
+        raise UserError(f"{reason}: use --device cpu")
+    ort.preload_dlls()
+    return "cuda"
 
 
 def _first_line(error: Exception) -> str:

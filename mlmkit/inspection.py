@@ -1,0 +1,127 @@
+"""What an artifact is, whether it is still what was exported, and what this machine can run of it."""
+
+import ctypes
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+from mlmkit.artifact import (
+    AGAIN,
+    GRAPH,
+    MANIFEST,
+    NEEDED,
+    PLAN,
+    STATES,
+    Manifest,
+    TensorRT,
+    check_files,
+    is_artifact,
+    parse_manifest,
+    read_tokenizer,
+)
+from mlmkit.backends.graph import Graph, graph_problems, read_graph
+from mlmkit.errors import UserError
+
+COMPUTE_CAPABILITY = (75, 76)  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR
+
+
+@dataclass(frozen=True)
+class Engine:
+    """What could run the artifact here; `reason` says why it cannot, and is empty if it can."""
+
+    backend: str
+    device: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """`files` gives each file its state: `ok`, `not listed` (and never loaded), or a key of `artifact.STATES`.
+
+    `graph` and `tokens`, the tokenizer's vocabulary size, are None if they cannot be read. `problems` says all that is
+    wrong, and is empty for a sound artifact.
+    """
+
+    manifest: Manifest
+    files: dict[str, str]
+    graph: Graph | None
+    tokens: int | None
+    problems: list[str]
+    engines: list[Engine]
+
+
+def inspect(folder: Path) -> Inspection:
+    """Check everything that loading checks, and go on where loading stops.
+
+    Raises `UserError` for a folder without a manifest, or with one that cannot be read.
+    """
+    if not is_artifact(folder):
+        raise UserError(f"{folder} is no artifact: it holds no {MANIFEST} (mlmkit export CHECKPOINT --output ARTIFACT)")
+    manifest = parse_manifest(folder)
+    files = dict(check_files(folder, manifest))
+    problems = [f"{name} {STATES[state]}" for name, state in files.items() if state != "ok"]
+    files |= dict.fromkeys(sorted({path.name for path in folder.iterdir()} - {MANIFEST, *files}), "not listed")
+    graph, tokens = None, None
+    if files[GRAPH] in ("ok", "changed"):
+        try:
+            graph = read_graph((folder / GRAPH).read_bytes())
+            problems += [f"{GRAPH} {problem}" for problem in graph_problems(graph, manifest)]
+        except (OSError, ValueError) as error:
+            problems.append(f"{GRAPH}: {error}")
+    if all(files[name] in ("ok", "changed") for name in NEEDED):
+        try:
+            tokens = read_tokenizer(folder, manifest).vocabulary_size
+        except UserError as error:
+            problems.append(str(error).removeprefix(f"{folder}: ").removesuffix(f": {AGAIN}"))
+    return Inspection(manifest, files, graph, tokens, problems, _engines(manifest, damaged=bool(problems)))
+
+
+def _engines(manifest: Manifest, *, damaged: bool) -> list[Engine]:
+    from mlmkit.backends.onnx import NO_BF16, why_no_cuda
+
+    reasons = {
+        ("onnx", "cpu"): NO_BF16 if manifest.precision == "bf16" else "",
+        ("onnx", "cuda"): why_no_cuda(),
+        ("tensorrt", "cuda"): _why_no_tensorrt(manifest),
+    }
+    return [Engine(*where, "the artifact is damaged" if damaged else reason) for where, reason in reasons.items()]
+
+
+def _why_no_tensorrt(manifest: Manifest) -> str:
+    built = manifest.tensorrt
+    if built is None or PLAN not in manifest.files:
+        return "the artifact holds no plan: mlmkit export CHECKPOINT --trt"
+    if find_spec("tensorrt") is None:
+        return "no tensorrt: pip install 'mlmkit[trt]'"
+    from tensorrt import __version__ as version  # pyright: ignore[reportMissingImports]
+
+    found = _compute_capability()
+    if not _runs_on_version(built, version):
+        return f"the plan is for TensorRT {built.version}, here is {version}: export the checkpoint again here"
+    if not found:
+        return "no CUDA driver that finds a GPU"
+    if found != built.compute_capability and not built.hardware_compatible:
+        return f"the plan is for compute capability {built.compute_capability}, here is {found}: export again here"
+    return ""
+
+
+def _runs_on_version(built: TensorRT, version: str) -> bool:
+    same_major = version.partition(".")[0] == built.version.partition(".")[0]
+    return version == built.version or (built.version_compatible and same_major)
+
+
+def _compute_capability() -> str:
+    """That of the first GPU, such as "9.0"; empty without one."""
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return ""
+    value = ctypes.c_int()
+    if driver.cuInit(0) != 0:
+        return ""
+    parts = []
+    for attribute in COMPUTE_CAPABILITY:
+        if driver.cuDeviceGetAttribute(ctypes.byref(value), attribute, 0) != 0:
+            return ""
+        parts.append(str(value.value))
+    return ".".join(parts)

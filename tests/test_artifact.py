@@ -1,0 +1,386 @@
+"""Artifacts that refuse to lie: a changed file, a fuzzed manifest, weights and names that lead elsewhere."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_export import random_batch
+
+from mlmkit.artifact import FILE_NAME, MANIFEST, Manifest, hash_files, parse_manifest, read_manifest, write_manifest
+from mlmkit.backends import load
+from mlmkit.errors import CheckError, UserError
+
+
+@pytest.fixture
+def copy(artifact, tmp_path) -> Path:
+    return Path(shutil.copytree(artifact("bert"), tmp_path / "copy"))
+
+
+def change(folder: Path, **values: object) -> None:
+    manifest = json.loads((folder / "mlmkit.json").read_text())
+    (folder / "mlmkit.json").write_text(json.dumps(manifest | values))
+
+
+def rehash(folder: Path) -> None:
+    """Make the manifest tell the truth about files that were changed."""
+    change(folder, files=hash_files(folder))
+
+
+def refused(folder: Path) -> str:
+    """The message, one line of a bearable length, with which loading refuses the folder."""
+    with pytest.raises(UserError) as error:
+        load(str(folder), device="cpu")
+    message = str(error.value)
+    assert message.isprintable()
+    assert len(message) < 600
+    return message
+
+
+@pytest.mark.parametrize("name", ["model.onnx", "tokenizer.json", "config.json", "tokenizer_config.json"])
+def test_a_changed_or_missing_file_is_refused(copy, name):
+    content = (copy / name).read_bytes()
+    (copy / name).write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(UserError, match=rf"{name} is not the file that was exported.*mlmkit export"):
+        load(str(copy))
+    (copy / name).unlink()
+    with pytest.raises(UserError, match=f"{name} is missing"):
+        load(str(copy))
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"format": 1},
+        {"format": None},
+        {"top_k": "100"},
+        {"max_length": -1},
+        {"vocabulary_size": True},
+        {"files": {}},
+        {"files": []},
+        {"files": {"model.onnx": 3}},
+        {"parity": None},
+    ],
+)
+def test_a_wrong_manifest_is_refused(copy, values):
+    change(copy, **values)
+    with pytest.raises(UserError, match="mlmkit export"):
+        load(str(copy))
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{", '"text"', "[" * 100_000, '{"format": 1}'])
+def test_a_broken_manifest_is_refused(copy, content):
+    (copy / "mlmkit.json").write_text(content)
+    with pytest.raises(UserError, match="mlmkit export"):
+        load(str(copy))
+
+
+def test_a_name_that_leads_out_of_the_folder_is_refused(copy):
+    files = json.loads((copy / "mlmkit.json").read_text())["files"]
+    change(copy, files={**files, "../copy/config.json": files["config.json"]})
+    with pytest.raises(UserError, match="not a plain file"):
+        load(str(copy))
+
+
+def test_a_tokenizer_larger_than_the_model_is_refused(copy):
+    change(copy, vocabulary_size=599)
+    with pytest.raises(UserError, match="ids up to 599"):
+        load(str(copy))
+
+
+def test_a_manifest_that_promises_too_much_is_refused(copy):
+    change(copy, top_k=200)
+    with pytest.raises(UserError, match="gives 100 candidates"):
+        load(str(copy)).predict(random_batch(1, 5, 1))
+    change(copy, top_k=100, max_length=128)
+    with pytest.raises(CheckError, match=r"ONNX Runtime failed on a batch of shape \(1, 100\)"):
+        load(str(copy)).score(random_batch(1, 100, 1))
+
+
+# ------------------------------------------------------------------ names
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "", ".", "..", "../config.json", "a/b", "/etc/passwd", "a\\b", "C:config.json", "config.json:stream", "CON",
+        "nul.txt", "Com1.bin", "name.", "name ", " name", ".hidden", "a\0b", "a\nb", "a\x1b[31mb", "\u202ea",
+        "caf\u00e9", "\ud800", "\udcff", "MODEL.ONNX", "mlmkit.json", "MLMKIT.json", "x" * 129, "~", "-rf", "\u017fa",
+    ],
+)  # fmt: skip
+def test_a_name_that_is_no_plain_file_is_refused(copy, name):
+    files = json.loads((copy / "mlmkit.json").read_text())["files"]
+    change(copy, files={**files, name: files["config.json"]})
+    refused(copy)
+
+
+def test_the_names_that_exports_write_are_taken():
+    names = "model.onnx model.onnx.data model.plan special_tokens_map.json vocab.txt sentencepiece.bpe.model merges.txt"
+    assert all(FILE_NAME.fullmatch(name) for name in [*names.split(), "added_tokens.json", "chat_template.jinja", "a"])
+
+
+@pytest.mark.parametrize("make", ["folder", "link", "broken link", "pipe", "device"])
+def test_what_is_not_a_plain_file_is_refused_at_once(copy, make):
+    path = copy / "config.json"
+    content = path.read_bytes()
+    path.unlink()
+    if make == "folder":
+        path.mkdir()
+    elif make == "pipe":
+        os.mkfifo(path)
+    else:
+        (copy.parent / "config.json").write_bytes(content)
+        path.symlink_to({"link": "../config.json", "broken link": "nowhere", "device": "/dev/zero"}[make])
+    assert "config.json is not a plain file" in refused(copy)
+
+
+@pytest.mark.parametrize("name", ["README.md", ".git", "notes", "tokenizer.model", "\x1b[31m"])
+def test_files_that_are_not_listed_are_left_alone(copy, name):
+    (copy / name).write_text("anything")
+    batch = random_batch(1, 5, 2)
+    assert len(load(str(copy)).score(batch).log_prob) == 2
+    assert (name in hash_files(copy)) == (name != "README.md")
+
+
+# ------------------------------------------------------------------ weights beside the graph
+
+
+def external(folder: Path, location: str) -> None:
+    """Move one weight of the graph to a file, named `location` in it, and list everything in the manifest."""
+    import onnx
+    from onnx.external_data_helper import set_external_data
+
+    model = onnx.load(folder / "model.onnx")
+    largest = max(model.graph.initializer, key=lambda tensor: len(tensor.raw_data))
+    (folder / "weights.bin").write_bytes(largest.raw_data)
+    set_external_data(largest, location, 0, len(largest.raw_data))
+    largest.ClearField("raw_data")
+    (folder / "model.onnx").write_bytes(model.SerializeToString())
+    rehash(folder)
+
+
+def test_listed_external_weights_are_loaded_and_held_to_their_hash(copy, artifact):
+    external(copy, "weights.bin")
+    batch = random_batch(3, 9, 5)
+    expected, found = load(str(artifact("bert"))).predict(batch), load(str(copy)).predict(batch)
+    np.testing.assert_allclose(found.log_prob, expected.log_prob, atol=1e-6, rtol=0)
+    assert (load(str(copy)).score(batch).rank == found.rank).all()
+    weights = bytearray((copy / "weights.bin").read_bytes())
+    weights[100] ^= 1
+    (copy / "weights.bin").write_bytes(weights)
+    assert "weights.bin is not the file that was exported" in refused(copy)
+
+
+@pytest.mark.parametrize(
+    "location",
+    ["../weights.bin", "/etc/hostname", "./weights.bin", "", "other.bin", "sub/../weights.bin", "*/_ORT_MEM_ADDR_/*",
+     "weights.bin\0", "C:\\weights.bin", "\x1b[31m", "mlmkit.json"],
+)  # fmt: skip
+def test_weights_from_elsewhere_are_refused_before_the_runtime_sees_them(copy, location, monkeypatch):
+    external(copy, location)
+    (copy / "other.bin").write_bytes((copy / "weights.bin").read_bytes())
+    monkeypatch.setattr("onnxruntime.InferenceSession", None)
+    assert "which is no file of the manifest" in refused(copy)
+
+
+def test_a_link_to_weights_is_refused(copy, tmp_path):
+    external(copy, "weights.bin")
+    (copy / "weights.bin").rename(tmp_path / "weights.bin")
+    (copy / "weights.bin").symlink_to("../weights.bin")
+    assert "weights.bin is not a plain file" in refused(copy)
+
+
+@pytest.mark.parametrize("place", ["subgraph", "attribute", "sparse", "function"])
+def test_weights_are_found_wherever_a_model_can_hide_them(copy, place):
+    import onnx
+    from onnx import helper
+
+    tensor = onnx.TensorProto(name="t", data_type=1, dims=[1], data_location=onnx.TensorProto.EXTERNAL)
+    tensor.external_data.add(key="location", value="../secret")
+    constant = helper.make_node("Constant", [], ["c"], value=tensor)
+    branch = helper.make_graph([constant], "branch", [], [helper.make_tensor_value_info("c", 1, [1])])
+    model = onnx.load(copy / "model.onnx")
+    if place == "subgraph":
+        model.graph.node.append(helper.make_node("If", ["x"], ["y"], then_branch=branch, else_branch=branch))
+    elif place == "attribute":
+        model.graph.node.append(constant)
+    elif place == "sparse":
+        model.graph.sparse_initializer.append(onnx.SparseTensorProto(values=tensor))
+    else:
+        model.functions.append(onnx.FunctionProto(name="f", node=[constant]))
+    (copy / "model.onnx").write_bytes(model.SerializeToString())
+    rehash(copy)
+    assert "'../secret', which is no file of the manifest" in refused(copy)
+
+
+# ------------------------------------------------------------------ other contents under true hashes
+
+
+def test_a_tokenizer_of_another_vocabulary_is_refused(copy, artifact):
+    tokenizer = json.loads((copy / "tokenizer.json").read_text())
+    tokenizer["model"]["vocab"]["another"] = 600
+    (copy / "tokenizer.json").write_text(json.dumps(tokenizer))
+    rehash(copy)
+    assert "the tokenizer has ids up to 600 but the model's vocabulary has 600" in refused(copy)
+
+
+@pytest.mark.parametrize("content", ['{"vocab_size": 601}', '{"vocab_size": "600"}', "[]", "{", "\xff", "[" * 99_999])
+def test_a_configuration_of_another_model_is_refused(copy, content):
+    (copy / "config.json").write_bytes(content.encode("latin-1"))
+    rehash(copy)
+    assert "config.json" in refused(copy)
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", '{"mask_token": {}}', '{"mask_token": "nowhere"}', "{", "null"])
+def test_an_odd_tokenizer_configuration_is_refused(copy, content):
+    (copy / "tokenizer_config.json").write_text(content)
+    rehash(copy)
+    assert "tokeni" in refused(copy)
+
+
+def test_a_tokenizer_that_makes_its_library_panic_is_refused(copy):
+    tokenizer = json.loads((copy / "tokenizer.json").read_text())
+    tokenizer["post_processor"]["special_tokens"] = {}
+    (copy / "tokenizer.json").write_text(json.dumps(tokenizer))
+    rehash(copy)
+    assert "the tokenizer cannot be read" in refused(copy)
+
+
+def test_a_graph_of_another_contract_is_refused(copy):
+    import onnx
+
+    for part, name in (("input", "targets"), ("output", "rank")):
+        model = onnx.load(copy / "model.onnx")
+        next(item for item in getattr(model.graph, part) if item.name == name).name = "other"
+        (copy / "changed.onnx").write_bytes(model.SerializeToString())
+        original = (copy / "model.onnx").read_bytes()
+        (copy / "changed.onnx").rename(copy / "model.onnx")
+        rehash(copy)
+        assert f"does not have the {part}s" in refused(copy)
+        (copy / "model.onnx").write_bytes(original)
+    rehash(copy)
+    change(copy, opset=19)
+    assert "is of opset 20, its manifest says 19" in refused(copy)
+
+
+# ------------------------------------------------------------------ any manifest at all
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters(), max_size=20),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
+    max_leaves=12,
+)
+JUNK: list[Any] = [None, True, 0, -1, 2.5, 1e308, 10**30, 1 << 31, "", "x" * 9999, "\ud800", "\x1b[0m", [], {}, [[]]]
+
+
+def outcome(folder: Path, content: bytes) -> Manifest | None:
+    """The manifest, or None if it was refused in one line; anything else fails the test."""
+    (folder / MANIFEST).write_bytes(content)
+    try:
+        return parse_manifest(folder)
+    except UserError as error:
+        assert str(error).isprintable()
+        assert len(str(error)) < 600
+        return None
+
+
+@pytest.fixture(scope="module")
+def scratch(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("scratch")
+
+
+@settings(deadline=None)
+@given(content=st.binary(max_size=200) | json_values.map(lambda value: json.dumps(value).encode()))
+def test_any_bytes_are_refused_in_one_line(content, scratch):
+    assert outcome(scratch, content) is None
+
+
+@given(data=st.data())
+@settings(max_examples=300, deadline=None)
+def test_a_mutated_manifest_is_refused_or_sound(data, scratch, artifact):
+    valid: dict[str, Any] = json.loads((artifact("bert") / MANIFEST).read_text())
+    valid["tensorrt"] = {
+        "version": "11.4", "compute_capability": "9.0", "gpu": "H100", "version_compatible": False,
+        "hardware_compatible": True, "weights_stripped": False, "layers": {"FLOAT": 3}, "parity": {"bound": 1.0},
+        "profiles": [{"name": "latency", "batch": [1, 1, 2], "seq": [1, 8, 64], "masked": [1, 2, 3]}],
+    }  # fmt: skip
+    assert outcome(scratch, json.dumps(valid).encode())
+    place: Any = valid
+    while data.draw(st.booleans()) and (keys := list(place if isinstance(place, dict) else range(len(place)))):
+        inner = place[data.draw(st.sampled_from(keys))]
+        if not isinstance(inner, dict | list):
+            break
+        place = inner
+    change = data.draw(st.sampled_from(["replace", "remove", "add", "bytes"]))
+    value = data.draw(st.sampled_from(JUNK) | json_values)
+    keys = list(place if isinstance(place, dict) else range(len(place)))
+    if change == "add" and isinstance(place, dict):
+        place[data.draw(st.text(max_size=10))] = value
+    elif keys and change == "remove":
+        del place[data.draw(st.sampled_from(keys))]
+    elif keys:
+        place[data.draw(st.sampled_from(keys))] = value
+    content = bytearray(json.dumps(valid).encode())
+    if change == "bytes":
+        content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+    found = outcome(scratch, bytes(content))
+    if found:  # then it can be used: numbers are counts, strings can be shown, and it can be written again
+        assert all(0 < value < 1 << 31 for value in (found.vocabulary_size, found.max_length, found.opset, found.top_k))
+        write_manifest(scratch, found)
+        assert parse_manifest(scratch) == found
+
+
+def valid_text(artifact: Path) -> str:
+    return (artifact / MANIFEST).read_text()
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda text: "\ufeff" + text,
+        lambda text: text.replace('"opset"', '"top_k": 3, "opset"'),
+        lambda text: text.replace('"bound": 0.0001', '"bound": NaN'),
+        lambda text: text.replace('"bound": 0.0001', '"bound": 1e999'),
+        lambda text: text.replace('"bound": 0.0001', '"bound": 1' + "0" * 5000),
+        lambda text: text.replace('"bound": 0.0001', '"bound": ' + "[" * 20 + "]" * 20),
+        lambda text: text.replace('"calibration": null', '"calibration": {"text": "\\u001b[31m"}'),
+        lambda text: text.replace('"bert"', '"\\u202ebert"'),
+        lambda text: text + " " * (10 << 20),
+        lambda text: text.replace('"fp32"', '"fp64"'),
+        lambda text: text + "{}",
+    ],
+)
+def test_what_json_would_let_pass_is_refused(artifact, scratch, spoil):
+    text = valid_text(artifact("bert"))
+    assert outcome(scratch, text.encode())
+    spoiled = spoil(text)
+    assert spoiled != text
+    assert outcome(scratch, spoiled.encode()) is None
+    assert outcome(scratch, text.replace('"bert"', '"b\xe9rt"').encode("latin-1")) is None
+
+
+def test_a_manifest_that_could_not_be_read_is_not_written(artifact, tmp_path):
+    from dataclasses import replace
+
+    manifest = read_manifest(artifact("bert"))
+    with pytest.raises(CheckError, match="not finite"):
+        write_manifest(tmp_path, replace(manifest, parity={"max_log_prob_difference": float("nan")}))
+    assert not list(tmp_path.iterdir())
+
+
+# ------------------------------------------------------------------ others' conventions
+
+
+@pytest.mark.parametrize("kind", ["bert", "roberta"])
+def test_transformers_reads_the_tokenizer_and_the_configuration(kind, artifact):
+    from transformers import AutoConfig, AutoTokenizer
+
+    ours, theirs = load(str(artifact(kind))).tokenizer, AutoTokenizer.from_pretrained(artifact(kind))
+    assert theirs("O rato roeu a roupa.")["input_ids"] == ours.encode_control("O rato roeu a roupa.").ids
+    assert (theirs.mask_token_id, theirs.pad_token_id) == (ours.mask_id, ours.pad_id)
+    assert AutoConfig.from_pretrained(artifact(kind)).vocab_size == 600

@@ -1,0 +1,160 @@
+"""`mlmkit inspect` shows what an artifact is, and every way in which it is no longer that."""
+
+import json
+import shutil
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+from test_cli import run
+
+from mlmkit.artifact import Profile, TensorRT, hash_files, read_manifest, write_manifest
+from mlmkit.inspection import inspect
+
+PLANS = TensorRT(
+    version="11.4.0",
+    compute_capability="9.0",
+    gpu="NVIDIA H100",
+    version_compatible=False,
+    hardware_compatible=True,
+    weights_stripped=False,
+    profiles=[Profile("latency", (1, 1, 4), (1, 64, 512), (1, 8, 64))],
+    layers={"FLOAT": 12},
+    parity={"bound": 1e-4},
+)
+
+
+@pytest.fixture
+def copy(artifact, tmp_path) -> Path:
+    return Path(shutil.copytree(artifact("bert"), tmp_path / "copy"))
+
+
+def test_a_sound_artifact_is_shown(capsys, artifact):
+    code, out, err = run(capsys, "inspect", artifact("bert"))
+    assert (code, err) == (0, "")
+    lines = {line.strip().split("  ")[0]: line for line in out.splitlines()}
+    assert "bert, vocabulary 600" in lines["architecture"]
+    assert "fp32, ONNX opset 20" in lines["precision"]
+    assert "e-0" in lines["max log-probability difference"]
+    assert lines["model.onnx"].endswith(" ok")
+    assert lines["onnx on cpu"].endswith(" yes")
+    assert "the artifact holds no plan" in lines["tensorrt on cuda"]
+    assert lines["none"]
+
+
+def test_as_json_it_is_one_object(capsys, artifact):
+    code, out, err = run(capsys, "inspect", artifact("roberta"), "--json")
+    assert (code, err) == (0, "")
+    found = json.loads(out)
+    assert found["sound"]
+    assert found["problems"] == []
+    assert found["manifest"] == json.loads((artifact("roberta") / "mlmkit.json").read_text())
+    assert set(found["files"].values()) == {"ok"}
+    assert found["graph"]["inputs"]["positions"] == {"type": "int64", "shape": [None]}
+    assert found["graph"]["outputs"]["top_id"]["shape"] == [None, 100]
+    assert found["tokens"] == 600
+    assert found["engines"][0] == {"backend": "onnx", "device": "cpu", "reason": "", "runs": True}
+
+
+def test_every_damage_is_shown_at_once(capsys, copy):
+    (copy / "config.json").unlink()
+    (copy / "tokenizer.json").write_bytes((copy / "tokenizer.json").read_bytes() + b"\n")
+    (copy / "tokenizer_config.json").rename(copy / "elsewhere")
+    (copy / "tokenizer_config.json").symlink_to("elsewhere")
+    code, out, err = run(capsys, "inspect", copy, "--json")
+    found = json.loads(out)
+    assert (code, len(err.splitlines()), "is damaged (3 problems)" in err) == (1, 1, True)
+    assert found["files"] == {
+        "config.json": "missing",
+        "model.onnx": "ok",
+        "tokenizer.json": "changed",
+        "tokenizer_config.json": "not a plain file",
+        "elsewhere": "not listed",
+    }
+    assert not any(engine["runs"] for engine in found["engines"])
+    code, out, err = run(capsys, "inspect", copy)
+    assert (code, "config.json is missing" in out) == (1, True)
+
+
+def test_a_graph_and_a_tokenizer_that_do_not_fit_are_shown(capsys, copy):
+    write_manifest(copy, replace(read_manifest(copy), top_k=50, opset=19, vocabulary_size=599))
+    code, out, _ = run(capsys, "inspect", copy, "--json")
+    problems = json.loads(out)["problems"]
+    assert (code, len(problems)) == (1, 3)
+    assert "gives 100 candidates, its manifest says 50" in problems[0]
+    assert "is of opset 20, its manifest says 19" in problems[1]
+    assert "the tokenizer has ids up to 599" in problems[2]
+    (copy / "model.onnx").write_bytes(b"junk")
+    code, out, _ = run(capsys, "inspect", copy, "--json")
+    assert (code, json.loads(out)["graph"]) == (1, None)
+
+
+@pytest.mark.parametrize("content", [None, "", "{}", '{"format": 1}'])
+def test_what_is_no_artifact_is_no_artifact(capsys, tmp_path, content):
+    if content is not None:
+        (tmp_path / "mlmkit.json").write_text(content)
+    for arguments in (["inspect", tmp_path], ["inspect", tmp_path, "--json"], ["inspect", tmp_path / "none"]):
+        code, out, err = run(capsys, *arguments)
+        assert (code, out, len(err.splitlines())) == (2, "", 1)
+
+
+@pytest.mark.parametrize(
+    "name", ["\x1b[31m\x9b2J", "\u202egnp.exe", "new\nline", b"\xff\xfe".decode(errors="surrogateescape")]
+)
+def test_a_name_cannot_steer_the_terminal(capsys, copy, name):
+    (copy / name).touch()
+    for arguments in (["inspect", copy], ["inspect", copy, "--json"]):
+        code, out, err = run(capsys, *arguments)
+        assert (code, err) == (0, "")
+        assert all(line.isprintable() for line in out.splitlines())
+        assert "not listed" in out
+    moved = copy.rename(copy.with_name(name))
+    (moved / "config.json").unlink()
+    code, out, err = run(capsys, "inspect", moved)
+    assert code == 1
+    assert err.strip().isprintable()
+
+
+def test_plans_are_shown_with_what_keeps_them_from_running(capsys, copy):
+    (copy / "model.plan").write_bytes(b"machine code")
+    write_manifest(copy, replace(read_manifest(copy), tensorrt=PLANS, files=hash_files(copy)))
+    code, out, _ = run(capsys, "inspect", copy)
+    assert code == 0
+    assert "11.4.0, compute capability 9.0 (NVIDIA H100)" in out
+    assert "batch 1 / 1 / 4, seq 1 / 64 / 512, masked 1 / 8 / 64" in out
+    assert "hardware compatible" in out
+    code, out, _ = run(capsys, "inspect", copy, "--json")
+    assert json.loads(out)["manifest"]["tensorrt"] == json.loads(json.dumps(asdict(PLANS)))
+
+
+@pytest.mark.parametrize(
+    ("version", "capability", "changes", "reason"),
+    [
+        ("11.4.0", "9.0", {}, ""),
+        ("11.5.0", "9.0", {}, "is for TensorRT 11.4.0, here is 11.5.0"),
+        ("11.5.0", "9.0", {"version_compatible": True}, ""),
+        ("12.0.0", "9.0", {"version_compatible": True}, "is for TensorRT 11.4.0"),
+        ("11.4.0", "", {}, "no CUDA driver"),
+        ("11.4.0", "8.0", {}, ""),
+        ("11.4.0", "8.0", {"hardware_compatible": False}, "is for compute capability 9.0, here is 8.0"),
+    ],
+)
+def test_a_plan_runs_where_it_was_built_for(copy, tmp_path, monkeypatch, version, capability, changes, reason):
+    """The module is a stand-in: what is asked of it here is its version alone."""
+    (tmp_path / "tensorrt.py").write_text(f"__version__ = {version!r}\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(__import__("sys").modules, "tensorrt", raising=False)
+    monkeypatch.setattr("mlmkit.inspection._compute_capability", lambda: capability)
+    (copy / "model.plan").write_bytes(b"machine code")
+    plans = replace(PLANS, **changes)
+    write_manifest(copy, replace(read_manifest(copy), tensorrt=plans, files=hash_files(copy)))
+    found = inspect(copy).engines[-1]
+    assert found.backend == "tensorrt"
+    assert reason in found.reason
+    assert bool(reason) == bool(found.reason)
+
+
+def test_bf16_is_not_for_the_cpu(copy):
+    write_manifest(copy, replace(read_manifest(copy), precision="bf16"))
+    engines = inspect(copy).engines
+    assert "no bf16 on the CPU" in engines[0].reason
