@@ -1,68 +1,123 @@
-"""The export command's work, in order: load, write, prove, describe."""
+"""The export command's work, in order: load, write, change precision, prove, build plans, describe."""
 
 import logging
+import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
+import onnx_ir as ir
 from transformers import AutoTokenizer
 
 from mlmkit import __version__
-from mlmkit.artifact import FORMAT, MANIFEST, Manifest, hash_files, write_manifest
+from mlmkit.artifact import FORMAT, GRAPH, MANIFEST, PRECISIONS, Manifest, hash_files, write_manifest
 from mlmkit.backends.onnx import OnnxBackend
 from mlmkit.backends.torch import TorchBackend
-from mlmkit.errors import CheckError
-from mlmkit.export.onnx import OPSET, write_onnx
-from mlmkit.export.parity import Parity, check_parity
+from mlmkit.errors import CheckError, UserError
+from mlmkit.export.lowering import lower
+from mlmkit.export.onnx import OPSET, replace_graph, write_onnx
+from mlmkit.export.parity import BOUNDS, Parity, check_parity, parity_batches, parity_line
+from mlmkit.export.precision import convert
 from mlmkit.files import new_folder
 from mlmkit.pydocs import topics
 
 log = logging.getLogger(__name__)
 
 
-def export(checkpoint: str, output: Path, *, texts: Sequence[str] = (), overwrite: bool = False) -> Parity:
-    """Write the artifact folder `output` for a checkpoint folder or hub name, and return its parity report.
+def export(
+    checkpoint: str,
+    output: Path,
+    *,
+    precision: str = "fp32",
+    texts: Sequence[str] = (),
+    calibration: str = "percentile",
+    allow_drift: bool = False,
+    overwrite: bool = False,
+) -> Manifest:
+    """Write the artifact folder `output` for a checkpoint folder or hub name, and return its manifest.
 
-    `texts` is what parity is proven on; by default Python's own documentation. Nothing appears at `output` unless the
-    proof holds. Raises `UserError` for an unusable checkpoint and `CheckError` when parity does not hold.
+    `texts` is what parity is proven on, by default Python's own documentation. A precision that is fitted to text takes
+    every other one of them for that, and is proven on the rest. Nothing appears at `output` unless the proof holds, or
+    the drift is allowed. Raises `UserError` for an unusable checkpoint and `CheckError` when parity does not hold.
     """
+    if precision not in PRECISIONS:
+        raise UserError(f"no precision {precision!r}: choose {', '.join(PRECISIONS)}")
+    if precision == "int8" and not texts:
+        raise UserError("int8 needs scales measured on text like yours: name some with --text")
     with new_folder(output, replaces=MANIFEST if overwrite else "") as folder:
         log.info("loading %s", checkpoint)
         reference = TorchBackend(checkpoint, "cpu")
         info = reference.info
         log.info("writing the ONNX graph")
-        write_onnx(reference.model, folder / "model.onnx")
+        write_onnx(reference.model, folder / GRAPH)
         AutoTokenizer.from_pretrained(checkpoint).save_pretrained(folder)
         reference.model.network.config.save_pretrained(folder)
 
-        manifest = Manifest(
-            format=FORMAT,
-            files=hash_files(folder),
-            fingerprint=info.fingerprint,
-            architecture=info.architecture,
-            vocabulary_size=info.vocabulary_size,
-            max_length=info.max_length,
-            precision=info.precision,
-            opset=OPSET,
-            top_k=info.top_k,
-            sees_padding=info.sees_padding,
-            parity={},
-            drift_allowed=False,
-            calibration=None,
-            tensorrt=None,
-            mlmkit_version=__version__,
-        )
-        # The engine is loaded as a user will load it, so the proof covers the manifest, the tokenizer and both graphs.
-        write_manifest(folder, manifest)
-        log.info("checking parity with ONNX Runtime on real text")
-        engine = OnnxBackend(str(folder), "cpu")
-        if engine.tokenizer.fingerprint != reference.tokenizer.fingerprint:
-            raise CheckError("the saved tokenizer is not the one that was loaded; nothing was exported")
-        parity = check_parity(reference, engine, texts or topics())
-        if not parity.passed:
-            raise CheckError(
-                f"parity does not hold: log-probabilities differ by up to {parity.max_log_prob_difference:.2e} nats "
-                f"(bound {parity.bound:.0e}) over {parity.masked} tokens; nothing was exported"
+        fitted, proven = _split(texts or topics())
+        with TemporaryDirectory() as temporary:
+            engine_folder = folder
+            if precision == "bf16":  # ONNX Runtime's CPU provider has no bfloat16: float32 that is rounded stands in
+                engine_folder = Path(temporary) / "rounded"
+                _write_rounded(folder, engine_folder, precision)
+            if precision != "fp32":
+                log.info("changing it to %s", precision)
+            batches = list(parity_batches(fitted, reference.tokenizer, info.max_length))
+            facts = convert(folder / GRAPH, precision, batches, calibration)
+            manifest = Manifest(
+                format=FORMAT,
+                files=hash_files(folder),
+                fingerprint=info.fingerprint,
+                architecture=info.architecture,
+                vocabulary_size=info.vocabulary_size,
+                max_length=info.max_length,
+                precision=precision,
+                opset=OPSET,
+                top_k=info.top_k,
+                sees_padding=info.sees_padding,
+                parity={},
+                drift_allowed=False,
+                calibration=facts,
+                tensorrt=None,
+                mlmkit_version=__version__,
             )
-        write_manifest(folder, replace(manifest, parity=parity.as_dict()))
-    return parity
+            # The engine is loaded as a user will load it: the proof covers manifest, tokenizer and both graphs.
+            write_manifest(folder, manifest)
+            if engine_folder != folder:
+                write_manifest(engine_folder, replace(manifest, precision="fp32", files=hash_files(engine_folder)))
+            log.info("checking parity with ONNX Runtime on real text")
+            engine = OnnxBackend(str(engine_folder), "cpu")
+            if engine.tokenizer.fingerprint != reference.tokenizer.fingerprint:
+                raise CheckError("the saved tokenizer is not the one that was loaded; nothing was exported")
+            parity = check_parity(reference, engine, proven, BOUNDS[precision])
+        require_parity(parity, allow_drift)
+        manifest = replace(manifest, parity=parity.as_dict(), drift_allowed=not parity.passed)
+        write_manifest(folder, manifest)
+    return manifest
+
+
+def require_parity(parity: Parity, allow_drift: bool) -> None:
+    """Raise `CheckError` for differences beyond the bounds, unless the user wants the artifact all the same."""
+    if parity.passed:
+        return
+    mean, largest, cross_entropy = parity.bounds.mean_log_prob, parity.bounds.max_log_prob, parity.bounds.cross_entropy
+    beyond = (
+        f"parity does not hold {parity_line(parity.as_dict())} (bounds: {mean:.0e} in the mean, {largest:.0e} at most, "
+        f"cross-entropy {cross_entropy:.0e})"
+    )
+    if not allow_drift:
+        raise CheckError(f"{beyond}; nothing was exported. --allow-drift exports it all the same")
+    log.warning("%s; exported all the same, and the manifest says so", beyond)
+
+
+def _split(texts: Sequence[str]) -> tuple[Sequence[str], Sequence[str]]:
+    """What to fit to and what to prove on: every other text, so that both are like the whole."""
+    return (texts[1::2], texts[::2]) if len(texts) > 1 else (texts, texts)
+
+
+def _write_rounded(folder: Path, target: Path, precision: str) -> None:
+    """A copy of the unfinished artifact whose graph computes in float32 and rounds to `precision`."""
+    shutil.copytree(folder, target)
+    model = ir.load(folder / GRAPH)
+    lower(model, precision, emulate=True)
+    replace_graph(model, target / GRAPH)

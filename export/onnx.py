@@ -3,9 +3,11 @@
 import contextlib
 import io
 import logging
+import tempfile
 import warnings
 from pathlib import Path
 
+import onnx_ir as ir
 import torch
 
 from mlmkit.model import MaskedLM
@@ -36,8 +38,22 @@ def write_onnx(model: MaskedLM, path: Path) -> None:
         )
     if program is None:
         raise RuntimeError("torch.onnx.export returned no program")
-    size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-    program.save(path, external_data=size > EXTERNAL_DATA_BYTES)
+    save_graph(program.model, path)
+
+
+def save_graph(model: ir.Model, path: Path) -> None:
+    """Write a graph, its weights beside it in `model.onnx.data` if they are large."""
+    size = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None)
+    ir.save(model, path, external_data=f"{path.name}.data" if size > EXTERNAL_DATA_BYTES else None)
+
+
+def replace_graph(model: ir.Model, path: Path) -> None:
+    """Write a graph over the file that it was read from, whose weights it may still be reading."""
+    with tempfile.TemporaryDirectory(dir=path.parent) as building:
+        save_graph(model, Path(building) / path.name)
+        path.with_name(f"{path.name}.data").unlink(missing_ok=True)
+        for file in Path(building).iterdir():
+            file.replace(path.parent / file.name)
 
 
 @contextlib.contextmanager

@@ -12,8 +12,9 @@ import click
 
 from mlmkit import __version__
 from mlmkit.cli_eval import compare, evaluate, report, score
+from mlmkit.cli_export import export
 from mlmkit.cli_inspect import inspect
-from mlmkit.cli_options import json_option, model_options, overwrite_option, print_json, printable
+from mlmkit.cli_options import json_option, model_options, print_json, printable
 from mlmkit.errors import CheckError, UserError, require
 
 INTERRUPTED, TERMINATED = 130, 143
@@ -113,44 +114,7 @@ def train(config: str, overrides: tuple[str, ...], output: Path, as_json: bool) 
         click.echo(f"model: {model}")
 
 
-@cli.command()
-@click.argument("checkpoint")
-@click.option("--output", type=click.Path(path_type=Path), required=True, help="The artifact folder to write.")
-@click.option("--text", type=click.Path(), help="Prove parity on this text file instead of Python's documentation.")
-@overwrite_option
-@json_option
-def export(checkpoint: str, output: Path, text: str | None, overwrite: bool, as_json: bool) -> None:
-    """Export CHECKPOINT to ONNX, proven equal to it.
-
-    The proof is made on real text: the same masked tokens through both.
-
-    Nothing is written unless every log-probability agrees within 1e-4.
-    """
-    require("train", "torch", "transformers", "onnx", "onnxscript", "safetensors")
-    from itertools import islice
-
-    from mlmkit.artifact import MANIFEST
-    from mlmkit.documents import Source, read_documents
-    from mlmkit.export.export import export as run_export
-    from mlmkit.export.parity import TEXTS
-    from mlmkit.files import refuse_existing
-
-    refuse_existing(output, MANIFEST if overwrite else "")
-    texts = list(islice(read_documents(Source(text)), TEXTS)) if text else []
-    if text and not texts:
-        raise UserError(f"{text}: no documents in it")
-    parity = run_export(checkpoint, output, texts=texts, overwrite=overwrite)
-    if as_json:
-        print_json({"artifact": str(output), "parity": parity.as_dict()})
-        return
-    click.echo(
-        f"parity over {parity.masked} masked tokens: largest difference {parity.max_log_prob_difference:.1e} nats, "
-        f"mean {parity.mean_log_prob_difference:.1e}; same rank {parity.rank_agreement:.2%}"
-    )
-    click.echo(f"artifact: {output}")
-
-
-for _command in (inspect, evaluate, compare, report, score):
+for _command in (export, inspect, evaluate, compare, report, score):
     cli.add_command(_command)
 
 

@@ -45,7 +45,7 @@ def test_engine_equals_checkpoint_at_unseen_shapes(kind, checkpoint, artifact):
 
 def test_manifest_says_what_was_proven(artifact):
     manifest = read_manifest(artifact("bert"))
-    assert manifest.parity["max_log_prob_difference"] <= manifest.parity["bound"] == 1e-4
+    assert manifest.parity["max_log_prob_difference"] <= manifest.parity["bounds"]["max_log_prob"] == 1e-4
     assert manifest.parity["masked"] > 300
     assert (manifest.architecture, manifest.vocabulary_size, manifest.max_length) == ("bert", 600, 64)
     assert set(manifest.files) == {path.name for path in artifact("bert").iterdir()} - {"mlmkit.json"}

@@ -1,0 +1,229 @@
+"""Lower precisions: what computes in which type, what it costs, and what overflows."""
+
+import json
+import shutil
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime
+import pytest
+from conftest import paragraphs
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as arrays
+from test_export import random_batch
+
+from mlmkit.artifact import PRECISIONS, read_manifest
+from mlmkit.backends import load
+from mlmkit.errors import CheckError, UserError
+from mlmkit.export.export import export
+from mlmkit.export.lowering import LARGEST_FLOAT16, lower, lowered_numbers
+from mlmkit.export.parity import BOUNDS, parity_batches
+from mlmkit.export.quantize import quantize_weight
+from mlmkit.export.ranges import value_ranges
+
+LOWER = [name for name in PRECISIONS if name != "fp32"]
+
+
+@pytest.fixture(scope="module")
+def lowered(checkpoint, tmp_path_factory):
+    """An artifact by kind and precision."""
+    made = {}
+
+    def make(kind: str, precision: str):
+        if (kind, precision) not in made:
+            folder = tmp_path_factory.mktemp("lowered") / f"{kind}-{precision}"
+            export(str(checkpoint(kind)), folder, precision=precision, texts=paragraphs())
+            made[kind, precision] = folder
+        return made[kind, precision]
+
+    return make
+
+
+def graph_of(folder) -> ir.Graph:
+    return ir.load(folder / "model.onnx").graph
+
+
+def types_of(graph: ir.Graph, operator: str) -> set[str]:
+    return {value.dtype.name for node in graph if node.op_type == operator for value in node.outputs[:1] if value.dtype}
+
+
+@pytest.mark.parametrize("precision", LOWER)
+@pytest.mark.parametrize("kind", ["bert", "modernbert"])
+def test_the_manifest_says_what_a_precision_costs(kind, precision, lowered):
+    manifest = read_manifest(lowered(kind, precision))
+    assert manifest.precision == precision
+    assert not manifest.drift_allowed
+    parity = manifest.parity
+    assert parity["bounds"] == BOUNDS[precision]._asdict()
+    assert 0 < parity["mean_log_prob_difference"] <= parity["max_log_prob_difference"] <= BOUNDS[precision].max_log_prob
+    assert abs(parity["cross_entropy_difference"]) <= BOUNDS[precision].cross_entropy
+    assert 0.9 < parity["top_1_agreement"] <= 1
+    assert parity["top_5_agreement"] > 0.9
+
+
+@pytest.mark.parametrize("precision", ["fp16", "int8", "int8-dynamic"])
+@pytest.mark.parametrize("kind", ["bert", "modernbert"])
+def test_engine_is_near_the_checkpoint_at_unseen_shapes(kind, precision, checkpoint, lowered):
+    reference, engine = load(str(checkpoint(kind))), load(str(lowered(kind, precision)))
+    assert engine.info.precision == precision
+    for shape in [(1, 1, 1), (1, 64, 5), (17, 13, 300), (5, 7, 0)]:
+        batch = random_batch(*shape)
+        expected, found = reference.predict(batch), engine.predict(batch)
+        np.testing.assert_allclose(found.log_prob, expected.log_prob, atol=BOUNDS[precision].max_log_prob, rtol=0)
+        assert found.log_prob.dtype == found.top_log_prob.dtype == np.float32
+
+
+@pytest.mark.parametrize(("precision", "name"), [("fp16", "FLOAT16"), ("bf16", "BFLOAT16")])
+def test_types_stand_in_the_graph(precision, name, lowered):
+    graph = graph_of(lowered("modernbert", precision))
+    for operator in ("MatMul", "LayerNormalization", "Softmax", "Gelu"):
+        kept_exact = {"FLOAT"} if operator == "MatMul" and "FLOAT" in types_of(graph, operator) else set()
+        assert types_of(graph, operator) == {name} | kept_exact
+    # what would be another position, or a rounded log-probability
+    for operator in ("Cos", "Sin", "LogSoftmax"):
+        assert types_of(graph, operator) == {"FLOAT"}
+    assert [output.dtype for output in graph.outputs] == [ir.DataType.FLOAT, ir.DataType.INT64] * 2
+    stored = [value.const_value for value in graph.initializers.values() if value.const_value is not None]
+    assert {weight.dtype.name for weight in stored if len(weight.shape) == 2 and weight.dtype.is_floating_point()} == {
+        name
+    }
+
+
+def test_bfloat16_needs_a_gpu(lowered):
+    with pytest.raises(UserError, match="no bf16 on the CPU"):
+        load(str(lowered("bert", "bf16")), device="cpu")
+
+
+def test_the_stand_in_for_bfloat16_rounds_every_value(artifact):
+    """What proves a bf16 graph on a CPU: float32, with a bfloat16 number wherever the graph would have one."""
+    source = artifact("bert") / "model.onnx"
+    typed, rounded = ir.load(source), ir.load(source)
+    assert lower(typed, "bf16") == lower(rounded, "bf16", emulate=True)
+    bfloat16 = {value.name for node in typed.graph for value in node.outputs if value.dtype == ir.DataType.BFLOAT16}
+    for node in rounded.graph:
+        for value in node.outputs:
+            if node.op_type == "Cast" and value.dtype == ir.DataType.FLOAT and value not in rounded.graph.outputs:
+                rounded.graph.outputs.append(value)
+    session = onnxruntime.InferenceSession(ir.to_proto(rounded).SerializeToString(), providers=["CPUExecutionProvider"])
+    outputs = session.run(None, random_batch(3, 9, 5)._asdict())[4:]
+    assert len(outputs) >= len(bfloat16)
+    for numbers in outputs:
+        bits = np.asarray(numbers, np.float32).view(np.uint32)
+        assert not (bits & 0xFFFF).any()
+
+
+def overflowing_checkpoint(source, target):
+    """Feed-forward outputs beyond 65504, which the layer normalisation after them brings back."""
+    import safetensors.numpy
+
+    shutil.copytree(source, target)
+    weights = safetensors.numpy.load_file(target / "model.safetensors")
+    weights = {
+        name: values * (6e4 if name.endswith(("layer.0.output.dense.weight", "layer.1.output.dense.weight")) else 1)
+        for name, values in weights.items()
+    }
+    safetensors.numpy.save_file(
+        {name: values.astype(np.float32) for name, values in weights.items()},
+        target / "model.safetensors",
+        metadata={"format": "pt"},
+    )
+
+
+def test_what_overflows_float16_stays_float32(checkpoint, tmp_path):
+    overflowing_checkpoint(checkpoint("bert"), tmp_path / "checkpoint")
+    export(str(tmp_path / "checkpoint"), tmp_path / "exact", texts=paragraphs())
+    exact = load(str(tmp_path / "exact"))
+    batches = list(parity_batches(paragraphs(), exact.tokenizer, exact.info.max_length))
+    ranges = value_ranges(tmp_path / "exact" / "model.onnx", batches)
+    assert max(ranges.values()) > 65504
+
+    naive = ir.load(tmp_path / "exact" / "model.onnx")
+    lower(naive, "fp16", emulate=True)  # every value rounded, as ONNX Runtime's CPU kernels may not do inside
+    session = onnxruntime.InferenceSession(ir.to_proto(naive).SerializeToString(), providers=["CPUExecutionProvider"])
+    scores = [np.asarray(session.run(["log_prob"], batch._asdict())[0]) for batch in batches]
+    assert not np.isfinite(np.concatenate(scores)).all()
+
+    manifest = export(str(tmp_path / "checkpoint"), tmp_path / "fp16", precision="fp16", texts=paragraphs())
+    assert manifest.parity["max_log_prob_difference"] <= BOUNDS["fp16"].max_log_prob
+    assert manifest.calibration is not None
+    assert set(manifest.calibration["overflowing"]) <= {
+        name for name, top in ranges.items() if top > LARGEST_FLOAT16 / 2
+    }
+    graph = graph_of(tmp_path / "fp16")
+    assert types_of(graph, "LayerNormalization") == {"FLOAT", "FLOAT16"}  # only where it overflows
+    assert types_of(graph, "Softmax") == {"FLOAT16"}
+
+
+@pytest.mark.parametrize("calibration", ["percentile", "entropy"])
+def test_static_int8_is_not_coupled_by_its_batch(calibration, checkpoint, tmp_path):
+    export(str(checkpoint("bert")), tmp_path / "a", precision="int8", texts=paragraphs(), calibration=calibration)
+    engine = load(str(tmp_path / "a"))
+    assert not engine.info.couples_batch
+    assert (read_manifest(tmp_path / "a").calibration or {})["method"] == calibration
+    batch = random_batch(4, 9, 12)
+    together = engine.score(batch).log_prob
+    for row in range(4):
+        mine = batch.positions // 9 == row
+        length = int(batch.attention_mask[row].sum())
+        alone = engine.score(
+            batch._replace(
+                input_ids=batch.input_ids[row : row + 1, :length],
+                attention_mask=batch.attention_mask[row : row + 1, :length],
+                positions=batch.positions[mine] - row * 9,
+                targets=batch.targets[mine],
+            )
+        ).log_prob
+        np.testing.assert_allclose(alone, together[mine], atol=1e-5, rtol=0)
+
+
+def test_int8_reads_int8_and_keeps_the_head(lowered):
+    graph = graph_of(lowered("bert", "int8"))
+    products = [node for node in graph if node.op_type == "MatMul"]
+    is_int8 = [all(node.op_type == "DequantizeLinear" for node in product.predecessors()) for product in products]
+    assert sum(is_int8) == (read_manifest(lowered("bert", "int8")).calibration or {})["int8_products"] == 2 * 6 + 1
+    assert not is_int8[-1]  # the head, which makes the logits
+    zeros = [value.const_value for name, value in graph.initializers.items() if name.endswith("_zero")]
+    assert zeros
+    assert not any(zero is None or zero.numpy().any() for zero in zeros)  # TensorRT takes no other zero point
+
+
+def test_dynamic_int8_is_marked(lowered):
+    assert load(str(lowered("bert", "int8-dynamic"))).info.couples_batch
+
+
+def test_int8_asks_for_text(checkpoint, tmp_path):
+    with pytest.raises(UserError, match="--text"):
+        export(str(checkpoint("bert")), tmp_path / "a", precision="int8")
+    with pytest.raises(UserError, match="choose fp32, fp16"):
+        export(str(checkpoint("bert")), tmp_path / "a", precision="fp8")
+    assert not list(tmp_path.iterdir())
+
+
+def test_drift_is_refused_unless_allowed(checkpoint, tmp_path, monkeypatch):
+    tight = BOUNDS["fp16"]._replace(mean_log_prob=1e-9)
+    monkeypatch.setitem(BOUNDS, "fp16", tight)
+    with pytest.raises(CheckError, match=r"1e-09 in the mean.*--allow-drift"):
+        export(str(checkpoint("bert")), tmp_path / "a", precision="fp16", texts=paragraphs())
+    assert not list(tmp_path.iterdir())
+    export(str(checkpoint("bert")), tmp_path / "a", precision="fp16", texts=paragraphs(), allow_drift=True)
+    manifest = json.loads((tmp_path / "a" / "mlmkit.json").read_text())
+    assert manifest["drift_allowed"] is True
+    assert manifest["parity"]["bounds"]["mean_log_prob"] == 1e-9
+
+
+@given(arrays.arrays(np.float32, (4, 3), elements=st.floats(-1e4, 1e4, width=32)))
+def test_quantized_weights_are_within_half_a_step(weight):
+    numbers, scales = quantize_weight(weight)
+    assert numbers.dtype == np.int8
+    assert scales.shape == (3,)
+    assert (np.abs(numbers * scales.astype(np.float64) - weight) <= scales * 0.5001).all()
+
+
+@given(st.lists(st.floats(width=32, allow_nan=False), min_size=1), st.sampled_from(["FLOAT16", "BFLOAT16"]))
+def test_masks_become_finite(numbers, name):
+    given_numbers = np.array(numbers, np.float32)
+    lowered = lowered_numbers(given_numbers, ir.DataType[name]).astype(np.float32)
+    is_mask = np.abs(given_numbers) >= 1e30
+    assert (np.abs(lowered[is_mask]) == 32768).all()
+    assert (np.sign(lowered[is_mask]) == np.sign(given_numbers[is_mask])).all()
