@@ -183,7 +183,8 @@ def report_rows(report: dict[str, Any]) -> list[tuple[str, str]]:
         if isinstance(value, dict):
             rows += [(f"{words}, {inner}", shown) for inner, shown in report_rows(value)]
         elif isinstance(value, float):
-            rows.append((words, f"{value:.2%}" if name.endswith("agreement") else f"{value:.1e}"))
+            figure = f"{value:.4f}" if abs(value) >= 0.1 else f"{value:.1e}"
+            rows.append((words, f"{value:.2%}" if name.endswith("agreement") else figure))
         else:
             rows.append((words, f"{value:,}" if type(value) is int else str(value)))
     return rows

@@ -1,6 +1,7 @@
 """What an artifact is, whether it is still what was exported, and what this machine can run of it."""
 
 import ctypes
+import re
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -106,8 +107,11 @@ def _why_no_tensorrt(manifest: Manifest) -> str:
 
 
 def _runs_on_version(built: TensorRT, version: str) -> bool:
-    same_major = version.partition(".")[0] == built.version.partition(".")[0]
-    return version == built.version or (built.version_compatible and same_major)
+    return version == built.version or (built.version_compatible and _numbers(version) >= _numbers(built.version))
+
+
+def _numbers(version: str) -> list[int]:
+    return [int(part) for part in re.findall(r"\d+", version)]
 
 
 def _compute_capability() -> str:

@@ -133,7 +133,7 @@ def test_plans_are_shown_with_what_keeps_them_from_running(capsys, copy):
         ("11.4.0", "9.0", {}, ""),
         ("11.5.0", "9.0", {}, "is for TensorRT 11.4.0, here is 11.5.0"),
         ("11.5.0", "9.0", {"version_compatible": True}, ""),
-        ("12.0.0", "9.0", {"version_compatible": True}, "is for TensorRT 11.4.0"),
+        ("11.3.9", "9.0", {"version_compatible": True}, "is for TensorRT 11.4.0"),
         ("11.4.0", "", {}, "no CUDA driver"),
         ("11.4.0", "8.0", {}, ""),
         ("11.4.0", "8.0", {"hardware_compatible": False}, "is for compute capability 9.0, here is 8.0"),
