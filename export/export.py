@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
 
 import onnx_ir as ir
 from transformers import AutoTokenizer
@@ -15,12 +16,17 @@ from mlmkit.artifact import FORMAT, GRAPH, MANIFEST, PRECISIONS, Manifest, hash_
 from mlmkit.backends.onnx import OnnxBackend
 from mlmkit.backends.torch import TorchBackend
 from mlmkit.errors import CheckError, UserError
+from mlmkit.export.card import write_card
 from mlmkit.export.lowering import lower
 from mlmkit.export.onnx import OPSET, replace_graph, write_onnx
-from mlmkit.export.parity import BOUNDS, Parity, check_parity, parity_batches, parity_line
+from mlmkit.export.parity import BOUNDS, check_parity, parity_batches, require_parity
 from mlmkit.export.precision import convert
+from mlmkit.export.quantize import CALIBRATIONS
 from mlmkit.files import new_folder
 from mlmkit.pydocs import topics
+
+if TYPE_CHECKING:
+    from mlmkit.export.tensorrt import PlanOptions
 
 log = logging.getLogger(__name__)
 
@@ -33,16 +39,23 @@ def export(
     texts: Sequence[str] = (),
     calibration: str = "percentile",
     allow_drift: bool = False,
+    plans: "PlanOptions | None" = None,
+    card: bool = False,
+    results: Sequence[dict[str, Any]] = (),
     overwrite: bool = False,
 ) -> Manifest:
     """Write the artifact folder `output` for a checkpoint folder or hub name, and return its manifest.
 
     `texts` is what parity is proven on, by default Python's own documentation. A precision that is fitted to text takes
-    every other one of them for that, and is proven on the rest. Nothing appears at `output` unless the proof holds, or
-    the drift is allowed. Raises `UserError` for an unusable checkpoint and `CheckError` when parity does not hold.
+    every other one of them for that, and is proven on the rest. With `plans`, TensorRT plans are built too. With `card`
+    a model card is written, which shows `results` (`result.json`s) too. Nothing appears at `output` unless the proof
+    holds, or the drift is allowed. Raises `UserError` for an unusable checkpoint and `CheckError` when parity does not
+    hold.
     """
     if precision not in PRECISIONS:
         raise UserError(f"no precision {precision!r}: choose {', '.join(PRECISIONS)}")
+    if calibration not in CALIBRATIONS:
+        raise UserError(f"no calibration {calibration!r}: choose {' or '.join(CALIBRATIONS)}")
     if precision == "int8" and not texts:
         raise UserError("int8 needs scales measured on text like yours: name some with --text")
     with new_folder(output, replaces=MANIFEST if overwrite else "") as folder:
@@ -93,21 +106,13 @@ def export(
         require_parity(parity, allow_drift)
         manifest = replace(manifest, parity=parity.as_dict(), drift_allowed=not parity.passed)
         write_manifest(folder, manifest)
+        if plans is not None:
+            from mlmkit.export.plans import with_plans  # needs tensorrt
+
+            manifest = with_plans(folder, manifest, plans, reference, proven, allow_drift=allow_drift)
+        if card:
+            write_card(folder, manifest, checkpoint=checkpoint, results=results)
     return manifest
-
-
-def require_parity(parity: Parity, allow_drift: bool) -> None:
-    """Raise `CheckError` for differences beyond the bounds, unless the user wants the artifact all the same."""
-    if parity.passed:
-        return
-    mean, largest, cross_entropy = parity.bounds.mean_log_prob, parity.bounds.max_log_prob, parity.bounds.cross_entropy
-    beyond = (
-        f"parity does not hold {parity_line(parity.as_dict())} (bounds: {mean:.0e} in the mean, {largest:.0e} at most, "
-        f"cross-entropy {cross_entropy:.0e})"
-    )
-    if not allow_drift:
-        raise CheckError(f"{beyond}; nothing was exported. --allow-drift exports it all the same")
-    log.warning("%s; exported all the same, and the manifest says so", beyond)
 
 
 def _split(texts: Sequence[str]) -> tuple[Sequence[str], Sequence[str]]:

@@ -1,5 +1,6 @@
 """Proof that an engine computes what the checkpoint does, on real text."""
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
@@ -10,9 +11,11 @@ from mlmkit.artifact import DYNAMIC_INT8
 from mlmkit.backends import Backend, Batch
 from mlmkit.batching import pad
 from mlmkit.corpus import tokenize
-from mlmkit.errors import UserError
+from mlmkit.errors import CheckError, UserError
 from mlmkit.masking import MaskRecipe, corrupt
 from mlmkit.tokenizer import Tokenizer
+
+log = logging.getLogger(__name__)
 
 TEXTS = 64
 ROWS = 8
@@ -83,6 +86,20 @@ def parity_line(report: Mapping[str, Any]) -> str:
         f"({report['cross_entropy_difference']:+.1e}); same best token {report['top_1_agreement']:.2%}, "
         f"of the best five {report['top_5_agreement']:.2%}"
     )
+
+
+def require_parity(parity: Parity, allow_drift: bool) -> None:
+    """Raise `CheckError` for differences beyond the bounds, unless the user wants the artifact all the same."""
+    if parity.passed:
+        return
+    mean, largest, cross_entropy = parity.bounds.mean_log_prob, parity.bounds.max_log_prob, parity.bounds.cross_entropy
+    beyond = (
+        f"parity does not hold {parity_line(parity.as_dict())} (bounds: {mean:.0e} in the mean, {largest:.0e} at most, "
+        f"cross-entropy {cross_entropy:.0e})"
+    )
+    if not allow_drift:
+        raise CheckError(f"{beyond}; nothing was exported. --allow-drift exports it all the same")
+    log.warning("%s; exported all the same, and the manifest says so", beyond)
 
 
 def check_parity(reference: Backend, engine: Backend, texts: Sequence[str], bounds: Bounds) -> Parity:

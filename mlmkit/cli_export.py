@@ -2,75 +2,133 @@
 
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import click
 
 from mlmkit.cli_options import json_option, overwrite_option, print_json
 from mlmkit.errors import UserError, require
 
-DOCUMENTS = 256  # of --text: half to fit a precision to, half to prove it on
+DOCUMENTS = 128  # of --text: half to fit a precision to, half to prove it on
+PRECISIONS, CALIBRATIONS = "fp32|fp16|bf16|int8|int8-dynamic", "percentile|entropy"
+
+
+def plan_options(command: Any) -> Any:
+    """What TensorRT plans hold."""
+    for option in reversed(
+        [
+            click.option("--trt", is_flag=True, help="Build TensorRT plans too, for this machine."),
+            click.option(
+                "--max-batch", type=click.IntRange(min=1), help="Rows that the plans take in one run. Default: 64."
+            ),
+            click.option("--max-seq", type=click.IntRange(min=1), help="Tokens a row, in a full batch. Default: 512."),
+            click.option(
+                "--max-masked", type=click.IntRange(min=1), help="Masked positions in one run. Default: 4096."
+            ),
+            click.option("--version-compatible", is_flag=True, help="Plans that later TensorRT versions run too."),
+            click.option("--hardware-compatible", is_flag=True, help="Plans that other GPUs run too, from Ampere on."),
+            click.option("--strip-weights", is_flag=True, help="Plans that take their weights from model.onnx."),
+        ]
+    ):
+        command = option(command)
+    return command
 
 
 @click.command()
 @click.argument("checkpoint")
 @click.option("--output", type=click.Path(path_type=Path), required=True, help="The artifact folder to write.")
-@click.option(
-    "--precision",
-    default="fp32",
-    show_default=True,
-    metavar="fp32|fp16|bf16|int8|int8-dynamic",
-    help="What it computes in.",
-)
-@click.option(
-    "--text", type=click.Path(), help="Prove parity, and fit int8, on this text file. Default: Python's docs."
-)
-@click.option(
-    "--calibration", default="percentile", show_default=True, metavar="percentile|entropy", help="How int8 is scaled."
-)
-@click.option(
-    "--allow-drift", is_flag=True, help="Export even what differs from the checkpoint by more than the bounds."
-)
+@click.option("--precision", metavar=PRECISIONS, help="What it computes in. Default: fp32.")
+@click.option("--text", type=click.Path(), help="Prove parity, and fit int8, on this text. Default: Python's docs.")
+@click.option("--calibration", metavar=CALIBRATIONS, help="How int8 is scaled. Default: percentile.")
+@click.option("--allow-drift", is_flag=True, help="Export even what differs from the checkpoint beyond the bounds.")
+@plan_options
+@click.option("--model-card", is_flag=True, help="Write a README.md for the hub.")
+@click.option("--result", "results", multiple=True, metavar="RESULT", help="An evaluation to show on it. Repeatable.")
 @overwrite_option
 @json_option
 def export(
     checkpoint: str,
     output: Path,
-    precision: str,
+    precision: str | None,
     text: str | None,
-    calibration: str,
+    calibration: str | None,
     allow_drift: bool,
+    trt: bool,
+    model_card: bool,
+    results: tuple[str, ...],
     overwrite: bool,
     as_json: bool,
+    **plan: Any,
 ) -> None:
     """Export CHECKPOINT to ONNX, proven equal to it.
 
-    The proof is made on real text: the same masked tokens through both.
+    The proof is made on real text: the same masked tokens through both. Nothing is written unless log-probabilities
+    agree: within 1e-4 in fp32, within what docs/export.md says in the other precisions.
 
-    Nothing is written unless the log-probabilities agree: within 1e-4 in fp32, within what docs/export.md says in the
-    others.
+    With --trt, CHECKPOINT may be an artifact: its plans are built without torch.
     """
-    require("train", "torch", "transformers", "onnx", "onnxscript", "safetensors")
-    from mlmkit.artifact import MANIFEST
+    from mlmkit.artifact import MANIFEST, is_artifact
     from mlmkit.documents import Source, read_documents
-    from mlmkit.export.export import export as run_export
-    from mlmkit.export.parity import parity_line
     from mlmkit.files import refuse_existing
 
+    from_artifact = is_artifact(Path(checkpoint))
+    chosen: dict[str, Any] = {name: value for name, value in plan.items() if value}
+    if from_artifact:
+        if not trt:
+            raise UserError(f"{checkpoint} is an artifact: name the checkpoint it came from, or add plans with --trt")
+        if precision or calibration or model_card or results:
+            raise UserError("an artifact keeps its precision and gets no card: only plans are built from it")
+    if chosen and not trt:
+        raise UserError(f"--{next(iter(chosen)).replace('_', '-')} is about TensorRT plans: say --trt too")
+    if calibration and precision != "int8":
+        raise UserError("--calibration is about --precision int8")
+    if results and not model_card:
+        raise UserError("--result is shown on the model card: say --model-card too")
     refuse_existing(output, MANIFEST if overwrite else "")
+    if trt:
+        require("trt", "tensorrt", "cuda")
+    if not from_artifact:
+        require("train", "torch", "transformers", "onnx", "onnxscript", "safetensors")
     texts = list(islice(read_documents(Source(text)), DOCUMENTS)) if text else []
     if text and not texts:
         raise UserError(f"{text}: no documents in it")
-    manifest = run_export(
-        checkpoint,
-        output,
-        precision=precision,
-        texts=texts,
-        calibration=calibration,
-        allow_drift=allow_drift,
-        overwrite=overwrite,
-    )
+    common: dict[str, Any] = {"texts": texts, "allow_drift": allow_drift, "overwrite": overwrite}
+    if trt:
+        from mlmkit.export.tensorrt import PlanOptions
+
+        common["plans"] = PlanOptions(**chosen)
+    if from_artifact:
+        from mlmkit.export.plans import add_plans
+
+        manifest = add_plans(Path(checkpoint), output, **common)
+    else:
+        from mlmkit.eval.stored import load_result
+        from mlmkit.export.export import export as run_export
+
+        manifest = run_export(
+            checkpoint,
+            output,
+            precision=precision or "fp32",
+            calibration=calibration or "percentile",
+            card=model_card,
+            results=[load_result(Path(folder)).result for folder in results],
+            **common,
+        )
     if as_json:
-        print_json({"artifact": str(output), "precision": manifest.precision, "parity": manifest.parity})
+        found = manifest.tensorrt.parity if manifest.tensorrt else None
+        print_json(
+            {
+                "artifact": str(output),
+                "precision": manifest.precision,
+                "parity": manifest.parity,
+                "drift_allowed": manifest.drift_allowed,
+                "tensorrt_parity": found,
+            }
+        )
         return
+    from mlmkit.export.parity import parity_line
+
     click.echo(f"parity {parity_line(manifest.parity)}")
+    if manifest.tensorrt:
+        click.echo(f"TensorRT's {parity_line(manifest.tensorrt.parity)}")
     click.echo(f"artifact: {output}")
