@@ -10,11 +10,9 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from mlmkit.artifact import read_manifest
-from mlmkit.backends import Batch, ModelInfo, Predicted, Scored
+from mlmkit.backends import Batch, Predicted, Scored, open_artifact
 from mlmkit.backends.graph import drop_outputs
 from mlmkit.errors import CheckError, UserError
-from mlmkit.tokenizer import Tokenizer
 
 TOP_OUTPUTS = {"top_log_prob", "top_id"}
 
@@ -25,26 +23,9 @@ class OnnxBackend:
     name = "onnx"
 
     def __init__(self, path: str, device: str = "auto") -> None:
-        folder = Path(path)
-        manifest = read_manifest(folder)
-        self.tokenizer = Tokenizer.from_folder(folder)
-        if self.tokenizer.vocabulary_size > manifest.vocabulary_size:
-            raise UserError(
-                f"{path}: the tokenizer has ids up to {self.tokenizer.vocabulary_size - 1} but the model's vocabulary "
-                f"has {manifest.vocabulary_size}: export the checkpoint again"
-            )
+        _, self.tokenizer, self.info = open_artifact(path)
         self.device = _pick_device(device)
-        self.info = ModelInfo(
-            path=path,
-            fingerprint=manifest.fingerprint,
-            architecture=manifest.architecture,
-            vocabulary_size=manifest.vocabulary_size,
-            max_length=manifest.max_length,
-            precision=manifest.precision,
-            top_k=manifest.top_k,
-            sees_padding=manifest.sees_padding,
-        )
-        self._graph = folder / "model.onnx"
+        self._graph = Path(path) / "model.onnx"
 
     def score(self, batch: Batch) -> Scored:
         """See `Backend`."""
