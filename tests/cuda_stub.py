@@ -76,7 +76,7 @@ class cudaStream_t:
     def __int__(self) -> int:
         return id(self)
 
-    def put(self, work: Callable[[], None]) -> None:
+    def _put(self, work: Callable[[], None]) -> None:
         (self.waiting if self.recording is None else self.recording).append(work)
 
 
@@ -157,7 +157,7 @@ def cudaMemcpyAsync(dst, src, count, kind, stream):
         check_memory(kinds[1], src, count)
         ctypes.memmove(dst, src, count)
 
-    stream_of(stream).put(work)
+    stream_of(stream)._put(work)
     return (OK,)
 
 

@@ -442,7 +442,7 @@ class IExecutionContext:
             finally:
                 self._running.release()
 
-        stream.put(work)
+        stream._put(work)
         return True
 
     def _compute(self, shapes: dict[str, tuple[int, ...]], addresses: dict[str, int]) -> None:
