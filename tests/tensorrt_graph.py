@@ -8,7 +8,7 @@ from onnx import TensorProto, numpy_helper
 
 TABLE = Path(__file__).with_name("data") / "tensorrt-operators.tsv"
 OPSETS = range(9, 25)
-TYPES = {
+TYPES: dict[int, str] = {
     TensorProto.FLOAT: "FP32",
     TensorProto.FLOAT16: "FP16",
     TensorProto.BFLOAT16: "BF16",

@@ -20,6 +20,7 @@ import onnx
 import onnxruntime as ort
 from cuda_stub import CUDA, MACHINE, Machine, check_alignment, check_memory, stream_of
 
+OURS = ("mlmkit.backends.cuda", "mlmkit.backends.contexts", "mlmkit.backends.tensorrt", "mlmkit.export.tensorrt")
 SESSIONS: dict[bytes, ort.InferenceSession] = {}
 
 
@@ -35,14 +36,15 @@ def install(monkeypatch: Any) -> Machine:
     sys.modules["tensorrt"].__version__ = MACHINE.version  # type: ignore[attr-defined]
     sys.modules["cuda"].bindings = sys.modules["cuda.bindings"]  # type: ignore[attr-defined]
     sys.modules["cuda.bindings"].runtime = sys.modules["cuda.bindings.runtime"]  # type: ignore[attr-defined]
-    for name in (
-        "mlmkit.backends.cuda",
-        "mlmkit.backends.contexts",
-        "mlmkit.backends.tensorrt",
-        "mlmkit.export.tensorrt",
-    ):
+    for name in OURS:
         monkeypatch.delitem(sys.modules, name, raising=False)
     return MACHINE
+
+
+def forget() -> None:
+    """Leave no module of mlmkit behind that holds the stand-ins."""
+    for name in OURS:
+        sys.modules.pop(name, None)
 
 
 def publish(module: types.ModuleType, names: list[Any]) -> None:

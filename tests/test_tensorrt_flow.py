@@ -10,7 +10,7 @@ import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -33,8 +33,9 @@ SMALL = {"max_batch": 4, "max_seq": 64, "max_masked": 16}
 
 
 @pytest.fixture
-def machine(monkeypatch) -> tensorrt_stub.Machine:
-    return tensorrt_stub.install(monkeypatch)
+def machine(monkeypatch) -> Iterator[tensorrt_stub.Machine]:
+    yield tensorrt_stub.install(monkeypatch)
+    tensorrt_stub.forget()
 
 
 @pytest.fixture
