@@ -126,7 +126,7 @@ def _check_options(manifest: Manifest, options: PlanOptions) -> None:
     if manifest.precision == DYNAMIC_INT8:
         raise UserError("TensorRT has no dynamic int8: export with --precision int8, fp16 or bf16")
     if options.strip_weights and options.version_compatible:
-        raise UserError("a version-compatible plan cannot take its weights later: choose one of the two")
+        raise UserError("a version-compatible plan without weights is not supported: choose one of the two")
 
 
 def _build(
