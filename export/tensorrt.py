@@ -8,6 +8,8 @@ import json
 import logging
 import threading
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,9 +45,9 @@ TYPE_NAMES = {
 
 @dataclass(frozen=True)
 class PlanOptions:
-    """What the plans must hold: at most `max_batch` rows of `max_seq` tokens and `max_masked` positions in one run.
+    """What one run may hold: at most `max_batch` rows of at most `max_seq` tokens, and `max_masked` positions.
 
-    Larger batches are split when they run, longer rows are not. `max_seq` is cut to what the model takes.
+    Larger batches are split when they run. Rows longer than `max_seq`, up to what the model takes, run one by one.
     `version_compatible` plans also run on later TensorRT versions, `hardware_compatible` ones on Ampere and every later
     GPU, both more slowly. With `strip_weights` the plans hold none and take them from `model.onnx` when loaded.
     `timing_cache` is a file, read and written; by default one for each TensorRT version and GPU in mlmkit's cache.
@@ -94,14 +96,22 @@ def build_plans(folder: Path, manifest: Manifest, options: PlanOptions | None = 
 
 
 def make_profiles(options: PlanOptions, max_length: int) -> list[Profile]:
-    """One profile for few short texts and one for full batches; the second is the largest. Sizes not measured yet."""
+    """One for few short texts, one for full batches and, if the model takes longer rows than those, one for such a row.
+
+    A profile's memory is that of its largest batch times its longest row, so that many rows and long ones must not
+    share one. What they are tuned for has not been measured yet.
+    """
     batch, seq, masked = options.max_batch, min(options.max_seq, max_length), options.max_masked
     usual_rows, usual_length = -(-batch // 2), min(128, seq)
-    usual_masked = max(usual_rows * usual_length * 15 // 100, 1)  # mask-v1's default share
-    return [
+    usual_masked = min(max(usual_rows * usual_length * 15 // 100, 1), masked)  # mask-v1's default share
+    profiles = [
         Profile("latency", (1, 1, min(4, batch)), (1, min(32, seq), seq), (1, min(4, masked), min(64, masked))),
-        Profile("throughput", (1, usual_rows, batch), (1, usual_length, seq), (1, min(usual_masked, masked), masked)),
+        Profile("throughput", (1, usual_rows, batch), (1, usual_length, seq), (1, usual_masked, masked)),
     ]
+    if seq < max_length:
+        usual_masked = min(max(max_length * 15 // 100, 1), masked)
+        profiles.append(Profile("long", (1, 1, 1), (1, max_length, max_length), (1, usual_masked, masked)))
+    return profiles
 
 
 def count_types(information: dict[str, Any]) -> dict[str, int]:
@@ -257,18 +267,25 @@ class _Monitor(trt.IProgressMonitor):
         self.interrupted = False
 
     def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
-        with self._lock:
+        with self._guard():
             description = f"  {phase_name}" if parent_phase else phase_name
             self._tasks[phase_name] = self._bars.add_task(description, total=num_steps)
 
     def phase_finish(self, phase_name: str) -> None:
-        with self._lock:
-            self._bars.remove_task(self._tasks.pop(phase_name))
+        with self._guard():
+            if phase_name in self._tasks:
+                self._bars.remove_task(self._tasks.pop(phase_name))
 
     def step_complete(self, phase_name: str, step: int) -> bool:
+        with self._guard():
+            if phase_name in self._tasks:
+                self._bars.update(self._tasks[phase_name], completed=step + 1)
+        return not self.interrupted
+
+    @contextmanager
+    def _guard(self) -> Iterator[None]:
         try:
             with self._lock:
-                self._bars.update(self._tasks[phase_name], completed=step + 1)
+                yield
         except KeyboardInterrupt:
             self.interrupted = True
-        return not self.interrupted

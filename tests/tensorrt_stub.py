@@ -294,6 +294,8 @@ class Builder:
             if all(monitor.step_complete("Timing", step) for step in range(3)):
                 monitor.step_complete("Building", 0)
             monitor.phase_finish("Timing")
+            monitor.step_complete("Timing", 3)  # late calls must do no harm: an exception would end the process
+            monitor.phase_finish("Timing")
             monitor.phase_finish("Building")
 
         thread = threading.Thread(target=phases)

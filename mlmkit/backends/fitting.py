@@ -50,12 +50,18 @@ def split(batch: Batch, largest: Profile) -> Iterator[tuple[NDArray[np.int64], B
         begin += len(part)
 
 
+def widest(profiles: Sequence[Profile], seq: int) -> Profile:
+    """The profile to split to: of those that hold rows of this length, the one with the most rows."""
+    return max((profile for profile in profiles if profile.seq[2] >= seq), key=lambda profile: profile.batch[2])
+
+
 def choose(profiles: Sequence[Profile], shape: Shape) -> int:
-    """The index of the first profile that holds the shape (padded where it is too small); the last holds the most."""
-    for index, profile in enumerate(profiles[:-1]):
-        if all(size <= getattr(profile, axis)[2] for axis, size in shape._asdict().items()):
-            return index
-    return len(profiles) - 1
+    """The index of the first profile that holds the shape, padded where it is too small."""
+    return next(
+        index
+        for index, profile in enumerate(profiles)
+        if all(size <= getattr(profile, axis)[2] for axis, size in shape._asdict().items())
+    )
 
 
 def fitted(shape: Shape, profile: Profile, *, bucketed: bool, keep_seq: bool) -> Shape:

@@ -21,7 +21,7 @@ from mlmkit.artifact import GRAPH, PLAN, SCORING_PLAN, Manifest, TensorRT
 from mlmkit.backends import Batch, Predicted, Scored, open_artifact
 from mlmkit.backends.contexts import Lane, Lanes
 from mlmkit.backends.cuda import find_gpu
-from mlmkit.backends.fitting import choose, fitted, pad, shape_of, split
+from mlmkit.backends.fitting import choose, fitted, pad, shape_of, split, widest
 from mlmkit.errors import CheckError, UserError
 
 log = logging.getLogger(__name__)
@@ -53,9 +53,9 @@ class Logger(trt.ILogger):
         """The last error in one line, and none of them again."""
         errors = list(self._errors)
         self._errors.clear()
-        if any("out of memory" in error.lower() or "outofmemory" in error.lower() for error in errors):
-            return "the GPU is out of memory"
-        return " ".join(errors[-1].split()) if errors else "TensorRT gives no reason"
+        last = " ".join(errors[-1].split()) if errors else "TensorRT gives no reason"
+        starved = any("out of memory" in error.lower() or "outofmemory" in error.lower() for error in errors)
+        return f"the GPU is out of memory ({last})" if starved else last
 
 
 def obstacle(built: TensorRT) -> str | None:
@@ -93,8 +93,8 @@ class TensorRTBackend:
     """Two plans of one model, each loaded when first needed: scoring, without the top-k, and prediction.
 
     Shapes that no profile holds are split or padded here. Up to `contexts` threads run at once on each profile. With
-    `cuda_graphs`, shapes are padded to buckets on every profile but the largest, whose runs are long enough to hide
-    their launches, and each shape is recorded once and then started by one call.
+    `cuda_graphs`, shapes are padded to buckets on the first profile, that of small batches, and each is recorded once
+    and then started by one call; larger runs are long enough to hide their launches.
     Raises `UserError` when the artifact has no plan that may run here.
     """
 
@@ -110,7 +110,7 @@ class TensorRTBackend:
             raise UserError(f"{path}: {reason}")
         if (gpu := find_gpu().name) != built.gpu and not built.hardware_compatible:
             log.warning("the plan was built on %s and this is %s: it may be slower than one built here", built.gpu, gpu)
-        self.info = replace(info, max_length=min(info.max_length, built.profiles[-1].seq[2]))
+        self.info = replace(info, max_length=min(info.max_length, max(p.seq[2] for p in built.profiles)))
         if info.sees_padding and any(profile.seq[0] > 1 for profile in built.profiles):
             raise UserError(f"{path}: padding changes this model's scores, and its plan would need it: {AGAIN}")
         self.profiles, self.contexts, self.cuda_graphs = built.profiles, contexts, cuda_graphs
@@ -130,7 +130,7 @@ class TensorRTBackend:
 
     def records(self, profile: int) -> bool:
         """Whether runs on this profile are recorded as CUDA graphs."""
-        return self.cuda_graphs and profile < len(self.profiles) - 1
+        return self.cuda_graphs and profile == 0 and len(self.profiles) > 1
 
     def _run(self, plan: str, outputs: dict[str, Any], batch: Batch) -> dict[str, NDArray[Any]]:
         self._refuse(batch)
@@ -141,7 +141,7 @@ class TensorRTBackend:
         }
         if masked:
             engine = self._engine(plan, list(outputs))
-            for index, part in split(batch, self.profiles[-1]):
+            for index, part in split(batch, widest(self.profiles, batch.input_ids.shape[1])):
                 for name, values in self._run_part(engine, part).items():
                     results[name][index] = values
         return results
@@ -170,10 +170,7 @@ class TensorRTBackend:
             if values.size and not 0 <= values.min() <= values.max() < limit:
                 raise CheckError(f"{self.info.path}: {name} has a value outside 0 to {limit - 1}")
         if seq > self.info.max_length:
-            raise CheckError(
-                f"{self.info.path}: the plan takes {self.info.max_length} tokens and this batch has {seq}: "
-                "build it with a larger --max-seq, if the model takes so many"
-            )
+            raise CheckError(f"{self.info.path} takes {self.info.max_length} tokens and this batch has rows of {seq}")
 
     def _engine(self, plan: str, outputs: list[str]) -> "_Engine":
         with self._lock:
