@@ -12,8 +12,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 WHEELS = {
     "tensorrt-11": "tensorrt_cu13_bindings==11.*",
     "tensorrt-10": "tensorrt_cu12_bindings==10.13.*",
@@ -35,8 +33,12 @@ SYMBOLS = (
 )
 
 
+class UnavailableError(Exception):
+    """The bindings cannot be had here."""
+
+
 def describe(name: str, cache: Path) -> dict[str, Any]:
-    """What the bindings of `WHEELS[name]` hold, as describe_bindings.py prints it. Skips where they cannot be had."""
+    """What the bindings of `WHEELS[name]` hold, as describe_bindings.py prints it. Raises `UnavailableError`."""
     folder = cache / name
     install(WHEELS[name], folder)
     paths, module = [folder], "cuda.bindings.runtime"
@@ -60,10 +62,11 @@ def install(wheel: str, folder: Path) -> None:
     if (folder / "installed").exists():
         return
     shutil.rmtree(folder, ignore_errors=True)
-    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(folder), wheel]
+    options = ["--quiet", "--no-deps", "--disable-pip-version-check", "--retries", "1", "--target", str(folder)]
+    command = [sys.executable, "-m", "pip", "install", *options, wheel]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        pytest.skip(f"pip cannot install {wheel}: {done.stderr.strip().splitlines()[-1]}")
+        raise UnavailableError(f"pip cannot install {wheel}: {done.stderr.strip().splitlines()[-1]}")
     (folder / "installed").touch()
 
 
@@ -71,7 +74,7 @@ def compile_libraries(folder: Path, version: str) -> Path:
     """Libraries that have the symbols and do nothing."""
     compiler = shutil.which("gcc") or shutil.which("cc")
     if compiler is None:
-        pytest.skip("no C compiler to make the libraries that the bindings want")
+        raise UnavailableError("no C compiler to make the libraries that the bindings want")
     libraries = folder / "libraries"
     libraries.mkdir(exist_ok=True)
     source = libraries / "empty.c"

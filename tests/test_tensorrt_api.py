@@ -30,12 +30,18 @@ PAIRS = list(product(("tensorrt-11", "tensorrt-10"), ("cuda-13", "cuda-12")))
 
 @pytest.fixture(scope="session")
 def api(request: pytest.FixtureRequest) -> Any:
-    described: dict[str, Any] = {}
+    described: dict[str, dict[str, Any] | str] = {}
 
     def get(name: str) -> dict[str, Any]:
         if name not in described:
-            described[name] = bindings.describe(name, Path(request.config.cache.mkdir("bindings")))
-        return described[name]
+            try:
+                described[name] = bindings.describe(name, Path(request.config.cache.mkdir("bindings")))
+            except bindings.UnavailableError as error:
+                described[name] = str(error)
+        found = described[name]
+        if isinstance(found, str):
+            pytest.skip(found)
+        return found
 
     return get
 

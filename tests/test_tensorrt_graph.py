@@ -11,6 +11,7 @@ from tensorrt_graph import LARGEST_K, load_table, problems
 
 from mlmkit.backends.graph import drop_outputs
 
+HALVES = ("float16", "bfloat16")
 OTHERS = ("deberta-v2", "mpnet")
 
 
@@ -21,16 +22,17 @@ def test_graphs_of_artifacts(kind, artifact):
     assert problems(onnx.load_from_string(drop_outputs(path.read_bytes(), {"top_log_prob", "top_id"}))) == []
 
 
-@pytest.mark.parametrize("name", OTHERS)
-def test_graphs_of_other_architectures(name, tmp_path):
+@pytest.mark.parametrize(("name", "dtype"), [*((name, "float32") for name in OTHERS), *(("bert", t) for t in HALVES)])
+def test_graphs_of_other_architectures_and_types(name, dtype, tmp_path):
+    import torch
     from test_model import CONFIGS
     from transformers import AutoModelForMaskedLM
 
     from mlmkit.export.onnx import write_onnx
     from mlmkit.model import MaskedLM
 
-    model = MaskedLM(AutoModelForMaskedLM.from_config(CONFIGS[name]()).eval())
-    model.top_k = 100
+    network = AutoModelForMaskedLM.from_config(CONFIGS[name]()).eval().to(getattr(torch, dtype))
+    model = MaskedLM(network, top_k=100)
     write_onnx(model, tmp_path / "model.onnx")
     assert problems(onnx.load(tmp_path / "model.onnx")) == []
 
