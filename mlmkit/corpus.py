@@ -5,7 +5,6 @@ together.
 """
 
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -19,7 +18,7 @@ from numpy.typing import NDArray
 
 from mlmkit.documents import HUB, Source, existing_file, load_hub, read_texts
 from mlmkit.errors import UserError
-from mlmkit.files import file_sha256
+from mlmkit.files import cache_root, file_sha256
 from mlmkit.masking import document_key
 from mlmkit.tokenizer import Tokenizer
 
@@ -154,8 +153,7 @@ def cache_folder(source: Source, tokenizer: Tokenizer) -> Path:
         content = file_sha256(path)
     options = asdict(source) | {"location": Path(source.location).suffix, "content": content}
     identity = json.dumps([CACHE_FORMAT, options, tokenizer.fingerprint], sort_keys=True)
-    root = Path(os.environ.get("MLMKIT_CACHE") or Path.home() / ".cache" / "mlmkit")
-    return root / "tokens" / sha256(identity.encode()).hexdigest()[:32]
+    return cache_root() / "tokens" / sha256(identity.encode()).hexdigest()[:32]
 
 
 def is_cached(folder: Path) -> bool:

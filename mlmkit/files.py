@@ -55,6 +55,11 @@ def refuse_existing(path: Path, replaces: str = "") -> None:
     raise UserError(f"{path} exists: choose another --output, or replace it with --overwrite")
 
 
+def cache_root() -> Path:
+    """Where mlmkit keeps what it can make again: `$MLMKIT_CACHE`, by default `~/.cache/mlmkit`."""
+    return Path(os.environ.get("MLMKIT_CACHE") or Path.home() / ".cache" / "mlmkit")
+
+
 def file_sha256(path: Path) -> str:
     """SHA-256 of a file's bytes, hexadecimal."""
     with path.open("rb") as file:

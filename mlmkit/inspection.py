@@ -1,9 +1,6 @@
 """What an artifact is, whether it is still what was exported, and what this machine can run of it."""
 
-import ctypes
-import re
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 
 from mlmkit.artifact import (
@@ -11,19 +8,16 @@ from mlmkit.artifact import (
     GRAPH,
     MANIFEST,
     NEEDED,
-    PLAN,
     STATES,
     Manifest,
-    TensorRT,
     check_files,
     is_artifact,
     parse_manifest,
     read_tokenizer,
 )
+from mlmkit.backends import tensorrt_obstacle
 from mlmkit.backends.graph import Graph, graph_problems, read_graph
 from mlmkit.errors import UserError
-
-COMPUTE_CAPABILITY = (75, 76)  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR
 
 
 @dataclass(frozen=True)
@@ -83,49 +77,6 @@ def _engines(manifest: Manifest, *, damaged: bool) -> list[Engine]:
     reasons = {
         ("onnx", "cpu"): NO_BF16 if manifest.precision == "bf16" else "",
         ("onnx", "cuda"): why_no_cuda(),
-        ("tensorrt", "cuda"): _why_no_tensorrt(manifest),
+        ("tensorrt", "cuda"): tensorrt_obstacle(manifest) or "",
     }
     return [Engine(*where, "the artifact is damaged" if damaged else reason) for where, reason in reasons.items()]
-
-
-def _why_no_tensorrt(manifest: Manifest) -> str:
-    built = manifest.tensorrt
-    if built is None or PLAN not in manifest.files:
-        return "the artifact holds no plan: mlmkit export CHECKPOINT --trt"
-    if find_spec("tensorrt") is None:
-        return "no tensorrt: pip install 'mlmkit[trt]'"
-    from tensorrt import __version__ as version  # pyright: ignore[reportMissingImports]
-
-    found = _compute_capability()
-    if not _runs_on_version(built, version):
-        return f"the plan is for TensorRT {built.version}, here is {version}: export the checkpoint again here"
-    if not found:
-        return "no CUDA driver that finds a GPU"
-    if found != built.compute_capability and not built.hardware_compatible:
-        return f"the plan is for compute capability {built.compute_capability}, here is {found}: export again here"
-    return ""
-
-
-def _runs_on_version(built: TensorRT, version: str) -> bool:
-    return version == built.version or (built.version_compatible and _numbers(version) >= _numbers(built.version))
-
-
-def _numbers(version: str) -> list[int]:
-    return [int(part) for part in re.findall(r"\d+", version)]
-
-
-def _compute_capability() -> str:
-    """That of the first GPU, such as "9.0"; empty without one."""
-    try:
-        driver = ctypes.CDLL("libcuda.so.1")
-    except OSError:
-        return ""
-    value = ctypes.c_int()
-    if driver.cuInit(0) != 0:
-        return ""
-    parts = []
-    for attribute in COMPUTE_CAPABILITY:
-        if driver.cuDeviceGetAttribute(ctypes.byref(value), attribute, 0) != 0:
-            return ""
-        parts.append(str(value.value))
-    return ".".join(parts)

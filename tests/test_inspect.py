@@ -38,7 +38,7 @@ def test_a_sound_artifact_is_shown(capsys, artifact):
     assert "e-0" in lines["max log-probability difference"]
     assert lines["model.onnx"].endswith(" ok")
     assert lines["onnx on cpu"].endswith(" yes")
-    assert "the artifact holds no plan" in lines["tensorrt on cuda"]
+    assert "the artifact has no TensorRT plan" in lines["tensorrt on cuda"]
     assert lines["none"]
 
 
@@ -125,33 +125,6 @@ def test_plans_are_shown_with_what_keeps_them_from_running(capsys, copy):
     assert "hardware compatible" in out
     code, out, _ = run(capsys, "inspect", copy, "--json")
     assert json.loads(out)["manifest"]["tensorrt"] == json.loads(json.dumps(asdict(PLANS)))
-
-
-@pytest.mark.parametrize(
-    ("version", "capability", "changes", "reason"),
-    [
-        ("11.4.0", "9.0", {}, ""),
-        ("11.5.0", "9.0", {}, "is for TensorRT 11.4.0, here is 11.5.0"),
-        ("11.5.0", "9.0", {"version_compatible": True}, ""),
-        ("11.3.9", "9.0", {"version_compatible": True}, "is for TensorRT 11.4.0"),
-        ("11.4.0", "", {}, "no CUDA driver"),
-        ("11.4.0", "8.0", {}, ""),
-        ("11.4.0", "8.0", {"hardware_compatible": False}, "is for compute capability 9.0, here is 8.0"),
-    ],
-)
-def test_a_plan_runs_where_it_was_built_for(copy, tmp_path, monkeypatch, version, capability, changes, reason):
-    """The module is a stand-in: what is asked of it here is its version alone."""
-    (tmp_path / "tensorrt.py").write_text(f"__version__ = {version!r}\n")
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.delitem(__import__("sys").modules, "tensorrt", raising=False)
-    monkeypatch.setattr("mlmkit.inspection._compute_capability", lambda: capability)
-    (copy / "model.plan").write_bytes(b"machine code")
-    plans = replace(PLANS, **changes)
-    write_manifest(copy, replace(read_manifest(copy), tensorrt=plans, files=hash_files(copy)))
-    found = inspect(copy).engines[-1]
-    assert found.backend == "tensorrt"
-    assert reason in found.reason
-    assert bool(reason) == bool(found.reason)
 
 
 def test_bf16_is_not_for_the_cpu(copy):

@@ -1,8 +1,9 @@
-"""What runs a model: torch or ONNX Runtime behind one small protocol. `load` picks.
+"""What runs a model: torch, ONNX Runtime or TensorRT behind one small protocol. `load` picks.
 
 Heavy imports happen in the module that is picked: running an artifact imports neither torch nor transformers.
 """
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -10,11 +11,13 @@ from typing import NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from mlmkit.artifact import DYNAMIC_INT8, is_artifact
+from mlmkit.artifact import DYNAMIC_INT8, Manifest, is_artifact, parse_manifest, read_manifest, read_tokenizer
 from mlmkit.errors import UserError, require
 from mlmkit.tokenizer import Tokenizer
 
-BACKENDS = ("auto", "torch", "onnx")
+log = logging.getLogger(__name__)
+
+BACKENDS = ("auto", "torch", "onnx", "tensorrt")
 DEVICES = ("auto", "cpu", "cuda")
 
 
@@ -95,8 +98,41 @@ def capacity(backend: Backend) -> int:
     return room
 
 
+def open_artifact(path: str) -> tuple[Manifest, Tokenizer, ModelInfo]:
+    """An artifact's manifest with every file checked, its tokenizer, and what they say of the model.
+
+    Raises `UserError` when a file has changed or the tokenizer does not fit the model.
+    """
+    manifest = read_manifest(Path(path))
+    tokenizer = read_tokenizer(Path(path), manifest)
+    info = ModelInfo(
+        path=path,
+        fingerprint=manifest.fingerprint,
+        architecture=manifest.architecture,
+        vocabulary_size=manifest.vocabulary_size,
+        max_length=manifest.max_length,
+        precision=manifest.precision,
+        top_k=manifest.top_k,
+        sees_padding=manifest.sees_padding,
+    )
+    return manifest, tokenizer, info
+
+
+def tensorrt_obstacle(manifest: Manifest) -> str | None:
+    """Why this machine cannot run the artifact's TensorRT plans, or None if it can."""
+    if manifest.tensorrt is None:
+        return "the artifact has no TensorRT plan: mlmkit export --trt builds one"
+    try:
+        from mlmkit.backends.tensorrt import obstacle
+    except (ImportError, OSError) as error:  # OSError: a library that the bindings want
+        return f"TensorRT cannot be imported ({error}): pip install 'mlmkit[trt]'"
+    return obstacle(manifest.tensorrt)
+
+
 def load(path: str, backend: str = "auto", device: str = "auto") -> Backend:
-    """A checkpoint folder or hub name with torch, an artifact with ONNX Runtime.
+    """A checkpoint folder or hub name with torch; an artifact with TensorRT if it can be, else with ONNX Runtime.
+
+    A version-compatible plan brings host code, so it runs only where TensorRT is asked for by name.
 
     Raises `UserError` when `path` is neither, or cannot be run with what was asked for.
     """
@@ -107,10 +143,14 @@ def load(path: str, backend: str = "auto", device: str = "auto") -> Backend:
     if is_artifact(Path(path)):
         if backend == "torch":
             raise UserError(f"{path} is an artifact, which torch cannot run: name the checkpoint it came from")
+        if _picks_tensorrt(path, backend, device):
+            from mlmkit.backends.tensorrt import TensorRTBackend
+
+            return TensorRTBackend(path)
         from mlmkit.backends.onnx import OnnxBackend
 
         return OnnxBackend(path, device)
-    if backend == "onnx":
+    if backend in ("onnx", "tensorrt"):
         raise UserError(f"{path} is no artifact: export it first (mlmkit export {path} --output ARTIFACT)")
     if not Path(path).exists() and (path.startswith((".", "/", "~")) or path.count("/") > 1):
         raise UserError(f"{path}: no such folder")
@@ -118,3 +158,19 @@ def load(path: str, backend: str = "auto", device: str = "auto") -> Backend:
     from mlmkit.backends.torch import TorchBackend
 
     return TorchBackend(path, device)
+
+
+def _picks_tensorrt(path: str, backend: str, device: str) -> bool:
+    if backend == "tensorrt":
+        if device == "cpu":
+            raise UserError("TensorRT runs on CUDA only: use --backend onnx for the CPU")
+        if reason := tensorrt_obstacle(parse_manifest(Path(path))):
+            raise UserError(f"{path}: {reason}")
+        return True
+    manifest = parse_manifest(Path(path))
+    if backend != "auto" or device == "cpu" or manifest.tensorrt is None or manifest.tensorrt.version_compatible:
+        return False
+    reason = tensorrt_obstacle(manifest)
+    if reason:
+        log.info("not using the TensorRT plan of %s: %s", path, reason)
+    return reason is None

@@ -10,8 +10,8 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from mlmkit.artifact import AGAIN, GRAPH, read_manifest, read_tokenizer
-from mlmkit.backends import Batch, ModelInfo, Predicted, Scored
+from mlmkit.artifact import AGAIN, GRAPH
+from mlmkit.backends import Batch, Predicted, Scored, open_artifact
 from mlmkit.backends.graph import drop_outputs, graph_problems, read_graph
 from mlmkit.errors import CheckError, UserError
 
@@ -25,10 +25,8 @@ class OnnxBackend:
     name = "onnx"
 
     def __init__(self, path: str, device: str = "auto") -> None:
-        folder = Path(path)
-        manifest = read_manifest(folder)
-        self.tokenizer = read_tokenizer(folder, manifest)
-        self._graph = folder / GRAPH
+        manifest, self.tokenizer, self.info = open_artifact(path)
+        self._graph = Path(path) / GRAPH
         try:
             problems = graph_problems(read_graph(self._graph.read_bytes()), manifest)
         except ValueError as error:
@@ -38,16 +36,6 @@ class OnnxBackend:
         self.device = _pick_device(device)
         if manifest.precision == "bf16" and self.device == "cpu":
             raise UserError(f"{path}: ONNX Runtime cannot run it: {NO_BF16}")
-        self.info = ModelInfo(
-            path=path,
-            fingerprint=manifest.fingerprint,
-            architecture=manifest.architecture,
-            vocabulary_size=manifest.vocabulary_size,
-            max_length=manifest.max_length,
-            precision=manifest.precision,
-            top_k=manifest.top_k,
-            sees_padding=manifest.sees_padding,
-        )
         # It would merge the quantizers that query, key and value have each, and a product whose input others read does
         # not become an int8 kernel: 6 of 13 in a BERT of two layers.
         self._without = ["CommonSubexpressionElimination"] if manifest.precision == "int8" else []

@@ -1,0 +1,291 @@
+"""An artifact's graph → TensorRT plans, on the machine that will run them. Needs neither torch nor transformers.
+
+The network is strongly typed: every layer computes in the type that the graph says, and TensorRT chooses none. That is
+the only kind that TensorRT 11 has.
+"""
+
+import json
+import logging
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tensorrt as trt  # pyright: ignore[reportMissingModuleSource]
+from rich.progress import Progress, TaskID
+
+from mlmkit.artifact import DYNAMIC_INT8, GRAPH, PLAN, SCORING_PLAN, Manifest, Profile, TensorRT
+from mlmkit.backends.cuda import Gpu, find_gpu
+from mlmkit.backends.tensorrt import CANDIDATES, Logger, create_runtime
+from mlmkit.errors import UserError
+from mlmkit.files import cache_root
+from mlmkit.progress import progress
+
+log = logging.getLogger(__name__)
+
+LAYERS = "layers.json"
+# What the engine inspector calls the types, in lower case: "Half", "Row major linear FP16 format", "Float", ...
+TYPE_NAMES = {
+    "bfloat16": "bf16",
+    "bf16": "bf16",
+    "half": "fp16",
+    "fp16": "fp16",
+    "float": "fp32",
+    "fp32": "fp32",
+    "fp8": "fp8",
+    "int8": "int8",
+    "int32": "int32",
+    "int64": "int64",
+    "bool": "bool",
+}
+
+
+@dataclass(frozen=True)
+class PlanOptions:
+    """What one run may hold: at most `max_batch` rows of at most `max_seq` tokens, and `max_masked` positions.
+
+    Larger batches are split when they run. Rows longer than `max_seq`, up to what the model takes, run one by one.
+    `version_compatible` plans also run on later TensorRT versions, `hardware_compatible` ones on Ampere and every later
+    GPU, both more slowly. With `strip_weights` the plans hold none and take them from `model.onnx` when loaded.
+    `timing_cache` is a file, read and written; by default one for each TensorRT version and GPU in mlmkit's cache.
+    """
+
+    max_batch: int = 64
+    max_seq: int = 512
+    max_masked: int = 4096
+    version_compatible: bool = False
+    hardware_compatible: bool = False
+    strip_weights: bool = False
+    timing_cache: Path | None = None
+
+
+def build_plans(folder: Path, manifest: Manifest, options: PlanOptions | None = None) -> TensorRT:
+    """Build `model.plan`, with all outputs, and `scoring.plan`, without the candidates, from the folder's `model.onnx`.
+
+    Writes both and `layers.json`, what each layer of them computes in, into the folder, and returns what the manifest
+    is to say, without parity. The caller hashes the files, checks parity and writes the manifest.
+    Raises `UserError` for options that do not fit, where no GPU answers, for a graph that TensorRT does not take, a
+    build that fails and a GPU that is too small.
+    """
+    options = options or PlanOptions()
+    _check_options(manifest, options)
+    gpu = find_gpu()
+    profiles = make_profiles(options, manifest.max_length)
+    logger = Logger()
+    layers = {}
+    for name, dropped in ((PLAN, set()), (SCORING_PLAN, set(CANDIDATES))):
+        log.info("building %s with TensorRT %s for %s: minutes", name, trt.__version__, gpu.name)
+        plan = _build(folder / GRAPH, dropped, profiles, options, gpu, logger)
+        layers[name] = _inspect(plan, name, options, logger)
+        (folder / name).write_bytes(plan)
+    (folder / LAYERS).write_text(json.dumps(layers, indent=1) + "\n", encoding="utf-8")
+    return TensorRT(
+        version=trt.__version__,
+        compute_capability=gpu.compute_capability,
+        gpu=gpu.name,
+        version_compatible=options.version_compatible,
+        hardware_compatible=options.hardware_compatible,
+        weights_stripped=options.strip_weights,
+        profiles=profiles,
+        layers=count_types(layers[PLAN]),
+        parity={},
+    )
+
+
+def make_profiles(options: PlanOptions, max_length: int) -> list[Profile]:
+    """One for few short texts, one for full batches and, if the model takes longer rows than those, one for such a row.
+
+    A profile's memory is that of its largest batch times its longest row, so that many rows and long ones must not
+    share one. What they are tuned for has not been measured yet.
+    """
+    batch, seq, masked = options.max_batch, min(options.max_seq, max_length), options.max_masked
+    usual_rows, usual_length = -(-batch // 2), min(128, seq)
+    usual_masked = min(max(usual_rows * usual_length * 15 // 100, 1), masked)  # mask-v1's default share
+    profiles = [
+        Profile("latency", (1, 1, min(4, batch)), (1, min(32, seq), seq), (1, min(4, masked), min(64, masked))),
+        Profile("throughput", (1, usual_rows, batch), (1, usual_length, seq), (1, usual_masked, masked)),
+    ]
+    if seq < max_length:
+        usual_masked = min(max(max_length * 15 // 100, 1), masked)
+        profiles.append(Profile("long", (1, 1, 1), (1, max_length, max_length), (1, usual_masked, masked)))
+    return profiles
+
+
+def count_types(information: dict[str, Any]) -> dict[str, int]:
+    """How many layers write each type, from the engine inspector's account. Layers that write nothing are left out."""
+    counts = Counter()
+    for layer in information.get("Layers", []):
+        outputs = layer.get("Outputs", []) if isinstance(layer, dict) else []
+        for written in {_type_name(str(output.get("Format/Datatype", ""))) for output in outputs}:
+            counts[written] += 1
+    return dict(sorted(counts.items()))
+
+
+def _type_name(described: str) -> str:
+    lowered = described.lower()
+    return next((short for name, short in TYPE_NAMES.items() if name in lowered), described or "unknown")
+
+
+def _check_options(manifest: Manifest, options: PlanOptions) -> None:
+    for name in ("max_batch", "max_seq", "max_masked"):
+        if getattr(options, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} must be at least 1")
+    if manifest.precision == DYNAMIC_INT8:
+        raise UserError("TensorRT has no dynamic int8: export with --precision int8, fp16 or bf16")
+    if options.strip_weights and options.version_compatible:
+        raise UserError("a version-compatible plan without weights is not supported: choose one of the two")
+
+
+def _build(
+    graph: Path, dropped: set[str], profiles: list[Profile], options: PlanOptions, gpu: Gpu, logger: Logger
+) -> trt.IHostMemory:
+    try:
+        builder = trt.Builder(logger)
+    except TypeError:  # how the bindings say that the library made none
+        raise UserError(f"TensorRT cannot start here: {logger.reason()}") from None
+    # In TensorRT 11 the flag does nothing and every network is so.
+    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    parser = trt.OnnxParser(network, logger)  # it owns the weights, so it must live until the plan is built
+    if not parser.parse_from_file(str(graph)):
+        raise UserError(f"{graph}: {_parser_errors(parser)}")
+    for output in [network.get_output(index) for index in range(network.num_outputs)]:
+        if output.name in dropped:
+            network.unmark_output(output)  # the layers that only it needed are removed as dead
+    config = builder.create_builder_config()
+    _configure(config, options)
+    for wanted in profiles:
+        _add_profile(builder, network, config, wanted)
+    cache_file = options.timing_cache or _cache_file(gpu)
+    _load_timing_cache(config, cache_file)
+    with progress() as bars:
+        monitor = _Monitor(bars)
+        config.progress_monitor = monitor
+        plan: trt.IHostMemory = builder.build_serialized_network(network, config)
+    if monitor.interrupted:
+        raise KeyboardInterrupt
+    if plan is None:
+        raise UserError(
+            f"{graph}: TensorRT cannot build the plan: {logger.reason()}: a smaller --max-batch, --max-seq or "
+            "--max-masked needs less memory"
+        )
+    _save_timing_cache(config, cache_file)
+    return plan
+
+
+def _parser_errors(parser: trt.OnnxParser) -> str:
+    if not parser.num_errors:
+        return "TensorRT cannot parse it and gives no reason"
+    error: trt.ParserError = parser.get_error(0)
+    more = f" (and {parser.num_errors - 1} more)" if parser.num_errors > 1 else ""
+    place = (
+        f"does not take node {error.node_name()!r} ({error.node_operator()})"
+        if error.node_name()
+        else "cannot parse it"
+    )
+    return f"TensorRT {place}: {' '.join(error.desc().split())}{more}"
+
+
+def _configure(config: trt.IBuilderConfig, options: PlanOptions) -> None:
+    config.clear_flag(trt.BuilderFlag.TF32)  # on by default; ten bits of mantissa would break parity
+    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # else the inspector knows names alone
+    if options.version_compatible:
+        config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
+    if options.hardware_compatible:
+        config.hardware_compatibility_level = trt.HardwareCompatibilityLevel.AMPERE_PLUS
+    if options.strip_weights:
+        config.set_flag(trt.BuilderFlag.STRIP_PLAN)
+        config.set_flag(trt.BuilderFlag.REFIT_IDENTICAL)
+
+
+def _add_profile(
+    builder: trt.Builder, network: trt.INetworkDefinition, config: trt.IBuilderConfig, wanted: Profile
+) -> None:
+    profile = builder.create_optimization_profile()
+    rows = list(zip(wanted.batch, wanted.seq, strict=True))
+    positions = [(size,) for size in wanted.masked]
+    for tensor in [network.get_input(index) for index in range(network.num_inputs)]:
+        smallest, usual, largest = rows if len(tensor.shape) == 2 else positions
+        profile.set_shape(tensor.name, smallest, usual, largest)
+    if config.add_optimization_profile(profile) < 0:
+        raise UserError(f"TensorRT refuses the profile {wanted}")
+
+
+def _cache_file(gpu: Gpu) -> Path:
+    name = "".join(letter if letter.isalnum() else "-" for letter in gpu.name)
+    return cache_root() / "tensorrt" / f"timing-{trt.__version__}-{name}.cache"
+
+
+def _load_timing_cache(config: trt.IBuilderConfig, file: Path) -> None:
+    """Attach the timings of earlier builds; a cache that is broken or of another GPU gives way to a new one."""
+    content = file.read_bytes() if file.is_file() else b""
+    cache: trt.ITimingCache = config.create_timing_cache(content)
+    if content and (cache is None or not config.set_timing_cache(cache, False)):
+        log.info("the timing cache %s is not of this TensorRT and GPU: starting a new one", file)
+        content = b""
+        cache = config.create_timing_cache(content)
+    if not content:
+        config.set_timing_cache(cache, False)
+
+
+def _save_timing_cache(config: trt.IBuilderConfig, file: Path) -> None:
+    building = file.with_name(f".{file.name}")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        building.write_bytes(config.get_timing_cache().serialize())
+        building.rename(file)
+    except OSError as error:
+        log.warning("cannot keep the timing cache %s: %s", file, error.strerror)
+
+
+def _inspect(plan: trt.IHostMemory, name: str, options: PlanOptions, logger: Logger) -> dict[str, Any]:
+    """Load the plan once, as it will be loaded, and give the inspector's account of its layers."""
+    runtime = create_runtime(logger, host_code=options.version_compatible)
+    engine: trt.ICudaEngine = runtime.deserialize_cuda_engine(plan)
+    if engine is None:
+        raise UserError(f"TensorRT cannot load the {name} that it built: {logger.reason()}")
+    inspector = engine.create_engine_inspector()
+    text = inspector.get_engine_information(trt.LayerInformationFormat.JSON)
+    try:
+        return json.loads(text)
+    except ValueError as error:  # a report, not worth the plan
+        log.warning("TensorRT's account of %s is no JSON: %s", name, error)
+        return {}
+
+
+class _Monitor(trt.IProgressMonitor):
+    """Bars for the phases of a build, nested as TensorRT nests them. Called from threads of TensorRT's own.
+
+    An exception must not leave these calls, so an interrupt becomes a cancelled build.
+    """
+
+    def __init__(self, bars: Progress) -> None:
+        trt.IProgressMonitor.__init__(self)
+        self._bars, self._tasks, self._lock = bars, dict[str, TaskID](), threading.Lock()
+        self.interrupted = False
+
+    def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
+        with self._guard():
+            description = f"  {phase_name}" if parent_phase else phase_name
+            self._tasks[phase_name] = self._bars.add_task(description, total=num_steps)
+
+    def phase_finish(self, phase_name: str) -> None:
+        with self._guard():
+            if phase_name in self._tasks:
+                self._bars.remove_task(self._tasks.pop(phase_name))
+
+    def step_complete(self, phase_name: str, step: int) -> bool:
+        with self._guard():
+            if phase_name in self._tasks:
+                self._bars.update(self._tasks[phase_name], completed=step + 1)
+        return not self.interrupted
+
+    @contextmanager
+    def _guard(self) -> Iterator[None]:
+        try:
+            with self._lock:
+                yield
+        except KeyboardInterrupt:
+            self.interrupted = True

@@ -1,0 +1,226 @@
+"""An artifact's TensorRT plans on the GPU: TensorRT 10.13 and later, 11 too.
+
+A plan is machine code. It is loaded only if its bytes have the hash that the manifest says and TensorRT and the GPU are
+those that it was built by and for.
+"""
+
+import hashlib
+import logging
+import re
+import threading
+from collections import deque
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tensorrt as trt  # pyright: ignore[reportMissingModuleSource]
+from numpy.typing import NDArray
+
+from mlmkit.artifact import GRAPH, PLAN, SCORING_PLAN, Manifest, TensorRT
+from mlmkit.backends import Batch, Predicted, Scored, open_artifact
+from mlmkit.backends.contexts import Lane, Lanes
+from mlmkit.backends.cuda import find_gpu
+from mlmkit.backends.fitting import choose, fitted, pad, shape_of, split, widest
+from mlmkit.errors import CheckError, UserError
+
+log = logging.getLogger(__name__)
+
+INPUTS = Batch._fields
+SCORES = {"log_prob": np.float32, "rank": np.int64}
+CANDIDATES = {"top_log_prob": np.float32, "top_id": np.int64}
+AGAIN = "build the plan again on this machine (mlmkit export --trt)"
+RECORDED_SHAPES = 8  # contexts that each keep one CUDA graph
+
+
+class Logger(trt.ILogger):
+    """TensorRT's messages: errors are kept, for the exception that follows, and all go to Python's logging."""
+
+    def __init__(self) -> None:
+        trt.ILogger.__init__(self)
+        self._errors: deque[str] = deque(maxlen=20)
+
+    def log(self, severity: trt.ILogger.Severity, msg: str) -> None:
+        """Called by TensorRT, from any thread."""
+        if severity in (trt.ILogger.Severity.ERROR, trt.ILogger.Severity.INTERNAL_ERROR):
+            self._errors.append(msg)
+        elif severity == trt.ILogger.Severity.WARNING:
+            log.info("TensorRT: %s", msg)
+        else:
+            log.debug("TensorRT: %s", msg)
+
+    def reason(self) -> str:
+        """The last error in one line, and none of them again."""
+        errors = list(self._errors)
+        self._errors.clear()
+        last = " ".join(errors[-1].split()) if errors else "TensorRT gives no reason"
+        starved = any("out of memory" in error.lower() or "outofmemory" in error.lower() for error in errors)
+        return f"the GPU is out of memory ({last})" if starved else last
+
+
+def obstacle(built: TensorRT) -> str | None:
+    """Why this machine cannot run plans that were built so, or None if it can."""
+    try:
+        gpu = find_gpu()
+    except UserError as error:
+        return str(error)
+    here = trt.__version__
+    if here != built.version and not (built.version_compatible and _numbers(here) >= _numbers(built.version)):
+        return f"the plan is of TensorRT {built.version} and this is {here}: {AGAIN}"
+    capability = gpu.compute_capability
+    if built.hardware_compatible:
+        if _numbers(capability) < (8, 0):
+            return f"the plan needs compute capability 8.0 or later and this GPU has {capability}: {AGAIN}"
+    elif capability != built.compute_capability:
+        return f"the plan is for compute capability {built.compute_capability} and this GPU has {capability}: {AGAIN}"
+    return None
+
+
+def create_runtime(logger: Logger, *, host_code: bool) -> trt.Runtime:
+    """What loads plans. `host_code` only for a version-compatible plan, which carries a runtime of its own.
+
+    Raises `UserError` where CUDA does not start.
+    """
+    try:
+        runtime = trt.Runtime(logger)
+    except TypeError:  # how the bindings say that the library made none
+        raise UserError(f"TensorRT cannot start here: {logger.reason()}") from None
+    runtime.engine_host_code_allowed = host_code
+    return runtime
+
+
+class TensorRTBackend:
+    """Two plans of one model, each loaded when first needed: scoring, without the top-k, and prediction.
+
+    Shapes that no profile holds are split or padded here. Up to `contexts` threads run at once on each profile. With
+    `cuda_graphs`, shapes are padded to buckets on the first profile, that of small batches, and each is recorded once
+    and then started by one call; larger runs are long enough to hide their launches.
+    Raises `UserError` when the artifact has no plan that may run here.
+    """
+
+    name = "tensorrt"
+    device = "cuda"
+
+    def __init__(self, path: str, *, contexts: int = 2, cuda_graphs: bool = False) -> None:
+        manifest, self.tokenizer, info = open_artifact(path)
+        built = manifest.tensorrt
+        if built is None or not built.profiles or not {PLAN, SCORING_PLAN} <= manifest.files.keys():
+            raise UserError(f"{path} has no TensorRT plan: {AGAIN}")
+        if reason := obstacle(built):
+            raise UserError(f"{path}: {reason}")
+        if (gpu := find_gpu().name) != built.gpu and not built.hardware_compatible:
+            log.warning("the plan was built on %s and this is %s: it may be slower than one built here", built.gpu, gpu)
+        self.info = replace(info, max_length=min(info.max_length, max(p.seq[2] for p in built.profiles)))
+        if info.sees_padding and any(profile.seq[0] > 1 for profile in built.profiles):
+            raise UserError(f"{path}: padding changes this model's scores, and its plan would need it: {AGAIN}")
+        self.profiles, self.contexts, self.cuda_graphs = built.profiles, contexts, cuda_graphs
+        self._folder, self._manifest = Path(path), manifest
+        self._logger = Logger()
+        self._runtime = create_runtime(self._logger, host_code=built.version_compatible)  # must outlive its engines
+        self._engines: dict[str, _Engine] = {}
+        self._lock = threading.Lock()
+
+    def score(self, batch: Batch) -> Scored:
+        """See `Backend`."""
+        return Scored(**self._run(SCORING_PLAN, SCORES, batch))
+
+    def predict(self, batch: Batch) -> Predicted:
+        """See `Backend`."""
+        return Predicted(**self._run(PLAN, SCORES | CANDIDATES, batch))
+
+    def records(self, profile: int) -> bool:
+        """Whether runs on this profile are recorded as CUDA graphs."""
+        return self.cuda_graphs and profile == 0 and len(self.profiles) > 1
+
+    def _run(self, plan: str, outputs: dict[str, Any], batch: Batch) -> dict[str, NDArray[Any]]:
+        self._refuse(batch)
+        masked = len(batch.positions)
+        results = {
+            name: np.empty((masked, self.info.top_k) if name in CANDIDATES else masked, kind)
+            for name, kind in outputs.items()
+        }
+        if masked:
+            engine = self._engine(plan, list(outputs))
+            for index, part in split(batch, widest(self.profiles, batch.input_ids.shape[1])):
+                for name, values in self._run_part(engine, part).items():
+                    results[name][index] = values
+        return results
+
+    def _run_part(self, engine: "_Engine", part: Batch) -> dict[str, NDArray[Any]]:
+        shape = shape_of(part)
+        number = choose(self.profiles, shape)
+        wanted = fitted(shape, self.profiles[number], bucketed=self.records(number), keep_seq=self.info.sees_padding)
+        inputs = pad(part, wanted, self.tokenizer.pad_id)
+        with engine.lanes[number].borrow(wanted) as lane:
+            try:
+                found = lane.run(inputs)
+            except CheckError as error:
+                raise CheckError(
+                    f"{self.info.path}: TensorRT failed on a batch of shape {inputs.input_ids.shape} with "
+                    f"{len(inputs.positions)} positions: {error} ({self._logger.reason()})"
+                ) from error
+        return {name: values[: shape.masked] for name, values in found.items()}
+
+    def _refuse(self, batch: Batch) -> None:
+        """TensorRT reads whatever lies at an index that is out of range, so none must come so far."""
+        rows, seq = batch.input_ids.shape
+        vocabulary = self.info.vocabulary_size
+        for name, limit in {"input_ids": vocabulary, "positions": rows * seq, "targets": vocabulary}.items():
+            values = getattr(batch, name)
+            if values.size and not 0 <= values.min() <= values.max() < limit:
+                raise CheckError(f"{self.info.path}: {name} has a value outside 0 to {limit - 1}")
+        if seq > self.info.max_length:
+            raise CheckError(f"{self.info.path} takes {self.info.max_length} tokens and this batch has rows of {seq}")
+
+    def _engine(self, plan: str, outputs: list[str]) -> "_Engine":
+        with self._lock:
+            if plan not in self._engines:
+                engine = load_engine(self._runtime, self._logger, self._folder, plan, self._manifest)
+                self._engines[plan] = _Engine(engine, outputs, self)
+            return self._engines[plan]
+
+
+def load_engine(runtime: trt.Runtime, logger: Logger, folder: Path, plan: str, manifest: Manifest) -> trt.ICudaEngine:
+    """The plan of this name, with its weights. Raises `UserError` for a changed plan or one that does not load."""
+    # Hashed here too and not only when the manifest was read: these very bytes are what runs.
+    content = (folder / plan).read_bytes()
+    if hashlib.sha256(content).hexdigest() != manifest.files[plan]:
+        raise UserError(f"{folder}: {plan} is not the file that was built (its SHA-256 differs): {AGAIN}")
+    engine: trt.ICudaEngine = runtime.deserialize_cuda_engine(content)
+    if engine is None:
+        raise UserError(f"{folder}: TensorRT cannot load {plan}: {logger.reason()}: {AGAIN}")
+    if manifest.tensorrt is not None and manifest.tensorrt.weights_stripped:
+        refitter = trt.Refitter(engine, logger)
+        parser = trt.OnnxParserRefitter(refitter, logger)
+        if not parser.refit_from_file(str(folder / GRAPH)) or not refitter.refit_cuda_engine():
+            raise UserError(f"{folder}: {plan} does not take the weights of {GRAPH}: {logger.reason()}: {AGAIN}")
+    return engine
+
+
+class _Engine:
+    """A loaded plan: `lanes` are those of each profile."""
+
+    def __init__(self, engine: trt.ICudaEngine, outputs: list[str], backend: TensorRTBackend) -> None:
+        names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
+        if sorted(names) != sorted([*INPUTS, *outputs]) or engine.num_optimization_profiles != len(backend.profiles):
+            raise UserError(f"the plan has tensors {', '.join(names)} and is not the one that was built: {AGAIN}")
+        if any(engine.get_tensor_location(name) != trt.TensorLocation.DEVICE for name in names):
+            raise UserError(f"the plan wants a tensor in host memory, which mlmkit's graphs never do: {AGAIN}")
+        k = backend.info.top_k
+        if "top_id" in outputs and engine.get_tensor_shape("top_id")[1] != k:
+            raise UserError(f"the plan gives {engine.get_tensor_shape('top_id')[1]} candidates, not {k}: {AGAIN}")
+        dtypes = {name: np.dtype(trt.nptype(engine.get_tensor_dtype(name))) for name in names}
+        lock = threading.Lock()
+
+        def lanes(profile: int, *, record: bool) -> Lanes:
+            def make() -> Lane:
+                with lock:  # contexts may run in parallel; nothing says that they may be made so
+                    return Lane(engine, profile, dtypes, outputs, record=record)
+
+            return Lanes(make, RECORDED_SHAPES if record else backend.contexts, record=record)
+
+        self.lanes = [lanes(number, record=backend.records(number)) for number in range(len(backend.profiles))]
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in re.findall(r"\d+", version))

@@ -1,0 +1,689 @@
+"""The control flow of building and running TensorRT plans, on stand-ins (tensorrt_stub.py).
+
+This proves buffers, splits, pads, order, pooling and every error's message. It proves nothing about TensorRT or a GPU:
+what the calls are named is checked in test_tensorrt_api.py, and only test_tensorrt_real.py runs them.
+"""
+
+import json
+import logging
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import tensorrt_stub
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mlmkit.artifact import Profile, hash_files, read_manifest, write_manifest
+from mlmkit.backends import Batch, load, tensorrt_obstacle
+from mlmkit.backends.fitting import bucket, fitted, pad, shape_of, split
+from mlmkit.backends.onnx import OnnxBackend
+from mlmkit.errors import CheckError, UserError
+
+SHAPES = [(1, 1, 1), (1, 64, 5), (17, 13, 300), (3, 31, 1), (4, 8, 32), (2, 64, 64)]
+SMALL = {"max_batch": 4, "max_seq": 64, "max_masked": 16}
+
+
+@pytest.fixture
+def machine(monkeypatch) -> Iterator[tensorrt_stub.Machine]:
+    yield tensorrt_stub.install(monkeypatch)
+    tensorrt_stub.forget()
+
+
+@pytest.fixture
+def folder(artifact, tmp_path) -> Path:
+    return Path(shutil.copytree(artifact("bert"), tmp_path / "artifact"))
+
+
+@pytest.fixture
+def plan(machine, folder) -> Callable[..., Path]:
+    """The artifact with plans built for it."""
+
+    def build(**options: Any) -> Path:
+        from mlmkit.export.tensorrt import PlanOptions, build_plans
+
+        manifest = replace(read_manifest(folder), tensorrt=None)
+        built = build_plans(folder, manifest, PlanOptions(**{**SMALL, **options}))
+        write_manifest(folder, replace(manifest, files=hash_files(folder), tensorrt=built))
+        return folder
+
+    return build
+
+
+def backend(folder: Path, **options: Any) -> Any:
+    from mlmkit.backends.tensorrt import TensorRTBackend
+
+    return TensorRTBackend(str(folder), **options)
+
+
+def change(folder: Path, **values: Any) -> None:
+    """Change what the manifest says of the plans."""
+    manifest = json.loads((folder / "mlmkit.json").read_text())
+    manifest["tensorrt"].update(values)
+    (folder / "mlmkit.json").write_text(json.dumps(manifest))
+
+
+def random_batch(rows: int, seq: int, masked: int) -> Batch:
+    """Ragged rows; positions in no order, some of them twice."""
+    generator = np.random.default_rng(rows * 1000 + seq)
+    attention_mask = (np.arange(seq) < generator.integers(1, seq + 1, (rows, 1))).astype(np.int64)
+    positions = generator.choice(np.flatnonzero(attention_mask), masked)
+    input_ids, targets = generator.integers(5, 600, (rows, seq)), generator.integers(5, 600, masked)
+    return Batch(input_ids, attention_mask, positions, targets)
+
+
+def assert_equal(found: Any, expected: Any) -> None:
+    for name, values in expected._asdict().items():
+        got = getattr(found, name)
+        assert (got.dtype, got.shape) == (values.dtype, values.shape)
+        np.testing.assert_allclose(got, values, atol=2e-5, rtol=0, err_msg=name)
+
+
+# ------------------------------------------------------------------ building
+
+
+def test_what_a_build_asks_for(machine, plan):
+    folder = plan()
+    builds = machine.called("build")
+    assert [build["flags"] for build in builds] == [set(), set()], "TF32 is on unless cleared"
+    headers = [json.loads((folder / name).read_bytes().partition(b"\n")[0]) for name in ("model.plan", "scoring.plan")]
+    assert [header["outputs"] for header in headers] == [
+        ["log_prob", "rank", "top_log_prob", "top_id"],
+        ["log_prob", "rank"],
+    ]
+    throughput = headers[0]["profiles"][1]
+    assert throughput["input_ids"] == throughput["attention_mask"] == [[1, 1], [2, 64], [4, 64]]
+    assert throughput["positions"] == throughput["targets"] == [[1], [16], [16]]
+    built = read_manifest(folder).tensorrt
+    assert built is not None
+    assert (built.version, built.compute_capability, built.gpu) == ("11.4.0.106", "9.0", "Stand-in GPU")
+    assert [profile.name for profile in built.profiles] == ["latency", "throughput"]
+    assert built.layers == {"E8M0": 1, "fp16": 1, "fp32": 2, "int64": 1}
+    assert json.loads((folder / "layers.json").read_text())["scoring.plan"]["Layers"][0]["Name"] == "embeddings"
+
+
+@pytest.mark.parametrize(
+    ("options", "flags"),
+    [
+        ({"version_compatible": True}, {"VERSION_COMPATIBLE"}),
+        ({"strip_weights": True}, {"STRIP_PLAN", "REFIT_IDENTICAL"}),
+        ({"hardware_compatible": True}, set()),
+    ],
+)
+def test_options_of_a_build(machine, plan, options, flags):
+    folder = plan(**options)
+    build = machine.called("build")[0]
+    assert {flag.name for flag in build["flags"]} == flags
+    assert build["level"].name == ("AMPERE_PLUS" if "hardware_compatible" in options else "NONE")
+    batch = random_batch(2, 9, 3)
+    assert_equal(backend(folder).score(batch), OnnxBackend(str(folder)).score(batch))
+
+
+def test_profiles_hold_any_sizes(machine):
+    from mlmkit.export.tensorrt import PlanOptions, make_profiles
+
+    for sizes in [(1, 1, 1), (1, 512, 1), (64, 512, 4096), (3, 7, 2), (1000, 8192, 10)]:
+        for profile in make_profiles(PlanOptions(*sizes), max_length=512):
+            for axis in (profile.batch, profile.seq, profile.masked):
+                assert 1 <= axis[0] <= axis[1] <= axis[2]
+            assert profile.seq[2] == (512 if profile.name == "long" else min(sizes[1], 512))
+
+
+def test_timings_are_kept_between_builds(machine, plan, tmp_path, caplog, monkeypatch):
+    monkeypatch.setenv("MLMKIT_CACHE", str(tmp_path / "cache"))
+    plan()
+    (cache,) = (tmp_path / "cache" / "tensorrt").iterdir()
+    assert cache.name == "timing-11.4.0.106-Stand-in-GPU.cache"
+    assert cache.read_bytes() == b"timed;timed;"
+    assert machine.called("set_timing_cache") == [b"", b"timed;"]
+    cache.unlink()
+    own = tmp_path / "deep" / "own.cache"
+    plan(timing_cache=own)
+    assert own.read_bytes() == b"timed;timed;"
+    for useless in (b"broken", b"of another GPU"):
+        own.write_bytes(useless)
+        plan(timing_cache=own)
+        assert own.read_bytes() == b"timed;timed;"
+    (tmp_path / "file").write_text("")
+    with caplog.at_level(logging.WARNING):
+        plan(timing_cache=tmp_path / "file" / "cache")
+    assert "cannot keep the timing cache" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ({"driver": False}, "no CUDA driver or no GPU"),
+        ({"starts": False}, "TensorRT cannot start here: TensorRT gives no reason"),
+        ({"parser_errors": []}, "cannot parse it and gives no reason"),
+        ({"parser_errors": [("", "", "model is\nnot readable")]}, "TensorRT cannot parse it: model is not readable$"),
+        (
+            {"parser_errors": [("node_7", "NonZero", "not supported"), ("node_9", "Loop", "no")]},
+            r"model.onnx: TensorRT does not take node 'node_7' \(NonZero\): not supported \(and 1 more\)$",
+        ),
+        ({"refuses": "profile"}, "refuses the profile"),
+        (
+            {"build_error": "no kernel\nfor node_3"},
+            "cannot build the plan: no kernel for node_3: a smaller --max-batch",
+        ),
+        (
+            {"build_error": "Error Code 2: OutOfMemory (Requested size"},
+            r"the GPU is out of memory \(Error Code 2.*\): a smaller --max-batch",
+        ),
+        ({"load_error": "version tag"}, "cannot load the model.plan that it built: version tag"),
+    ],
+)
+def test_a_build_that_fails_says_why(machine, plan, what, message):
+    for name, value in what.items():
+        setattr(machine, name, value)
+    with pytest.raises(UserError, match=message) as caught:
+        plan()
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_batch": 0}, "--max-batch must be at least 1"),
+        ({"max_masked": -1}, "--max-masked must be"),
+        ({"strip_weights": True, "version_compatible": True}, "choose one of the two"),
+    ],
+)
+def test_options_that_do_not_fit(plan, options, message):
+    with pytest.raises(UserError, match=message):
+        plan(**options)
+
+
+def test_dynamic_int8_is_refused(machine, folder):
+    from mlmkit.export.tensorrt import build_plans
+
+    with pytest.raises(UserError, match="no dynamic int8"):
+        build_plans(folder, replace(read_manifest(folder), precision="int8-dynamic"))
+
+
+def test_a_report_that_is_no_json_does_not_cost_the_plan(machine, plan, caplog):
+    machine.inspector = "{broken"
+    with caplog.at_level(logging.WARNING):
+        folder = plan()
+    assert "is no JSON" in caplog.text
+    assert read_manifest(folder).tensorrt.layers == {}  # type: ignore[union-attr]
+
+
+def test_names_alone_count_as_no_layers(machine):
+    from mlmkit.export.tensorrt import count_types
+
+    assert count_types({"Layers": ["embeddings", "head"]}) == {}
+    assert count_types({"Layers": [{"Outputs": [{"Format/Datatype": "BFloat16"}, {}]}]}) == {"bf16": 1, "unknown": 1}
+
+
+def test_an_interrupt_cancels_the_build(plan, monkeypatch):
+    import rich.progress
+
+    def interrupt(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(rich.progress.Progress, "update", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        plan()
+
+
+# ------------------------------------------------------------------ running
+
+
+@pytest.mark.parametrize("indices", ["INT64", "INT32"])
+@pytest.mark.parametrize("sizes", [SMALL, {"max_batch": 64, "max_masked": 4096}, {"max_batch": 1, "max_masked": 1}])
+def test_results_are_those_of_onnx(machine, plan, indices, sizes):
+    machine.indices = indices
+    folder = plan(**sizes)
+    here, there = backend(folder), OnnxBackend(str(folder))
+    assert (here.name, here.device, here.info) == ("tensorrt", "cuda", there.info)
+    for shape in SHAPES:
+        batch = random_batch(*shape)
+        assert_equal(here.score(batch), there.score(batch))
+        assert_equal(here.predict(batch), there.predict(batch))
+
+
+def test_batches_are_split_to_the_profile(machine, plan):
+    here = backend(plan())
+    here.score(random_batch(17, 13, 300))
+    runs = machine.called("execute")
+    assert all(shapes["input_ids"][0] <= 4 and shapes["positions"][0] <= 16 for _, shapes in runs)
+    assert sum(shapes["positions"][0] for _, shapes in runs) == 300
+    assert len(runs) < 40
+
+
+def test_nothing_runs_without_positions(machine, plan):
+    here = backend(plan())
+    assert here.score(random_batch(5, 7, 0)).log_prob.shape == (0,)
+    assert here.predict(random_batch(5, 7, 0)).top_id.shape == (0, 100)
+    assert not here._engines, "nothing was even loaded"
+
+
+def test_a_small_batch_takes_the_first_profile_and_a_large_one_the_last(machine, plan):
+    here = backend(plan(max_batch=32, max_masked=4096))
+    for shape in [(1, 9, 1), (4, 9, 64), (5, 9, 1), (4, 9, 65)]:
+        here.score(random_batch(*shape))
+    assert [profile for profile, _ in machine.called("execute")] == [0, 0, 1, 1]
+
+
+def test_shapes_below_the_profile_are_padded(machine, plan):
+    folder = plan()
+    there = OnnxBackend(str(folder))
+    # As another builder might: smallest sizes above one, in the plan and in the manifest.
+    smallest = {"input_ids": [3, 12], "attention_mask": [3, 12], "positions": [7], "targets": [7]}
+    for name in ("model.plan", "scoring.plan"):
+        header, _, graph = (folder / name).read_bytes().partition(b"\n")
+        values = json.loads(header)
+        for profile in values["profiles"]:
+            for tensor, sizes in profile.items():
+                sizes[0] = smallest[tensor]
+        (folder / name).write_bytes(json.dumps(values).encode() + b"\n" + graph)
+    manifest = read_manifest_unchecked(folder)
+    profiles = [
+        replace(profile, batch=(3, *profile.batch[1:]), seq=(12, *profile.seq[1:]), masked=(7, *profile.masked[1:]))
+        for profile in manifest.tensorrt.profiles
+    ]
+    built = replace(manifest.tensorrt, profiles=profiles)
+    write_manifest(folder, replace(manifest, files=hash_files(folder), tensorrt=built))
+    here = backend(folder)
+    for shape in SHAPES:
+        batch = random_batch(*shape)
+        assert_equal(here.predict(batch), there.predict(batch))
+    write_manifest(folder, replace(manifest, files=hash_files(folder), tensorrt=built, sees_padding=True))
+    with pytest.raises(UserError, match="padding changes this model's scores"):
+        backend(folder)
+
+
+def read_manifest_unchecked(folder: Path) -> Any:
+    from mlmkit.artifact import parse_manifest
+
+    return parse_manifest(folder)
+
+
+def test_memory_is_kept_and_grown(machine, plan):
+    here = backend(plan(), contexts=1)
+    here.score(random_batch(1, 8, 2))
+    first = set(machine.allocations)
+    here.score(random_batch(1, 8, 2))
+    here.score(random_batch(1, 7, 1))
+    assert set(machine.allocations) == first
+    here.score(random_batch(4, 64, 2))
+    assert len(set(machine.allocations) - first) == 2, "the inputs' arena, on both sides"
+    assert len(machine.allocations) == len(first)
+
+
+def test_one_lane_runs_one_thread_at_a_time(machine, plan):
+    folder = plan()
+    here, there = backend(folder, contexts=3), OnnxBackend(str(folder))
+    batches = [random_batch(*shape) for shape in SHAPES * 3]
+    expected = [there.score(batch) for batch in batches]
+    found: list[Any] = [None] * len(batches)
+
+    def work(first: int) -> None:
+        for index in range(first, len(batches), 6):
+            found[index] = here.score(batches[index])
+
+    threads = [threading.Thread(target=work, args=(first,)) for first in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for one, other in zip(found, expected, strict=True):
+        assert_equal(one, other)
+    assert len(machine.streams) <= 6, "three contexts for each of two profiles"
+
+
+def test_a_thread_waits_for_a_lane(machine):
+    from mlmkit.backends.contexts import Lanes
+    from mlmkit.backends.fitting import Shape
+
+    shape, order = Shape(1, 1, 1), []
+    lanes = Lanes(lambda: SimpleNamespace(shape=shape), 1, record=False)  # type: ignore[arg-type]
+
+    def work() -> None:
+        with lanes.borrow(shape):
+            order.append("second")
+
+    with lanes.borrow(shape):
+        thread = threading.Thread(target=work)
+        thread.start()
+        thread.join(0.2)
+        order.append("first")
+    thread.join()
+    assert order == ["first", "second"]
+
+
+def test_recorded_shapes_are_launched(machine, plan):
+    folder = plan(max_batch=8, max_masked=512)
+    here, there = backend(folder, cuda_graphs=True), OnnxBackend(str(folder))
+    batches = [random_batch(*shape) for shape in [(1, 9, 3), (1, 33, 11), (3, 14, 5), (8, 9, 65)]]
+    for _ in range(3):
+        for batch in batches:
+            assert_equal(here.predict(batch), there.predict(batch))
+    assert len(machine.called("cudaStreamBeginCapture")) == 3, "the large profile is not recorded"
+    assert len(machine.called("cudaGraphLaunch")) == 6
+    assert {shapes["input_ids"] for profile, shapes in machine.called("execute") if profile == 0} == {
+        (1, 10),
+        (1, 40),
+        (3, 14),
+    }
+    for seq in range(2, 64):  # more shapes than lanes
+        batch = random_batch(1, seq, 1)
+        assert_equal(here.score(batch), there.score(batch))
+    for _ in range(2):  # a context whose recording was dropped records again
+        assert_equal(here.predict(batches[0]), there.predict(batches[0]))
+
+
+def test_a_recording_that_fails_is_an_error(machine, plan):
+    here = backend(plan(), cuda_graphs=True)
+    machine.refuses = "capture"
+    with pytest.raises(CheckError, match="CUDA failed: cudaErrorInvalidValue"):
+        here.score(random_batch(1, 9, 3))
+
+
+@pytest.mark.parametrize(
+    ("refuses", "error", "message"),
+    [
+        (
+            "shape",
+            CheckError,
+            r"shape \(2, 9\) with 3 positions: input_ids was refused .*\(input_ids is out of the prof",
+        ),
+        ("address", CheckError, r"address of input_ids was refused \(TensorRT gives no reason\)"),
+        ("output shape", CheckError, "shape of log_prob is not settled"),
+        ("execution", CheckError, "the execution was refused"),
+        ("context", UserError, "no room for another execution context"),
+    ],
+)
+def test_a_run_that_fails_says_why_and_the_next_may_work(machine, plan, refuses, error, message):
+    folder = plan()
+    here, batch = backend(folder, contexts=1), random_batch(2, 9, 3)
+    machine.refuses = refuses
+    with pytest.raises(error, match=message) as caught:
+        here.score(batch)
+    assert "\n" not in str(caught.value)
+    machine.refuses = ""
+    assert_equal(here.score(batch), OnnxBackend(str(folder)).score(batch))
+
+
+def test_a_gpu_without_room(machine, plan):
+    here = backend(plan())
+    machine.memory = 100
+    with pytest.raises(UserError, match="the GPU is out of memory"):
+        here.score(random_batch(1, 9, 3))
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"input_ids": 600}, "input_ids has a value outside 0 to 599"),
+        ({"input_ids": -1}, "input_ids has"),
+        ({"targets": 600}, "targets has"),
+        ({"positions": 18}, "positions has a value outside 0 to 17"),
+    ],
+)
+def test_an_index_out_of_range_never_reaches_the_gpu(machine, plan, values, message):
+    ((name, value),) = values.items()
+    batch = random_batch(2, 9, 3)
+    wrong = getattr(batch, name).copy()
+    wrong.flat[0] = value
+    with pytest.raises(CheckError, match=message):
+        backend(plan()).score(batch._replace(**{name: wrong}))
+    assert not machine.called("execute")
+
+
+def test_long_rows_run_one_by_one(machine, plan):
+    folder = plan(max_seq=20)
+    here, there = backend(folder), OnnxBackend(str(folder))
+    assert here.info.max_length == 64, "no measurement may depend on what a plan was tuned for"
+    for shape in [(5, 20, 30), (5, 21, 30), (1, 64, 40), (3, 64, 1)]:
+        batch = random_batch(*shape)
+        assert_equal(here.predict(batch), there.predict(batch))
+    assert {shapes["input_ids"] for profile, shapes in machine.called("execute") if profile == 2} == {(1, 21), (1, 64)}
+    with pytest.raises(CheckError, match="takes 64 tokens and this batch has rows of 65"):
+        here.score(random_batch(1, 65, 1))
+
+
+# ------------------------------------------------------------------ what may be loaded
+
+
+@pytest.mark.parametrize("name", ["model.plan", "scoring.plan"])
+def test_a_changed_plan_is_refused_before_it_is_loaded(machine, plan, name):
+    folder = plan()
+    here = backend(folder)
+    content = (folder / name).read_bytes()
+    (folder / name).write_bytes(content + b" ")
+    with pytest.raises(UserError, match=f"{name} is not the file that was built"):
+        (here.score if name == "scoring.plan" else here.predict)(random_batch(1, 9, 1))
+    with pytest.raises(UserError, match=f"{name} is not the file that was exported"):
+        backend(folder)
+
+
+@pytest.mark.parametrize(
+    ("built", "here", "message"),
+    [
+        ({}, {"version": "11.4.1.1"}, "is of TensorRT 11.4.0.106 and this is 11.4.1.1: build the plan again"),
+        ({}, {"capability": (8, 9)}, "for compute capability 9.0 and this GPU has 8.9"),
+        ({}, {"driver": False}, "no CUDA driver"),
+        ({}, {"gpu": "Another GPU"}, ""),
+        ({"version_compatible": True}, {"version": "12.0.0.1"}, ""),
+        ({"version_compatible": True}, {"version": "11.4.0.105"}, "is of TensorRT 11.4.0.106"),
+        ({"version_compatible": True}, {"version": "10.13.3.9"}, "is of TensorRT 11.4.0.106"),
+        ({"hardware_compatible": True}, {"capability": (12, 0)}, ""),
+        ({"hardware_compatible": True}, {"capability": (7, 5)}, "needs compute capability 8.0"),
+        ({"hardware_compatible": True}, {"version": "11.5.0.0"}, "is of TensorRT 11.4.0.106"),
+    ],
+)
+def test_a_plan_runs_only_where_it_was_built_for(machine, plan, caplog, built, here, message):
+    folder = plan(**built)
+    for name, value in here.items():
+        setattr(machine, name, value)
+    sys.modules["tensorrt"].__version__ = machine.version  # type: ignore[attr-defined]
+    reason = tensorrt_obstacle(read_manifest(folder))
+    if message:
+        assert reason is not None and message in reason
+        with pytest.raises(UserError, match=message):
+            load(str(folder), backend="tensorrt")
+        with pytest.raises(UserError, match=message):
+            backend(folder)
+        with caplog.at_level(logging.INFO):
+            assert load(str(folder)).name == "onnx"
+        assert message in caplog.text or "version_compatible" in built
+    else:
+        assert reason is None
+        with caplog.at_level(logging.WARNING):
+            assert load(str(folder), backend="tensorrt").score(random_batch(1, 9, 1)).log_prob.shape == (1,)
+        assert ("may be slower" in caplog.text) == ("gpu" in here)
+
+
+def test_the_best_backend_is_picked(machine, plan, folder):
+    assert load(str(folder)).name == "onnx"
+    with pytest.raises(UserError, match="has no TensorRT plan"):
+        load(str(folder), backend="tensorrt")
+    with pytest.raises(UserError, match="has no TensorRT plan"):
+        backend(folder)
+    plan()
+    assert load(str(folder)).name == "tensorrt"
+    assert load(str(folder), device="cuda").name == "tensorrt"
+    assert load(str(folder), device="cpu").name == "onnx"
+    assert load(str(folder), backend="onnx").name == "onnx"
+    with pytest.raises(UserError, match="on CUDA only"):
+        load(str(folder), backend="tensorrt", device="cpu")
+    plan(version_compatible=True)
+    assert load(str(folder)).name == "onnx", "its host code is run only when TensorRT is asked for"
+    assert load(str(folder), backend="tensorrt").name == "tensorrt"
+
+
+def test_a_checkpoint_has_no_plan(checkpoint):
+    with pytest.raises(UserError, match="export it first"):
+        load(str(checkpoint("bert")), backend="tensorrt")
+
+
+def test_without_tensorrt_the_reason_is_one_line(machine, plan, monkeypatch):
+    folder = plan()
+    monkeypatch.setitem(sys.modules, "tensorrt", None)
+    for name in [name for name in sys.modules if name.startswith(("mlmkit.backends.tensorrt", "mlmkit.backends.cont"))]:
+        monkeypatch.delitem(sys.modules, name)
+    with pytest.raises(UserError, match=r"TensorRT cannot be imported .*: pip install 'mlmkit\[trt\]'$"):
+        load(str(folder), backend="tensorrt")
+    assert load(str(folder)).name == "onnx"
+
+
+@pytest.mark.parametrize(
+    ("set_up", "message"),
+    [
+        (lambda machine, folder: setattr(machine, "starts", False), "TensorRT cannot start here"),
+        (
+            lambda machine, folder: setattr(machine, "load_error", "magic tag"),
+            "cannot load scoring.plan: magic tag: build",
+        ),
+        (lambda machine, folder: setattr(machine, "refits", False), "does not take the weights of model.onnx"),
+        (lambda machine, folder: setattr(machine, "host_tensor", "positions"), "tensor in host memory"),
+        (
+            lambda machine, folder: swap(folder),
+            "has tensors input_ids, attention_mask, positions, targets, log_prob, rank",
+        ),
+        (lambda machine, folder: change(folder, profiles=[]), "has no TensorRT plan"),
+        (lambda machine, folder: one_profile(folder), "is not the one that was built"),
+    ],
+)
+def test_a_plan_that_does_not_fit_is_refused(machine, plan, set_up, message):
+    folder = plan(strip_weights=True)
+    set_up(machine, folder)
+    with pytest.raises(UserError, match=message):
+        backend(folder).score(random_batch(1, 9, 1))
+
+
+def swap(folder: Path) -> None:
+    """The plan with candidates where the one without must be."""
+    shutil.copy(folder / "model.plan", folder / "scoring.plan")
+    write_manifest(folder, replace(read_manifest_unchecked(folder), files=hash_files(folder)))
+
+
+def one_profile(folder: Path) -> None:
+    change(folder, profiles=json.loads((folder / "mlmkit.json").read_text())["tensorrt"]["profiles"][1:])
+
+
+def test_a_manifest_that_promises_too_many_candidates_is_refused(plan):
+    folder = plan()
+    write_manifest(folder, replace(read_manifest(folder), top_k=200))
+    with pytest.raises(UserError, match="gives 100 candidates, not 200"):
+        backend(folder).predict(random_batch(1, 9, 1))
+
+
+def test_errors_of_tensorrt_are_said_once(machine):
+    from mlmkit.backends.tensorrt import Logger
+
+    logger = Logger()
+    for severity in ("ERROR", "INTERNAL_ERROR"):
+        tensorrt_stub.say(logger, severity, f"{severity}\nin two lines")
+    assert logger.reason() == "INTERNAL_ERROR in two lines"
+    assert logger.reason() == "TensorRT gives no reason"
+
+
+def test_running_a_plan_needs_neither_torch_nor_transformers_nor_onnx(plan):
+    folder = plan()
+    code = """
+import sys
+sys.path.insert(0, sys.argv[2])
+for name in ("torch", "transformers"):
+    sys.modules[name] = None
+import pytest, tensorrt_stub
+with pytest.MonkeyPatch.context() as patch:
+    tensorrt_stub.install(patch)
+    from mlmkit.backends import load
+    from mlmkit.fill import fill
+    before = set(sys.modules)
+    assert load(sys.argv[1]).name == "tensorrt"
+    import mlmkit.export.tensorrt
+"""
+    command = [sys.executable, "-c", code, str(folder), str(Path(__file__).parent)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+# ------------------------------------------------------------------ splitting and padding, by property
+
+sizes = st.integers(1, 9)
+batches = st.builds(
+    lambda rows, seq, picks: Batch(
+        np.arange(rows * seq).reshape(rows, seq),
+        np.ones((rows, seq), dtype=np.int64),
+        np.array([pick % (rows * seq) for pick in picks], dtype=np.int64),
+        np.arange(len(picks)),
+    ),
+    sizes,
+    sizes,
+    st.lists(st.integers(0, 80), max_size=40),
+)
+
+
+def answer(batch: Batch) -> np.ndarray:
+    """What identifies a position's row, place and target; a stand-in for its log-probability."""
+    seq = batch.input_ids.shape[1]
+    row, column = np.divmod(batch.positions, seq)
+    return np.stack([batch.input_ids[row, 0], batch.input_ids[row, column], batch.attention_mask[row].sum(1)], 1)
+
+
+@settings(max_examples=300, deadline=None)
+@given(batches, st.integers(1, 6), st.integers(1, 12))
+def test_parts_fit_and_answer_every_position_once(batch, max_batch, max_masked):
+    profile = Profile("only", (1, 1, max_batch), (1, 1, 9), (1, 1, max_masked))
+    found = np.full((len(batch.positions), 3), -1)
+    targets = np.full(len(batch.positions), -1)
+    times = np.zeros(len(batch.positions), dtype=int)
+    for index, part in split(batch, profile):
+        shape = shape_of(part)
+        assert 1 <= shape.batch <= max_batch and shape.masked == len(index) <= max_masked
+        found[index], targets[index] = answer(part), part.targets
+        times[index] += 1
+    assert (times == 1).all()
+    assert (found == answer(batch)).all() and (targets == batch.targets).all()
+    counts = np.bincount(batch.positions // batch.input_ids.shape[1], minlength=1)
+    if counts.max() <= max_masked:  # no row alone is too much, so none is computed twice
+        parts = [part for _, part in split(batch, profile)]
+        if len(parts) > 1:
+            assert sum(len(part.input_ids) for part in parts) == np.count_nonzero(counts)
+
+
+@settings(max_examples=300, deadline=None)
+@given(batches.filter(lambda batch: len(batch.positions)), sizes, sizes, st.integers(1, 50))
+def test_padding_changes_no_answer(batch, more_rows, more_columns, more_positions):
+    rows, seq, masked = shape_of(batch)
+    wanted = shape_of(batch)._replace(batch=rows + more_rows, seq=seq + more_columns, masked=masked + more_positions)
+    wide = pad(batch, wanted, pad_id=-7)
+    assert shape_of(wide) == wanted
+    assert (answer(wide)[:masked] == answer(batch)).all() and (wide.targets[:masked] == batch.targets).all()
+    assert (wide.input_ids[:, seq:] == -7).all() and not wide.attention_mask[:, seq:].any()
+    assert wide.attention_mask.any(axis=1).all(), "no row may be all padding"
+    assert pad(batch, shape_of(batch), pad_id=-7) is batch
+
+
+@given(st.integers(1, 100_000))
+def test_buckets_are_few_and_near(size):
+    assert size <= bucket(size) <= size + max(size // 4, 0)
+    assert bucket(bucket(size)) == bucket(size)
+
+
+def test_few_buckets():
+    assert len({bucket(size) for size in range(1, 1025)}) <= 36
+
+
+@given(sizes, sizes, sizes)
+def test_the_shape_to_run_is_within_the_profile(rows, seq, masked):
+    profile = Profile("only", (2, 3, 9), (3, 4, 9), (4, 4, 9))
+    shape = shape_of(Batch(*[np.zeros((rows, seq), dtype=np.int64)] * 2, *[np.zeros(masked, dtype=np.int64)] * 2))
+    for bucketed in (False, True):
+        run = fitted(shape, profile, bucketed=bucketed, keep_seq=False)
+        for axis, size in run._asdict().items():
+            smallest, _, largest = getattr(profile, axis)
+            assert max(smallest, getattr(shape, axis)) <= size <= largest
+        assert fitted(shape, profile, bucketed=bucketed, keep_seq=True).seq == max(seq, 3)

@@ -1,0 +1,237 @@
+"""TensorRT itself, on a machine that has it and a GPU: pytest -m tensorrt -s
+
+Builds plans in float32, float16 and bfloat16 and holds them to torch and to the onnx backend. Speed is printed, never
+asserted. Not run yet: no machine with TensorRT was at hand.
+"""
+
+import json
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import KINDS, paragraphs
+
+import mlmkit
+from mlmkit.artifact import hash_files, parse_manifest, read_manifest, write_manifest
+from mlmkit.backends import Backend, Batch, load
+from mlmkit.errors import UserError
+
+pytestmark = pytest.mark.tensorrt
+
+SHAPES = [(1, 1, 1), (1, 64, 5), (17, 13, 300), (3, 31, 1), (5, 7, 0)]
+# Nats, for the largest difference from torch in float32. The lower precisions' are a guess that catches a broken plan:
+# their true bounds are those of the export.
+BOUNDS = {"fp32": 1e-4, "fp16": 0.1, "bf16": 0.5}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def gpu() -> Any:
+    """Skips, with the reason, where nothing can run."""
+    try:
+        import tensorrt  # pyright: ignore[reportMissingModuleSource]
+
+        from mlmkit.backends.cuda import find_gpu
+
+        return tensorrt.__version__, find_gpu()
+    except (ImportError, OSError) as error:
+        pytest.skip(f"TensorRT cannot be imported: {error}")
+    except UserError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture(scope="session")
+def planned(gpu, tmp_path_factory, checkpoint, text_file) -> Callable[..., Path]:
+    """An artifact with plans, by kind, precision and options of the build."""
+    folders: dict[str, Path] = {}
+
+    def make(kind: str = "bert", precision: str = "fp32", **options: Any) -> Path:
+        key = f"{kind}-{precision}-{sorted(options.items())}"
+        if key not in folders:
+            folders[key] = tmp_path_factory.mktemp("planned") / "artifact"
+            export(checkpoint(kind), folders[key], precision, text_file)
+            add_plans(folders[key], **{"max_batch": 8, "max_masked": 256, **options})
+        return folders[key]
+
+    return make
+
+
+def export(checkpoint: Path, folder: Path, precision: str, text: Path) -> None:
+    command = [sys.executable, "-m", "mlmkit", "export", str(checkpoint), "--output", str(folder), "--text", str(text)]
+    command += ["--precision", precision] if precision != "fp32" else []
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def add_plans(folder: Path, **options: Any) -> None:
+    from mlmkit.export.tensorrt import PlanOptions, build_plans
+
+    manifest = read_manifest(folder)
+    built = build_plans(folder, manifest, PlanOptions(**options))
+    write_manifest(folder, replace(manifest, files=hash_files(folder), tensorrt=built))
+
+
+def random_batch(rows: int, seq: int, masked: int, vocabulary: int) -> Batch:
+    """Ragged rows, positions in no order."""
+    generator = np.random.default_rng(rows * 1000 + seq)
+    attention_mask = (np.arange(seq) < generator.integers(1, seq + 1, (rows, 1))).astype(np.int64)
+    positions = generator.choice(np.flatnonzero(attention_mask), masked)
+    return Batch(
+        generator.integers(5, vocabulary, (rows, seq)),
+        attention_mask,
+        positions,
+        generator.integers(5, vocabulary, masked),
+    )
+
+
+def backend(folder: Path, **options: Any) -> Any:
+    from mlmkit.backends.tensorrt import TensorRTBackend
+
+    return TensorRTBackend(str(folder), **options)
+
+
+def assert_close(here: Backend, there: Backend, bound: float) -> float:
+    """The largest difference of a log-probability over all shapes."""
+    largest = 0.0
+    for shape in SHAPES:
+        batch = random_batch(*shape, vocabulary=here.info.vocabulary_size)
+        found, expected, scored = here.predict(batch), there.predict(batch), here.score(batch)
+        assert found.top_id.shape == (shape[2], here.info.top_k)
+        for values in (found.log_prob - expected.log_prob, scored.log_prob - expected.log_prob):
+            largest = max(largest, float(np.abs(values).max(initial=0.0)))
+        top = np.abs(found.top_log_prob - expected.top_log_prob).max(initial=0.0)
+        largest = max(largest, float(top))
+        if bound <= 1e-4:
+            assert (found.top_id[:, 0] == expected.top_id[:, 0]).all()
+    assert largest <= bound
+    return largest
+
+
+@pytest.mark.parametrize("precision", BOUNDS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_parity_with_torch(planned, checkpoint, kind, precision):
+    folder = planned(kind, precision)
+    largest = assert_close(backend(folder), load(str(checkpoint(kind))), BOUNDS[precision])
+    built = read_manifest(folder).tensorrt
+    assert built is not None
+    print(f"\n{kind} {precision}: log P differs by at most {largest:.1e} nats; layers {built.layers}")  # noqa: T201
+    if precision != "fp32":
+        assert built.layers.get(precision, 0) > 0, "no layer computes in the type that was asked for"
+
+
+def test_the_plan_is_picked_and_its_profiles_hold(planned):
+    folder = planned()
+    here = load(str(folder))
+    assert (here.name, here.device) == ("tensorrt", "cuda")
+    built = read_manifest(folder).tensorrt
+    assert built is not None and [profile.name for profile in built.profiles] == ["latency", "throughput"]
+    largest = built.profiles[-1]
+    for rows, masked in [
+        (1, 1),
+        (largest.batch[2], largest.masked[2]),
+        (largest.batch[2] * 2 + 1, largest.masked[2] + 1),
+    ]:
+        batch = random_batch(rows, largest.seq[2], masked, here.info.vocabulary_size)
+        assert np.isfinite(here.score(batch).log_prob).all()
+
+
+def test_evaluation_equals_that_of_onnx(planned, tmp_path):
+    folder = planned()
+    found, expected = (
+        mlmkit.evaluate(folder, paragraphs(), metrics=["masked", "pseudo"], backend=name)
+        for name in ("tensorrt", "onnx")
+    )
+    assert found.result["backend"]["name"] == "tensorrt"
+    assert found.tokens["input_id"] == expected.tokens["input_id"], "the same masks"
+    for name, metric in expected.metrics.items():
+        assert found.metrics[name]["value"] == pytest.approx(metric["value"], rel=1e-4, abs=1e-4), name
+
+
+@pytest.mark.parametrize(
+    "options", [{"strip_weights": True}, {"version_compatible": True}, {"hardware_compatible": True}], ids=str
+)
+def test_other_kinds_of_plan(planned, checkpoint, options):
+    folder = planned(**options)
+    assert_close(backend(folder), load(str(checkpoint("bert"))), BOUNDS["fp32"])
+
+
+def test_cuda_graphs_and_threads_change_nothing(planned):
+    folder = planned()
+    plain = backend(folder)
+    batches = [random_batch(rows, seq, 3, 600) for rows in (1, 2, 4) for seq in (5, 9, 33, 64)] * 3
+    expected = [plain.score(batch).log_prob for batch in batches]
+    for options in ({"cuda_graphs": True}, {"contexts": 3}):
+        here, found = backend(folder, **options), [np.zeros(0)] * len(batches)
+
+        def work(first: int, here: Any = here, found: list[Any] = found) -> None:
+            for index in range(first, len(batches), 4):
+                found[index] = here.score(batches[index]).log_prob
+
+        threads = [threading.Thread(target=work, args=(first,)) for first in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        for one, other in zip(found, expected, strict=True):
+            np.testing.assert_allclose(one, other, atol=1e-4, rtol=0)
+
+
+def test_a_plan_of_another_version_or_gpu_is_refused(planned, tmp_path):
+    folder = Path(shutil.copytree(planned(), tmp_path / "copy"))
+    manifest = json.loads((folder / "mlmkit.json").read_text())
+    for name, value in (("version", "10.0.0.1"), ("compute_capability", "5.0")):
+        changed = {**manifest, "tensorrt": {**manifest["tensorrt"], name: value}}
+        (folder / "mlmkit.json").write_text(json.dumps(changed))
+        with pytest.raises(UserError, match="build the plan again"):
+            load(str(folder), backend="tensorrt")
+
+
+def test_a_graph_that_is_none_is_refused_with_a_reason(planned, tmp_path):
+    folder = Path(shutil.copytree(planned(), tmp_path / "copy"))
+    (folder / "model.onnx").write_bytes(b"no graph")
+    from mlmkit.export.tensorrt import build_plans
+
+    with pytest.raises(UserError, match="cannot parse it"):
+        build_plans(folder, parse_manifest(folder))
+
+
+@pytest.mark.parametrize("precision", BOUNDS)
+def test_throughput_is_printed(gpu, tokenizer_folder, text_file, tmp_path, precision):
+    """BERT-base's shape with random weights, at 15 % masked, beside the onnx backend."""
+    import torch
+    from transformers import AutoModelForMaskedLM, BertConfig
+
+    source = tmp_path / "checkpoint"
+    torch.manual_seed(0)
+    AutoModelForMaskedLM.from_config(BertConfig(vocab_size=30_522, max_position_embeddings=512)).save_pretrained(source)
+    for file in tokenizer_folder("wordpiece").iterdir():
+        (source / file.name).write_bytes(file.read_bytes())
+    settings = json.loads((source / "tokenizer_config.json").read_text())
+    (source / "tokenizer_config.json").write_text(json.dumps({**settings, "model_max_length": 128}))
+    export(source, tmp_path / "artifact", precision, text_file)
+    add_plans(tmp_path / "artifact", max_batch=32, max_seq=128, max_masked=1024)
+    backends = {"tensorrt": backend(tmp_path / "artifact"), "graphs": backend(tmp_path / "artifact", cuda_graphs=True)}
+    if precision != "bf16":  # ONNX Runtime's CPU provider has no bfloat16
+        backends["onnx"] = load(str(tmp_path / "artifact"), backend="onnx")
+    for rows, seq in [(1, 16), (4, 128), (32, 128)]:
+        batch = random_batch(rows, seq, max(rows * seq * 15 // 100, 1), 30_522)
+        for name, here in backends.items():
+            speed = tokens_per_second(here, batch)
+            print(f"\n{gpu} {precision} {rows} x {seq} {name} on {here.device}: {speed:,.0f} tokens/s")  # noqa: T201
+
+
+def tokens_per_second(here: Backend, batch: Batch, seconds: float = 1.0) -> float:
+    for _ in range(3):
+        here.score(batch)
+    begin, runs = time.perf_counter(), 0
+    while time.perf_counter() - begin < seconds:
+        here.score(batch)
+        runs += 1
+    return runs * batch.input_ids.size / (time.perf_counter() - begin)
