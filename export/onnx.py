@@ -19,7 +19,7 @@ EXTERNAL_DATA_BYTES = 64 << 20
 
 def write_onnx(model: MaskedLM, path: Path) -> None:
     """Export a model on the CPU with dynamic batch, seq and masked axes to `path`, weights over 64 MB beside it."""
-    input_ids = torch.full((2, 7), model.network.config.vocab_size // 2)
+    input_ids = torch.full((2, 7), model.vocabulary_size // 2)
     sample = (input_ids, torch.ones_like(input_ids), torch.tensor([1, 4, 9]), torch.tensor([5, 6, 7]))
     batch, seq, masked = (torch.export.Dim(name) for name in ("batch", "seq", "masked"))
     axes = ({0: batch, 1: seq}, {0: batch, 1: seq}, {0: masked}, {0: masked})
