@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from mlmkit.errors import UserError
 from mlmkit.model import MaskedLM
 
 OPSET = 20  # at 23 ModernBERT's graph fails at run time and a fully masked row is off by 4e-3 (docs/decisions.md)
@@ -18,26 +19,43 @@ EXTERNAL_DATA_BYTES = 64 << 20
 
 
 def write_onnx(model: MaskedLM, path: Path) -> None:
-    """Export a model on the CPU with dynamic batch, seq and masked axes to `path`, weights over 64 MB beside it."""
+    """Export a model on the CPU with dynamic batch, seq and masked axes to `path`, weights over 64 MB beside it.
+
+    Raises `UserError` for an architecture that torch cannot export, or not for rows of every length.
+    """
+    kind = model.network.config.model_type
     input_ids = torch.full((2, 7), model.vocabulary_size // 2)
     sample = (input_ids, torch.ones_like(input_ids), torch.tensor([1, 4, 9]), torch.tensor([5, 6, 7]))
     batch, seq, masked = (torch.export.Dim(name) for name in ("batch", "seq", "masked"))
     axes = ({0: batch, 1: seq}, {0: batch, 1: seq}, {0: masked}, {0: masked})
-    with _quiet():
-        program = torch.onnx.export(
-            model.eval(),
-            sample,
-            dynamo=True,
-            opset_version=OPSET,
-            input_names=INPUTS,
-            output_names=OUTPUTS,
-            dynamic_shapes=axes,
-            verbose=False,
-        )
+    try:
+        with _quiet():
+            program = torch.onnx.export(
+                model.eval(),
+                sample,
+                dynamo=True,
+                opset_version=OPSET,
+                input_names=INPUTS,
+                output_names=OUTPUTS,
+                dynamic_shapes=axes,
+                verbose=False,
+            )
+    except torch.onnx.OnnxExporterError as error:
+        raise UserError(f"torch cannot export a {kind} model: {_first_cause(error)}") from error
     if program is None:
         raise RuntimeError("torch.onnx.export returned no program")
+    # Where the network's code needs a length as a number, the exporter fixes it without a word.
+    if fixed := [value.name for value in program.model.graph.inputs if any(isinstance(n, int) for n in value.shape)]:
+        raise UserError(f"torch can export a {kind} model for one shape only: it fixed {', '.join(fixed)}")
     size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     program.save(path, external_data=size > EXTERNAL_DATA_BYTES)
+
+
+def _first_cause(error: BaseException) -> str:
+    """The exporter's own message is advice; what went wrong stands in the first of its causes."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 @contextlib.contextmanager
