@@ -45,7 +45,8 @@ def write_onnx(model: MaskedLM, path: Path) -> None:
     if program is None:
         raise RuntimeError("torch.onnx.export returned no program")
     # Where the network's code needs a length as a number, the exporter fixes it without a word.
-    if fixed := [value.name for value in program.model.graph.inputs if any(isinstance(n, int) for n in value.shape)]:
+    inputs = zip(INPUTS, program.model.graph.inputs, strict=True)
+    if fixed := [name for name, value in inputs if any(isinstance(size, int) for size in value.shape or ())]:
         raise UserError(f"torch can export a {kind} model for one shape only: it fixed {', '.join(fixed)}")
     size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     program.save(path, external_data=size > EXTERNAL_DATA_BYTES)
