@@ -11,6 +11,7 @@ import onnx_ir as ir
 import torch
 from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 
+from mlmkit.errors import UserError
 from mlmkit.model import MaskedLM
 
 OPSET = 20  # at 23 ModernBERT's graph fails at run time and a fully masked row is off by 4e-3 (docs/decisions.md)
@@ -20,25 +21,36 @@ OUTPUTS = ("log_prob", "rank", "top_log_prob", "top_id")
 EXTERNAL_DATA_BYTES = 64 << 20
 
 
-def write_onnx(model: MaskedLM, path: Path) -> None:
-    """Export a model on the CPU with dynamic batch, seq and masked axes to `path`, weights over 64 MB beside it."""
-    input_ids = torch.full((2, 7), model.network.config.vocab_size // 2)
+def write_onnx(model: MaskedLM, path: Path, *, opset: int = OPSET) -> None:
+    """Export a model on the CPU with dynamic batch, seq and masked axes to `path`, weights over 64 MB beside it.
+
+    Raises `UserError` for an architecture that torch cannot export, or not for rows of every length.
+    """
+    kind = model.network.config.model_type
+    input_ids = torch.full((2, 7), model.vocabulary_size // 2)
     sample = (input_ids, torch.ones_like(input_ids), torch.tensor([1, 4, 9]), torch.tensor([5, 6, 7]))
     batch, seq, masked = (torch.export.Dim(name) for name in ("batch", "seq", "masked"))
     axes = ({0: batch, 1: seq}, {0: batch, 1: seq}, {0: masked}, {0: masked})
-    with _quiet():
-        program = torch.onnx.export(
-            model.eval(),
-            sample,
-            dynamo=True,
-            opset_version=OPSET,
-            input_names=INPUTS,
-            output_names=OUTPUTS,
-            dynamic_shapes=axes,
-            verbose=False,
-        )
+    try:
+        with _quiet():
+            program = torch.onnx.export(
+                model.eval(),
+                sample,
+                dynamo=True,
+                opset_version=opset,
+                input_names=INPUTS,
+                output_names=OUTPUTS,
+                dynamic_shapes=axes,
+                verbose=False,
+            )
+    except torch.onnx.OnnxExporterError as error:
+        raise UserError(f"torch cannot export a {kind} model: {_first_cause(error)}") from error
     if program is None:
         raise RuntimeError("torch.onnx.export returned no program")
+    # Where the network's code needs a length as a number, the exporter fixes it without a word.
+    inputs = zip(INPUTS, program.model.graph.inputs, strict=True)
+    if fixed := [name for name, value in inputs if any(isinstance(size, int) for size in value.shape or ())]:
+        raise UserError(f"torch can export a {kind} model for one shape only: it fixed {', '.join(fixed)}")
     save_graph(program.model, path)
 
 
@@ -49,7 +61,10 @@ def save_graph(model: ir.Model, path: Path) -> None:
     """
     ClearMetadataAndDocStringPass()(model)
     size = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None)
-    ir.save(model, path, external_data=f"{path.name}.data" if size > EXTERNAL_DATA_BYTES else None)
+    if size > EXTERNAL_DATA_BYTES:
+        ir.save(model, path, external_data=f"{path.name}.data")
+    else:  # what was read from a file beside another graph would stay there
+        ir.save(ir.external_data.load_to_model(model), path)
 
 
 def replace_graph(model: ir.Model, path: Path) -> None:
@@ -59,6 +74,13 @@ def replace_graph(model: ir.Model, path: Path) -> None:
         path.with_name(f"{path.name}.data").unlink(missing_ok=True)
         for file in Path(building).iterdir():
             file.replace(path.parent / file.name)
+
+
+def _first_cause(error: BaseException) -> str:
+    """The exporter's own message is advice; what went wrong stands in the first of its causes."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 @contextlib.contextmanager

@@ -9,7 +9,7 @@ import contextlib
 import io
 import logging
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -57,27 +57,34 @@ def quantize_weight(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def linear_products(graph: ir.Graph) -> list[ir.Node]:
-    """Products of an activation with a constant matrix, but for the last one, which makes the logits."""
-    head = _products_before(next(node for node in graph if node.op_type == "LogSoftmax"))
-    return [node for node in graph if node.op_type == "MatMul" and _is_linear(node) and node not in head]
+    """Products of an activation with a constant matrix on the way to the logits, but for the last, which makes them."""
+    scoring = next(node for node in graph if node.op_type == "LogSoftmax")
+    head = _before(scoring, stop=_is_product)
+    return [node for node in _before(scoring) if _is_linear(node) and node not in head]
+
+
+def _before(node: ir.Node, stop: Callable[[ir.Node], bool] = lambda _: False) -> list[ir.Node]:
+    """The nodes that a node depends on; of those that `stop` names, not what they depend on in turn."""
+    found, waiting = dict[ir.Node, None](), list(node.predecessors())
+    while waiting:
+        node = waiting.pop()
+        if node not in found:
+            found[node] = None
+            if not stop(node):
+                waiting.extend(node.predecessors())
+    return list(found)
+
+
+def _is_product(node: ir.Node) -> bool:
+    return node.op_type in ("MatMul", "Gemm")
 
 
 def _is_linear(node: ir.Node) -> bool:
+    if node.op_type != "MatMul":
+        return False
     activation, weight = node.inputs
     is_matrix = weight is not None and weight.const_value is not None and len(weight.const_value.shape) == 2
     return is_matrix and activation is not None and activation.const_value is None
-
-
-def _products_before(node: ir.Node) -> set[ir.Node]:
-    """The nearest products on the way to a node."""
-    found, waiting = set(), list(node.predecessors())
-    while waiting:
-        node = waiting.pop()
-        if node.op_type in ("MatMul", "Gemm"):
-            found.add(node)
-        else:
-            waiting.extend(node.predecessors())
-    return found
 
 
 def _numbers(value: ir.Value) -> np.ndarray:

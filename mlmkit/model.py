@@ -3,7 +3,8 @@
 Two hooks into transformers, and no code for any single architecture:
 
 - A forward hook on `base_model` gathers the hidden rows at the masked positions before the vocabulary head runs.
-  Every masked-LM head works on each position alone, so the head's cost falls to the masked share.
+  Nearly every masked-LM head works on each position alone, so the head's cost falls to the masked share. Whether this
+  one does is found out when it is wrapped; otherwise the logits are gathered behind it.
 - A registered attention, `mlmkit_packed`, lets documents share a row without seeing each other or any padding.
 """
 
@@ -34,6 +35,8 @@ from mlmkit.tokenizer import Tokenizer
 log = logging.getLogger(__name__)
 
 TOP_K = 100
+# What a network raises when it is asked for what it cannot do.
+PROBE_ERRORS = (ValueError, TypeError, RuntimeError, AttributeError, LookupError, AssertionError)
 PACKED_ATTENTION = "mlmkit_packed"
 
 
@@ -60,14 +63,19 @@ class Pack:
 
 
 class MaskedLM(nn.Module):
-    """A masked LM of transformers whose vocabulary head sees the masked positions only."""
+    """A masked LM of transformers whose vocabulary head sees the masked positions only.
+
+    Raises `UserError` for a network that gives no logits for each id, or other ones each time.
+    """
 
     def __init__(self, network: PreTrainedModel, top_k: int = TOP_K) -> None:
         super().__init__()
         self.network = network
-        self.top_k = min(top_k, network.config.vocab_size)
+        self.vocabulary_size: int = network.config.get_text_config().vocab_size
+        self.top_k = min(top_k, self.vocabulary_size)
         self._positions: Tensor | None = None
         network.base_model.register_forward_hook(self._gather)
+        self.gathers_before_head = network.device.type == "meta" or self._probe_head()
 
     def _gather(self, _module: nn.Module, _inputs: Any, output: Any) -> Any:
         """`[batch, seq, hidden]` → `[1, masked, hidden]`, in a tuple or a ModelOutput as the architecture has it."""
@@ -85,11 +93,51 @@ class MaskedLM(nn.Module):
         `inputs` go to the transformers model as they are: `input_ids` and `attention_mask`, or what `packed_inputs`
         makes.
         """
+        if not self.gathers_before_head:
+            return self._dense_logits(**inputs).flatten(0, 1).index_select(0, positions)
         self._positions = positions
         try:
             return self.network(**inputs).logits.squeeze(0)
         finally:
             self._positions = None
+
+    def _dense_logits(self, **inputs: Any) -> Tensor:
+        """`[batch, seq, vocabulary]`. Perceiver decodes all the places that it has, whatever the length of the row."""
+        return self.network(**inputs).logits[:, : inputs["input_ids"].shape[1]]
+
+    def _probe_head(self) -> bool:
+        """Whether the head gives gathered rows the logits that it gives them among all others."""
+        network, kind = self.network, self.network.config.model_type
+        seq = max(min(5, self.max_length()), 1)
+        places = torch.arange(2 * seq, device=network.device)
+        ids = (self.vocabulary_size - 1 - places % (self.vocabulary_size // 2 or 1)).view(2, seq)
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        positions = places.flip(0)[::3]
+        training = network.training
+        network.eval()
+        try:
+            with torch.no_grad():
+                dense = self._dense_logits(**inputs)
+                if dense.shape != (2, seq, self.vocabulary_size):
+                    raise UserError(f"a {kind} model gives no logits for each token: mlmkit cannot score with it")
+                # Half the digits: a head that mixes positions is further off, rounding is not.
+                bound = torch.finfo(dense.dtype).eps ** 0.5 * float(dense.abs().nan_to_num().max())
+                expected = dense.flatten(0, 1)[positions]
+                try:
+                    self.gathers_before_head = True
+                    found = self.logits(positions, **inputs)
+                    if found.shape == expected.shape and _close(found, expected, bound):
+                        return True
+                except PROBE_ERRORS as error:
+                    log.debug("the head takes no gathered rows: %s", error)
+                if not _close(self._dense_logits(**inputs), dense, bound):
+                    raise UserError(f"this {kind} model gives other logits each time: there is nothing to evaluate")
+        except PROBE_ERRORS as error:
+            raise UserError(f"a {kind} model cannot score token ids alone: {_first_line(error)}") from error
+        finally:
+            network.train(training)
+        log.info("the head of %s needs every position: it runs at all of them", kind)
+        return False
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, positions: Tensor, targets: Tensor) -> Scores:
         """The scoring graph (`docs/architecture.md`).
@@ -102,7 +150,10 @@ class MaskedLM(nn.Module):
         # Not logsumexp: ONNX Runtime's is slower, three times less exact, and fails without a masked position.
         log_probs = torch.log_softmax(logits, dim=-1)
         target = targets.unsqueeze(-1)
-        rank = (logits >= logits.gather(-1, target)).sum(dim=-1) - 1
+        # A matrix product, exact up to 2**24 ids: ONNX Runtime's ReduceSum takes five times as long, and its
+        # shape is wrong without a masked position.
+        at_least = (logits >= logits.gather(-1, target)).float() @ torch.ones(logits.shape[-1], 1, device=logits.device)
+        rank = at_least.squeeze(-1).long() - 1
         top_id = torch.topk(logits, self.top_k, dim=-1).indices
         return Scores(log_probs.gather(-1, target).squeeze(-1), rank, log_probs.gather(-1, top_id), top_id)
 
@@ -119,13 +170,14 @@ class MaskedLM(nn.Module):
     def position_offset(self) -> int:
         """The first token's position id: 0, or `padding_idx + 1` for the RoBERTa family."""
         for name, module in self.network.base_model.named_modules():
-            if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
-                return 0 if module.padding_idx is None else module.padding_idx + 1
+            if name.endswith("position_embeddings"):
+                padding_idx = getattr(module, "padding_idx", None)
+                return 0 if padding_idx is None else padding_idx + 1
         return 0
 
     def max_length(self, tokenizer_limit: int | None = None) -> int:
         """Tokens a row can hold, special tokens included: what the position table and the tokenizer allow."""
-        table = getattr(self.network.config, "max_position_embeddings", None) or (1 << 30)
+        table = getattr(self.network.config.get_text_config(), "max_position_embeddings", None) or (1 << 30)
         limit = table - self.position_offset
         return min(limit, tokenizer_limit or limit)
 
@@ -153,12 +205,18 @@ def load_pretrained(path: str, *, dtype: torch.dtype = torch.float32) -> tuple[M
     if mismatched := sorted(str(key) for key in info["mismatched_keys"]):
         raise UserError(f"{path}: the weights do not have the shapes that config.json asks for: {mismatched[0]}")
     tokenizer = load_tokenizer(path)
-    if tokenizer.vocabulary_size > config.vocab_size:
+    model = MaskedLM(network.eval())
+    if tokenizer.vocabulary_size > model.vocabulary_size:
         raise UserError(
             f"{path}: the tokenizer has ids up to {tokenizer.vocabulary_size - 1} but the model's vocabulary has "
-            f"{config.vocab_size}: the two do not belong together"
+            f"{model.vocabulary_size}: the two do not belong together"
         )
-    return MaskedLM(network.eval()), tokenizer
+    if not sees_context(model):
+        raise UserError(
+            f"{path}: what this {config.model_type} model predicts for a token does not depend on the others: its "
+            "weights are empty, or transformers lacks a kernel for it here"
+        )
+    return model, tokenizer
 
 
 def load_config(path: str) -> PreTrainedConfig:
@@ -204,8 +262,15 @@ class as_user_error:  # noqa: N801  (a context manager)
 
     def __exit__(self, _kind: object, error: BaseException | None, _traceback: object) -> None:
         if isinstance(error, Exception) and not isinstance(error, UserError):
-            first_line = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-            raise UserError(f"{self.path}: cannot be loaded: {first_line}") from error
+            raise UserError(f"{self.path}: cannot be loaded: {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def _close(found: Tensor, expected: Tensor, bound: float) -> bool:
+    return torch.allclose(found, expected, atol=bound, rtol=0, equal_nan=True)
 
 
 # ---------------------------------------------------------------- packing
@@ -241,7 +306,7 @@ def enable_packing(model: MaskedLM) -> bool:
             together = model.logits(**_probe(model, lengths, packed=True))
         works = network.config._attn_implementation == PACKED_ATTENTION
         works = works and torch.allclose(alone, together, atol=2e-5, rtol=1e-5)
-    except (ValueError, TypeError, RuntimeError, NotImplementedError, AttributeError, IndexError, KeyError) as error:
+    except PROBE_ERRORS as error:
         log.debug("packing probe failed: %s", error)
         works = False
     finally:
@@ -249,6 +314,22 @@ def enable_packing(model: MaskedLM) -> bool:
     if not works and before and network.config._attn_implementation == PACKED_ATTENTION:
         network.set_attn_implementation(before)
     return works
+
+
+def sees_context(model: MaskedLM) -> bool:
+    """Whether what a model on the CPU predicts for a token changes with the others, found by a probe.
+
+    It does not where transformers leaves the attention out: MRA's gives zeros without its CUDA kernel.
+    """
+    inputs = _probe(model, [5])
+    others = inputs | {"input_ids": inputs["input_ids"].flip(1)}
+    middle = torch.tensor([2])
+    training = model.network.training
+    model.network.eval()
+    with torch.no_grad():
+        before, after = (model.logits(**(each | {"positions": middle})) for each in (inputs, others))
+    model.network.train(training)
+    return not torch.equal(before, after)
 
 
 def sees_padding(model: MaskedLM, pad_id: int) -> bool:
@@ -271,7 +352,7 @@ def sees_padding(model: MaskedLM, pad_id: int) -> bool:
 
 def _probe(model: MaskedLM, lengths: Sequence[int], *, packed: bool = False) -> dict[str, Any]:
     """Inputs of arbitrary ids from the upper half of the vocabulary: a document is the same alone and packed."""
-    last = model.network.config.vocab_size - 1
+    last = model.vocabulary_size - 1
     ids = torch.cat([last - torch.arange(length) % (last // 2) for length in lengths]).unsqueeze(0)
     positions = torch.arange(ids.shape[1])
     if not packed:

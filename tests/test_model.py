@@ -6,6 +6,7 @@ import pytest
 import torch
 import transformers as T
 
+from mlmkit.errors import UserError
 from mlmkit.model import MaskedLM, Pack, enable_packing, packed_inputs, sees_padding
 
 VOCABULARY = 200
@@ -32,6 +33,7 @@ CONFIGS = {
     "electra": lambda: T.ElectraConfig(**SIZES, embedding_size=16),
     "ernie": lambda: T.ErnieConfig(**SIZES),
     "eurobert": lambda: T.EuroBertConfig(**SIZES, pad_token_id=0, bos_token_id=1, eos_token_id=2, mask_token_id=4),
+    "ibert": lambda: T.IBertConfig(**SIZES),
     "megatron-bert": lambda: T.MegatronBertConfig(**SIZES),
     "mobilebert": lambda: T.MobileBertConfig(**SIZES, embedding_size=16, intra_bottleneck_size=16),
     "modernbert": lambda: T.ModernBertConfig(**SIZES, **SPECIALS, local_attention=6),
@@ -44,7 +46,7 @@ CONFIGS = {
     "xmod": lambda: T.XmodConfig(**SIZES, languages=["en_XX"], default_language="en_XX"),
 }
 # These do not route attention through transformers' interface, so packing must be refused, not faked.
-UNPACKABLE = {"convbert", "deberta-v2", "megatron-bert", "mobilebert", "mpnet", "rembert", "roformer"}
+UNPACKABLE = {"convbert", "deberta-v2", "ibert", "megatron-bert", "mobilebert", "mpnet", "rembert", "roformer"}
 
 
 def tiny(name: str, top_k: int = 10) -> MaskedLM:
@@ -135,12 +137,56 @@ def test_who_sees_padding(name):
     assert sees_padding(tiny(name), pad_id=3) == (name in {"convbert", "mobilebert"})
 
 
+def perceiver() -> MaskedLM:
+    """Its head attends from places of its own to the hidden states, so it can take no gathered rows."""
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"num_latents": 8, "d_latents": 32, "d_model": 32, "num_self_attends_per_block": 1}
+    config = T.PerceiverConfig(vocab_size=VOCABULARY, max_position_embeddings=16, **sizes)
+    return MaskedLM(T.AutoModelForMaskedLM.from_config(config).eval(), 10)
+
+
+def test_a_head_that_needs_every_position_is_found_out():
+    model = perceiver()
+    assert not model.gathers_before_head
+    assert tiny("bert").gathers_before_head
+    input_ids, attention_mask, positions, targets = ragged()
+    with torch.no_grad():
+        found = model(input_ids, attention_mask, positions, targets)
+        logits = model.network(input_ids=input_ids, attention_mask=attention_mask).logits
+    assert logits.shape == (3, 16, VOCABULARY)  # as many places as it has, whatever the rows' length
+    expected = logits[:, :12].flatten(0, 1)[positions].log_softmax(-1)
+    torch.testing.assert_close(found.log_prob, expected.gather(1, targets[:, None])[:, 0], atol=1e-5, rtol=0)
+    assert not enable_packing(model)
+
+
+def test_a_head_that_mixes_positions_a_little_is_found_out():
+    network: Any = tiny("bert").network
+    network.get_output_embeddings().register_forward_hook(lambda _m, _i, logits: logits + 0.01 * logits.mean(1, True))
+    assert not MaskedLM(network).gathers_before_head
+
+
+def test_a_model_that_cannot_be_scored_with_is_refused():
+    network: Any = tiny("bert").network
+    drawing = network.get_output_embeddings().register_forward_hook(lambda _m, _i, logits: logits + torch.randn(()))
+    with pytest.raises(UserError, match="other logits each time"):
+        MaskedLM(network)
+    drawing.remove()
+    shortening = network.get_output_embeddings().register_forward_hook(lambda _m, _i, logits: logits[:, ::2])
+    with pytest.raises(UserError, match="no logits for each token"):
+        MaskedLM(network)
+    shortening.remove()
+    network.register_forward_pre_hook(lambda _m, _i: (_ for _ in ()).throw(ValueError("pixel_values?\nmore")))
+    with pytest.raises(UserError, match=r"cannot score token ids alone: pixel_values\?$"):
+        MaskedLM(network)
+
+
 def test_ties_count_against_the_model():
     model = tiny("bert")
     with torch.no_grad():
         for parameter in model.network.parameters():
             parameter.zero_()
         found = model(*ragged())
+    assert found.rank.dtype == torch.int64
     assert (found.rank == VOCABULARY - 1).all()
     torch.testing.assert_close(found.log_prob, torch.full((7,), -torch.tensor(float(VOCABULARY)).log().item()))
 
@@ -154,7 +200,7 @@ def test_loss_is_the_mean_of_log_probabilities():
     torch.testing.assert_close(loss, -found.log_prob.sum(), atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize(("name", "length"), [("bert", 64), ("roberta", 62), ("distilbert", 64)])
+@pytest.mark.parametrize(("name", "length"), [("bert", 64), ("roberta", 62), ("distilbert", 64), ("ibert", 62)])
 def test_longest_row_that_the_position_table_holds(name, length):
     model = tiny(name)
     assert model.max_length() == length

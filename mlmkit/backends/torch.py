@@ -45,10 +45,10 @@ def model_info(path: str, model: MaskedLM, tokenizer: Tokenizer) -> ModelInfo:
         path=path,
         fingerprint=weights_fingerprint(model.network),
         architecture=config.model_type,
-        vocabulary_size=config.vocab_size,
+        vocabulary_size=model.vocabulary_size,
         max_length=model.max_length(tokenizer.limit),
         precision="fp32",
-        top_k=min(TOP_K, config.vocab_size),
+        top_k=min(TOP_K, model.vocabulary_size),
         sees_padding=sees_padding(model, tokenizer.pad_id),
     )
 

@@ -1,0 +1,370 @@
+"""Every masked LM of transformers, tiny and random: exported, and run at shapes that the export never saw.
+
+Usage: python benchmarks/architectures.py [--only NAME] [--json FILE] [--page docs/architectures.md]
+
+Each architecture has a process of its own, two at a time, so a crash or a hang costs one row. With `--json FILE` rows
+are kept as they come, and those found there are not measured again.
+"""
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+TIMEOUT = 600  # seconds an architecture
+BOUND = 1e-4  # nats, the export's own
+LONGEST = 64  # what the configurations are told
+UNBOUNDED = 100  # the longest row tried where an architecture names no limit
+# (batch, longest row, masked positions), 0 for the longest row there is; the export sees 2 x 7 with 3 masked.
+SHAPES = ((1, 0, 5), (17, 13, 300), (3, 31, 1), (5, 7, 0), (1, 9, 300), (17, 0, 40), (2, 16, 8), (1, 1, 1))
+
+# Small values for every name that configurations use for a size; each class takes those that it has.
+SIZES: dict[str, Any] = {
+    **dict.fromkeys(("vocab_size",), 200),
+    **dict.fromkeys(("hidden_size", "d_model", "dim", "emb_dim", "d_latents"), 32),
+    **dict.fromkeys(("num_hidden_layers", "n_layers", "encoder_layers", "decoder_layers", "num_decoder_layers"), 2),
+    **dict.fromkeys(("num_attention_heads", "num_key_value_heads", "n_heads", "n_head"), 4),
+    **dict.fromkeys(("encoder_attention_heads", "decoder_attention_heads"), 4),
+    **dict.fromkeys(("d_head", "head_dim", "attention_head_size"), 8),
+    **dict.fromkeys(("intermediate_size", "hidden_dim", "encoder_ffn_dim", "decoder_ffn_dim", "d_inner"), 64),
+    **dict.fromkeys(("embedding_size", "input_embedding_size", "entity_emb_size", "embedding_rank"), 16),
+    **dict.fromkeys(("pronunciation_embed_dim", "shape_embed_dim", "intra_bottleneck_size"), 16),
+    **dict.fromkeys(("max_position_embeddings",), LONGEST),
+    **dict.fromkeys(("sliding_window", "local_attention", "attention_window", "num_latents"), 8),
+    **dict.fromkeys(("num_self_attends_per_block",), 1),
+}
+# What an architecture's own rules ask for beyond that.
+EXTRAS: dict[str, dict[str, Any]] = {
+    "big_bird": {"block_size": 4, "num_random_blocks": 1},
+    "deberta": {"relative_attention": True, "pos_att_type": ["c2p", "p2c"]},  # as in the published checkpoints
+    "deberta-v2": {"relative_attention": True, "pos_att_type": ["c2p", "p2c"]},
+    "esm": {"pad_token_id": 1, "mask_token_id": 4},
+    "funnel": {"block_sizes": [1, 1]},
+    "luke": {"entity_vocab_size": 20},
+    "neomme": {"head_dim": 16, "num_key_value_heads": 2},
+    "reformer": {
+        "attn_layers": ["local", "lsh"],
+        "axial_pos_shape": [8, 8],
+        "axial_pos_embds_dim": [8, 24],
+        "feed_forward_size": 64,
+        "local_attn_chunk_length": 8,
+        "lsh_attn_chunk_length": 8,
+        "is_decoder": False,
+    },
+    "rembert": {"output_embedding_size": 48},
+    "squeezebert": {"embedding_size": 32},
+    "xmod": {"default_language": "en_XX"},
+}
+# What stands behind a failure, or behind a success that is not the whole story: read from transformers' sources.
+IMAGES = "Text alone: images and the like are no input of the scoring graph."
+SHIFTED = "Encoder and decoder: the decoder reads the corrupted text again, shifted by one, as transformers has it."
+NOTES = {
+    "bart": SHIFTED,
+    "big_bird": "Always with full attention: transformers switches block-sparse attention off for good at the first "
+    "short row, and mlmkit's probes are short.",
+    "funnel": "Its pooling takes the row's length as a number, and the exporter fixes it.",
+    "layoutlm": "Text alone: every box is at the origin.",
+    "longformer": "The exporter cannot follow its sliding chunks, whose number is computed as a tensor from the "
+    "row's length.",
+    "luke": "Text alone, without entities.",
+    "mbart": SHIFTED + " Its `shift_tokens_right` squeezes the batch away where it is 1; the parity check stops the "
+    "export.",
+    "mobilebert": "The padding's vector is zero here; where it is not, padding is seen by its neighbours. mlmkit asks "
+    "each checkpoint anew.",
+    "modernvbert": IMAGES,
+    "mra": "Its attention is a CUDA kernel; without it transformers takes zeros for the result and says nothing. "
+    "mlmkit refuses the checkpoint.",
+    "mvp": SHIFTED,
+    "neomme": IMAGES,
+    "nystromformer": "With as many landmarks as segments, as in its default configuration, which is full attention.",
+    "perceiver": "Its head reads all hidden states from places of its own, so it runs at every position.",
+    "reformer": "Its chunks and hashes take the row's length as a number, and the exporter fixes it.",
+    "roc_bert": "Without the shapes and sounds of its characters.",
+    "tapas": "Text alone, without a table's rows and columns.",
+    "ultravbert": IMAGES,
+    "xmod": "For its default language.",
+    "yoso": "In evaluation it takes the expectation, not random hashes.",
+}
+
+
+@dataclass
+class Row:
+    """What became of one architecture. `reason` is empty where the graph was written and agrees with torch."""
+
+    name: str
+    reason: str = ""
+    max_log_prob_difference: float | None = None
+    rank_agreement: float | None = None
+    top_1_agreement: float | None = None
+    torch_fails_at: list[str] = field(default_factory=list)
+    gathers_before_head: bool | None = None
+    packs: bool | None = None
+    sees_padding: bool | None = None
+    max_length: int | None = None
+    runs_at_max_length: bool | None = None
+    fails_beyond: bool | None = None
+    operators: list[str] = field(default_factory=list)
+
+
+# ---------------------------------------------------------------- one architecture
+
+
+def build(name: str) -> Any:
+    """A tiny random network in evaluation mode, nothing in it zero and its matrices scaled up, so that faults show."""
+    import torch
+    from transformers import CONFIG_MAPPING, AutoModelForMaskedLM
+
+    config_class = CONFIG_MAPPING[name]
+    values = tiny_values(config_class()) | EXTRAS.get(name, {})
+    torch.manual_seed(0)
+    network = AutoModelForMaskedLM.from_config(config_class(**values)).eval()
+    with torch.no_grad():
+        for parameter in network.parameters():
+            if not parameter.any():
+                parameter.normal_(std=0.02)
+            if parameter.ndim > 1:
+                parameter.mul_(3)
+    return network
+
+
+def tiny_values(default: Any) -> dict[str, Any]:
+    """The arguments that make a configuration tiny, its special ids in the lower half of the vocabulary."""
+    names = {*default.to_dict(), *default.attribute_map}
+    values = {name: size for name, size in SIZES.items() if name in names}
+    for part in default.sub_configs:
+        if inner := getattr(default, part, None):
+            values[part] = {"model_type": inner.model_type, **tiny_values(inner)}
+    for name in names:
+        if name.endswith("_token_id") and (getattr(default, name, None) or 0) >= SIZES["vocab_size"] // 2:
+            values[name] = {"pad": 0, "bos": 1, "cls": 1, "eos": 2, "sep": 2}.get(name.removesuffix("_token_id"), 4)
+    return values
+
+
+def check(name: str, folder: Path) -> Row:
+    """Build, probe, export and compare one architecture; the graph is left in `folder`."""
+    from mlmkit.export.onnx import write_onnx
+    from mlmkit.model import MaskedLM, enable_packing, sees_context, sees_padding
+
+    row, stage = Row(name), "build"
+    try:
+        model = MaskedLM(build(name))
+        stage = "torch"
+        row.gathers_before_head = model.gathers_before_head
+        row.max_length = model.max_length()
+        longest = min(row.max_length, UNBOUNDED)
+        row.runs_at_max_length, row.fails_beyond = runs(model, longest), not runs(model, longest + 1)
+        row.sees_padding = sees_padding(model, pad_id(model))
+        if not sees_context(model):
+            raise ValueError("what is predicted for a token does not depend on the others")
+        stage = "export"
+        write_onnx(model, folder / "model.onnx")
+        stage = "run"
+        compare(model, folder / "model.onnx", longest, row)
+        stage = "packing"
+        row.packs = enable_packing(model)
+    except Exception as error:
+        row.reason = f"{stage}: {next(iter(str(error).strip().splitlines()), type(error).__name__)}"[:300]
+    return row
+
+
+def compare(model: Any, path: Path, longest: int, row: Row) -> None:
+    """Run the graph beside torch at every shape that torch runs at; fills the row."""
+    import onnx
+    import onnxruntime as ort
+    import torch
+
+    from mlmkit.export.onnx import OUTPUTS
+
+    row.operators = sorted(operators(onnx.load(path).graph))
+    options = ort.SessionOptions()
+    options.log_severity_level = 4
+    options.intra_op_num_threads = 1
+    session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    differences, ranks, best = [], [], []
+    for batch, seq, masked in SHAPES:
+        inputs = ragged(model, batch, seq or longest, masked)
+        try:
+            with torch.inference_mode():
+                expected = [output.numpy() for output in model(*map(torch.from_numpy, inputs.values()))]
+        except (RuntimeError, IndexError):
+            row.torch_fails_at.append(f"{batch} x {seq or longest}")
+            continue
+        found = [np.asarray(output) for output in session.run(OUTPUTS, inputs)]
+        if (shapes := [output.shape for output in found]) != [output.shape for output in expected]:
+            raise ValueError(f"outputs of shapes {shapes} at {batch} x {seq or longest} with {masked} masked")
+        differences += [float(np.abs(found[i] - expected[i]).max(initial=0)) for i in (0, 2)]
+        ranks.append(found[1] == expected[1])
+        best.append(found[3][:, 0] == expected[3][:, 0])
+    row.max_log_prob_difference = float(np.max(differences))
+    row.rank_agreement, row.top_1_agreement = (float(np.concatenate(agree).mean()) for agree in (ranks, best))
+    if not row.max_log_prob_difference <= BOUND:
+        raise ValueError(f"other numbers: log-probabilities differ by up to {row.max_log_prob_difference:.1e}")
+
+
+def ragged(model: Any, batch: int, seq: int, masked: int) -> dict[str, np.ndarray]:
+    """The graph's inputs: ordinary ids in rows of random lengths, the first one whole, padded."""
+    generator = np.random.default_rng(batch * 1000 + seq)
+    input_ids = generator.integers(model.vocabulary_size // 2, model.vocabulary_size, (batch, seq))
+    attention_mask = np.ones_like(input_ids)
+    for row in range(1, batch):
+        attention_mask[row, generator.integers(1, seq + 1) :] = 0
+    input_ids[attention_mask == 0] = pad_id(model)
+    real = np.flatnonzero(attention_mask)
+    positions = np.sort(generator.choice(real, masked, replace=masked > len(real)))
+    targets = generator.integers(0, model.vocabulary_size, masked)
+    return {"input_ids": input_ids, "attention_mask": attention_mask, "positions": positions, "targets": targets}
+
+
+def pad_id(model: Any) -> int:
+    """The configuration's own, or 0."""
+    return getattr(model.network.config.get_text_config(), "pad_token_id", None) or 0
+
+
+def runs(model: Any, length: int) -> bool:
+    """Whether torch takes a row of this length."""
+    import torch
+
+    input_ids = torch.full((1, length), model.vocabulary_size - 1)
+    try:
+        with torch.inference_mode():
+            model(input_ids, torch.ones_like(input_ids), torch.tensor([length - 1]), torch.tensor([9]))
+    except (RuntimeError, LookupError, ValueError, AssertionError):
+        return False
+    return True
+
+
+def operators(graph: Any) -> set[str]:
+    """Every operator, those of subgraphs too, with the domain if it is not ONNX's own."""
+    found = set()
+    for node in graph.node:
+        found.add(f"{node.domain}::{node.op_type}" if node.domain else node.op_type)
+        for attribute in node.attribute:
+            for inner in (attribute.g, *attribute.graphs):
+                found |= operators(inner)
+    return found
+
+
+# ---------------------------------------------------------------- all of them
+
+
+def check_apart(name: str) -> Row:
+    """`check` in a process of its own."""
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, __file__, "--only", name, "--here"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, env=environment, check=True)
+        return Row(**json.loads(done.stdout.splitlines()[-1]))
+    except subprocess.TimeoutExpired:
+        return Row(name, f"no answer within {TIMEOUT} s")
+    except subprocess.CalledProcessError as error:
+        return Row(name, f"the process ended with code {error.returncode}")
+
+
+def write_page(path: Path, rows: list[Row]) -> None:
+    """`docs/architectures.md`, whole."""
+    good = [row for row in rows if not row.reason]
+    failed = [row for row in rows if row.reason]
+    versions = ", ".join(f"{name} {version(name)}" for name in ("transformers", "torch", "onnx", "onnxscript"))
+    worst = max(row.max_log_prob_difference or 0 for row in good)
+    lines = [
+        "# Architectures",
+        "",
+        f"*Written by `python benchmarks/architectures.py --page docs/architectures.md` on {date.today()}: {versions}, "
+        f"{ort_name()}, Python {platform.python_version()}.*",
+        "",
+        f"transformers knows {len(rows)} architectures with a masked LM. Each was built tiny from its configuration "
+        "class, with random weights, exported with the scoring graph ([architecture.md](architecture.md)) and run on "
+        "ONNX Runtime's CPU beside torch in float32 at shapes that the export never saw: batches of 1 to 17 ragged "
+        "rows, 1 token to the longest row, 0 to 300 masked positions.",
+        "",
+        f"**{len(good)} of {len(rows)} export and agree**: no log-probability, of targets or of the 100 best, is off "
+        f"by more than {worst:.1e} nats (bound {BOUND:.0e}). {len(failed)} do not; the reasons are below.",
+        "",
+        "| architecture | max \\|Δ log P\\| | rank, best agree | head sees | packs | sees padding | longest row | |",
+        "|---|---|---|---|---|---|---|---|",
+        *map(line, rows),
+        "",
+        "- *rank, best agree*: the share of targets with the same rank, and of positions with the same best candidate.",
+        "- *head sees*: the masked positions alone, or all of them where the head cannot work on gathered rows. Found "
+        "by a probe whenever a model is wrapped; the numbers are right either way.",
+        "- *packs*: whether training lays documents end to end in one row; otherwise batches are padded.",
+        "- *sees padding*: a row's scores change with the padding behind it, so batches hold rows of one length.",
+        f"- *longest row*: what mlmkit lets through, of {LONGEST} in the configuration. It ran in torch. One token "
+        "more fails there (*table*), or runs as well, and the limit is the configuration's word (*configured*).",
+        "",
+        "## Not exported",
+        "",
+        *(f"- **{row.name}**: {NOTES.get(row.name, 'Not looked into.')} (`{row.reason[:120]}`)" for row in failed),
+        "",
+        "## Worth knowing",
+        "",
+        *(f"- **{row.name}**: {NOTES[row.name]}" for row in good if row.name in NOTES),
+        "",
+    ]
+    path.write_text("\n".join(lines), encoding="utf-8")
+
+
+def line(row: Row) -> str:
+    """A row of the table."""
+    yes = {True: "yes", False: "no", None: ""}
+    length = "" if row.max_length is None else "no limit" if row.max_length > UNBOUNDED else str(row.max_length)
+    if length.isdigit():
+        length += ", table" if row.fails_beyond else ", configured"
+    if length and not row.runs_at_max_length:
+        length += ", **fails**"
+    numbers = ["", ""]
+    if row.max_log_prob_difference is not None:
+        numbers = [f"{row.max_log_prob_difference:.1e}", f"{row.rank_agreement:.4g}, {row.top_1_agreement:.4g}"]
+    head = {True: "masked", False: "all", None: ""}[row.gathers_before_head]
+    cells = [row.name, *numbers, head, yes[row.packs], yes[row.sees_padding], length]
+    failing = f"torch fails at {', '.join(row.torch_fails_at)}" if row.torch_fails_at else ""
+    return f"| {' | '.join([*cells, '**not exported**' if row.reason else failing])} |"
+
+
+def ort_name() -> str:
+    """The package that provides ONNX Runtime, with its version."""
+    import onnxruntime
+
+    return f"onnxruntime {onnxruntime.__version__}"
+
+
+def main() -> None:
+    """See the module's docstring."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", metavar="NAME", help="one architecture, by its model_type")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="where rows are kept, with their operators")
+    parser.add_argument("--page", type=Path, metavar="FILE", help="the page to write")
+    parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)  # the process of its own
+    options = parser.parse_args()
+    if options.here:
+        with tempfile.TemporaryDirectory() as folder:
+            print(json.dumps(asdict(check(options.only, Path(folder)))))  # noqa: T201
+        return
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+    names = [options.only] if options.only else list(MODEL_FOR_MASKED_LM_MAPPING_NAMES)
+    stored = json.loads(options.json.read_text()) if options.json and options.json.exists() else []
+    rows = {row["name"]: Row(**row) for row in stored}
+    with ThreadPoolExecutor(2) as pool:
+        for row in pool.map(check_apart, [name for name in names if name not in rows]):
+            rows[row.name] = row
+            print(line(row), row.reason, flush=True)  # noqa: T201
+            if options.json:
+                options.json.write_text(json.dumps([asdict(row) for row in rows.values()], indent=1))
+    if options.page:
+        write_page(options.page, [rows[name] for name in names])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,75 @@
+"""Architectures beyond the three of the other tests, through the function that writes docs/architectures.md."""
+
+import shutil
+
+import pytest
+import torch
+
+from benchmarks.architectures import SHAPES, Row, build, check, compare
+from mlmkit.errors import UserError
+from mlmkit.export.onnx import write_onnx
+from mlmkit.model import MaskedLM, load_pretrained, sees_context
+
+
+@pytest.mark.parametrize("name", ["deberta-v2", "electra", "mpnet", "perceiver"])
+def test_engine_equals_torch_at_unseen_shapes(name, tmp_path):
+    assert {batch for batch, _, _ in SHAPES} >= {1, 17}
+    assert {masked for _, _, masked in SHAPES} >= {0, 1, 300}
+    row = check(name, tmp_path)
+    assert (row.reason, row.torch_fails_at) == ("", [])
+    assert row.max_log_prob_difference is not None
+    assert row.max_log_prob_difference < 1e-5
+    assert (row.rank_agreement, row.top_1_agreement) == (1, 1)
+    assert row.gathers_before_head == (name != "perceiver")
+    assert row.max_length == (62 if name == "mpnet" else 64)
+    assert row.runs_at_max_length
+    assert row.fails_beyond
+    assert {"LogSoftmax", "TopK"} <= set(row.operators)
+
+
+def test_what_torch_cannot_export_is_refused_in_one_line(tmp_path):
+    with pytest.raises(UserError, match=r"torch cannot export a longformer model: \w") as raised:
+        write_onnx(MaskedLM(build("longformer")), tmp_path / "model.onnx")
+    assert "\n" not in str(raised.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_length_that_the_exporter_fixed_is_found_out(tmp_path):
+    model = MaskedLM(build("distilbert"))
+
+    def count_by_hand(_module, _positional, named):
+        assert sum(1 for _ in range(named["input_ids"].shape[1]))
+
+    model.network.register_forward_pre_hook(count_by_hand, with_kwargs=True)
+    with pytest.raises(UserError, match="for one shape only: it fixed input_ids"):
+        write_onnx(model, tmp_path / "model.onnx")
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_comparison_finds_another_model(tmp_path):
+    model = MaskedLM(build("distilbert"))
+    write_onnx(model, tmp_path / "model.onnx")
+    compare(model, tmp_path / "model.onnx", 64, Row("distilbert"))
+    bias = dict(model.network.named_parameters())["vocab_projector.bias"]
+    with torch.no_grad():
+        bias[150] += 0.1
+    with pytest.raises(ValueError, match="other numbers"):
+        compare(model, tmp_path / "model.onnx", 64, Row("distilbert"))
+
+
+def test_a_vocabulary_inside_a_larger_configuration():
+    model = MaskedLM(build("ultravbert"))
+    assert not hasattr(model.network.config, "vocab_size")
+    assert (model.vocabulary_size, model.max_length()) == (200, 64)
+    assert sees_context(model)
+
+
+def test_a_model_that_does_not_look_at_the_context_is_refused(tokenizer_folder, tmp_path):
+    """Without its CUDA kernel MRA's attention is zeros, as transformers has it."""
+    network = build("mra")
+    network.resize_token_embeddings(600)
+    network.save_pretrained(tmp_path)
+    for file in tokenizer_folder("wordpiece").iterdir():
+        shutil.copy(file, tmp_path)
+    with pytest.raises(UserError, match="does not depend on the others"):
+        load_pretrained(str(tmp_path))
