@@ -17,7 +17,7 @@ OUTPUTS = ("log_prob", "rank", "top_log_prob", "top_id")
 EXTERNAL_DATA_BYTES = 64 << 20
 
 
-def write_onnx(model: MaskedLM, path: Path) -> None:
+def write_onnx(model: MaskedLM, path: Path, *, opset: int = OPSET) -> None:
     """Export a model on the CPU with dynamic batch, seq and masked axes to `path`, weights over 64 MB beside it."""
     input_ids = torch.full((2, 7), model.network.config.vocab_size // 2)
     sample = (input_ids, torch.ones_like(input_ids), torch.tensor([1, 4, 9]), torch.tensor([5, 6, 7]))
@@ -28,7 +28,7 @@ def write_onnx(model: MaskedLM, path: Path) -> None:
             model.eval(),
             sample,
             dynamo=True,
-            opset_version=OPSET,
+            opset_version=opset,
             input_names=INPUTS,
             output_names=OUTPUTS,
             dynamic_shapes=axes,
