@@ -24,8 +24,6 @@ from mlmkit.backends import Backend, Batch
 Shape = tuple[int, int]  # rows, tokens a row
 SHAPES: tuple[Shape, ...] = ((1, 16), (8, 128), (32, 128))
 MASKED_SHARE, WEIGHT_SCALE = 0.15, 3.0
-TOKENS_A_TURN = 2048  # small batches are repeated until a turn has about as many, at most `REPEATS` times
-REPEATS = 20
 MATRICES = [(440, 768, 768), (440, 768, 3072), (440, 3072, 768), (2048, 768, 3072), (2048, 2048, 2048)]
 LARGE_MATRICES = [(65536, 768, 3072), (8192, 8192, 8192)]  # what a GPU needs to be busy
 
@@ -69,7 +67,8 @@ def real_batch(shape: Shape, *, ragged: bool = False, seed: int = 0) -> Batch:
     """Rows of English Wikipedia, `MASKED_SHARE` of their positions hidden; the rows are full unless `ragged`."""
     from pll_sharing import bert_tokenizer, lines_of
 
-    tokenizer, (rows, length) = bert_tokenizer(), shape
+    tokenizer: Any = bert_tokenizer()
+    rows, length = shape
     generator = np.random.default_rng(seed)
     lines = lines_of("wiki_en/heldout.txt")[seed * 100 :][: rows * length // 8 + 100]
     ids = np.fromiter(chain(*tokenizer(lines, add_special_tokens=False)["input_ids"]), np.int64)
@@ -140,6 +139,7 @@ class Contestant:
 
 
 def _serve(pipe: Any, make: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    sys.stdout = sys.stderr  # libraries print, and the table is to stand alone
     made, failure = None, ""
     try:
         made = make(*arguments)
@@ -213,18 +213,26 @@ def cpu_session(graph: Path, threads: int, drop: Sequence[str] = (), save: str =
 
 
 def rounds_of(
-    contestants: Mapping[str, Contestant], batches: Mapping[Shape, Batch], rounds: int
+    contestants: Mapping[str, Contestant],
+    batches: Mapping[Shape, Batch],
+    rounds: int,
+    *,
+    tokens: int = 2048,
+    most: int = 20,
 ) -> dict[Shape, dict[str, list[Turn]]]:
-    """After a turn of each to warm up, `rounds` in which they take turns, so that other work meets them alike."""
+    """After a turn of each to warm up, `rounds` in which they take turns, so that other work meets them alike.
+
+    A turn repeats a batch until it has about as many `tokens`, at `most` so often.
+    """
     turns: dict[Shape, dict[str, list[Turn]]] = {}
     for shape, batch in batches.items():
         turns[shape] = {name: [] for name in contestants}
-        repeats = min(max(1, TOKENS_A_TURN // batch.input_ids.size), REPEATS)
-        for index in range(rounds + 1):
+        repeats = min(max(1, tokens // batch.input_ids.size), most)
+        for contestant in contestants.values():
+            contestant.call(take_turn, batch, min(repeats, 5))
+        for _ in range(rounds):
             for name, contestant in contestants.items():
-                turn = contestant.call(take_turn, batch, repeats if index else 1)
-                if index:
-                    turns[shape][name].append(turn)
+                turns[shape][name].append(contestant.call(take_turn, batch, repeats))
     return turns
 
 

@@ -148,8 +148,8 @@ def table(turns: dict[Shape, dict[str, list[Turn]]], memory: dict[str, float]) -
     rows = []
     for (size, length), of_shape in turns.items():
         for name, taken in of_shape.items():
-            seconds = [median(turn[index] for turn in taken) for index in (0, 1)]
-            rates = [f"{size * length / value:.0f}" for value in seconds]
+            seconds = [turn.seconds for turn in taken], [turn.forward_seconds for turn in taken]
+            rates = [f"{size * length / median(values):.0f}" for values in seconds]
             rows.append([f"{size} x {length}", name, *rates, spread(ratios(of_shape, name)), f"{memory[name]:.2f}"])
     header = ["shape", "", "tokens/s", "tokens/s, session alone", "mlmkit is x times as fast", "peak RSS GiB"]
     return markdown(header, rows)
