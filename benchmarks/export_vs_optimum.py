@@ -173,7 +173,7 @@ def verdict(turns: dict[Shape, dict[str, list[Turn]]]) -> str:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, default in {"layers": 12, "rounds": 5, "threads": 2}.items():
+    for name, default in {"layers": 12, "rounds": 4, "threads": 2}.items():
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--optimum-venv", type=Path, default=VENV, help="its environment, made if it is not there")
     parser.add_argument("--quick", action="store_true", help="a dry run: two layers, two rounds")
