@@ -192,6 +192,7 @@ def compare(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     results: dict[str, dict[str, Any]] = {}
     expected: dict[Shape, Any] = {}
     for name, contestant in list(contestants.items()):
+        print(name, file=sys.stderr)  # noqa: T201
         try:
             results[name] = {
                 "shapes": {},
