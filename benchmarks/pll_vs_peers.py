@@ -33,8 +33,6 @@ from typing import Any, cast
 
 BOUND, DOCUMENTS_A_BATCH = 1e-3, 32  # nats; of transformers
 TRIAL = {"cpu": (1, 2, 4, 8, 16, 32), "cuda": (8, 16, 32, 64, 128)}  # sentences a batch of the plain loop
-SHAPES = [(440, 768, 768), (440, 768, 3072), (440, 3072, 768), (2048, 768, 3072), (2048, 2048, 2048)]
-LARGE_SHAPES = [(65536, 768, 3072), (8192, 8192, 8192)]  # what a GPU needs to be busy
 
 
 # ---------------------------------------------------------------- measurements, each a process of its own
@@ -65,19 +63,11 @@ def prepare(options: argparse.Namespace) -> dict[str, Any]:
     return {"body": body, "corpus": {"rows": len(documents), "tokens": sum(map(len, tokenizer(documents).input_ids))}}
 
 
-def matrix_rate(options: argparse.Namespace) -> dict[str, Any]:
-    """Operations a second, the best over shapes like the model's and large ones."""
-    import torch
+def measure_rate(options: argparse.Namespace) -> dict[str, Any]:
+    """Operations a second in float32."""
+    from engines import matrix_rate
 
-    best = 0.0
-    for rows, inner, columns in SHAPES + LARGE_SHAPES * (options.device == "cuda"):
-        left = torch.randn(rows, inner, device=options.device)
-        right = torch.randn(inner, columns, device=options.device)
-        end = time.perf_counter() + 0.5
-        while (began := time.perf_counter()) < end:
-            torch.mm(left, right)[-1, -1].item()  # waits for the device
-            best = max(best, 2 * rows * inner * columns / (time.perf_counter() - began))
-    return {"rate": best}
+    return {"rate": matrix_rate(options.device)}
 
 
 def pseudo(options: argparse.Namespace) -> dict[str, Any]:
@@ -238,7 +228,7 @@ if __name__ == "__main__":
     for name, kind in {"measure": str, "folder": Path, "size": int}.items():  # this script's own, for its processes
         parser.add_argument(f"--{name}", type=kind, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    others = {"prepare": prepare, "rate": matrix_rate, "masked": masked}
+    others = {"prepare": prepare, "rate": measure_rate, "masked": masked}
     if options.measure:
         print(json.dumps(others.get(options.measure, pseudo)(options)))  # noqa: T201
     else:

@@ -1,0 +1,169 @@
+"""Which graph to export, by measurement on ONNX Runtime's CPU provider: attention, opset, transformer optimiser.
+
+transformers' eager and sdpa attention, opsets 20 and 23, as exported and after onnxruntime.transformers.optimizer, in
+the shapes of BERT-base and ModernBERT-base with random weights in float32. For each: does it load, how far is log P
+from torch's at most (a full and a ragged batch), how many nodes are left once ONNX Runtime has optimised the graph too
+and which of them are fused ones, and tokens a second at three shapes with 15 % masked. The contestants take turns, each
+in a process of its own. One that fails is shown with the reason. MLMKIT_DATA: see engines.py.
+"""
+
+import argparse
+import os
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Sequence
+from itertools import product
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from engines import (
+    SHAPES,
+    Contestant,
+    ContestantError,
+    Engine,
+    cpu_session,
+    isolated,
+    markdown,
+    real_batch,
+    rounds_of,
+    run_backend,
+    spread,
+    take_turn,
+    worst_difference,
+    write_checkpoint,
+)
+
+from mlmkit.backends import Batch
+
+ARCHITECTURES = ("bert-base", "modernbert-base")
+ATTENTIONS, OPSETS = ("eager", "sdpa"), (20, 23)
+FIRST = "eager, 20"  # what the ratios are against
+TOP_OUTPUTS = ("top_log_prob", "top_id")
+RAGGED = (5, 150)  # longer than ModernBERT's sliding window
+# What ONNX Runtime or its optimiser puts in the place of several nodes, or a newer opset has as one.
+FUSED = {"Attention", "MultiHeadAttention", "RotaryEmbedding", "LayerNormalization", "SkipLayerNormalization"}
+FUSED |= {"FusedMatMul", "FusedGemm", "Gemm", "BiasGelu", "FastGelu", "QuickGelu", "Gelu", "EmbedLayerNormalization"}
+
+
+def write_graph(checkpoint: Path, path: Path, attention: str, opset: int) -> None:
+    """The scoring graph, without the top-k outputs."""
+    from mlmkit.export.onnx import write_onnx
+    from mlmkit.model import load_pretrained
+
+    model, _tokenizer = load_pretrained(str(checkpoint))
+    model.network.set_attn_implementation(attention)
+    path.parent.mkdir()
+    write_onnx(model, path, opset=opset)
+
+
+def optimise(source: Path, target: Path) -> None:
+    """With onnxruntime's transformer optimiser, which finds the number of heads itself."""
+    from onnxruntime.transformers.fusion_options import FusionOptions
+    from onnxruntime.transformers.optimizer import optimize_model
+
+    options = FusionOptions("bert")
+    # Fails on a LayerNormalization without bias, as ModernBERT's are; ONNX Runtime does it when it loads the graph.
+    options.enable_skip_layer_norm = False
+    target.parent.mkdir()
+    optimised = optimize_model(str(source), model_type="bert", optimization_options=options)
+    optimised.save_model_to_file(str(target), use_external_data_format=True)
+
+
+def run_graph(graph: Path, threads: int) -> Engine:
+    """A session without the top-k outputs, as mlmkit's backend makes it."""
+    session = cpu_session(graph, threads, TOP_OUTPUTS)
+
+    def forward(batch: Batch) -> Any:
+        return session.run(["log_prob"], batch._asdict())[0]
+
+    return Engine(forward, lambda log_prob, _: log_prob)
+
+
+def count_nodes(graph: Path) -> Counter[str]:
+    """By operator, of what ONNX Runtime makes of the graph when it loads it."""
+    import onnx
+
+    saved = graph.parent / "loaded.onnx"
+    cpu_session(graph, 1, TOP_OUTPUTS, save=str(saved))
+    counts = Counter(node.op_type for node in onnx.load(saved, load_external_data=False).graph.node)
+    saved.unlink()
+    return counts
+
+
+def candidates(checkpoint: Path, folder: Path) -> tuple[dict[str, Path], dict[str, str]]:
+    """The graphs by name, and why those that could not be written could not."""
+    graphs: dict[str, Path] = {}
+    failed: dict[str, str] = {}
+
+    def attempt(name: str, graph: Path, function: Callable[..., None], *arguments: object) -> None:
+        try:
+            isolated(function, *arguments)
+            graphs[name] = graph
+        except ContestantError as error:
+            failed[name] = str(error)
+
+    for attention, opset in product(ATTENTIONS, OPSETS):
+        name = f"{attention}, {opset}"
+        plain, optimised = (folder / f"{attention}-{opset}{kind}" / "model.onnx" for kind in ("", "-optimised"))
+        attempt(name, plain, write_graph, checkpoint, plain, attention, opset)
+        attempt(f"{name}, optimiser", optimised, optimise, plain, optimised)
+    return graphs, failed
+
+
+def compare(architecture: str, options: argparse.Namespace, folder: Path) -> str:
+    """The table of one architecture."""
+    checkpoint = folder / "checkpoint"
+    isolated(write_checkpoint, checkpoint, architecture, options.layers)
+    graphs, failed = candidates(checkpoint, folder)
+    probes = [real_batch((2, 64)), real_batch(RAGGED, ragged=True)]
+    reference = Contestant(run_backend, str(checkpoint), "torch", "cpu")
+    expected = [reference.call(take_turn, batch, 1).log_prob for batch in probes]
+    reference.stop()
+
+    contestants: dict[str, Contestant] = {}
+    apart: dict[str, list[float]] = {}
+    nodes: dict[str, Counter[str]] = {}
+    for name, graph in graphs.items():
+        contestant = Contestant(run_graph, graph, options.threads)
+        try:
+            found = [contestant.call(take_turn, batch, 1).log_prob for batch in probes]
+            nodes[name] = isolated(count_nodes, graph)
+        except ContestantError as error:
+            contestant.stop()
+            failed[name] = str(error)
+        else:
+            apart[name] = [worst_difference(*both) for both in zip(found, expected, strict=True)]
+            contestants[name] = contestant
+    turns = rounds_of(contestants, {shape: real_batch(shape) for shape in SHAPES}, options.rounds)
+    for contestant in contestants.values():
+        contestant.stop()
+
+    rows: list[Sequence[object]] = []
+    for name in contestants:
+        fused = ", ".join(f"{count} {kind}" for kind, count in sorted(nodes[name].items()) if kind in FUSED)
+        rates = []
+        for (size, length), of_shape in turns.items():
+            ratios = [a.seconds / b.seconds for a, b in zip(of_shape[FIRST], of_shape[name], strict=True)]
+            seconds = median(turn.seconds for turn in of_shape[name])
+            rates.append(f"{size * length / seconds:.0f}: {spread(ratios)}")
+        rows.append([name, *(f"{value:.1e}" for value in apart[name]), nodes[name].total(), fused, *rates])
+    rows += [[name, reason, *[""] * (3 + len(SHAPES))] for name, reason in failed.items()]
+    shapes = [f"{size} x {length}: tokens/s, x the first" for size, length in SHAPES]
+    return markdown(["", "Δ log P, full", "ragged", "nodes", "fused", *shapes], rows)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--architectures", nargs="+", default=ARCHITECTURES, help="as mlmkit train names them")
+    for name, default in {"layers": 0, "rounds": 3, "threads": 2}.items():
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--quick", action="store_true", help="a dry run: three layers, one round")
+    options = parser.parse_args()
+    if options.quick:
+        options.layers, options.rounds = 3, 1
+    os.environ |= {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    os.environ["OMP_NUM_THREADS"] = str(options.threads)
+    for architecture in options.architectures:
+        with tempfile.TemporaryDirectory() as temporary:
+            print(f"{architecture}\n\n{compare(architecture, options, Path(temporary))}\n", flush=True)  # noqa: T201
