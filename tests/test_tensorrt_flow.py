@@ -1,3 +1,4 @@
+# ruff: noqa: F401, F811 (fixtures are imported)
 """The control flow of building and running TensorRT plans, on stand-ins (tensorrt_stub.py).
 
 This proves buffers, splits, pads, order, pooling and every error's message. It proves nothing about TensorRT or a GPU:
@@ -6,86 +7,17 @@ what the calls are named is checked in test_tensorrt_api.py, and only test_tenso
 
 import json
 import logging
-import shutil
-import subprocess
-import sys
 import threading
-from collections.abc import Callable, Iterator
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
-import tensorrt_stub
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from tensorrt_fixtures import SHAPES, SMALL, assert_equal, backend, folder, machine, plan, random_batch
 
-from mlmkit.artifact import Profile, hash_files, read_manifest, write_manifest
-from mlmkit.backends import Batch, load, tensorrt_obstacle
-from mlmkit.backends.fitting import bucket, fitted, pad, shape_of, split
+from mlmkit.artifact import hash_files, parse_manifest, read_manifest, write_manifest
 from mlmkit.backends.onnx import OnnxBackend
 from mlmkit.errors import CheckError, UserError
-
-SHAPES = [(1, 1, 1), (1, 64, 5), (17, 13, 300), (3, 31, 1), (4, 8, 32), (2, 64, 64)]
-SMALL = {"max_batch": 4, "max_seq": 64, "max_masked": 16}
-
-
-@pytest.fixture
-def machine(monkeypatch) -> Iterator[tensorrt_stub.Machine]:
-    yield tensorrt_stub.install(monkeypatch)
-    tensorrt_stub.forget()
-
-
-@pytest.fixture
-def folder(artifact, tmp_path) -> Path:
-    return Path(shutil.copytree(artifact("bert"), tmp_path / "artifact"))
-
-
-@pytest.fixture
-def plan(machine, folder) -> Callable[..., Path]:
-    """The artifact with plans built for it."""
-
-    def build(**options: Any) -> Path:
-        from mlmkit.export.tensorrt import PlanOptions, build_plans
-
-        manifest = replace(read_manifest(folder), tensorrt=None)
-        built = build_plans(folder, manifest, PlanOptions(**{**SMALL, **options}))
-        write_manifest(folder, replace(manifest, files=hash_files(folder), tensorrt=built))
-        return folder
-
-    return build
-
-
-def backend(folder: Path, **options: Any) -> Any:
-    from mlmkit.backends.tensorrt import TensorRTBackend
-
-    return TensorRTBackend(str(folder), **options)
-
-
-def change(folder: Path, **values: Any) -> None:
-    """Change what the manifest says of the plans."""
-    manifest = json.loads((folder / "mlmkit.json").read_text())
-    manifest["tensorrt"].update(values)
-    (folder / "mlmkit.json").write_text(json.dumps(manifest))
-
-
-def random_batch(rows: int, seq: int, masked: int) -> Batch:
-    """Ragged rows; positions in no order, some of them twice."""
-    generator = np.random.default_rng(rows * 1000 + seq)
-    attention_mask = (np.arange(seq) < generator.integers(1, seq + 1, (rows, 1))).astype(np.int64)
-    positions = generator.choice(np.flatnonzero(attention_mask), masked)
-    input_ids, targets = generator.integers(5, 600, (rows, seq)), generator.integers(5, 600, masked)
-    return Batch(input_ids, attention_mask, positions, targets)
-
-
-def assert_equal(found: Any, expected: Any) -> None:
-    for name, values in expected._asdict().items():
-        got = getattr(found, name)
-        assert (got.dtype, got.shape) == (values.dtype, values.shape)
-        np.testing.assert_allclose(got, values, atol=2e-5, rtol=0, err_msg=name)
-
 
 # ------------------------------------------------------------------ building
 
@@ -286,7 +218,8 @@ def test_shapes_below_the_profile_are_padded(machine, plan):
             for tensor, sizes in profile.items():
                 sizes[0] = smallest[tensor]
         (folder / name).write_bytes(json.dumps(values).encode() + b"\n" + graph)
-    manifest = read_manifest_unchecked(folder)
+    manifest = parse_manifest(folder)
+    assert manifest.tensorrt is not None
     profiles = [
         replace(profile, batch=(3, *profile.batch[1:]), seq=(12, *profile.seq[1:]), masked=(7, *profile.masked[1:]))
         for profile in manifest.tensorrt.profiles
@@ -300,12 +233,6 @@ def test_shapes_below_the_profile_are_padded(machine, plan):
     write_manifest(folder, replace(manifest, files=hash_files(folder), tensorrt=built, sees_padding=True))
     with pytest.raises(UserError, match="padding changes this model's scores"):
         backend(folder)
-
-
-def read_manifest_unchecked(folder: Path) -> Any:
-    from mlmkit.artifact import parse_manifest
-
-    return parse_manifest(folder)
 
 
 def test_memory_is_kept_and_grown(machine, plan):
@@ -450,240 +377,3 @@ def test_long_rows_run_one_by_one(machine, plan):
     assert {shapes["input_ids"] for profile, shapes in machine.called("execute") if profile == 2} == {(1, 21), (1, 64)}
     with pytest.raises(CheckError, match="takes 64 tokens and this batch has rows of 65"):
         here.score(random_batch(1, 65, 1))
-
-
-# ------------------------------------------------------------------ what may be loaded
-
-
-@pytest.mark.parametrize("name", ["model.plan", "scoring.plan"])
-def test_a_changed_plan_is_refused_before_it_is_loaded(machine, plan, name):
-    folder = plan()
-    here = backend(folder)
-    content = (folder / name).read_bytes()
-    (folder / name).write_bytes(content + b" ")
-    with pytest.raises(UserError, match=f"{name} is not the file that was built"):
-        (here.score if name == "scoring.plan" else here.predict)(random_batch(1, 9, 1))
-    with pytest.raises(UserError, match=f"{name} is not the file that was exported"):
-        backend(folder)
-
-
-@pytest.mark.parametrize(
-    ("built", "here", "message"),
-    [
-        ({}, {"version": "11.4.1.1"}, "is of TensorRT 11.4.0.106 and this is 11.4.1.1: build the plan again"),
-        ({}, {"capability": (8, 9)}, "for compute capability 9.0 and this GPU has 8.9"),
-        ({}, {"driver": False}, "no CUDA driver"),
-        ({}, {"gpu": "Another GPU"}, ""),
-        ({"version_compatible": True}, {"version": "12.0.0.1"}, ""),
-        ({"version_compatible": True}, {"version": "11.4.0.105"}, "is of TensorRT 11.4.0.106"),
-        ({"version_compatible": True}, {"version": "10.13.3.9"}, "is of TensorRT 11.4.0.106"),
-        ({"hardware_compatible": True}, {"capability": (12, 0)}, ""),
-        ({"hardware_compatible": True}, {"capability": (7, 5)}, "needs compute capability 8.0"),
-        ({"hardware_compatible": True}, {"version": "11.5.0.0"}, "is of TensorRT 11.4.0.106"),
-    ],
-)
-def test_a_plan_runs_only_where_it_was_built_for(machine, plan, caplog, built, here, message):
-    folder = plan(**built)
-    for name, value in here.items():
-        setattr(machine, name, value)
-    sys.modules["tensorrt"].__version__ = machine.version  # type: ignore[attr-defined]
-    reason = tensorrt_obstacle(read_manifest(folder))
-    if message:
-        assert reason is not None and message in reason
-        with pytest.raises(UserError, match=message):
-            load(str(folder), backend="tensorrt")
-        with pytest.raises(UserError, match=message):
-            backend(folder)
-        with caplog.at_level(logging.INFO):
-            assert load(str(folder)).name == "onnx"
-        assert message in caplog.text or "version_compatible" in built
-    else:
-        assert reason is None
-        with caplog.at_level(logging.WARNING):
-            assert load(str(folder), backend="tensorrt").score(random_batch(1, 9, 1)).log_prob.shape == (1,)
-        assert ("may be slower" in caplog.text) == ("gpu" in here)
-
-
-def test_the_best_backend_is_picked(machine, plan, folder):
-    assert load(str(folder)).name == "onnx"
-    with pytest.raises(UserError, match="has no TensorRT plan"):
-        load(str(folder), backend="tensorrt")
-    with pytest.raises(UserError, match="has no TensorRT plan"):
-        backend(folder)
-    plan()
-    assert load(str(folder)).name == "tensorrt"
-    assert load(str(folder), device="cuda").name == "tensorrt"
-    assert load(str(folder), device="cpu").name == "onnx"
-    assert load(str(folder), backend="onnx").name == "onnx"
-    with pytest.raises(UserError, match="on CUDA only"):
-        load(str(folder), backend="tensorrt", device="cpu")
-    plan(version_compatible=True)
-    assert load(str(folder)).name == "onnx", "its host code is run only when TensorRT is asked for"
-    assert load(str(folder), backend="tensorrt").name == "tensorrt"
-
-
-def test_a_checkpoint_has_no_plan(checkpoint):
-    with pytest.raises(UserError, match="export it first"):
-        load(str(checkpoint("bert")), backend="tensorrt")
-
-
-def test_without_tensorrt_the_reason_is_one_line(machine, plan, monkeypatch):
-    folder = plan()
-    monkeypatch.setitem(sys.modules, "tensorrt", None)
-    for name in [name for name in sys.modules if name.startswith(("mlmkit.backends.tensorrt", "mlmkit.backends.cont"))]:
-        monkeypatch.delitem(sys.modules, name)
-    with pytest.raises(UserError, match=r"TensorRT cannot be imported .*: pip install 'mlmkit\[trt\]'$"):
-        load(str(folder), backend="tensorrt")
-    assert load(str(folder)).name == "onnx"
-
-
-@pytest.mark.parametrize(
-    ("set_up", "message"),
-    [
-        (lambda machine, folder: setattr(machine, "starts", False), "TensorRT cannot start here"),
-        (
-            lambda machine, folder: setattr(machine, "load_error", "magic tag"),
-            "cannot load scoring.plan: magic tag: build",
-        ),
-        (lambda machine, folder: setattr(machine, "refits", False), "does not take the weights of model.onnx"),
-        (lambda machine, folder: setattr(machine, "host_tensor", "positions"), "tensor in host memory"),
-        (
-            lambda machine, folder: swap(folder),
-            "has tensors input_ids, attention_mask, positions, targets, log_prob, rank",
-        ),
-        (lambda machine, folder: change(folder, profiles=[]), "has no TensorRT plan"),
-        (lambda machine, folder: one_profile(folder), "is not the one that was built"),
-    ],
-)
-def test_a_plan_that_does_not_fit_is_refused(machine, plan, set_up, message):
-    folder = plan(strip_weights=True)
-    set_up(machine, folder)
-    with pytest.raises(UserError, match=message):
-        backend(folder).score(random_batch(1, 9, 1))
-
-
-def swap(folder: Path) -> None:
-    """The plan with candidates where the one without must be."""
-    shutil.copy(folder / "model.plan", folder / "scoring.plan")
-    write_manifest(folder, replace(read_manifest_unchecked(folder), files=hash_files(folder)))
-
-
-def one_profile(folder: Path) -> None:
-    change(folder, profiles=json.loads((folder / "mlmkit.json").read_text())["tensorrt"]["profiles"][1:])
-
-
-def test_a_manifest_that_promises_too_many_candidates_is_refused(plan):
-    folder = plan()
-    write_manifest(folder, replace(read_manifest(folder), top_k=200))
-    with pytest.raises(UserError, match="gives 100 candidates, not 200"):
-        backend(folder).predict(random_batch(1, 9, 1))
-
-
-def test_errors_of_tensorrt_are_said_once(machine):
-    from mlmkit.backends.tensorrt import Logger
-
-    logger = Logger()
-    for severity in ("ERROR", "INTERNAL_ERROR"):
-        tensorrt_stub.say(logger, severity, f"{severity}\nin two lines")
-    assert logger.reason() == "INTERNAL_ERROR in two lines"
-    assert logger.reason() == "TensorRT gives no reason"
-
-
-def test_running_a_plan_needs_neither_torch_nor_transformers_nor_onnx(plan):
-    folder = plan()
-    code = """
-import sys
-sys.path.insert(0, sys.argv[2])
-for name in ("torch", "transformers"):
-    sys.modules[name] = None
-import pytest, tensorrt_stub
-with pytest.MonkeyPatch.context() as patch:
-    tensorrt_stub.install(patch)
-    from mlmkit.backends import load
-    from mlmkit.fill import fill
-    before = set(sys.modules)
-    assert load(sys.argv[1]).name == "tensorrt"
-    import mlmkit.export.tensorrt
-"""
-    command = [sys.executable, "-c", code, str(folder), str(Path(__file__).parent)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-
-
-# ------------------------------------------------------------------ splitting and padding, by property
-
-sizes = st.integers(1, 9)
-batches = st.builds(
-    lambda rows, seq, picks: Batch(
-        np.arange(rows * seq).reshape(rows, seq),
-        np.ones((rows, seq), dtype=np.int64),
-        np.array([pick % (rows * seq) for pick in picks], dtype=np.int64),
-        np.arange(len(picks)),
-    ),
-    sizes,
-    sizes,
-    st.lists(st.integers(0, 80), max_size=40),
-)
-
-
-def answer(batch: Batch) -> np.ndarray:
-    """What identifies a position's row, place and target; a stand-in for its log-probability."""
-    seq = batch.input_ids.shape[1]
-    row, column = np.divmod(batch.positions, seq)
-    return np.stack([batch.input_ids[row, 0], batch.input_ids[row, column], batch.attention_mask[row].sum(1)], 1)
-
-
-@settings(max_examples=300, deadline=None)
-@given(batches, st.integers(1, 6), st.integers(1, 12))
-def test_parts_fit_and_answer_every_position_once(batch, max_batch, max_masked):
-    profile = Profile("only", (1, 1, max_batch), (1, 1, 9), (1, 1, max_masked))
-    found = np.full((len(batch.positions), 3), -1)
-    targets = np.full(len(batch.positions), -1)
-    times = np.zeros(len(batch.positions), dtype=int)
-    for index, part in split(batch, profile):
-        shape = shape_of(part)
-        assert 1 <= shape.batch <= max_batch and shape.masked == len(index) <= max_masked
-        found[index], targets[index] = answer(part), part.targets
-        times[index] += 1
-    assert (times == 1).all()
-    assert (found == answer(batch)).all() and (targets == batch.targets).all()
-    counts = np.bincount(batch.positions // batch.input_ids.shape[1], minlength=1)
-    if counts.max() <= max_masked:  # no row alone is too much, so none is computed twice
-        parts = [part for _, part in split(batch, profile)]
-        if len(parts) > 1:
-            assert sum(len(part.input_ids) for part in parts) == np.count_nonzero(counts)
-
-
-@settings(max_examples=300, deadline=None)
-@given(batches.filter(lambda batch: len(batch.positions)), sizes, sizes, st.integers(1, 50))
-def test_padding_changes_no_answer(batch, more_rows, more_columns, more_positions):
-    rows, seq, masked = shape_of(batch)
-    wanted = shape_of(batch)._replace(batch=rows + more_rows, seq=seq + more_columns, masked=masked + more_positions)
-    wide = pad(batch, wanted, pad_id=-7)
-    assert shape_of(wide) == wanted
-    assert (answer(wide)[:masked] == answer(batch)).all() and (wide.targets[:masked] == batch.targets).all()
-    assert (wide.input_ids[:, seq:] == -7).all() and not wide.attention_mask[:, seq:].any()
-    assert wide.attention_mask.any(axis=1).all(), "no row may be all padding"
-    assert pad(batch, shape_of(batch), pad_id=-7) is batch
-
-
-@given(st.integers(1, 100_000))
-def test_buckets_are_few_and_near(size):
-    assert size <= bucket(size) <= size + max(size // 4, 0)
-    assert bucket(bucket(size)) == bucket(size)
-
-
-def test_few_buckets():
-    assert len({bucket(size) for size in range(1, 1025)}) <= 36
-
-
-@given(sizes, sizes, sizes)
-def test_the_shape_to_run_is_within_the_profile(rows, seq, masked):
-    profile = Profile("only", (2, 3, 9), (3, 4, 9), (4, 4, 9))
-    shape = shape_of(Batch(*[np.zeros((rows, seq), dtype=np.int64)] * 2, *[np.zeros(masked, dtype=np.int64)] * 2))
-    for bucketed in (False, True):
-        run = fitted(shape, profile, bucketed=bucketed, keep_seq=False)
-        for axis, size in run._asdict().items():
-            smallest, _, largest = getattr(profile, axis)
-            assert max(smallest, getattr(shape, axis)) <= size <= largest
-        assert fitted(shape, profile, bucketed=bucketed, keep_seq=True).seq == max(seq, 3)

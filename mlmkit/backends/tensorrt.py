@@ -34,7 +34,7 @@ RECORDED_SHAPES = 8  # contexts that each keep one CUDA graph
 
 
 class Logger(trt.ILogger):
-    """TensorRT's messages: errors are kept, for the exception that follows, and all go to Python's logging."""
+    """TensorRT's messages: errors are kept for the exception that follows, the rest goes to Python's logging."""
 
     def __init__(self) -> None:
         trt.ILogger.__init__(self)

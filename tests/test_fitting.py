@@ -1,0 +1,85 @@
+"""Splitting and padding to a profile: no position is lost, none is answered by another, and all parts fit."""
+
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mlmkit.artifact import Profile
+from mlmkit.backends import Batch
+from mlmkit.backends.fitting import bucket, fitted, pad, shape_of, split
+
+sizes = st.integers(1, 9)
+batches = st.builds(
+    lambda rows, seq, picks: Batch(
+        np.arange(rows * seq).reshape(rows, seq),
+        np.ones((rows, seq), dtype=np.int64),
+        np.array([pick % (rows * seq) for pick in picks], dtype=np.int64),
+        np.arange(len(picks)),
+    ),
+    sizes,
+    sizes,
+    st.lists(st.integers(0, 80), max_size=40),
+)
+
+
+def answer(batch: Batch) -> np.ndarray:
+    """What identifies a position's row, place and target; a stand-in for its log-probability."""
+    seq = batch.input_ids.shape[1]
+    row, column = np.divmod(batch.positions, seq)
+    return np.stack([batch.input_ids[row, 0], batch.input_ids[row, column], batch.attention_mask[row].sum(1)], 1)
+
+
+@settings(max_examples=300, deadline=None)
+@given(batches, st.integers(1, 6), st.integers(1, 12))
+def test_parts_fit_and_answer_every_position_once(batch, max_batch, max_masked):
+    profile = Profile("only", (1, 1, max_batch), (1, 1, 9), (1, 1, max_masked))
+    found = np.full((len(batch.positions), 3), -1)
+    targets = np.full(len(batch.positions), -1)
+    times = np.zeros(len(batch.positions), dtype=int)
+    for index, part in split(batch, profile):
+        shape = shape_of(part)
+        assert 1 <= shape.batch <= max_batch and shape.masked == len(index) <= max_masked
+        found[index], targets[index] = answer(part), part.targets
+        times[index] += 1
+    assert (times == 1).all()
+    assert (found == answer(batch)).all() and (targets == batch.targets).all()
+    counts = np.bincount(batch.positions // batch.input_ids.shape[1], minlength=1)
+    if counts.max() <= max_masked:  # no row alone is too much, so none is computed twice
+        parts = [part for _, part in split(batch, profile)]
+        if len(parts) > 1:
+            assert sum(len(part.input_ids) for part in parts) == np.count_nonzero(counts)
+
+
+@settings(max_examples=300, deadline=None)
+@given(batches.filter(lambda batch: len(batch.positions)), sizes, sizes, st.integers(1, 50))
+def test_padding_changes_no_answer(batch, more_rows, more_columns, more_positions):
+    rows, seq, masked = shape_of(batch)
+    wanted = shape_of(batch)._replace(batch=rows + more_rows, seq=seq + more_columns, masked=masked + more_positions)
+    wide = pad(batch, wanted, pad_id=-7)
+    assert shape_of(wide) == wanted
+    assert (answer(wide)[:masked] == answer(batch)).all() and (wide.targets[:masked] == batch.targets).all()
+    assert (wide.input_ids[:, seq:] == -7).all() and not wide.attention_mask[:, seq:].any()
+    assert wide.attention_mask.any(axis=1).all(), "no row may be all padding"
+    assert pad(batch, shape_of(batch), pad_id=-7) is batch
+
+
+@given(st.integers(1, 100_000))
+def test_buckets_are_few_and_near(size):
+    assert size <= bucket(size) <= size + max(size // 4, 0)
+    assert bucket(bucket(size)) == bucket(size)
+
+
+def test_few_buckets():
+    assert len({bucket(size) for size in range(1, 1025)}) <= 36
+
+
+@given(sizes, sizes, sizes)
+def test_the_shape_to_run_is_within_the_profile(rows, seq, masked):
+    profile = Profile("only", (2, 3, 9), (3, 4, 9), (4, 4, 9))
+    shape = shape_of(Batch(*[np.zeros((rows, seq), dtype=np.int64)] * 2, *[np.zeros(masked, dtype=np.int64)] * 2))
+    for bucketed in (False, True):
+        run = fitted(shape, profile, bucketed=bucketed, keep_seq=False)
+        for axis, size in run._asdict().items():
+            smallest, _, largest = getattr(profile, axis)
+            assert max(smallest, getattr(shape, axis)) <= size <= largest
+        assert fitted(shape, profile, bucketed=bucketed, keep_seq=True).seq == max(seq, 3)

@@ -1,0 +1,185 @@
+# ruff: noqa: F401, F811 (fixtures are imported)
+"""Which plans are loaded, and what picks TensorRT: on stand-ins, as in test_tensorrt_flow.py."""
+
+import json
+import logging
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tensorrt_stub
+from tensorrt_fixtures import backend, folder, machine, plan, random_batch
+
+from mlmkit.artifact import hash_files, parse_manifest, read_manifest, write_manifest
+from mlmkit.backends import load, tensorrt_obstacle
+from mlmkit.errors import UserError
+
+
+def change(folder: Path, **values: Any) -> None:
+    """Change what the manifest says of the plans."""
+    manifest = json.loads((folder / "mlmkit.json").read_text())
+    manifest["tensorrt"].update(values)
+    (folder / "mlmkit.json").write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize("name", ["model.plan", "scoring.plan"])
+def test_a_changed_plan_is_refused_before_it_is_loaded(machine, plan, name):
+    folder = plan()
+    here = backend(folder)
+    content = (folder / name).read_bytes()
+    (folder / name).write_bytes(content + b" ")
+    with pytest.raises(UserError, match=f"{name} is not the file that was built"):
+        (here.score if name == "scoring.plan" else here.predict)(random_batch(1, 9, 1))
+    with pytest.raises(UserError, match=f"{name} is not the file that was exported"):
+        backend(folder)
+
+
+@pytest.mark.parametrize(
+    ("built", "here", "message"),
+    [
+        ({}, {"version": "11.4.1.1"}, "is of TensorRT 11.4.0.106 and this is 11.4.1.1: build the plan again"),
+        ({}, {"capability": (8, 9)}, "for compute capability 9.0 and this GPU has 8.9"),
+        ({}, {"driver": False}, "no CUDA driver"),
+        ({}, {"gpu": "Another GPU"}, ""),
+        ({"version_compatible": True}, {"version": "12.0.0.1"}, ""),
+        ({"version_compatible": True}, {"version": "11.4.0.105"}, "is of TensorRT 11.4.0.106"),
+        ({"version_compatible": True}, {"version": "10.13.3.9"}, "is of TensorRT 11.4.0.106"),
+        ({"hardware_compatible": True}, {"capability": (12, 0)}, ""),
+        ({"hardware_compatible": True}, {"capability": (7, 5)}, "needs compute capability 8.0"),
+        ({"hardware_compatible": True}, {"version": "11.5.0.0"}, "is of TensorRT 11.4.0.106"),
+    ],
+)
+def test_a_plan_runs_only_where_it_was_built_for(machine, plan, caplog, built, here, message):
+    folder = plan(**built)
+    for name, value in here.items():
+        setattr(machine, name, value)
+    sys.modules["tensorrt"].__version__ = machine.version  # type: ignore[attr-defined]
+    reason = tensorrt_obstacle(read_manifest(folder))
+    if message:
+        assert reason is not None and message in reason
+        with pytest.raises(UserError, match=message):
+            load(str(folder), backend="tensorrt")
+        with pytest.raises(UserError, match=message):
+            backend(folder)
+        with caplog.at_level(logging.INFO):
+            assert load(str(folder)).name == "onnx"
+        assert message in caplog.text or "version_compatible" in built
+    else:
+        assert reason is None
+        with caplog.at_level(logging.WARNING):
+            assert load(str(folder), backend="tensorrt").score(random_batch(1, 9, 1)).log_prob.shape == (1,)
+        assert ("may be slower" in caplog.text) == ("gpu" in here)
+
+
+def test_the_best_backend_is_picked(machine, plan, folder):
+    assert load(str(folder)).name == "onnx"
+    with pytest.raises(UserError, match="has no TensorRT plan"):
+        load(str(folder), backend="tensorrt")
+    with pytest.raises(UserError, match="has no TensorRT plan"):
+        backend(folder)
+    plan()
+    assert load(str(folder)).name == "tensorrt"
+    assert load(str(folder), device="cuda").name == "tensorrt"
+    assert load(str(folder), device="cpu").name == "onnx"
+    assert load(str(folder), backend="onnx").name == "onnx"
+    with pytest.raises(UserError, match="on CUDA only"):
+        load(str(folder), backend="tensorrt", device="cpu")
+    plan(version_compatible=True)
+    assert load(str(folder)).name == "onnx", "its host code is run only when TensorRT is asked for"
+    assert load(str(folder), backend="tensorrt").name == "tensorrt"
+
+
+def test_a_checkpoint_has_no_plan(checkpoint):
+    with pytest.raises(UserError, match="export it first"):
+        load(str(checkpoint("bert")), backend="tensorrt")
+
+
+def test_without_tensorrt_the_reason_is_one_line(machine, plan, monkeypatch):
+    folder = plan()
+    monkeypatch.setitem(sys.modules, "tensorrt", None)
+    for name in [name for name in sys.modules if name.startswith(("mlmkit.backends.tensorrt", "mlmkit.backends.cont"))]:
+        monkeypatch.delitem(sys.modules, name)
+    with pytest.raises(UserError, match=r"TensorRT cannot be imported .*: pip install 'mlmkit\[trt\]'$"):
+        load(str(folder), backend="tensorrt")
+    assert load(str(folder)).name == "onnx"
+
+
+@pytest.mark.parametrize(
+    ("set_up", "message"),
+    [
+        (lambda machine, folder: setattr(machine, "starts", False), "TensorRT cannot start here"),
+        (
+            lambda machine, folder: setattr(machine, "load_error", "magic tag"),
+            "cannot load scoring.plan: magic tag: build",
+        ),
+        (lambda machine, folder: setattr(machine, "refits", False), "does not take the weights of model.onnx"),
+        (lambda machine, folder: setattr(machine, "host_tensor", "positions"), "tensor in host memory"),
+        (
+            lambda machine, folder: swap(folder),
+            "has tensors input_ids, attention_mask, positions, targets, log_prob, rank",
+        ),
+        (lambda machine, folder: change(folder, profiles=[]), "has no TensorRT plan"),
+        (lambda machine, folder: one_profile(folder), "is not the one that was built"),
+    ],
+)
+def test_a_plan_that_does_not_fit_is_refused(machine, plan, set_up, message):
+    folder = plan(strip_weights=True)
+    set_up(machine, folder)
+    with pytest.raises(UserError, match=message):
+        backend(folder).score(random_batch(1, 9, 1))
+
+
+def swap(folder: Path) -> None:
+    """The plan with candidates where the one without must be."""
+    shutil.copy(folder / "model.plan", folder / "scoring.plan")
+    write_manifest(folder, replace(parse_manifest(folder), files=hash_files(folder)))
+
+
+def one_profile(folder: Path) -> None:
+    change(folder, profiles=json.loads((folder / "mlmkit.json").read_text())["tensorrt"]["profiles"][1:])
+
+
+def test_a_manifest_that_promises_too_many_candidates_is_refused(plan):
+    folder = plan()
+    write_manifest(folder, replace(read_manifest(folder), top_k=200))
+    with pytest.raises(UserError, match="gives 100 candidates, not 200"):
+        backend(folder).predict(random_batch(1, 9, 1))
+
+
+def test_errors_of_tensorrt_are_said_once(machine):
+    from mlmkit.backends.tensorrt import Logger
+
+    logger = Logger()
+    for severity in ("ERROR", "INTERNAL_ERROR"):
+        tensorrt_stub.say(logger, severity, f"{severity}\nin two lines")
+    assert logger.reason() == "INTERNAL_ERROR in two lines"
+    assert logger.reason() == "TensorRT gives no reason"
+
+
+def test_neither_torch_nor_transformers_is_needed(plan):
+    folder = plan()
+    code = """
+import sys
+for name in ("torch", "transformers"):
+    sys.modules[name] = None
+sys.path.insert(0, sys.argv[2])
+from pathlib import Path
+import pytest, tensorrt_stub
+with pytest.MonkeyPatch.context() as patch:
+    tensorrt_stub.install(patch)
+    from mlmkit.artifact import read_manifest
+    from mlmkit.backends import load
+    from mlmkit.export.tensorrt import build_plans
+    from mlmkit.fill import fill
+    folder = Path(sys.argv[1])
+    backend = load(str(folder))
+    assert backend.name == "tensorrt" and fill(backend, "O rato [MASK] a roupa.")
+    build_plans(folder, read_manifest(folder))
+"""
+    command = [sys.executable, "-c", code, str(folder), str(Path(__file__).parent)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
