@@ -12,6 +12,7 @@ import torch
 from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 
 from mlmkit.errors import UserError
+from mlmkit.export.attention import exported_attention
 from mlmkit.model import MaskedLM
 
 OPSET = 20  # at 23 ModernBERT's graph fails at run time and a fully masked row is off by 4e-3 (docs/decisions.md)
@@ -32,7 +33,7 @@ def write_onnx(model: MaskedLM, path: Path, *, opset: int = OPSET) -> None:
     batch, seq, masked = (torch.export.Dim(name) for name in ("batch", "seq", "masked"))
     axes = ({0: batch, 1: seq}, {0: batch, 1: seq}, {0: masked}, {0: masked})
     try:
-        with _quiet():
+        with _quiet(), exported_attention(model):
             program = torch.onnx.export(
                 model.eval(),
                 sample,
