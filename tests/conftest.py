@@ -107,6 +107,22 @@ def artifact(tmp_path_factory: pytest.TempPathFactory, checkpoint: Callable[[str
     return make
 
 
+@pytest.fixture(scope="session")
+def lowered(tmp_path_factory: pytest.TempPathFactory, checkpoint: Callable[[str], Path]) -> Callable[[str, str], Path]:
+    """The checkpoint's artifact in a precision."""
+    folders: dict[tuple[str, str], Path] = {}
+
+    def make(kind: str, precision: str) -> Path:
+        from mlmkit.export.export import export
+
+        if (kind, precision) not in folders:
+            folder = folders[kind, precision] = tmp_path_factory.mktemp("lowered") / f"{kind}-{precision}"
+            export(str(checkpoint(kind)), folder, precision=precision, texts=paragraphs())
+        return folders[kind, precision]
+
+    return make
+
+
 SIZES = '"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48'
 ARCHITECTURES = {
     "bert": f'{{"model_type": "bert", {SIZES}}}',

@@ -25,21 +25,6 @@ from mlmkit.export.ranges import value_ranges
 LOWER = [name for name in PRECISIONS if name != "fp32"]
 
 
-@pytest.fixture(scope="module")
-def lowered(checkpoint, tmp_path_factory):
-    """An artifact by kind and precision."""
-    made = {}
-
-    def make(kind: str, precision: str):
-        if (kind, precision) not in made:
-            folder = tmp_path_factory.mktemp("lowered") / f"{kind}-{precision}"
-            export(str(checkpoint(kind)), folder, precision=precision, texts=paragraphs())
-            made[kind, precision] = folder
-        return made[kind, precision]
-
-    return make
-
-
 def graph_of(folder) -> ir.Graph:
     return ir.load(folder / "model.onnx").graph
 
