@@ -68,7 +68,7 @@ def test_imports_run_one_way():
         {"fill", "eval", "export", "inspection"},
         {"train"},
         {"demo", "cli_options"},
-        {"cli_eval", "cli_inspect"},
+        {"cli_eval", "cli_export", "cli_inspect"},
         {"cli"},
         {"__main__"},
     ]
