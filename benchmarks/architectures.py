@@ -154,7 +154,8 @@ def tiny_values(default: Any) -> dict[str, Any]:
 def check(name: str, folder: Path) -> Row:
     """Build, probe, export and compare one architecture; the graph is left in `folder`."""
     from mlmkit.export.onnx import write_onnx
-    from mlmkit.model import MaskedLM, enable_packing, sees_context, sees_padding
+    from mlmkit.model import MaskedLM, sees_context, sees_padding
+    from mlmkit.packing import enable_packing
 
     row, stage = Row(name), "build"
     try:

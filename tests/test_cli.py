@@ -64,7 +64,7 @@ def test_imports_run_one_way():
         {"tokenizer", "documents"},
         {"corpus", "batching", "artifact"},
         {"model"},
-        {"backends"},
+        {"packing", "backends"},
         {"fill", "eval", "export", "inspection"},
         {"train"},
         {"demo", "cli_options"},

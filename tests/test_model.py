@@ -7,7 +7,8 @@ import torch
 import transformers as T
 
 from mlmkit.errors import UserError
-from mlmkit.model import MaskedLM, Pack, enable_packing, packed_inputs, sees_padding
+from mlmkit.model import MaskedLM, sees_padding
+from mlmkit.packing import Pack, enable_packing, packed_inputs
 
 VOCABULARY = 200
 SIZES: dict[str, Any] = {

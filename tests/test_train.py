@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 from mlmkit.corpus import tokenize
 from mlmkit.errors import CheckError, UserError
 from mlmkit.masking import MaskRecipe, corrupt
-from mlmkit.model import MaskedLM, enable_packing, load_pretrained
+from mlmkit.model import MaskedLM, load_pretrained
+from mlmkit.packing import enable_packing
 from mlmkit.train import loop
 from mlmkit.train.checkpoint import checkpoints
 from mlmkit.train.config import Config, load_config

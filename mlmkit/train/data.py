@@ -17,7 +17,7 @@ from mlmkit.batching import bucketed, pack, pad
 from mlmkit.corpus import Corpus, cut_windows, ranges
 from mlmkit.errors import UserError
 from mlmkit.masking import MaskRecipe, corrupt
-from mlmkit.model import Pack, packed_inputs
+from mlmkit.packing import Pack, packed_inputs
 from mlmkit.tokenizer import Tokenizer
 
 

@@ -14,7 +14,8 @@ from torch import nn
 from mlmkit.backends.torch import pick_device
 from mlmkit.errors import CheckError
 from mlmkit.files import new_folder
-from mlmkit.model import MaskedLM, enable_packing
+from mlmkit.model import MaskedLM
+from mlmkit.packing import enable_packing
 from mlmkit.progress import progress
 from mlmkit.train.checkpoint import checkpoints, load_optimizer, save_checkpoint, save_model
 from mlmkit.train.config import Config, OptimConfig
