@@ -56,8 +56,6 @@ def lower(model: ir.Model, precision: str, overflowing: Collection[str] = (), *,
                 node.replace_input_with(index, types.of(value, exact=stays))
         if not stays:
             types.write(node)
-    for name in [name for name, value in graph.initializers.items() if not value.uses()]:
-        del graph.initializers[name]
     return kept
 
 

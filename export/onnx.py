@@ -9,7 +9,7 @@ from pathlib import Path
 
 import onnx_ir as ir
 import torch
-from onnx_ir.passes.common import ClearMetadataAndDocStringPass
+from onnx_ir.passes.common import ClearMetadataAndDocStringPass, RemoveUnusedNodesPass
 
 from mlmkit.errors import UserError
 from mlmkit.export.attention import exported_attention
@@ -58,8 +58,10 @@ def write_onnx(model: MaskedLM, path: Path, *, opset: int = OPSET) -> None:
 def save_graph(model: ir.Model, path: Path) -> None:
     """Write a graph, its weights beside it in `model.onnx.data` if they are large.
 
-    Without the exporter's notes: they hold stack traces with paths of this machine, and make up two thirds of a graph.
+    Without weights that nothing reads any more, and without the exporter's notes: they hold stack traces with paths of
+    this machine, and make up two thirds of a small graph.
     """
+    RemoveUnusedNodesPass()(model)
     ClearMetadataAndDocStringPass()(model)
     size = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None)
     if size > EXTERNAL_DATA_BYTES:

@@ -174,6 +174,16 @@ def test_int8_reads_int8_and_keeps_the_head(lowered):
     assert not any(zero is None or zero.numpy().any() for zero in zeros)  # TensorRT takes no other zero point
 
 
+@pytest.mark.parametrize(("precision", "share"), [("fp16", 0.6), ("bf16", 0.6), ("int8", 0.75), ("int8-dynamic", 0.75)])
+def test_old_weights_do_not_stay(precision, share, artifact, lowered):
+    """The graph of a tiny model is mostly its embedding, which int8 leaves as it is."""
+    size = sum(path.stat().st_size for path in artifact("bert").glob("model.onnx*"))
+    stored = graph_of(lowered("bert", precision)).initializers.values()
+    assert all(value.uses() for value in stored)
+    weights = sum(value.const_value.nbytes for value in stored if value.const_value is not None)
+    assert weights < share * size
+
+
 def test_dynamic_int8_is_marked(lowered):
     assert load(str(lowered("bert", "int8-dynamic"))).info.couples_batch
 
