@@ -38,8 +38,8 @@ BOUNDS = {
     "fp32": Bounds(1e-4, 1e-4, 1e-4),
     "fp16": Bounds(0.05, 0.01, 0.002),
     "bf16": Bounds(0.5, 0.05, 0.01),
-    "int8": Bounds(2.0, 0.1, 0.03),
-    DYNAMIC_INT8: Bounds(2.0, 0.1, 0.03),
+    "int8": Bounds(2.0, 0.2, 0.03),
+    DYNAMIC_INT8: Bounds(2.0, 0.2, 0.03),
 }
 
 
