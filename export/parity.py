@@ -17,7 +17,8 @@ from mlmkit.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 
-TEXTS = 64
+TEXTS, TOKENS = 512, 1 << 14  # what is read of the texts at most: a minute or two for BERT-base on two cores
+ROW, LONGEST = 512, 2048  # tokens; a longer row's attention takes gigabytes on some engines
 ROWS = 8
 TOP = 5
 
@@ -137,8 +138,8 @@ def check_parity(reference: Backend, engine: Backend, texts: Sequence[str], boun
 def parity_batches(texts: Sequence[str], tokenizer: Tokenizer, max_length: int) -> Iterator[Batch]:
     """Batches of several shapes from `texts`, corrupted by mask-v1 with seed 0."""
     corpus = tokenize(texts[:TEXTS], tokenizer)
-    # Of many texts few have the model's full length: the row of that length is laid together from all of them.
-    capacity = min(max_length - tokenizer.added_tokens, 512)
+    room = max_length - tokenizer.added_tokens
+    usual, longest = min(room, ROW), min(room, LONGEST)
     corruption = corrupt(
         corpus.ids, corpus.lengths, corpus.keys, MaskRecipe(), tokenizer.masking, seed=0, words=corpus.words
     )
@@ -157,13 +158,15 @@ def parity_batches(texts: Sequence[str], tokenizer: Tokenizer, max_length: int) 
         flat = np.concatenate(positions)
         return Batch(input_ids, attention_mask, flat, np.concatenate(targets)) if len(flat) else None
 
-    spans = [
-        (int(a), int(min(b, a + capacity))) for a, b in zip(corpus.starts, corpus.starts[1:], strict=False) if b > a
-    ]
+    lengths = np.minimum(corpus.lengths, usual)
+    enough = int(np.searchsorted(np.cumsum(lengths), TOKENS)) + 1
+    ends = corpus.starts[: len(lengths)] + lengths
+    spans = [(int(begin), int(end)) for begin, end in zip(corpus.starts, ends[:enough], strict=False) if end > begin]
     if not len(corruption.selected):
         raise UserError("the parity check found no token to score in the given text: name a longer one with --text")
     first = int(corruption.selected[0])
     groups = [spans[index : index + ROWS] for index in range(0, len(spans), ROWS)]
-    for group in [*groups, spans[:1], [(0, min(capacity, len(clean)))], [(first, first + 1)]]:
+    # Of many texts few have the model's full length: the row of that length is laid together from all of them.
+    for group in [*groups, spans[:1], [(0, min(longest, len(clean)))], [(first, first + 1)]]:
         if (made := batch(group)) is not None:
             yield made
