@@ -11,6 +11,7 @@ from mlmkit.artifact import read_manifest
 from mlmkit.backends import Batch, load
 from mlmkit.errors import CheckError, UserError
 from mlmkit.export import export as exporting
+from mlmkit.export.parity import TOKENS, parity_batches
 
 
 def random_batch(batch: int, seq: int, masked: int, vocabulary: int = 600) -> Batch:
@@ -49,6 +50,16 @@ def test_manifest_says_what_was_proven(artifact):
     assert manifest.parity["masked"] > 300
     assert (manifest.architecture, manifest.vocabulary_size, manifest.max_length) == ("bert", 600, 64)
     assert set(manifest.files) == {path.name for path in artifact("bert").iterdir()} - {"mlmkit.json"}
+
+
+def test_parity_is_proven_on_many_shapes_and_a_budget_of_tokens(artifact):
+    tokenizer = load(str(artifact("bert"))).tokenizer
+    batches = list(parity_batches(paragraphs() * 30, tokenizer, max_length=64))
+    shapes = [batch.input_ids.shape for batch in batches]
+    assert {(8, 64), (1, 64), (1, 3)} <= set(shapes)  # full, one row of the model's length, one token
+    assert any((batch.attention_mask.sum(axis=1) < batch.input_ids.shape[1]).any() for batch in batches)
+    assert TOKENS < sum(int(batch.attention_mask.sum()) for batch in batches) < 1.2 * TOKENS
+    assert all(len(batch.positions) for batch in batches)
 
 
 def test_weights_beside_the_graph(checkpoint, artifact, tmp_path, monkeypatch):
