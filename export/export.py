@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+FITTED = ("fp16", "int8")  # to the ranges of values on real text
+
 
 def export(
     checkpoint: str,
@@ -67,7 +69,8 @@ def export(
         AutoTokenizer.from_pretrained(checkpoint).save_pretrained(folder)
         reference.model.network.config.save_pretrained(folder)
 
-        fitted, proven = _split(texts or topics())
+        texts = texts or topics()
+        fitted, proven = _split(texts) if precision in FITTED else ((), texts)
         with TemporaryDirectory() as temporary:
             engine_folder = folder
             if precision == "bf16":  # ONNX Runtime's CPU provider has no bfloat16: float32 that is rounded stands in
@@ -75,7 +78,7 @@ def export(
                 _write_rounded(folder, engine_folder, precision)
             if precision != "fp32":
                 log.info("changing it to %s", precision)
-            batches = list(parity_batches(fitted, reference.tokenizer, info.max_length))
+            batches = list(parity_batches(fitted, reference.tokenizer, info.max_length)) if fitted else []
             facts = convert(folder / GRAPH, precision, batches, calibration)
             manifest = Manifest(
                 format=FORMAT,
