@@ -20,7 +20,13 @@ import onnx
 import onnxruntime as ort
 from cuda_stub import CUDA, MACHINE, Machine, check_alignment, check_memory, stream_of
 
-OURS = ("mlmkit.backends.cuda", "mlmkit.backends.contexts", "mlmkit.backends.tensorrt", "mlmkit.export.tensorrt")
+OURS = (
+    "mlmkit.backends.cuda",
+    "mlmkit.backends.contexts",
+    "mlmkit.backends.tensorrt",
+    "mlmkit.export.tensorrt",
+    "mlmkit.export.plans",
+)
 SESSIONS: dict[bytes, ort.InferenceSession] = {}
 
 
