@@ -11,7 +11,7 @@ Strongly typed engines do what the graph says, so the graph has to say it. A nod
   Softmax among them where they overflow.
 """
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 
 import numpy as np
 import onnx
@@ -25,6 +25,7 @@ LARGEST_FLOAT16 = 65504 / 4
 SENTINEL = 1e30
 LOWERED_SENTINEL = 32768.0
 ANGLES = {"Sin", "Cos"}
+SUBGRAPHS = (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
 
 
 def lower(model: ir.Model, precision: str, overflowing: Collection[str] = (), *, emulate: bool = False) -> int:
@@ -35,7 +36,7 @@ def lower(model: ir.Model, precision: str, overflowing: Collection[str] = (), *,
     machines that lack the type.
     """
     graph, kind = model.graph, TYPES[precision]
-    exact = _exact_nodes(graph) | {value.producer() for value in _values(graph) if value.name in overflowing}
+    exact = _exact_nodes(graph) | {node for node in graph for value in node.outputs if value.name in overflowing}
     nodes = [node for node in graph if any(_is_float(value) for value in (*node.inputs, *node.outputs))]
     is_float = {value for node in nodes for value in (*node.inputs, *node.outputs) if _is_float(value)}
     types = _Types(graph, kind, emulate)
@@ -46,9 +47,7 @@ def lower(model: ir.Model, precision: str, overflowing: Collection[str] = (), *,
             or any(value is not None and value.name in overflowing for value in node.inputs)
             or not _has_type(node, model.opset_imports[node.domain], kind)
             or not all(_survives(value, kind) for value in node.inputs if value in is_float)
-            or any(
-                attribute.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS) for attribute in _attributes(node)
-            )
+            or any(attribute.type in SUBGRAPHS for attribute in node.attributes.values())
         )
         kept += stays
         for index, value in enumerate(node.inputs):
@@ -163,14 +162,6 @@ def _exact_nodes(graph: ir.Graph) -> set[ir.Node]:
 def _floats_to_integers(node: ir.Node) -> bool:
     output = node.outputs[0].dtype
     return _is_float(node.inputs[0]) and output is not None and not output.is_floating_point()
-
-
-def _values(graph: ir.Graph) -> Iterator[ir.Value]:
-    return (value for node in graph for value in node.outputs)
-
-
-def _attributes(node: ir.Node) -> Collection[ir.Attr]:
-    return node.attributes.values()
 
 
 def _is_float(value: ir.Value | None) -> bool:

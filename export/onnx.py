@@ -5,19 +5,19 @@ import io
 import logging
 import tempfile
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import onnx_ir as ir
 import torch
 from onnx_ir.passes.common import ClearMetadataAndDocStringPass, RemoveUnusedNodesPass
 
+from mlmkit.backends import Batch, Predicted
 from mlmkit.errors import UserError
 from mlmkit.export.attention import exported_attention
 from mlmkit.model import MaskedLM
 
 OPSET = 20  # at 23 ModernBERT's graph fails at run time and a fully masked row is off by 4e-3 (docs/decisions.md)
-INPUTS = ("input_ids", "attention_mask", "positions", "targets")
-OUTPUTS = ("log_prob", "rank", "top_log_prob", "top_id")
 # Larger weights go to a file of their own, which the runtime maps instead of parsing; protobuf itself ends at 2 GB.
 EXTERNAL_DATA_BYTES = 64 << 20
 
@@ -33,14 +33,14 @@ def write_onnx(model: MaskedLM, path: Path, *, opset: int = OPSET) -> None:
     batch, seq, masked = (torch.export.Dim(name) for name in ("batch", "seq", "masked"))
     axes = ({0: batch, 1: seq}, {0: batch, 1: seq}, {0: masked}, {0: masked})
     try:
-        with _quiet(), exported_attention(model):
+        with quiet(), exported_attention(model):
             program = torch.onnx.export(
                 model.eval(),
                 sample,
                 dynamo=True,
                 opset_version=opset,
-                input_names=INPUTS,
-                output_names=OUTPUTS,
+                input_names=Batch._fields,
+                output_names=Predicted._fields,
                 dynamic_shapes=axes,
                 verbose=False,
             )
@@ -49,7 +49,7 @@ def write_onnx(model: MaskedLM, path: Path, *, opset: int = OPSET) -> None:
     if program is None:
         raise RuntimeError("torch.onnx.export returned no program")
     # Where the network's code needs a length as a number, the exporter fixes it without a word.
-    inputs = zip(INPUTS, program.model.graph.inputs, strict=True)
+    inputs = zip(Batch._fields, program.model.graph.inputs, strict=True)
     if fixed := [name for name, value in inputs if any(isinstance(size, int) for size in value.shape or ())]:
         raise UserError(f"torch can export a {kind} model for one shape only: it fixed {', '.join(fixed)}")
     save_graph(program.model, path)
@@ -87,8 +87,8 @@ def _first_cause(error: BaseException) -> str:
 
 
 @contextlib.contextmanager
-def _quiet():
-    """The exporter warns of its own deprecations and prints its stages: nothing a user can act on."""
+def quiet() -> Iterator[None]:
+    """Exporter and quantizer warn of their own affairs and print their stages: nothing a user can act on."""
     level = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

@@ -22,8 +22,7 @@ def convert(graph: Path, precision: str, batches: Sequence[Batch], calibration: 
     if precision == "fp32":
         return None
     if precision == DYNAMIC_INT8:
-        model = dynamic_int8(graph)
-        replace_graph(model, graph)
+        replace_graph(dynamic_int8(graph), graph)
         return None
     measured = {"batches": len(batches), "tokens": sum(int(batch.attention_mask.sum()) for batch in batches)}
     model = ir.load(graph)

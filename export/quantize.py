@@ -5,9 +5,6 @@ and every output stay float32, and so does the vocabulary head, behind whose rou
 are symmetric, and weights have one a channel, as TensorRT requires.
 """
 
-import contextlib
-import io
-import logging
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -24,6 +21,7 @@ from onnxruntime.quantization import (
 )
 
 from mlmkit.backends import Batch
+from mlmkit.export.onnx import quiet
 
 CALIBRATIONS = {"percentile": CalibrationMethod.Percentile, "entropy": CalibrationMethod.Entropy}
 LARGEST = 127
@@ -119,7 +117,7 @@ def activation_thresholds(graph: Path, batches: Iterable[Batch], calibration: st
     `percentile` keeps 99.999 % of a value's numbers; `entropy` loses the least information (Migacz 2017). Both are ONNX
     Runtime's.
     """
-    with tempfile.TemporaryDirectory() as folder, _quiet():
+    with tempfile.TemporaryDirectory() as folder, quiet():
         measured = str(Path(folder) / "measured.onnx")
         calibrator: Any = create_calibrator(
             graph, ["MatMul"], measured, CALIBRATIONS[calibration], _has_external_data(graph)
@@ -134,7 +132,7 @@ def activation_thresholds(graph: Path, batches: Iterable[Batch], calibration: st
 def dynamic_int8(graph: Path) -> ir.Model:
     """A graph with its linear products' weights in int8, whose activations are scaled by what a batch holds."""
     products = [str(node.name) for node in linear_products(ir.load(graph).graph)]
-    with tempfile.TemporaryDirectory() as folder, _quiet():
+    with tempfile.TemporaryDirectory() as folder, quiet():
         target = Path(folder) / "dynamic.onnx"
         quantize_dynamic(
             graph,
@@ -160,15 +158,3 @@ class _Reader(CalibrationDataReader):
     def get_next(self) -> dict[str, Any] | None:  # pyright: ignore[reportIncompatibleMethodOverride]
         batch = next(self._batches, None)
         return None if batch is None else batch._asdict()
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """The quantizer prints its stages and advises preprocessing, which a graph of the dynamo exporter has had."""
-    level = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):
-            yield
-    finally:
-        logging.disable(level)
