@@ -20,10 +20,10 @@ from mlmkit.eval.api import Evaluation, evaluate
 from mlmkit.eval.report import write_report
 from mlmkit.export.export import export
 from mlmkit.fill import fill
-from mlmkit.masking import MaskRecipe, document_key
+from mlmkit.masking import document_key
 from mlmkit.pydocs import python_documentation
 from mlmkit.tokenizer import Tokenizer
-from mlmkit.train.config import Config, DataConfig, ModelConfig, OptimConfig, RunConfig, TokenizerConfig
+from mlmkit.train.config import Config, DataConfig, MaskingConfig, ModelConfig, OptimConfig, RunConfig, TokenizerConfig
 from mlmkit.train.loop import train
 
 log = logging.getLogger(__name__)
@@ -40,10 +40,10 @@ SENTENCES = (
 def demo_config(train_text: Path) -> Config:
     """Two minutes on two cores. Chosen by held-out loss among a dozen runs: docs/decisions.md."""
     return Config(
-        data=DataConfig(train=str(train_text)),
+        data=DataConfig(train=(str(train_text),)),
         tokenizer=TokenizerConfig(vocab_size=4096, lowercase=True),
         model=ModelConfig(architecture="bert-tiny", max_length=128),
-        masking=MaskRecipe(mask_prob=0.4),
+        masking=MaskingConfig(mask_prob=0.4),
         optim=OptimConfig(lr=3e-3, warmup_steps=100),
         train=RunConfig(steps=900, global_batch_tokens=2048, micro_batch_tokens=2048, save_every=300),
     )

@@ -76,7 +76,7 @@ def log_lines(run: Path) -> list[dict]:
         ("masking.mask_prob=nan", "mask_prob must be between"),
         ("train.micro_batch_tokens=8", "must hold one row"),
         ("train.global_batch_tokens=300", "multiple of"),
-        ("tokenizer.kind=words", "wordpiece or bpe"),
+        ("tokenizer.kind=words", "tokenizer.kind must be one of wordpiece, bpe"),
         ("lr=1", "table.key=value"),
         ("data.train=", "data.train is missing"),
         ("model=3", "table.key=value"),
@@ -97,7 +97,7 @@ def test_wrong_settings_are_named(tmp_path, text_file, override, message):
 
 def test_overrides_take_values_of_their_type(tmp_path, text_file):
     config = write_config(tmp_path, text_file, "bert-tiny", "optim.lr=1", "data.train=some file.txt", "train.steps=7")
-    assert (config.optim.lr, config.data.train, config.train.steps) == (1.0, "some file.txt", 7)
+    assert (config.optim.lr, config.data.train, config.train.steps) == (1.0, ("some file.txt",), 7)
 
 
 def test_a_file_that_is_no_toml_is_named(tmp_path):

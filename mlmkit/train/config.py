@@ -5,26 +5,43 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, get_type_hints
+from types import UnionType
+from typing import Any, get_args, get_origin, get_type_hints
 
 from mlmkit.backends import DEVICES
 from mlmkit.documents import Source
 from mlmkit.errors import UserError
 from mlmkit.masking import MaskRecipe
 
+OPTIMIZERS = ("adamw", "muon")
+SCHEDULES = ("linear", "cosine", "wsd")
+PARALLEL = ("ddp", "fsdp")
+TOKENIZERS = ("wordpiece", "bpe")
+
 
 @dataclass(frozen=True)
 class DataConfig:
-    """`[data]`: the text to train on. Paths are relative to where the command runs."""
+    """`[data]`: the text to train on, one location or several. Paths are relative to where the command runs.
 
-    train: str = ""
+    `weights` says how often an epoch shows each of them (1.0 where not given; 0.5 is every other document).
+    """
+
+    train: tuple[str, ...] = ()
+    weights: tuple[float, ...] = ()
+    held_out: str = ""  # evaluated at each checkpoint
     text_field: str = "text"
     blank_line: bool = False
+    workers: int = 0  # processes that build batches beside the training loop
 
     @property
-    def source(self) -> Source:
-        """As `corpus` reads it."""
-        return Source(self.train, self.text_field, self.blank_line)
+    def sources(self) -> list[Source]:
+        """As `corpus` reads them."""
+        return [Source(location, self.text_field, self.blank_line) for location in self.train]
+
+    @property
+    def passes(self) -> tuple[float, ...]:
+        """The weight of each source."""
+        return self.weights or (1.0,) * len(self.train)
 
 
 @dataclass(frozen=True)
@@ -47,15 +64,40 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
-class OptimConfig:
-    """`[optim]`: AdamW, linear warm-up, then linear decay to zero."""
+class MaskingConfig:
+    """`[masking]`: the recipe of mask-v1. From `mask_prob` linearly to `final_mask_prob`, if given."""
 
+    mask_prob: float = 0.15
+    final_mask_prob: float | None = None
+    replace_prob: float = 0.8
+    random_prob: float = 0.1
+    whole_word: bool = False
+
+    def __post_init__(self) -> None:
+        for progress in (0.0, 1.0):
+            if self.recipe(progress).mask_prob == 0:
+                raise UserError("masking.mask_prob is 0: there would be nothing to learn")
+
+    def recipe(self, progress: float) -> MaskRecipe:
+        """The recipe after a share `progress` of the run, 0 to 1. Raises `UserError` as `MaskRecipe` does."""
+        final = self.mask_prob if self.final_mask_prob is None else self.final_mask_prob
+        rate = self.mask_prob + (final - self.mask_prob) * progress
+        return MaskRecipe(rate, self.replace_prob, self.random_prob, self.whole_word)
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """`[optim]`: AdamW, or Muon for the hidden matrices and AdamW for the rest; warm-up, then a schedule."""
+
+    name: str = "adamw"
     lr: float = 1e-3
     beta1: float = 0.9
     beta2: float = 0.98  # as RoBERTa (Liu et al. 2019, section 4): 0.999 is unstable with large batches
     eps: float = 1e-6
     weight_decay: float = 0.01
+    schedule: str = "linear"
     warmup_steps: int = 100
+    decay_share: float = 0.2  # of all steps, at the end of the schedule wsd
     max_grad_norm: float = 1.0
 
 
@@ -71,6 +113,10 @@ class RunConfig:
     keep_checkpoints: int = 2
     log_every: int = 10
     device: str = "auto"
+    parallel: str = "ddp"
+    compile: bool = False
+    tensorboard: bool = False
+    wandb: str = ""  # a project's name
 
 
 @dataclass(frozen=True)
@@ -80,7 +126,7 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
-    masking: MaskRecipe = field(default_factory=MaskRecipe)
+    masking: MaskingConfig = field(default_factory=MaskingConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: RunConfig = field(default_factory=RunConfig)
 
@@ -109,12 +155,19 @@ class Config:
                 raise UserError(f"optim.{name} must be at least 0 and finite, not {getattr(self.optim, name)}")
         if not 0 <= self.train.seed < 1 << 63:
             raise UserError(f"train.seed must be between 0 and 2**63 - 1, not {self.train.seed}")
-        if self.train.device not in DEVICES:
-            raise UserError(f"train.device must be one of {', '.join(DEVICES)}, not {self.train.device!r}")
-        if not self.data.train:
-            raise UserError("data.train is missing: name the text to train on")
-        if self.tokenizer.kind not in ("wordpiece", "bpe"):
-            raise UserError(f"tokenizer.kind must be wordpiece or bpe, not {self.tokenizer.kind!r}")
+        self._check_data()
+        choices = {
+            "optim.name": (self.optim.name, OPTIMIZERS),
+            "optim.schedule": (self.optim.schedule, SCHEDULES),
+            "train.parallel": (self.train.parallel, PARALLEL),
+            "train.device": (self.train.device, DEVICES),
+            "tokenizer.kind": (self.tokenizer.kind, TOKENIZERS),
+        }
+        for name, (value, known) in choices.items():
+            if value not in known:
+                raise UserError(f"{name} must be one of {', '.join(known)}, not {value!r}")
+        if not 0 < self.optim.decay_share <= 1:
+            raise UserError(f"optim.decay_share must be above 0 and at most 1, not {self.optim.decay_share}")
         if self.model.init_from and self.tokenizer.path:
             raise UserError("tokenizer.path cannot go with model.init_from, which brings its own tokenizer")
         if self.train.micro_batch_tokens < self.model.max_length:
@@ -124,8 +177,19 @@ class Config:
             )
         if self.train.global_batch_tokens % self.train.micro_batch_tokens:
             raise UserError("train.global_batch_tokens must be a multiple of train.micro_batch_tokens")
-        if self.masking.mask_prob == 0:
-            raise UserError("masking.mask_prob is 0: there would be nothing to learn")
+
+    def _check_data(self) -> None:
+        if not self.data.train:
+            raise UserError("data.train is missing: name the text to train on")
+        if self.data.weights and len(self.data.weights) != len(self.data.train):
+            raise UserError(
+                f"data.weights has {len(self.data.weights)} numbers for {len(self.data.train)} texts: give one for each"
+            )
+        for weight in self.data.weights:
+            if not 0 < weight < 1 << 20:
+                raise UserError(f"data.weights must be positive and finite, not {weight}")
+        if not 0 <= self.data.workers <= 256:
+            raise UserError(f"data.workers must be between 0 and 256, not {self.data.workers}")
 
     def as_dict(self) -> dict[str, Any]:
         """Nested plain values, as `run.json` keeps them."""
@@ -174,11 +238,16 @@ def _build(kind: type, values: dict[str, Any], prefix: str) -> Any:
     return kind(**arguments)
 
 
-def _checked(kind: type, value: Any, name: str) -> Any:
+def _checked(kind: Any, value: Any, name: str) -> Any:
     if is_dataclass(kind):
         if not isinstance(value, dict):
             raise UserError(f"{name} must be a table, [{name}]")
-        return _build(kind, value, f"{name}.")
+        return _build(kind, value, f"{name}.")  # pyright: ignore[reportArgumentType]
+    if get_origin(kind) is tuple:  # a list, or one value alone
+        values = value if isinstance(value, list) else [value] if value != "" else []
+        return tuple(_checked(get_args(kind)[0], each, name) for each in values)
+    if isinstance(kind, UnionType):  # a value or None, which is not written down
+        kind = get_args(kind)[0]
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if type(value) is not kind:

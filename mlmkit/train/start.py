@@ -37,7 +37,7 @@ def begin_or_check(config: Config, run: Path) -> tuple[Tokenizer, Corpus]:
             raise UserError(f"{run} holds something else than a training run: choose another --output")
         _begin(config, run)
     tokenizer = masked_lm.load_tokenizer(str(run / "tokenizer"))
-    corpus = load_corpus(config.data.source, tokenizer)
+    corpus = load_corpus(config.data.sources[0], tokenizer)
     before = json.loads((run / "run.json").read_text())
     if difference := _first_difference(before, _identity(config, corpus, tokenizer), ""):
         raise UserError(f"{run} was begun with another {difference}: choose another --output, or delete that folder")
@@ -47,7 +47,7 @@ def begin_or_check(config: Config, run: Path) -> tuple[Tokenizer, Corpus]:
 def _begin(config: Config, run: Path) -> None:
     with new_folder(run) as building:
         tokenizer = _prepare_tokenizer(config, building / "tokenizer")
-        corpus = load_corpus(config.data.source, tokenizer)
+        corpus = load_corpus(config.data.sources[0], tokenizer)
         model = build_model(config, tokenizer)
         make_data(config, tokenizer, corpus, model, packed=True)
         (building / "run.json").write_text(json.dumps(_identity(config, corpus, tokenizer), indent=2) + "\n")
@@ -61,7 +61,7 @@ def _prepare_tokenizer(config: Config, folder: Path) -> Tokenizer:
     else:
         log.info("training a %s tokenizer of %d entries", config.tokenizer.kind, config.tokenizer.vocab_size)
         tokenizer = train_tokenizer(
-            lambda: read_documents(config.data.source), config.tokenizer, config.model.max_length
+            lambda: read_documents(config.data.sources[0]), config.tokenizer, config.model.max_length
         )
     tokenizer.save_pretrained(folder)
     return masked_lm.load_tokenizer(str(folder))
@@ -80,7 +80,7 @@ def make_data(config: Config, tokenizer: Tokenizer, corpus: Corpus, model: Maske
     return TrainingData(
         corpus,
         tokenizer,
-        config.masking,
+        config.masking.recipe(0.0),
         max_length=min(config.model.max_length, model.max_length()),
         micro_batch_tokens=config.train.micro_batch_tokens,
         seed=config.train.seed,
