@@ -230,12 +230,6 @@ def test_gradient_does_not_depend_on_how_the_batch_is_cut(data_parts):
 # ------------------------------------------------------------------ the loop
 
 
-def test_learning_rate_warms_up_and_decays(config):
-    rates = [loop.learning_rate(step, config.optim, 12) for step in range(12)]
-    assert rates[:4] == pytest.approx([0.0005, 0.001, 0.0015, 0.002])
-    assert rates[4:] == pytest.approx([0.002 * (12 - step) / 8 for step in range(4, 12)])
-
-
 def test_training_learns_and_leaves_a_hugging_face_folder(config, tmp_path):
     from dataclasses import replace
 

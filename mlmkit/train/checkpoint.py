@@ -18,12 +18,12 @@ from mlmkit.files import new_folder
 
 
 def save_checkpoint(
-    run: Path, step: int, network: PreTrainedModel, tokenizer_folder: Path, optimizer: Optimizer, keep: int
+    run: Path, step: int, network: PreTrainedModel, tokenizer_folder: Path, optimizers: list[Optimizer], keep: int
 ) -> None:
     """Write the checkpoint of `step`, then delete all but the newest `keep`."""
     with new_folder(run / "checkpoints" / f"step-{step:08d}", replaces="trainer.json") as folder:
         save_model(network, tokenizer_folder, folder)
-        save_file(_flatten(optimizer), folder / "optimizer.safetensors")
+        save_file(_flatten(optimizers), folder / "optimizer.safetensors")
         (folder / "trainer.json").write_text(json.dumps({"step": step}))
     for old in checkpoints(run)[:-keep]:
         shutil.rmtree(old, ignore_errors=True)
@@ -40,17 +40,22 @@ def checkpoints(run: Path) -> list[Path]:
     return sorted(path.parent for path in (run / "checkpoints").glob("step-*/trainer.json"))
 
 
-def load_optimizer(folder: Path, optimizer: Optimizer) -> int:
-    """Restore the optimiser's state in place; returns the step to go on from."""
+def load_optimizers(folder: Path, optimizers: list[Optimizer]) -> int:
+    """Restore the optimisers' state in place; returns the step to go on from."""
     stored = load_file(folder / "optimizer.safetensors")
-    state: dict[int, dict[str, Tensor]] = {}
+    states: list[dict[int, dict[str, Tensor]]] = [{} for _ in optimizers]
     for name, value in stored.items():
-        index, _, key = name.partition(".")
-        state.setdefault(int(index), {})[key] = value
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+        number, index, key = name.split(".")
+        states[int(number)].setdefault(int(index), {})[key] = value
+    for optimizer, state in zip(optimizers, states, strict=True):
+        optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
     return json.loads((folder / "trainer.json").read_text())["step"]
 
 
-def _flatten(optimizer: Optimizer) -> dict[str, Tensor]:
-    state = optimizer.state_dict()["state"]
-    return {f"{index}.{key}": torch.as_tensor(value) for index, entry in state.items() for key, value in entry.items()}
+def _flatten(optimizers: list[Optimizer]) -> dict[str, Tensor]:
+    return {
+        f"{number}.{index}.{key}": torch.as_tensor(value)
+        for number, optimizer in enumerate(optimizers)
+        for index, entry in optimizer.state_dict()["state"].items()
+        for key, value in entry.items()
+    }

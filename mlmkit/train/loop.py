@@ -17,9 +17,10 @@ from mlmkit.files import new_folder
 from mlmkit.model import MaskedLM
 from mlmkit.packing import enable_packing
 from mlmkit.progress import progress
-from mlmkit.train.checkpoint import checkpoints, load_optimizer, save_checkpoint, save_model
-from mlmkit.train.config import Config, OptimConfig
+from mlmkit.train.checkpoint import checkpoints, load_optimizers, save_checkpoint, save_model
+from mlmkit.train.config import Config
 from mlmkit.train.data import MicroBatch
+from mlmkit.train.optim import build_optimizers, learning_rate_factor
 from mlmkit.train.start import begin_or_check, build_model, make_data
 
 log = logging.getLogger(__name__)
@@ -44,8 +45,8 @@ def train(config: Config, run: Path) -> Path:
     if not packed:
         log.warning("%s cannot be packed: training on padded batches", type(model.network).__name__)
     model.to(device).train()
-    optimizer = build_optimizer(model, config.optim, fused=device.type == "cuda")
-    step = load_optimizer(saved[-1], optimizer) if saved else 0
+    optimizers = build_optimizers(model, config.optim, fused=True)
+    step = load_optimizers(saved[-1], optimizers) if saved else 0
     if saved:
         log.info("resuming %s after step %d", run, step)
 
@@ -65,9 +66,10 @@ def train(config: Config, run: Path) -> Path:
         task = bar.add_task("training", total=config.train.steps, completed=step)
         while step < config.train.steps:
             epoch, batch = next(batches)
-            lr = learning_rate(step, config.optim, config.train.steps)
+            factor = learning_rate_factor(step, config.train.steps, config.optim)
+            lr = config.optim.lr * factor
             torch.manual_seed(config.train.seed + step)  # dropout depends on the step: no generator state to resume
-            loss, grad_norm = train_step(model, optimizer, batch, lr, config.optim.max_grad_norm)
+            loss, grad_norm = train_step(model, optimizers, batch, factor, config.optim.max_grad_norm)
             if not (math.isfinite(loss) and math.isfinite(grad_norm)):
                 last_good = next(reversed(checkpoints(run)), "none yet")
                 raise CheckError(
@@ -78,7 +80,7 @@ def train(config: Config, run: Path) -> Path:
             description = training_log.record(step, epoch, batch, loss, lr, grad_norm)
             bar.update(task, completed=step, description=description)
             if step % config.train.save_every == 0 or step == config.train.steps:
-                save_checkpoint(run, step, model.network, run / "tokenizer", optimizer, config.train.keep_checkpoints)
+                save_checkpoint(run, step, model.network, run / "tokenizer", optimizers, config.train.keep_checkpoints)
 
     with new_folder(run / "model", replaces="config.json") as folder:
         save_model(model.network, run / "tokenizer", folder)
@@ -87,9 +89,9 @@ def train(config: Config, run: Path) -> Path:
 
 def train_step(
     model: MaskedLM,
-    optimizer: torch.optim.Optimizer,
+    optimizers: list[torch.optim.Optimizer],
     batch: list[MicroBatch],
-    lr: float,
+    factor: float,
     max_grad_norm: float,
 ) -> tuple[float, float]:
     """One update; returns the mean loss over the masked tokens of the whole batch, and the gradient norm.
@@ -106,29 +108,12 @@ def train_step(
         loss.backward()
         total += loss.detach()
     grad_norm = nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-    optimizer.step()
-    optimizer.zero_grad()
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * factor
+        optimizer.step()
+        optimizer.zero_grad()
     return total.item(), grad_norm.item()
-
-
-def learning_rate(step: int, config: OptimConfig, steps: int) -> float:
-    """Linear warm-up over `warmup_steps`, then linear decay to zero at `steps`. `step` counts from 0."""
-    warmup = min(config.warmup_steps, steps)
-    if step < warmup:
-        return config.lr * (step + 1) / warmup
-    return config.lr * (steps - step) / max(steps - warmup, 1)
-
-
-def build_optimizer(model: MaskedLM, config: OptimConfig, *, fused: bool) -> torch.optim.AdamW:
-    """AdamW with no decay on vectors: biases and the scales of normalisations."""
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=fused)
 
 
 class TrainingLog:

@@ -1,0 +1,95 @@
+"""Optimisers and the learning rate's course."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from mlmkit.errors import UserError
+from mlmkit.model import MaskedLM
+from mlmkit.train.config import OptimConfig
+
+
+def build_optimizers(model: MaskedLM, config: OptimConfig, *, fused: bool) -> list[torch.optim.Optimizer]:
+    """AdamW for all that is trained; with `optim.name = "muon"`, Muon for the hidden matrices and AdamW for the rest.
+
+    Weight decay is decoupled and leaves vectors alone: biases and the scales of normalisations. Every group carries
+    `initial_lr`, which `learning_rate_factor` scales. Muon's updates are scaled to the size of AdamW's (Liu et al.
+    2025, "Muon is scalable for LLM training", equation 4), so one learning rate serves both. Build them after
+    `fully_shard`, which replaces the parameters. `fused` is AdamW's: one kernel, on a GPU and on the CPU.
+
+    Raises `UserError` when Muon is asked for and the model has no hidden matrix.
+    """
+    parameters: list[Tensor] = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    hidden = [parameter for parameter in hidden_matrices(model) if config.name == "muon" and parameter.requires_grad]
+    by_muon = {id(parameter) for parameter in hidden}
+    rest = [parameter for parameter in parameters if id(parameter) not in by_muon]
+    groups = [
+        {"params": [p for p in rest if p.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    betas = (config.beta1, config.beta2)
+    adamw = torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=config.eps, fused=fused)
+    optimizers: list[torch.optim.Optimizer] = [adamw]
+    if config.name == "muon":
+        if not hidden:
+            raise UserError(
+                f"no layer of a {model.network.config.model_type} model has a matrix for Muon: set optim.name to adamw"
+            )
+        optimizers.append(Muon(hidden, config.lr, config.weight_decay, adjust_lr_fn="match_rms_adamw"))
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["initial_lr"] = config.lr
+    return optimizers
+
+
+def hidden_matrices(model: MaskedLM) -> list[Tensor]:
+    """The weights of the linear maps inside the encoder's blocks, which transformers keeps in module lists.
+
+    So neither embeddings nor the vocabulary head, whose rows belong to single ids.
+    """
+    lists = [module for module in model.network.base_model.modules() if isinstance(module, nn.ModuleList)]
+    linear = [module for blocks in lists for module in blocks.modules() if isinstance(module, nn.Linear)]
+    return list({id(module.weight): module.weight for module in linear}.values())
+
+
+def learning_rate_factor(step: int, steps: int, config: OptimConfig) -> float:
+    """What the learning rate is multiplied with at `step` of `steps`, counted from 0: above 0, at most 1.
+
+    Linear warm-up over `warmup_steps`; then `linear` or `cosine` decay, or `wsd`: constant, with linear decay over the
+    last `decay_share` of all steps (Hu et al. 2024, MiniCPM; Hägele et al. 2024). Decay reaches zero at `steps`, so
+    the last step still learns.
+    """
+    warmup = min(config.warmup_steps, steps)
+    if step < warmup:
+        return (step + 1) / warmup
+    left = steps - step
+    if config.schedule == "wsd":
+        decay = max(1, min(round(config.decay_share * steps), steps - warmup))
+        return min(1.0, left / decay)
+    share_left = left / (steps - warmup)
+    return share_left if config.schedule == "linear" else 0.5 - 0.5 * math.cos(math.pi * share_left)
+
+
+class Muon(torch.optim.Muon):
+    """torch's, with its Newton-Schulz iteration in float32 on a CPU.
+
+    torch runs it in bfloat16, which takes ten times as long as float32 on a CPU without bfloat16 units.
+    """
+
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """One update."""
+        with _Float32OnCPU():
+            return super().step(closure)
+
+
+class _Float32OnCPU(TorchFunctionMode):
+    """Turns `tensor.bfloat16()` into a copy as it is, for tensors on the CPU."""
+
+    def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if func is Tensor.bfloat16 and args[0].device.type == "cpu":
+            return args[0].clone()
+        return func(*args, **(kwargs or {}))

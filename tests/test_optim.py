@@ -1,0 +1,241 @@
+"""Optimisers: who updates what, torch's formulas, state that comes back to the bit, sharding, schedules."""
+
+import copy
+import json
+import socket
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.multiprocessing.spawn import spawn
+from transformers import AutoModelForMaskedLM
+
+from mlmkit.errors import UserError
+from mlmkit.model import MaskedLM, load_pretrained, probe_inputs
+from mlmkit.tokenizer import Tokenizer
+from mlmkit.train.config import SCHEDULES, OptimConfig
+from mlmkit.train.optim import Muon, build_optimizers, hidden_matrices, learning_rate_factor
+from mlmkit.train.presets import build_config
+
+MUON = OptimConfig(name="muon", lr=1e-2, weight_decay=0.1)
+# A key's bias has no gradient but rounding, which a small eps would blow up to a step.
+CALM = replace(MUON, eps=1e-3)
+FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
+
+
+def one_step(model: MaskedLM, optimizers: list[torch.optim.Optimizer], seed: int) -> None:
+    """Towards arbitrary targets, which depend on the seed."""
+    inputs = probe_inputs(model, [20])
+    generator = torch.Generator().manual_seed(seed)
+    targets = torch.randint(model.vocabulary_size, (20,), generator=generator)
+    model.loss_sum(targets=targets, **inputs).backward()
+    for optimizer in optimizers:
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def weights(model: MaskedLM) -> dict[str, torch.Tensor]:
+    """Copies, whole where they are sharded."""
+    whole = {name: p.full_tensor() if isinstance(p, DTensor) else p for name, p in model.named_parameters()}
+    return {name: values.detach().clone() for name, values in whole.items()}
+
+
+# ------------------------------------------------------------------ who updates what
+
+
+def test_adamw_decays_matrices_alone(checkpoint):
+    model, _ = load_pretrained(str(checkpoint("bert")))
+    (adamw,) = build_optimizers(model, OptimConfig(lr=3e-3), fused=False)
+    decay = {p: group["weight_decay"] for group in adamw.param_groups for p in group["params"]}
+    assert {name for name, p in model.named_parameters() if decay[p] == 0} == {
+        name for name, _ in model.named_parameters() if name.endswith("bias") or "LayerNorm.weight" in name
+    }
+    assert all(group["initial_lr"] == 3e-3 for group in adamw.param_groups)
+
+
+SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
+BLOCK = {"bert": 6, "roberta": 6, "electra": 6, "modernbert": 4, "deberta-v2": 6, "mpnet": 6, "roformer": 6}
+
+
+@pytest.mark.parametrize("kind", [*BLOCK, "distilbert", "albert"])
+def test_muon_takes_the_matrices_of_the_blocks_and_nothing_else(kind, tokenizer_folder, tmp_path):
+    (tmp_path / "a.json").write_text(json.dumps({"model_type": kind, **SMALL, "dim": 32, "n_layers": 2, "n_heads": 2}))
+    tokenizer = Tokenizer.from_folder(tokenizer_folder("wordpiece"))
+    with torch.device("meta"):
+        model = MaskedLM(AutoModelForMaskedLM.from_config(build_config(str(tmp_path / "a.json"), tokenizer, 48)))
+    adamw, muon = build_optimizers(model, MUON, fused=False)
+    taken = [[p for group in each.param_groups for p in group["params"]] for each in (adamw, muon)]
+    assert {id(p) for p in taken[1]} == {id(p) for p in hidden_matrices(model)}
+    trained = [id(p) for p in model.parameters() if p.requires_grad]
+    assert sorted(map(id, taken[0] + taken[1])) == sorted(trained)  # each exactly once
+    blocks = 1 if kind == "albert" else 2  # which shares one among its layers
+    assert len(taken[1]) == blocks * BLOCK.get(kind, 6)
+    names = {id(p): name for name, p in model.named_parameters()}
+    assert not [names[id(p)] for p in taken[1] if "embedding" in names[id(p)] or model.vocabulary_size in p.shape]
+    assert all(group["initial_lr"] == MUON.lr for each in (adamw, muon) for group in each.param_groups)
+
+
+def test_frozen_weights_have_no_optimizer(checkpoint):
+    model, _ = load_pretrained(str(checkpoint("bert")))
+    frozen = hidden_matrices(model)[0]
+    frozen.requires_grad_(False)
+    optimizers = build_optimizers(model, MUON, fused=False)
+    assert not [p for each in optimizers for group in each.param_groups for p in group["params"] if p is frozen]
+
+
+def test_a_model_without_hidden_matrices_is_refused_by_muon(checkpoint):
+    model, _ = load_pretrained(str(checkpoint("bert")))
+    for parameter in hidden_matrices(model):
+        parameter.requires_grad_(False)
+    with pytest.raises(UserError, match=r"set optim\.name to adamw"):
+        build_optimizers(model, MUON, fused=False)
+
+
+# ------------------------------------------------------------------ Muon's update
+
+
+@pytest.mark.parametrize("shape", [(16, 40), (40, 16)])
+def test_muon_updates_as_its_papers_say(shape):
+    """Two steps against the formulas in float64: Jordan et al. 2024, Liu et al. 2025. bfloat16 would be 1e-4 off."""
+    generator = np.random.default_rng(0)
+    start, gradients = generator.normal(size=shape), generator.normal(size=(2, *shape))
+    parameter = torch.nn.Parameter(torch.tensor(start, dtype=torch.float32))
+    muon = Muon([parameter], lr=0.02, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    expected, momentum = start.copy(), np.zeros(shape)
+    for gradient in gradients:
+        parameter.grad = torch.tensor(gradient, dtype=torch.float32)
+        muon.step()
+        assert parameter.grad.equal(torch.tensor(gradient, dtype=torch.float32))
+        momentum = 0.95 * momentum + 0.05 * gradient
+        update = 0.05 * gradient + 0.95 * momentum
+        update = update if shape[0] <= shape[1] else update.T
+        update = update / np.linalg.norm(update)
+        for _ in range(5):
+            gram = update @ update.T
+            update = 3.4445 * update + (-4.775 * gram + 2.0315 * gram @ gram) @ update
+        update = update if shape[0] <= shape[1] else update.T
+        expected = expected * (1 - 0.02 * 0.1) - 0.02 * 0.2 * np.sqrt(max(shape)) * update
+    np.testing.assert_allclose(parameter.detach().numpy(), expected, atol=1e-6)
+
+
+# ------------------------------------------------------------------ state
+
+
+@pytest.mark.parametrize("kind", ["bert", "modernbert"])
+@pytest.mark.parametrize("config", [OptimConfig(), MUON], ids=["adamw", "muon"])
+def test_state_comes_back_to_the_bit(checkpoint, kind, config):
+    """Steps, state out, state into a fresh model's fresh optimisers, more steps: the same weights."""
+    model, _ = load_pretrained(str(checkpoint(kind)))
+    optimizers = build_optimizers(model, config, fused=True)
+    for seed in range(3):
+        one_step(model, optimizers, seed)
+    kept = copy.deepcopy(get_optimizer_state_dict(model, optimizers, options=FLAT))
+    other, _ = load_pretrained(str(checkpoint(kind)))
+    other.load_state_dict(weights(model), strict=False)  # strict would miss the names of tied weights
+    others = build_optimizers(other, replace(config, lr=1.0), fused=True)
+    set_optimizer_state_dict(other, others, copy.deepcopy(kept), options=FLAT)
+
+    back = get_optimizer_state_dict(other, others, options=FLAT)
+    assert back.keys() == kept.keys()
+    assert any(name.endswith("initial_lr") for name in kept)
+    for name, value in kept.items():
+        assert np.array_equal(np.asarray(value), np.asarray(back[name])), name
+    for seed in range(3, 6):
+        one_step(model, optimizers, seed)
+        one_step(other, others, seed)
+    straight, resumed = weights(model), weights(other)
+    assert all(torch.equal(straight[name], resumed[name]) for name in straight)
+
+
+# ------------------------------------------------------------------ sharding
+
+
+def sharded_steps(rank: int, port: int, folder: str, result: str) -> None:
+    """Two ranks, each block and the whole sharded, three steps of Muon."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    model, _ = load_pretrained(folder)
+    for module in model.network.base_model.modules():
+        if isinstance(module, torch.nn.ModuleList):
+            for block in module:
+                fully_shard(block)
+    fully_shard(model.network)
+    optimizers = build_optimizers(model, CALM, fused=True)
+    assert all(isinstance(p, DTensor) for each in optimizers for group in each.param_groups for p in group["params"])
+    for seed in range(3):
+        one_step(model, optimizers, seed)
+    whole = weights(model)
+    if rank == 0:
+        torch.save(whole, result)
+    dist.destroy_process_group()
+
+
+def test_muon_on_sharded_weights_is_muon_on_whole_ones(checkpoint, tmp_path):
+    folder = str(checkpoint("bert"))
+    model, _ = load_pretrained(folder)
+    optimizers = build_optimizers(model, CALM, fused=True)
+    before = weights(model)
+    for seed in range(3):
+        one_step(model, optimizers, seed)
+    expected = weights(model)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    arguments: tuple[Any, ...] = (port, folder, str(tmp_path / "whole.pt"))
+    spawn(sharded_steps, arguments, nprocs=2)
+    found = torch.load(Path(tmp_path / "whole.pt"), weights_only=True)
+    assert found.keys() == expected.keys()
+    for name, values in expected.items():
+        torch.testing.assert_close(found[name], values, atol=2e-5, rtol=1e-5, msg=name)
+    assert max(float((expected[name] - before[name]).abs().max()) for name in expected) > 1e-3
+
+
+# ------------------------------------------------------------------ schedules
+
+
+@given(
+    schedule=st.sampled_from(SCHEDULES),
+    steps=st.integers(1, 400),
+    warmup=st.integers(0, 500),
+    decay_share=st.floats(1e-3, 1.0),
+)
+def test_schedules_rise_then_fall_to_zero(schedule, steps, warmup, decay_share):
+    config = OptimConfig(schedule=schedule, warmup_steps=warmup, decay_share=decay_share)
+    factors = [learning_rate_factor(step, steps, config) for step in range(steps)]
+    rise = min(warmup, steps)
+    assert all(0 < factor <= 1 for factor in factors)
+    assert factors[:rise] == pytest.approx([(step + 1) / rise for step in range(rise)])
+    fall = factors[rise:]
+    assert all(later <= earlier for earlier, later in pairwise(fall))
+    if fall:
+        assert fall[0] == 1.0  # no jump where the warm-up ends
+        reach = {"linear": len(fall), "cosine": len(fall), "wsd": max(round(decay_share * steps), 1)}[schedule]
+        assert fall[-1] <= 1.000001 / min(len(fall), reach)  # zero is a step away
+
+
+def test_schedules_have_their_shapes():
+    wsd = OptimConfig(schedule="wsd", warmup_steps=10, decay_share=0.2)
+    factors = [learning_rate_factor(step, 100, wsd) for step in range(100)]
+    assert factors[9:81] == [1.0] * 72
+    assert factors[80:] == pytest.approx([(100 - step) / 20 for step in range(80, 100)])
+    cosine = replace(wsd, schedule="cosine")
+    assert learning_rate_factor(55, 100, cosine) == pytest.approx(0.5)
+    assert learning_rate_factor(99, 100, cosine) == pytest.approx(0.5 - 0.5 * np.cos(np.pi / 90))
+    linear = replace(wsd, schedule="linear", warmup_steps=4, lr=2e-3)
+    assert [learning_rate_factor(step, 12, linear) for step in range(12)] == pytest.approx(
+        [0.25, 0.5, 0.75, 1.0, *((12 - step) / 8 for step in range(4, 12))]
+    )
