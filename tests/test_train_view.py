@@ -16,11 +16,13 @@ from transformers import AutoConfig, AutoModelForMaskedLM
 from mlmkit.errors import UserError
 from mlmkit.model import MaskedLM, load_pretrained
 from mlmkit.packing import enable_packing
+from mlmkit.train import curve
 from mlmkit.train import log as training_log
 from mlmkit.train.config import Config, DataConfig, OptimConfig, RunConfig, load_config
 from mlmkit.train.dry_run import dry_run, lines
 from mlmkit.train.estimate import count_parameters, estimate_memory, flops_per_token, peak_flops
 from mlmkit.train.log import TrainingLog, check_loggers, read_log
+from mlmkit.train.loop import train
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
 SETTINGS = """
@@ -374,3 +376,45 @@ def test_the_console_shows_a_part_of_it(text_file):
 def test_a_dry_run_refuses_what_training_refuses(text_file):
     with pytest.raises(UserError, match="neither a preset"):
         dry_run(run_config(text_file, "model.architecture=none"))
+
+
+# ------------------------------------------------------------------ the curve
+
+
+def test_a_run_ends_in_a_picture(tmp_path, text_file):
+    pytest.importorskip("matplotlib")
+    train(run_config(text_file), tmp_path)
+    picture = tmp_path / "loss.png"
+    assert curve.draw_loss(tmp_path) == picture
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("steps", [1, 60, 10_000])
+def test_short_and_long_runs_are_drawn(tmp_path, steps):
+    pytest.importorskip("matplotlib")
+    write_steps(tmp_path, make_config(steps=steps, log_every=1), 1, steps)
+    log = tmp_path / "log.jsonl"
+    alone = {"value": 2.0, "low": None, "high": None}  # of a single document
+    log.write_text(log.read_text() + json.dumps({"step": steps, "held_out": {"masked_cross_entropy": alone}}) + "\n")
+    assert curve.draw_loss(tmp_path)
+
+
+def test_smoothing_is_the_mean_around_a_point():
+    values = np.array([0.0, 3.0, 6.0, 0.0, 0.0])
+    assert curve.smooth(values, 3) == pytest.approx([1.5, 3, 3, 2, 0])
+    assert curve.smooth(values, 1) == pytest.approx(values)
+
+
+def test_without_matplotlib_there_is_no_picture(tmp_path, monkeypatch, caplog):
+    write_steps(tmp_path, make_config(), 1, 4)
+    monkeypatch.setattr(curve, "find_spec", lambda _: None)
+    caplog.set_level(logging.INFO, logger="mlmkit")
+    caplog.clear()
+    assert curve.draw_loss(tmp_path) is None
+    assert caplog.messages == [
+        f"{tmp_path / 'loss.png'} is left out, as it needs matplotlib: pip install 'mlmkit[report]'"
+    ]
+
+
+def test_a_run_of_no_entries_has_no_picture(tmp_path):
+    assert curve.draw_loss(tmp_path) is None

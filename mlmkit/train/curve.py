@@ -3,7 +3,7 @@
 import logging
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 INK, MUTED, LINE, ONE, TWO = "#22262b", "#6b727b", "#e3e6ea", "#2f6fb4", "#c4571b"
-STYLE = {
+STYLE: dict[Any, Any] = {  # matplotlib's stubs know its keys as literals only
     "text.parse_math": False,  # a dollar sign in a name is a dollar sign
     "font.size": 10,
     "axes.edgecolor": MUTED,
