@@ -94,11 +94,11 @@ def write_steps(run: Path, config: Config, first: int, last: int, **options) -> 
 
 
 def held_out_result(value: float) -> dict:
-    return {
+    metrics = {
         "masked_cross_entropy": {"value": value, "low": value - 0.1, "high": value + 0.1},
-        "masked_accuracy": {"value": 0.5, "low": 0.4, "high": 0.6},
-        "mask_digest": DIGEST,
+        "masked_accuracy": {"value": 0.5, "low": None, "high": None},  # as of a single document
     }
+    return {"backend": {"name": "torch"}, "mask_digest": DIGEST, "metrics": metrics}
 
 
 # ------------------------------------------------------------------ the log
@@ -123,7 +123,7 @@ def test_an_entry_holds_means_and_sums_since_the_last(tmp_path):
     }
     held_out = [entry for entry in read_log(tmp_path) if "held_out" in entry]
     assert [entry["step"] for entry in held_out] == [4, 8, 12]
-    assert held_out[0]["held_out"] == held_out_result(0.5)
+    assert held_out[0]["held_out"] == {"mask_digest": DIGEST, **held_out_result(0.5)["metrics"]}
 
 
 def test_mfu_is_the_share_of_the_peak_rate(tmp_path):
@@ -393,9 +393,9 @@ def test_a_run_ends_in_a_picture(tmp_path, text_file):
 def test_short_and_long_runs_are_drawn(tmp_path, steps):
     pytest.importorskip("matplotlib")
     write_steps(tmp_path, make_config(steps=steps, log_every=1), 1, steps)
-    log = tmp_path / "log.jsonl"
-    alone = {"value": 2.0, "low": None, "high": None}  # of a single document
-    log.write_text(log.read_text() + json.dumps({"step": steps, "held_out": {"masked_cross_entropy": alone}}) + "\n")
+    with TrainingLog(tmp_path, make_config(), steps) as log:
+        alone = {"masked_cross_entropy": {"value": 2.0, "low": None, "high": None}}  # of a single document
+        log.held_out(steps, {"mask_digest": DIGEST, "metrics": alone})
     assert curve.draw_loss(tmp_path)
 
 

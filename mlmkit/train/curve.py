@@ -91,7 +91,7 @@ def _training(axes: "Axes", step: NDArray[np.int64], loss: NDArray[np.float64]) 
     if len(step) <= FEW:
         axes.plot(step, loss, color=ONE, marker="o", markersize=3.5, label=f"training, last {loss[-1]:.3f}")
         return
-    mean = smooth(loss, len(loss) // FEW)
+    mean = smooth(loss, max(len(loss) // FEW, 5))
     axes.plot(step, loss, color=ONE, alpha=0.3, linewidth=0.7, label="training")
     axes.plot(step, mean, color=ONE, linewidth=1.8, label=f"smoothed, last {mean[-1]:.3f}")
 

@@ -92,7 +92,8 @@ def sweep(trials: Sequence[Trial], output: Path) -> dict[str, Any]:
             train(trial.config, output / trial.name)
             row |= _held_out(output / trial.name) if place.is_first else {}
         except (UserError, CheckError) as error:
-            log.error("%s failed: %s", trial.name, error)
+            if place.is_first:
+                log.error("%s failed: %s", trial.name, error)
             row["error"] = str(error)
             errors.append(error)
         rows.append(row)
