@@ -16,11 +16,13 @@ from transformers import AutoConfig, AutoModelForMaskedLM
 from mlmkit.errors import UserError
 from mlmkit.model import MaskedLM, load_pretrained
 from mlmkit.packing import enable_packing
+from mlmkit.train import curve
 from mlmkit.train import log as training_log
 from mlmkit.train.config import Config, DataConfig, OptimConfig, RunConfig, load_config
 from mlmkit.train.dry_run import dry_run, lines
 from mlmkit.train.estimate import count_parameters, estimate_memory, flops_per_token, peak_flops
 from mlmkit.train.log import TrainingLog, check_loggers, read_log
+from mlmkit.train.loop import train
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
 SETTINGS = """
@@ -92,11 +94,11 @@ def write_steps(run: Path, config: Config, first: int, last: int, **options) -> 
 
 
 def held_out_result(value: float) -> dict:
-    return {
+    metrics = {
         "masked_cross_entropy": {"value": value, "low": value - 0.1, "high": value + 0.1},
-        "masked_accuracy": {"value": 0.5, "low": 0.4, "high": 0.6},
-        "mask_digest": DIGEST,
+        "masked_accuracy": {"value": 0.5, "low": None, "high": None},  # as of a single document
     }
+    return {"backend": {"name": "torch"}, "mask_digest": DIGEST, "metrics": metrics}
 
 
 # ------------------------------------------------------------------ the log
@@ -121,7 +123,7 @@ def test_an_entry_holds_means_and_sums_since_the_last(tmp_path):
     }
     held_out = [entry for entry in read_log(tmp_path) if "held_out" in entry]
     assert [entry["step"] for entry in held_out] == [4, 8, 12]
-    assert held_out[0]["held_out"] == held_out_result(0.5)
+    assert held_out[0]["held_out"] == {"mask_digest": DIGEST, **held_out_result(0.5)["metrics"]}
 
 
 def test_mfu_is_the_share_of_the_peak_rate(tmp_path):
@@ -374,3 +376,45 @@ def test_the_console_shows_a_part_of_it(text_file):
 def test_a_dry_run_refuses_what_training_refuses(text_file):
     with pytest.raises(UserError, match="neither a preset"):
         dry_run(run_config(text_file, "model.architecture=none"))
+
+
+# ------------------------------------------------------------------ the curve
+
+
+def test_a_run_ends_in_a_picture(tmp_path, text_file):
+    pytest.importorskip("matplotlib")
+    train(run_config(text_file), tmp_path)
+    picture = tmp_path / "loss.png"
+    assert curve.draw_loss(tmp_path) == picture
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("steps", [1, 60, 10_000])
+def test_short_and_long_runs_are_drawn(tmp_path, steps):
+    pytest.importorskip("matplotlib")
+    write_steps(tmp_path, make_config(steps=steps, log_every=1), 1, steps)
+    with TrainingLog(tmp_path, make_config(), steps) as log:
+        alone = {"masked_cross_entropy": {"value": 2.0, "low": None, "high": None}}  # of a single document
+        log.held_out(steps, {"mask_digest": DIGEST, "metrics": alone})
+    assert curve.draw_loss(tmp_path)
+
+
+def test_smoothing_is_the_mean_around_a_point():
+    values = np.array([0.0, 3.0, 6.0, 0.0, 0.0])
+    assert curve.smooth(values, 3) == pytest.approx([1.5, 3, 3, 2, 0])
+    assert curve.smooth(values, 1) == pytest.approx(values)
+
+
+def test_without_matplotlib_there_is_no_picture(tmp_path, monkeypatch, caplog):
+    write_steps(tmp_path, make_config(), 1, 4)
+    monkeypatch.setattr(curve, "find_spec", lambda _: None)
+    caplog.set_level(logging.INFO, logger="mlmkit")
+    caplog.clear()
+    assert curve.draw_loss(tmp_path) is None
+    assert caplog.messages == [
+        f"{tmp_path / 'loss.png'} is left out, as it needs matplotlib: pip install 'mlmkit[report]'"
+    ]
+
+
+def test_a_run_of_no_entries_has_no_picture(tmp_path):
+    assert curve.draw_loss(tmp_path) is None

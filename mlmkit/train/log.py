@@ -113,14 +113,13 @@ class TrainingLog:
         return self.description
 
     def held_out(self, step: int, result: dict[str, Any]) -> None:
-        """Write a held-out evaluation: metrics with `value`, `low` and `high`, and the `mask_digest`."""
-        self._write({"step": step, "held_out": result})
+        """Write what is of interest in the `result.json` of a held-out evaluation: metrics and mask digest."""
+        self._write({"step": step, "held_out": {"mask_digest": result["mask_digest"], **result["metrics"]}})
         if self.writers:
-            entropy = result["masked_cross_entropy"]
-            log.info(
-                "step %d/%d  held-out masked cross-entropy %.4f (%.4f to %.4f)",
-                *(step, self.last_step, entropy["value"], entropy["low"], entropy["high"]),
-            )
+            found = result["metrics"]["masked_cross_entropy"]
+            interval = "" if found["low"] is None else f" ({found['low']:.4f} to {found['high']:.4f})"
+            shown = f"{found['value']:.4f}{interval}"
+            log.info("step %d/%d  held-out masked cross-entropy %s", step, self.last_step, shown)
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -242,5 +241,5 @@ def _scalars(entry: dict[str, Any]) -> dict[str, float]:
         f"held_out/{name}" + ("" if bound == "value" else f"_{bound}"): metric[bound]
         for name, metric in metrics.items()
         for bound in ("value", "low", "high")
-        if metric[bound] is not None
+        if metric.get(bound) is not None
     }
