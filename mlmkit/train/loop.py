@@ -5,6 +5,7 @@ import logging
 import math
 import time
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from mlmkit.progress import progress
 from mlmkit.train.checkpoint import checkpoints, load_optimizer, save_checkpoint, save_model
 from mlmkit.train.config import Config, OptimConfig
 from mlmkit.train.data import MicroBatch
+from mlmkit.train.order import Cursor
 from mlmkit.train.start import begin_or_check, build_model, make_data
 
 log = logging.getLogger(__name__)
@@ -60,11 +62,11 @@ def train(config: Config, run: Path) -> Path:
         device,
     )
     micro_batches = config.train.global_batch_tokens // config.train.micro_batch_tokens
-    batches = data.steps(micro_batches, skip=step)
+    batches = islice(data.batches(Cursor(), micro_batches=micro_batches, steps=config.train.steps), step, None)
     with TrainingLog(run / "log.jsonl", step, config.train.log_every) as training_log, progress() as bar:
         task = bar.add_task("training", total=config.train.steps, completed=step)
         while step < config.train.steps:
-            epoch, batch = next(batches)
+            cursor, batch = next(batches)
             lr = learning_rate(step, config.optim, config.train.steps)
             torch.manual_seed(config.train.seed + step)  # dropout depends on the step: no generator state to resume
             loss, grad_norm = train_step(model, optimizer, batch, lr, config.optim.max_grad_norm)
@@ -75,7 +77,7 @@ def train(config: Config, run: Path) -> Path:
                     f"lower optim.lr (last good checkpoint: {last_good})"
                 )
             step += 1
-            description = training_log.record(step, epoch, batch, loss, lr, grad_norm)
+            description = training_log.record(step, cursor.epoch, batch, loss, lr, grad_norm)
             bar.update(task, completed=step, description=description)
             if step % config.train.save_every == 0 or step == config.train.steps:
                 save_checkpoint(run, step, model.network, run / "tokenizer", optimizer, config.train.keep_checkpoints)
