@@ -14,11 +14,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-try:
-    import fcntl
-except ImportError:  # Windows has none
-    fcntl = None
-
 from mlmkit.errors import CheckError, UserError
 from mlmkit.eval.material import Material
 from mlmkit.eval.parts import Part
@@ -26,7 +21,7 @@ from mlmkit.eval.passes import Pass
 from mlmkit.eval.plan import Plan, pieces, shown_ids
 from mlmkit.eval.scoring import TokenScores
 from mlmkit.eval.stored import DOCUMENTS, RESULT, TOKENS, load_result
-from mlmkit.files import new_folder, sync
+from mlmkit.files import exclusive, new_folder, sync
 from mlmkit.masking import Corruption, format_digest, mask_digest
 from mlmkit.tokenizer import Tokenizer
 
@@ -104,13 +99,8 @@ class Store:
             with new_folder(self.folder) as building:  # whole or not at all: what is in the way of no later run
                 (building / PARTS).mkdir()
                 write_json(building / UNFINISHED, {"identity": self.identity})
-        with (self.folder / UNFINISHED).open("rb") as held:
-            # Two writers would remove each other's parts. The lock ends with the process, however that ends.
-            try:
-                if fcntl is not None:
-                    fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UserError(f"another process is evaluating into {self.final}: wait for it") from None
+        # Two writers would remove each other's parts.
+        with exclusive(self.folder / UNFINISHED, f"another process is evaluating into {self.final}: wait for it"):
             try:
                 yield
             except BaseException:

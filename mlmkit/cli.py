@@ -1,6 +1,5 @@
 """The command line: parse, call, print. Everything heavy is imported inside the command that needs it."""
 
-import json
 import logging
 import os
 import signal
@@ -15,7 +14,8 @@ from mlmkit.cli_eval import compare, evaluate, report, score
 from mlmkit.cli_export import export
 from mlmkit.cli_inspect import inspect
 from mlmkit.cli_options import json_option, model_options, print_json, printable
-from mlmkit.errors import CheckError, UserError, require
+from mlmkit.cli_train import train
+from mlmkit.errors import CheckError, EndedElsewhereError, StoppedError, UserError, require
 
 INTERRUPTED, TERMINATED = 130, 143
 
@@ -55,7 +55,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         context = getattr(error, "ctx", None)
         command = context.command_path if context else "mlmkit"
         code = _fail(f"{error.format_message()} (see {command} --help)", 2)
-    except (UserError, CheckError) as error:
+    except EndedElsewhereError as error:
+        code = error.exit_code
+    except (UserError, CheckError, StoppedError) as error:
         if logging.getLogger("mlmkit").level == logging.DEBUG:
             raise
         code = _fail(str(error), error.exit_code)
@@ -90,31 +92,7 @@ def demo(text: str | None, output: Path) -> None:
     run_demo(output, text)
 
 
-@cli.command()
-@click.argument("config", type=click.Path())
-@click.option("--set", "overrides", multiple=True, metavar="TABLE.KEY=VALUE", help="Override a setting. Repeatable.")
-@click.option("--output", type=click.Path(path_type=Path), required=True, help="The run folder.")
-@json_option
-def train(config: str, overrides: tuple[str, ...], output: Path, as_json: bool) -> None:
-    """Train a model as CONFIG (a TOML file) says.
-
-    The same command goes on where an interrupted run stopped. The model ends up in OUTPUT/model, a Hugging Face folder.
-    """
-    from mlmkit.train.config import load_config
-
-    settings = load_config(config, overrides)
-    require("train", "torch", "transformers", "safetensors")
-    from mlmkit.train.loop import train as run_training
-
-    model = run_training(settings, output)
-    last = (output / "log.jsonl").read_text().splitlines()[-1:]
-    if as_json:
-        print_json({"model": str(model), "last_log_entry": json.loads(last[0]) if last else None})
-    else:
-        click.echo(f"model: {model}")
-
-
-for _command in (export, inspect, evaluate, compare, report, score):
+for _command in (train, export, inspect, evaluate, compare, report, score):
     cli.add_command(_command)
 
 

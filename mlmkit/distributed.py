@@ -1,10 +1,14 @@
 """This process's place among those that `torchrun` started; alone, it is rank 0 of 1."""
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import TypeVar
 
-from mlmkit.errors import require
+from mlmkit.errors import EndedElsewhereError, require
+
+T = TypeVar("T")
 
 PATIENCE = timedelta(days=7)  # a rank may wait for another one's share of a long evaluation
 
@@ -23,14 +27,55 @@ class Ranks:
         """Whether this process speaks and writes for all."""
         return self.rank == 0
 
+    def join(self, backend: str = "gloo") -> None:
+        """Meet the other ranks, if there are any and that has not been done."""
+        if self.world > 1:
+            import torch.distributed as dist
+
+            if not dist.is_initialized():
+                dist.init_process_group(backend, timeout=PATIENCE)
+
     def barrier(self) -> None:
         """Wait until every rank is here."""
         if self.world > 1:
             import torch.distributed as dist
 
-            if not dist.is_initialized():
-                dist.init_process_group("gloo", timeout=PATIENCE)
+            self.join()
             dist.barrier()
+
+    def sum(self, *values: float) -> list[float]:
+        """Each value summed over the ranks, in float64; the same on all of them."""
+        if self.world == 1:
+            return list(values)
+        import torch
+        import torch.distributed as dist
+
+        total = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(total)
+        return total.tolist()
+
+    def from_first(self, work: Callable[[], T]) -> T:
+        """What `work` returns on the first rank, which alone does it while the others wait.
+
+        Raises what it raises there, and `EndedElsewhereError` on the others.
+        """
+        if self.world == 1:
+            return work()
+        import torch.distributed as dist
+
+        failure: BaseException | None = None
+        outcome: list = [None, False]
+        if self.is_first:
+            try:
+                outcome = [work(), True]
+            except BaseException as error:
+                failure = error
+        dist.broadcast_object_list(outcome)
+        if failure:
+            raise failure
+        if not outcome[1]:
+            raise EndedElsewhereError
+        return outcome[0]
 
     def close(self) -> None:
         """Leave the group; ranks that go on alone need not."""

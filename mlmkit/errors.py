@@ -1,4 +1,4 @@
-"""The two ways a command ends early, each shown to the user as one line."""
+"""The ways a command ends early, each shown to the user as one line."""
 
 from importlib.util import find_spec
 
@@ -13,6 +13,18 @@ class CheckError(Exception):
     """A check that mlmkit made for the user did not hold (parity, a tampered file). Exit code 1."""
 
     exit_code = 1
+
+
+class EndedElsewhereError(UserError):
+    """Another rank has ended the command and said why: this one has nothing to add."""
+
+
+class StoppedError(Exception):
+    """A signal asked a training run to stop, and it did, with its state saved. Exit code 128 + the signal's number."""
+
+    def __init__(self, message: str, signal_number: int) -> None:
+        super().__init__(message)
+        self.exit_code = 128 + signal_number
 
 
 def require(extra: str, *modules: str) -> None:

@@ -10,6 +10,11 @@ from pathlib import Path
 
 from mlmkit.errors import UserError
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
 
 @contextmanager
 def new_folder(path: Path, *, replaces: str = "") -> Iterator[Path]:
@@ -53,6 +58,21 @@ def refuse_existing(path: Path, replaces: str = "") -> None:
     if replaces:
         raise UserError(f"{path} holds no {replaces}, so --overwrite leaves it alone: choose another --output")
     raise UserError(f"{path} exists: choose another --output, or replace it with --overwrite")
+
+
+@contextmanager
+def exclusive(path: Path, taken: str) -> Iterator[None]:
+    """Keep others out while the block runs, by a lock on a file. It ends with the process.
+
+    Raises `UserError` saying `taken` when another holds it.
+    """
+    with path.open("rb") as file:
+        try:
+            if fcntl is not None:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(taken) from None
+        yield
 
 
 def cache_root() -> Path:

@@ -1,61 +1,133 @@
-"""Checkpoints: Hugging Face folders with the optimiser's state beside them, whole or absent, never half-written.
+"""Checkpoints: Hugging Face folders with the optimisers' state beside them, whole or absent, never half-written.
 
 `RUN/checkpoints/step-00000500/` holds `config.json`, `model.safetensors` and the tokenizer's files, which any Hugging
-Face tool loads, `optimizer.safetensors`, and `trainer.json`, the cursor.
+Face tool loads, `optimizer/`, written by `torch.distributed.checkpoint` as safetensors, each rank its share, and
+`trainer.json`, the cursor. `held-out/`, the evaluation of these weights, joins it later.
 """
 
 import json
+import math
 import shutil
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
-import torch
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 from torch.optim import Optimizer
-from transformers import PreTrainedModel
 
+from mlmkit.distributed import Ranks
+from mlmkit.errors import UserError
 from mlmkit.files import new_folder
+from mlmkit.model import MaskedLM
+from mlmkit.train.parallel import whole_weights
+
+FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
+CURSOR, OPTIMIZER, HELD_OUT = "trainer.json", "optimizer", "held-out"
 
 
 def save_checkpoint(
-    run: Path, step: int, network: PreTrainedModel, tokenizer_folder: Path, optimizers: list[Optimizer], keep: int
-) -> None:
-    """Write the checkpoint of `step`, then delete all but the newest `keep`."""
-    with new_folder(run / "checkpoints" / f"step-{step:08d}", replaces="trainer.json") as folder:
-        save_model(network, tokenizer_folder, folder)
-        save_file(_flatten(optimizers), folder / "optimizer.safetensors")
-        (folder / "trainer.json").write_text(json.dumps({"step": step}))
-    for old in checkpoints(run)[:-keep]:
-        shutil.rmtree(old, ignore_errors=True)
+    run: Path, cursor: dict[str, int], model: MaskedLM, optimizers: Sequence[Optimizer], ranks: Ranks
+) -> Path:
+    """Write the checkpoint of `cursor["step"]`; every rank takes part.
+
+    Raises `UserError` when it cannot be written. Earlier checkpoints are untouched.
+    """
+    final = run / "checkpoints" / f"step-{cursor['step']:08d}"
+    try:
+        with ExitStack() as stack:
+            folder = Path(ranks.from_first(lambda: str(stack.enter_context(new_folder(final, replaces=CURSOR)))))
+            with _alone_without_a_word():
+                writer = HuggingFaceStorageWriter(str(folder / OPTIMIZER), save_distributed=True)
+                save(_tensors(model, optimizers), storage_writer=writer, no_dist=ranks.world == 1)
+            save_model(model, run / "tokenizer", folder, ranks)
+            if ranks.is_first:
+                (folder / CURSOR).write_text(json.dumps(cursor))
+            ranks.from_first(stack.close)
+    except (UserError, SafetensorError, CheckpointException) as error:
+        cause = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
+        last = next(reversed(checkpoints(run)), None)
+        go_on = f"the same command goes on from {last}" if last else "there is no earlier checkpoint"
+        raise UserError(f"{_one_line(final, cause)}: make room or mend the folder, then {go_on}") from error
+    return final
 
 
-def save_model(network: PreTrainedModel, tokenizer_folder: Path, folder: Path) -> None:
-    """The part of a checkpoint that Hugging Face tools read."""
-    network.save_pretrained(folder)
-    shutil.copytree(tokenizer_folder, folder, dirs_exist_ok=True)
+def _one_line(final: Path, cause: BaseException) -> str:
+    text = str(cause).splitlines()[0]
+    return text if str(final) in text else f"cannot write {final}: {text}"
+
+
+def save_model(model: MaskedLM, tokenizer_folder: Path, folder: Path, ranks: Ranks) -> None:
+    """The part of a checkpoint that Hugging Face tools read; every rank takes part."""
+    weights = whole_weights(model)
+
+    def write() -> None:
+        model.network.save_pretrained(folder, state_dict=weights)
+        shutil.copytree(tokenizer_folder, folder, dirs_exist_ok=True)
+
+    ranks.from_first(write)
+
+
+def copy_model(checkpoint: Path, folder: Path) -> None:
+    """The same part of a checkpoint, alone."""
+    with new_folder(folder, replaces="config.json") as building:
+        ignored = shutil.ignore_patterns(OPTIMIZER, CURSOR, HELD_OUT)
+        shutil.copytree(checkpoint, building, ignore=ignored, dirs_exist_ok=True)
 
 
 def checkpoints(run: Path) -> list[Path]:
     """Complete checkpoints, oldest first."""
-    return sorted(path.parent for path in (run / "checkpoints").glob("step-*/trainer.json"))
+    return sorted(path.parent for path in (run / "checkpoints").glob(f"step-*/{CURSOR}"))
 
 
-def load_optimizers(folder: Path, optimizers: list[Optimizer]) -> int:
-    """Restore the optimisers' state in place; returns the step to go on from."""
-    stored = load_file(folder / "optimizer.safetensors")
-    states: list[dict[int, dict[str, Tensor]]] = [{} for _ in optimizers]
-    for name, value in stored.items():
-        number, index, key = name.split(".")
-        states[int(number)].setdefault(int(index), {})[key] = value
-    for optimizer, state in zip(optimizers, states, strict=True):
-        optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-    return json.loads((folder / "trainer.json").read_text())["step"]
+def load_checkpoint(folder: Path, model: MaskedLM, optimizers: Sequence[Optimizer], ranks: Ranks) -> dict[str, int]:
+    """Restore the optimisers' state, whatever the number of ranks that wrote it; returns the cursor."""
+    tensors = _tensors(model, optimizers)
+    with _alone_without_a_word():
+        load(tensors, storage_reader=HuggingFaceStorageReader(str(folder / OPTIMIZER)), no_dist=ranks.world == 1)
+    settings = get_optimizer_state_dict(model, list(optimizers), options=FLAT)
+    set_optimizer_state_dict(model, list(optimizers), {**settings, **tensors}, options=FLAT)
+    return json.loads((folder / CURSOR).read_text())
 
 
-def _flatten(optimizers: list[Optimizer]) -> dict[str, Tensor]:
-    return {
-        f"{number}.{index}.{key}": torch.as_tensor(value)
-        for number, optimizer in enumerate(optimizers)
-        for index, entry in optimizer.state_dict()["state"].items()
-        for key, value in entry.items()
-    }
+def prune(run: Path, keep: int) -> None:
+    """Delete all checkpoints but the newest `keep` and the best, by the cross-entropy of their held-out evaluation."""
+    found = checkpoints(run)
+    best = min(found, key=held_out_loss, default=None)
+    for old in found[:-keep]:
+        if old != best or math.isinf(held_out_loss(old)):
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def held_out_loss(checkpoint: Path) -> float:
+    """Held-out masked cross-entropy in nats; infinite where the checkpoint was not evaluated."""
+    try:
+        result = json.loads((checkpoint / HELD_OUT / "result.json").read_text())
+    except FileNotFoundError:
+        return math.inf
+    return result["metrics"]["masked_cross_entropy"]["value"]
+
+
+def _tensors(model: MaskedLM, optimizers: Sequence[Optimizer]) -> dict[str, Any]:
+    """The optimisers' state by parameter name. Rates and decay are the configuration's."""
+    state = get_optimizer_state_dict(model, list(optimizers), options=FLAT)
+    return {name: value for name, value in state.items() if isinstance(value, Tensor)}
+
+
+@contextmanager
+def _alone_without_a_word() -> Iterator[None]:
+    """torch warns whenever one process saves for itself, which is what most runs do."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield

@@ -39,6 +39,11 @@ class DataConfig:
         return [Source(location, self.text_field, self.blank_line) for location in self.train]
 
     @property
+    def held_out_source(self) -> Source:
+        """The same of the held-out text."""
+        return Source(self.held_out, self.text_field, self.blank_line)
+
+    @property
     def passes(self) -> tuple[float, ...]:
         """The weight of each source."""
         return self.weights or (1.0,) * len(self.train)

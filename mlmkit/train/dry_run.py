@@ -2,18 +2,20 @@
 
 import tempfile
 from dataclasses import dataclass
-from itertools import groupby, islice, pairwise
+from itertools import groupby, pairwise
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mlmkit.backends.torch import pick_device
+from mlmkit.distributed import Ranks
 from mlmkit.packing import enable_packing
 from mlmkit.tokenizer import Tokenizer
 from mlmkit.train.config import Config
 from mlmkit.train.data import MicroBatch
 from mlmkit.train.estimate import Memory, Parameters, count_parameters, estimate_memory, flops_per_token
+from mlmkit.train.order import Cursor
 from mlmkit.train.start import begin_or_check, build_model, make_data
 
 SAMPLED_TOKENS = 500_000  # fill and document lengths are those of so many
@@ -52,15 +54,15 @@ class DryRun:
 def dry_run(config: Config) -> DryRun:
     """Do all that training does before its first step, in a temporary folder. Raises `UserError` as training does."""
     with tempfile.TemporaryDirectory() as temporary:
-        tokenizer, corpus = begin_or_check(config, Path(temporary) / "run")
+        tokenizer, corpora = begin_or_check(config, Path(temporary) / "run", Ranks())
         model = build_model(config, tokenizer)
     model.train()
     packed = enable_packing(model)
-    data = make_data(config, tokenizer, corpus, model, packed=packed)
+    data = make_data(config, tokenizer, corpora, model, packed=packed)
     settings = config.train
     micro_batches = settings.global_batch_tokens // settings.micro_batch_tokens
     sampled = min(settings.steps, max(1, SAMPLED_TOKENS // settings.global_batch_tokens))
-    batches = [batch for _, batch in islice(data.steps(micro_batches), sampled)]
+    batches = [batch for _, batch in data.batches(Cursor(), micro_batches=micro_batches, steps=sampled)]
 
     flat = [micro for batch in batches for micro in batch]
     lengths = np.concatenate([document_lengths(micro) for micro in flat])
@@ -69,12 +71,13 @@ def dry_run(config: Config) -> DryRun:
     content = tokens - tokenizer.added_tokens * len(lengths) / len(batches)
     flops = flops_per_token(model, lengths, masked)
     device = pick_device(settings.device)
+    epoch_tokens = sum(len(corpus.ids) * weight for corpus, weight in zip(corpora, config.data.passes, strict=True))
     return DryRun(
         architecture=config.model.init_from or config.model.architecture,
         vocabulary=model.vocabulary_size,
         parameters=count_parameters(model),
-        documents=len(corpus),
-        corpus_tokens=len(corpus.ids),
+        documents=sum(len(corpus) for corpus in corpora),
+        corpus_tokens=sum(len(corpus.ids) for corpus in corpora),
         packed=packed,
         micro_batches=micro_batches,
         micro_batch_tokens=settings.micro_batch_tokens,
@@ -83,7 +86,7 @@ def dry_run(config: Config) -> DryRun:
         tokens_per_step=tokens,
         steps=settings.steps,
         tokens=tokens * settings.steps,
-        epochs=content * settings.steps / len(corpus.ids),
+        epochs=content * settings.steps / epoch_tokens,
         flops_per_token=flops,
         flops=flops * tokens * settings.steps,
         device=device,

@@ -3,165 +3,258 @@
 import json
 import logging
 import math
-import time
-from collections.abc import Iterator
+import signal
+import threading
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
+from torch.optim import Optimizer
 
 from mlmkit.backends.torch import pick_device
-from mlmkit.errors import CheckError
-from mlmkit.files import new_folder
-from mlmkit.model import MaskedLM
+from mlmkit.corpus import Corpus
+from mlmkit.distributed import Ranks
+from mlmkit.distributed import ranks as find_ranks
+from mlmkit.errors import CheckError, StoppedError, UserError
 from mlmkit.packing import enable_packing
 from mlmkit.progress import progress
-from mlmkit.train.checkpoint import checkpoints, load_optimizers, save_checkpoint, save_model
+from mlmkit.tokenizer import Tokenizer
+from mlmkit.train.checkpoint import HELD_OUT, checkpoints, copy_model, load_checkpoint, prune, save_checkpoint
 from mlmkit.train.config import Config
+from mlmkit.train.curve import draw_loss
 from mlmkit.train.data import MicroBatch
+from mlmkit.train.dry_run import document_lengths
+from mlmkit.train.estimate import flops_per_token, peak_flops
+from mlmkit.train.held_out import evaluate_checkpoint
+from mlmkit.train.log import TrainingLog, check_loggers, read_log
 from mlmkit.train.optim import build_optimizers, learning_rate_factor
-from mlmkit.train.start import begin_or_check, build_model, make_data
+from mlmkit.train.order import Cursor
+from mlmkit.train.parallel import clip_gradients, freeze_unused, parallelise, synchronised
+from mlmkit.train.start import begin_or_check, build_model, make_data, run_lock
 
 log = logging.getLogger(__name__)
 
+STOP_SIGNALS = ("SIGTERM", "SIGUSR1")
+
 
 def train(config: Config, run: Path) -> Path:
-    """Train as configured, or go on where an interrupted run in the same folder stopped.
+    """Train as configured, or go on where an interrupted run in the same folder stopped; on every rank of torchrun.
 
     Returns the folder of the finished model, `RUN/model`. `RUN/log.jsonl` has a line every `train.log_every` steps.
-    Raises `UserError` for input that cannot be trained on and `CheckError` when the loss is no longer finite.
+    Raises `UserError` for input that cannot be trained on, too little memory, and a disk that takes no checkpoint;
+    `CheckError` when loss or gradient are no longer finite; `StoppedError` after SIGTERM or SIGUSR1, when all is saved.
     """
-    tokenizer, corpus = begin_or_check(config, run)
-    if (run / "model").exists():
-        log.info("%s is finished: nothing to train", run)
-        return run / "model"
-
+    ranks = find_ranks()
+    if not ranks.is_first:
+        logging.getLogger("mlmkit").setLevel(logging.ERROR)  # one rank speaks for all
     device = torch.device(pick_device(config.train.device))
-    saved = checkpoints(run)
+    if device.type == "cuda":
+        device = torch.device("cuda", ranks.local)
+        torch.cuda.set_device(device)
+    ranks.join("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    try:
+        check_loggers(config.train)
+        tokenizer, corpora = begin_or_check(config, run, ranks)
+        if (run / "model").exists():
+            log.info("%s is finished: nothing to train", run)
+            return run / "model"
+        with run_lock(run, ranks), stop_signals() as stop:
+            return _train(config, run, tokenizer, corpora, device, ranks, stop)
+    except BaseException as error:
+        # DDP's reducer must be gone before its process group, or the process may hang at its end, in the destructor of
+        # the last one to go (gloo, torch 2.13): the frames of the traceback would keep it.
+        cause: BaseException | None = error
+        while cause:
+            traceback.clear_frames(cause.__traceback__)
+            cause = cause.__cause__ or cause.__context__
+        raise
+    finally:
+        ranks.close()
+
+
+def _train(
+    config: Config,
+    run: Path,
+    tokenizer: Tokenizer,
+    corpora: Sequence[Corpus],
+    device: torch.device,
+    ranks: Ranks,
+    stop: list[int],
+) -> Path:
+    saved = next(reversed(checkpoints(run)), None)
     torch.manual_seed(config.train.seed)
-    model = build_model(config, tokenizer, resume_from=saved[-1] if saved else None)
+    model = build_model(config, tokenizer, resume_from=saved)
+    freeze_unused(model)
     packed = enable_packing(model)
     if not packed:
         log.warning("%s cannot be packed: training on padded batches", type(model.network).__name__)
-    model.to(device).train()
-    optimizers = build_optimizers(model, config.optim, fused=True)
-    step = load_optimizers(saved[-1], optimizers) if saved else 0
-    if saved:
-        log.info("resuming %s after step %d", run, step)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    data = make_data(config, tokenizer, corpora, model, packed=packed)
+    peak = ranks.world * peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else 0.0
+    first = next(data.batches(Cursor(), micro_batches=1, steps=1))[1][0]
+    flops = flops_per_token(model, document_lengths(first), config.masking.mask_prob) if peak else 0.0
 
-    data = make_data(config, tokenizer, corpus, model, packed=packed)
+    model.to(device).train()
+    module = parallelise(model, ranks, config.train.parallel)
+    optimizers = build_optimizers(model, config.optim, fused=device.type == "cuda")
+    cursor = Cursor(**load_checkpoint(saved, model, optimizers, ranks)) if saved else Cursor()
+    micro_batches = config.train.global_batch_tokens // config.train.micro_batch_tokens
+    batches = data.batches(
+        cursor,
+        micro_batches=micro_batches,
+        steps=config.train.steps,
+        rank=ranks.rank,
+        world=ranks.world,
+        workers=config.data.workers,
+    )
+    if saved:
+        log.info("resuming %s after step %d", run, cursor.step)
     log.info(
         "%s, %.1f M parameters, vocabulary %d; %d documents, %d tokens; %s",
         config.model.init_from or config.model.architecture,
-        sum(parameter.numel() for parameter in model.parameters()) / 1e6,
+        parameters / 1e6,
         tokenizer.vocabulary_size,
-        len(corpus),
-        len(corpus.ids),
-        device,
+        sum(len(corpus) for corpus in corpora),
+        sum(len(corpus.ids) for corpus in corpora),
+        f"{ranks.world} x {device.type}" if ranks.world > 1 else device.type,
     )
-    micro_batches = config.train.global_batch_tokens // config.train.micro_batch_tokens
-    batches = data.steps(micro_batches, skip=step)
-    with TrainingLog(run / "log.jsonl", step, config.train.log_every) as training_log, progress() as bar:
-        task = bar.add_task("training", total=config.train.steps, completed=step)
-        while step < config.train.steps:
-            epoch, batch = next(batches)
-            factor = learning_rate_factor(step, config.train.steps, config.optim)
-            lr = config.optim.lr * factor
-            torch.manual_seed(config.train.seed + step)  # dropout depends on the step: no generator state to resume
-            loss, grad_norm = train_step(model, optimizers, batch, factor, config.optim.max_grad_norm)
-            if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-                last_good = next(reversed(checkpoints(run)), "none yet")
-                raise CheckError(
-                    f"step {step + 1}: loss {loss}, gradient norm {grad_norm}, learning rate {lr:.3g}: "
-                    f"lower optim.lr (last good checkpoint: {last_good})"
-                )
-            step += 1
-            description = training_log.record(step, epoch, batch, loss, lr, grad_norm)
-            bar.update(task, completed=step, description=description)
-            if step % config.train.save_every == 0 or step == config.train.steps:
-                save_checkpoint(run, step, model.network, run / "tokenizer", optimizers, config.train.keep_checkpoints)
+    with (
+        TrainingLog(
+            run, config, cursor.step, flops_per_token=flops, peak_flops=peak, is_first=ranks.is_first
+        ) as training_log,
+        progress(shown=ranks.is_first) as bar,
+    ):
+        task = bar.add_task("training", total=config.train.steps, completed=cursor.step)
 
-    with new_folder(run / "model", replaces="config.json") as folder:
-        save_model(model.network, run / "tokenizer", folder)
+        def measure(checkpoint: Path) -> None:
+            if config.data.held_out:
+                held_out = config.data.held_out_source
+                training_log.held_out(cursor.step, evaluate_checkpoint(checkpoint, held_out, device.type, ranks))
+            ranks.from_first(lambda: prune(run, config.train.keep_checkpoints))
+
+        if saved and not any("held_out" in entry and entry["step"] == cursor.step for entry in read_log(run)):
+            measure(saved)  # which a kill may have prevented
+        while cursor.step < config.train.steps:
+            step = cursor.step
+            cursor, batch = next(batches)
+            masked, tokens, stopping = ranks.sum(
+                sum(len(micro.targets) for micro in batch), sum(micro.tokens for micro in batch), len(stop)
+            )
+            factor = learning_rate_factor(step, config.train.steps, config.optim)
+            lr = factor * config.optim.lr
+            # Dropout depends on the micro-batch: there is no generator's state to resume, and ranks change nothing.
+            seeds = range(config.train.seed + step * micro_batches, config.train.seed + (step + 1) * micro_batches)
+            seeds = seeds[ranks.rank :: ranks.world]
+            try:
+                loss = backward(module, batch, seeds, scale=ranks.world / max(masked, 1), device=device)
+            except RuntimeError as error:
+                raise _memory_error(error, config) or error from error
+            grad_norm = clip_gradients(model, config.optim.max_grad_norm)
+            loss = ranks.sum(loss)[0] / ranks.world
+            if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+                raise _not_finite(run, step, loss, grad_norm, lr, batch)
+            update(optimizers, factor)
+            description = training_log.record(
+                cursor.step,
+                epoch=cursor.epoch,
+                loss=loss,
+                learning_rate=lr,
+                gradient_norm=grad_norm,
+                tokens=int(tokens),
+                masked=int(masked),
+                mask_prob=config.masking.recipe(step / max(config.train.steps - 1, 1)).mask_prob,
+            )
+            bar.update(task, completed=cursor.step, description=description)
+            finished = cursor.step == config.train.steps
+            if stopping or finished or cursor.step % config.train.save_every == 0:
+                with training_log.paused():
+                    checkpoint = save_checkpoint(run, asdict(cursor), model, optimizers, ranks)
+                    if stopping and not finished:
+                        raise _stopped(stop, cursor.step, config.train.steps, checkpoint)
+                    measure(checkpoint)
+    ranks.from_first(lambda: finish(run))
     return run / "model"
 
 
-def train_step(
-    model: MaskedLM,
-    optimizers: list[torch.optim.Optimizer],
-    batch: list[MicroBatch],
-    factor: float,
-    max_grad_norm: float,
-) -> tuple[float, float]:
-    """One update; returns the mean loss over the masked tokens of the whole batch, and the gradient norm.
+def backward(
+    module: nn.Module, batch: list[MicroBatch], seeds: Sequence[int], *, scale: float, device: torch.device
+) -> float:
+    """Accumulate the gradient of `scale` times the summed loss of this rank's micro-batches; returns that value.
 
-    Each micro-batch's summed loss is divided by the global count of masked tokens, so how the batch is cut into
-    micro-batches does not change the gradient.
+    `scale` holds the count of masked tokens in the batches of *all* ranks, so how the global batch is cut into
+    micro-batches and ranks does not change the gradient. `seeds` are those of dropout, one a micro-batch.
     """
-    masked = max(sum(len(micro.targets) for micro in batch), 1)
-    total = torch.zeros((), device=model.device)
-    for micro in batch:
-        micro = micro.to(model.device)
-        with torch.autocast("cuda", dtype=torch.bfloat16, enabled=model.device.type == "cuda"):
-            loss = model.loss_sum(micro.positions, micro.targets, **micro.inputs) / masked
-        loss.backward()
+    total = torch.zeros((), device=device)
+    for index, (micro, seed) in enumerate(zip(batch, seeds, strict=True)):
+        torch.manual_seed(seed)
+        micro = micro.to(device)
+        with synchronised(module, last=index == len(batch) - 1):
+            with torch.autocast("cuda", dtype=torch.bfloat16, enabled=device.type == "cuda"):
+                loss = module(micro.positions, micro.targets, micro.inputs) * scale
+            loss.backward()
         total += loss.detach()
-    grad_norm = nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
+    return total.item()
+
+
+def update(optimizers: Sequence[Optimizer], factor: float) -> None:
+    """One step of each optimiser, at `factor` times its peak learning rate."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * factor
         optimizer.step()
         optimizer.zero_grad()
-    return total.item(), grad_norm.item()
 
 
-class TrainingLog:
-    """`log.jsonl`: one JSON object every few steps. On a resume, lines after the resumed step are dropped."""
-
-    def __init__(self, path: Path, step: int, every: int) -> None:
-        kept = [line for line in _lines(path) if json.loads(line)["step"] <= step]
-        path.write_text("".join(kept))
-        self.file, self.every = path.open("a"), every
-        self.description = "training"
-        self._restart()
-
-    def _restart(self) -> None:
-        self.since, self.tokens, self.masked, self.steps, self.loss = time.perf_counter(), 0, 0, 0, 0.0
-
-    def record(self, step: int, epoch: int, batch: list[MicroBatch], loss: float, lr: float, grad_norm: float) -> str:
-        """Take a step in; returns the progress line. Tokens a second count real tokens, padding never."""
-        self.tokens += sum(micro.tokens for micro in batch)
-        self.masked += sum(len(micro.targets) for micro in batch)
-        self.steps += 1
-        self.loss += loss
-        if step % self.every == 0:
-            seconds = time.perf_counter() - self.since
-            entry = {
-                "step": step,
-                "epoch": epoch,
-                "loss": self.loss / self.steps,
-                "learning_rate": lr,
-                "gradient_norm": grad_norm,
-                "tokens": self.tokens,
-                "masked": self.masked,
-                "tokens_per_second": self.tokens / seconds,
-            }
-            self.file.write(json.dumps(entry) + "\n")
-            self.file.flush()
-            self.description = f"training  loss {entry['loss']:.3f}  {entry['tokens_per_second']:,.0f} tokens/s"
-            self._restart()
-        return self.description
-
-    def __enter__(self) -> "TrainingLog":
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        self.file.close()
+@contextmanager
+def stop_signals() -> Iterator[list[int]]:
+    """Collect SIGTERM and SIGUSR1, as schedulers send them, instead of dying of them."""
+    seen: list[int] = []
+    wanted = [getattr(signal, name) for name in STOP_SIGNALS if hasattr(signal, name)]
+    if threading.current_thread() is not threading.main_thread():  # where Python takes no handlers
+        wanted = []
+    before = {number: signal.signal(number, lambda received, _: seen.append(received)) for number in wanted}
+    try:
+        yield seen
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
-def _lines(path: Path) -> Iterator[str]:
-    if path.exists():
-        for line in path.read_text().splitlines(keepends=True):
-            if line.endswith("}\n"):  # a kill may have cut the last one
-                yield line
+def finish(run: Path) -> None:
+    """`RUN/model` from the last checkpoint, its held-out result and the loss curve beside it."""
+    last = checkpoints(run)[-1]
+    if (last / HELD_OUT).exists():
+        result = json.loads((last / HELD_OUT / "result.json").read_text())
+        summary = {"mask_digest": result["mask_digest"], **result["metrics"]}
+        (run / "held_out.json").write_text(json.dumps(summary, indent=2) + "\n")
+    draw_loss(run)
+    copy_model(last, run / "model")
+
+
+def _stopped(seen: list[int], step: int, steps: int, checkpoint: Path) -> StoppedError:
+    number = next(iter(seen), signal.SIGTERM)  # another rank may have been the one to hear it
+    name = signal.Signals(number).name
+    return StoppedError(f"{name}: saved step {step} of {steps} in {checkpoint}: the same command goes on", number)
+
+
+def _memory_error(error: RuntimeError, config: Config) -> UserError | None:
+    """What to do when there is too little memory; None if that is not what happened."""
+    if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
+        return None
+    return UserError(
+        f"out of memory with micro-batches of {config.train.micro_batch_tokens} tokens: lower train.micro_batch_tokens "
+        "(train.global_batch_tokens may stay: more micro-batches make up for it), or model.max_length"
+    )
+
+
+def _not_finite(run: Path, step: int, loss: float, grad_norm: float, lr: float, batch: list[MicroBatch]) -> CheckError:
+    documents = list(dict.fromkeys(name for micro in batch for name in micro.documents))
+    shown = ", ".join(documents[:8]) + (f" and {len(documents) - 8} more" if len(documents) > 8 else "")
+    return CheckError(
+        f"step {step + 1}: loss {loss}, gradient norm {grad_norm}, learning rate {lr:.3g}: lower optim.lr, or look at "
+        f"the documents of the batch ({shown}); last good checkpoint: {next(reversed(checkpoints(run)), 'none yet')}"
+    )

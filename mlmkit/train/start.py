@@ -2,19 +2,23 @@
 
 import json
 import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 
 from mlmkit import model as masked_lm
-from mlmkit.backends.torch import pick_device
 from mlmkit.corpus import Corpus, load_corpus
-from mlmkit.documents import read_documents
+from mlmkit.distributed import Ranks
+from mlmkit.documents import existing_file, read_documents
 from mlmkit.errors import UserError
-from mlmkit.files import new_folder
+from mlmkit.files import exclusive, new_folder
 from mlmkit.model import MaskedLM
 from mlmkit.tokenizer import Tokenizer
+from mlmkit.train.checkpoint import checkpoints
 from mlmkit.train.config import Config
 from mlmkit.train.data import TrainingData
 from mlmkit.train.presets import build_config
@@ -23,34 +27,67 @@ from mlmkit.train.tokenizer import train_tokenizer
 log = logging.getLogger(__name__)
 
 
-def begin_or_check(config: Config, run: Path) -> tuple[Tokenizer, Corpus]:
-    """The run's tokenizer and tokenised text.
+# What may be another in each start of a run, as it changes neither the data nor how the weights move.
+FREE = {
+    "data": ("held_out", "workers"),
+    "train": ("device", "save_every", "keep_checkpoints", "log_every", "parallel", "compile", "tensorboard", "wandb"),
+}
+
+
+def begin_or_check(config: Config, run: Path, ranks: Ranks) -> tuple[Tokenizer, list[Corpus]]:
+    """The run's tokenizer and tokenised texts.
 
     A new run's folder, with `tokenizer/` and `run.json`, appears whole, and only if training can start. A folder that
-    was begun with another configuration, text or tokenizer is refused: `UserError` names the first difference.
+    was begun with another configuration, text or tokenizer is refused: `UserError` names the first difference. If it
+    has no checkpoint yet, nothing is lost: it begins anew.
     """
-    pick_device(config.train.device)  # refuse before anything is written
+    ranks.from_first(lambda: _begin_or_check(config, run, ranks))
+    tokenizer = masked_lm.load_tokenizer(str(run / "tokenizer"))
+    return tokenizer, [load_corpus(source, tokenizer) for source in config.data.sources]
+
+
+def _begin_or_check(config: Config, run: Path, ranks: Ranks) -> None:
+    if (config.train.global_batch_tokens // config.train.micro_batch_tokens) % ranks.world:
+        raise UserError(
+            f"{ranks.world} processes cannot share train.global_batch_tokens ({config.train.global_batch_tokens}) "
+            f"evenly in parts of train.micro_batch_tokens ({config.train.micro_batch_tokens}): "
+            f"make it a multiple of {config.train.micro_batch_tokens * ranks.world}"
+        )
+    if config.data.held_out:
+        existing_file(config.data.held_out)
     if not (run / "run.json").exists():
         if run.exists() and not run.is_dir():
             raise UserError(f"{run} is not a folder: choose another --output")
         if run.is_dir() and any(run.iterdir()):
             raise UserError(f"{run} holds something else than a training run: choose another --output")
-        _begin(config, run)
-    tokenizer = masked_lm.load_tokenizer(str(run / "tokenizer"))
-    corpus = load_corpus(config.data.sources[0], tokenizer)
+        return _begin(config, run)
     before = json.loads((run / "run.json").read_text())
-    if difference := _first_difference(before, _identity(config, corpus, tokenizer), ""):
-        raise UserError(f"{run} was begun with another {difference}: choose another --output, or delete that folder")
-    return tokenizer, corpus
+    tokenizer = masked_lm.load_tokenizer(str(run / "tokenizer"))
+    if difference := _first_difference(before, _identity(config, tokenizer), ""):
+        if checkpoints(run) or (run / "model").exists():
+            raise UserError(
+                f"{run} was begun with another {difference}: choose another --output, or delete that folder"
+            )
+        log.info("%s was begun with another %s and has no checkpoint: beginning anew", run, difference)
+        return _begin(config, run)
+    return None
 
 
 def _begin(config: Config, run: Path) -> None:
-    with new_folder(run) as building:
+    with new_folder(run, replaces="run.json") as building:
         tokenizer = _prepare_tokenizer(config, building / "tokenizer")
-        corpus = load_corpus(config.data.sources[0], tokenizer)
+        corpora = [load_corpus(source, tokenizer) for source in config.data.sources]
         model = build_model(config, tokenizer)
-        make_data(config, tokenizer, corpus, model, packed=True)
-        (building / "run.json").write_text(json.dumps(_identity(config, corpus, tokenizer), indent=2) + "\n")
+        make_data(config, tokenizer, corpora, model, packed=True)
+        (building / "run.json").write_text(json.dumps(_identity(config, tokenizer), indent=2) + "\n")
+
+
+@contextmanager
+def run_lock(run: Path, ranks: Ranks) -> Iterator[None]:
+    """Keep a second training out of the run's folder."""
+    taken = f"another process is training in {run}: wait for it"
+    with exclusive(run / "run.json", taken) if ranks.is_first else nullcontext():
+        yield
 
 
 def _prepare_tokenizer(config: Config, folder: Path) -> Tokenizer:
@@ -60,8 +97,9 @@ def _prepare_tokenizer(config: Config, folder: Path) -> Tokenizer:
         tokenizer = AutoTokenizer.from_pretrained(given)
     else:
         log.info("training a %s tokenizer of %d entries", config.tokenizer.kind, config.tokenizer.vocab_size)
+        sources = config.data.sources
         tokenizer = train_tokenizer(
-            lambda: read_documents(config.data.sources[0]), config.tokenizer, config.model.max_length
+            lambda: chain.from_iterable(map(read_documents, sources)), config.tokenizer, config.model.max_length
         )
     tokenizer.save_pretrained(folder)
     return masked_lm.load_tokenizer(str(folder))
@@ -75,11 +113,13 @@ def build_model(config: Config, tokenizer: Tokenizer, resume_from: Path | None =
     return MaskedLM(AutoModelForMaskedLM.from_config(hf_config))
 
 
-def make_data(config: Config, tokenizer: Tokenizer, corpus: Corpus, model: MaskedLM, *, packed: bool) -> TrainingData:
-    """The corpus as the model takes it. Raises `UserError` when there is nothing to train on."""
+def make_data(
+    config: Config, tokenizer: Tokenizer, corpora: Sequence[Corpus], model: MaskedLM, *, packed: bool
+) -> TrainingData:
+    """The corpora as the model takes them. Raises `UserError` when there is nothing to train on."""
     return TrainingData(
-        [corpus],
-        config.data.passes[:1],
+        corpora,
+        config.data.passes,
         tokenizer,
         config.masking,
         max_length=min(config.model.max_length, model.max_length()),
@@ -90,10 +130,14 @@ def make_data(config: Config, tokenizer: Tokenizer, corpus: Corpus, model: Maske
     )
 
 
-def _identity(config: Config, corpus: Corpus, tokenizer: Tokenizer) -> dict[str, Any]:
+def _identity(config: Config, tokenizer: Tokenizer) -> dict[str, Any]:
     """What must not change between the start of a run and its resumption, as JSON gives it back."""
-    identity = {"config": config.as_dict(), "corpus": corpus.fingerprint, "tokenizer": tokenizer.fingerprint}
-    return json.loads(json.dumps(identity))
+    tables = config.as_dict()
+    for table, keys in FREE.items():
+        for key in keys:
+            del tables[table][key]
+    corpora = [load_corpus(source, tokenizer).fingerprint for source in config.data.sources]
+    return json.loads(json.dumps({"config": tables, "corpora": corpora, "tokenizer": tokenizer.fingerprint}))
 
 
 def _first_difference(before: object, now: object, name: str) -> str:

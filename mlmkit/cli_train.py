@@ -1,0 +1,71 @@
+"""`mlmkit train`."""
+
+import os
+from dataclasses import asdict
+from pathlib import Path
+
+import click
+
+from mlmkit.cli_options import json_option, print_json, printable
+from mlmkit.errors import UserError, require
+
+
+@click.command()
+@click.argument("config", type=click.Path())
+@click.option("--set", "overrides", multiple=True, metavar="TABLE.KEY=VALUE", help="Override a setting. Repeatable.")
+@click.option("--output", type=click.Path(path_type=Path), help="The run folder.")
+@click.option("--dry-run", "dry", is_flag=True, help="Show what would be trained and what it costs, and stop.")
+@click.option(
+    "--sweep",
+    "sweeps",
+    multiple=True,
+    metavar="TABLE.KEY=VALUE,VALUE,...",
+    help="Train once for each value and compare on data.held_out. Repeatable: all combinations.",
+)
+@json_option
+def train(
+    config: str, overrides: tuple[str, ...], output: Path | None, dry: bool, sweeps: tuple[str, ...], as_json: bool
+) -> None:
+    """Train a model as CONFIG (a TOML file) says.
+
+    The same command goes on where an interrupted run stopped. The model ends up in OUTPUT/model, a Hugging Face folder.
+    On several GPUs: torchrun --nproc-per-node N -m mlmkit train CONFIG --output OUTPUT.
+    """
+    from mlmkit.train.config import load_config
+
+    settings = load_config(config, overrides)
+    if dry and sweeps:
+        raise UserError("--dry-run shows one run: leave --sweep out")
+    if not dry and output is None:
+        raise UserError("--output is missing: name the run folder")
+    require("train", "torch", "transformers", "safetensors")
+    if dry:
+        from mlmkit.train.dry_run import dry_run, lines
+
+        found = dry_run(settings)
+        if as_json:
+            print_json(asdict(found))
+        else:
+            for line in lines(found):
+                click.echo(printable(line))
+    elif output is not None and sweeps:
+        from mlmkit.train.sweep import check, plan, sweep, table
+
+        if results := sweep(plan(config, overrides, sweeps), output):  # on the first rank
+            if as_json:
+                print_json(results)
+            else:
+                click.echo(table(results))
+            check(results)
+    elif output is not None:
+        from mlmkit.train.log import read_log
+        from mlmkit.train.loop import train as run_training
+
+        model = run_training(settings, output)
+        if os.environ.get("RANK", "0") != "0":
+            return
+        if as_json:
+            last = [entry for entry in read_log(output) if "loss" in entry][-1:]
+            print_json({"model": str(model), "last_log_entry": last[0] if last else None})
+        else:
+            click.echo(f"model: {model}")

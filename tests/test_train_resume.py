@@ -1,0 +1,179 @@
+"""Killed, stopped, out of disk, on more ranks: a run goes on as if nothing had happened."""
+
+import json
+import random
+import resource
+import signal
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from training import Ranks, log_lines, same_weights, weights, write_config
+
+from mlmkit.errors import UserError
+from mlmkit.train.checkpoint import HELD_OUT, checkpoints
+from mlmkit.train.config import Config
+from mlmkit.train.loop import train
+
+
+@pytest.fixture
+def config(tmp_path, text_file) -> Config:
+    """With dropout, whose draws must be those of the micro-batch."""
+    architecture = {"model_type": "bert", "num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 2}
+    (tmp_path / "dropout.json").write_text(json.dumps({**architecture, "hidden_dropout_prob": 0.2}))
+    return write_config(tmp_path, text_file, str(tmp_path / "dropout.json"), "train.steps=30", "train.save_every=3")
+
+
+@pytest.fixture
+def straight(config, tmp_path) -> dict[int, Path]:
+    """The same run without interruption, by world size."""
+    return {}
+
+
+def run_straight(config: Config, tmp_path: Path, world: int) -> tuple[Path, float]:
+    began = time.perf_counter()
+    ranks = Ranks(config, tmp_path / f"straight-{world}", world)
+    assert ranks.wait() == [0] * world, ranks.messages()
+    return tmp_path / f"straight-{world}" / "model", time.perf_counter() - began
+
+
+@pytest.mark.parametrize(
+    ("world", "overrides"),
+    [
+        (1, ()),
+        (1, ("optim.name=muon", "data.workers=1", "masking.final_mask_prob=0.3")),
+        (2, ()),
+        (2, ("train.parallel=fsdp",)),
+    ],
+)
+def test_killed_at_any_moment_it_ends_with_the_same_weights(config, tmp_path, text_file, world, overrides):
+    settings = ("train.steps=30", "train.save_every=3", "train.log_every=1", *overrides)
+    config = write_config(tmp_path, text_file, config.model.architecture, *settings)
+    expected, seconds = run_straight(config, tmp_path, world)
+    moments, run = random.Random(), tmp_path / "killed"
+    for reached in (0, 5, 14, 22):  # the first while it begins
+        ranks = Ranks(config, run, world)
+        wait_for(lambda step=reached: last_step(run) >= step, ranks)
+        time.sleep(moments.uniform(0, 0.4 if reached else seconds / 2))
+        ranks.signal(signal.SIGKILL)
+        ranks.wait()
+    ranks = Ranks(config, run, world)
+    assert ranks.wait() == [0] * world, ranks.messages()
+    assert same_weights(run / "model", expected)
+    kept = [{key: entry[key] for key in ("step", "loss", "tokens", "masked")} for entry in log_lines(run)]
+    whole = [{key: entry[key] for key in ("step", "loss", "tokens", "masked")} for entry in log_lines(expected.parent)]
+    assert kept == whole
+    assert not list(run.rglob("*.replaced"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_signal_saves_and_leaves(config, tmp_path, world, number):
+    config = replace(config, train=replace(config.train, steps=100_000, save_every=100_000))
+    run = tmp_path / "run"
+    ranks = Ranks(config, run, world)
+    wait_for(lambda: last_step(run), ranks)
+    ranks.signal(number)
+    assert ranks.wait() == [128 + number] * world, ranks.messages()
+    [saved] = checkpoints(run)
+    step = json.loads((saved / "trainer.json").read_text())["step"]
+    assert ranks.messages()[0] == (f"{number.name}: saved step {step} of 100000 in {saved}: the same command goes on")
+
+
+def last_step(run: Path) -> int:
+    return max((line["step"] for line in log_lines(run)), default=0) if (run / "log.jsonl").exists() else 0
+
+
+def wait_for(condition, ranks: Ranks) -> None:
+    until = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < until, ranks.messages()
+        time.sleep(0.02)
+
+
+def test_the_number_of_ranks_and_workers_may_change(config, tmp_path):
+    """The same documents and masks in every global batch, so the same loss but for rounding."""
+    dropped = [record_batches(config, tmp_path / f"{world}-{workers}", world, workers) for world, workers in RUNS]
+    for other in dropped[1:]:
+        for (_, loss, *counts), (_, other_loss, *other_counts) in zip(dropped[0], other, strict=True):
+            assert counts == other_counts
+            assert other_loss == pytest.approx(loss, abs=2e-5)
+
+
+RUNS = ((1, 0), (2, 0), (1, 2))
+
+
+def record_batches(config: Config, run: Path, world: int, workers: int) -> list[tuple]:
+    """Half of the run with one rank and no worker, the rest as asked."""
+    half = replace(config, train=replace(config.train, log_every=1))
+    ranks = Ranks(half, run)
+    wait_for(lambda: checkpoints(run), ranks)
+    ranks.signal(signal.SIGKILL)
+    ranks.wait()
+    ranks = Ranks(replace(half, data=replace(half.data, workers=workers)), run, world)
+    assert ranks.wait() == [0] * world, ranks.messages()
+    return [(line["step"], line["loss"], line["tokens"], line["masked"]) for line in log_lines(run)]
+
+
+def test_a_disk_that_is_full_leaves_the_last_checkpoint(config, tmp_path):
+    """By a limit on the size of files, which the second checkpoint meets."""
+    run = tmp_path / "run"
+    ranks = Ranks(config, run)
+    wait_for(lambda: checkpoints(run), ranks)
+    ranks.signal(signal.SIGKILL)
+    ranks.wait()
+    saved = checkpoints(run)
+    before = weights(saved[-1])
+    ranks = Ranks(config, run, limits=((resource.RLIMIT_FSIZE, 20_000),))
+    assert ranks.wait() == [2], ranks.messages()
+    [message] = ranks.messages()
+    assert "File too large" in message and f"the same command goes on from {saved[-1]}" in message
+    assert checkpoints(run) == saved
+    assert all(torch.equal(before[name], value) for name, value in weights(saved[-1]).items())
+    assert not list((run / "checkpoints").glob(".*"))
+
+
+def test_one_run_at_a_time(config, tmp_path):
+    config = replace(config, train=replace(config.train, steps=100_000))
+    run = tmp_path / "run"
+    ranks = Ranks(config, run)
+    wait_for(lambda: last_step(run), ranks)
+    try:
+        with pytest.raises(UserError, match=r"another process is training in .*wait for it"):
+            train(config, run)
+    finally:
+        ranks.signal(signal.SIGKILL)
+        ranks.wait()
+
+
+def test_held_out_evaluation_keeps_the_best(config, tmp_path, text_file):
+    """The same masks at every checkpoint, the harness's own numbers, and the best of them kept."""
+    held_out = tmp_path / "held-out.txt"
+    held_out.write_text("".join(text_file.read_text().splitlines(keepends=True)[::20]))
+    # So high a rate at the end of a constant schedule that the last checkpoints are worse than an earlier one.
+    config = replace(
+        config,
+        data=replace(config.data, held_out=str(held_out)),
+        optim=replace(config.optim, lr=1.0, warmup_steps=60, schedule="wsd", decay_share=0.01),
+        train=replace(config.train, steps=40, save_every=5),
+    )
+    run = tmp_path / "run"
+    model = train(config, run)
+    entries = [line for line in log_lines(run) if "held_out" in line]
+    assert [entry["step"] for entry in entries] == list(range(5, 41, 5))
+    assert len({entry["held_out"]["mask_digest"] for entry in entries}) == 1
+    losses = {entry["step"]: entry["held_out"]["masked_cross_entropy"]["value"] for entry in entries}
+    best = min(losses, key=lambda step: losses[step])
+    assert best < 35, losses  # else this tests nothing
+    assert [int(folder.name[5:]) for folder in checkpoints(run)] == [best, 35, 40]
+
+    from mlmkit import evaluate
+
+    again = evaluate(model, held_out)
+    summary = json.loads((run / "held_out.json").read_text())
+    assert summary["mask_digest"] == again.result["mask_digest"]
+    assert summary["masked_cross_entropy"] == again.metrics["masked_cross_entropy"]
+    assert (checkpoints(run)[-1] / HELD_OUT / "tokens.parquet").exists()
+    assert not (model / HELD_OUT).exists()

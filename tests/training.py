@@ -1,0 +1,110 @@
+"""What the tests of training share: a small configuration, and runs in processes of their own, to be killed."""
+
+import json
+import multiprocessing
+import os
+import socket
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from mlmkit.errors import CheckError, StoppedError, UserError
+from mlmkit.train.config import Config, load_config
+
+CONFIG = """
+[data]
+train = {text!r}
+[tokenizer]
+vocab_size = 600
+[model]
+architecture = {architecture!r}
+max_length = 48
+[optim]
+lr = 2e-3
+warmup_steps = 4
+[train]
+steps = 12
+global_batch_tokens = 512
+micro_batch_tokens = 256
+save_every = 4
+log_every = 2
+device = "cpu"
+"""
+
+# Forks of a server that has imported everything once and started no thread.
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload(["mlmkit.train.loop"])
+
+
+def write_config(tmp_path: Path, text_file: Path, architecture: str, *overrides: str) -> Config:
+    path = tmp_path / "config.toml"
+    path.write_text(CONFIG.format(text=str(text_file), architecture=architecture))
+    return load_config(path, overrides)
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def same_weights(one: Path, other: Path) -> bool:
+    before, after = weights(one), weights(other)
+    return before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+
+
+def log_lines(run: Path) -> list[dict]:
+    """The entries; the last line may be half-written."""
+    return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines(True) if line.endswith("\n")]
+
+
+class Ranks:
+    """A training run in `world` processes, which have begun when this returns. Standard error goes to `RUN.errors`."""
+
+    def __init__(self, config: Config, run: Path, world: int = 1, limits: tuple[tuple[int, int], ...] = ()) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        self.errors = [run.with_name(f"{run.name}.{rank}.errors") for rank in range(world)]
+        self.processes = [
+            PROCESSES.Process(target=_one_rank, args=(config, run, rank, world, port, self.errors[rank], limits))
+            for rank in range(world)
+        ]
+        for process in self.processes:
+            process.start()
+
+    def signal(self, number: int) -> None:
+        for process in self.processes:
+            if process.is_alive() and process.pid:
+                os.kill(process.pid, number)
+
+    def wait(self, timeout: float = 120) -> list[int | None]:
+        for process in self.processes:
+            process.join(timeout)
+        codes = [process.exitcode for process in self.processes]
+        for process in self.processes:
+            process.kill()
+        return codes
+
+    def messages(self) -> list[str]:
+        return [path.read_text() for path in self.errors if path.exists()]
+
+
+def _one_rank(
+    config: Config, run: Path, rank: int, world: int, port: int, errors: Path, limits: tuple[tuple[int, int], ...]
+) -> None:
+    import resource
+
+    from mlmkit.train.loop import train
+
+    for kind, value in limits:
+        resource.setrlimit(kind, (value, resource.RLIM_INFINITY))
+    if world > 1:
+        os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank)}
+        os.environ |= {"LOCAL_WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    try:
+        train(config, run)
+    except (UserError, CheckError, StoppedError) as error:
+        errors.write_text(str(error))
+        sys.exit(error.exit_code)
