@@ -150,7 +150,8 @@ def test_gradient_under_data_parallelism(parallel, process_group):
     if parallel == "ddp":
         wrapped = torch.nn.parallel.DistributedDataParallel(wrapped)
     else:
-        for layer in wrapped.model.network.bert.encoder.layer:  # pyright: ignore[reportAttributeAccessIssue]
+        encoder: Any = wrapped.model.network.base_model  # pyright: ignore[reportAttributeAccessIssue]
+        for layer in encoder.encoder.layer:
             fully_shard(layer)
         fully_shard(wrapped)
     wrapped(positions, targets, **inputs).backward()
