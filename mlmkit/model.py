@@ -24,6 +24,7 @@ from transformers.utils.generic import ModelOutput
 
 from mlmkit.artifact import is_artifact
 from mlmkit.errors import UserError
+from mlmkit.loss import linear_cross_entropy_sum
 from mlmkit.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
@@ -55,7 +56,9 @@ class MaskedLM(nn.Module):
         self.top_k = min(top_k, self.vocabulary_size)
         self._positions: Tensor | None = None
         network.base_model.register_forward_hook(self._gather)
-        self.gathers_before_head = network.device.type == "meta" or self._probe_head()
+        on_meta = network.device.type == "meta"
+        self.gathers_before_head = on_meta or self._probe_head()
+        self.ends_in_linear = not on_meta and self._probe_decoder()
 
     def _gather(self, _module: nn.Module, _inputs: Any, output: Any) -> Any:
         """`[batch, seq, hidden]` → `[1, masked, hidden]`, in a tuple or a ModelOutput as the architecture has it."""
@@ -119,6 +122,35 @@ class MaskedLM(nn.Module):
         log.info("the head of %s needs every position: it runs at all of them", kind)
         return False
 
+    def _probe_decoder(self) -> bool:
+        """Whether the logits are the output embeddings' `Linear` over what `_decoder_input` gives, and no more."""
+        decoder = self.network.get_output_embeddings()
+        if not (self.gathers_before_head and isinstance(decoder, nn.Linear)):
+            return False
+        inputs = probe_inputs(self, [max(min(5, self.max_length()), 1)])
+        training = self.network.training
+        self.network.eval()
+        try:
+            with torch.no_grad():
+                expected = self.logits(**inputs)
+                found = F.linear(self._decoder_input(decoder, **inputs), decoder.weight, decoder.bias)
+            # Tight: whatever a head does besides, a soft cap for example, may hardly show on random weights.
+            bound = 16 * torch.finfo(expected.dtype).eps * float(expected.abs().nan_to_num().max())
+            return found.shape == expected.shape and _close(found, expected, bound)
+        except PROBE_ERRORS as error:
+            log.debug("the head is more than its matrix: %s", error)
+            return False
+        finally:
+            self.network.train(training)
+
+    def _decoder_input(self, decoder: nn.Linear, positions: Tensor, **inputs: Any) -> Tensor:
+        """The states `[masked, width]` that the vocabulary's matrix would be multiplied with."""
+        decoder.forward = lambda input: input
+        try:
+            return self.logits(positions, **inputs)
+        finally:
+            del decoder.forward
+
     def forward(self, input_ids: Tensor, attention_mask: Tensor, positions: Tensor, targets: Tensor) -> Scores:
         """The scoring graph (`docs/architecture.md`).
 
@@ -138,8 +170,18 @@ class MaskedLM(nn.Module):
         return Scores(log_probs.gather(-1, target).squeeze(-1), rank, log_probs.gather(-1, top_id), top_id)
 
     def loss_sum(self, positions: Tensor, targets: Tensor, **inputs: Any) -> Tensor:
-        """The summed cross-entropy over `[masked]` targets, float32: divide by the global count, not the batch's."""
-        return F.cross_entropy(self.logits(positions, **inputs).float(), targets, reduction="sum")
+        """The summed cross-entropy over `[masked]` targets: divide by the global count, not the batch's.
+
+        float32, or float64 for a model in float64. Memory does not grow with targets x vocabulary, except in the few
+        architectures whose logits are more than a matrix product.
+        """
+        if self.ends_in_linear:
+            decoder: Any = self.network.get_output_embeddings()
+            hidden = self._decoder_input(decoder, positions, **inputs)
+            return linear_cross_entropy_sum(hidden, decoder.weight, decoder.bias, targets)
+        logits = self.logits(positions, **inputs)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return F.cross_entropy(logits, targets, reduction="sum")
 
     @property
     def device(self) -> torch.device:

@@ -18,6 +18,7 @@ from mlmkit.model import PROBE_ERRORS, MaskedLM, probe_inputs
 log = logging.getLogger(__name__)
 
 PACKED_ATTENTION = "mlmkit_packed"
+USUAL_TABLE = 1024  # positions: larger tables are rare, and probing them is slow
 
 
 @dataclass(frozen=True)
@@ -45,16 +46,44 @@ def packed_inputs(pack: Pack) -> dict[str, Any]:
     }
 
 
+def pad_pack(pack: Pack, *, total: int, most: int, longest: int, pad_id: int) -> Pack:
+    """The same documents in tensors whose shapes depend on `total`, `most` and `longest` only.
+
+    Every pack of at most `most` documents, `longest` tokens each and `total` in all comes out as `total` tokens in
+    `most + ceil(total / longest)` documents, with `longest` for the longest, so that `torch.compile` compiles once. The
+    tokens behind the real ones are documents of padding, as a kernel leaves a token outside all documents undefined;
+    the documents behind these are empty, which costs a kernel next to nothing. Raises `ValueError` for a pack that is
+    larger.
+    """
+    tokens, documents = pack.input_ids.shape[1], len(pack.cu_seqlens) - 1
+    if tokens > total or documents > most or pack.longest > longest:
+        raise ValueError(
+            f"a pack of {documents} documents, {tokens} tokens, longest {pack.longest}, does not fit into {most}, "
+            f"{total}, {longest}"
+        )
+    starts = torch.arange(tokens, total, longest, dtype=torch.int32)
+    ends = torch.full((most + -(-total // longest) - documents,), total, dtype=torch.int32)
+    ends[: len(starts)] = (starts + longest).clamp(max=total)
+    filler = torch.arange(total - tokens)
+    return Pack(
+        torch.cat([pack.input_ids, torch.full_like(filler, pad_id)[None]], dim=1),
+        torch.cat([pack.position_ids, (pack.position_ids[0, 0] + filler % longest)[None]], dim=1),
+        torch.cat([pack.cu_seqlens, ends]),
+        longest,
+    )
+
+
 def enable_packing(model: MaskedLM) -> bool:
     """Switch a model on the CPU to packed attention if its architecture takes it; say whether it did.
 
     Evidence instead of a list of names: two documents, packed, must give the logits that each gives alone. The second
-    is long enough for a sliding window to show. The bound is tight, as random weights attend to little: DeBERTa, which
-    ignores the request, was within 1e-3.
+    is long enough for a sliding window to show. A third fills the row beyond the position table, where there is one of
+    usual size: a network may have a buffer as long as that for something else. The bound is tight, as random weights
+    attend to little: DeBERTa, which ignores the request, was within 1e-3.
     """
     network, before = model.network, model.network.config._attn_implementation
     training = network.training
-    lengths = (7, min(200, model.max_length()))
+    lengths = (min(7, model.max_length()), min(200, model.max_length()))
     network.eval()
     try:
         with torch.no_grad():
@@ -74,12 +103,18 @@ def enable_packing(model: MaskedLM) -> bool:
 
 
 def _packed_probe(model: MaskedLM, lengths: Sequence[int]) -> dict[str, Any]:
-    """The documents that `probe_inputs` makes, packed: each is the same as alone."""
-    inputs = probe_inputs(model, lengths)
+    """The documents that `probe_inputs` makes, packed, and a third behind them: each is the same as alone."""
+    asked = sum(lengths)
+    third = max(min(model.max_length(), USUAL_TABLE) + 1 - asked, 1)
+    lengths = [*lengths, third]
+    input_ids = probe_inputs(model, lengths)["input_ids"]
     position_ids = torch.cat([torch.arange(length) for length in lengths]).unsqueeze(0)
     ends = torch.cumsum(torch.tensor([0, *lengths]), 0).to(torch.int32)
-    pack = Pack(inputs["input_ids"], position_ids + model.position_offset, ends, max(lengths))
-    return {"positions": inputs["positions"], **packed_inputs(pack)}
+    pack = Pack(input_ids, position_ids + model.position_offset, ends, max(lengths))
+    return {"positions": torch.arange(asked), **packed_inputs(pack)}
+
+
+# ---------------------------------------------------------------- the attention
 
 
 def _packed_attention(
@@ -93,47 +128,94 @@ def _packed_attention(
     max_length_q: int,
     scaling: float | None = None,
     sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """Attention within each document. `query`, `key`, `value` `[1, heads, total, width]` → `[1, total, heads, width]`.
 
     transformers counts a sliding window inclusively: a token sees `sliding_window - 1` neighbours on either side.
-    There is no dropout here: the CUDA kernel has none, and both devices should train alike.
+    There is no dropout here: the CUDA kernel has none, and both devices should train alike. Raises `ValueError`, on
+    the CPU, where the probe runs, for an attention with more to it.
     """
-    query, key, value = (states.squeeze(0).transpose(0, 1) for states in (query, key, value))
     if query.is_cuda:
-        from torch.nn.attention.varlen import varlen_attn
+        return _on_cuda(query, key, value, cu_seq_lens_q, max_length_q, scaling, sliding_window), None
+    if torch.compiler.is_compiling():
+        return _padded(query, key, value, cu_seq_lens_q, max_length_q, scaling, sliding_window), None
+    if softcap is not None or s_aux is not None or (attention_mask is not None and attention_mask.any()):
+        raise ValueError("this attention adds a bias, a cap or a sink of its own")
+    return _one_by_one(query, key, value, cu_seq_lens_q, max_length_q, scaling, sliding_window), None
 
-        reach = -1 if sliding_window is None else sliding_window - 1
-        output: Tensor = varlen_attn(  # pyright: ignore[reportAssignmentType]  (a tuple only with return_aux)
-            query,
-            key,
-            value,
-            cu_seq_lens_q,
-            cu_seq_lens_q,
-            max_length_q,
-            max_length_q,
+
+def _on_cuda(
+    query: Tensor, key: Tensor, value: Tensor, ends: Tensor, longest: int, scaling: float | None, window: int | None
+) -> Tensor:
+    from torch.nn.attention.varlen import varlen_attn
+
+    reach = -1 if window is None else window - 1
+    query, key, value = (states.squeeze(0).transpose(0, 1) for states in (query, key, value))
+    output: Tensor = varlen_attn(  # pyright: ignore[reportAssignmentType]  (a tuple only with return_aux)
+        query,
+        key,
+        value,
+        ends,
+        ends,
+        longest,
+        longest,
+        scale=scaling,
+        window_size=(reach, reach),
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+    return output.unsqueeze(0)
+
+
+def _one_by_one(
+    query: Tensor, key: Tensor, value: Tensor, ends: Tensor, longest: int, scaling: float | None, window: int | None
+) -> Tensor:
+    """For the CPU, where varlen_attn has no kernel: no token and no pair of tokens is worked on in vain."""
+    lengths = ends.diff().tolist()
+    column = torch.arange(longest)
+    near = None if window is None else (column[:, None] - column).abs() < window
+    outputs = [
+        F.scaled_dot_product_attention(
+            *document,
+            attn_mask=None if near is None or length <= window else near[:length, :length],
             scale=scaling,
-            window_size=(reach, reach),
             enable_gqa=query.shape[1] != key.shape[1],
         )
-        return output.unsqueeze(0), None
+        for length, *document in zip(
+            lengths, *(states.split(lengths, dim=2) for states in (query, key, value)), strict=True
+        )
+    ]
+    return torch.cat(outputs, dim=2).transpose(1, 2)
 
-    # varlen_attn has no CPU kernel: the documents take rows of a padded view for this one operation.
-    starts, lengths = cu_seq_lens_q[:-1, None], cu_seq_lens_q.diff()[:, None]
-    column = torch.arange(max_length_q, device=query.device)
-    is_token = column < lengths  # [documents, longest]
-    place = torch.where(is_token, starts + column, 0)
-    mask = is_token[:, None, None, :]
-    if sliding_window is not None:
-        mask = mask & ((column[:, None] - column).abs() < sliding_window)
-    padded = F.scaled_dot_product_attention(
-        *(states[place].transpose(1, 2) for states in (query, key, value)),
+
+def _padded(
+    query: Tensor, key: Tensor, value: Tensor, ends: Tensor, longest: int, scaling: float | None, window: int | None
+) -> Tensor:
+    """For torch.compile on the CPU, where shapes must not depend on lengths: each document has a row of `longest`."""
+    total, documents = query.shape[2], len(ends) - 1
+    token, column = torch.arange(total), torch.arange(longest)
+    is_token = column < ends.diff()[:, None]  # [documents, longest]
+    place = torch.where(is_token, ends[:-1, None] + column, 0).flatten()
+    document = torch.searchsorted(ends[1:], token, right=True)
+    place_back = document * longest + token - ends[document]
+    # A row without a key gives NaN in some kernels, so padding sees something: a key that it has, or itself.
+    if window is None:
+        mask = (is_token | (column == 0))[:, None, None, :]
+    else:
+        distance = (column[:, None] - column).abs()
+        mask = ((distance < window) & is_token[:, None, :] | (distance == 0))[:, None]
+    output = F.scaled_dot_product_attention(
+        *(
+            states.index_select(2, place).unflatten(2, (documents, longest)).squeeze(0).transpose(0, 1)
+            for states in (query, key, value)
+        ),
         attn_mask=mask,
         scale=scaling,
         enable_gqa=query.shape[1] != key.shape[1],
     )
-    return padded.transpose(1, 2)[is_token].unsqueeze(0), None
+    return output.transpose(1, 2).flatten(0, 1).index_select(0, place_back).unsqueeze(0)
 
 
 def _no_mask(*_: Any, **__: Any) -> None:
