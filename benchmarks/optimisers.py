@@ -14,13 +14,17 @@ from contextlib import contextmanager
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 
 from mlmkit.backends import load
+from mlmkit.corpus import load_corpus
 from mlmkit.documents import Source, read_documents
 from mlmkit.eval.api import evaluate
 from mlmkit.model import MaskedLM
+from mlmkit.tokenizer import Tokenizer
 from mlmkit.train import loop
 from mlmkit.train.config import (
     Config,
@@ -39,7 +43,11 @@ AVERAGES = (0.95, 0.98, 0.99)  # of the weights: decay a step
 
 
 def variants(config: Config) -> dict[str, Config]:
-    """The table's rows. A name that ends in -original has Muon's own scaling, lr 0.02, beside AdamW's `optim.lr`."""
+    """The table's rows, by what is not the default.
+
+    -original has Muon's own scaling, lr 0.02, beside AdamW's `optim.lr`; -bias starts with the head's bias at the
+    tokens' log frequencies.
+    """
 
     def optim(config: Config, **changes: object) -> Config:
         return replace(config, optim=replace(config.optim, **changes))  # pyright: ignore[reportArgumentType]
@@ -65,6 +73,11 @@ def variants(config: Config) -> dict[str, Config]:
         "muon-5e-3-wsd": optim(muon, schedule="wsd"),
         "muon-5e-3-decay-0.1": optim(muon, weight_decay=0.1),
         "muon-5e-3-beta2-0.95": optim(muon, beta2=0.95),
+        "muon-5e-3-bias": muon,
+        "muon-1e-2-bias": optim(muon, lr=1e-2),
+        "muon-5e-3-0.30-bias": masked(muon, 0.3),
+        "muon-5e-3-wsd-bias": optim(muon, schedule="wsd"),
+        "adamw-2e-3-bias": optim(adamw, lr=2e-3),
     }
 
 
@@ -104,8 +117,8 @@ class Averages:
 
 
 @contextmanager
-def patched(averages: Averages, *, original: bool) -> Iterator[None]:
-    """`loop.train` with averages, and with Muon's own scaling if asked for."""
+def patched(averages: Averages, *, original: bool, bias: torch.Tensor | None) -> Iterator[None]:
+    """`loop.train` with averages, and with Muon's own scaling and a first bias of the head if asked for."""
     build = loop.build_optimizers
 
     def build_optimizers(model: MaskedLM, config: OptimConfig, *, fused: bool) -> list[torch.optim.Optimizer]:
@@ -113,6 +126,9 @@ def patched(averages: Averages, *, original: bool) -> Iterator[None]:
         for optimizer in optimizers:
             for group in optimizer.param_groups if original and isinstance(optimizer, Muon) else []:
                 group["adjust_lr_fn"], group["initial_lr"] = "original", 0.02
+        if bias is not None:
+            decoder: Any = model.network.get_output_embeddings()
+            decoder.bias.data.copy_(bias)
         averages.follow(model, optimizers[-1])
         return optimizers
 
@@ -123,12 +139,21 @@ def patched(averages: Averages, *, original: bool) -> Iterator[None]:
         loop.build_optimizers = build
 
 
+def log_frequencies(config: Config) -> torch.Tensor:
+    """Of each id in the training text, `[vocabulary]`, one added to each count."""
+    tokenizer = Tokenizer.from_folder(Path(config.tokenizer.path))
+    ids = load_corpus(config.data.sources[0], tokenizer).ids
+    counts = np.bincount(ids, minlength=tokenizer.vocabulary_size) + 1
+    return torch.from_numpy(np.log(counts / counts.sum())).float()
+
+
 def run_variant(name: str, config: Config, folder: Path, held_out: list[str], *, averaged: bool) -> dict:
     """Train and evaluate; the averages too if asked for. A run that was cut off begins again."""
     run, averages = folder / name, Averages()
     shutil.rmtree(run, ignore_errors=True)
     began = time.perf_counter()
-    with patched(averages, original=name.endswith("-original")):
+    bias = log_frequencies(config) if name.endswith("-bias") else None
+    with patched(averages, original=name.endswith("-original"), bias=bias):
         models = {"": loop.train(config, run)}
     seconds = time.perf_counter() - began
     if averaged:
