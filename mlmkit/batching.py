@@ -1,45 +1,48 @@
 """Which windows share a batch: packs of a fixed token budget for training, length-sorted batches for evaluation."""
 
-from bisect import bisect_right, insort
-from collections.abc import Iterator, Sequence
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
+OPEN_PACKS = 32
 LOOKAHEAD = 1024
 
 
-def pack(lengths: Sequence[int], budget: int, lookahead: int = LOOKAHEAD) -> Iterator[list[int]]:
-    """Indices of items, each once, in packs whose lengths sum to at most `budget`.
+def pack(
+    lengths: Iterable[int], budget: int, *, max_members: int | None = None, open_packs: int = OPEN_PACKS
+) -> Iterator[list[int]]:
+    """Indices of items, each once, in packs of at most `max_members` whose lengths sum to at most `budget`.
 
-    Best fit over a buffer of `lookahead` items: a pack opens with the oldest item waiting, so that none starves, and
-    takes the longest that still fits until none does. It depends on `lengths` and their order alone.
+    Best fit (Johnson 1974), in order of arrival: an item goes to the fullest open pack that has room for it. Where none
+    has, another opens, and the fullest of `open_packs` closes before. So each pack is a sample of all lengths, and
+    nothing waits for long. It depends on `lengths` and their order alone.
 
     Raises `ValueError` when an item is longer than the budget.
     """
-    waiting: list[tuple[int, int]] = []  # (length, -index): of equal lengths the oldest is found first
-    oldest: dict[int, int] = {}  # index -> length, in order of arrival
-    items = iter(enumerate(lengths))
-    while True:
-        for index, length in items:
-            if length > budget:
-                raise ValueError(f"item {index} of {length} tokens exceeds the budget of {budget}")
-            insort(waiting, (length, -index))
-            oldest[index] = length
-            if len(waiting) == lookahead:
-                break
-        if not waiting:
-            return
-        index, length = next(iter(oldest.items()))
-        waiting.remove((length, -index))
-        del oldest[index]
-        members, room = [index], budget - length
-        while place := bisect_right(waiting, (room, 0)):
-            length, negative = waiting.pop(place - 1)
-            members.append(-negative)
-            del oldest[-negative]
-            room -= length
-        yield members
+    rooms: list[int] = []  # ascending: the fullest first
+    packs: list[list[int]] = []
+    for index, length in enumerate(lengths):
+        place = bisect_left(rooms, length)
+        if place < len(rooms):
+            room, members = rooms.pop(place), packs.pop(place)
+        elif length > budget:
+            raise ValueError(f"item {index} of {length} tokens exceeds the budget of {budget}")
+        else:
+            room, members = budget, []
+            if len(rooms) == open_packs:
+                del rooms[0]
+                yield packs.pop(0)
+        members.append(index)
+        room -= length
+        if not room or len(members) == max_members:
+            yield members
+        else:
+            place = bisect_left(rooms, room)
+            rooms.insert(place, room)
+            packs.insert(place, members)
+    yield from packs
 
 
 def length_batches(lengths: NDArray[np.int64], budget: int, *, equal: bool = False) -> list[NDArray[np.int64]]:

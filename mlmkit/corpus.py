@@ -5,25 +5,28 @@ together.
 """
 
 import json
+import mmap
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from hashlib import blake2b, sha256
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mlmkit.documents import HUB, Source, existing_file, load_hub, read_texts
 from mlmkit.errors import UserError
-from mlmkit.files import cache_root, file_sha256
-from mlmkit.masking import document_key
+from mlmkit.files import cache_root, file_sha256, sync
+from mlmkit.masking import document_key, first_token_of_word
 from mlmkit.tokenizer import Tokenizer
 
-CACHE_FORMAT = 2
+CACHE_FORMAT = 3
 DOCUMENTS_PER_BLOCK = 1024
+GATHERED_AT_ONCE = 512  # entries; the kernel maps up to 64 KiB around each
 _ARRAYS = ("ids", "words", "keys", "text_sizes")
 
 
@@ -37,7 +40,7 @@ class Corpus:
     `ids` and `words` `[tokens]` are flat; document d owns `ids[starts[d] : starts[d + 1]]`. Per document: `keys`
     uint64 and `text_sizes` int64 `[documents, 3]`: white-space words, characters, UTF-8 bytes. `fingerprint`
     identifies the texts and their order, whatever the tokenizer; a stretch has none. `empty_texts` counts the texts of
-    white space that were left out.
+    white space that were left out. `name` is where it comes from, for messages; `folder` is its place in the cache.
     """
 
     ids: NDArray[np.integer]
@@ -47,6 +50,14 @@ class Corpus:
     text_sizes: NDArray[np.int64]
     fingerprint: str = ""
     empty_texts: int = 0
+    name: str = "text"
+    folder: Path | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """To another process a cached corpus goes by its place."""
+        if self.folder:
+            return _open_corpus, (self.folder, self.name)
+        return Corpus, tuple(getattr(self, field.name) for field in fields(self))
 
     @property
     def lengths(self) -> NDArray[np.int64]:
@@ -82,6 +93,17 @@ def _copy(array: NDArray, begin: int, end: int) -> NDArray:
     offset = array.offset + begin * width * array.dtype.itemsize
     flat = np.fromfile(str(array.filename), array.dtype, (end - begin) * width, offset=offset)
     return flat.reshape(end - begin, *array.shape[1:])
+
+
+def gather(array: NDArray, index: NDArray[np.int64]) -> NDArray:
+    """`array[index]`, whose pages do not stay in this process's memory when the array is mapped."""
+    if (mapped := getattr(array, "_mmap", None)) is None:
+        return array[index]
+    found = np.empty((len(index), *array.shape[1:]), array.dtype)
+    for begin in range(0, len(index), GATHERED_AT_ONCE):
+        found[begin : begin + GATHERED_AT_ONCE] = array[index[begin : begin + GATHERED_AT_ONCE]]
+        mapped.madvise(mmap.MADV_DONTNEED)
+    return found
 
 
 def concatenate(parts: Iterable[Corpus]) -> Corpus:
@@ -127,13 +149,13 @@ def load_corpus(source: Source, tokenizer: Tokenizer, folder: Path | None = None
     if not is_cached(folder):
         for _ in stream_corpus(source, tokenizer, folder):
             pass
-    return _open_corpus(folder)
+    return _open_corpus(folder, source.location)
 
 
 def stream_corpus(source: Source, tokenizer: Tokenizer, folder: Path) -> Iterator[Corpus]:
     """The corpus in blocks of documents, tokenised as they are asked for; at the end it is in the cache at `folder`."""
     if is_cached(folder):
-        yield from _open_corpus(folder).blocks()
+        yield from _open_corpus(folder, source.location).blocks()
     else:
         yield from _tokenize_into(folder, read_texts(source), tokenizer, source.location)
 
@@ -168,28 +190,28 @@ def _tokenize_into(folder: Path, texts: Iterable[str], tokenizer: Tokenizer, loc
         building = Path(tempfile.mkdtemp(prefix=".building.", dir=folder.parent))
     except OSError as error:
         raise _cache_error(folder, error) from None
-    fingerprint, lengths, dtypes = blake2b(digest_size=16), [np.zeros(1, dtype=np.int64)], {}
+    fingerprint, tokens, dtypes = blake2b(digest_size=16), 0, {}
     empty = _Counter(texts)
     try:
-        files = {name: (building / name).open("wb") for name in _ARRAYS}
+        files = {name: (building / name).open("wb") for name in ("starts", *_ARRAYS)}
         try:
             for block in _encode(empty, tokenizer):
                 try:
-                    for name, file in files.items():
-                        file.write(getattr(block, name).tobytes())
+                    for name in _ARRAYS:
+                        files[name].write(getattr(block, name).tobytes())
+                    files["starts"].write((block.starts[:-1] + tokens).astype("<i8").tobytes())
                 except OSError as error:
                     raise _cache_error(folder, error) from None
                 dtypes = {name: getattr(block, name).dtype.str for name in _ARRAYS}
-                lengths.append(block.lengths)
+                tokens += int(block.starts[-1])
                 fingerprint.update(block.keys.tobytes())
                 yield block
+            files["starts"].write(np.array([tokens], "<i8").tobytes())
         finally:
             for file in files.values():
                 file.close()
-        starts = np.cumsum(np.concatenate(lengths))
-        if len(starts) == 1:
+        if not dtypes:
             raise UserError(f"{location}: no documents in it (it is empty, or white space only)")
-        np.save(building / "starts.npy", starts)
         meta = {"dtypes": dtypes, "fingerprint": fingerprint.hexdigest(), "empty_texts": empty.count}
         (building / "meta.json").write_text(json.dumps(meta))
         try:
@@ -219,16 +241,16 @@ def _cache_error(folder: Path, error: OSError) -> UserError:
     return UserError(f"cannot write the token cache {folder.parent}: {error.strerror}: point MLMKIT_CACHE elsewhere")
 
 
-def _open_corpus(folder: Path) -> Corpus:
+def _open_corpus(folder: Path, name: str) -> Corpus:
     try:
-        return _map_corpus(folder)
+        return _map_corpus(folder, name)
     except (OSError, ValueError, KeyError, TypeError):
         raise UserError(f"the token cache {folder} is damaged: delete that folder and run again") from None
 
 
-def _map_corpus(folder: Path) -> Corpus:
+def _map_corpus(folder: Path, location: str) -> Corpus:
     meta = json.loads((folder / "meta.json").read_text())
-    starts = np.load(folder / "starts.npy", allow_pickle=False, mmap_mode="r")
+    starts = np.memmap(folder / "starts", "<i8", "r")
     documents, tokens = len(starts) - 1, int(starts[-1])
     shapes = {"ids": (tokens,), "words": (tokens,), "keys": (documents,), "text_sizes": (documents, 3)}
     arrays = {}
@@ -241,7 +263,8 @@ def _map_corpus(folder: Path) -> Corpus:
             np.memmap(folder / name, dtype, "r", shape=shape) if tokens else np.fromfile(folder / name, dtype)
         )
     arrays["text_sizes"] = arrays["text_sizes"].reshape(documents, 3)
-    return Corpus(**arrays, starts=starts, fingerprint=meta["fingerprint"], empty_texts=meta["empty_texts"])
+    described = {name: meta[name] for name in ("fingerprint", "empty_texts")}
+    return Corpus(**arrays, starts=starts, **described, name=location, folder=folder)
 
 
 # ---------------------------------------------------------------- token ids → windows
@@ -275,6 +298,52 @@ def cut_windows(lengths: NDArray[np.int64], capacity: int) -> Windows:
     begin = piece * lengths[document] // pieces[document]
     end = (piece + 1) * lengths[document] // pieces[document]
     return Windows(document, begin, end - begin)
+
+
+def window_table(corpus: Corpus, capacity: int) -> NDArray[np.int64]:
+    """The windows that `cut_windows` makes of a corpus, `[windows, 4]`: document, start, length, and start of word.
+
+    The last is the offset, in the document, of the first token of the word in which the window begins. A cached
+    corpus's table is made once, block by block, and mapped from the cache.
+
+    Raises `UserError` when the cache cannot be written.
+    """
+    if corpus.folder is None:
+        return _window_rows(corpus, 0, capacity)
+    path = corpus.folder / f"windows-{capacity}"
+    try:
+        if not path.exists():
+            _write_window_table(corpus, capacity, path)
+    except OSError as error:
+        raise _cache_error(corpus.folder, error) from None
+    size = path.stat().st_size
+    if size % 32:
+        raise UserError(f"the token cache {corpus.folder} is damaged: delete that folder and run again")
+    # an empty file cannot be mapped
+    return np.memmap(path, "<i8", "r").reshape(-1, 4) if size else np.empty((0, 4), np.int64)
+
+
+def _write_window_table(corpus: Corpus, capacity: int, path: Path) -> None:
+    with tempfile.NamedTemporaryFile(prefix=".windows.", dir=path.parent, delete=False) as file:
+        building = Path(file.name)
+        try:
+            for index, block in enumerate(corpus.blocks()):
+                file.write(_window_rows(block, index * DOCUMENTS_PER_BLOCK, capacity).astype("<i8").tobytes())
+            file.flush()
+            sync(building)
+            building.rename(path)
+        finally:
+            building.unlink(missing_ok=True)
+
+
+def _window_rows(corpus: Corpus, first: int, capacity: int) -> NDArray[np.int64]:
+    """`window_table` of a stretch of a corpus, in memory, that begins at document `first`."""
+    windows = cut_windows(corpus.lengths, capacity)
+    word_start = windows.start.copy()
+    if (cut := np.flatnonzero(windows.start)).size:
+        begin = corpus.starts[windows.document[cut]]
+        word_start[cut] = first_token_of_word(corpus.words, corpus.lengths)[begin + windows.start[cut]] - begin
+    return np.stack([windows.document + first, windows.start, windows.length, word_start], axis=1)
 
 
 def overlapping_windows(lengths: NDArray[np.int64], capacity: int) -> Windows:

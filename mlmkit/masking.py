@@ -124,22 +124,29 @@ def corrupt(
     epoch: int = 0,
     starts: NDArray[np.int64] | None = None,
     words: NDArray[np.integer] | None = None,
+    word_starts: NDArray[np.int64] | None = None,
 ) -> Corruption:
     """Select and treat tokens of a batch of documents, as mask-v1 defines.
 
     `ids` `[tokens]` holds no added special tokens. `starts` `[documents]` says at which token of its document a span
-    begins (default 0). `words` `[tokens]`, the word index of each token, is needed for `recipe.whole_word`; a span
-    must then begin at the first token of a word.
+    begins (default 0). `words` `[tokens]`, the word index of each token, is needed for `recipe.whole_word`; a span that
+    does not begin at the first token of a word needs `word_starts` `[documents]`, that token's place in its document.
     """
     starts = np.zeros_like(lengths) if starts is None else starts
     drawn = random_words(keys, lengths, starts, seed, epoch).reshape(-1, 2)
     input_ids = ids.astype(np.int64)
 
-    passes = drawn[:, 0] >> np.uint64(11) < np.uint64(floor(recipe.mask_prob * 2**53))
+    draws = drawn[:, 0]
+    if recipe.whole_word and word_starts is not None and (cut := np.flatnonzero(word_starts < starts)).size:
+        draws = draws.copy()  # the first token of such a span stands for that of its word, which lies before it
+        draws[(np.cumsum(lengths) - lengths)[cut]] = random_words(
+            keys[cut], np.ones_like(cut), word_starts[cut], seed, epoch
+        )[::2]
+    passes = draws >> np.uint64(11) < np.uint64(floor(recipe.mask_prob * 2**53))
     if recipe.whole_word:
         if words is None:
             raise ValueError("whole-word masking needs the word index of each token")
-        passes = passes[_first_token_of_word(words, lengths)]
+        passes = passes[first_token_of_word(words, lengths)]
     selected = np.flatnonzero(passes & ~vocabulary.is_special[input_ids])
 
     treatment = drawn[selected, 1]
@@ -155,7 +162,7 @@ def corrupt(
     return Corruption(input_ids, selected)
 
 
-def _first_token_of_word(words: NDArray[np.integer], lengths: NDArray[np.int64]) -> NDArray[np.int64]:
+def first_token_of_word(words: NDArray[np.integer], lengths: NDArray[np.int64]) -> NDArray[np.int64]:
     """For each token the flat index of its word's first token. A token without a word (-1) is a word of its own."""
     begins = np.ones(len(words), dtype=np.bool_)
     begins[1:] = (words[1:] != words[:-1]) | (words[1:] < 0)

@@ -10,34 +10,44 @@ from mlmkit.batching import bucketed, length_batches, pack, pad
 lengths_strategy = st.lists(st.integers(1, 50), max_size=80)
 
 
-@given(lengths_strategy, st.integers(50, 120), st.integers(1, 30))
-def test_packs_hold_each_item_once_within_the_budget(lengths, budget, lookahead):
-    packs = list(pack(lengths, budget, lookahead))
+@given(lengths_strategy, st.integers(50, 120), st.integers(1, 30), st.none() | st.integers(1, 6))
+def test_packs_hold_each_item_once_within_the_budget(lengths, budget, open_packs, max_members):
+    packs = list(pack(lengths, budget, open_packs=open_packs, max_members=max_members))
     assert sorted(index for members in packs for index in members) == list(range(len(lengths)))
     assert all(0 < sum(lengths[index] for index in members) <= budget for members in packs)
-
-
-@given(lengths_strategy, st.integers(50, 120), st.integers(1, 30))
-def test_a_pack_opens_with_the_oldest_item_left(lengths, budget, lookahead):
-    left = set(range(len(lengths)))
-    for members in pack(lengths, budget, lookahead):
-        assert members[0] == min(left)
-        left -= set(members)
+    assert all(members == sorted(members) for members in packs)
+    assert max_members is None or all(len(members) <= max_members for members in packs)
 
 
 @given(lengths_strategy, st.integers(50, 120))
-def test_nothing_that_would_fit_is_left_waiting(lengths, budget):
-    left = dict(enumerate(lengths))
-    for members in pack(lengths, budget, lookahead=len(lengths) + 1):
-        room = budget - sum(left.pop(index) for index in members)
-        assert all(length > room for length in left.values())
+def test_a_pack_opens_only_when_no_other_has_room(lengths, budget):
+    """And an item goes to the fullest that has."""
+    packs = list(pack(lengths, budget, open_packs=len(lengths) + 1))
+    place = {index: number for number, members in enumerate(packs) for index in members}
+    rooms = [budget] * len(packs)
+    for index, length in enumerate(lengths):
+        opened = {place[earlier] for earlier in range(index)}
+        fitting = [rooms[number] for number in opened if rooms[number] >= length]
+        if fitting:
+            assert place[index] in opened
+            assert rooms[place[index]] == min(fitting)
+        else:
+            assert place[index] not in opened
+        rooms[place[index]] -= length
 
 
-def test_best_fit_fills():
+@pytest.mark.parametrize("budget", [4096, 8192, 16384])
+def test_best_fit_fills_with_a_sample_of_all_lengths(budget):
     generator = np.random.default_rng(0)
-    lengths = np.minimum(generator.lognormal(4.5, 0.7, 4000).astype(int) + 3, 512).tolist()
-    packs = list(pack(lengths, 8192))
-    assert sum(lengths) / (len(packs) * 8192) > 0.98
+    lengths = np.minimum(generator.lognormal(4.5, 0.7, 16_384).astype(int) + 3, 512).tolist()
+    packs = list(pack(lengths, budget))
+    assert sum(lengths) / (len(packs) * budget) > 0.99
+    counts = [len(members) for members in packs[:-1]]  # the last may be nearly empty
+    assert max(counts) < 1.6 * np.mean(counts)
+
+
+def test_a_bound_on_members_is_no_bound_on_what_is_packed():
+    assert list(pack([1] * 7, 100, max_members=3)) == [[0, 1, 2], [3, 4, 5], [6]]
 
 
 def test_an_item_over_the_budget_is_refused():

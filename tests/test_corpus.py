@@ -1,6 +1,7 @@
 """Reading, tokenising, caching, windows."""
 
 import json
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -12,16 +13,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mlmkit.corpus import (
+    Corpus,
     cut_windows,
+    gather,
     load_corpus,
     nearest_window,
     overlapping_windows,
     tokenize,
+    window_table,
 )
 from mlmkit.documents import Source, read_documents
 from mlmkit.errors import UserError
 from mlmkit.masking import document_key
 from mlmkit.tokenizer import Tokenizer
+
+lengths_strategy = st.lists(st.integers(0, 60), min_size=1, max_size=10).map(lambda values: np.array(values))
 
 
 def read(path: Path | str, **options) -> list[str]:
@@ -156,7 +162,7 @@ def test_a_damaged_cache_is_refused(wordpiece, tmp_path, monkeypatch):
     path = write(tmp_path / "a.txt", b"one two three\n")
     load_corpus(Source(str(path)), wordpiece)
     (entry,) = (tmp_path / "cache" / "tokens").iterdir()
-    for name, damage in (("ids", b"ab"), ("starts.npy", b"\x93NUMPY"), ("meta.json", b"{"), ("keys", None)):
+    for name, damage in (("ids", b"ab"), ("starts", b"\x93NUMPY"), ("meta.json", b"{"), ("keys", None)):
         content = (entry / name).read_bytes()
         if damage is None:
             (entry / name).unlink()
@@ -181,10 +187,55 @@ def test_documents_without_tokens_are_kept(wordpiece):
     assert tokenize([""], wordpiece).starts.tolist() == [0, 0]
 
 
+def test_a_cached_corpus_travels_as_its_place(wordpiece, text_file):
+    corpus = load_corpus(Source(str(text_file)), wordpiece)
+    sent = pickle.dumps(corpus)
+    assert len(sent) < 1000
+    received = pickle.loads(sent)
+    assert (received.ids == corpus.ids).all()
+    assert (received.name, received.fingerprint) == (str(text_file), corpus.fingerprint)
+    in_memory = corpus.part(2, 9)
+    assert (pickle.loads(pickle.dumps(in_memory)).ids == in_memory.ids).all()
+
+
 # ------------------------------------------------------------------ windows
 
 
-lengths_strategy = st.lists(st.integers(0, 60), min_size=1, max_size=10).map(lambda values: np.array(values))
+def test_a_cached_table_of_windows_is_the_one_made_in_memory(wordpiece, tmp_path, monkeypatch):
+    monkeypatch.setenv("MLMKIT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("mlmkit.corpus.DOCUMENTS_PER_BLOCK", 7)
+    (tmp_path / "a.txt").write_text("\n".join(paragraphs()))
+    corpus = load_corpus(Source(str(tmp_path / "a.txt")), wordpiece)
+    for _ in range(2):  # written, then found
+        table = window_table(corpus, 13)
+        assert isinstance(table, np.memmap)
+        expected = cut_windows(corpus.lengths, 13)
+        assert np.array_equal(table[:, :3].T, [expected.document, expected.start, expected.length])
+        assert (table == window_table(corpus.part(0, len(corpus)), 13)).all()
+    assert corpus.folder is not None
+    assert not list(corpus.folder.glob(".windows*"))
+    (corpus.folder / "windows-13").write_bytes(b"half a row")
+    with pytest.raises(UserError, match="damaged: delete"):
+        window_table(corpus, 13)
+
+
+@given(lengths_strategy, st.integers(1, 20), st.integers(1, 9))
+def test_windows_know_where_their_first_word_begins(lengths, capacity, tokens_a_word):
+    offset = np.concatenate([np.arange(n) for n in lengths]).astype(np.int64)
+    starts = np.concatenate([[0], np.cumsum(lengths)])
+    sizes = np.zeros((len(lengths), 3), np.int64)
+    words = (offset // tokens_a_word).astype(np.int32)
+    corpus = Corpus(offset, words, starts, np.zeros(len(lengths), np.uint64), sizes)
+    for _, start, _, word_start in window_table(corpus, capacity).tolist():
+        assert word_start == start // tokens_a_word * tokens_a_word
+
+
+def test_gathering_from_a_map_is_indexing(tmp_path):
+    np.arange(6000, dtype=np.int64).tofile(tmp_path / "a")
+    mapped = np.memmap(tmp_path / "a", np.int64, "r").reshape(-1, 3)
+    index = np.random.default_rng(0).integers(0, 2000, 1500)
+    assert (gather(mapped, index) == mapped[index]).all()
+    assert gather(mapped, index[:0]).shape == (0, 3)
 
 
 @given(lengths_strategy, st.integers(1, 20))

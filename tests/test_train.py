@@ -1,23 +1,17 @@
-"""Training: configuration, order, gradients, resuming."""
+"""Training: configuration, the loop, resuming."""
 
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from conftest import paragraphs
 from safetensors.torch import load_file
 
-from mlmkit.corpus import tokenize
 from mlmkit.errors import CheckError, UserError
-from mlmkit.masking import MaskRecipe, corrupt
 from mlmkit.model import MaskedLM, load_pretrained
-from mlmkit.packing import enable_packing
 from mlmkit.train import loop
 from mlmkit.train.checkpoint import checkpoints
 from mlmkit.train.config import Config, load_config
-from mlmkit.train.data import TrainingData
 from mlmkit.train.presets import PRESETS, build_config
 
 CONFIG = """
@@ -120,111 +114,6 @@ def test_presets_take_the_length_asked_for(name, tokenizer_folder):
     assert model.max_length() == 48
     assert model.network.config.vocab_size == tokenizer.vocabulary_size
     assert model.network.config.pad_token_id == tokenizer.pad_id
-
-
-# ------------------------------------------------------------------ data
-
-
-@pytest.fixture
-def data_parts(checkpoint):
-    model, tokenizer = load_pretrained(str(checkpoint("roberta")))
-    return model, tokenizer, tokenize(paragraphs(), tokenizer)
-
-
-def make_data(parts, *, packed=True, recipe=None, max_length=32, tokens=128) -> TrainingData:
-    model, tokenizer, corpus = parts
-    return TrainingData(
-        corpus,
-        tokenizer,
-        recipe or MaskRecipe(),
-        max_length=max_length,
-        micro_batch_tokens=tokens,
-        seed=5,
-        packed=packed,
-        position_offset=model.position_offset,
-    )
-
-
-@pytest.mark.parametrize("whole_word", [False, True])
-@pytest.mark.parametrize("packed", [True, False])
-def test_an_epoch_shows_each_token_once_with_the_masks_of_its_document(data_parts, packed, whole_word):
-    """However the corpus is cut, packed or padded: the same ids are shown and the same are asked for."""
-    _, tokenizer, corpus = data_parts
-    recipe = MaskRecipe(0.4, whole_word=whole_word)
-    data = make_data(data_parts, packed=packed, recipe=recipe)
-    expected = corrupt(
-        corpus.ids, corpus.lengths, corpus.keys, recipe, tokenizer.masking, seed=5, epoch=2, words=corpus.words
-    )
-    shown, asked, targets = np.zeros(len(corpus.ids), dtype=int), [], []
-    for members in data.epoch(2):
-        batch = data.build(2, members)
-        ids = batch.inputs["input_ids"].numpy().ravel()
-        assert batch.tokens <= 128
-        where = np.concatenate(
-            [
-                corpus.starts[data.windows.document[w]] + data.windows.start[w] + np.arange(data.windows.length[w])
-                for w in members
-            ]
-        )
-        width = batch.inputs["input_ids"].shape[1]
-        column = [1 + np.arange(data.windows.length[w]) for w in members]
-        rows = np.cumsum([0, *[len(c) + 2 for c in column]])[:-1] if packed else np.arange(len(members)) * width
-        places = np.concatenate([row + c for row, c in zip(rows, column, strict=True)])
-        assert (ids[places] == expected.input_ids[where]).all()
-        shown[where] += 1
-        by_place = dict(zip(places.tolist(), where.tolist(), strict=True))
-        asked += [by_place[int(position)] for position in batch.positions]
-        targets += batch.targets.tolist()
-    assert (shown == 1).all()
-    assert sorted(asked) == expected.selected.tolist()
-    assert [int(corpus.ids[place]) for place in asked] == targets
-
-
-def test_order_depends_on_seed_and_epoch_only(data_parts):
-    data = make_data(data_parts)
-    assert list(data.epoch(0)) == list(make_data(data_parts, recipe=MaskRecipe(0.3)).epoch(0))
-    assert list(data.epoch(0)) != list(data.epoch(1))
-    flat = [sorted(window for members in data.epoch(epoch) for window in members) for epoch in (0, 1)]
-    assert flat[0] == flat[1] == list(range(len(data.windows)))
-
-
-def test_skipped_steps_are_the_steps_not_taken(data_parts):
-    data = make_data(data_parts)
-    steps, later = data.steps(3), data.steps(3, skip=60)  # beyond the first epoch
-    for _ in range(60):
-        next(steps)
-    (epoch, batch), (other_epoch, other) = next(steps), next(later)
-    assert epoch == other_epoch > 0
-    for one, two in zip(batch, other, strict=True):
-        assert torch.equal(one.inputs["input_ids"], two.inputs["input_ids"])
-        assert torch.equal(one.positions, two.positions)
-
-
-def test_gradient_does_not_depend_on_how_the_batch_is_cut(data_parts):
-    """One micro-batch of everything, many small ones, and padded ones: the same gradient, in float64."""
-    model, _, _ = data_parts
-    windows = next(iter(make_data(data_parts, tokens=512).epoch(0)))
-
-    def gradient(packed: bool, groups: list[list[int]]) -> torch.Tensor:
-        data = make_data(data_parts, packed=packed)
-        network = load_pretrained(str(model.network.name_or_path))[0]
-        assert not packed or enable_packing(network)
-        network.double()
-        batch = [data.build(0, group) for group in groups]
-        masked = sum(len(micro.targets) for micro in batch)
-        for micro in batch:
-            logits = network.logits(micro.positions, **micro.inputs)
-            loss = torch.nn.functional.cross_entropy(logits, micro.targets, reduction="sum")
-            (loss / masked).backward()
-        return torch.cat([p.grad.flatten() for p in network.parameters() if p.grad is not None])
-
-    whole = gradient(True, [windows])
-    singles = gradient(True, [[window] for window in windows])
-    padded = gradient(False, [windows[:3], windows[3:]])
-    scale = whole.abs().max()
-    assert scale > 1e-3
-    torch.testing.assert_close(singles, whole, atol=1e-9 * float(scale), rtol=1e-6)
-    torch.testing.assert_close(padded, whole, atol=1e-9 * float(scale), rtol=1e-6)
 
 
 # ------------------------------------------------------------------ the loop

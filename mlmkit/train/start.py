@@ -78,9 +78,10 @@ def build_model(config: Config, tokenizer: Tokenizer, resume_from: Path | None =
 def make_data(config: Config, tokenizer: Tokenizer, corpus: Corpus, model: MaskedLM, *, packed: bool) -> TrainingData:
     """The corpus as the model takes it. Raises `UserError` when there is nothing to train on."""
     return TrainingData(
-        corpus,
+        [corpus],
+        config.data.passes[:1],
         tokenizer,
-        config.masking.recipe(0.0),
+        config.masking,
         max_length=min(config.model.max_length, model.max_length()),
         micro_batch_tokens=config.train.micro_batch_tokens,
         seed=config.train.seed,

@@ -1,0 +1,176 @@
+"""What a configuration would train, and what it would cost, before anything is trained."""
+
+import tempfile
+from dataclasses import dataclass
+from itertools import groupby, islice, pairwise
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mlmkit.backends.torch import pick_device
+from mlmkit.packing import enable_packing
+from mlmkit.tokenizer import Tokenizer
+from mlmkit.train.config import Config
+from mlmkit.train.data import MicroBatch
+from mlmkit.train.estimate import Memory, Parameters, count_parameters, estimate_memory, flops_per_token
+from mlmkit.train.start import begin_or_check, build_model, make_data
+
+SAMPLED_TOKENS = 500_000  # fill and document lengths are those of so many
+SHOWN_DOCUMENTS, SHOWN_CHARACTERS = 6, 400
+
+
+@dataclass(frozen=True)
+class DryRun:
+    """`tokens` are real ones, special tokens included, padding never; `fill` is their share of the batch's size.
+
+    `memory` is bytes on one device, `flops_per_token` forward and backward. `first_batch` is the first micro-batch,
+    decoded, a text a document: `[MASK→original]`, `[random→original]`, and `[=original]` where it was left.
+    """
+
+    architecture: str
+    vocabulary: int
+    parameters: Parameters
+    documents: int
+    corpus_tokens: int
+    packed: bool
+    micro_batches: int
+    micro_batch_tokens: int
+    masked: float
+    fill: float
+    tokens_per_step: float
+    steps: int
+    tokens: float
+    epochs: float
+    flops_per_token: float
+    flops: float
+    device: str
+    memory: Memory
+    first_batch: list[str]
+
+
+def dry_run(config: Config) -> DryRun:
+    """Do all that training does before its first step, in a temporary folder. Raises `UserError` as training does."""
+    with tempfile.TemporaryDirectory() as temporary:
+        tokenizer, corpus = begin_or_check(config, Path(temporary) / "run")
+        model = build_model(config, tokenizer)
+    model.train()
+    packed = enable_packing(model)
+    data = make_data(config, tokenizer, corpus, model, packed=packed)
+    settings = config.train
+    micro_batches = settings.global_batch_tokens // settings.micro_batch_tokens
+    sampled = min(settings.steps, max(1, SAMPLED_TOKENS // settings.global_batch_tokens))
+    batches = [batch for _, batch in islice(data.steps(micro_batches), sampled)]
+
+    flat = [micro for batch in batches for micro in batch]
+    lengths = np.concatenate([document_lengths(micro) for micro in flat])
+    tokens = sum(micro.tokens for micro in flat) / len(batches)
+    masked = sum(len(micro.targets) for micro in flat) / len(batches) / tokens
+    content = tokens - tokenizer.added_tokens * len(lengths) / len(batches)
+    flops = flops_per_token(model, lengths, masked)
+    device = pick_device(settings.device)
+    return DryRun(
+        architecture=config.model.init_from or config.model.architecture,
+        vocabulary=model.vocabulary_size,
+        parameters=count_parameters(model),
+        documents=len(corpus),
+        corpus_tokens=len(corpus.ids),
+        packed=packed,
+        micro_batches=micro_batches,
+        micro_batch_tokens=settings.micro_batch_tokens,
+        masked=masked,
+        fill=tokens / settings.global_batch_tokens,
+        tokens_per_step=tokens,
+        steps=settings.steps,
+        tokens=tokens * settings.steps,
+        epochs=content * settings.steps / len(corpus.ids),
+        flops_per_token=flops,
+        flops=flops * tokens * settings.steps,
+        device=device,
+        memory=estimate_memory(
+            model,
+            config.optim,
+            micro_batch_tokens=settings.micro_batch_tokens,
+            mask_prob=masked,
+            bf16=device.startswith("cuda"),
+        ),
+        first_batch=decode(tokenizer, flat[0]),
+    )
+
+
+def lines(found: DryRun) -> list[str]:
+    """For a console."""
+    size, memory = found.parameters, found.memory
+    parts = ("weights", "gradients", "optimizer", "activations", "logits")
+    rows = {
+        "model": f"{found.architecture}, vocabulary {found.vocabulary:,}",
+        "parameters": f"{_short(size.total)}: embeddings {_short(size.embeddings)}, encoder {_short(size.encoder)}, "
+        f"head {_short(size.head)}",
+        "text": f"{found.documents:,} documents, {found.corpus_tokens:,} tokens",
+        "a step": f"{found.tokens_per_step:,.0f} tokens in {found.micro_batches} × {found.micro_batch_tokens:,} "
+        f"places, {'packed' if found.packed else 'padded'} to {found.fill:.1%}; {found.masked:.1%} masked",
+        "the run": f"{found.steps:,} steps, {_short(found.tokens)} tokens, {found.epochs:.2f} epochs",
+        "operations": f"{_short(found.flops_per_token)}FLOP a token, {_short(found.flops)}FLOP in all",
+        "memory": f"about {_short(memory.total)}B on {found.device}: "
+        + ", ".join(f"{name} {_short(getattr(memory, name))}B" for name in parts),
+    }
+    texts = found.first_batch[:SHOWN_DOCUMENTS]
+    more = len(found.first_batch) - len(texts)
+    return [
+        *(f"{name:12}{value}" for name, value in rows.items()),
+        "first micro-batch, [MASK→original], [random→original], [=original] where it was left",
+        *(f"  {text[:SHOWN_CHARACTERS]}{'…' if len(text) > SHOWN_CHARACTERS else ''}" for text in texts),
+        *([f"  and {more:,} more documents"] if more else []),
+    ]
+
+
+def _short(value: float) -> str:
+    """With the prefixes of the SI."""
+    for power, prefix in ((18, "E"), (15, "P"), (12, "T"), (9, "G"), (6, "M"), (3, "k")):
+        if value >= 10**power:
+            return f"{value / 10**power:.3g} {prefix}"
+    return f"{value:.3g} "
+
+
+# ---------------------------------------------------------------- a micro-batch as documents
+
+
+def document_lengths(micro: MicroBatch) -> NDArray[np.int64]:
+    """Tokens of each document, special tokens included, `[documents]`."""
+    return np.array([len(places) for places in _documents(micro)], dtype=np.int64)
+
+
+def _documents(micro: MicroBatch) -> list[range]:
+    """The flat places of each document. One without a token fills `cu_seqlens` up."""
+    if "cu_seq_lens_q" in micro.inputs:
+        ends = micro.inputs["cu_seq_lens_q"].tolist()
+        spans = [range(begin, end) for begin, end in pairwise(ends)]
+    else:
+        mask = micro.inputs["attention_mask"]
+        width = mask.shape[1]
+        spans = [range(row * width, row * width + length) for row, length in enumerate(mask.sum(1).tolist())]
+    return [span for span in spans if span]
+
+
+def decode(tokenizer: Tokenizer, micro: MicroBatch) -> list[str]:
+    """The documents of a micro-batch as texts that show what was done to each token."""
+    ids = micro.inputs["input_ids"].flatten().tolist()
+    original = dict(zip(micro.positions.tolist(), micro.targets.tolist(), strict=True))
+
+    def shown(id: int) -> str:
+        return tokenizer.decode([id]).strip() or tokenizer.token(id)
+
+    def mark(place: int) -> str:
+        before, after = original[place], ids[place]
+        if before == after:
+            return f"[={shown(before)}]"
+        return f"[{'MASK' if after == tokenizer.mask_id else shown(after)}→{shown(before)}]"
+
+    texts = []
+    for places in _documents(micro):
+        parts = []
+        for is_target, group in groupby(places, key=original.__contains__):
+            members = list(group)
+            parts += map(mark, members) if is_target else [tokenizer.decode([ids[place] for place in members]).strip()]
+        texts.append(" ".join(parts))
+    return texts

@@ -1,0 +1,245 @@
+"""What a run says of itself while it trains: `log.jsonl`, TensorBoard, Weights & Biases, and the line that a user sees.
+
+Tokens are real ones of all ranks together, padding never counted.
+"""
+
+import json
+import logging
+import secrets
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Protocol
+
+from rich.console import Console
+
+from mlmkit.errors import UserError
+from mlmkit.train.config import Config, RunConfig
+
+log = logging.getLogger(__name__)
+
+SECONDS_BETWEEN_LINES = 10.0  # where no bar moves: often enough to see life in a Slurm log
+
+
+def check_loggers(config: RunConfig) -> None:
+    """Raise `UserError` if TensorBoard or Weights & Biases is asked for and cannot be imported.
+
+    They are imported, not looked for: the folder `wandb` that a run leaves behind looks like a package.
+    """
+    try:
+        if config.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter as SummaryWriter
+    except ImportError:
+        raise UserError("train.tensorboard needs tensorboard: pip install 'mlmkit[tensorboard]'") from None
+    try:
+        if config.wandb:
+            from wandb import init as init  # pyright: ignore[reportMissingImports]
+    except ImportError:
+        raise UserError("train.wandb needs Weights & Biases: pip install 'mlmkit[wandb]'") from None
+
+
+class TrainingLog:
+    """Takes every step in, and writes an entry every `train.log_every` of them: means and sums since the last one.
+
+    `step` is the one resumed from; what was written of later ones is dropped. `flops_per_token` and `peak_flops`, of
+    all GPUs together, give the share of the hardware's rate that was used (MFU); 0 where one is unknown. Only the
+    first rank writes: the others pass `is_first=False`.
+    """
+
+    def __init__(
+        self,
+        run: Path,
+        config: Config,
+        step: int,
+        *,
+        flops_per_token: float = 0.0,
+        peak_flops: float = 0.0,
+        is_first: bool = True,
+    ) -> None:
+        self.every, self.last_step = config.train.log_every, config.train.steps
+        self.batch_tokens = config.train.global_batch_tokens
+        self.flops_per_token, self.peak_flops = flops_per_token, peak_flops
+        self.writers = _open_writers(run, config, step) if is_first else []
+        self.speaks = is_first and not Console(stderr=True).is_terminal  # on a terminal the bar does
+        self.spoke, self.description = -SECONDS_BETWEEN_LINES, "training"
+        self._restart()
+
+    def _restart(self) -> None:
+        self.since, self.tokens, self.masked, self.steps, self.loss = time.perf_counter(), 0, 0, 0, 0.0
+
+    def record(
+        self,
+        step: int,
+        *,
+        epoch: int,
+        loss: float,
+        learning_rate: float,
+        gradient_norm: float,
+        tokens: int,
+        masked: int,
+        mask_prob: float,
+    ) -> str:
+        """Take a step in, with its `tokens` and `masked` tokens of all ranks; returns the progress line."""
+        self.tokens += tokens
+        self.masked += masked
+        self.steps += 1
+        self.loss += loss
+        if step % self.every and step != self.last_step:
+            return self.description
+        seconds = max(time.perf_counter() - self.since, 1e-9)
+        entry = {
+            "step": step,
+            "epoch": epoch,
+            "loss": self.loss / self.steps,
+            "learning_rate": learning_rate,
+            "gradient_norm": gradient_norm,
+            "mask_prob": mask_prob,
+            "tokens": self.tokens,
+            "masked": self.masked,
+            "fill": self.tokens / (self.steps * self.batch_tokens),
+            "tokens_per_second": self.tokens / seconds,
+        }
+        if self.peak_flops:
+            entry["mfu"] = self.flops_per_token * entry["tokens_per_second"] / self.peak_flops
+        self._write(entry)
+        self.description = f"training  {_summary(entry)}"
+        if self.speaks and (step == self.last_step or time.perf_counter() - self.spoke >= SECONDS_BETWEEN_LINES):
+            left = timedelta(seconds=round((self.last_step - step) * seconds / self.steps))
+            log.info("step %d/%d  %s  %s left", step, self.last_step, _summary(entry), left)
+            self.spoke = time.perf_counter()
+        self._restart()
+        return self.description
+
+    def held_out(self, step: int, result: dict[str, Any]) -> None:
+        """Write what is of interest in the `result.json` of a held-out evaluation: metrics and mask digest."""
+        self._write({"step": step, "held_out": {"mask_digest": result["mask_digest"], **result["metrics"]}})
+        if self.writers:
+            found = result["metrics"]["masked_cross_entropy"]
+            interval = "" if found["low"] is None else f" ({found['low']:.4f} to {found['high']:.4f})"
+            shown = f"{found['value']:.4f}{interval}"
+            log.info("step %d/%d  held-out masked cross-entropy %s", step, self.last_step, shown)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """What happens within, an evaluation or a checkpoint, does not count as training time."""
+        began = time.perf_counter()
+        yield
+        self.since += time.perf_counter() - began
+
+    def _write(self, entry: dict[str, Any]) -> None:
+        for writer in self.writers:
+            writer.write(entry)
+
+    def __enter__(self) -> "TrainingLog":
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        for writer in self.writers:
+            writer.close(failed=kind is not None)
+
+
+def read_log(run: Path) -> list[dict[str, Any]]:
+    """The entries of `log.jsonl` that are whole: a kill may have cut the last one."""
+    path = run / "log.jsonl"
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("}\n")]
+
+
+def _summary(entry: dict[str, Any]) -> str:
+    parts = [f"loss {entry['loss']:.3f}", f"{entry['tokens_per_second']:,.0f} tokens/s"]
+    if "mfu" in entry:
+        parts.append(f"MFU {entry['mfu']:.0%}")
+    return "  ".join([*parts, f"lr {entry['learning_rate']:.2e}", f"fill {entry['fill']:.1%}"])
+
+
+# ---------------------------------------------------------------- where entries go
+
+
+class _Writer(Protocol):
+    def write(self, entry: dict[str, Any]) -> None: ...
+
+    def close(self, *, failed: bool) -> None: ...
+
+
+def _open_writers(run: Path, config: Config, step: int) -> list[_Writer]:
+    writers: list[_Writer] = [_JsonLines(run, step)]
+    if config.train.tensorboard:
+        writers.append(_TensorBoard(run / "tensorboard", step))
+    if config.train.wandb:
+        writers.append(_WeightsAndBiases(run, config))
+    return writers
+
+
+class _JsonLines:
+    def __init__(self, run: Path, step: int) -> None:
+        path = run / "log.jsonl"
+        kept = "".join(json.dumps(entry) + "\n" for entry in read_log(run) if entry["step"] <= step)
+        rewritten = path.with_name(".log.jsonl.new")  # a kill in between leaves the old one
+        rewritten.write_text(kept, encoding="utf-8")
+        rewritten.replace(path)
+        self.file = path.open("a", encoding="utf-8")
+
+    def write(self, entry: dict[str, Any]) -> None:
+        self.file.write(json.dumps(entry) + "\n")
+        self.file.flush()
+
+    def close(self, *, failed: bool) -> None:
+        self.file.close()
+
+
+class _TensorBoard:
+    def __init__(self, folder: Path, step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        # Hides what a run that was killed had written of the steps that are now taken again.
+        self.writer = SummaryWriter(str(folder), purge_step=step + 1)
+
+    def write(self, entry: dict[str, Any]) -> None:
+        for name, value in _scalars(entry).items():
+            self.writer.add_scalar(name, value, entry["step"])
+        self.writer.flush()
+
+    def close(self, *, failed: bool) -> None:
+        self.writer.close()
+
+
+class _WeightsAndBiases:
+    def __init__(self, run: Path, config: Config) -> None:
+        import wandb  # pyright: ignore[reportMissingImports]
+
+        kept = run / "wandb-id.txt"
+        if not kept.exists():
+            kept.write_text(secrets.token_hex(4), encoding="utf-8")
+        try:
+            self.run = wandb.init(
+                project=config.train.wandb,
+                id=kept.read_text(encoding="utf-8"),
+                name=run.resolve().name,
+                dir=run,
+                config=config.as_dict(),
+                resume="allow",
+            )
+        except wandb.Error as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(f"train.wandb: {reason} Or set WANDB_MODE=offline.") from error
+
+    def write(self, entry: dict[str, Any]) -> None:
+        self.run.log(_scalars(entry), step=entry["step"])
+
+    def close(self, *, failed: bool) -> None:
+        self.run.finish(exit_code=int(failed))
+
+
+def _scalars(entry: dict[str, Any]) -> dict[str, float]:
+    """`train/loss`, ..., or `held_out/masked_cross_entropy` with its bounds."""
+    if "held_out" not in entry:
+        return {f"train/{name}": value for name, value in entry.items() if name != "step"}
+    metrics = {name: metric for name, metric in entry["held_out"].items() if isinstance(metric, dict)}
+    return {
+        f"held_out/{name}" + ("" if bound == "value" else f"_{bound}"): metric[bound]
+        for name, metric in metrics.items()
+        for bound in ("value", "low", "high")
+        if metric.get(bound) is not None
+    }

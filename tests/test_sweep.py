@@ -1,0 +1,196 @@
+"""A sweep: what is planned, that one failing run does not lose the others, and what it ends in."""
+
+import json
+from itertools import product
+from pathlib import Path
+
+import pytest
+
+from mlmkit.errors import CheckError, UserError
+from mlmkit.eval.api import evaluate
+from mlmkit.train import sweep as sweeps
+from mlmkit.train.loop import train
+from mlmkit.train.sweep import Trial, check, plan, sweep, table
+
+SETTINGS = """
+[data]
+train = {text!r}
+held_out = {text!r}
+[tokenizer]
+vocab_size = 600
+[model]
+architecture = {architecture!r}
+max_length = 48
+[optim]
+warmup_steps = 1
+[train]
+steps = 2
+global_batch_tokens = 512
+micro_batch_tokens = 512
+device = "cpu"
+"""
+ARCHITECTURE = {"model_type": "bert", "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+
+
+@pytest.fixture
+def path(tmp_path: Path, text_file: Path) -> Path:
+    text, architecture = tmp_path / "text.txt", tmp_path / "architecture.json"
+    text.write_text("".join(text_file.read_text(encoding="utf-8").splitlines(keepends=True)[:60]), encoding="utf-8")
+    architecture.write_text(json.dumps(ARCHITECTURE))
+    config = tmp_path / "config.toml"
+    config.write_text(SETTINGS.format(text=str(text), architecture=str(architecture)))
+    return config
+
+
+def measure(trials: list[Trial], output: Path) -> None:
+    """The trainer's own measurement at the end of a run."""
+    for trial in trials:
+        found = output / trial.name / "held_out.json"
+        model = train(trial.config, found.parent)
+        if not found.exists():
+            evaluation = evaluate(model, trial.config.data.held_out, device="cpu")
+            metrics = {name: evaluation.metrics[name] for name in ("masked_cross_entropy", "masked_accuracy")}
+            found.write_text(json.dumps({**metrics, "mask_digest": evaluation.result["mask_digest"]}))
+
+
+# ------------------------------------------------------------------ the plan
+
+
+def test_two_sweeps_make_a_grid(path):
+    trials = plan(path, ["train.steps=3"], ["masking.mask_prob=0.15,0.3", "optim.lr = 1e-3, 1e-2"])
+    assert [trial.values for trial in trials] == [
+        {"masking.mask_prob": mask_prob, "optim.lr": lr} for mask_prob in (0.15, 0.3) for lr in (1e-3, 1e-2)
+    ]
+    assert trials[1].name == "masking.mask_prob=0.15,optim.lr=1e-2"
+    assert trials[1].config.train.steps == 3
+
+
+def test_values_may_be_lists_and_paths(path):
+    trials = plan(path, [], ["data.train=['a/b.txt', 'c.txt'],d/e.txt"])
+    assert [trial.config.data.train for trial in trials] == [("a/b.txt", "c.txt"), ("d/e.txt",)]
+    assert [trial.name for trial in trials] == ["data.train=__a_b.txt____c.txt__", "data.train=d_e.txt"]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["mask_prob=0.1,0.2"], "write it as table.key=value,value"),
+        (["masking.mask_prob"], "write it as table.key=value,value"),
+        (["masking.mask_prob=0.1,,0.2"], "write it as table.key=value,value"),
+        (["masking.mask_prob=0.1,1.5"], "mask_prob must be between 0 and 1, not 1.5"),
+        (["masking.maskprob=0.1"], "unknown setting masking.maskprob: did you mean masking.mask_prob"),
+        (["masking.mask_prob=0.1,0.10"], "mask_prob=0.10 comes twice"),
+        (["optim.lr=1e-3", "optim.lr=1e-2"], "names optim.lr twice"),
+        (["data.held_out="], "write it as table.key=value,value"),
+    ],
+)
+def test_a_wrong_sweep_is_refused_before_the_first_run(path, given, message):
+    with pytest.raises(UserError, match=message):
+        plan(path, [], given)
+
+
+def test_a_sweep_needs_held_out_text(path):
+    with pytest.raises(UserError, match=r"name it with data\.held_out"):
+        plan(path, ["data.held_out="], ["masking.mask_prob=0.15,0.3"])
+
+
+# ------------------------------------------------------------------ the runs
+
+
+def test_runs_are_measured_alike_and_compared(path, tmp_path):
+    trials = plan(path, [], ["masking.mask_prob=0.15,0.5", "optim.lr=1e-9,1e-2"])
+    output = tmp_path / "sweep"
+    measure(trials, output)
+    found = sweep(trials, output)
+    check(found)
+    assert json.loads((output / "sweep.json").read_text()) == found
+    results = {row["run"]: row["masked_cross_entropy"] for row in found["runs"]}
+    assert set(results) == {trial.name for trial in trials}
+    assert found["best"] == min(results, key=lambda run: results[run]["value"])
+    assert "optim.lr=1e-2" in found["best"]  # the other does not learn
+    # What did not learn scores alike, as the masks are the same however it was trained.
+    same = [results[f"masking.mask_prob={rate},optim.lr=1e-9"]["value"] for rate in ("0.15", "0.5")]
+    assert same[0] == pytest.approx(same[1], abs=1e-5)
+    lines = (output / "sweep.md").read_text().splitlines()
+    assert len(lines) == 2 + 4 + 2
+    assert len({len(line) for line in lines[2:6] if not line.endswith("best |")}) == 1
+    assert [line for line in lines if line.endswith("| best |")] == [lines[2 + list(results).index(found["best"])]]
+    assert found["mask_digest"] in lines[-1]
+    pytest.importorskip("matplotlib")
+    assert (output / "sweep.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_failing_run_does_not_lose_the_others(path, tmp_path):
+    trials = plan(path, ["train.steps=6"], ["optim.lr=1e-3,1e12"])
+    measure(trials[:1], tmp_path / "sweep")
+    found = sweep(trials, tmp_path / "sweep")
+    assert [bool(row["error"]) for row in found["runs"]] == [False, True]
+    assert found["best"] == "optim.lr=1e-3"
+    assert "failed: step" in table(found)
+    with pytest.raises(CheckError, match=r"1 of 2 runs failed: optim\.lr=1e12: step \d"):
+        check(found)
+
+
+def test_what_fails_everywhere_is_the_error(path, tmp_path):
+    trials = plan(path, ["data.train=none.txt"], ["optim.lr=1e-3,1e-2"])
+    with pytest.raises(UserError, match=r"none\.txt"):
+        sweep(trials, tmp_path / "sweep")
+
+
+def test_other_masks_do_not_compare(path, tmp_path):
+    trials = plan(path, [], ["tokenizer.vocab_size=300,600"])
+    measure(trials, tmp_path / "sweep")
+    with pytest.raises(CheckError, match="different masks"):
+        sweep(trials, tmp_path / "sweep")
+
+
+def test_a_run_is_no_sweep(path, tmp_path):
+    [trial] = plan(path, [], ["train.seed=1"])
+    train(trial.config, tmp_path / "run")
+    with pytest.raises(UserError, match="not the folder of a sweep"):
+        sweep([trial], tmp_path / "run")
+
+
+# ------------------------------------------------------------------ the plot
+
+
+def made_up(**settings: list) -> dict:
+    """As `sweep` finds it, of a loss with its best near the middle."""
+    names = list(settings)
+    runs = []
+    for place, values in enumerate(product(*settings.values())):
+        value = 3 + 0.02 * (place - 2) ** 2
+        metric = {"value": value, "low": value - 0.03, "high": value + 0.04}
+        run = ",".join(f"{name}={value}" for name, value in zip(names, values, strict=True))
+        runs.append(
+            {
+                "run": run,
+                "values": dict(zip(names, values, strict=True)),
+                "error": "",
+                "masked_cross_entropy": metric,
+                "masked_accuracy": {"value": 0.4, "low": 0.3, "high": 0.5},
+            }
+        )
+    return {
+        "metric": "masked_cross_entropy",
+        "held_out": "held.txt",
+        "mask_digest": "0",
+        "best": runs[2]["run"],
+        "runs": runs,
+    }
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"optim.lr": [1e-4, 3e-4, 1e-3, 3e-3, 1e-2]},
+        {"masking.mask_prob": [0.05, 0.15, 0.3]},
+        {"optim.name": ["adamw", "muon", "other"]},
+        {"masking.whole_word": [True, False], "optim.lr": [1e-3, 1e-2]},
+        {"masking.mask_prob": [0.15, 0.3, 0.4], "model.architecture": ["bert-tiny", "modernbert-tiny"]},
+    ],
+)
+def test_a_plot_takes_any_setting(tmp_path, settings):
+    pytest.importorskip("matplotlib")
+    sweeps.draw(made_up(**settings), tmp_path / "sweep.png")
+    assert (tmp_path / "sweep.png").stat().st_size > 10_000

@@ -1,0 +1,420 @@
+"""What a user sees of a training run: its log, estimates, dry run and curve."""
+
+import json
+import logging
+import re
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForMaskedLM
+
+from mlmkit.errors import UserError
+from mlmkit.model import MaskedLM, load_pretrained
+from mlmkit.packing import enable_packing
+from mlmkit.train import curve
+from mlmkit.train import log as training_log
+from mlmkit.train.config import Config, DataConfig, OptimConfig, RunConfig, load_config
+from mlmkit.train.dry_run import dry_run, lines
+from mlmkit.train.estimate import count_parameters, estimate_memory, flops_per_token, peak_flops
+from mlmkit.train.log import TrainingLog, check_loggers, read_log
+from mlmkit.train.loop import train
+
+SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
+SETTINGS = """
+[tokenizer]
+vocab_size = 600
+[model]
+architecture = "bert-tiny"
+max_length = 48
+[optim]
+warmup_steps = 4
+[train]
+steps = 12
+global_batch_tokens = 512
+micro_batch_tokens = 256
+save_every = 4
+log_every = 2
+device = "cpu"
+"""
+DIGEST = "1c044900ad748e10e57622261079d324"
+
+
+def installed(module: str, name: str) -> bool:
+    try:
+        return hasattr(__import__(module, fromlist=[name]), name)
+    except ImportError:
+        return False
+
+
+needs_tensorboard = pytest.mark.skipif(
+    not installed("torch.utils.tensorboard", "SummaryWriter"), reason="tensorboard is not installed"
+)
+needs_wandb = pytest.mark.skipif(not installed("wandb", "init"), reason="wandb is not installed")
+
+
+def make_config(**train) -> Config:
+    settings: dict[str, Any] = {
+        "steps": 12,
+        "log_every": 2,
+        "global_batch_tokens": 1000,
+        "micro_batch_tokens": 1000,
+    } | train
+    return Config(data=DataConfig(train=("text.txt",)), train=RunConfig(**settings))
+
+
+def run_config(text_file: Path, *overrides: str) -> Config:
+    """Of a real run, which takes a second."""
+    path = text_file.with_name("config.toml")
+    path.write_text(SETTINGS)
+    return load_config(path, [f"data.train={text_file}", *overrides])
+
+
+def write_steps(run: Path, config: Config, first: int, last: int, **options) -> None:
+    """As a run does that takes these steps, with an evaluation every four."""
+    run.mkdir(exist_ok=True)
+    with TrainingLog(run, config, first - 1, **options) as log:
+        for step in range(first, last + 1):
+            log.record(
+                step,
+                epoch=step // 5,
+                loss=1.0 / step,
+                learning_rate=1e-3,
+                gradient_norm=0.5,
+                tokens=990,
+                masked=150,
+                mask_prob=0.15,
+            )
+            if step % 4 == 0:
+                log.held_out(step, held_out_result(2.0 / step))
+
+
+def held_out_result(value: float) -> dict:
+    metrics = {
+        "masked_cross_entropy": {"value": value, "low": value - 0.1, "high": value + 0.1},
+        "masked_accuracy": {"value": 0.5, "low": None, "high": None},  # as of a single document
+    }
+    return {"backend": {"name": "torch"}, "mask_digest": DIGEST, "metrics": metrics}
+
+
+# ------------------------------------------------------------------ the log
+
+
+def test_an_entry_holds_means_and_sums_since_the_last(tmp_path):
+    write_steps(tmp_path, make_config(log_every=5), 1, 12)
+    entries = [entry for entry in read_log(tmp_path) if "loss" in entry]
+    assert [entry["step"] for entry in entries] == [5, 10, 12]  # the last step is never left out
+    assert entries[0]["loss"] == pytest.approx(sum(1 / step for step in range(1, 6)) / 5)
+    assert entries[0] | {"loss": 0, "tokens_per_second": 0} == {
+        "step": 5,
+        "epoch": 1,
+        "loss": 0,
+        "learning_rate": 1e-3,
+        "gradient_norm": 0.5,
+        "mask_prob": 0.15,
+        "tokens": 5 * 990,
+        "masked": 5 * 150,
+        "fill": 0.99,
+        "tokens_per_second": 0,
+    }
+    held_out = [entry for entry in read_log(tmp_path) if "held_out" in entry]
+    assert [entry["step"] for entry in held_out] == [4, 8, 12]
+    assert held_out[0]["held_out"] == {"mask_digest": DIGEST, **held_out_result(0.5)["metrics"]}
+
+
+def test_mfu_is_the_share_of_the_peak_rate(tmp_path):
+    write_steps(tmp_path, make_config(), 1, 2, flops_per_token=6e8, peak_flops=1e15)
+    [entry] = read_log(tmp_path)
+    assert entry["mfu"] == pytest.approx(entry["tokens_per_second"] * 6e8 / 1e15)
+
+
+def test_a_resumed_log_has_every_step_once(tmp_path):
+    config = make_config()
+    write_steps(tmp_path / "straight", config, 1, 12)
+    write_steps(tmp_path / "broken", config, 1, 9)
+    with (tmp_path / "broken" / "log.jsonl").open("a") as file:
+        file.write('{"step": 10, "lo')  # as a kill leaves it
+    write_steps(tmp_path / "broken", config, 5, 12)  # from the checkpoint of step 4
+    logs = [
+        [(entry["step"], entry.get("loss"), entry.get("held_out")) for entry in read_log(tmp_path / name)]
+        for name in ("straight", "broken")
+    ]
+    assert logs[0] == logs[1]
+    assert [path.name for path in (tmp_path / "broken").iterdir()] == ["log.jsonl"]
+
+
+def test_other_ranks_write_nothing(tmp_path):
+    write_steps(tmp_path, make_config(), 1, 4, is_first=False)
+    assert not list(tmp_path.iterdir())
+
+
+def test_time_within_a_pause_is_not_training_time(tmp_path, monkeypatch):
+    now = 0.0
+    monkeypatch.setattr(training_log.time, "perf_counter", lambda: now)
+    with TrainingLog(tmp_path, make_config(log_every=1), 0) as log:
+        now = 2.0
+        with log.paused():
+            now = 50.0
+        log.record(1, epoch=0, loss=1, learning_rate=1, gradient_norm=1, tokens=100, masked=1, mask_prob=0.15)
+    assert read_log(tmp_path)[0]["tokens_per_second"] == pytest.approx(50)
+
+
+def test_without_a_terminal_a_line_comes_now_and_then(tmp_path, monkeypatch, caplog):
+    now, line = 0.0, ""
+    monkeypatch.setattr(training_log.time, "perf_counter", lambda: now)
+    caplog.set_level(logging.INFO, logger="mlmkit")
+    with TrainingLog(tmp_path, make_config(log_every=1), 0, flops_per_token=1e9, peak_flops=1e12) as log:
+        for step in range(1, 13):
+            now += 4.0
+            line = log.record(
+                step, epoch=0, loss=1.5, learning_rate=1e-3, gradient_norm=1, tokens=990, masked=1, mask_prob=0.15
+            )
+    assert line == "training  loss 1.500  248 tokens/s  MFU 25%  lr 1.00e-03  fill 99.0%"
+    said = [re.match(r"step (\d+)/12  loss 1.500 .* (0:\d\d:\d\d) left", message) for message in caplog.messages]
+    assert [match and match.groups() for match in said] == [
+        ("1", "0:00:44"),
+        ("4", "0:00:32"),
+        ("7", "0:00:20"),
+        ("10", "0:00:08"),
+        ("12", "0:00:00"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "settings"),
+    [("torch.utils.tensorboard", "tensorboard", {"tensorboard": True}), ("wandb", "wandb", {"wandb": "project"})],
+)
+def test_a_logger_that_is_not_installed_is_named(monkeypatch, module, name, settings):
+    monkeypatch.setitem(__import__("sys").modules, module, None)  # importing it now fails
+    with pytest.raises(UserError, match=rf"train.{name} needs .*: pip install 'mlmkit\[{name}\]'"):
+        check_loggers(RunConfig(**settings))
+    check_loggers(RunConfig())
+
+
+@needs_tensorboard
+def test_tensorboard_shows_a_resumed_run_without_doubled_points(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import (  # pyright: ignore[reportMissingImports]
+        EventAccumulator,
+    )
+
+    config = make_config(tensorboard=True)
+    check_loggers(config.train)
+    write_steps(tmp_path, config, 1, 9)
+    write_steps(tmp_path, config, 5, 12)
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    losses = [(event.step, event.value) for event in events.Scalars("train/loss")]
+    assert [step for step, _ in losses] == [2, 4, 6, 8, 10, 12]
+    assert losses[-1][1] == pytest.approx((1 / 11 + 1 / 12) / 2)
+    held_out = events.Scalars("held_out/masked_cross_entropy")
+    assert [(event.step, round(event.value, 4)) for event in held_out] == [(4, 0.5), (8, 0.25), (12, 0.1667)]
+    assert [event.step for event in events.Scalars("held_out/masked_cross_entropy_low")] == [4, 8, 12]
+
+
+@needs_wandb
+def test_wandb_goes_on_with_the_same_run(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    config = make_config(wandb="mlmkit-tests")
+    check_loggers(config.train)
+    for first, last in ((1, 9), (5, 12)):
+        write_steps(tmp_path, config, first, last)
+    id = (tmp_path / "wandb-id.txt").read_text()
+    files = list((tmp_path / "wandb").glob("offline-run-*/*.wandb"))
+    assert files
+    assert {file.stem for file in files} == {f"run-{id}"}
+
+
+# ------------------------------------------------------------------ estimates
+
+
+def untrained(architecture: str, **settings) -> MaskedLM:
+    """Without values, which neither costs nor memory depend on: quick at any size."""
+    with torch.device("meta"):
+        network = AutoModelForMaskedLM.from_config(AutoConfig.for_model(architecture, **settings))
+        model = MaskedLM(network)
+    model.to_empty(device="cpu")
+    network.tie_weights()
+    for tensor in model.buffers():
+        tensor.zero_()
+    return model
+
+
+@pytest.mark.parametrize(
+    ("architecture", "length", "mask_prob", "gflop"),
+    [("bert", 512, 0.15, 0.588), ("bert", 512, 0.30, 0.609), ("modernbert", 1024, 0.30, 0.824)],
+)
+def test_operations_of_the_published_sizes(architecture, length, mask_prob, gflop):
+    """12 x 7.1 M encoder weights x 6, ... worked out by hand beforehand."""
+    flops = flops_per_token(untrained(architecture), np.array([length]), mask_prob)
+    assert flops / 1e9 == pytest.approx(gflop, rel=2e-3)
+
+
+def test_attention_counts_what_a_token_sees():
+    """One document of 8 and one of 2 tokens: a token attends to 6.8 of them on average."""
+    model = untrained("bert", hidden_size=32, num_hidden_layers=3, num_attention_heads=2, intermediate_size=48)
+    one, other = (flops_per_token(model, np.array(lengths), 0.15) for lengths in ([8, 2], [1]))
+    assert one - other == pytest.approx(12 * 3 * 32 * (6.8 - 1))
+
+
+def test_a_shared_layer_costs_as_often_as_it_runs():
+    sizes = {"hidden_size": 32, "embedding_size": 32, "num_attention_heads": 2, "intermediate_size": 48}
+    two, four = (
+        flops_per_token(untrained("albert", num_hidden_layers=layers, **sizes), np.array([1]), 0.15)
+        for layers in (2, 4)
+    )
+    layer = 4 * 32 * 32 + 2 * 32 * 48
+    assert four - two == pytest.approx(2 * (6 * layer + 12 * 32))
+
+
+def test_parameters_are_counted_once():
+    model = untrained("bert", vocab_size=100, hidden_size=32, num_hidden_layers=2, num_attention_heads=2)
+    parameters = count_parameters(model)
+    assert parameters.embeddings == (100 + 512 + 2) * 32
+    assert parameters.head == 32 * 32 + 32 + 2 * 32 + 100  # the decoder is the embedding
+    assert parameters.total == sum(parameter.numel() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("gpu", "tflops"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA H200", 989),
+        ("NVIDIA A100-SXM4-40GB", 312),
+        ("NVIDIA A10", 125),
+        ("NVIDIA A10G", 70),
+        ("NVIDIA L4", 121),
+        ("NVIDIA L40S", 362),
+        ("NVIDIA GeForce RTX 4090", 165.2),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", 0),
+        ("Tesla T4", 0),
+        ("Tesla V100-SXM2-16GB", 0),
+    ],
+)
+def test_peak_rates_are_found_by_name(gpu, tflops):
+    assert peak_flops(gpu) == tflops * 1e12
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_memory_grows_with_the_batch_as_autograd_shows(checkpoint, packed):
+    model, _ = load_pretrained(str(checkpoint("bert")))
+    assert not packed or enable_packing(model)
+    found = {
+        (tokens, bf16): estimate_memory(model, OptimConfig(), micro_batch_tokens=tokens, mask_prob=0.15, bf16=bf16)
+        for tokens in (512, 1024)
+        for bf16 in (False, True)
+    }
+    total = count_parameters(model).total
+    assert (found[512, False].weights, found[512, False].optimizer) == (4 * total, 8 * total)
+    # Kept of a layer at least: what goes into each of its matrices, float32.
+    layers, hidden, intermediate = 2, 32, 48
+    least = 4 * layers * (6 * hidden + 2 * intermediate)
+    grown = (found[1024, False].activations - found[512, False].activations) / 512
+    assert least < grown < 4 * least
+    assert found[1024, True].activations < found[1024, False].activations
+    assert found[1024, False].total - found[512, False].total > 512 * grown
+
+
+def test_muon_keeps_one_number_of_a_hidden_weight(checkpoint):
+    model, _ = load_pretrained(str(checkpoint("bert")))
+    adamw, muon = (
+        estimate_memory(model, OptimConfig(name=name), micro_batch_tokens=512, mask_prob=0.15, bf16=False)
+        for name in ("adamw", "muon")
+    )
+    assert adamw.optimizer - muon.optimizer == 4 * 2 * (4 * 32 * 32 + 2 * 32 * 48)
+
+
+# ------------------------------------------------------------------ the dry run
+
+
+def test_a_dry_run_shows_the_batch_and_leaves_nothing(tmp_path, text_file, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    found = dry_run(run_config(text_file, "masking.mask_prob=0.3"))
+    assert not list(tmp_path.iterdir())
+    assert found.packed
+    assert 0.9 < found.fill <= 1
+    assert found.tokens_per_step == pytest.approx(found.fill * 512)
+    assert found.epochs == pytest.approx(12 * found.tokens_per_step / found.corpus_tokens, rel=0.2)
+    assert 0.2 < found.masked < 0.3
+    assert found.flops == pytest.approx(found.flops_per_token * found.tokens)
+    assert found.memory.total > 16 * found.parameters.total
+    text = " ".join(found.first_batch)
+    marks = re.findall(r"\[([^\[\]]*)(→|=)([^\]]*)\]", text)
+    shares = [
+        sum(kind(mark) for mark in marks) / len(marks) for kind in (lambda m: m[0] == "MASK", lambda m: m[1] == "=")
+    ]
+    assert shares[0] == pytest.approx(0.8, abs=0.12)
+    assert shares[1] == pytest.approx(0.1, abs=0.08)
+    json.dumps(asdict(found))
+
+
+@pytest.mark.parametrize("architecture", ["bert", "mpnet"])
+def test_the_decoded_batch_is_the_text(tmp_path, text_file, architecture):
+    """Packed and padded: with what was masked put back, each text is a document's, or a window of one."""
+    path = tmp_path / "architecture.json"
+    path.write_text(json.dumps({"model_type": architecture} | SIZES))
+    found = dry_run(run_config(text_file, f"model.architecture={path}"))
+    assert found.packed == (architecture == "bert")
+    squeezed = re.sub(r"\s", "", text_file.read_text(encoding="utf-8"))
+    for text in found.first_batch:
+        restored = re.sub(r"\[(?:[^\[\]]+→|=)(\S+?)\]", r"\1", text).removeprefix("[CLS]").removesuffix("[SEP]")
+        assert re.sub(r"\s|##", "", restored) in squeezed.replace("##", "")
+
+
+def test_the_console_shows_a_part_of_it(text_file):
+    found = dry_run(run_config(text_file, "model.max_length=16"))
+    shown = lines(found)
+    assert shown[1].startswith(f"parameters  {found.parameters.total / 1e3:.3g} k: embeddings")
+    assert shown[-1] == f"  and {len(found.first_batch) - 6} more documents"
+    assert max(map(len, shown)) <= 403
+
+
+def test_a_dry_run_refuses_what_training_refuses(text_file):
+    with pytest.raises(UserError, match="neither a preset"):
+        dry_run(run_config(text_file, "model.architecture=none"))
+
+
+# ------------------------------------------------------------------ the curve
+
+
+def test_a_run_ends_in_a_picture(tmp_path, text_file):
+    pytest.importorskip("matplotlib")
+    train(run_config(text_file), tmp_path)
+    picture = tmp_path / "loss.png"
+    assert curve.draw_loss(tmp_path) == picture
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("steps", [1, 60, 10_000])
+def test_short_and_long_runs_are_drawn(tmp_path, steps):
+    pytest.importorskip("matplotlib")
+    write_steps(tmp_path, make_config(steps=steps, log_every=1), 1, steps)
+    with TrainingLog(tmp_path, make_config(), steps) as log:
+        alone = {"masked_cross_entropy": {"value": 2.0, "low": None, "high": None}}  # of a single document
+        log.held_out(steps, {"mask_digest": DIGEST, "metrics": alone})
+    assert curve.draw_loss(tmp_path)
+
+
+def test_smoothing_is_the_mean_around_a_point():
+    values = np.array([0.0, 3.0, 6.0, 0.0, 0.0])
+    assert curve.smooth(values, 3) == pytest.approx([1.5, 3, 3, 2, 0])
+    assert curve.smooth(values, 1) == pytest.approx(values)
+
+
+def test_without_matplotlib_there_is_no_picture(tmp_path, monkeypatch, caplog):
+    write_steps(tmp_path, make_config(), 1, 4)
+    monkeypatch.setattr(curve, "find_spec", lambda _: None)
+    caplog.set_level(logging.INFO, logger="mlmkit")
+    caplog.clear()
+    assert curve.draw_loss(tmp_path) is None
+    assert caplog.messages == [
+        f"{tmp_path / 'loss.png'} is left out, as it needs matplotlib: pip install 'mlmkit[report]'"
+    ]
+
+
+def test_a_run_of_no_entries_has_no_picture(tmp_path):
+    assert curve.draw_loss(tmp_path) is None
