@@ -9,6 +9,7 @@ import mmap
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from hashlib import blake2b, sha256
 from itertools import islice
@@ -99,6 +100,7 @@ def gather(array: NDArray, index: NDArray[np.int64]) -> NDArray:
     """`array[index]`, whose pages do not stay in this process's memory when the array is mapped."""
     if (mapped := getattr(array, "_mmap", None)) is None:
         return array[index]
+    array = np.asarray(array)  # a map itself is slower to index
     found = np.empty((len(index), *array.shape[1:]), array.dtype)
     for begin in range(0, len(index), GATHERED_AT_ONCE):
         found[begin : begin + GATHERED_AT_ONCE] = array[index[begin : begin + GATHERED_AT_ONCE]]
@@ -185,40 +187,43 @@ def is_cached(folder: Path) -> bool:
 
 def _tokenize_into(folder: Path, texts: Iterable[str], tokenizer: Tokenizer, location: str) -> Iterator[Corpus]:
     """Tokenise block by block, appending to flat files, so that memory does not grow with the corpus."""
-    try:
+    with _cache_errors(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
         building = Path(tempfile.mkdtemp(prefix=".building.", dir=folder.parent))
-    except OSError as error:
-        raise _cache_error(folder, error) from None
     fingerprint, tokens, dtypes = blake2b(digest_size=16), 0, {}
     empty = _Counter(texts)
     try:
         files = {name: (building / name).open("wb") for name in ("starts", *_ARRAYS)}
         try:
             for block in _encode(empty, tokenizer):
-                try:
+                with _cache_errors(folder):
                     for name in _ARRAYS:
                         files[name].write(getattr(block, name).tobytes())
                     files["starts"].write((block.starts[:-1] + tokens).astype("<i8").tobytes())
-                except OSError as error:
-                    raise _cache_error(folder, error) from None
                 dtypes = {name: getattr(block, name).dtype.str for name in _ARRAYS}
                 tokens += int(block.starts[-1])
                 fingerprint.update(block.keys.tobytes())
                 yield block
-            files["starts"].write(np.array([tokens], "<i8").tobytes())
+            if not dtypes:
+                raise UserError(f"{location}: no documents in it (it is empty, or white space only)")
+            with _cache_errors(folder):
+                files["starts"].write(np.array([tokens], "<i8").tobytes())
+                for file in files.values():
+                    file.flush()
         finally:
             for file in files.values():
-                file.close()
-        if not dtypes:
-            raise UserError(f"{location}: no documents in it (it is empty, or white space only)")
+                with suppress(OSError):  # of a full disk, which was said already
+                    file.close()
         meta = {"dtypes": dtypes, "fingerprint": fingerprint.hexdigest(), "empty_texts": empty.count}
-        (building / "meta.json").write_text(json.dumps(meta))
-        try:
-            building.rename(folder)
-        except OSError:
-            if not is_cached(folder):  # else another process was faster with the same content
-                raise
+        with _cache_errors(folder):
+            (building / "meta.json").write_text(json.dumps(meta))
+            for path in building.iterdir():
+                sync(path)
+            try:
+                building.rename(folder)
+            except OSError:
+                if not is_cached(folder):  # else another process was faster with the same content
+                    raise
     finally:
         shutil.rmtree(building, ignore_errors=True)
 
@@ -237,8 +242,14 @@ class _Counter:
                 self.count += 1
 
 
-def _cache_error(folder: Path, error: OSError) -> UserError:
-    return UserError(f"cannot write the token cache {folder.parent}: {error.strerror}: point MLMKIT_CACHE elsewhere")
+@contextmanager
+def _cache_errors(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"cannot write the token cache {folder.parent}: {error.strerror}: point MLMKIT_CACHE elsewhere"
+        ) from None
 
 
 def _open_corpus(folder: Path, name: str) -> Corpus:
@@ -309,13 +320,11 @@ def window_table(corpus: Corpus, capacity: int) -> NDArray[np.int64]:
     Raises `UserError` when the cache cannot be written.
     """
     if corpus.folder is None:
-        return _window_rows(corpus, 0, capacity)
+        return _window_rows(corpus, 0, len(corpus), capacity)
     path = corpus.folder / f"windows-{capacity}"
-    try:
-        if not path.exists():
+    if not path.exists():
+        with _cache_errors(corpus.folder):
             _write_window_table(corpus, capacity, path)
-    except OSError as error:
-        raise _cache_error(corpus.folder, error) from None
     size = path.stat().st_size
     if size % 32:
         raise UserError(f"the token cache {corpus.folder} is damaged: delete that folder and run again")
@@ -327,8 +336,9 @@ def _write_window_table(corpus: Corpus, capacity: int, path: Path) -> None:
     with tempfile.NamedTemporaryFile(prefix=".windows.", dir=path.parent, delete=False) as file:
         building = Path(file.name)
         try:
-            for index, block in enumerate(corpus.blocks()):
-                file.write(_window_rows(block, index * DOCUMENTS_PER_BLOCK, capacity).astype("<i8").tobytes())
+            for begin in range(0, len(corpus), DOCUMENTS_PER_BLOCK):
+                end = min(begin + DOCUMENTS_PER_BLOCK, len(corpus))
+                file.write(_window_rows(corpus, begin, end, capacity).astype("<i8").tobytes())
             file.flush()
             sync(building)
             building.rename(path)
@@ -336,14 +346,16 @@ def _write_window_table(corpus: Corpus, capacity: int, path: Path) -> None:
             building.unlink(missing_ok=True)
 
 
-def _window_rows(corpus: Corpus, first: int, capacity: int) -> NDArray[np.int64]:
-    """`window_table` of a stretch of a corpus, in memory, that begins at document `first`."""
-    windows = cut_windows(corpus.lengths, capacity)
+def _window_rows(corpus: Corpus, begin: int, end: int, capacity: int) -> NDArray[np.int64]:
+    """The rows of the documents from `begin` up to `end`, in memory. Words are read where a document is cut."""
+    starts = _copy(corpus.starts, begin, end + 1)
+    windows = cut_windows(np.diff(starts), capacity)
     word_start = windows.start.copy()
-    if (cut := np.flatnonzero(windows.start)).size:
-        begin = corpus.starts[windows.document[cut]]
-        word_start[cut] = first_token_of_word(corpus.words, corpus.lengths)[begin + windows.start[cut]] - begin
-    return np.stack([windows.document + first, windows.start, windows.length, word_start], axis=1)
+    for document in np.unique(windows.document[windows.start > 0]).tolist():
+        words = _copy(corpus.words, *starts[document : document + 2].tolist())
+        here = slice(*np.searchsorted(windows.document, [document, document + 1]))
+        word_start[here] = first_token_of_word(words, np.array([len(words)]))[windows.start[here]]
+    return np.stack([windows.document + begin, windows.start, windows.length, word_start], axis=1)
 
 
 def overlapping_windows(lengths: NDArray[np.int64], capacity: int) -> Windows:

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import resource
 from pathlib import Path
 
 import numpy as np
@@ -154,6 +155,21 @@ def test_nothing_is_left_in_the_cache_when_reading_fails(wordpiece, tmp_path, mo
     for content in (b"good\n\xff\n", b"", b" \n\t\n"):
         with pytest.raises(UserError):
             load_corpus(Source(str(write(tmp_path / "a.txt", content))), wordpiece)
+    assert not list((tmp_path / "cache" / "tokens").iterdir())
+
+
+@pytest.mark.parametrize("room", [0, 1000, 5000])
+def test_a_full_disk_is_named_and_nothing_is_left(wordpiece, tmp_path, monkeypatch, room):
+    """Files may not grow over `room` bytes: the error is another one, the place the same."""
+    monkeypatch.setenv("MLMKIT_CACHE", str(tmp_path / "cache"))
+    path = write(tmp_path / "a.txt", "\n".join(paragraphs()).encode())
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, before[1]))
+    try:
+        with pytest.raises(UserError, match=r"cannot write the token cache .*: point MLMKIT_CACHE elsewhere"):
+            load_corpus(Source(str(path)), wordpiece)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert not list((tmp_path / "cache" / "tokens").iterdir())
 
 
