@@ -105,7 +105,7 @@ def enable_packing(model: MaskedLM) -> bool:
 def _packed_probe(model: MaskedLM, lengths: Sequence[int]) -> dict[str, Any]:
     """The documents that `probe_inputs` makes, packed, and a third behind them: each is the same as alone."""
     asked = sum(lengths)
-    third = max(min(model.max_length(), USUAL_TABLE) + 1 - asked, 1)
+    third = max(model.max_length() + 1 - asked, 1) if model.max_length() <= USUAL_TABLE else 1
     lengths = [*lengths, third]
     input_ids = probe_inputs(model, lengths)["input_ids"]
     position_ids = torch.cat([torch.arange(length) for length in lengths]).unsqueeze(0)

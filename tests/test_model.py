@@ -1,4 +1,4 @@
-"""One forward for every architecture: the gathered head and the packed attention against the dense model."""
+"""One forward for every architecture: the gathered head against the dense model."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ import transformers as T
 
 from mlmkit.errors import UserError
 from mlmkit.model import MaskedLM, sees_padding
-from mlmkit.packing import Pack, enable_packing, packed_inputs
+from mlmkit.packing import enable_packing
 
 VOCABULARY = 200
 SIZES: dict[str, Any] = {
@@ -46,8 +46,6 @@ CONFIGS = {
     "xlm-roberta": lambda: T.XLMRobertaConfig(**SIZES),
     "xmod": lambda: T.XmodConfig(**SIZES, languages=["en_XX"], default_language="en_XX"),
 }
-# These do not route attention through transformers' interface, so packing must be refused, not faked.
-UNPACKABLE = {"convbert", "deberta-v2", "ibert", "megatron-bert", "mobilebert", "mpnet", "rembert", "roformer"}
 
 
 def tiny(name: str, top_k: int = 10) -> MaskedLM:
@@ -88,48 +86,6 @@ def test_gathered_head_equals_the_dense_forward(name):
     gathered = model.logits(positions, input_ids=input_ids, attention_mask=attention_mask)
     others = (gathered >= gathered.gather(1, targets[:, None])).sum(1) - 1
     assert (found.rank == others).all()
-
-
-@pytest.mark.parametrize("name", CONFIGS)
-def test_packed_equals_padded(name):
-    model = tiny(name)
-    lengths = [12, 7, 3]
-    input_ids, attention_mask, _, _ = ragged()
-    rows = [input_ids[row, :length] for row, length in enumerate(lengths)]
-    everywhere = torch.cat([row * 12 + torch.arange(length) for row, length in enumerate(lengths)])
-    with torch.no_grad():
-        padded = model.logits(everywhere, input_ids=input_ids, attention_mask=attention_mask)
-    assert enable_packing(model) == (name not in UNPACKABLE)
-    if name in UNPACKABLE:
-        with torch.no_grad():
-            after = model.logits(everywhere, input_ids=input_ids, attention_mask=attention_mask)
-        torch.testing.assert_close(after, padded, atol=0, rtol=0)
-        return
-    with torch.no_grad():
-        packed = model.logits(torch.arange(22), **packed_inputs(lay_end_to_end(model, rows)))
-    torch.testing.assert_close(packed, padded, atol=2e-5, rtol=1e-5)
-
-
-@pytest.mark.parametrize("name", sorted(set(CONFIGS) - UNPACKABLE))
-def test_packed_documents_do_not_see_each_other(name):
-    model = tiny(name)
-    assert enable_packing(model)
-    input_ids, *_ = ragged()
-    rows = [input_ids[0], input_ids[1, :7], input_ids[2, :3]]
-    changed = [rows[0], rows[1].flip(0), rows[2]]
-    with torch.no_grad():
-        before = model.logits(torch.arange(22), **packed_inputs(lay_end_to_end(model, rows)))
-        after = model.logits(torch.arange(22), **packed_inputs(lay_end_to_end(model, changed)))
-    assert torch.equal(before[:12], after[:12])
-    assert torch.equal(before[19:], after[19:])
-    assert not torch.equal(before[12:19], after[12:19])
-
-
-def lay_end_to_end(model: MaskedLM, rows: list[torch.Tensor]) -> Pack:
-    lengths = torch.tensor([len(row) for row in rows])
-    position_ids = torch.cat([torch.arange(length) for length in lengths.tolist()]) + model.position_offset
-    ends = torch.cumsum(torch.cat([torch.zeros(1, dtype=torch.long), lengths]), 0).to(torch.int32)
-    return Pack(torch.cat(rows)[None], position_ids[None], ends, int(lengths.max()))
 
 
 @pytest.mark.parametrize("name", CONFIGS)
