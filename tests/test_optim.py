@@ -27,7 +27,7 @@ from transformers import AutoModelForMaskedLM
 from mlmkit.errors import UserError
 from mlmkit.model import MaskedLM, load_pretrained, probe_inputs
 from mlmkit.tokenizer import Tokenizer
-from mlmkit.train.config import SCHEDULES, OptimConfig
+from mlmkit.train.config import SCHEDULES, OptimConfig, load_config
 from mlmkit.train.optim import Muon, build_optimizers, hidden_matrices, learning_rate_factor
 from mlmkit.train.presets import build_config
 
@@ -239,3 +239,27 @@ def test_schedules_have_their_shapes():
     assert [learning_rate_factor(step, 12, linear) for step in range(12)] == pytest.approx(
         [0.25, 0.5, 0.75, 1.0, *((12 - step) / 8 for step in range(4, 12))]
     )
+
+
+# ------------------------------------------------------------------ recipes
+
+ROOT = Path(__file__).resolve().parent.parent
+RECIPES = {"wiki_en_cpu": 5.4, "babylm_h200": 29.5, "babylm_h200_100_epochs": 29.5}  # millions of parameters
+
+
+def test_every_recipe_is_listed():
+    assert {path.stem for path in (ROOT / "recipes").glob("*.toml")} == set(RECIPES)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipes_make_the_model_that_they_say(name, tokenizer_folder, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    config = load_config(f"recipes/{name}.toml", ["data.train=corpus.txt"])
+    tokenizer = Tokenizer.from_folder(tokenizer_folder("wordpiece"))
+    architecture = build_config(config.model.architecture, tokenizer, config.model.max_length)
+    architecture.vocab_size = config.tokenizer.vocab_size
+    with torch.device("meta"):
+        model = MaskedLM(AutoModelForMaskedLM.from_config(architecture))
+    assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(RECIPES[name], abs=0.1)
+    assert model.max_length() == config.model.max_length
+    assert len(build_optimizers(model, config.optim, fused=False)) == 2
