@@ -108,7 +108,7 @@ def parts(checkpoint):
 
 
 def make_data(
-    parts, *, masking=None, passes=(1.0, 1.0), packed=True, max_length=32, tokens=128, corpora=None
+    parts, *, masking=None, passes=(1.0, 1.0), packed=True, max_length=32, tokens=128, corpora=None, fixed=False
 ) -> TrainingData:
     model, tokenizer, both = parts
     return TrainingData(
@@ -121,7 +121,26 @@ def make_data(
         seed=5,
         packed=packed,
         position_offset=model.position_offset,
+        fixed_shapes=fixed,
     )
+
+
+def test_fixed_shapes_change_nothing_but_the_padding(parts):
+    """Every batch has the same shapes, for torch.compile, and holds the same documents and targets."""
+    plain, fixed = (
+        make_data(parts, fixed=fixed).batches(Cursor(), micro_batches=2, steps=20) for fixed in (False, True)
+    )
+    shapes = set()
+    for (place, batch), (same_place, padded) in zip(plain, fixed, strict=True):
+        assert place == same_place
+        for micro, other in zip(batch, padded, strict=True):
+            assert (micro.tokens, micro.documents) == (other.tokens, other.documents)
+            assert torch.equal(micro.positions, other.positions) and torch.equal(micro.targets, other.targets)
+            assert torch.equal(micro.inputs["input_ids"], other.inputs["input_ids"][:, : micro.tokens])
+            shapes.add(
+                (*(other.inputs[name].shape for name in ("input_ids", "cu_seq_lens_q")), other.inputs["max_length_q"])
+            )
+    assert len(shapes) == 1
 
 
 def contents(batch: list[MicroBatch]) -> list[dict]:

@@ -30,6 +30,7 @@ from mlmkit.train.data import MicroBatch
 from mlmkit.train.dry_run import document_lengths
 from mlmkit.train.estimate import flops_per_token, peak_flops
 from mlmkit.train.held_out import evaluate_checkpoint
+from mlmkit.train.layers import compile_layers
 from mlmkit.train.log import TrainingLog, check_loggers, read_log
 from mlmkit.train.optim import build_optimizers, learning_rate_factor
 from mlmkit.train.order import Cursor
@@ -99,6 +100,8 @@ def _train(
     flops = flops_per_token(model, document_lengths(first), config.masking.mask_prob) if peak else 0.0
 
     model.to(device).train()
+    if config.train.compile:
+        compile_layers(model)
     module = parallelise(model, ranks, config.train.parallel)
     optimizers = build_optimizers(model, config.optim, fused=device.type == "cuda")
     cursor = Cursor(**load_checkpoint(saved, model, optimizers, ranks)) if saved else Cursor()

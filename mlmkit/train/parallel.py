@@ -12,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from mlmkit.distributed import Ranks
 from mlmkit.model import MaskedLM, probe_inputs
+from mlmkit.train.layers import encoder_layers
 
 
 class LossModule(nn.Module):
@@ -49,21 +50,10 @@ def parallelise(model: MaskedLM, ranks: Ranks, kind: str) -> nn.Module:
     if kind == "ddp":
         device_ids = [model.device.index] if model.device.type == "cuda" else None
         return DistributedDataParallel(loss, device_ids=device_ids)
-    for block in encoder_blocks(model.network):
-        fully_shard(block)
+    for layer in encoder_layers(model):
+        fully_shard(layer)
     fully_shard(loss)
     return loss
-
-
-def encoder_blocks(network: nn.Module) -> list[nn.Module]:
-    """The layers that repeat: the members of the outermost lists of modules with parameters."""
-    found: list[nn.Module] = []
-    for child in network.children():
-        if isinstance(child, nn.ModuleList):
-            found += [block for block in child if any(True for _ in block.parameters())]
-        else:
-            found += encoder_blocks(child)
-    return found
 
 
 @contextmanager

@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 # What may be another in each start of a run, as it changes neither the data nor how the weights move.
 FREE = {
     "data": ("held_out", "workers"),
-    "train": ("device", "save_every", "keep_checkpoints", "log_every", "parallel", "compile", "tensorboard", "wandb"),
+    "train": ("device", "save_every", "keep_checkpoints", "log_every", "parallel", "tensorboard", "wandb"),
 }
 
 
@@ -127,6 +127,7 @@ def make_data(
         seed=config.train.seed,
         packed=packed,
         position_offset=model.position_offset,
+        fixed_shapes=config.train.compile,
     )
 
 

@@ -17,6 +17,9 @@ from typing import Any
 
 from mlmkit.errors import UserError
 
+# A terminal or a scheduler signals every process of a group; what follows is the trainer's to decide.
+LEFT_TO_THE_TRAINER = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
 
 def from_processes(items: Callable[..., Iterator[Any]], workers: int) -> Generator[Any, None, None]:
     """What `items()` would give; process w of n makes `items(index=w, every=n)`: items w, w + n, w + 2n and so on.
@@ -38,7 +41,9 @@ def from_processes(items: Callable[..., Iterator[Any]], workers: int) -> Generat
         for index in range(workers):
             pipe, theirs = context.Pipe(duplex=False)
             process = context.Process(target=_send, args=(theirs, items, index, workers), daemon=True)
+            before = signal.pthread_sigmask(signal.SIG_BLOCK, LEFT_TO_THE_TRAINER)  # inherited, till it ignores them
             process.start()
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
             theirs.close()
             processes.append(process)
             pipes.append(pipe)
@@ -62,9 +67,9 @@ def from_processes(items: Callable[..., Iterator[Any]], workers: int) -> Generat
 
 
 def _send(pipe: Connection, items: Callable[..., Iterator[Any]], index: int, every: int) -> None:
-    # A terminal or a scheduler signals every process of a group; what follows is the trainer's to decide.
-    for ignored in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+    for ignored in LEFT_TO_THE_TRAINER:
         signal.signal(ignored, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, LEFT_TO_THE_TRAINER)
     with suppress(BrokenPipeError):  # the reader is gone
         for item in _with_end(items(index=index, every=every)):
             pipe.send(item)

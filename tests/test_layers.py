@@ -13,7 +13,7 @@ from torch._dynamo.utils import counters
 
 from mlmkit.model import MaskedLM
 from mlmkit.packing import Pack, enable_packing, packed_inputs, pad_pack
-from mlmkit.train.compile import compile_layers
+from mlmkit.train.layers import compile_layers
 
 SIZES: dict[str, Any] = {
     "vocab_size": 200,

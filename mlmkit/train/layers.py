@@ -1,4 +1,4 @@
-"""torch.compile for the repeated layers of an encoder: what one of them compiles to serves them all."""
+"""The repeated layers of an encoder: found without code per architecture, and compiled."""
 
 from collections.abc import Callable
 from typing import Any
@@ -6,6 +6,11 @@ from typing import Any
 from torch import nn
 
 from mlmkit.model import MaskedLM
+
+
+def encoder_layers(model: MaskedLM) -> list[nn.Module]:
+    """The members of the outermost lists of modules in the body of the network."""
+    return [layer for stack in _stacks(model.network.base_model) for layer in stack]
 
 
 def compile_layers(model: MaskedLM, *, backend: str | Callable[..., Any] = "inductor") -> int:
@@ -16,14 +21,13 @@ def compile_layers(model: MaskedLM, *, backend: str | Callable[..., Any] = "indu
     shapes that do not change, so that nothing is compiled again, see `pad_pack`; for other shapes, evaluation for
     example, run under `torch.compiler.set_stance("force_eager")`. Before `fully_shard`, if both are wanted.
     """
-    layers = [layer for stack in _stacks(model.network.base_model) for layer in stack]
+    layers = encoder_layers(model)
     for layer in layers:
         layer.compile(backend=backend)
     return len(layers)
 
 
 def _stacks(module: nn.Module) -> list[nn.ModuleList]:
-    """The outermost lists of modules."""
     if isinstance(module, nn.ModuleList):
         return [module]
     return [stack for child in module.children() for stack in _stacks(child)]
