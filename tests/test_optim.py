@@ -22,14 +22,18 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.multiprocessing.spawn import spawn
+from training import log_lines, write_config
 from transformers import AutoModelForMaskedLM
 
+from mlmkit.corpus import tokenize
+from mlmkit.documents import Source, read_documents
 from mlmkit.errors import UserError
 from mlmkit.model import MaskedLM, load_pretrained, probe_inputs
 from mlmkit.tokenizer import Tokenizer
+from mlmkit.train import loop
 from mlmkit.train.config import SCHEDULES, OptimConfig, load_config
 from mlmkit.train.optim import Muon, build_optimizers, hidden_matrices, learning_rate_factor
-from mlmkit.train.presets import build_config
+from mlmkit.train.presets import build_config, fit_output_bias
 
 MUON = OptimConfig(name="muon", lr=1e-2, weight_decay=0.1)
 # A key's bias has no gradient but rounding, which a small eps would blow up to a step.
@@ -239,6 +243,38 @@ def test_schedules_have_their_shapes():
     assert [learning_rate_factor(step, 12, linear) for step in range(12)] == pytest.approx(
         [0.25, 0.5, 0.75, 1.0, *((12 - step) / 8 for step in range(4, 12))]
     )
+
+
+# ------------------------------------------------------------------ the first weights
+
+
+def test_a_new_model_begins_at_the_frequencies_of_its_text(text_file, tmp_path):
+    """The first loss is the unigram entropy, not log V; a text of twice the weight counts twice."""
+    settings = ("train.steps=1", "train.log_every=1", "train.global_batch_tokens=2048", "train.micro_batch_tokens=2048")
+    loop.train(write_config(tmp_path, text_file, "bert-tiny", *settings), tmp_path / "run")
+    tokenizer = Tokenizer.from_folder(tmp_path / "run" / "tokenizer")
+    ids = tokenize(read_documents(Source(str(text_file))), tokenizer).ids
+    counts = np.bincount(ids, minlength=tokenizer.vocabulary_size) + 1
+    entropy = -np.log(counts / counts.sum())[ids].mean()
+    assert entropy < np.log(tokenizer.vocabulary_size) - 0.5
+    assert log_lines(tmp_path / "run")[0]["loss"] == pytest.approx(entropy, abs=0.2)
+
+
+@pytest.mark.parametrize("kind", ["bert", "roberta", "modernbert"])
+def test_the_output_bias_is_that_of_the_weighted_texts(checkpoint, kind):
+    model, tokenizer = load_pretrained(str(checkpoint(kind)))
+    texts = [tokenize([text], tokenizer) for text in ("a a a b", "b c")]
+    fit_output_bias(model, texts, [2.0, 0.5])
+    counts = np.ones(model.vocabulary_size)
+    for text, weight in zip(texts, (2.0, 0.5), strict=True):
+        for token in text.ids:
+            counts[token] += weight
+    decoder: Any = model.network.get_output_embeddings()
+    np.testing.assert_allclose(decoder.bias.detach().numpy(), np.log(counts / counts.sum()), rtol=1e-6)
+    inputs = probe_inputs(model, [5])
+    before = model.logits(**inputs)
+    fit_output_bias(model, [texts[1]], [1.0])
+    assert not torch.equal(before, model.logits(**inputs))  # the forward uses this bias
 
 
 # ------------------------------------------------------------------ recipes

@@ -35,6 +35,7 @@ from mlmkit.train.log import TrainingLog, check_loggers, read_log
 from mlmkit.train.optim import build_optimizers, learning_rate_factor
 from mlmkit.train.order import Cursor
 from mlmkit.train.parallel import clip_gradients, freeze_unused, parallelise, synchronised
+from mlmkit.train.presets import fit_output_bias
 from mlmkit.train.start import begin_or_check, build_model, make_data, run_lock
 
 log = logging.getLogger(__name__)
@@ -89,6 +90,8 @@ def _train(
     saved = next(reversed(checkpoints(run)), None)
     torch.manual_seed(config.train.seed)
     model = build_model(config, tokenizer, resume_from=saved)
+    if not (saved or config.model.init_from):
+        fit_output_bias(model, corpora, config.data.passes)
     freeze_unused(model)
     packed = enable_packing(model)
     if not packed:

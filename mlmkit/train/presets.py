@@ -5,12 +5,16 @@ distilbert: Sanh et al. 2019; modernbert-base, -large: Warner et al. 2024.
 """
 
 import json
+from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForMaskedLM, PreTrainedConfig
 
+from mlmkit.corpus import Corpus
 from mlmkit.errors import UserError
 from mlmkit.model import MaskedLM, as_user_error, refuse_other_models
 from mlmkit.tokenizer import Tokenizer
@@ -59,6 +63,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "modernbert-large": _modernbert(28, 1024, 2624),
 }
 
+BLOCKS_COUNTED = 128  # about 131,000 documents, by `fit_output_bias`
 # The CUDA kernel for packed documents has no attention dropout, so no device trains with it.
 ATTENTION_DROPOUT = ("attention_probs_dropout_prob", "attention_dropout")
 
@@ -85,6 +90,23 @@ def build_config(architecture: str, tokenizer: Tokenizer, max_length: int) -> Pr
     with as_user_error(architecture), torch.device("meta"):
         config.max_position_embeddings += MaskedLM(AutoModelForMaskedLM.from_config(config)).position_offset
     return config
+
+
+def fit_output_bias(model: MaskedLM, corpora: Sequence[Corpus], weights: Sequence[float]) -> None:
+    """Begin at the tokens' frequencies: the bias of the vocabulary head becomes their logarithm, after adding one.
+
+    Otherwise a run's first hundred steps or so go into learning them (docs/decisions.md). Counted in the first
+    documents of each text, with the text's weight. A head without a bias stays as it is.
+    """
+    bias = getattr(model.network.get_output_embeddings(), "bias", None)
+    if not isinstance(bias, torch.Tensor) or bias.shape != (model.vocabulary_size,):
+        return
+    counts = np.ones(model.vocabulary_size)
+    for corpus, weight in zip(corpora, weights, strict=True):
+        for block in islice(corpus.blocks(), BLOCKS_COUNTED):
+            counts += weight * np.bincount(block.ids, minlength=len(counts))
+    with torch.no_grad():
+        bias.copy_(torch.from_numpy(np.log(counts / counts.sum())))
 
 
 def _read_config(path: str) -> dict[str, Any]:
