@@ -60,7 +60,7 @@ def test_an_artifact_runs_without_torch_and_transformers(artifact, tmp_path):
 def test_imports_run_one_way():
     """cli, demo → serve, train → eval, export → backends → model → the rest: docs/architecture.md."""
     layers = [
-        {"errors", "files", "masking", "progress", "pydocs", "distributed"},
+        {"errors", "files", "masking", "progress", "pydocs", "distributed", "loss"},
         {"tokenizer", "documents"},
         {"corpus", "batching", "artifact"},
         {"model"},
@@ -68,7 +68,7 @@ def test_imports_run_one_way():
         {"fill", "eval", "export", "inspection"},
         {"train"},
         {"demo", "cli_options"},
-        {"cli_eval", "cli_export", "cli_inspect"},
+        {"cli_eval", "cli_export", "cli_inspect", "cli_train"},
         {"cli"},
         {"__main__"},
     ]

@@ -63,7 +63,7 @@ def weights(model: MaskedLM) -> dict[str, torch.Tensor]:
 
 def test_adamw_decays_matrices_alone(checkpoint):
     model, _ = load_pretrained(str(checkpoint("bert")))
-    (adamw,) = build_optimizers(model, OptimConfig(lr=3e-3), fused=False)
+    (adamw,) = build_optimizers(model, OptimConfig(lr=3e-3))
     decay = {p: group["weight_decay"] for group in adamw.param_groups for p in group["params"]}
     assert {name for name, p in model.named_parameters() if decay[p] == 0} == {
         name for name, _ in model.named_parameters() if name.endswith("bias") or "LayerNorm.weight" in name
@@ -81,7 +81,7 @@ def test_muon_takes_the_matrices_of_the_blocks_and_nothing_else(kind, tokenizer_
     tokenizer = Tokenizer.from_folder(tokenizer_folder("wordpiece"))
     with torch.device("meta"):
         model = MaskedLM(AutoModelForMaskedLM.from_config(build_config(str(tmp_path / "a.json"), tokenizer, 48)))
-    adamw, muon = build_optimizers(model, MUON, fused=False)
+    adamw, muon = build_optimizers(model, MUON)
     taken = [[p for group in each.param_groups for p in group["params"]] for each in (adamw, muon)]
     assert {id(p) for p in taken[1]} == {id(p) for p in hidden_matrices(model)}
     trained = [id(p) for p in model.parameters() if p.requires_grad]
@@ -97,7 +97,7 @@ def test_frozen_weights_have_no_optimizer(checkpoint):
     model, _ = load_pretrained(str(checkpoint("bert")))
     frozen = hidden_matrices(model)[0]
     frozen.requires_grad_(False)
-    optimizers = build_optimizers(model, MUON, fused=False)
+    optimizers = build_optimizers(model, MUON)
     assert not [p for each in optimizers for group in each.param_groups for p in group["params"] if p is frozen]
 
 
@@ -106,7 +106,7 @@ def test_a_model_without_hidden_matrices_is_refused_by_muon(checkpoint):
     for parameter in hidden_matrices(model):
         parameter.requires_grad_(False)
     with pytest.raises(UserError, match=r"set optim\.name to adamw"):
-        build_optimizers(model, MUON, fused=False)
+        build_optimizers(model, MUON)
 
 
 # ------------------------------------------------------------------ Muon's update
@@ -144,13 +144,13 @@ def test_muon_updates_as_its_papers_say(shape):
 def test_state_comes_back_to_the_bit(checkpoint, kind, config):
     """Steps, state out, state into a fresh model's fresh optimisers, more steps: the same weights."""
     model, _ = load_pretrained(str(checkpoint(kind)))
-    optimizers = build_optimizers(model, config, fused=True)
+    optimizers = build_optimizers(model, config)
     for seed in range(3):
         one_step(model, optimizers, seed)
     kept = copy.deepcopy(get_optimizer_state_dict(model, optimizers, options=FLAT))
     other, _ = load_pretrained(str(checkpoint(kind)))
     other.load_state_dict(weights(model), strict=False)  # strict would miss the names of tied weights
-    others = build_optimizers(other, replace(config, lr=1.0), fused=True)
+    others = build_optimizers(other, replace(config, lr=1.0))
     set_optimizer_state_dict(other, others, copy.deepcopy(kept), options=FLAT)
 
     back = get_optimizer_state_dict(other, others, options=FLAT)
@@ -178,7 +178,7 @@ def sharded_steps(rank: int, port: int, folder: str, result: str) -> None:
             for block in module:
                 fully_shard(block)
     fully_shard(model.network)
-    optimizers = build_optimizers(model, CALM, fused=True)
+    optimizers = build_optimizers(model, CALM)
     assert all(isinstance(p, DTensor) for each in optimizers for group in each.param_groups for p in group["params"])
     for seed in range(3):
         one_step(model, optimizers, seed)
@@ -191,7 +191,7 @@ def sharded_steps(rank: int, port: int, folder: str, result: str) -> None:
 def test_muon_on_sharded_weights_is_muon_on_whole_ones(checkpoint, tmp_path):
     folder = str(checkpoint("bert"))
     model, _ = load_pretrained(folder)
-    optimizers = build_optimizers(model, CALM, fused=True)
+    optimizers = build_optimizers(model, CALM)
     before = weights(model)
     for seed in range(3):
         one_step(model, optimizers, seed)
@@ -298,4 +298,4 @@ def test_recipes_make_the_model_that_they_say(name, tokenizer_folder, monkeypatc
         model = MaskedLM(AutoModelForMaskedLM.from_config(architecture))
     assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(RECIPES[name], abs=0.1)
     assert model.max_length() == config.model.max_length
-    assert len(build_optimizers(model, config.optim, fused=False)) == 2
+    assert len(build_optimizers(model, config.optim)) == 2

@@ -58,6 +58,7 @@ class TrainingLog:
         peak_flops: float = 0.0,
         is_first: bool = True,
     ) -> None:
+        self.run = run
         self.every, self.last_step = config.train.log_every, config.train.steps
         self.batch_tokens = config.train.global_batch_tokens
         self.flops_per_token, self.peak_flops = flops_per_token, peak_flops
@@ -120,6 +121,10 @@ class TrainingLog:
             interval = "" if found["low"] is None else f" ({found['low']:.4f} to {found['high']:.4f})"
             shown = f"{found['value']:.4f}{interval}"
             log.info("step %d/%d  held-out masked cross-entropy %s", step, self.last_step, shown)
+
+    def has_held_out(self, step: int) -> bool:
+        """Whether that was done for this step, by this run or before it was interrupted."""
+        return any("held_out" in entry and entry["step"] == step for entry in read_log(self.run))
 
     @contextmanager
     def paused(self) -> Iterator[None]:

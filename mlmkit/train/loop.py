@@ -31,7 +31,7 @@ from mlmkit.train.dry_run import document_lengths
 from mlmkit.train.estimate import flops_per_token, peak_flops
 from mlmkit.train.held_out import evaluate_checkpoint
 from mlmkit.train.layers import compile_layers
-from mlmkit.train.log import TrainingLog, check_loggers, read_log
+from mlmkit.train.log import TrainingLog, check_loggers
 from mlmkit.train.optim import build_optimizers, learning_rate_factor
 from mlmkit.train.order import Cursor
 from mlmkit.train.parallel import clip_gradients, freeze_unused, parallelise, synchronised
@@ -61,7 +61,8 @@ def train(config: Config, run: Path) -> Path:
     try:
         check_loggers(config.train)
         tokenizer, corpora = begin_or_check(config, run, ranks)
-        if (run / "model").exists():
+        # The first rank's view of the folder is that of all: a network file system may show others an older one.
+        if ranks.from_first((run / "model").exists):
             log.info("%s is finished: nothing to train", run)
             return run / "model"
         with run_lock(run, ranks), stop_signals() as stop:
@@ -87,7 +88,7 @@ def _train(
     ranks: Ranks,
     stop: list[int],
 ) -> Path:
-    saved = next(reversed(checkpoints(run)), None)
+    saved = ranks.from_first(lambda: next(reversed(checkpoints(run)), None))
     torch.manual_seed(config.train.seed)
     model = build_model(config, tokenizer, resume_from=saved)
     if not (saved or config.model.init_from):
@@ -99,14 +100,16 @@ def _train(
     parameters = sum(parameter.numel() for parameter in model.parameters())
     data = make_data(config, tokenizer, corpora, model, packed=packed)
     peak = ranks.world * peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else 0.0
-    first = next(data.batches(Cursor(), micro_batches=1, steps=1))[1][0]
-    flops = flops_per_token(model, document_lengths(first), config.masking.mask_prob) if peak else 0.0
+    flops = 0.0
+    if peak:
+        _, [first] = next(data.batches(Cursor(), micro_batches=1, steps=1))
+        flops = flops_per_token(model, document_lengths(first), config.masking.mask_prob)
 
     model.to(device).train()
     if config.train.compile:
         compile_layers(model)
     module = parallelise(model, ranks, config.train.parallel)
-    optimizers = build_optimizers(model, config.optim, fused=device.type == "cuda")
+    optimizers = build_optimizers(model, config.optim)
     cursor = Cursor(**load_checkpoint(saved, model, optimizers, ranks)) if saved else Cursor()
     micro_batches = config.train.global_batch_tokens // config.train.micro_batch_tokens
     batches = data.batches(
@@ -142,8 +145,8 @@ def _train(
                 training_log.held_out(cursor.step, evaluate_checkpoint(checkpoint, held_out, device.type, ranks))
             ranks.from_first(lambda: prune(run, config.train.keep_checkpoints))
 
-        if saved and not any("held_out" in entry and entry["step"] == cursor.step for entry in read_log(run)):
-            measure(saved)  # which a kill may have prevented
+        if saved and not ranks.from_first(lambda: training_log.has_held_out(cursor.step)):
+            measure(saved)  # which a kill prevented
         while cursor.step < config.train.steps:
             step = cursor.step
             cursor, batch = next(batches)

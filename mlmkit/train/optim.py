@@ -13,13 +13,13 @@ from mlmkit.model import MaskedLM
 from mlmkit.train.config import OptimConfig
 
 
-def build_optimizers(model: MaskedLM, config: OptimConfig, *, fused: bool) -> list[torch.optim.Optimizer]:
+def build_optimizers(model: MaskedLM, config: OptimConfig) -> list[torch.optim.Optimizer]:
     """AdamW for all that is trained; with `optim.name = "muon"`, Muon for the hidden matrices and AdamW for the rest.
 
     Weight decay is decoupled and leaves vectors alone: biases and the scales of normalisations. Every group carries
     `initial_lr`, which `learning_rate_factor` scales. Muon's updates are scaled to the size of AdamW's (Liu et al.
     2025, "Muon is scalable for LLM training", equation 4), so one learning rate serves both. Build them after
-    `fully_shard`, which replaces the parameters. `fused` is AdamW's: one kernel, on a GPU and on the CPU.
+    `fully_shard`, which replaces the parameters.
 
     Raises `UserError` when Muon is asked for and the model has no hidden matrix.
     """
@@ -32,7 +32,7 @@ def build_optimizers(model: MaskedLM, config: OptimConfig, *, fused: bool) -> li
         {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0},
     ]
     betas = (config.beta1, config.beta2)
-    adamw = torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=config.eps, fused=fused)
+    adamw = torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=config.eps, fused=True)
     optimizers: list[torch.optim.Optimizer] = [adamw]
     if config.name == "muon":
         if not hidden:

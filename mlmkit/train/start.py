@@ -3,7 +3,7 @@
 import json
 import logging
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -86,7 +86,8 @@ def _begin(config: Config, run: Path) -> None:
 def run_lock(run: Path, ranks: Ranks) -> Iterator[None]:
     """Keep a second training out of the run's folder."""
     taken = f"another process is training in {run}: wait for it"
-    with exclusive(run / "run.json", taken) if ranks.is_first else nullcontext():
+    with ExitStack() as stack:
+        ranks.from_first(lambda: stack.enter_context(exclusive(run / "run.json", taken)))
         yield
 
 
