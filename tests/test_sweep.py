@@ -7,10 +7,9 @@ from pathlib import Path
 import pytest
 
 from mlmkit.errors import CheckError, UserError
-from mlmkit.eval.api import evaluate
 from mlmkit.train import sweep as sweeps
 from mlmkit.train.loop import train
-from mlmkit.train.sweep import Trial, check, plan, sweep, table
+from mlmkit.train.sweep import check, plan, sweep, table
 
 SETTINGS = """
 [data]
@@ -40,17 +39,6 @@ def path(tmp_path: Path, text_file: Path) -> Path:
     config = tmp_path / "config.toml"
     config.write_text(SETTINGS.format(text=str(text), architecture=str(architecture)))
     return config
-
-
-def measure(trials: list[Trial], output: Path) -> None:
-    """The trainer's own measurement at the end of a run."""
-    for trial in trials:
-        found = output / trial.name / "held_out.json"
-        model = train(trial.config, found.parent)
-        if not found.exists():
-            evaluation = evaluate(model, trial.config.data.held_out, device="cpu")
-            metrics = {name: evaluation.metrics[name] for name in ("masked_cross_entropy", "masked_accuracy")}
-            found.write_text(json.dumps({**metrics, "mask_digest": evaluation.result["mask_digest"]}))
 
 
 # ------------------------------------------------------------------ the plan
@@ -100,7 +88,6 @@ def test_a_sweep_needs_held_out_text(path):
 def test_runs_are_measured_alike_and_compared(path, tmp_path):
     trials = plan(path, [], ["masking.mask_prob=0.15,0.5", "optim.lr=1e-9,1e-2"])
     output = tmp_path / "sweep"
-    measure(trials, output)
     found = sweep(trials, output)
     check(found)
     assert json.loads((output / "sweep.json").read_text()) == found
@@ -122,7 +109,6 @@ def test_runs_are_measured_alike_and_compared(path, tmp_path):
 
 def test_a_failing_run_does_not_lose_the_others(path, tmp_path):
     trials = plan(path, ["train.steps=6"], ["optim.lr=1e-3,1e12"])
-    measure(trials[:1], tmp_path / "sweep")
     found = sweep(trials, tmp_path / "sweep")
     assert [bool(row["error"]) for row in found["runs"]] == [False, True]
     assert found["best"] == "optim.lr=1e-3"
@@ -139,7 +125,6 @@ def test_what_fails_everywhere_is_the_error(path, tmp_path):
 
 def test_other_masks_do_not_compare(path, tmp_path):
     trials = plan(path, [], ["tokenizer.vocab_size=300,600"])
-    measure(trials, tmp_path / "sweep")
     with pytest.raises(CheckError, match="different masks"):
         sweep(trials, tmp_path / "sweep")
 

@@ -97,9 +97,12 @@ def test_the_number_of_ranks_and_workers_may_change(config, tmp_path):
     """The same documents and masks in every global batch, so the same loss but for rounding."""
     dropped = [record_batches(config, tmp_path / f"{world}-{workers}", world, workers) for world, workers in RUNS]
     for other in dropped[1:]:
-        for (_, loss, *counts), (_, other_loss, *other_counts) in zip(dropped[0], other, strict=True):
+        for (loss, gradient, *counts), (other_loss, other_gradient, *other_counts) in zip(
+            dropped[0], other, strict=True
+        ):
             assert counts == other_counts
             assert other_loss == pytest.approx(loss, abs=2e-5)
+            assert other_gradient == pytest.approx(gradient, rel=1e-3)
 
 
 RUNS = ((1, 0), (2, 0), (1, 2))
@@ -114,7 +117,8 @@ def record_batches(config: Config, run: Path, world: int, workers: int) -> list[
     ranks.wait()
     ranks = Ranks(replace(half, data=replace(half.data, workers=workers)), run, world)
     assert ranks.wait() == [0] * world, ranks.messages()
-    return [(line["step"], line["loss"], line["tokens"], line["masked"]) for line in log_lines(run)]
+    names = ("loss", "gradient_norm", "step", "tokens", "masked")
+    return [tuple(line[name] for name in names) for line in log_lines(run)]
 
 
 def test_a_disk_that_is_full_leaves_the_last_checkpoint(config, tmp_path):
