@@ -82,7 +82,7 @@ def test_torchrun_trains_and_says_it_once(config, tmp_path, text_file):
         "--set",
         "train.steps=4",
     ]
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     result = subprocess.run(
         [*launcher, "-m", "mlmkit", "train", str(config), "--output", str(tmp_path / "run"), *settings],
