@@ -115,8 +115,8 @@ def patched(averages: Averages, *, original: bool, zero_bias: bool) -> Iterator[
     """`loop.train` with averages, and with Muon's own scaling and a zero bias at first if asked for."""
     build = loop.build_optimizers
 
-    def build_optimizers(model: MaskedLM, config: OptimConfig, *, fused: bool) -> list[torch.optim.Optimizer]:
-        optimizers = build(model, config, fused=fused)
+    def build_optimizers(model: MaskedLM, config: OptimConfig) -> list[torch.optim.Optimizer]:
+        optimizers = build(model, config)
         for optimizer in optimizers:
             for group in optimizer.param_groups if original and isinstance(optimizer, Muon) else []:
                 group["adjust_lr_fn"], group["initial_lr"] = "original", 0.02
