@@ -11,6 +11,7 @@ from torch.overrides import TorchFunctionMode
 from mlmkit.errors import UserError
 from mlmkit.model import MaskedLM
 from mlmkit.train.config import OptimConfig
+from mlmkit.train.layers import encoder_layers
 
 
 def build_optimizers(model: MaskedLM, config: OptimConfig) -> list[torch.optim.Optimizer]:
@@ -47,12 +48,11 @@ def build_optimizers(model: MaskedLM, config: OptimConfig) -> list[torch.optim.O
 
 
 def hidden_matrices(model: MaskedLM) -> list[Tensor]:
-    """The weights of the linear maps inside the encoder's blocks, which transformers keeps in module lists.
+    """The weights of the linear maps inside the encoder's layers.
 
     So neither embeddings nor the vocabulary head, whose rows belong to single ids.
     """
-    lists = [module for module in model.network.base_model.modules() if isinstance(module, nn.ModuleList)]
-    linear = [module for blocks in lists for module in blocks.modules() if isinstance(module, nn.Linear)]
+    linear = [module for layer in encoder_layers(model) for module in layer.modules() if isinstance(module, nn.Linear)]
     return list({id(module.weight): module.weight for module in linear}.values())
 
 
