@@ -202,3 +202,13 @@ def test_training_goes_on_from_a_checkpoint(tmp_path, text_file, checkpoint):
     before, after = weights(checkpoint("bert")), weights(model)
     assert before.keys() == after.keys()
     assert all(torch.allclose(before[name], after[name], atol=1e-6) for name in before)
+
+
+def test_held_out_text_may_be_a_dataset(tmp_path, text_file):
+    """As the training text may: here a local folder that `datasets` reads."""
+    folder = tmp_path / "dataset"
+    folder.mkdir()
+    (folder / "train.txt").write_text("".join(text_file.read_text().splitlines(keepends=True)[::30]))
+    settings = ("train.steps=2", f"data.held_out=hub:{folder}")
+    loop.train(write_config(tmp_path, text_file, "bert-tiny", *settings), tmp_path / "run")
+    assert json.loads((tmp_path / "run" / "held_out.json").read_text())["masked_cross_entropy"]["value"] > 0

@@ -50,11 +50,15 @@ def save_checkpoint(
             folder = Path(ranks.from_first(lambda: str(stack.enter_context(new_folder(final, replaces=CURSOR)))))
             with _alone_without_a_word():
                 writer = HuggingFaceStorageWriter(str(folder / OPTIMIZER), save_distributed=True)
-                save(_tensors(model, optimizers), storage_writer=writer, no_dist=ranks.world == 1)
+                state = get_optimizer_state_dict(model, list(optimizers), options=FLAT)
+                save(_tensors(state), storage_writer=writer, no_dist=ranks.world == 1)
             save_model(model, run / "tokenizer", folder, ranks)
-            if ranks.is_first:
+
+            def commit() -> None:
                 (folder / CURSOR).write_text(json.dumps(cursor))
-            ranks.from_first(stack.close)
+                stack.close()
+
+            ranks.from_first(commit)
     except (UserError, SafetensorError, CheckpointException) as error:
         cause = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
         last = next(reversed(checkpoints(run)), None)
@@ -93,11 +97,11 @@ def checkpoints(run: Path) -> list[Path]:
 
 def load_checkpoint(folder: Path, model: MaskedLM, optimizers: Sequence[Optimizer], ranks: Ranks) -> dict[str, int]:
     """Restore the optimisers' state, whatever the number of ranks that wrote it; returns the cursor."""
-    tensors = _tensors(model, optimizers)
+    state = get_optimizer_state_dict(model, list(optimizers), options=FLAT)
+    tensors = _tensors(state)
     with _alone_without_a_word():
         load(tensors, storage_reader=HuggingFaceStorageReader(str(folder / OPTIMIZER)), no_dist=ranks.world == 1)
-    settings = get_optimizer_state_dict(model, list(optimizers), options=FLAT)
-    set_optimizer_state_dict(model, list(optimizers), {**settings, **tensors}, options=FLAT)
+    set_optimizer_state_dict(model, list(optimizers), {**state, **tensors}, options=FLAT)
     return json.loads((folder / CURSOR).read_text())
 
 
@@ -110,18 +114,20 @@ def prune(run: Path, keep: int) -> None:
             shutil.rmtree(old, ignore_errors=True)
 
 
+def held_out_result(checkpoint: Path) -> dict[str, Any] | None:
+    """`result.json` of the checkpoint's held-out evaluation, if there is one."""
+    path = checkpoint / HELD_OUT / "result.json"
+    return json.loads(path.read_text()) if path.exists() else None
+
+
 def held_out_loss(checkpoint: Path) -> float:
     """Held-out masked cross-entropy in nats; infinite where the checkpoint was not evaluated."""
-    try:
-        result = json.loads((checkpoint / HELD_OUT / "result.json").read_text())
-    except FileNotFoundError:
-        return math.inf
-    return result["metrics"]["masked_cross_entropy"]["value"]
+    result = held_out_result(checkpoint)
+    return result["metrics"]["masked_cross_entropy"]["value"] if result else math.inf
 
 
-def _tensors(model: MaskedLM, optimizers: Sequence[Optimizer]) -> dict[str, Any]:
-    """The optimisers' state by parameter name. Rates and decay are the configuration's."""
-    state = get_optimizer_state_dict(model, list(optimizers), options=FLAT)
+def _tensors(state: dict[str, Any]) -> dict[str, Any]:
+    """What changes in the optimisers' state; rates and decay are the configuration's."""
     return {name: value for name, value in state.items() if isinstance(value, Tensor)}
 
 

@@ -23,7 +23,7 @@ from mlmkit.errors import CheckError, StoppedError, UserError
 from mlmkit.packing import enable_packing
 from mlmkit.progress import progress
 from mlmkit.tokenizer import Tokenizer
-from mlmkit.train.checkpoint import HELD_OUT, checkpoints, copy_model, load_checkpoint, prune, save_checkpoint
+from mlmkit.train.checkpoint import checkpoints, copy_model, held_out_result, load_checkpoint, prune, save_checkpoint
 from mlmkit.train.config import Config
 from mlmkit.train.curve import draw_loss
 from mlmkit.train.data import MicroBatch
@@ -236,8 +236,7 @@ def stop_signals() -> Iterator[list[int]]:
 def finish(run: Path) -> None:
     """`RUN/model` from the last checkpoint, its held-out result and the loss curve beside it."""
     last = checkpoints(run)[-1]
-    if (last / HELD_OUT).exists():
-        result = json.loads((last / HELD_OUT / "result.json").read_text())
+    if result := held_out_result(last):
         summary = {"mask_digest": result["mask_digest"], **result["metrics"]}
         (run / "held_out.json").write_text(json.dumps(summary, indent=2) + "\n")
     draw_loss(run)

@@ -13,7 +13,7 @@ from transformers import AutoModelForMaskedLM, AutoTokenizer
 from mlmkit import model as masked_lm
 from mlmkit.corpus import Corpus, load_corpus
 from mlmkit.distributed import Ranks
-from mlmkit.documents import existing_file, read_documents
+from mlmkit.documents import HUB, existing_file, read_documents
 from mlmkit.errors import UserError
 from mlmkit.files import exclusive, new_folder
 from mlmkit.model import MaskedLM
@@ -53,7 +53,7 @@ def _begin_or_check(config: Config, run: Path, ranks: Ranks) -> None:
             f"evenly in parts of train.micro_batch_tokens ({config.train.micro_batch_tokens}): "
             f"make it a multiple of {config.train.micro_batch_tokens * ranks.world}"
         )
-    if config.data.held_out:
+    if config.data.held_out and not config.data.held_out.startswith(HUB):
         existing_file(config.data.held_out)
     if not (run / "run.json").exists():
         if run.exists() and not run.is_dir():
@@ -63,7 +63,8 @@ def _begin_or_check(config: Config, run: Path, ranks: Ranks) -> None:
         return _begin(config, run)
     before = json.loads((run / "run.json").read_text())
     tokenizer = masked_lm.load_tokenizer(str(run / "tokenizer"))
-    if difference := _first_difference(before, _identity(config, tokenizer), ""):
+    corpora = [load_corpus(source, tokenizer) for source in config.data.sources]
+    if difference := _first_difference(before, _identity(config, tokenizer, corpora), ""):
         if checkpoints(run) or (run / "model").exists():
             raise UserError(
                 f"{run} was begun with another {difference}: choose another --output, or delete that folder"
@@ -79,7 +80,7 @@ def _begin(config: Config, run: Path) -> None:
         corpora = [load_corpus(source, tokenizer) for source in config.data.sources]
         model = build_model(config, tokenizer)
         make_data(config, tokenizer, corpora, model, packed=True)
-        (building / "run.json").write_text(json.dumps(_identity(config, tokenizer), indent=2) + "\n")
+        (building / "run.json").write_text(json.dumps(_identity(config, tokenizer, corpora), indent=2) + "\n")
 
 
 @contextmanager
@@ -132,14 +133,14 @@ def make_data(
     )
 
 
-def _identity(config: Config, tokenizer: Tokenizer) -> dict[str, Any]:
+def _identity(config: Config, tokenizer: Tokenizer, corpora: Sequence[Corpus]) -> dict[str, Any]:
     """What must not change between the start of a run and its resumption, as JSON gives it back."""
     tables = config.as_dict()
     for table, keys in FREE.items():
         for key in keys:
             del tables[table][key]
-    corpora = [load_corpus(source, tokenizer).fingerprint for source in config.data.sources]
-    return json.loads(json.dumps({"config": tables, "corpora": corpora, "tokenizer": tokenizer.fingerprint}))
+    fingerprints = [corpus.fingerprint for corpus in corpora]
+    return json.loads(json.dumps({"config": tables, "corpora": fingerprints, "tokenizer": tokenizer.fingerprint}))
 
 
 def _first_difference(before: object, now: object, name: str) -> str:
