@@ -1,4 +1,4 @@
-"""The command that exports: a checkpoint to an artifact."""
+"""The command that exports: a checkpoint to an artifact, and an artifact to what else serves it."""
 
 from itertools import islice
 from pathlib import Path
@@ -36,24 +36,31 @@ def plan_options(command: Any) -> Any:
 
 @click.command()
 @click.argument("checkpoint")
-@click.option("--output", type=click.Path(path_type=Path), required=True, help="The artifact folder to write.")
+@click.option("--output", type=click.Path(path_type=Path), help="The artifact folder to write.")
 @click.option("--precision", metavar=PRECISIONS, help="What it computes in. Default: fp32.")
 @click.option("--text", type=click.Path(), help="Prove parity, and fit int8, on this text. Default: Python's docs.")
 @click.option("--calibration", metavar=CALIBRATIONS, help="How int8 is scaled. Default: percentile.")
 @click.option("--allow-drift", is_flag=True, help="Export even what differs from the checkpoint beyond the bounds.")
 @plan_options
+@click.option(
+    "--triton",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Write a model repository for Triton Inference Server too.",
+)
 @click.option("--model-card", is_flag=True, help="Write a README.md for the hub.")
 @click.option("--result", "results", multiple=True, metavar="RESULT", help="An evaluation to show on it. Repeatable.")
 @overwrite_option
 @json_option
 def export(
     checkpoint: str,
-    output: Path,
+    output: Path | None,
     precision: str | None,
     text: str | None,
     calibration: str | None,
     allow_drift: bool,
     trt: bool,
+    triton: Path | None,
     model_card: bool,
     results: tuple[str, ...],
     overwrite: bool,
@@ -65,30 +72,44 @@ def export(
     The proof is made on real text: the same masked tokens through both. Nothing is written unless log-probabilities
     agree: within 1e-4 in fp32, within what docs/export.md says in the other precisions.
 
-    With --trt, CHECKPOINT may be an artifact: its plans are built without torch.
+    With --trt, CHECKPOINT may be an artifact: its plans are built without torch. With --triton alone it may be one too,
+    and --output is left out.
     """
-    from mlmkit.artifact import MANIFEST, is_artifact
+    from mlmkit.artifact import MANIFEST, is_artifact, parse_manifest
     from mlmkit.documents import Source, read_documents
     from mlmkit.files import refuse_existing
 
     from_artifact = is_artifact(Path(checkpoint))
     chosen: dict[str, Any] = {name: value for name, value in plan.items() if value}
     if from_artifact:
-        if not trt:
-            raise UserError(f"{checkpoint} is an artifact: name the checkpoint it came from, or add plans with --trt")
+        if not trt and not triton:
+            raise UserError(
+                f"{checkpoint} is an artifact: name the checkpoint it came from, add plans with --trt, or say --triton"
+            )
         if precision or calibration or model_card or results:
-            raise UserError("an artifact keeps its precision and gets no card: only plans are built from it")
+            raise UserError("an artifact keeps its precision and gets no card: plans and --triton are made from it")
+        if not trt and (output or text or allow_drift):
+            raise UserError("--triton alone reads an artifact as it is: leave out --output, --text and --allow-drift")
+    if output is None and (trt or not from_artifact):
+        raise UserError("say where the artifact goes: --output ARTIFACT")
+    artifact = output or Path(checkpoint)
     if chosen and not trt:
         raise UserError(f"--{next(iter(chosen)).replace('_', '-')} is about TensorRT plans: say --trt too")
     if calibration and precision != "int8":
         raise UserError("--calibration is about --precision int8")
     if results and not model_card:
         raise UserError("--result is shown on the model card: say --model-card too")
-    refuse_existing(output, MANIFEST if overwrite else "")
+    if output:
+        refuse_existing(output, MANIFEST if overwrite else "")
     if trt:
         require("trt", "tensorrt", "cuda")
     if not from_artifact:
         require("train", "torch", "transformers", "onnx", "onnxscript", "safetensors")
+    if triton:
+        require("train", "onnx_ir")
+        from mlmkit.export.triton import check_repository
+
+        check_repository(artifact.resolve().name, triton, overwrite=overwrite)
     texts = list(islice(read_documents(Source(text)), DOCUMENTS)) if text else []
     if text and not texts:
         raise UserError(f"{text}: no documents in it")
@@ -97,7 +118,9 @@ def export(
         from mlmkit.export.tensorrt import PlanOptions
 
         common["plans"] = PlanOptions(**chosen)
-    if from_artifact:
+    if output is None:
+        manifest = parse_manifest(artifact)
+    elif from_artifact:
         from mlmkit.export.plans import add_plans
 
         manifest = add_plans(Path(checkpoint), output, **common)
@@ -114,15 +137,21 @@ def export(
             results=[load_result(Path(folder)).result for folder in results],
             **common,
         )
+    models = None
+    if triton:
+        from mlmkit.export.triton import write_repository
+
+        models = write_repository(artifact, triton, overwrite=overwrite)
     if as_json:
         found = manifest.tensorrt.parity if manifest.tensorrt else None
         print_json(
             {
-                "artifact": str(output),
+                "artifact": str(artifact),
                 "precision": manifest.precision,
                 "parity": manifest.parity,
                 "drift_allowed": manifest.drift_allowed,
                 "tensorrt_parity": found,
+                "triton_models": models,
             }
         )
         return
@@ -131,4 +160,6 @@ def export(
     click.echo(f"parity {parity_line(manifest.parity)}")
     if manifest.tensorrt:
         click.echo(f"TensorRT's {parity_line(manifest.tensorrt.parity)}")
-    click.echo(f"artifact: {output}")
+    click.echo(f"artifact: {artifact}")
+    if models:
+        click.echo(f"Triton's model repository: {triton}, with {' and '.join(models)}")

@@ -52,12 +52,12 @@ def new_folder(path: Path, *, replaces: str = "") -> Iterator[Path]:
 def refuse_existing(path: Path, replaces: str = "") -> None:
     """Raise `UserError` now rather than after hours of work if `new_folder` would refuse `path`."""
     if (path.exists() or path.is_symlink()) and not path.is_dir():
-        raise UserError(f"{path} exists and is not a folder: choose another --output")
+        raise UserError(f"{path} exists and is not a folder: choose another folder")
     if not path.is_dir() or not any(path.iterdir()) or (replaces and (path / replaces).exists()):
         return
     if replaces:
-        raise UserError(f"{path} holds no {replaces}, so --overwrite leaves it alone: choose another --output")
-    raise UserError(f"{path} exists: choose another --output, or replace it with --overwrite")
+        raise UserError(f"{path} holds no {replaces}, so --overwrite leaves it alone: choose another folder")
+    raise UserError(f"{path} exists: choose another folder, or replace it with --overwrite")
 
 
 @contextmanager
