@@ -14,6 +14,7 @@ from mlmkit.cli_eval import compare, evaluate, report, score
 from mlmkit.cli_export import export
 from mlmkit.cli_inspect import inspect
 from mlmkit.cli_options import json_option, model_options, print_json, printable
+from mlmkit.cli_serve import serve
 from mlmkit.cli_train import train
 from mlmkit.errors import CheckError, EndedElsewhereError, StoppedError, UserError, require
 
@@ -23,14 +24,14 @@ INTERRUPTED, TERMINATED = 130, 143
 class _HelpfulGroup(click.Group):
     def list_commands(self, ctx: click.Context) -> list[str]:
         # in the order in which they are used
-        return ["demo", "train", "export", "inspect", "eval", "compare", "report", "score", "fill"]
+        return ["demo", "train", "export", "inspect", "eval", "compare", "report", "score", "fill", "serve"]
 
 
 @click.group(cls=_HelpfulGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__, prog_name="mlmkit")
 @click.option("-v", "--verbose", is_flag=True, help="Say more, and show tracebacks.")
 def cli(verbose: bool) -> None:
-    """Masked language models the whole way: train, export, evaluate, fill.
+    """Masked language models the whole way: train, export, evaluate, fill, serve.
 
     MODEL is a Hugging Face checkpoint (a folder or a hub name), or an artifact that `mlmkit export` wrote. Results go
     to standard output; progress and messages go to standard error.
@@ -125,3 +126,6 @@ def fill(model: str, text: str, top_k: int, targets: tuple[str, ...], backend: s
             click.echo(f"mask {number}")
         for candidate in row:
             click.echo(f"{candidate['score']:8.4f}  {candidate['token_str']:16}  {candidate['sequence']}")
+
+
+cli.add_command(serve)

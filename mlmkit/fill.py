@@ -1,13 +1,18 @@
-"""Filling masks, in the terms that users of Hugging Face know: `score`, `token`, `token_str`, `sequence`."""
+"""Filling masks, in the terms that users of Hugging Face know: `score`, `token`, `token_str`, `sequence`.
+
+A text becomes a `Question`, whose batch of one row any backend predicts, alone or merged with others; `answer` reads
+the candidates off the prediction. `fill` does all three.
+"""
 
 import logging
-import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TypedDict
 
 import numpy as np
+from numpy.typing import NDArray
 
-from mlmkit.backends import Backend, Batch
+from mlmkit.backends import Backend, Batch, ModelInfo, Predicted
 from mlmkit.errors import CheckError, UserError
 from mlmkit.tokenizer import Tokenizer
 
@@ -23,39 +28,86 @@ class Candidate(TypedDict):
     sequence: str
 
 
-def fill(backend: Backend, text: str, *, top_k: int = 5, targets: Sequence[str] = ()) -> list[list[Candidate]]:
-    """Candidates for each mask of the text, best first: a list a mask.
+class NoMaskError(UserError):
+    """The text has no mask."""
 
-    Several masks are filled independently, each with the others still masked. With `targets`, only these are ranked.
-    Raises `UserError` when there is no mask, the text is too long, or `top_k` is out of range, and `CheckError` when
-    the model's scores are not finite.
+
+class TextTooLongError(UserError):
+    """The text has more tokens than the model takes."""
+
+
+class TargetError(UserError):
+    """A target that no token stands for."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """A text to fill: `ids` `[seq]` with special tokens, `masks` `[masks]` their places, both int64.
+
+    With `targets`, ids, only these are ranked. `stand_ins` gives each target that is not in the vocabulary the piece
+    that stands for it.
     """
-    tokenizer = backend.tokenizer
+
+    ids: NDArray[np.int64]
+    masks: NDArray[np.int64]
+    targets: list[int]
+    top_k: int
+    stand_ins: dict[str, str]
+
+    @property
+    def batch(self) -> Batch:
+        """One row. It asks for each mask, or for every target at each mask: positions may repeat."""
+        positions = np.repeat(self.masks, max(len(self.targets), 1))
+        targets = np.tile(np.array(self.targets or [0], dtype=np.int64), len(self.masks))
+        return Batch(self.ids[None], np.ones_like(self.ids)[None], positions, targets)
+
+
+def ask(tokenizer: Tokenizer, info: ModelInfo, text: str, *, top_k: int = 5, targets: Sequence[str] = ()) -> Question:
+    """The question that a text puts. Raises `UserError`, in one of its kinds above, for what cannot be asked."""
     if not all(_is_unicode(string) for string in (text, *targets)):
         raise UserError("the text or a target is not valid UTF-8")
     ids = np.array(tokenizer.encode_control(text).ids, dtype=np.int64)
     masks = np.flatnonzero(ids == tokenizer.mask_id)
     if not len(masks):
-        raise UserError(f"the text has no {tokenizer.mask_token}: put it where a word is to be filled in")
-    if len(ids) > backend.info.max_length:
-        raise UserError(f"the text has {len(ids)} tokens, and this model takes {backend.info.max_length}: shorten it")
-    if not 1 <= top_k <= backend.info.top_k:
-        raise UserError(f"top_k must be between 1 and {backend.info.top_k}, not {top_k}")
-    if targets:
-        ranked = _rank_targets(backend, ids, masks, _target_ids(tokenizer, targets), top_k)
+        raise NoMaskError(f"the text has no {tokenizer.mask_token}: put it where a word is to be filled in")
+    if len(ids) > info.max_length:
+        raise TextTooLongError(f"the text has {len(ids)} tokens, and this model takes {info.max_length}: shorten it")
+    if not 1 <= top_k <= info.top_k:
+        raise UserError(f"top_k must be between 1 and {info.top_k}, not {top_k}")
+    target_ids, stand_ins = _target_ids(tokenizer, targets)
+    return Question(ids, masks, target_ids, top_k, stand_ins)
+
+
+def answer(tokenizer: Tokenizer, question: Question, predicted: Predicted) -> list[list[Candidate]]:
+    """Candidates for each mask, best first, from the prediction of the question's batch.
+
+    Several masks are filled independently, each with the others still masked. Raises `CheckError` when the scores are
+    not finite.
+    """
+    if question.targets:
+        scores = np.exp(predicted.log_prob).reshape(len(question.masks), len(question.targets))
+        order = np.argsort(-scores, axis=1, kind="stable")[:, : question.top_k]
+        ids, scores = np.array(question.targets)[order], np.take_along_axis(scores, order, axis=1)
     else:
-        batch = Batch(ids[None], np.ones_like(ids)[None], masks, np.full(len(masks), tokenizer.mask_id))
-        predicted = backend.predict(batch)
-        ranked = [
-            list(zip(row_ids[:top_k].tolist(), np.exp(row[:top_k]).tolist(), strict=True))
-            for row_ids, row in zip(predicted.top_id, predicted.top_log_prob, strict=True)
-        ]
-    if not all(math.isfinite(score) for row in ranked for _, score in row):
+        ids, scores = predicted.top_id[:, : question.top_k], np.exp(predicted.top_log_prob[:, : question.top_k])
+    if not np.isfinite(scores).all():
         raise CheckError("the model gives scores that are not finite: its weights or activations are not")
     return [
-        [_candidate(tokenizer, ids, int(mask), id, score, several=len(masks) > 1) for id, score in row]
-        for mask, row in zip(masks, ranked, strict=True)
+        [_candidate(tokenizer, question, int(mask), id, score) for id, score in zip(*row, strict=True)]
+        for mask, *row in zip(question.masks, ids.tolist(), scores.tolist(), strict=True)
     ]
+
+
+def fill(backend: Backend, text: str, *, top_k: int = 5, targets: Sequence[str] = ()) -> list[list[Candidate]]:
+    """Candidates for each mask of the text, best first: a list a mask.
+
+    Raises `UserError` when there is no mask, the text is too long, a target has no token or `top_k` is out of range,
+    and `CheckError` when the model's scores are not finite.
+    """
+    question = ask(backend.tokenizer, backend.info, text, top_k=top_k, targets=targets)
+    for target, piece in question.stand_ins.items():
+        log.warning("%r is not in the vocabulary: its first piece %r stands for it", target, piece)
+    return answer(backend.tokenizer, question, backend.predict(question.batch))
 
 
 def _is_unicode(text: str) -> bool:
@@ -63,36 +115,27 @@ def _is_unicode(text: str) -> bool:
     return text.encode("utf-8", "ignore").decode() == text
 
 
-def _rank_targets(
-    backend: Backend, ids: np.ndarray, masks: np.ndarray, target_ids: list[int], top_k: int
-) -> list[list[tuple[int, float]]]:
-    """Score every target at every mask: positions may repeat in one batch."""
-    batch = Batch(
-        ids[None], np.ones_like(ids)[None], np.repeat(masks, len(target_ids)), np.tile(target_ids, len(masks))
-    )
-    scores = np.exp(backend.score(batch).log_prob).reshape(len(masks), len(target_ids))
-    order = np.argsort(-scores, axis=1, kind="stable")[:, :top_k]
-    return [[(target_ids[i], float(row[i])) for i in best] for row, best in zip(scores, order, strict=True)]
-
-
-def _target_ids(tokenizer: Tokenizer, targets: Sequence[str]) -> list[int]:
+def _target_ids(tokenizer: Tokenizer, targets: Sequence[str]) -> tuple[list[int], dict[str, str]]:
     """Ids in the order given, each once. As Hugging Face does it, an unknown target becomes its first piece."""
     ids: list[int] = []
+    stand_ins: dict[str, str] = {}
     for target in targets:
         id = tokenizer.token_id(target)
         if id is None:
             pieces = tokenizer.encode([target]).ids
-            if not len(pieces):
-                raise UserError(f"the target {target!r} has no token")
+            if not len(pieces) or pieces[0] == tokenizer.unk_id:
+                raise TargetError(f"the target {target!r} has no token in this vocabulary")
             id = int(pieces[0])
-            log.warning("%r is not in the vocabulary: its first piece %r stands for it", target, tokenizer.token(id))
+            stand_ins[target] = tokenizer.token(id)
         ids.append(id)
-    return list(dict.fromkeys(ids))
+    return list(dict.fromkeys(ids)), stand_ins
 
 
-def _candidate(tokenizer: Tokenizer, ids: np.ndarray, mask: int, id: int, score: float, *, several: bool) -> Candidate:
-    filled = ids.copy()
+def _candidate(tokenizer: Tokenizer, question: Question, mask: int, id: int, score: float) -> Candidate:
+    filled = question.ids.copy()
     filled[mask] = id
+    if "pad_token" in tokenizer.named:
+        filled = filled[filled != tokenizer.pad_id]  # as the pipeline does
     # With other masks still open, the special tokens stay, or the text would not show where they are.
-    sequence = tokenizer.decode(filled.tolist(), skip_special_tokens=not several)
+    sequence = tokenizer.decode(filled.tolist(), skip_special_tokens=len(question.masks) == 1)
     return Candidate(score=score, token=id, token_str=tokenizer.decode([id]), sequence=sequence)

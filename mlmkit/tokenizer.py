@@ -169,6 +169,18 @@ class Tokenizer:
             np.bincount(document, weights=counts, minlength=len(tokens.lengths)).astype(np.int64),
         )
 
+    def spans(self, text: str) -> list[tuple[int, int]]:
+        """Where each token of `encode([text])` begins and ends in the text, in code points.
+
+        Pieces of one character share its span.
+        """
+        encoding = self._data.encode(text, add_special_tokens=False)
+        return [
+            span
+            for id, span in zip(encoding.ids, encoding.offsets, strict=True)
+            for _ in (self._pieces_of(id) if id in self.special_ids and id != self.unk_id else [id])
+        ]
+
     def _pieces_of(self, control_id: int) -> list[int]:
         spelling = self.token(control_id)
         parts = [part for part in (spelling[:1], spelling[1:]) if part]

@@ -1,0 +1,63 @@
+"""The command that serves."""
+
+from typing import Any
+
+import click
+
+from mlmkit.cli_options import model_options
+from mlmkit.errors import require
+
+AT_LEAST_1 = click.IntRange(min=1)
+# The field of `Limits`, the option, its type, what it bounds.
+BOUNDS: tuple[tuple[str, str, Any, str], ...] = (
+    ("body_bytes", "--max-body-bytes", AT_LEAST_1, "Bytes of a request. Default: 2000000."),
+    ("texts", "--max-texts", AT_LEAST_1, "Texts of a request. Default: 64."),
+    ("text_tokens", "--max-tokens", AT_LEAST_1, "Tokens of a text. Default: what the model takes."),
+    ("text_masks", "--max-masks", AT_LEAST_1, "Masks of a text. Default: 64."),
+    ("targets", "--max-targets", AT_LEAST_1, "Targets of a request. Default: 100."),
+    ("requests", "--max-requests", AT_LEAST_1, "Requests under way at once. Default: 512."),
+    ("queue_tokens", "--max-queue-tokens", AT_LEAST_1, "Tokens that wait. Default: 65536, on CUDA 1048576."),
+    ("batch_tokens", "--batch-tokens", AT_LEAST_1, "Tokens of an engine call. Default: 1024, on CUDA 16384."),
+    ("wait_seconds", "--max-wait", click.FloatRange(min=0), "Seconds to wait for company. Default: 0.005."),
+    ("deadline_seconds", "--deadline", click.FloatRange(min=0.01), "Seconds for an answer. Default: 30."),
+    ("drain_seconds", "--drain", click.FloatRange(min=0), "Seconds to answer the rest when stopped. Default: 25."),
+)
+
+
+def limit_options(command: Any) -> Any:
+    """An option for each bound."""
+    for field, name, kind, help in reversed(BOUNDS):
+        command = click.option(name, field, type=kind, default=None, help=help)(command)
+    return command
+
+
+@click.command()
+@click.argument("model")
+@click.option("--host", default="127.0.0.1", show_default=True, help="The address to listen on.")
+@click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0 takes a free one.")
+@click.option("--workers", type=AT_LEAST_1, default=1, show_default=True, help="Processes, each with its own model.")
+@click.option("--token", envvar="MLMKIT_TOKEN", help="Ask for this bearer token. Default: $MLMKIT_TOKEN.")
+@limit_options
+@click.option("--log-texts", is_flag=True, help="Write the texts to the log.")
+@model_options
+def serve(
+    model: str,
+    host: str,
+    port: int,
+    workers: int,
+    token: str | None,
+    log_texts: bool,
+    backend: str,
+    device: str,
+    **bounds: float | None,
+) -> None:
+    """Serve MODEL over HTTP: fill-mask, scoring, and a page to play with.
+
+    The API is Hugging Face's: huggingface_hub.InferenceClient("http://127.0.0.1:8000").fill_mask(...). See /docs of the
+    running server. SIGTERM ends it once what it has accepted is answered.
+    """
+    require("serve", "fastapi", "fastapi_offline", "httptools", "prometheus_client", "uvicorn")
+    from mlmkit.serve.server import Serving, serve
+
+    limits = {name: value for name, value in bounds.items() if value is not None}
+    serve(Serving(model, backend, device, host, port, token or None, workers, log_texts, limits))

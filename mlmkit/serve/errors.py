@@ -1,0 +1,65 @@
+"""Every refusal of the server, in one form: `{"error": "one line", "error_type": "a_name"}`.
+
+`error` is where Hugging Face's clients and those of the Open Inference Protocol look for the message.
+"""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from starlette.responses import Response
+
+LONGEST_WAIT = 60  # seconds that a client is told to wait, at most
+
+
+class ApiError(Exception):
+    """A refusal: its status, its name, one line that says what to do, and after how many seconds to ask again."""
+
+    def __init__(self, status: int, error_type: str, message: str, retry_after: float | None = None) -> None:
+        super().__init__(message)
+        self.status, self.error_type, self.message = status, error_type, message
+        self.headers: dict[str, str] = {}
+        if retry_after is not None:
+            self.headers["Retry-After"] = str(min(max(math.ceil(retry_after), 1), LONGEST_WAIT))
+
+
+def overloaded(reason: str, delay: float) -> ApiError:
+    """429: nothing is wrong with the request but its moment."""
+    return ApiError(429, "overloaded", f"{reason}: ask again later, as Retry-After says", delay)
+
+
+def shutting_down() -> ApiError:
+    """503: another server should be asked."""
+    return ApiError(503, "shutting_down", "the server is shutting down", 1)
+
+
+def error_response(error: ApiError, headers: Mapping[str, str] | None = None) -> Response:
+    """The refusal as HTTP."""
+    return Response(
+        error_body(error), error.status, {**error.headers, **(headers or {})}, media_type="application/json"
+    )
+
+
+def error_body(error: ApiError) -> bytes:
+    """The refusal as JSON. Half surrogate pairs, which JSON may hold and UTF-8 cannot, are replaced."""
+    body = {"error": error.message, "error_type": error.error_type}
+    return json.dumps(body, ensure_ascii=False).encode("utf-8", "replace")
+
+
+def invalid(errors: Sequence[Mapping[str, Any]]) -> ApiError:
+    """What pydantic found wrong with a request, as one line that does not repeat the request's texts."""
+    if any(error["type"] == "json_invalid" for error in errors):
+        reason = next(error for error in errors if error["type"] == "json_invalid")
+        place, why = reason["loc"][-1], reason.get("ctx", {}).get("error", "it cannot be parsed")
+        return ApiError(400, "malformed_json", f"the body is no JSON: {why} (at character {place})")
+    place = _place(errors[0])
+    # A value that may be of several types has an error for each.
+    reasons = dict.fromkeys(str(error["msg"]) for error in errors if _place(error) == place)
+    return ApiError(422, "invalid_request", f"{place}: {', or: '.join(reasons)}")
+
+
+def _place(error: Mapping[str, Any]) -> str:
+    """Where in the body, without the types that pydantic tried there."""
+    parts = [str(part) for part in error["loc"] if part not in ("body", "str") and "[" not in str(part)]
+    return ".".join(parts) or "the body"

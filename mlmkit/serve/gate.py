@@ -1,0 +1,201 @@
+"""What every request passes before the application sees it: who, how large, how many, how long."""
+
+import asyncio
+import contextlib
+import hmac
+import logging
+import time
+from collections.abc import AsyncIterator
+from typing import Any
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from mlmkit.serve.errors import ApiError, error_body, overloaded
+from mlmkit.serve.limits import Limits
+from mlmkit.serve.metrics import Metrics
+
+log = logging.getLogger(__name__)
+
+PROBES = ("/health", "/ready", "/v2/health/live", "/v2/health/ready")
+PAGES = ("/", "/docs", "/openapi.json", "/favicon.ico")
+COUNTED = (*PROBES, *PAGES, "/fill-mask", "/score", "/info", "/metrics")
+CLIENT_LEFT = 499  # as nginx writes it
+DISCARDED = 16  # times the limit of a body: what is read and dropped, so that the client hears why
+HEADERS = (
+    (b"x-content-type-options", b"nosniff"),
+    (b"referrer-policy", b"no-referrer"),
+    (b"x-frame-options", b"DENY"),
+    (b"cache-control", b"no-store"),
+)
+
+
+class Gate:
+    """ASGI middleware. A POST's body is read here, whole, before the application runs.
+
+    The application's task is cancelled when its client leaves or the deadline passes, so endpoints need not look.
+    """
+
+    def __init__(self, app: ASGIApp, limits: Limits, metrics: Metrics, token: str | None) -> None:
+        self.app, self.limits, self.metrics = app, limits, metrics
+        self.token = token.encode() if token else None
+        self.in_flight = 0
+        self.is_draining = False
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """See ASGI."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        answer = _Answer(send, self)
+        state = scope.setdefault("state", {})
+        state["error_type"] = ""
+        endpoint = endpoint_of(scope["path"])
+        begun = time.perf_counter()
+        try:
+            self._check_token(scope)
+            if scope["method"] in ("POST", "PUT", "PATCH"):
+                async with self._place():
+                    await self._answer_in_time(scope, receive, answer)
+            else:
+                await self.app(scope, receive, answer.send)
+        except ApiError as error:
+            state["error_type"] = error.error_type
+            await answer.refuse(error)
+        except TimeoutError:  # of `_Answer.send`: uvicorn closes the connection of an answer that is not complete
+            log.info("a client does not read its answer")
+        finally:
+            seconds = time.perf_counter() - begun
+            self.metrics.saw_request(endpoint, answer.status, seconds, state["error_type"])
+            quiet = endpoint in PROBES or endpoint == "/metrics"
+            method = scope["method"] if scope["method"].isalpha() else "?"
+            log.log(
+                logging.DEBUG if quiet else logging.INFO,
+                "%s %s %d %.1f ms %s", method[:10], endpoint, answer.status, seconds * 1e3, state["error_type"],
+            )  # fmt: skip
+
+    def _check_token(self, scope: Scope) -> None:
+        path = scope["path"]
+        if self.token is None or path in PROBES or (scope["method"] in ("GET", "HEAD") and _is_page(path)):
+            return
+        given = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
+        scheme, _, token = given.partition(b" ")
+        if not (hmac.compare_digest(token.strip(), self.token) and scheme.lower() == b"bearer"):
+            error = ApiError(401, "unauthorized", "send the server's token as Authorization: Bearer TOKEN")
+            error.headers["WWW-Authenticate"] = "Bearer"
+            raise error
+
+    @contextlib.asynccontextmanager
+    async def _place(self) -> AsyncIterator[None]:
+        if self.in_flight >= self.limits.requests:
+            raise overloaded(f"{self.in_flight} requests are under way", 1)
+        self.in_flight += 1
+        self.metrics.in_flight.inc()
+        try:
+            yield
+        finally:
+            self.in_flight -= 1
+            self.metrics.in_flight.dec()
+
+    async def _answer_in_time(self, scope: Scope, receive: Receive, answer: "_Answer") -> None:
+        try:
+            async with asyncio.timeout(self.limits.deadline_seconds) as deadline:
+                body = await self._read(scope, receive)
+        except TimeoutError:
+            raise ApiError(408, "body_too_slow", "the body did not arrive in time") from None
+        if body is None:
+            answer.status = CLIENT_LEFT
+            return
+        application = asyncio.ensure_future(self.app(scope, _replay(body), answer.send))
+        gone = asyncio.ensure_future(receive())  # the body is read: nothing but a farewell can come
+        try:
+            left = (deadline.when() or 0) - asyncio.get_running_loop().time()
+            await asyncio.wait((application, gone), timeout=left, return_when=asyncio.FIRST_COMPLETED)
+            if application.done():
+                application.result()
+            elif answer.status == 0:
+                if gone.done():
+                    answer.status = CLIENT_LEFT
+                    return
+                seconds = f"{self.limits.deadline_seconds:g}"
+                raise ApiError(503, "deadline_exceeded", f"no answer within {seconds} seconds: send less, or later", 1)
+            else:
+                await application  # the answer is on its way
+        finally:
+            gone.cancel()
+            if not application.done():
+                application.cancel()
+                await asyncio.wait((application,))
+
+    async def _read(self, scope: Scope, receive: Receive) -> bytes | None:
+        """The body; None if the client left while it sent it. Raises `ApiError` for one that is too large."""
+        limit = self.limits.body_bytes
+        said = next((value for name, value in scope["headers"] if name == b"content-length"), b"0")
+        parts, size, is_large = [], 0, int(said) > limit if said.isdigit() else False
+        while True:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                return None
+            size += len(message.get("body", b""))
+            is_large = is_large or size > limit
+            if is_large:
+                parts.clear()
+            else:
+                parts.append(message.get("body", b""))
+            if not message.get("more_body") or size > DISCARDED * limit:
+                break
+        if is_large:
+            raise ApiError(413, "body_too_large", f"the body is larger than {limit} bytes: send fewer texts at once")
+        return b"".join(parts)
+
+
+class _Answer:
+    """The way back: adds the headers that every answer has, and remembers the status, 0 until there is one."""
+
+    def __init__(self, send: Send, gate: Gate) -> None:
+        self._send, self._gate, self.status = send, gate, 0
+
+    async def send(self, message: Message) -> None:
+        """ASGI's send. Raises `TimeoutError` when the client does not read."""
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
+            given = {name.lower() for name, _ in message["headers"]}
+            own = [header for header in HEADERS if header[0] not in given]
+            if self._gate.is_draining:
+                own.append((b"connection", b"close"))
+            message = {**message, "headers": [*message["headers"], *own]}
+        async with asyncio.timeout(self._gate.limits.deadline_seconds):
+            await self._send(message)
+
+    async def refuse(self, error: ApiError) -> None:
+        """Answer with a refusal, unless another answer has begun."""
+        if self.status:
+            return
+        body = error_body(error)
+        headers = [(name.lower().encode(), value.encode()) for name, value in error.headers.items()]
+        headers += [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+        if error.status in (408, 413):  # more of its body may come, and come slowly
+            headers.append((b"connection", b"close"))
+        await self.send({"type": "http.response.start", "status": error.status, "headers": headers})
+        await self.send({"type": "http.response.body", "body": body})
+
+
+def endpoint_of(path: str) -> str:
+    """A path as figures and logs name it: what a client may invent is `other`."""
+    if path in COUNTED:
+        return path
+    return next((prefix for prefix in ("/v2", "/static") if path.startswith(f"{prefix}/")), "other")
+
+
+def _is_page(path: str) -> bool:
+    return path in PAGES or path.startswith("/static/")
+
+
+def _replay(body: bytes) -> Receive:
+    messages: list[Any] = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def receive() -> Message:
+        if messages:
+            return messages.pop()
+        return await asyncio.get_running_loop().create_future()  # the gate itself watches for a farewell
+
+    return receive

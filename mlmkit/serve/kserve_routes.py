@@ -1,0 +1,75 @@
+"""Routes of the Open Inference Protocol, version 2."""
+
+from typing import TYPE_CHECKING, Any
+
+from fastapi import APIRouter, Request, Response
+from fastapi.responses import JSONResponse
+
+from mlmkit import __version__
+from mlmkit.serve import kserve
+from mlmkit.serve.batcher import split
+from mlmkit.serve.errors import ApiError
+
+if TYPE_CHECKING:
+    from mlmkit.serve.app import Service
+
+VERSION = "1"
+
+
+def kserve_router(service: "Service") -> APIRouter:
+    """The protocol's paths over the service's one model."""
+    router = APIRouter(prefix="/v2", tags=["Open Inference Protocol"])
+    body = {"content": {"application/json": {"schema": kserve.InferRequest.model_json_schema()}}, "required": True}
+
+    def check(name: str, version: str = VERSION) -> None:
+        if name != service.name or version != VERSION:
+            raise ApiError(404, "no_such_model", f"the model here is {service.name}, version {VERSION}")
+
+    @router.get("")
+    async def server() -> dict[str, Any]:
+        """The server."""
+        return {"name": "mlmkit", "version": __version__, "extensions": ["binary_tensor_data"]}
+
+    @router.get("/health/live")
+    async def live() -> dict[str, bool]:
+        """Whether the process lives."""
+        return {"live": True}
+
+    @router.get("/health/ready")
+    async def ready() -> Response:
+        """Whether it takes requests."""
+        return JSONResponse({"ready": service.is_ready}, 200 if service.is_ready else 503)
+
+    @router.get("/models/{name}/ready")
+    @router.get("/models/{name}/versions/{version}/ready")
+    async def model_ready(name: str, version: str = VERSION) -> Response:
+        """Whether the model takes requests."""
+        check(name, version)
+        return JSONResponse({"name": name, "ready": service.is_ready}, 200 if service.is_ready else 503)
+
+    @router.get("/models/{name}")
+    @router.get("/models/{name}/versions/{version}")
+    async def model(name: str, version: str = VERSION) -> kserve.ModelMetadata:
+        """The scoring graph's inputs and outputs."""
+        check(name, version)
+        return kserve.metadata(name, service.backend.info, f"mlmkit_{service.backend.name}")
+
+    @router.post("/models/{name}/infer", response_model=kserve.InferAnswer, openapi_extra={"requestBody": body})
+    @router.post(
+        "/models/{name}/versions/{version}/infer",
+        response_model=kserve.InferAnswer,
+        openapi_extra={"requestBody": body},
+    )
+    async def infer(request: Request, name: str, version: str = VERSION) -> Response:
+        """The scoring graph on a batch of rows, which may share the engine's calls with other requests' rows."""
+        check(name, version)
+        content, length = await request.body(), request.headers.get(kserve.HEADER_LENGTH)
+        asked, batch = await service.in_thread(kserve.read_request, content, length)
+        kserve.check_batch(batch, service.backend.info, service.limits)
+        rows = {number: row for number, row in enumerate(split(batch)) if len(row.positions)}
+        predicted = dict(zip(rows, await service.predict(list(rows.values())), strict=True))
+        found = kserve.gather(batch, predicted, service.backend.info.top_k)
+        answer, headers = await service.in_thread(kserve.write_answer, name, asked, found)
+        return Response(answer, headers=headers)
+
+    return router

@@ -1,0 +1,61 @@
+"""uvicorn's HTTP protocol with a bound on how long, and how much, a client may send before its request begins."""
+
+import asyncio
+
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+HEAD_SECONDS = 10.0
+HEAD_BYTES = 1 << 16
+
+
+class Protocol(HttpToolsProtocol):
+    """Closes a connection whose next request line and headers do not arrive whole in time.
+
+    uvicorn has a timeout for connections that are idle between requests, and none for those that send a byte a minute.
+    """
+
+    _timer: asyncio.TimerHandle | None = None
+    _received = 0
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """See asyncio."""
+        super().connection_made(transport)
+        self._arm()
+
+    def data_received(self, data: bytes) -> None:
+        """See asyncio."""
+        super().data_received(data)
+        if self.is_waiting:
+            self._received += len(data)
+            if self._received > HEAD_BYTES:
+                self.transport.close()
+            elif self._timer is None:
+                self._arm()
+
+    def on_headers_complete(self) -> None:
+        """A request has begun: from here on the gate watches over it."""
+        super().on_headers_complete()
+        self._disarm()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """See asyncio."""
+        self._disarm()
+        super().connection_lost(exc)
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether no request is under way."""
+        return self.cycle is None or self.cycle.response_complete
+
+    def _arm(self) -> None:
+        self._timer = self.loop.call_later(HEAD_SECONDS, self._close)
+
+    def _disarm(self) -> None:
+        self._received = 0
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _close(self) -> None:
+        if self.is_waiting and not self.transport.is_closing():
+            self.transport.close()

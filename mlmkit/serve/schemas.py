@@ -1,0 +1,113 @@
+"""What requests and answers look like: checked on the way in, shown in the OpenAPI document."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr
+
+Texts = Annotated[StrictStr | list[StrictStr], Field(description="A text, or a list of texts.")]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class FillMaskParameters(_Strict):
+    """`targets`: rank these only. What is not in the vocabulary is ranked by its first piece."""
+
+    top_k: StrictInt | None = Field(5, description="Candidates a mask.")
+    targets: StrictStr | list[StrictStr] | None = None
+
+
+class FillMaskRequest(_Strict):
+    """Hugging Face's fill-mask request. `options` is taken and has no effect."""
+
+    inputs: Texts = Field(examples=["The capital of France is [MASK]."])
+    parameters: FillMaskParameters | None = None
+    options: dict[str, Any] | None = Field(None, deprecated=True)
+
+
+class FilledMask(BaseModel):
+    """One candidate for one mask."""
+
+    score: float = Field(description="Its probability, over the whole vocabulary.")
+    token: int
+    token_str: str
+    sequence: str = Field(description="The text with it filled in.")
+
+
+FilledText = list[FilledMask] | list[list[FilledMask]]
+FillMaskAnswer = FilledText | list[FilledText]
+
+
+class ScoreParameters(_Strict):
+    """`pll`: mask each token alone, or with the later tokens of its word (Kauf and Ivanova 2023)."""
+
+    pll: Literal["original", "within-word"] | None = "original"
+    per_token: StrictBool | None = False
+
+
+class ScoreRequest(_Strict):
+    """Texts whose pseudo-log-likelihood is asked for."""
+
+    inputs: Texts = Field(examples=["The capital of France is Paris."])
+    parameters: ScoreParameters | None = None
+
+
+class ScoredToken(BaseModel):
+    """One token: where it stands in the text, in code points, and its log-probability, natural log."""
+
+    token: int
+    token_str: str
+    start: int
+    end: int
+    log_prob: float
+
+
+class ScoredText(BaseModel):
+    """One text. `pseudo_perplexity` is null for a text without tokens."""
+
+    pseudo_log_likelihood: float = Field(description="The sum over its tokens, natural log.")
+    pseudo_perplexity: float | None
+    tokens: int
+    per_token: list[ScoredToken] | None = None
+
+
+ScoreAnswer = ScoredText | list[ScoredText]
+
+
+class Health(BaseModel):
+    """The process answers."""
+
+    status: Literal["ok"] = "ok"
+
+
+class Ready(BaseModel):
+    """Whether requests should be sent here."""
+
+    ready: bool
+
+
+class Info(BaseModel):
+    """What is served, and within which bounds."""
+
+    name: str
+    version: str
+    architecture: str
+    vocabulary_size: int
+    max_length: int
+    precision: str
+    top_k: int
+    fingerprint: str
+    mask_token: str
+    backend: str
+    device: str
+    files: dict[str, str] | None = Field(description="SHA-256 of each file of the artifact.")
+    parity: dict[str, Any] | None = Field(description="The artifact against its checkpoint.")
+    limits: dict[str, float | int]
+
+
+class ErrorBody(BaseModel):
+    """Every refusal."""
+
+    error: str = Field(description="One line that says what is wrong and what to do.")
+    error_type: str = Field(description="A name for programs.")

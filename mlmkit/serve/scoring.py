@@ -1,0 +1,78 @@
+"""Pseudo-log-likelihood as rows for the batcher: one row a token, that token masked."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from mlmkit.backends import Backend, Batch, Predicted, capacity
+from mlmkit.corpus import Corpus, tokenize
+from mlmkit.errors import CheckError
+from mlmkit.eval.plan import Plan, pseudo_plan
+from mlmkit.eval.scoring import build_batch
+from mlmkit.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """Texts to score, and the plan of their rows."""
+
+    texts: list[str]
+    corpus: Corpus
+    plan: Plan
+
+    def lengths(self, tokenizer: Tokenizer) -> list[int]:
+        """Tokens of each text, special ones included."""
+        return (self.corpus.lengths + tokenizer.added_tokens).tolist()
+
+    def rows(self, tokenizer: Tokenizer) -> list[Batch]:
+        """One row a scored token, in the plan's order."""
+        return [build_batch(self.corpus, self.plan, np.array([row]), tokenizer)[0] for row in range(len(self.plan))]
+
+
+def plan_scores(backend: Backend, texts: list[str], variant: str) -> Scoring:
+    """The plan for a few texts. Raises `UserError` for an unknown variant."""
+    corpus = tokenize(texts, backend.tokenizer)
+    return Scoring(texts, corpus, pseudo_plan(corpus, backend.tokenizer, capacity(backend), variant))
+
+
+def read_scores(
+    tokenizer: Tokenizer, scoring: Scoring, predicted: list[Predicted], *, per_token: bool
+) -> list[dict[str, Any]]:
+    """What `ScoredText` holds, for each text. Sums in float64. Raises `CheckError` for scores that are not finite."""
+    log_prob = np.array([row.log_prob[0] for row in predicted], dtype=np.float64)
+    if not np.isfinite(log_prob).all():
+        raise CheckError("the model gives scores that are not finite: its weights or activations are not")
+    corpus, plan, answers = scoring.corpus, scoring.plan, []
+    ends = np.searchsorted(plan.document, np.arange(len(corpus) + 1)).tolist()
+    for number, (text, begin, end) in enumerate(zip(scoring.texts, ends, ends[1:], strict=False)):
+        total, count = float(log_prob[begin:end].sum()), end - begin
+        answer: dict[str, Any] = {
+            "pseudo_log_likelihood": total,
+            "pseudo_perplexity": _perplexity(total, count),
+            "tokens": count,
+        }
+        if per_token:
+            spans = tokenizer.spans(text)
+            ids = corpus.ids[int(corpus.starts[number]) : int(corpus.starts[number + 1])].tolist()
+            answer["per_token"] = [
+                {
+                    "token": ids[offset],
+                    "token_str": tokenizer.readable(ids[offset]),
+                    "start": spans[offset][0],
+                    "end": spans[offset][1],
+                    "log_prob": value,
+                }
+                for offset, value in zip(plan.offset[begin:end].tolist(), log_prob[begin:end].tolist(), strict=True)
+            ]
+        answers.append(answer)
+    return answers
+
+
+def _perplexity(total: float, count: int) -> float | None:
+    """exp(-PLL / N), Salazar et al. 2020; None without tokens, or beyond what a float holds."""
+    try:
+        return math.exp(-total / count) if count else None
+    except OverflowError:
+        return None

@@ -1,0 +1,282 @@
+"""Running the application: the socket, the signals, one process or several."""
+
+import asyncio
+import contextlib
+import ipaddress
+import logging
+import multiprocessing
+import os
+import resource
+import signal
+import socket
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from multiprocessing.connection import wait
+from typing import Any
+
+import uvicorn
+
+from mlmkit.backends import Backend, load
+from mlmkit.errors import CheckError, EndedElsewhereError, UserError
+from mlmkit.serve.app import Service, build_app
+from mlmkit.serve.gate import Gate
+from mlmkit.serve.limits import BATCH_TOKENS, QUEUE_TOKENS, Limits
+from mlmkit.serve.metrics import SHARED, Metrics
+from mlmkit.serve.protocol import Protocol
+
+log = logging.getLogger(__name__)
+
+BACKLOG = 2048
+KEEP_ALIVE = 75  # seconds: longer than load balancers keep a connection, so that they close it, not we
+FAREWELL = 0.5  # seconds from the signal to the closed socket, so that clients with open connections hear of it
+AGAIN = 1.0  # seconds before a worker that died is started again
+
+
+@dataclass(frozen=True)
+class Serving:
+    """What is served, where and how. `limits` holds the fields of `Limits` that the user named."""
+
+    model: str
+    backend: str
+    device: str
+    host: str
+    port: int
+    token: str | None
+    workers: int
+    log_texts: bool
+    limits: dict[str, Any]
+
+
+def serve(serving: Serving) -> None:
+    """Serve until SIGTERM or SIGINT, then answer what has been accepted and return.
+
+    Raises `UserError` for an address that cannot be had, a model that cannot be loaded, or bounds that do not fit it.
+    """
+    _raise_file_limit()
+    with _listen(serving.host, serving.port) as listener:
+        if serving.token is None and not _is_loopback(listener):
+            log.warning("anyone who reaches this port may use it: set a token (MLMKIT_TOKEN)")
+        if serving.workers == 1:
+            _run(serving, listener, lambda: _say_ready(serving, listener))
+        else:
+            _run_workers(serving, listener)
+
+
+def limits_for(backend: Backend, named: dict[str, Any]) -> Limits:
+    """The bounds for this model on this device. Raises `UserError` for those that the model cannot keep."""
+    longest = backend.info.max_length
+    limits = Limits(
+        **{
+            "text_tokens": longest,
+            "batch_tokens": BATCH_TOKENS[backend.device],
+            "queue_tokens": QUEUE_TOKENS[backend.device],
+        }
+        | named
+    )
+    if limits.text_tokens > longest:
+        raise UserError(f"--max-tokens {limits.text_tokens}: the model takes {longest}")
+    if limits.queue_tokens < limits.text_tokens:
+        raise UserError(f"--max-queue-tokens {limits.queue_tokens} does not hold a text of {limits.text_tokens} tokens")
+    return limits
+
+
+# ---------------------------------------------------------------- one process
+
+
+class _Server(uvicorn.Server):
+    """uvicorn's server, which says that it is going, goes on for a moment, and then answers all that it has."""
+
+    def __init__(self, config: uvicorn.Config, service: Service, gate: Gate, on_ready: Any) -> None:
+        super().__init__(config)
+        self._service, self._gate, self._on_ready = service, gate, on_ready
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self._on_ready()
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """As uvicorn's, but the signal has done its work when the server has gone, and is not raised again."""
+        signals = (signal.SIGINT, signal.SIGTERM)
+        before = {number: signal.signal(number, self.handle_exit) for number in signals}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def handle_exit(self, sig: int, frame: Any) -> None:
+        """Not ready from now on; answers ask their clients to close the connection."""
+        if not self.should_exit:
+            log.info("shutting down: answering what has been accepted")
+        self._service.is_ready = False
+        self._gate.is_draining = True
+        super().handle_exit(sig, frame)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        begun, drain = time.monotonic(), self._service.limits.drain_seconds
+        await asyncio.sleep(min(FAREWELL, drain / 2))
+        for listener in sockets or []:
+            listener.listen(0)  # what the kernel has taken is accepted before the socket goes, and little more comes
+        await asyncio.sleep(0.05)
+        for server in self.servers:
+            server.close()
+        while time.monotonic() - begun < min(2 * FAREWELL, drain) and any(
+            isinstance(connection, Protocol) and connection.cycle is None
+            for connection in self.server_state.connections
+        ):
+            await asyncio.sleep(0.01)  # connections that have been accepted and not yet read
+        refusing = asyncio.create_task(self._refuse_after(begun + drain - time.monotonic()))
+        await super().shutdown(sockets)
+        refusing.cancel()
+
+    async def _refuse_after(self, seconds: float) -> None:
+        await asyncio.sleep(seconds)
+        log.warning("the time to shut down is over: what still waits is refused")
+        if self._service.batcher:
+            await self._service.batcher.close(answer=False)
+
+
+def _run(serving: Serving, listener: socket.socket, on_ready: Any) -> None:
+    backend = load(serving.model, serving.backend, serving.device)
+    service = Service(backend, limits_for(backend, serving.limits), Metrics(), serving.log_texts)
+    _, gate = build_app(service, serving.token)
+    config = uvicorn.Config(
+        gate,
+        http=Protocol,
+        ws="none",
+        lifespan="on",
+        log_config=None,
+        access_log=False,  # the gate's own has no texts, and says how long it took
+        server_header=False,
+        proxy_headers=False,
+        backlog=BACKLOG,
+        timeout_keep_alive=KEEP_ALIVE,
+        timeout_graceful_shutdown=int(service.limits.drain_seconds) + 1,
+    )
+    logging.getLogger("uvicorn").setLevel(logging.WARNING)
+    server = _Server(config, service, gate, on_ready)
+    server.run([listener])
+    if not server.started:
+        raise CheckError("the server did not start: its messages are above")
+
+
+def _say_ready(serving: Serving, listener: socket.socket) -> None:
+    host, port = listener.getsockname()[:2]
+    workers = f", {serving.workers} workers" if serving.workers > 1 else ""
+    log.info("serving %s on http://%s:%d%s", serving.model, f"[{host}]" if ":" in host else host, port, workers)
+
+
+# ---------------------------------------------------------------- several processes
+
+
+@dataclass
+class _Worker:
+    process: Any
+    ready: Any  # the end of a pipe
+    is_ready: bool = False
+
+
+def _run_workers(serving: Serving, listener: socket.socket) -> None:
+    """Workers share the socket, each with its own model and its part of the cores; one that dies is replaced."""
+    is_stopping = threading.Event()
+    before = {number: signal.signal(number, lambda *_: is_stopping.set()) for number in (signal.SIGTERM, signal.SIGINT)}
+    with tempfile.TemporaryDirectory(prefix="mlmkit-metrics-") as folder:
+        os.environ[SHARED] = folder
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        os.environ["LOCAL_WORLD_SIZE"] = str(serving.workers)
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(cores // serving.workers, 1)))
+        workers = [_start_worker(serving, listener) for _ in range(serving.workers)]
+        try:
+            _watch(workers, serving, listener, is_stopping)
+        finally:
+            for worker in workers:
+                worker.process.terminate()
+            for worker in workers:
+                worker.process.join()
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def _watch(workers: list[_Worker], serving: Serving, listener: socket.socket, is_stopping: threading.Event) -> None:
+    from prometheus_client.multiprocess import mark_process_dead
+
+    is_said = False
+    while not is_stopping.is_set():
+        watched = [worker.process.sentinel for worker in workers] + [
+            worker.ready for worker in workers if not worker.is_ready
+        ]
+        found = wait(watched, timeout=0.5)
+        for place, worker in enumerate(workers):
+            if worker.ready in found and worker.process.is_alive():
+                worker.is_ready = True
+            if worker.process.is_alive() or is_stopping.is_set():
+                continue
+            mark_process_dead(worker.process.pid)
+            if not worker.is_ready:
+                raise EndedElsewhereError("a worker could not start")
+            log.warning("worker %d died (exit code %s): starting another", worker.process.pid, worker.process.exitcode)
+            time.sleep(AGAIN)
+            workers[place] = _start_worker(serving, listener)
+        if not is_said and all(worker.is_ready for worker in workers):
+            is_said = True
+            _say_ready(serving, listener)
+
+
+def _start_worker(serving: Serving, listener: socket.socket) -> _Worker:
+    spawn = multiprocessing.get_context("spawn")
+    ours, theirs = spawn.Pipe(duplex=False)
+    level = logging.getLogger("mlmkit").level
+    process = spawn.Process(target=_worker, args=(serving, listener, theirs, level))
+    process.start()
+    theirs.close()
+    return _Worker(process, ours)
+
+
+def _worker(serving: Serving, listener: socket.socket, ready: Any, level: int) -> None:
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("mlmkit").setLevel(level)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def follow() -> None:
+        parent.join()  # killed without a chance to tell us
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=follow, daemon=True).start()
+    try:
+        _run(serving, listener, lambda: ready.send(True))
+    except (UserError, CheckError) as error:
+        log.error("mlmkit: %s", error)
+        sys.exit(error.exit_code)
+
+
+# ---------------------------------------------------------------- the socket
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        family, _, _, _, address = found[0]
+        listener = socket.create_server(address[:2], family=family, backlog=BACKLOG)
+    except (OSError, OverflowError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UserError(f"cannot listen on {host}, port {port}: {reason}") from None
+    listener.set_inheritable(True)
+    return listener
+
+
+def _is_loopback(listener: socket.socket) -> bool:
+    return ipaddress.ip_address(listener.getsockname()[0].partition("%")[0]).is_loopback
+
+
+def _raise_file_limit() -> None:
+    """A connection is a file, and 1,024 are often all that a process may open unless it asks."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

@@ -1,0 +1,277 @@
+"""The server's answers, against transformers' pipeline, huggingface_hub's client and mlmkit's own API."""
+
+import contextlib
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import schemathesis
+from conftest import PORTUGUESE
+from hypothesis import HealthCheck, given, settings
+from hypothesis.errors import Unsatisfiable
+from schemathesis import GenerationMode
+from schemathesis.checks import not_a_server_error
+from schemathesis.specs.openapi.checks import response_schema_conformance, status_code_conformance
+from serving import Server, running
+
+from mlmkit.backends import Batch, load
+
+
+@pytest.fixture(scope="module")
+def server(artifact: Callable[[str], Path]) -> Iterator[Callable[[str], Server]]:
+    """A server by kind of model."""
+    with contextlib.ExitStack() as stack:
+        servers: dict[str, Server] = {}
+
+        def get(kind: str) -> Server:
+            if kind not in servers:
+                servers[kind] = stack.enter_context(running(artifact(kind)))
+            return servers[kind]
+
+        yield get
+
+
+TEXTS = ["The {} is", "A {} b {} c", "{}", f"{PORTUGUESE[0]} {{}}", "é {} ü, \u200b 😀 {} x"]
+PARAMETERS = [{}, {"top_k": 3}, {"targets": ["the", "is", "the", "of"]}, {"targets": ["the", "is"], "top_k": 1}]
+
+
+@pytest.mark.parametrize("kind", ["bert", "roberta"])
+@pytest.mark.parametrize("parameters", PARAMETERS, ids=str)
+def test_fill_mask_gives_what_the_pipeline_gives(kind, parameters, checkpoint, server):
+    from transformers import pipeline
+
+    pipe: Any = pipeline("fill-mask", model=str(checkpoint(kind)))
+    texts = [text.replace("{}", pipe.tokenizer.mask_token) for text in TEXTS]
+    for inputs in [*texts, texts, texts[:1]]:
+        given: Any = server(kind).ask("/fill-mask", {"inputs": inputs, "parameters": parameters}).json
+        expected = pipe(inputs, **parameters)
+        assert strip(given) == strip(expected)
+        np.testing.assert_allclose(scores(given), scores(expected), atol=1e-4)
+
+
+def strip(value: Any) -> Any:
+    """Everything but the scores."""
+    if isinstance(value, list):
+        return [strip(item) for item in value]
+    return {key: value[key] for key in ("token", "token_str", "sequence")}
+
+
+def scores(value: Any) -> list[float]:
+    return [score for item in value for score in scores(item)] if isinstance(value, list) else [value["score"]]
+
+
+def test_fill_mask_answers_the_inference_client(server, monkeypatch):
+    from huggingface_hub import InferenceClient, constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+
+    url = server("bert").url
+    for client in (InferenceClient(base_url=url), InferenceClient(model=f"{url}/fill-mask")):
+        found = client.fill_mask("The [MASK] is", targets=["the", "is"], top_k=2)
+        assert [item.token_str for item in found] == [
+            item["token_str"]
+            for item in server("bert")
+            .ask("/fill-mask", {"inputs": "The [MASK] is", "parameters": {"targets": ["the", "is"], "top_k": 2}})
+            .json
+        ]
+        assert isinstance(found[0].score, float)
+
+
+def test_a_target_that_is_no_token_is_ranked_by_its_first_piece_and_said(server):
+    answer = server("bert").ask("/fill-mask", {"inputs": "A [MASK].", "parameters": {"targets": ["thezzq"]}})
+    assert answer.json[0]["token_str"] == "the"
+    assert answer.headers["x-targets-replaced"] == "1"
+
+
+@pytest.mark.parametrize("variant", ["original", "within-word"])
+def test_score_gives_what_the_library_gives(variant, artifact, server):
+    from mlmkit.eval.pseudo import score_texts
+
+    texts = ["The statement raises an exception.", "x", *PORTUGUESE, "a < b && <b>😀</b> [MASK]", ""]
+    expected = score_texts(load(str(artifact("roberta"))), texts, variant=variant)
+    parameters = {"pll": variant, "per_token": True}
+    found = server("roberta").ask("/score", {"inputs": texts, "parameters": parameters}).json
+    for text, answer, wanted in zip(texts, found, expected, strict=True):
+        assert answer["pseudo_log_likelihood"] == pytest.approx(wanted.pseudo_log_likelihood, abs=1e-4)
+        assert [token["token"] for token in answer["per_token"]] == wanted.token_ids.tolist()
+        np.testing.assert_allclose([token["log_prob"] for token in answer["per_token"]], wanted.log_prob, atol=1e-5)
+        if wanted.log_prob.size:
+            perplexity = float(np.exp(-np.mean(wanted.log_prob, dtype=np.float64)))
+            assert answer["pseudo_perplexity"] == pytest.approx(perplexity, rel=1e-4)
+        else:
+            assert answer["pseudo_perplexity"] is None
+        for token in answer["per_token"]:
+            assert 0 <= token["start"] < token["end"] <= len(text)
+    single = server("roberta").ask("/score", {"inputs": texts[0], "parameters": parameters}).json
+    assert single["tokens"] == len(expected[0].token_ids)
+    assert "per_token" not in server("roberta").ask("/score", {"inputs": "a"}).json
+
+
+@pytest.mark.parametrize(
+    ("kind", "text"),
+    [("bert", "The  statement, (a value) of it."), ("roberta", " The  rat’s café, naïve 😀👍🏽 rato\n")],
+)
+def test_spans_cover_the_text(kind, text, server):
+    tokens = server(kind).ask("/score", {"inputs": text, "parameters": {"per_token": True}}).json["per_token"]
+    end = 0
+    for token in tokens:
+        assert token["start"] >= end or token["end"] == end  # pieces of one character share its span
+        assert not text[end : token["start"]].strip()
+        end = token["end"]
+    assert not text[end:].strip()
+
+
+# ---------------------------------------------------------------- the raw graph
+
+
+@pytest.fixture
+def graph_batch() -> Batch:
+    ids = np.array([[2, 4, 90, 3, 0], [2, 17, 4, 33, 3]])
+    mask = (np.arange(5) < [[4], [5]]).astype(np.int64)
+    return Batch(ids, mask, np.array([7, 1, 2]), np.array([5, 6, 90]))  # rows out of order
+
+
+def tensors(batch: Batch) -> list[dict[str, Any]]:
+    return [
+        {"name": name, "shape": list(values.shape), "datatype": "INT64", "data": values.tolist()}
+        for name, values in batch._asdict().items()
+    ]
+
+
+def test_infer_gives_the_graphs_outputs(artifact, server, graph_batch):
+    expected = load(str(artifact("bert"))).predict(graph_batch)
+    for path in ("/v2/models/bert/infer", "/v2/models/bert/versions/1/infer"):
+        answer = server("bert").ask(path, {"id": "7", "inputs": tensors(graph_batch)}).json
+        assert (answer["model_name"], answer["id"]) == ("bert", "7")
+        for output in answer["outputs"]:
+            wanted = getattr(expected, output["name"])
+            found = np.array(output["data"]).reshape(output["shape"])
+            assert found.shape == wanted.shape
+            np.testing.assert_allclose(found, wanted, atol=1e-5)
+
+
+def test_infer_speaks_binary_tensors(artifact, server, graph_batch):
+    expected = load(str(artifact("bert"))).predict(graph_batch)
+    described, blob = [], b""
+    for name, values in graph_batch._asdict().items():
+        raw = values.astype("<i8").tobytes()
+        described.append(
+            {"name": name, "shape": list(values.shape), "datatype": "INT64",
+             "parameters": {"binary_data_size": len(raw)}}
+        )  # fmt: skip
+        blob += raw
+    outputs = [{"name": "top_id"}, {"name": "log_prob", "parameters": {"binary_data": False}}]
+    head = json.dumps({"inputs": described, "outputs": outputs, "parameters": {"binary_data_output": True}}).encode()
+    length = {"Inference-Header-Content-Length": str(len(head)), "Content-Type": "application/octet-stream"}
+    answer = server("bert").ask("/v2/models/bert/infer", head + blob, **length)
+    size = int(answer.headers["inference-header-content-length"])
+    top, log_prob = json.loads(answer.body[:size])["outputs"]
+    assert top["parameters"]["binary_data_size"] == len(answer.body) - size
+    found = np.frombuffer(answer.body[size:], "<i8").reshape(top["shape"])
+    np.testing.assert_array_equal(found, expected.top_id)
+    np.testing.assert_allclose(log_prob["data"], expected.log_prob, atol=1e-5)
+
+
+def test_the_model_is_described(server):
+    assert server("bert").ask("/v2").json["name"] == "mlmkit"
+    assert server("bert").ask("/v2/health/live").json == {"live": True}
+    assert server("bert").ask("/v2/models/bert/ready").json == {"name": "bert", "ready": True}
+    described = server("bert").ask("/v2/models/bert").json
+    assert {item["name"]: item["shape"] for item in described["outputs"]}["top_id"] == [-1, 100]
+    assert server("bert").ask("/v2/models/other").json["error_type"] == "no_such_model"
+
+
+def change(name: str, /, **values: Any) -> Callable[[list[dict[str, Any]]], None]:
+    def apply(inputs: list[dict[str, Any]]) -> None:
+        next(item for item in inputs if item["name"] == name).update(values)
+
+    return apply
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (change("input_ids", data=[600] * 10), "input_ids must be from 0 to 599"),
+        (change("targets", data=[-1, 0, 0]), "targets must be from 0 to 599"),
+        (change("positions", data=[0, 1, 10]), "positions must be from 0 to 9"),
+        (change("positions", shape=[4]), "positions has 3 values, which are not of shape [4]"),
+        (change("positions", data=[0.5, 1, 2]), "must be whole numbers"),
+        (change("positions", data=[[1], [2, 3]]), "must be whole numbers"),
+        (change("input_ids", shape=[2, 5], data=[2**80] * 10), "must be whole numbers"),
+        (change("targets", shape=[3, 1]), "targets has 1 axes, not 2"),
+        (change("targets", parameters={"binary_data_size": 80}), "binary_data_size must be the bytes"),
+        (change("targets", name="words"), "the inputs are input_ids"),
+        (change("input_ids", datatype="FP32"), "Input should be 'INT64'"),
+        (lambda inputs: inputs.pop(), "the input targets is missing"),
+        (lambda inputs: inputs.append(inputs[0]), "each once"),
+    ],
+)
+def test_infer_refuses_what_the_graph_cannot_take(damage, says, server, graph_batch):
+    inputs = tensors(graph_batch)
+    damage(inputs)
+    answer = server("bert").ask("/v2/models/bert/infer", {"inputs": inputs})
+    assert answer.status == 422
+    assert says in answer.json["error"]
+
+
+# ---------------------------------------------------------------- what it says of itself
+
+
+def test_info_metrics_and_documentation(artifact, server):
+    bert = server("bert")
+    info = bert.ask("/info").json
+    manifest = json.loads((artifact("bert") / "mlmkit.json").read_text())
+    assert (info["fingerprint"], info["files"]) == (manifest["fingerprint"], manifest["files"])
+    assert (info["backend"], info["device"], info["mask_token"]) == ("onnx", "cpu", "[MASK]")
+    assert info["limits"]["text_tokens"] == 64
+    before = {name: bert.metric(name) for name in ("mlmkit_tokens_total", "mlmkit_batch_rows_count")}
+    bert.ask("/fill-mask", {"inputs": "The [MASK]"})
+    assert bert.metric("mlmkit_tokens_total") == before["mlmkit_tokens_total"] + 4
+    assert bert.metric("mlmkit_batch_rows_count") == before["mlmkit_batch_rows_count"] + 1
+    page = bert.ask("/metrics").body.decode()
+    assert 'mlmkit_requests_total{endpoint="/fill-mask",status="200"}' in page
+    assert "mlmkit_queue_tokens 0.0" in page
+    for path, holds in (
+        ("/docs", "swagger-ui"),
+        ("/static/swagger-ui-bundle.js", "SwaggerUI"),
+        ("/openapi.json", "/fill-mask"),
+    ):
+        assert holds in bert.ask(path).body.decode()
+
+
+def test_answers_carry_security_headers(server):
+    for path in ("/", "/docs", "/health", "/nothing"):
+        headers = server("bert").ask(path).headers
+        assert headers["x-content-type-options"] == "nosniff"
+        assert headers["x-frame-options"] == "DENY"
+    policy = server("bert").ask("/").headers["content-security-policy"]
+    assert policy.startswith("default-src 'none'; script-src 'self'; style-src 'self';")
+
+
+@pytest.mark.parametrize("mode", list(GenerationMode))
+def test_no_request_to_a_documented_path_fails_the_server(mode, server):
+    """Valid requests and invalid ones: no 5xx, and answers of the statuses and the form that are documented."""
+    schema = schemathesis.openapi.from_url(f"{server('bert').url}/openapi.json")
+    asked = 0
+
+    for result in schema.get_all_operations():
+        operation = result.ok()
+        try:
+            strategy = operation.as_strategy(generation_mode=mode)
+        except Unsatisfiable:  # a GET without parameters cannot be asked in a wrong way
+            continue
+
+        @given(case=strategy)
+        @settings(max_examples=20, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+        def check(case: Any) -> None:
+            nonlocal asked
+            asked += 1
+            checks = [not_a_server_error, status_code_conformance, response_schema_conformance]
+            case.call_and_validate(checks=checks)
+
+        with contextlib.suppress(Unsatisfiable):
+            check()
+    assert asked >= 100
