@@ -46,7 +46,7 @@ def plan_options(command: Any) -> Any:
     "--triton",
     type=click.Path(path_type=Path),
     metavar="DIR",
-    help="Write a model repository for Triton Inference Server too.",
+    help="Write a model repository for Triton Inference Server, too or alone.",
 )
 @click.option("--model-card", is_flag=True, help="Write a README.md for the hub.")
 @click.option("--result", "results", multiple=True, metavar="RESULT", help="An evaluation to show on it. Repeatable.")

@@ -1,5 +1,6 @@
 """examples/ray_serve.py for real: Ray on loopback, many requests at once over HTTP. Skipped without ray[serve]."""
 
+import importlib
 import json
 import os
 import shutil
@@ -18,7 +19,7 @@ import pytest
 from mlmkit.backends import load
 from mlmkit.fill import fill
 
-pytest.importorskip("ray.serve", reason="needs ray[serve]: it takes half a gigabyte and is no part of the dev extra")
+serve: Any = pytest.importorskip("ray.serve", reason="pip install 'ray[serve]': large, so no part of the dev extra")
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 TEXTS = ["Return a [MASK] object.", "If the argument is [MASK], an exception is raised.", "the [MASK] of the [MASK]"]
@@ -29,10 +30,7 @@ def address(artifact, tmp_path_factory) -> Iterator[str]:
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     os.environ["PYTHONPATH"] = os.pathsep.join([str(EXAMPLES), str(EXAMPLES.parent), os.environ.get("PYTHONPATH", "")])
     sys.path.insert(0, str(EXAMPLES))
-    import ray
-    import ray_serve
-    from ray import serve
-
+    ray, example = importlib.import_module("ray"), importlib.import_module("ray_serve")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -47,7 +45,7 @@ def address(artifact, tmp_path_factory) -> Iterator[str]:
     )
     try:
         serve.start(http_options={"host": "127.0.0.1", "port": port})
-        serve.run(ray_serve.app({"artifact": str(artifact("bert"))}))
+        serve.run(example.app({"artifact": str(artifact("bert"))}))
         yield f"http://127.0.0.1:{port}/"
     finally:
         serve.shutdown()

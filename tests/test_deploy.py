@@ -1,0 +1,60 @@
+"""Dockerfile and manifest hold what the server holds: paths, names and times. Neither has been built or applied."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from mlmkit.cli_serve import serve
+from mlmkit.serve.gate import COUNTED
+from mlmkit.serve.limits import Limits
+from mlmkit.serve.metrics import Metrics
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def manifest() -> dict[str, Any]:
+    documents = yaml.safe_load_all((ROOT / "deploy" / "kubernetes.yaml").read_text(encoding="utf-8"))
+    return {document["kind"]: document for document in documents}
+
+
+def test_what_was_accepted_is_answered_before_the_kill(manifest):
+    pod = manifest["Deployment"]["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    options = serve.make_context("serve", ["/model", *container["args"]]).params
+    drain = options["drain_seconds"] or Limits(1, 1, 1).drain_seconds
+    _, sleep = container["lifecycle"]["preStop"]["exec"]["command"]
+    assert pod["terminationGracePeriodSeconds"] >= float(sleep) + drain + 5
+
+
+def test_the_manifest_asks_for_what_the_server_has(manifest):
+    template = manifest["Deployment"]["spec"]["template"]
+    (container,) = template["spec"]["containers"]
+    annotations = template["metadata"]["annotations"]
+    paths = {container[f"{probe}Probe"]["httpGet"]["path"] for probe in ("startup", "liveness", "readiness")}
+    assert {annotations["prometheus.io/path"], *paths} <= set(COUNTED)
+    (port,) = container["ports"]
+    default = serve.make_context("serve", ["/model"]).params["port"]
+    assert port["containerPort"] == int(annotations["prometheus.io/port"]) == default
+    metric = manifest["HorizontalPodAutoscaler"]["spec"]["metrics"][0]["pods"]["metric"]["name"]
+    assert metric in {family.name for family in Metrics().registry.collect()}
+
+
+def test_the_parts_of_the_manifest_find_each_other(manifest):
+    deployment, service = manifest["Deployment"], manifest["Service"]["spec"]
+    labels = deployment["spec"]["template"]["metadata"]["labels"]
+    assert deployment["spec"]["selector"]["matchLabels"] == service["selector"] == labels
+    assert manifest["HorizontalPodAutoscaler"]["spec"]["scaleTargetRef"]["name"] == deployment["metadata"]["name"]
+
+
+def test_the_image_is_made_of_files_that_are_there(manifest):
+    dockerfile = (ROOT / "Dockerfile").read_text(encoding="utf-8")
+    copied = {name for line in re.findall(r"^COPY (.+)$", dockerfile, re.MULTILINE) for name in line.split()[:-1]}
+    let_in = set(re.findall(r"^!(.+)$", (ROOT / ".dockerignore").read_text(encoding="utf-8"), re.MULTILINE))
+    assert copied == let_in
+    assert all((ROOT / name).exists() for name in copied)
+    user = manifest["Deployment"]["spec"]["template"]["spec"]["securityContext"]["runAsUser"]
+    assert set(re.findall(r"^USER (.+)$", dockerfile, re.MULTILINE)) == {str(user)}
