@@ -70,11 +70,14 @@ class Server:
 
 
 @contextlib.contextmanager
-def running(model: Path, *options: str, environment: dict[str, str] | None = None) -> Iterator[Server]:
-    """`mlmkit serve` on a free port, ready."""
+def running(
+    model: Path, *options: str, environment: dict[str, str] | None = None, before: str = ""
+) -> Iterator[Server]:
+    """`mlmkit serve` on a free port, ready. `before` is Python that runs first, in its process."""
     with tempfile.TemporaryDirectory() as folder:
         said = Path(folder) / "stderr"
-        command = [sys.executable, "-m", "mlmkit", "serve", str(model), "--port", "0", *options]
+        program = ["-c", f"{before}; from mlmkit.cli import main; main()"] if before else ["-m", "mlmkit"]
+        command = [sys.executable, *program, "serve", str(model), "--port", "0", *options]
         with (
             said.open("wb") as file,
             subprocess.Popen(command, stderr=file, env=os.environ | (environment or {})) as process,

@@ -20,7 +20,7 @@ PROBES = ("/health", "/ready", "/v2/health/live", "/v2/health/ready")
 PAGES = ("/", "/docs", "/openapi.json", "/favicon.ico")
 COUNTED = (*PROBES, *PAGES, "/fill-mask", "/score", "/info", "/metrics")
 CLIENT_LEFT = 499  # as nginx writes it
-DISCARDED = 16  # times the limit of a body: what is read and dropped, so that the client hears why
+DISCARDED = 32 << 20  # bytes of a body that are read and dropped, so that the client hears why
 HEADERS = (
     (b"x-content-type-options", b"nosniff"),
     (b"referrer-policy", b"no-referrer"),
@@ -141,7 +141,7 @@ class Gate:
                 parts.clear()
             else:
                 parts.append(message.get("body", b""))
-            if not message.get("more_body") or size > DISCARDED * limit:
+            if not message.get("more_body") or size > DISCARDED:
                 break
         if is_large:
             raise ApiError(413, "body_too_large", f"the body is larger than {limit} bytes: send fewer texts at once")

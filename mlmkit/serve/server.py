@@ -121,10 +121,7 @@ class _Server(uvicorn.Server):
         begun, drain = time.monotonic(), self._service.limits.drain_seconds
         await asyncio.sleep(min(FAREWELL, drain / 2))
         for listener in sockets or []:
-            listener.listen(0)  # what the kernel has taken is accepted before the socket goes, and little more comes
-        await asyncio.sleep(0.05)
-        for server in self.servers:
-            server.close()
+            await self._stop_listening(listener.dup())
         while time.monotonic() - begun < min(2 * FAREWELL, drain) and any(
             isinstance(connection, Protocol) and connection.cycle is None
             for connection in self.server_state.connections
@@ -133,6 +130,21 @@ class _Server(uvicorn.Server):
         refusing = asyncio.create_task(self._refuse_after(begun + drain - time.monotonic()))
         await super().shutdown(sockets)
         refusing.cancel()
+
+    async def _stop_listening(self, listener: socket.socket) -> None:
+        """Close the socket, and first accept what the kernel has taken on our behalf, which it would reset."""
+        for server in self.servers:
+            server.close()
+        loop = asyncio.get_running_loop()
+        listener.setblocking(False)
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                connection, _ = listener.accept()
+                await loop.connect_accepted_socket(self._protocol, connection)
+        listener.close()
+
+    def _protocol(self) -> Protocol:
+        return Protocol(config=self.config, server_state=self.server_state, app_state=self.lifespan.state)
 
     async def _refuse_after(self, seconds: float) -> None:
         await asyncio.sleep(seconds)
@@ -194,6 +206,7 @@ def _run_workers(serving: Serving, listener: socket.socket) -> None:
         try:
             _watch(workers, serving, listener, is_stopping)
         finally:
+            listener.close()  # or it would go on taking connections that no worker accepts
             for worker in workers:
                 worker.process.terminate()
             for worker in workers:
@@ -263,8 +276,8 @@ def _listen(host: str, port: int) -> socket.socket:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
         family, _, _, _, address = found[0]
         listener = socket.create_server(address[:2], family=family, backlog=BACKLOG)
-    except (OSError, OverflowError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
+    except OSError as error:
+        reason = os.strerror(error.errno) if error.errno and error.errno > 0 else error.strerror
         raise UserError(f"cannot listen on {host}, port {port}: {reason}") from None
     listener.set_inheritable(True)
     return listener

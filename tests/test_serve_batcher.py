@@ -1,0 +1,284 @@
+"""The batcher: every row gets its own scores, whatever it shares a call with, and nobody starves."""
+
+import asyncio
+import threading
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mlmkit.backends import Backend, Batch, Predicted, Scored, load
+from mlmkit.serve.batcher import Batcher, merge, run, split
+from mlmkit.serve.errors import ApiError
+from mlmkit.serve.metrics import Metrics
+
+
+@pytest.fixture(scope="module")
+def backend(artifact: Callable[[str], Path]) -> Backend:
+    return load(str(artifact("bert")))
+
+
+def row(length: int, *positions: int, seed: int = 0) -> Batch:
+    ids = np.random.default_rng(seed).integers(5, 600, (1, length))
+    places = np.array(positions or [length // 2], dtype=np.int64)
+    return Batch(ids, np.ones_like(ids), places, np.arange(5, 5 + len(places)))
+
+
+@st.composite
+def rows(draw: st.DrawFn) -> list[Batch]:
+    lengths = draw(st.lists(st.integers(1, 64), min_size=1, max_size=12))
+    return [
+        row(length, *draw(st.lists(st.integers(0, length - 1), min_size=1, max_size=4)), seed=seed)
+        for seed, length in enumerate(lengths)
+    ]
+
+
+@given(rows())
+@settings(deadline=None, max_examples=30)
+def test_split_undoes_merge(given_rows):
+    merged = merge(given_rows, pad_id=0)
+    for one, again in zip(given_rows, split(merged), strict=True):
+        length = one.input_ids.shape[1]
+        np.testing.assert_array_equal(again.input_ids[:, :length], one.input_ids)
+        assert again.attention_mask.sum() == length
+        np.testing.assert_array_equal(again.positions, one.positions)
+        np.testing.assert_array_equal(again.targets, one.targets)
+
+
+def serving(backend: Any, use: Callable[[Batcher], Awaitable[Any]], **options: Any) -> Any:
+    """What `use` returns, with a batcher that runs."""
+
+    async def main() -> Any:
+        settings = {"batch_tokens": 128, "queue_tokens": 1 << 16, "max_wait": 0.0} | options
+        batcher = Batcher(backend, Metrics(), **settings)
+        try:
+            return await use(batcher)
+        finally:
+            await batcher.close()
+
+    return asyncio.run(asyncio.wait_for(main(), 60))
+
+
+@given(st.lists(rows(), min_size=1, max_size=6), st.integers(1, 400))
+@settings(deadline=None, max_examples=25)
+def test_every_row_gets_the_scores_that_it_gets_alone(backend, requests, batch_tokens):
+    async def use(batcher: Batcher) -> Any:
+        return await asyncio.gather(*(batcher.predict(request) for request in requests))
+
+    answers = serving(backend, use, batch_tokens=batch_tokens)
+    for request, answer in zip(requests, answers, strict=True):
+        for one, found in zip(request, answer, strict=True):
+            expected = backend.predict(one)
+            np.testing.assert_allclose(found.log_prob, expected.log_prob, atol=2e-5)
+            np.testing.assert_allclose(found.top_log_prob, expected.top_log_prob, atol=2e-5)
+            assert found.top_id.shape == expected.top_id.shape
+
+
+class Recorder:
+    """A real backend that keeps the shapes of its calls, and waits for leave to begin each."""
+
+    def __init__(self, backend: Backend, *, sees_padding: bool = False, precision: str = "fp32") -> None:
+        from dataclasses import replace
+
+        self.name, self.device, self.tokenizer = backend.name, backend.device, backend.tokenizer
+        self.info = replace(backend.info, sees_padding=sees_padding, precision=precision)
+        self._backend, self.calls, self.leave = backend, list[Batch](), threading.Semaphore(0)
+
+    def predict(self, batch: Batch) -> Predicted:
+        assert self.leave.acquire(timeout=30)
+        self.calls.append(batch)
+        return self._backend.predict(batch)
+
+    def score(self, batch: Batch) -> Scored:
+        return self._backend.score(batch)
+
+    @property
+    def shapes(self) -> list[tuple[int, ...]]:
+        return [call.input_ids.shape for call in self.calls]
+
+
+async def begin(batcher: Batcher, *requests: list[Batch]) -> list[asyncio.Task[Any]]:
+    """The requests, each in the queue before the next comes."""
+    tasks = []
+    for request in requests:
+        tasks.append(asyncio.create_task(batcher.predict(request)))
+        await asyncio.sleep(0.01)
+    return tasks
+
+
+def test_many_masks_of_many_requests_share_one_call(backend):
+    recorder = Recorder(backend)
+
+    async def use(batcher: Batcher) -> None:
+        tasks = await begin(batcher, [row(8)], *[[row(8, 1, 2, 3)] for _ in range(6)])
+        recorder.leave.release(2)
+        await asyncio.gather(*tasks)
+
+    serving(recorder, use)
+    assert recorder.shapes == [(1, 8), (6, 8)]
+    assert len(recorder.calls[1].positions) == 18
+
+
+def test_a_burst_of_long_texts_does_not_starve_short_ones_nor_they_it(backend):
+    recorder = Recorder(backend)
+    done: list[str] = []
+
+    async def use(batcher: Batcher) -> None:
+        long = await begin(batcher, *[[row(64)] for _ in range(20)])
+        short = await begin(batcher, *[[row(8)] for _ in range(40)])
+        for kind, tasks in (("long", long), ("short", short)):
+            for task in tasks:
+                task.add_done_callback(lambda _, kind=kind: done.append(kind))
+        recorder.leave.release(100)
+        await asyncio.gather(*long, *short)
+
+    serving(recorder, use)
+    # Two long ones or sixteen short ones fill a call, and they take turns while both wait.
+    assert "short" in done[:4]
+    last_short = len(done) - 1 - done[::-1].index("short")
+    assert 3 <= done[:last_short].count("long") <= 8
+    assert done.count("long") == 20
+
+
+def test_one_request_of_many_rows_does_not_hold_up_the_others(backend):
+    recorder = Recorder(backend)
+    order: list[str] = []
+
+    async def use(batcher: Batcher) -> None:
+        (large,) = await begin(batcher, [row(16, seed=seed) for seed in range(200)])
+        small = await begin(batcher, [row(16)], [row(16)])
+        large.add_done_callback(lambda _: order.append("large"))
+        small[1].add_done_callback(lambda _: order.append("small"))
+        recorder.leave.release(3)
+        await asyncio.gather(*small)
+        recorder.leave.release(200)
+        await large
+
+    serving(recorder, use)
+    assert order == ["small", "large"]
+
+
+@given(st.lists(st.integers(1, 64), min_size=1, max_size=30), st.integers(1, 300), st.booleans(), st.booleans())
+@settings(deadline=None, max_examples=25)
+def test_calls_keep_to_the_budget_and_to_what_the_model_allows(backend, lengths, budget, sees_padding, couples):
+    recorder = Recorder(backend, sees_padding=sees_padding, precision="int8-dynamic" if couples else "fp32")
+    recorder.leave.release(1000)
+
+    async def use(batcher: Batcher) -> None:
+        await asyncio.gather(*(batcher.predict([row(length)]) for length in lengths))
+
+    serving(recorder, use, batch_tokens=budget)
+    assert sum(len(call.input_ids) for call in recorder.calls) == len(lengths)
+    for call in recorder.calls:
+        assert len(call.input_ids) == 1 or call.input_ids.size <= budget
+        if couples:
+            assert len(call.input_ids) == 1
+        if sees_padding:
+            assert call.attention_mask.all()
+
+
+def test_a_cancelled_request_leaves_the_queue(backend):
+    recorder = Recorder(backend)
+
+    async def use(batcher: Batcher) -> None:
+        first, gone, last = await begin(batcher, [row(8)], [row(40), row(41)], [row(9)])
+        assert batcher.tokens == 90
+        gone.cancel()
+        await asyncio.sleep(0.01)
+        assert batcher.tokens == 9
+        recorder.leave.release(2)
+        await asyncio.gather(first, last)
+        assert not batcher.waiting
+        assert batcher.tokens == 0
+
+    serving(recorder, use)
+    assert recorder.shapes == [(1, 8), (1, 9)]
+
+
+def test_a_full_queue_and_too_much_work_are_refused(backend):
+    recorder = Recorder(backend)
+
+    async def use(batcher: Batcher) -> None:
+        tasks = await begin(batcher, [row(8)], [row(60)])
+        with pytest.raises(ApiError) as full:
+            await batcher.predict([row(50)])
+        assert (full.value.status, full.value.error_type) == (429, "overloaded")
+        assert int(full.value.headers["Retry-After"]) >= 1
+        with pytest.raises(ApiError) as large:
+            await batcher.predict([row(60), row(60)])
+        assert (large.value.status, large.value.error_type) == (413, "too_much_work")
+        recorder.leave.release(2)
+        await asyncio.gather(*tasks)
+        assert await batcher.predict([]) == []
+
+    serving(recorder, use, queue_tokens=100)
+
+
+def test_what_the_engine_raises_reaches_the_requests_of_that_call_alone(backend):
+    class Failing(Recorder):
+        def predict(self, batch: Batch) -> Predicted:
+            if batch.input_ids.shape[1] == 30:
+                raise RuntimeError("no")
+            return super().predict(batch)
+
+    recorder = Failing(backend)
+    recorder.leave.release(10)
+
+    async def use(batcher: Batcher) -> Any:
+        return await asyncio.gather(*(batcher.predict([row(n)]) for n in (8, 30, 9)), return_exceptions=True)
+
+    first, failed, last = serving(recorder, use, batch_tokens=1)
+    assert isinstance(failed, RuntimeError)
+    assert len(first) == len(last) == 1
+
+
+def test_closing_answers_what_waits_or_refuses_it(backend):
+    recorder = Recorder(backend)
+
+    async def use(batcher: Batcher) -> None:
+        first, second = await begin(batcher, [row(8)], [row(9)])
+        closing = asyncio.create_task(batcher.close())
+        await asyncio.sleep(0.01)
+        with pytest.raises(ApiError, match="shutting down"):
+            await batcher.predict([row(8)])
+        recorder.leave.release(2)
+        await asyncio.gather(first, second, closing)
+
+    serving(recorder, use)
+
+    async def refuse(batcher: Batcher) -> None:
+        first, second = await begin(batcher, [row(8)], [row(9)])
+        closing = asyncio.create_task(batcher.close(answer=False))
+        for task in (first, second):
+            with pytest.raises(ApiError, match="shutting down"):
+                await task
+        recorder.leave.release(2)
+        await closing
+
+    serving(recorder, refuse)
+
+
+def test_clients_that_come_back_together_are_waited_for(backend):
+    recorder = Recorder(backend)
+    recorder.leave.release(100)
+
+    async def client(batcher: Batcher) -> None:
+        for _ in range(3):
+            await batcher.predict([row(8)])
+            await asyncio.sleep(0.005)
+
+    async def use(batcher: Batcher) -> None:
+        await asyncio.gather(*(client(batcher) for _ in range(4)))
+
+    serving(recorder, use, max_wait=5.0)
+    assert recorder.shapes[-2:] == [(4, 8), (4, 8)]
+
+
+def test_run_of_one_row_and_of_many_agree(backend):
+    many = [row(n, 0, n - 1, seed=n) for n in (3, 9, 20)]
+    for together, one in zip(run(backend, many), many, strict=True):
+        np.testing.assert_allclose(together.log_prob, run(backend, [one])[0].log_prob, atol=2e-5)

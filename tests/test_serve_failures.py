@@ -1,0 +1,260 @@
+"""What a server meets in production: SIGTERM under load, clients that are slow, leave, or come all at once."""
+
+import asyncio
+import json
+import os
+import resource
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from serving import Server, running
+
+from benchmarks.load import ask, encode, run
+
+FILL = "/fill-mask"
+SHORT = encode(FILL, {"inputs": "The [MASK] is"})
+# 1,240 rows of 64 tokens: the better part of a second, even for a tiny model
+LONG_BODY = {"inputs": ["a " * 62] * 10}
+LONG = encode("/score", LONG_BODY)
+
+
+@pytest.fixture(scope="module")
+def server(artifact: Callable[[str], Path]) -> Iterator[Server]:
+    with running(artifact("bert")) as server:
+        yield server
+
+
+def connect(server: Server) -> socket.socket:
+    return socket.create_connection(("127.0.0.1", server.port), 30)
+
+
+def read_status(client: socket.socket) -> int:
+    return int(client.makefile("rb").readline().split()[1])
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 20.0) -> None:
+    until = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < until
+        time.sleep(0.02)
+
+
+# ---------------------------------------------------------------- the end
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_what_is_accepted_before_sigterm_is_answered(workers, artifact):
+    """Clients that keep their connections, and new ones: each request that a connection took gets its answer."""
+    with running(artifact("bert"), "--workers", str(workers)) as server:
+        stopping = threading.Timer(1.0, server.process.send_signal, (signal.SIGTERM,))
+        stopping.start()
+        requests = [SHORT, encode("/score", {"inputs": "The rat."})]
+        seen = asyncio.run(run(server.port, requests, 32, 4.0, patience=0.1))
+        assert server.process.wait(30) == 0
+        statuses = seen["statuses"]
+        assert statuses.pop("200") > 100
+        assert statuses.pop("no connection") > 0
+        assert not statuses, seen
+        assert "Traceback" not in server.said
+
+
+def test_sigterm_makes_it_unready_and_ends_it_within_the_deadline(artifact):
+    with running(artifact("bert"), "--drain", "3") as server, connect(server) as busy, connect(server) as late:
+        busy.sendall(LONG)
+        wait_until(lambda: server.metric("mlmkit_queue_tokens") > 0)
+        begun = time.monotonic()
+        server.process.send_signal(signal.SIGTERM)
+        time.sleep(0.2)
+        assert server.ask("/ready").status == 503  # still listening, so that this can be heard
+        assert server.ask("/v2/health/ready").status == 503
+        late.sendall(SHORT)
+        assert read_status(late) == 200
+        assert server.process.wait(30) == 0
+        assert time.monotonic() - begun < 6
+        assert read_status(busy) in (200, 503)  # which of them depends on the machine
+        with pytest.raises(ConnectionRefusedError):
+            connect(server)
+
+
+def test_work_that_does_not_end_in_time_is_refused_and_the_exit_clean(artifact):
+    slow = "import mlmkit.serve.batcher as b, time; run = b.run; b.run = lambda *a: (time.sleep(0.5), run(*a))[1]"
+    with running(artifact("bert"), "--drain", "1", before=slow) as server, connect(server) as client:
+        client.sendall(LONG)
+        wait_until(lambda: server.metric("mlmkit_queue_tokens") > 0)
+        assert server.stop() == 0
+        answer = client.makefile("rb").read()
+        assert answer.startswith(b"HTTP/1.1 503 ")
+        assert b"shutting_down" in answer
+        assert b"retry-after: " in answer.lower()
+
+
+def test_ctrl_c_ends_it_too(artifact):
+    with running(artifact("bert")) as server:
+        server.process.send_signal(signal.SIGINT)
+        assert server.process.wait(30) == 0
+
+
+# ---------------------------------------------------------------- clients
+
+
+def test_a_client_that_leaves_takes_its_rows_with_it(server):
+    rows = server.metric("mlmkit_batch_rows_sum")
+    for _ in range(5):
+        with connect(server) as client:
+            client.sendall(LONG)
+            wait_until(lambda: server.metric("mlmkit_queue_tokens") > 0)
+    wait_until(lambda: server.metric("mlmkit_queue_tokens") == 0)
+    assert server.metric("mlmkit_batch_rows_sum") - rows < 5 * 620
+    wait_until(lambda: server.metric("mlmkit_requests_in_flight") == 0)
+    assert 'mlmkit_requests_total{endpoint="/score",status="499"} 5.0' in server.ask("/metrics").body.decode()
+
+
+def test_clients_that_stall_block_nobody(server):
+    with connect(server) as head, connect(server) as body, connect(server) as deaf:
+        head.sendall(b"POST /fill-mask HT")
+        body.sendall(SHORT[:-5])
+        texts = ["The [MASK] is " + "a " * 50 + "[MASK] " * 8] * 64
+        deaf.sendall(encode(FILL, {"inputs": texts, "parameters": {"top_k": 100}}))  # megabytes, never read
+        for _ in range(20):
+            begun = time.monotonic()
+            assert server.ask(FILL, {"inputs": "The [MASK]"}).status == 200
+            assert time.monotonic() - begun < 10
+
+
+def test_slow_heads_and_slow_bodies_are_ended(artifact):
+    patient = "import mlmkit.serve.protocol as p; p.HEAD_SECONDS = 0.5"
+    with running(artifact("bert"), "--deadline", "1", before=patient) as server:
+        clients = [connect(server) for _ in range(50)]
+        for client in clients[:25]:
+            client.sendall(b"POST /fill-mask HTTP/1.1\r\nHost: x\r\n")
+        body = connect(server)
+        body.sendall(SHORT[:-5])
+        for _ in range(12):  # a byte now and then buys no time
+            time.sleep(0.1)
+            for client in clients[:25]:
+                try:
+                    client.sendall(b"X")
+                except OSError:
+                    break
+        assert all(_is_closed(client) for client in clients)
+        answer = body.makefile("rb").read()
+        assert answer.startswith(b"HTTP/1.1 408 ")
+        assert b"body_too_slow" in answer
+        with connect(server) as large:
+            large.sendall(b"GET / HTTP/1.1\r\n")
+            with pytest.raises(OSError):
+                for _ in range(100):
+                    large.sendall(b"X-Filler: " + b"a" * 4000 + b"\r\n")
+                    time.sleep(0.001)
+        assert server.ask("/health").status == 200
+
+
+def _is_closed(client: socket.socket) -> bool:
+    client.settimeout(5)
+    try:
+        return client.recv(1) == b""
+    except ConnectionError:
+        return True
+
+
+def test_an_answer_that_takes_too_long_is_refused_and_its_rows_are_dropped(artifact):
+    with running(artifact("bert"), "--deadline", "0.2") as server:
+        answer = server.ask("/score", {"inputs": ["a " * 62] * 16})
+        assert (answer.status, answer.json["error_type"]) == (503, "deadline_exceeded")
+        assert answer.headers["retry-after"] == "1"
+        wait_until(lambda: server.metric("mlmkit_queue_tokens") == 0)
+        assert server.ask(FILL, {"inputs": "The [MASK]"}).status == 200
+
+
+def test_a_thousand_connections_at_once_are_answered_or_refused(server):
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 4096), hard))
+
+    async def one() -> int:
+        reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+        status, head, body = await ask(reader, writer, SHORT)
+        if status == 429:
+            assert json.loads(body)["error_type"] == "overloaded"
+            assert b"retry-after: " in head.lower()
+        writer.close()
+        return status
+
+    async def burst() -> list[int]:
+        return await asyncio.gather(*(one() for _ in range(1000)))
+
+    try:
+        statuses = asyncio.run(burst())
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert set(statuses) <= {200, 429}
+    assert statuses.count(200) >= 512
+    assert server.ask("/ready").status == 200
+
+
+def test_more_than_it_can_do_is_refused_with_429_alone_and_memory_stays(artifact):
+    """A few seconds of `benchmarks/serve_load.py --mixed`."""
+    requests = [SHORT, LONG, encode(FILL, {"inputs": ["The [MASK] is " + "a " * 50] * 8})]
+    with running(artifact("bert"), "--max-requests", "12", "--max-queue-tokens", "70000") as server:
+        asyncio.run(run(server.port, requests, 24, 1.5, patience=0.02))
+        before = _resident(server)
+        seen = asyncio.run(run(server.port, requests, 24, 4.0, patience=0.02))
+        assert set(seen["statuses"]) == {"200", "429"}, seen
+        assert _resident(server) < before + 64
+        assert server.metric("mlmkit_queue_tokens") == 0
+
+
+def _resident(server: Server) -> float:
+    text = Path(f"/proc/{server.process.pid}/status").read_text()
+    return int(text.split("VmRSS:")[1].split()[0]) / 1024
+
+
+# ---------------------------------------------------------------- several workers
+
+
+def test_a_worker_that_dies_is_replaced_and_figures_are_of_all(artifact):
+    with running(artifact("bert"), "--workers", "2") as server:
+        children = _children(server.process.pid)
+        assert len(children) == 2
+        asyncio.run(run(server.port, [SHORT], 8, 1.0, patience=0.1))
+        counts = {server.metric("mlmkit_batch_rows_count") for _ in range(8)}
+        assert len(counts) == 1  # whichever worker is asked
+        os.kill(children[0], signal.SIGKILL)
+        wait_until(lambda: len(_children(server.process.pid)) == 2 and children[0] not in _children(server.process.pid))
+        for _ in range(10):
+            assert server.ask(FILL, {"inputs": "The [MASK]"}).status == 200
+        assert server.stop() == 0
+        wait_until(lambda: not any(Path(f"/proc/{child}").exists() for child in children))
+
+
+def test_workers_do_not_outlive_a_killed_parent(artifact):
+    with running(artifact("bert"), "--workers", "2") as server:
+        children = _children(server.process.pid)
+        server.process.kill()
+        wait_until(lambda: not any(_is_running(child) for child in children))
+
+
+def _children(parent: int) -> list[int]:
+    """Worker processes, without multiprocessing's resource tracker."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            if (
+                f"PPid:\t{parent}\n" in (path / "status").read_text()
+                and b"spawn_main" in (path / "cmdline").read_bytes()
+            ):
+                found.append(int(path.name))
+        except OSError:
+            continue
+    return sorted(found)
+
+
+def _is_running(process: int) -> bool:
+    try:
+        return "State:\tZ" not in Path(f"/proc/{process}/status").read_text()
+    except OSError:
+        return False

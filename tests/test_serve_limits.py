@@ -1,0 +1,215 @@
+"""What the server refuses, in one form, and what it says: bad requests, large ones, strangers, too much at once."""
+
+import json
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from serving import Answer, Server, running
+
+FILL = "/fill-mask"
+
+
+@pytest.fixture(scope="module")
+def server(artifact: Callable[[str], Path]) -> Iterator[Server]:
+    options = ["--max-texts", "3", "--max-tokens", "30", "--max-masks", "4", "--max-targets", "2"]
+    with running(artifact("bert"), *options, "--max-queue-tokens", "500", "--max-body-bytes", "20000") as server:
+        yield server
+
+
+def refusal(answer: Answer) -> tuple[int, str]:
+    """Status and name of a refusal, whose form is checked."""
+    assert set(answer.json) == {"error", "error_type"}
+    assert answer.headers["content-type"] == "application/json"
+    assert answer.json["error"] == " ".join(answer.json["error"].split())
+    return answer.status, answer.json["error_type"]
+
+
+def deep(depth: int) -> bytes:
+    return b'{"inputs": ' + b"[" * depth + b"]" * depth + b"}"
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "error_type"),
+    [
+        (b"", 422, "invalid_request"),
+        (b"{", 400, "malformed_json"),
+        (b"nonsense", 400, "malformed_json"),
+        (b'{"inputs": "\xff\xfe [MASK]"}', 400, "malformed_json"),
+        (deep(5000), 400, "malformed_json"),
+        (deep(50), 422, "invalid_request"),
+        (b'{"inputs": "a \\ud800 [MASK]"}', 422, "invalid_request"),
+        (b'{"inputs": NaN}', 422, "invalid_request"),
+        ([], 422, "invalid_request"),
+        ({}, 422, "invalid_request"),
+        ({"inputs": None}, 422, "invalid_request"),
+        ({"inputs": 3}, 422, "invalid_request"),
+        ({"inputs": ["[MASK]", 3]}, 422, "invalid_request"),
+        ({"inputs": {"a": 1}}, 422, "invalid_request"),
+        ({"inputs": "no mask"}, 422, "no_mask"),
+        ({"inputs": ""}, 422, "no_mask"),
+        ({"inputs": ["[MASK]", "no mask"]}, 422, "no_mask"),
+        ({"inputs": "[MASK]", "parameters": {"top_k": 0}}, 422, "invalid_request"),
+        ({"inputs": "[MASK]", "parameters": {"top_k": -1}}, 422, "invalid_request"),
+        ({"inputs": "[MASK]", "parameters": {"top_k": 101}}, 422, "invalid_request"),
+        ({"inputs": "[MASK]", "parameters": {"top_k": 10**30}}, 422, "invalid_request"),
+        ({"inputs": "[MASK]", "parameters": {"top_k": "5"}}, 422, "invalid_request"),
+        ({"inputs": "[MASK]", "parameters": {"top_k": True}}, 422, "invalid_request"),
+        ({"inputs": "[MASK]", "parameters": {"topk": 5}}, 422, "invalid_request"),
+        ({"inputs": "[MASK]", "parameters": []}, 422, "invalid_request"),
+        ({"inputs": "[MASK]", "parameters": {"targets": [3]}}, 422, "invalid_request"),
+        ({"inputs": "[MASK]", "parameters": {"targets": ["😀"]}}, 422, "unknown_target"),
+        ({"inputs": "[MASK]", "parameters": {"targets": [""]}}, 422, "unknown_target"),
+        ({"inputs": "[MASK]", "parameters": {"targets": ["a", "b", "c"]}}, 422, "too_many_targets"),
+        ({"inputs": ["[MASK]"] * 4}, 413, "too_many_texts"),
+        ({"inputs": "[MASK] " + "a " * 40}, 422, "text_too_long"),
+        ({"inputs": "[MASK] " * 5}, 422, "too_many_masks"),
+        ({"inputs": "[MASK] " + "a " * 20_000}, 413, "body_too_large"),
+        ({"inputs": "[MASK] " + "a " * 5_000_000}, 413, "body_too_large"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_a_bad_request_gets_one_clear_line(body: Any, status: int, error_type: str, server: Server) -> None:
+    assert refusal(server.ask(FILL, body)) == (status, error_type)
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "error_type"),
+    [
+        ({"inputs": []}, 422, "invalid_request"),
+        ({"inputs": "a", "parameters": {"pll": "other"}}, 422, "invalid_request"),
+        ({"inputs": "a", "parameters": {"per_token": "yes"}}, 422, "invalid_request"),
+        ({"inputs": "a " * 40}, 422, "text_too_long"),
+        ({"inputs": "a " * 28}, 413, "too_much_work"),
+        ({"inputs": ["a"] * 4}, 413, "too_many_texts"),
+    ],
+    ids=str,
+)
+def test_score_refuses_too(body: Any, status: int, error_type: str, server: Server) -> None:
+    assert refusal(server.ask("/score", body)) == (status, error_type)
+
+
+def test_messages_say_what_to_do_and_not_what_was_sent(server):
+    body = {"inputs": ["secret", 3], "parameters": {"top_k": "secret"}}
+    said = server.ask(FILL, body).json["error"]
+    assert said.startswith("inputs")
+    assert "secret" not in said
+    assert server.ask(FILL, {"inputs": 3}).json["error"] == (
+        "inputs: Input should be a valid string, or: Input should be a valid list"
+    )
+    assert server.ask(FILL, b"{").json["error"].startswith("the body is no JSON: Expecting")
+    assert "[MASK]" in server.ask(FILL, {"inputs": "a"}).json["error"]
+
+
+def test_other_paths_methods_and_types(server):
+    assert refusal(server.ask("/nothing")) == (404, "not_found")
+    assert refusal(server.ask("/static/../app.py")) == (404, "not_found")
+    assert refusal(server.ask("/static/%2e%2e%2fapp.py")) == (404, "not_found")
+    assert refusal(server.ask(FILL)) == (405, "method_not_allowed")
+    assert refusal(server.ask("/info", {})) == (405, "method_not_allowed")
+    answer = server.ask(FILL, b"inputs=x", **{"Content-Type": "application/x-www-form-urlencoded"})
+    assert refusal(answer) == (422, "invalid_request")
+
+
+def test_no_text_and_null_parameters_are_the_defaults(server):
+    assert server.ask(FILL, {"inputs": []}).json == []
+    plain = server.ask(FILL, {"inputs": "a [MASK]"}).json
+    nulls = {"inputs": "a [MASK]", "parameters": {"top_k": None, "targets": None}, "options": {"use_cache": False}}
+    assert server.ask(FILL, nulls).json == plain
+    assert len(plain) == 5
+
+
+def test_a_chunked_body_is_bounded_too(server):
+    with socket.create_connection(("127.0.0.1", server.port), 30) as client:
+        client.sendall(b"POST /fill-mask HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n")
+        for _ in range(30):
+            client.sendall(b"400\r\n" + b"a" * 1024 + b"\r\n")
+        client.sendall(b"0\r\n\r\n")
+        answer = client.makefile("rb").read()
+    assert answer.startswith(b"HTTP/1.1 413 ")
+    assert b"body_too_large" in answer
+
+
+def test_after_all_that_no_request_has_failed_and_none_is_left(server):
+    assert server.ask(FILL, {"inputs": "a [MASK]"}).status == 200
+    page = server.ask("/metrics").body.decode()
+    assert 'status="5' not in page
+    assert server.metric("mlmkit_requests_in_flight") == 0
+    assert server.metric("mlmkit_queue_tokens") == 0
+    assert 'mlmkit_errors_total{endpoint="/fill-mask",error_type="no_mask"}' in page
+
+
+# ---------------------------------------------------------------- strangers and logs
+
+
+def test_with_a_token_only_probes_and_pages_are_open(artifact):
+    with running(artifact("bert"), environment={"MLMKIT_TOKEN": "s3crét"}) as server:
+        for path in ("/health", "/ready", "/docs", "/openapi.json", "/v2/health/ready"):
+            assert server.ask(path).status == 200
+        body = {"inputs": "a [MASK]"}
+        for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "Basic s3cr"}, {"Authorization": ""}):
+            for path in ("/info", "/metrics", "/v2/models/bert"):
+                assert refusal(server.ask(path, **headers)) == (401, "unauthorized")
+            answer = server.ask(FILL, body, **headers)
+            assert refusal(answer) == (401, "unauthorized")
+            assert answer.headers["www-authenticate"] == "Bearer"
+            assert server.ask("/", body, **headers).status == 401
+        right = {"Authorization": "bearer s3crét".encode().decode("latin-1")}
+        assert server.ask(FILL, body, **right).status == 200
+        assert "s3cr" not in server.said
+
+
+def test_logs_hold_no_texts_unless_asked(artifact):
+    body = {"inputs": "confidential [MASK]", "parameters": {"targets": ["confidentialzz"]}}
+    for options, is_logged in (((), False), (("--log-texts",), True)):
+        with running(artifact("bert"), *options) as server:
+            server.ask(FILL, body)
+            server.ask(f"{FILL}?text=confidential", body)
+            server.ask("/confidential")
+            server.ask(FILL, b'{"inputs": "confidential')
+            assert "POST /fill-mask 200" in server.said
+            assert ("confidential" in server.said) == is_logged
+
+
+# ---------------------------------------------------------------- the command
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--max-tokens", "65"], "--max-tokens 65: the model takes 64"),
+        (["--max-queue-tokens", "63"], "--max-queue-tokens 63 does not hold a text of 64 tokens"),
+        (["--host", "256.1.1.1"], "cannot listen on 256.1.1.1, port 0"),
+        (["--workers", "2", "--max-tokens", "65"], "--max-tokens 65: the model takes 64"),
+        (["--backend", "torch"], "is an artifact, which torch cannot run"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_served_ends_in_one_line(options, says, artifact):
+    command = [sys.executable, "-m", "mlmkit", "serve", str(artifact("bert")), "--port", "0", *options]
+    found = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert found.returncode == 2
+    lines = {line for line in found.stderr.splitlines() if line}
+    assert len(lines) == 1
+    assert says in lines.pop()
+
+
+def test_a_port_that_is_taken_is_said(artifact):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        command = [sys.executable, "-m", "mlmkit", "serve", str(artifact("bert")), "--port", port]
+        found = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert (found.returncode, found.stdout) == (2, "")
+    assert found.stderr == f"mlmkit: cannot listen on 127.0.0.1, port {port}: Address already in use\n"
+
+
+def test_a_checkpoint_is_served_with_torch(checkpoint):
+    with running(checkpoint("bert")) as server:
+        info = server.ask("/info").json
+        assert (info["backend"], info["files"]) == ("torch", None)
+        assert len(server.ask(FILL, {"inputs": "The [MASK]"}).json) == 5
+        assert json.loads(server.ask("/score", {"inputs": "The"}).body)["tokens"] == 1
