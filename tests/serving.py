@@ -11,7 +11,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,16 +71,23 @@ class Server:
 
 @contextlib.contextmanager
 def running(
-    model: Path, *options: str, environment: dict[str, str] | None = None, before: str = ""
+    model: Path,
+    *options: str,
+    environment: dict[str, str] | None = None,
+    before: str = "",
+    python: str = sys.executable,
+    program: Sequence[str] = ("-m", "mlmkit"),
+    cwd: Path | None = None,
 ) -> Iterator[Server]:
     """`mlmkit serve` on a free port, ready. `before` is Python that runs first, in its process."""
     with tempfile.TemporaryDirectory() as folder:
         said = Path(folder) / "stderr"
-        program = ["-c", f"{before}; from mlmkit.cli import main; main()"] if before else ["-m", "mlmkit"]
-        command = [sys.executable, *program, "serve", str(model), "--port", "0", *options]
+        if before:
+            program = ["-c", f"{before}; from mlmkit.cli import main; main()"]
+        command = [python, *program, "serve", str(model), "--port", "0", *options]
         with (
             said.open("wb") as file,
-            subprocess.Popen(command, stderr=file, env=os.environ | (environment or {})) as process,
+            subprocess.Popen(command, stderr=file, cwd=cwd, env=os.environ | (environment or {})) as process,
         ):
             try:
                 yield Server(_port(process, said), process, said)

@@ -66,9 +66,9 @@ def test_imports_run_one_way():
         {"model"},
         {"packing", "backends"},
         {"fill", "eval", "export", "inspection"},
-        {"train"},
+        {"train", "serve"},
         {"demo", "cli_options"},
-        {"cli_eval", "cli_export", "cli_inspect", "cli_train"},
+        {"cli_eval", "cli_export", "cli_inspect", "cli_serve", "cli_train"},
         {"cli"},
         {"__main__"},
     ]
@@ -85,7 +85,7 @@ def test_imports_run_one_way():
 
 
 @pytest.mark.parametrize(
-    "command", ["demo", "train", "export", "inspect", "eval", "compare", "report", "score", "fill"]
+    "command", ["demo", "train", "export", "inspect", "eval", "compare", "report", "score", "fill", "serve"]
 )
 def test_each_command_has_help(capsys, command):
     code, out, _ = run(capsys, command, "--help")

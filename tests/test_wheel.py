@@ -1,5 +1,6 @@
 """The built wheel in an environment of its own: the base install alone runs artifacts."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -8,8 +9,10 @@ import sys
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from serving import running
 
 ROOT = Path(__file__).parent.parent
 EXTRAS = ("torch", "transformers", "onnx", "onnxscript", "safetensors", "datasets", "jinja2", "matplotlib")
@@ -40,12 +43,18 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def base(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """The Python of an environment that holds the wheel and what it depends on. Skips where pip reaches no registry."""
-    folder = tmp_path_factory.mktemp("environment")
+    """The Python of an environment that holds the wheel and what it depends on."""
+    with environment(str(wheel), tmp_path_factory.mktemp("environment")) as python:
+        yield python
+
+
+@contextlib.contextmanager
+def environment(package: str, folder: Path) -> Iterator[Path]:
+    """A new one with this package. Skips where pip reaches no registry."""
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
     python = folder / "bin" / "python"
     command = [sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--retries", "1"]
-    command += ["--constraint", ROOT / "constraints.txt", wheel]
+    command += ["--constraint", ROOT / "constraints.txt", package]
     done = subprocess.run(command, capture_output=True, text=True, env=without_path())
     if done.returncode and any(word in done.stderr for word in ("Retrying (", "Connection", "timed out")):
         pytest.skip("pip reaches no registry to install the base dependencies from")
@@ -124,6 +133,7 @@ def test_the_base_install_refuses_in_one_line_what_needs_more(base, artifact, ch
         (["fill", checkpoint("bert"), "a [MASK]"], 2, "pip install 'mlmkit[train]'"),
         (["export", checkpoint("bert"), "--output", "out"], 2, "pip install 'mlmkit[train]'"),
         (["fill", damaged, "a [MASK]"], 2, "config.json is missing"),
+        (["serve", artifact("bert")], 2, "pip install 'mlmkit[serve]'"),
         (["inspect", damaged], 1, "is damaged"),
         (["inspect", tmp_path], 2, "is no artifact"),
     ):
@@ -132,3 +142,15 @@ def test_the_base_install_refuses_in_one_line_what_needs_more(base, artifact, ch
         assert done.returncode == code, done.stderr
         assert len(lines) == 1, done.stderr
         assert message in lines[0]
+
+
+def test_the_serve_extra_serves_artifacts_without_the_others(wheel, artifact, tmp_path):
+    with environment(f"{wheel}[serve]", tmp_path / "environment") as python:
+        installed: dict[str, Any] = {"environment": {"PYTHONPATH": ""}, "python": str(python), "cwd": tmp_path}
+        with running(artifact("bert"), program=["-c", WATCHED], **installed) as server:
+            assert len(server.ask("/fill-mask", {"inputs": "The [MASK]"}).json) == 5
+            assert server.ask("/score", {"inputs": "The statement"}).json["tokens"] > 1
+            assert "</html>" in server.ask("/").body.decode()
+            assert server.ask("/static/swagger-ui-bundle.js").status == 200
+            assert server.stop() == 0
+            assert "looked for" not in server.said
