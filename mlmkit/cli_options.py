@@ -42,4 +42,4 @@ def json_option(command: Callable[..., None]) -> Callable[..., None]:
     return click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")(command)
 
 
-overwrite_option = click.option("--overwrite", is_flag=True, help="Replace --output if it exists.")
+overwrite_option = click.option("--overwrite", is_flag=True, help="Replace what is there already.")

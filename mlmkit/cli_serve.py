@@ -17,7 +17,7 @@ BOUNDS: tuple[tuple[str, str, Any, str], ...] = (
     ("targets", "--max-targets", AT_LEAST_1, "Targets of a request. Default: 100."),
     ("requests", "--max-requests", AT_LEAST_1, "Requests under way at once. Default: 512."),
     ("queue_tokens", "--max-queue-tokens", AT_LEAST_1, "Tokens that wait. Default: 65536, on CUDA 1048576."),
-    ("batch_tokens", "--batch-tokens", AT_LEAST_1, "Tokens of an engine call. Default: 1024, on CUDA 16384."),
+    ("batch_tokens", "--batch-tokens", AT_LEAST_1, "Tokens of an engine call. Default: 512, on CUDA 16384."),
     ("wait_seconds", "--max-wait", click.FloatRange(min=0), "Seconds to wait for company. Default: 0.005."),
     ("deadline_seconds", "--deadline", click.FloatRange(min=0.01), "Seconds for an answer. Default: 30."),
     ("drain_seconds", "--drain", click.FloatRange(min=0), "Seconds to answer the rest when stopped. Default: 25."),

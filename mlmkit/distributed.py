@@ -4,13 +4,28 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import TypeVar
 
 from mlmkit.errors import EndedElsewhereError, require
 
 T = TypeVar("T")
 
+CPU_LIMIT = Path("/sys/fs/cgroup/cpu.max")
 PATIENCE = timedelta(days=7)  # a rank may wait for another one's share of a long evaluation
+
+
+def cores() -> int:
+    """How many of the machine's cores this process may use: fewer than there are, in a container with a limit.
+
+    https://docs.kernel.org/admin-guide/cgroup-v2.html#cpu-interface-files
+    """
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = CPU_LIMIT.read_text().split()
+        return min(count, max(int(quota) // int(period), 1))
+    except (OSError, ValueError):  # no such file, or a quota of "max"
+        return count
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,8 @@
 """Dockerfile and manifest hold what the server holds: paths, names and times. Neither has been built or applied."""
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -58,3 +60,22 @@ def test_the_image_is_made_of_files_that_are_there(manifest):
     assert all((ROOT / name).exists() for name in copied)
     user = manifest["Deployment"]["spec"]["template"]["spec"]["securityContext"]["runAsUser"]
     assert set(re.findall(r"^USER (.+)$", dockerfile, re.MULTILINE)) == {str(user)}
+
+
+def test_the_dockerfile_lints():
+    linter = Path(sys.executable).with_name("hadolint")
+    if not linter.exists():
+        pytest.skip("hadolint is not installed: it has no wheel for this machine")
+    found = subprocess.run([linter, ROOT / "Dockerfile"], capture_output=True, text=True)
+    assert (found.returncode, found.stdout) == (0, ""), found.stdout
+
+
+@pytest.mark.parametrize(("limit", "expected"), [("100000 100000", 1), ("10000 100000", 1), ("max 100000", None)])
+def test_a_containers_limit_bounds_the_threads(limit, expected, tmp_path, monkeypatch):
+    from mlmkit import distributed
+
+    (tmp_path / "cpu.max").write_text(f"{limit}\n")
+    monkeypatch.setattr(distributed, "CPU_LIMIT", tmp_path / "none")
+    unlimited = distributed.cores()
+    monkeypatch.setattr(distributed, "CPU_LIMIT", tmp_path / "cpu.max")
+    assert distributed.cores() == (expected or unlimited)

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from mlmkit.artifact import AGAIN, GRAPH
 from mlmkit.backends import Batch, Predicted, Scored, open_artifact
 from mlmkit.backends.graph import drop_outputs, graph_problems, read_graph
+from mlmkit.distributed import cores
 from mlmkit.errors import CheckError, UserError
 
 TOP_OUTPUTS = {"top_log_prob", "top_id"}
@@ -98,9 +99,8 @@ class OnnxBackend:
 def _options(folder: Path) -> ort.SessionOptions:
     options = ort.SessionOptions()
     options.log_severity_level = 3
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0
     sharing = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # as torchrun sets it
-    options.intra_op_num_threads = max(cores // sharing, 1) if cores else 0
+    options.intra_op_num_threads = max(cores() // sharing, 1)
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder.absolute()))
     # Not to be guessed from the bytes: another format could name files that read_graph has not seen.
     options.add_session_config_entry("session.load_model_format", "ONNX")

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 # On a CPU larger calls gain nothing and hold others up; on a GPU they fill it (docs/decisions.md).
-BATCH_TOKENS = {"cpu": 1024, "cuda": 16384}
+BATCH_TOKENS = {"cpu": 512, "cuda": 16384}
 QUEUE_TOKENS = {"cpu": 1 << 16, "cuda": 1 << 20}
 
 

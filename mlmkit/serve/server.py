@@ -21,6 +21,7 @@ from typing import Any
 import uvicorn
 
 from mlmkit.backends import Backend, load
+from mlmkit.distributed import cores
 from mlmkit.errors import CheckError, EndedElsewhereError, UserError
 from mlmkit.serve.app import Service, build_app
 from mlmkit.serve.gate import Gate
@@ -199,9 +200,8 @@ def _run_workers(serving: Serving, listener: socket.socket) -> None:
     before = {number: signal.signal(number, lambda *_: is_stopping.set()) for number in (signal.SIGTERM, signal.SIGINT)}
     with tempfile.TemporaryDirectory(prefix="mlmkit-metrics-") as folder:
         os.environ[SHARED] = folder
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         os.environ["LOCAL_WORLD_SIZE"] = str(serving.workers)
-        os.environ.setdefault("OMP_NUM_THREADS", str(max(cores // serving.workers, 1)))
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(cores() // serving.workers, 1)))
         workers = [_start_worker(serving, listener) for _ in range(serving.workers)]
         try:
             _watch(workers, serving, listener, is_stopping)
