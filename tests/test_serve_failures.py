@@ -213,6 +213,28 @@ def _resident(server: Server) -> float:
     return int(text.split("VmRSS:")[1].split()[0]) / 1024
 
 
+def test_what_is_no_http_is_refused_in_the_same_form(server):
+    with connect(server) as client:
+        client.sendall(b"\x16\x03\x01 nonsense\r\n\r\n")
+        head, _, body = client.makefile("rb").read().partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 400 ")
+    assert json.loads(body)["error_type"] == "malformed_http"
+
+
+def test_a_batcher_that_has_died_is_said(artifact):
+    broken = "import mlmkit.serve.batcher as b; take, calls = b.Batcher._take, [0, 1]; "
+    broken += "b.Batcher._take = lambda self: (take(self), 1 / len(calls), calls.pop())[0]"
+    with running(artifact("bert"), before=broken) as server:
+        assert server.ask(FILL, {"inputs": "The [MASK]"}).status == 200
+        assert server.ask(FILL, {"inputs": "The [MASK]"}).json["error_type"] == "internal_error"
+        assert server.ask(FILL, {"inputs": "The [MASK]"}).json["error_type"] == "shutting_down"
+        assert server.ask("/health").status == 503
+        assert server.ask("/ready").status == 503
+        assert server.ask("/health").json["error_type"] == "batcher_died"
+        assert "the batcher has died" in server.said
+        assert server.stop() == 0
+
+
 # ---------------------------------------------------------------- several workers
 
 

@@ -158,7 +158,7 @@ def _add_routes(app: FastAPI, service: Service) -> None:
         predicted = await service.predict([question.batch for question in questions])
         is_single = isinstance(request.inputs, str) or len(texts) == 1
         body = await service.in_thread(_answer, service, questions, predicted, is_single)
-        replaced = {piece for question in questions for piece in question.stand_ins}
+        replaced = {target for question in questions for target in question.stand_ins}
         headers = {"X-Targets-Replaced": str(len(replaced))} if replaced else {}
         return Response(body, headers=headers, media_type="application/json")
 
@@ -174,7 +174,9 @@ def _add_routes(app: FastAPI, service: Service) -> None:
 
     @app.get("/health")
     async def health() -> schemas.Health:
-        """Whether the process lives."""
+        """Whether the process lives, and its batcher: one that does not should be started again."""
+        if service.batcher is None or not service.batcher.is_alive:
+            raise ApiError(503, "batcher_died", "the batcher has died: the server must be started again")
         return schemas.Health()
 
     @app.get("/ready", responses={503: {"model": schemas.Ready}})

@@ -5,6 +5,7 @@ All of its state belongs to the event loop; only the engine's call runs in a thr
 
 import asyncio
 import itertools
+import logging
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +17,8 @@ from mlmkit.backends import Backend, Batch, Predicted
 from mlmkit.batching import pad
 from mlmkit.serve.errors import ApiError, overloaded, shutting_down
 from mlmkit.serve.metrics import Metrics
+
+log = logging.getLogger(__name__)
 
 LARGEST_LOGITS = 1 << 26  # floats: 256 MiB of logits in one call
 FREE_PADDING = 64  # tokens: a call of its own would cost a row more than that
@@ -30,11 +33,8 @@ class _Work:
     results: list[Predicted | None]
     answer: asyncio.Future[list[Predicted]]
     arrived: float
+    tokens: int  # of the rows
     is_counted: bool = False  # among the requests whose time in the queue is known
-
-    @property
-    def tokens(self) -> int:
-        return sum(row.input_ids.size for _, row in self.rows)
 
 
 @dataclass
@@ -65,6 +65,7 @@ class Batcher:
         info = self.backend.info
         self.largest_row = max(LARGEST_LOGITS // info.vocabulary_size, 1)  # positions
         self._loop_task = asyncio.create_task(self._serve())
+        self._loop_task.add_done_callback(self._died)
 
     async def predict(self, rows: Sequence[Batch]) -> list[Predicted]:
         """What the engine says of each row. Cancelled, the rows leave the queue.
@@ -85,7 +86,7 @@ class Batcher:
         ordered = sorted(enumerate(rows), key=lambda item: -item[1].input_ids.size)
         answer = asyncio.get_running_loop().create_future()
         number = next(self._numbers)
-        self.waiting[number] = _Work(ordered, [None] * len(rows), answer, time.perf_counter())
+        self.waiting[number] = _Work(ordered, [None] * len(rows), answer, time.perf_counter(), tokens)
         self._add_tokens(tokens)
         self._changed.set()
         try:
@@ -123,6 +124,16 @@ class Batcher:
             await asyncio.sleep(0.01)
         self._loop_task.cancel()
         self._engine.shutdown(wait=answer, cancel_futures=True)
+
+    def _died(self, task: asyncio.Task[None]) -> None:
+        """A defect of ours: nobody is to wait for what does not come, and the process is to be started again."""
+        if task.cancelled() or not (error := task.exception()):
+            return
+        log.critical("the batcher has died", exc_info=error)
+        self._closing = True
+        for work in self.waiting.values():
+            if not work.answer.done():
+                work.answer.set_exception(error)
 
     # ------------------------------------------------------------ one call after another
 
@@ -180,6 +191,7 @@ class Batcher:
             for place, row in work.rows:
                 if room.takes(row):
                     taken.append((work, place, row))
+                    work.tokens -= row.input_ids.size
                 else:
                     left.append((place, row))
             if len(left) < len(work.rows) and not work.is_counted:
@@ -195,7 +207,7 @@ class Batcher:
     def _drop(self, number: int) -> None:
         work = self.waiting.pop(number)
         self._add_tokens(-work.tokens)
-        work.rows = []
+        work.rows, work.tokens = [], 0
 
     def _add_tokens(self, tokens: int) -> None:
         self.tokens += tokens

@@ -4,6 +4,8 @@ import asyncio
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from mlmkit.serve.errors import ApiError, error_body
+
 HEAD_SECONDS = 10.0
 HEAD_BYTES = 1 << 16
 
@@ -36,6 +38,13 @@ class Protocol(HttpToolsProtocol):
         """A request has begun: from here on the gate watches over it."""
         super().on_headers_complete()
         self._disarm()
+
+    def send_400_response(self, msg: str) -> None:
+        """What is no HTTP is refused in the form of all refusals."""
+        body = error_body(ApiError(400, "malformed_http", "this is no HTTP/1.1 request"))
+        head = b"HTTP/1.1 400 Bad Request\r\ncontent-type: application/json\r\nconnection: close\r\n"
+        self.transport.write(head + b"content-length: %d\r\n\r\n" % len(body) + body)
+        self.transport.close()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """See asyncio."""

@@ -6,7 +6,6 @@ import ipaddress
 import logging
 import multiprocessing
 import os
-import resource
 import signal
 import socket
 import sys
@@ -195,14 +194,17 @@ class _Worker:
 
 
 def _run_workers(serving: Serving, listener: socket.socket) -> None:
-    """Workers share the socket, each with its own model and its part of the cores; one that dies is replaced."""
+    """Workers share the socket, each with its own model and its part of the cores; one that dies is replaced.
+
+    The first starts alone, so that what keeps them all from starting is said once.
+    """
     is_stopping = threading.Event()
     before = {number: signal.signal(number, lambda *_: is_stopping.set()) for number in (signal.SIGTERM, signal.SIGINT)}
     with tempfile.TemporaryDirectory(prefix="mlmkit-metrics-") as folder:
         os.environ[SHARED] = folder
         os.environ["LOCAL_WORLD_SIZE"] = str(serving.workers)
         os.environ.setdefault("OMP_NUM_THREADS", str(max(cores() // serving.workers, 1)))
-        workers = [_start_worker(serving, listener) for _ in range(serving.workers)]
+        workers = [_start_worker(serving, listener)]
         try:
             _watch(workers, serving, listener, is_stopping)
         finally:
@@ -236,8 +238,11 @@ def _watch(workers: list[_Worker], serving: Serving, listener: socket.socket, is
             time.sleep(AGAIN)
             workers[place] = _start_worker(serving, listener)
         if not is_said and all(worker.is_ready for worker in workers):
-            is_said = True
-            _say_ready(serving, listener)
+            is_said = len(workers) == serving.workers
+            if is_said:
+                _say_ready(serving, listener)
+            else:
+                workers += [_start_worker(serving, listener) for _ in range(serving.workers - 1)]
 
 
 def _start_worker(serving: Serving, listener: socket.socket) -> _Worker:
@@ -289,7 +294,8 @@ def _is_loopback(listener: socket.socket) -> bool:
 
 def _raise_file_limit() -> None:
     """A connection is a file, and 1,024 are often all that a process may open unless it asks."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != hard:
-        with contextlib.suppress(OSError, ValueError):
-            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    with contextlib.suppress(ImportError, OSError, ValueError):  # no such module on Windows
+        import resource
+
+        _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
