@@ -3,8 +3,8 @@
 A BERT-base shape with random weights in float32 answers fill-mask for real English sentences of `--tokens` tokens with
 one mask, on cores that the clients share. The peer is what people write: a route of FastAPI that calls the pipeline,
 one request at a time. Per number of connections: requests a second and the latency's median and 99th percentile, as
-clients in a process of their own see them; rounds alternate, each with fresh servers. Then, on one connection, what
-the server adds to the bare engine's call, measured in this process between the rounds.
+clients in a process of their own see them; rounds alternate, each with fresh servers. Before, on one connection, what
+the server adds to the bare engine's call, in slices of a second that alternate.
 
 `--mixed SECONDS` is another measurement: more clients than the server keeps up with, sending short texts, long ones,
 several masks and texts to score, for that long, with the server's memory. Anything but 200 and 429 fails it.
@@ -28,7 +28,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from engines import isolated
+from engines import Contestant, isolated
 
 CONNECTIONS = (1, 8, 64)
 STARTING = 300.0  # seconds that a server may take to load
@@ -138,21 +138,35 @@ def load(port: int, requests: Path, connections: int, seconds: float) -> dict[st
     return json.loads(subprocess.run(command, capture_output=True, check=True, text=True).stdout)
 
 
-def bare_call(folder: Path, requests: Requests) -> float:
-    """Seconds of the engine's call alone on the same texts, in the median."""
-    import numpy as np
-
+def open_engine(folder: Path, requests: Requests) -> tuple[Any, list[Any]]:
+    """The engine alone, and the batches of the requests."""
     from mlmkit.backends import load as load_backend
     from mlmkit.fill import ask
 
     backend = load_backend(str(folder / "artifact"))
-    batches = [ask(backend.tokenizer, backend.info, body["inputs"]).batch for _, body in requests]
-    seconds = []
-    for batch in [*batches[:5], *batches]:
-        begun = time.perf_counter()
-        backend.predict(batch)
-        seconds.append(time.perf_counter() - begun)
-    return float(np.median(seconds[5:]))
+    return backend, [ask(backend.tokenizer, backend.info, body["inputs"]).batch for _, body in requests]
+
+
+def bare_calls(made: tuple[Any, list[Any]], seconds: float) -> float:
+    """Seconds of one of its calls, in the median."""
+    backend, batches = made
+    taken, until = [], time.perf_counter() + seconds
+    while (begun := time.perf_counter()) < until:
+        backend.predict(batches[len(taken) % len(batches)])
+        taken.append(time.perf_counter() - begun)
+    return median(taken)
+
+
+def overhead(folder: Path, requests: Requests, path: Path, slices: int) -> list[dict[str, float]]:
+    """Short slices of the bare engine and of one connection to a server, alternating, in processes that stay."""
+    engine = Contestant(open_engine, folder, requests)
+    found = []
+    with running(mlmkit_command(folder)) as (port, _):
+        for _ in range(slices + 1):
+            bare = engine.call(bare_calls, 1.0)
+            found.append({"bare": bare, "served": load(port, path, 1, 1.0)["p50"]})
+    engine.stop()
+    return found[1:]  # the first was to warm up
 
 
 # ---------------------------------------------------------------- the two measurements
@@ -165,9 +179,8 @@ def compare(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     path.write_text(json.dumps(requests))
     commands = {"mlmkit": mlmkit_command(folder), "pipeline": pipeline_command(folder)}
     runs: dict[str, dict[int, list[Any]]] = {name: {count: [] for count in CONNECTIONS} for name in commands}
-    bare = []
+    alone = overhead(folder, requests, path, 6 * options.rounds)
     for _ in range(options.rounds):
-        bare.append(isolated(bare_call, folder, requests[:100]))
         for name, command in commands.items():
             with running(command) as (port, _):
                 load(port, path, 4, 2.0)  # to warm up
@@ -176,7 +189,7 @@ def compare(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     for counts in runs.values():
         for found in (run for rounds in counts.values() for run in rounds):
             assert set(found["statuses"]) == {"200"}, found
-    return {"bare_call_seconds": bare, "runs": runs}
+    return {"overhead": alone, "runs": runs}
 
 
 def mixed(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
@@ -225,14 +238,11 @@ def table(found: dict[str, Any]) -> str:
                 f"| {count} | {name} | {rate:.1f} | {p50 * 1e3:.1f} | {p99 * 1e3:.1f} "
                 f"| {median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}) |"
             )
-    bare = median(found["bare_call_seconds"])
-    added = [
-        run["p50"] - call for run, call in zip(found["runs"]["mlmkit"][1], found["bare_call_seconds"], strict=True)
-    ]
-    return "\n".join([
-        *lines, "", f"The bare call takes {bare * 1e3:.2f} ms; on one connection the server adds "
-        f"{median(added) * 1e3:.2f} ms in the median.",
-    ])  # fmt: skip
+    bare = median(pair["bare"] for pair in found["overhead"])
+    added = [pair["served"] - pair["bare"] for pair in found["overhead"]]
+    said = f"On one connection the server adds {median(added) * 1e3:.2f} ms ({min(added) * 1e3:.2f} to "
+    said += f"{max(added) * 1e3:.2f}) to the bare call's {bare * 1e3:.2f} ms, medians of alternating slices."
+    return "\n".join([*lines, "", said])
 
 
 def main() -> None:
@@ -255,7 +265,6 @@ def main() -> None:
         if not (folder / "artifact").exists():
             isolated(_prepare, folder, options.layers)
         found = mixed(options, folder) if options.mixed else compare(options, folder)
-    print(json.dumps(found) if options.mixed else table(found))  # noqa: T201
     if options.output:
         names = ("torch", "transformers", "onnxruntime-gpu", "fastapi", "uvicorn")
         found |= {
@@ -265,6 +274,7 @@ def main() -> None:
             "versions": {name: version(name) for name in names},
         }
         options.output.write_text(json.dumps(found, indent=1) + "\n")
+    print(json.dumps(found) if options.mixed else table(found))  # noqa: T201
 
 
 def _prepare(folder: Path, layers: int) -> None:

@@ -264,18 +264,35 @@ def test_closing_answers_what_waits_or_refuses_it(backend):
 
 def test_clients_that_come_back_together_are_waited_for(backend):
     recorder = Recorder(backend)
-    recorder.leave.release(100)
 
     async def client(batcher: Batcher) -> None:
         for _ in range(3):
             await batcher.predict([row(8)])
-            await asyncio.sleep(0.005)
+            await asyncio.sleep(0.05)
 
     async def use(batcher: Batcher) -> None:
-        await asyncio.gather(*(client(batcher) for _ in range(4)))
+        clients = [asyncio.create_task(client(batcher)) for _ in range(4)]
+        for _ in range(10):
+            await asyncio.sleep(0.5)  # a call takes so long, which bounds the wait
+            recorder.leave.release()
+            if all(task.done() for task in clients):
+                break
+        await asyncio.gather(*clients)
 
     serving(recorder, use, max_wait=5.0)
     assert recorder.shapes[-2:] == [(4, 8), (4, 8)]
+
+
+def test_nobody_waits_for_longer_than_a_call_takes(backend):
+    recorder = Recorder(backend)
+    recorder.leave.release(100)
+
+    async def use(batcher: Batcher) -> None:
+        await asyncio.gather(*(batcher.predict([row(8)]) for _ in range(4)))
+        await batcher.predict([row(8)])
+
+    serving(recorder, use, max_wait=1000.0)
+    assert sum(shape[0] for shape in recorder.shapes) == 5
 
 
 def test_run_of_one_row_and_of_many_agree(backend):

@@ -36,13 +36,13 @@ def deep(depth: int) -> bytes:
 @pytest.mark.parametrize(
     ("body", "status", "error_type"),
     [
-        (b"", 422, "invalid_request"),
+        (b"", 400, "malformed_json"),
         (b"{", 400, "malformed_json"),
         (b"nonsense", 400, "malformed_json"),
         (b'{"inputs": "\xff\xfe [MASK]"}', 400, "malformed_json"),
         (deep(5000), 400, "malformed_json"),
         (deep(50), 422, "invalid_request"),
-        (b'{"inputs": "a \\ud800 [MASK]"}', 422, "invalid_request"),
+        (b'{"inputs": "a \\ud800 [MASK]"}', 400, "malformed_json"),
         (b'{"inputs": NaN}', 422, "invalid_request"),
         ([], 422, "invalid_request"),
         ({}, 422, "invalid_request"),
@@ -99,9 +99,9 @@ def test_messages_say_what_to_do_and_not_what_was_sent(server):
     assert said.startswith("inputs")
     assert "secret" not in said
     assert server.ask(FILL, {"inputs": 3}).json["error"] == (
-        "inputs: Input should be a valid string, or: Input should be a valid list"
+        "inputs: Input should be a valid string, or: Input should be a valid array"
     )
-    assert server.ask(FILL, b"{").json["error"].startswith("the body is no JSON: Expecting")
+    assert server.ask(FILL, b"{").json["error"].startswith("the body is no JSON in UTF-8, or nested too deeply: EOF")
     assert "[MASK]" in server.ask(FILL, {"inputs": "a"}).json["error"]
 
 
@@ -120,8 +120,10 @@ def test_other_paths_methods_and_types(server):
     assert refusal(server.ask("/static/%2e%2e%2fapp.py")) == (404, "not_found")
     assert refusal(server.ask(FILL)) == (405, "method_not_allowed")
     assert refusal(server.ask("/info", {})) == (405, "method_not_allowed")
-    answer = server.ask(FILL, b"inputs=x", **{"Content-Type": "application/x-www-form-urlencoded"})
-    assert refusal(answer) == (422, "invalid_request")
+    for kind in ("application/x-www-form-urlencoded", "text/plain", ""):
+        answer = server.ask(FILL, b'{"inputs": "[MASK]"}', **{"Content-Type": kind})
+        assert refusal(answer) == (415, "unsupported_media_type")
+    assert server.ask(FILL, {"inputs": "[MASK]"}, **{"Content-Type": "application/json; charset=utf-8"}).status == 200
 
 
 def test_no_text_and_null_parameters_are_the_defaults(server):

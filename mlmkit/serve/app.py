@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import json
 import logging
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -13,7 +12,6 @@ from typing import Any
 
 import numpy as np
 from fastapi import FastAPI, Request, Response
-from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
@@ -21,21 +19,21 @@ from mlmkit import __version__
 from mlmkit.artifact import is_artifact, parse_manifest
 from mlmkit.backends import Backend, Batch, Predicted
 from mlmkit.errors import CheckError, UserError
-from mlmkit.fill import NoMaskError, Question, TargetError, TextTooLongError, answer, ask
+from mlmkit.fill import NoMaskError, TargetError, TextTooLongError
 from mlmkit.serve import schemas
 from mlmkit.serve.batcher import Batcher
-from mlmkit.serve.errors import ApiError, error_response, invalid
+from mlmkit.serve.errors import ApiError, error_response
 from mlmkit.serve.gate import Gate
 from mlmkit.serve.kserve_routes import kserve_router
 from mlmkit.serve.limits import Limits
 from mlmkit.serve.metrics import CONTENT_TYPE, Metrics
 from mlmkit.serve.pages import page_router
-from mlmkit.serve.scoring import Scoring, plan_scores, read_scores
+from mlmkit.serve.texts import read_filling, read_scores_request, write_filling, write_scores
 
 log = logging.getLogger(__name__)
 
 TEXT_THREADS = 2
-STATUSES = (400, 401, 404, 405, 408, 413, 422, 429, 500, 503)
+STATUSES = (400, 401, 404, 405, 408, 413, 415, 422, 429, 500, 503)
 REFUSALS: dict[int | str, dict[str, Any]] = {status: {"model": schemas.ErrorBody} for status in STATUSES}
 KINDS = {NoMaskError: "no_mask", TextTooLongError: "text_too_long", TargetError: "unknown_target"}
 
@@ -89,14 +87,10 @@ class Service:
         assert self.batcher is not None  # made before the first request is taken
         return await self.batcher.predict(rows)
 
-    def texts(self, inputs: str | list[str]) -> list[str]:
-        """The request's texts. Raises `ApiError` for more than the limit."""
-        texts = [inputs] if isinstance(inputs, str) else inputs
-        if len(texts) > self.limits.texts:
-            raise ApiError(413, "too_many_texts", f"{len(texts)} texts are more than {self.limits.texts}: split them")
-        if self.log_texts:
-            log.info("texts %s", json.dumps(texts))
-        return texts
+    def check_size(self, tokens: int) -> None:
+        """Raise `ApiError` for more tokens than the queue will ever hold."""
+        assert self.batcher is not None
+        self.batcher.check_size(tokens)
 
     async def start(self) -> None:
         """Make the batcher and run the engine once, so that the first request does not wait for it to load."""
@@ -137,39 +131,33 @@ def build_app(service: Service, token: str | None = None) -> tuple[FastAPI, Gate
     app.add_exception_handler(ApiError, _refuse)
     app.add_exception_handler(UserError, _refuse)
     app.add_exception_handler(CheckError, _refuse)
-    app.add_exception_handler(RequestValidationError, _refuse)
     app.add_exception_handler(HTTPException, _refuse)
     app.add_exception_handler(Exception, _refuse)
     _add_routes(app, service)
     app.include_router(kserve_router(service))
     app.include_router(page_router())
+    app.openapi = lambda: schemas.document(app)
     return app, Gate(app, service.limits, service.metrics, token)
 
 
 def _add_routes(app: FastAPI, service: Service) -> None:
+    fill_extra, score_extra = schemas.body_of(schemas.FillMaskRequest), schemas.body_of(schemas.ScoreRequest)
+
     @app.post("/", include_in_schema=False)
-    @app.post("/fill-mask", response_model=schemas.FillMaskAnswer)
-    async def fill_mask(request: schemas.FillMaskRequest) -> Response:
+    @app.post("/fill-mask", response_model=schemas.FillMaskAnswer, openapi_extra=fill_extra)
+    async def fill_mask(request: Request) -> Response:
         """The likeliest tokens for each mask, as Hugging Face's pipeline and Inference API give them."""
-        texts, parameters = service.texts(request.inputs), request.parameters or schemas.FillMaskParameters(top_k=None)
-        targets = [parameters.targets] if isinstance(parameters.targets, str) else parameters.targets or []
-        top_k = 5 if parameters.top_k is None else parameters.top_k
-        questions = await service.in_thread(_ask, service, texts, top_k, targets)
-        predicted = await service.predict([question.batch for question in questions])
-        is_single = isinstance(request.inputs, str) or len(texts) == 1
-        body = await service.in_thread(_answer, service, questions, predicted, is_single)
-        replaced = {target for question in questions for target in question.stand_ins}
+        filling = await service.in_thread(read_filling, service, await json_body(request))
+        body = await service.in_thread(write_filling, service, filling, await service.predict(filling.rows))
+        replaced = filling.stand_ins
         headers = {"X-Targets-Replaced": str(len(replaced))} if replaced else {}
         return Response(body, headers=headers, media_type="application/json")
 
-    @app.post("/score", response_model=schemas.ScoreAnswer, response_model_exclude_none=True)
-    async def score(request: schemas.ScoreRequest) -> Response:
+    @app.post("/score", response_model=schemas.ScoreAnswer, openapi_extra=score_extra)
+    async def score(request: Request) -> Response:
         """Pseudo-log-likelihood of each text: each token masked alone, the logarithms of their probabilities summed."""
-        texts, parameters = service.texts(request.inputs), request.parameters or schemas.ScoreParameters()
-        scoring, rows = await service.in_thread(_plan, service, texts, parameters.pll or "original")
-        predicted = await service.predict(rows)
-        is_single = isinstance(request.inputs, str)
-        body = await service.in_thread(_scores, service, scoring, predicted, bool(parameters.per_token), is_single)
+        scores = await service.in_thread(read_scores_request, service, await json_body(request))
+        body = await service.in_thread(write_scores, service, scores, await service.predict(scores.rows))
         return Response(body, media_type="application/json")
 
     @app.get("/health")
@@ -196,54 +184,12 @@ def _add_routes(app: FastAPI, service: Service) -> None:
         return Response(service.metrics.page(), media_type=CONTENT_TYPE)
 
 
-# ---------------------------------------------------------------- in a thread: text to rows, and back
-
-
-def _ask(service: Service, texts: list[str], top_k: int, targets: list[str]) -> list[Question]:
-    limits, backend = service.limits, service.backend
-    if len(targets) > limits.targets:
-        raise ApiError(422, "too_many_targets", f"{len(targets)} targets are more than {limits.targets}")
-    questions = [ask(backend.tokenizer, backend.info, text, top_k=top_k, targets=targets) for text in texts]
-    for question in questions:
-        _check_length(len(question.ids), limits)
-        if len(question.masks) > limits.text_masks:
-            message = f"the text has {len(question.masks)} masks, more than {limits.text_masks}"
-            raise ApiError(422, "too_many_masks", message)
-    return questions
-
-
-def _answer(service: Service, questions: list[Question], predicted: list[Predicted], is_single: bool) -> bytes:
-    tokenizer = service.backend.tokenizer
-    filled = [answer(tokenizer, *pair) for pair in zip(questions, predicted, strict=True)]
-    texts = [masks[0] if len(masks) == 1 else masks for masks in filled]
-    return _json(texts[0] if is_single else texts)
-
-
-def _plan(service: Service, texts: list[str], variant: str) -> tuple[Scoring, list[Batch]]:
-    if not texts:
-        raise ApiError(422, "invalid_request", "inputs: there is no text in it")
-    scoring = plan_scores(service.backend, texts, variant)
-    lengths = scoring.lengths(service.backend.tokenizer)
-    for length in lengths:
-        _check_length(length, service.limits)
-    assert service.batcher is not None
-    service.batcher.check_size(int((scoring.plan.rows.length + service.backend.tokenizer.added_tokens).sum()))
-    return scoring, scoring.rows(service.backend.tokenizer)
-
-
-def _scores(service: Service, scoring: Scoring, predicted: list[Predicted], per_token: bool, is_single: bool) -> bytes:
-    answers = read_scores(service.backend.tokenizer, scoring, predicted, per_token=per_token)
-    return _json(answers[0] if is_single else answers)
-
-
-def _check_length(length: int, limits: Limits) -> None:
-    if length > limits.text_tokens:
-        message = f"a text has {length} tokens, and this server takes {limits.text_tokens}: shorten it"
-        raise ApiError(422, "text_too_long", message)
-
-
-def _json(value: Any) -> bytes:
-    return json.dumps(value, ensure_ascii=False).encode("utf-8", "replace")
+async def json_body(request: Request) -> bytes:
+    """The body of what says that it is JSON: a page of another origin cannot say so without the browser asking us."""
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "application/json" and not kind.endswith("+json"):
+        raise ApiError(415, "unsupported_media_type", "send JSON, and the header Content-Type: application/json")
+    return await request.body()
 
 
 async def _refuse(request: Request, error: Exception) -> Response:
@@ -251,8 +197,6 @@ async def _refuse(request: Request, error: Exception) -> Response:
     match error:
         case ApiError():
             refusal = error
-        case RequestValidationError():
-            refusal = invalid(error.errors())
         case HTTPException():
             refusal = _of_http(error)
         case UserError():
@@ -268,11 +212,8 @@ async def _refuse(request: Request, error: Exception) -> Response:
 
 def _of_http(error: HTTPException) -> ApiError:
     """Starlette's own: no such path or method, a body that is no JSON."""
-    kinds = {404: "not_found", 405: "method_not_allowed", 400: "malformed_json"}
-    messages = {
-        404: "there is nothing at this path: see /docs",
-        400: "the body is no JSON in UTF-8, or nested too deeply",
-    }
+    kinds = {404: "not_found", 405: "method_not_allowed"}
+    messages = {404: "there is nothing at this path: see /docs"}
     status = error.status_code
     refusal = ApiError(status, kinds.get(status, "refused"), messages.get(status, str(error.detail)))
     refusal.headers.update(error.headers or {})

@@ -60,7 +60,7 @@ class Batcher:
         self._numbers = itertools.count()
         self._changed = asyncio.Event()
         self._shortest_next = False
-        self._last_requests = 0  # in the last call
+        self._last_requests, self._last_seconds = 0, 0.0  # of the last call
         self._closing = False
         info = self.backend.info
         self.largest_row = max(LARGEST_LOGITS // info.vocabulary_size, 1)  # positions
@@ -150,26 +150,30 @@ class Batcher:
                     if not work.answer.done():
                         work.answer.set_exception(error)
                 continue
-            seconds = time.perf_counter() - begun
-            padded = len(taken) * max(row.input_ids.shape[1] for _, _, row in taken)
-            self.rate = padded / seconds * (MEMORY if self.rate else 1) + self.rate * (1 - MEMORY)
-            self.metrics.saw_batch(len(taken), sum(row.input_ids.size for _, _, row in taken), padded, seconds)
+            seconds = self._last_seconds = time.perf_counter() - begun
             for (work, place, _), result in zip(taken, results, strict=True):
                 work.results[place] = result
             for work in {work for work, _, _ in taken}:
                 done = [result for result in work.results if result is not None]
                 if len(done) == len(work.results) and not work.answer.done():
                     work.answer.set_result(done)
+            loop.call_soon(self._count, [row for _, _, row in taken], seconds)  # behind those who have their answers
+
+    def _count(self, rows: Sequence[Batch], seconds: float) -> None:
+        padded = len(rows) * max(row.input_ids.shape[1] for row in rows)
+        self.rate = padded / seconds * (MEMORY if self.rate else 1) + self.rate * (1 - MEMORY)
+        self.metrics.saw_batch(len(rows), sum(row.input_ids.size for row in rows), padded, seconds)
 
     async def _gather(self) -> None:
-        """Wait for work, and then for as many requests as the last call had, at most `max_wait`.
+        """Wait for work, and then for as many requests as the last call had.
 
-        Clients that wait for their answers come back together; a single client waits for nobody.
+        Clients that wait for their answers come back together; a single client waits for nobody. Nobody waits for
+        longer than `max_wait`, nor than the last call took, as that would cost more than company can bring.
         """
         while not any(work.rows for work in self.waiting.values()):
             self._changed.clear()
             await self._changed.wait()
-        until = time.perf_counter() + self.max_wait
+        until = time.perf_counter() + min(self.max_wait, self._last_seconds)
         while sum(bool(work.rows) for work in self.waiting.values()) < self._last_requests:
             self._changed.clear()
             try:

@@ -49,10 +49,9 @@ def error_body(error: ApiError) -> bytes:
 
 def invalid(errors: Sequence[Mapping[str, Any]]) -> ApiError:
     """What pydantic found wrong with a request, as one line that does not repeat the request's texts."""
-    if any(error["type"] == "json_invalid" for error in errors):
-        reason = next(error for error in errors if error["type"] == "json_invalid")
-        place, why = reason["loc"][-1], reason.get("ctx", {}).get("error", "it cannot be parsed")
-        return ApiError(400, "malformed_json", f"the body is no JSON: {why} (at character {place})")
+    if errors[0]["type"] == "json_invalid":
+        reason = errors[0].get("ctx", {}).get("error", "it cannot be parsed")
+        return ApiError(400, "malformed_json", f"the body is no JSON in UTF-8, or nested too deeply: {reason}")
     place = _place(errors[0])
     # A value that may be of several types has an error for each.
     reasons = dict.fromkeys(str(error["msg"]) for error in errors if _place(error) == place)

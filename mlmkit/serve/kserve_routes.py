@@ -9,6 +9,7 @@ from mlmkit import __version__
 from mlmkit.serve import kserve
 from mlmkit.serve.batcher import split
 from mlmkit.serve.errors import ApiError
+from mlmkit.serve.schemas import body_of
 
 if TYPE_CHECKING:
     from mlmkit.serve.app import Service
@@ -19,7 +20,7 @@ VERSION = "1"
 def kserve_router(service: "Service") -> APIRouter:
     """The protocol's paths over the service's one model."""
     router = APIRouter(prefix="/v2", tags=["Open Inference Protocol"])
-    body = {"content": {"application/json": {"schema": kserve.InferRequest.model_json_schema()}}, "required": True}
+    extra = body_of(kserve.InferRequest, "application/octet-stream")
 
     def check(name: str, version: str = VERSION) -> None:
         if name != service.name or version != VERSION:
@@ -54,11 +55,11 @@ def kserve_router(service: "Service") -> APIRouter:
         check(name, version)
         return kserve.metadata(name, service.backend.info, f"mlmkit_{service.backend.name}")
 
-    @router.post("/models/{name}/infer", response_model=kserve.InferAnswer, openapi_extra={"requestBody": body})
+    @router.post("/models/{name}/infer", response_model=kserve.InferAnswer, openapi_extra=extra)
     @router.post(
         "/models/{name}/versions/{version}/infer",
         response_model=kserve.InferAnswer,
-        openapi_extra={"requestBody": body},
+        openapi_extra=extra,
     )
     async def infer(request: Request, name: str, version: str = VERSION) -> Response:
         """The scoring graph on a batch of rows, which may share the engine's calls with other requests' rows."""

@@ -2,7 +2,14 @@
 
 from typing import Annotated, Any, Literal
 
+from fastapi import FastAPI
+from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr
+from pydantic.json_schema import models_json_schema
+
+from mlmkit.serve.kserve import InferRequest
+
+REFERENCE = "#/components/schemas/{model}"
 
 Texts = Annotated[StrictStr | list[StrictStr], Field(description="A text, or a list of texts.")]
 
@@ -111,3 +118,25 @@ class ErrorBody(BaseModel):
 
     error: str = Field(description="One line that says what is wrong and what to do.")
     error_type: str = Field(description="A name for programs.")
+
+
+# ---------------------------------------------------------------- the OpenAPI document
+
+
+def body_of(model: type[BaseModel], *more_types: str) -> dict[str, Any]:
+    """A route's body in the OpenAPI document. It is parsed in a thread, by the route, so FastAPI does not see it."""
+    schema = {"schema": {"$ref": REFERENCE.format(model=model.__name__)}}
+    binary = {"schema": {"type": "string", "format": "binary"}}
+    content = {"application/json": schema} | dict.fromkeys(more_types, binary)
+    return {"requestBody": {"required": True, "content": content}}
+
+
+def document(app: FastAPI) -> dict[str, Any]:
+    """FastAPI's document, with the bodies that `body_of` names."""
+    if app.openapi_schema is None:
+        found = get_openapi(title=app.title, version=app.version, summary=app.summary, routes=app.routes)
+        bodies = (FillMaskRequest, ScoreRequest, InferRequest)
+        _, definitions = models_json_schema([(model, "validation") for model in bodies], ref_template=REFERENCE)
+        found["components"]["schemas"] |= definitions["$defs"]
+        app.openapi_schema = found
+    return app.openapi_schema

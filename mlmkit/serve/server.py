@@ -227,8 +227,9 @@ def _watch(workers: list[_Worker], serving: Serving, listener: socket.socket, is
         ]
         found = wait(watched, timeout=0.5)
         for place, worker in enumerate(workers):
-            if worker.ready in found and worker.process.is_alive():
-                worker.is_ready = True
+            if worker.ready in found and not worker.is_ready:
+                with contextlib.suppress(EOFError):  # it ended before it was ready
+                    worker.is_ready = worker.ready.recv()
             if worker.process.is_alive() or is_stopping.is_set():
                 continue
             mark_process_dead(worker.process.pid)

@@ -1,0 +1,118 @@
+"""Requests about texts, in a thread beside the event loop: bytes → checked → rows, and scores → bytes."""
+
+import json
+import logging
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from pydantic import ValidationError
+
+from mlmkit.backends import Batch, Predicted
+from mlmkit.fill import Question, answer, ask
+from mlmkit.serve.errors import ApiError, invalid
+from mlmkit.serve.schemas import FillMaskParameters, FillMaskRequest, ScoreParameters, ScoreRequest
+from mlmkit.serve.scoring import Scoring, plan_scores, read_scores
+
+if TYPE_CHECKING:
+    from mlmkit.serve.app import Service
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Filling:
+    """A fill-mask request: a question a text. `is_single`: the answer is the text's own, not a list a text."""
+
+    questions: list[Question]
+    is_single: bool
+
+    @property
+    def rows(self) -> list[Batch]:
+        """One a text."""
+        return [question.batch for question in self.questions]
+
+    @property
+    def stand_ins(self) -> set[str]:
+        """Targets that are ranked by their first piece."""
+        return {target for question in self.questions for target in question.stand_ins}
+
+
+def read_filling(service: "Service", body: bytes) -> Filling:
+    """Raises `ApiError` and `UserError` for a request that cannot be answered."""
+    limits, backend = service.limits, service.backend
+    try:
+        request = FillMaskRequest.model_validate_json(body)
+    except ValidationError as error:
+        raise invalid(error.errors(include_url=False)) from None
+    texts, parameters = _texts(service, request.inputs), request.parameters or FillMaskParameters(top_k=None)
+    targets = [parameters.targets] if isinstance(parameters.targets, str) else parameters.targets or []
+    top_k = 5 if parameters.top_k is None else parameters.top_k
+    if len(targets) > limits.targets:
+        raise ApiError(422, "too_many_targets", f"{len(targets)} targets are more than {limits.targets}")
+    questions = [ask(backend.tokenizer, backend.info, text, top_k=top_k, targets=targets) for text in texts]
+    for question in questions:
+        _check_length(service, len(question.ids))
+        if len(question.masks) > limits.text_masks:
+            message = f"a text has {len(question.masks)} masks, and this server takes {limits.text_masks}"
+            raise ApiError(422, "too_many_masks", message)
+    return Filling(questions, isinstance(request.inputs, str) or len(texts) == 1)  # a list of one, as the pipeline
+
+
+def write_filling(service: "Service", filling: Filling, predicted: list[Predicted]) -> bytes:
+    """The answer, in Hugging Face's form."""
+    tokenizer = service.backend.tokenizer
+    filled = [answer(tokenizer, *pair) for pair in zip(filling.questions, predicted, strict=True)]
+    texts = [masks[0] if len(masks) == 1 else masks for masks in filled]
+    return _json(texts[0] if filling.is_single else texts)
+
+
+@dataclass(frozen=True)
+class Scores:
+    """A scoring request, and its rows."""
+
+    scoring: Scoring
+    rows: list[Batch]
+    per_token: bool
+    is_single: bool
+
+
+def read_scores_request(service: "Service", body: bytes) -> Scores:
+    """Raises `ApiError` and `UserError` for a request that cannot be answered."""
+    try:
+        request = ScoreRequest.model_validate_json(body)
+    except ValidationError as error:
+        raise invalid(error.errors(include_url=False)) from None
+    texts, parameters = _texts(service, request.inputs), request.parameters or ScoreParameters()
+    if not texts:
+        raise ApiError(422, "invalid_request", "inputs: there is no text in it")
+    tokenizer = service.backend.tokenizer
+    scoring = plan_scores(service.backend, texts, parameters.pll or "original")
+    for length in scoring.lengths(tokenizer):
+        _check_length(service, length)
+    service.check_size(int((scoring.plan.rows.length + tokenizer.added_tokens).sum()))  # before they are made
+    return Scores(scoring, scoring.rows(tokenizer), bool(parameters.per_token), isinstance(request.inputs, str))
+
+
+def write_scores(service: "Service", scores: Scores, predicted: list[Predicted]) -> bytes:
+    """The answer: an object a text."""
+    answers = read_scores(service.backend.tokenizer, scores.scoring, predicted, per_token=scores.per_token)
+    return _json(answers[0] if scores.is_single else answers)
+
+
+def _texts(service: "Service", inputs: str | list[str]) -> list[str]:
+    texts = [inputs] if isinstance(inputs, str) else inputs
+    if len(texts) > service.limits.texts:
+        raise ApiError(413, "too_many_texts", f"{len(texts)} texts are more than {service.limits.texts}: split them")
+    if service.log_texts:
+        log.info("texts %s", json.dumps(texts))
+    return texts
+
+
+def _check_length(service: "Service", length: int) -> None:
+    if length > service.limits.text_tokens:
+        message = f"a text has {length} tokens, and this server takes {service.limits.text_tokens}: shorten it"
+        raise ApiError(422, "text_too_long", message)
+
+
+def _json(value: Any) -> bytes:
+    return json.dumps(value, ensure_ascii=False).encode("utf-8", "replace")
