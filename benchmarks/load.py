@@ -1,12 +1,12 @@
 """A load generator: connections that each ask, wait for the answer and ask again, for a bounded time.
 
-A process of its own, on 127.0.0.1 only, with as little work a request as Python allows: the requests are made before,
-and of an answer only the head is read. Prints a JSON object. A refused request is asked again after its Retry-After,
-shortened to `--patience`, as a client would.
+A process of its own, on 127.0.0.1 only, with as little work a request as Python allows. Prints a JSON object. A client
+that is refused asks again after `--patience` seconds; one whose connection is closed connects again.
 """
 
 import argparse
 import asyncio
+import contextlib
 import itertools
 import json
 import sys
@@ -27,51 +27,71 @@ def encode(path: str, body: Any) -> bytes:
     return head.encode() + b"\r\n\r\n" + content
 
 
-async def ask(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, request: bytes) -> tuple[int, bytes, bytes]:
-    """Status, head and body of the answer. Raises `ConnectionError` or `IncompleteReadError` where there is none."""
-    writer.write(request)
-    head = await reader.readuntil(b"\r\n\r\n")
-    length = int(head.lower().partition(b"content-length:")[2].split(b"\r\n", 1)[0])
-    return int(head[9:12]), head, await reader.readexactly(length)
+class Client(asyncio.Protocol):
+    """A connection that asks, waits and asks again. Streams would use more of the cores that the server needs."""
 
+    def __init__(self, requests: Iterator[bytes], patience: float, seen: "Seen") -> None:
+        self._requests, self._patience, self._seen = requests, patience, seen
+        self._answer, self._begun, self._is_waiting = b"", 0.0, False
+        self.loop = asyncio.get_running_loop()
+        self.closed = self.loop.create_future()
 
-async def connection(port: int, requests: Iterator[bytes], until: float, patience: float, seen: "Seen") -> None:
-    """One client, until the time is over or nobody listens any more."""
-    reader = writer = None
-    while time.perf_counter() < until:
-        if writer is None or reader is None:
-            try:
-                reader, writer = await asyncio.open_connection(HOST, port)
-            except OSError:
-                seen.statuses["no connection"] += 1
-                await asyncio.sleep(0.05)
-                continue
-        begun = time.perf_counter()
-        try:
-            status, head, body = await ask(reader, writer, next(requests))
-        except (ConnectionError, asyncio.IncompleteReadError):
-            seen.statuses["no answer"] += 1
-            writer.close()
-            writer = None
-            continue
-        seen.statuses[str(status)] += 1
-        if status == 200:
-            seen.seconds.append(time.perf_counter() - begun)
-        elif status in (429, 503):
-            await asyncio.sleep(patience)
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Ask at once."""
+        self.transport: Any = transport
+        self._ask()
+
+    def _ask(self) -> None:
+        if not self.transport.is_closing():
+            self._answer, self._is_waiting = b"", True
+            self._begun = time.perf_counter()
+            self.transport.write(next(self._requests))
+
+    def data_received(self, data: bytes) -> None:
+        """Ask again once the answer is whole."""
+        self._answer += data
+        head, end, body = self._answer.partition(b"\r\n\r\n")
+        if not end or len(body) < int(head.partition(b"content-length: ")[2].split(b"\r\n", 1)[0]):
+            return
+        seconds, self._is_waiting, status = time.perf_counter() - self._begun, False, head[9:12].decode()
+        self._seen.statuses[status] += 1
+        if status == "200":
+            self._seen.seconds.append(seconds)
         else:
-            seen.last_error = body[:500].decode("utf-8", "replace")
-        if b"connection: close" in head.lower():
-            writer.close()
-            writer = None
-    if writer is not None:
-        writer.close()
+            self._seen.last_error = body[:500].decode("utf-8", "replace")
+        if b"connection: close" in head or time.perf_counter() > self._seen.until:
+            self.transport.close()
+        elif status == "200":
+            self._ask()
+        else:
+            self.loop.call_later(self._patience, self._ask)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """An answer that was asked for and has not come is lost."""
+        if self._is_waiting:
+            self._seen.statuses["no answer"] += 1
+        self.closed.set_result(None)
+
+
+async def connect(port: int, requests: Iterator[bytes], patience: float, seen: "Seen") -> None:
+    """One client, which connects again where the server closes, until the time is over."""
+    while time.perf_counter() < seen.until:
+        try:
+            _, client = await asyncio.get_running_loop().create_connection(
+                lambda: Client(requests, patience, seen), HOST, port
+            )
+        except OSError:
+            seen.statuses["no connection"] += 1
+            await asyncio.sleep(0.05)
+        else:
+            await client.closed
 
 
 class Seen:
     """What the clients saw."""
 
-    def __init__(self) -> None:
+    def __init__(self, until: float) -> None:
+        self.until = until
         self.statuses: Counter[str] = Counter()
         self.seconds: list[float] = []
         self.last_error = ""
@@ -79,9 +99,9 @@ class Seen:
 
 async def run(port: int, requests: list[bytes], connections: int, seconds: float, patience: float) -> dict[str, Any]:
     """The figures of one load; latencies are of answered requests, in seconds."""
-    seen, endless = Seen(), itertools.cycle(requests)
-    begun = time.perf_counter()
-    await asyncio.gather(*(connection(port, endless, begun + seconds, patience, seen) for _ in range(connections)))
+    begun, endless = time.perf_counter(), itertools.cycle(requests)
+    seen = Seen(begun + seconds)
+    await asyncio.gather(*(connect(port, endless, patience, seen) for _ in range(connections)))
     passed = time.perf_counter() - begun
     cuts = quantiles(seen.seconds, n=100) if len(seen.seconds) > 1 else [seen.seconds[0] if seen.seconds else 0.0] * 99
     return {
@@ -106,6 +126,10 @@ def main() -> None:
     options = parser.parse_args()
     requests = [encode(path, body) for path, body in json.loads(options.requests.read_text(encoding="utf-8"))]
     seconds = min(options.seconds, 3600.0)
+    with contextlib.suppress(ImportError):
+        import uvloop
+
+        asyncio.set_event_loop_policy(uvloop.EventLoopPolicy())
     found = asyncio.run(run(options.port, requests, options.connections, seconds, options.patience))
     json.dump(found, sys.stdout)
 

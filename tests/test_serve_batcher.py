@@ -283,6 +283,24 @@ def test_clients_that_come_back_together_are_waited_for(backend):
     assert recorder.shapes[-2:] == [(4, 8), (4, 8)]
 
 
+def test_a_request_that_leaves_while_it_waits_for_company_leaves_nothing(backend):
+    recorder = Recorder(backend)
+
+    async def use(batcher: Batcher) -> None:
+        first, *pair = await begin(batcher, [row(8)], [row(8)], [row(8)])
+        await asyncio.sleep(0.3)  # the next call waits so long for two
+        recorder.leave.release(100)
+        await asyncio.gather(first, *pair)
+        batcher._last_seconds = 0.3  # of the call of two, had it been slow
+        (alone,) = await begin(batcher, [row(8)])
+        alone.cancel()
+        await asyncio.sleep(0.4)
+        assert len(await batcher.predict([row(9)])) == 1
+
+    serving(recorder, use, max_wait=5.0)
+    assert recorder.shapes == [(1, 8), (2, 8), (1, 9)]
+
+
 def test_nobody_waits_for_longer_than_a_call_takes(backend):
     recorder = Recorder(backend)
     recorder.leave.release(100)

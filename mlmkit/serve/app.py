@@ -33,6 +33,7 @@ from mlmkit.serve.texts import read_filling, read_scores_request, write_filling,
 log = logging.getLogger(__name__)
 
 TEXT_THREADS = 2
+SHORT_BODY, SHORT_ANSWER = 2048, 20  # bytes, candidates: some 0.1 ms of work; a thread costs 0.3 (docs/decisions.md)
 STATUSES = (400, 401, 404, 405, 408, 413, 415, 422, 429, 500, 503)
 REFUSALS: dict[int | str, dict[str, Any]] = {status: {"model": schemas.ErrorBody} for status in STATUSES}
 KINDS = {NoMaskError: "no_mask", TextTooLongError: "text_too_long", TargetError: "unknown_target"}
@@ -78,8 +79,10 @@ class Service:
             limits=asdict(self.limits),
         )
 
-    async def in_thread(self, work: Callable[..., Any], *arguments: Any) -> Any:
-        """Text work, off the event loop."""
+    async def in_thread(self, work: Callable[..., Any], *arguments: Any, is_short: bool = False) -> Any:
+        """Text work, off the event loop, unless it is so short that the way there and back takes longer."""
+        if is_short:
+            return work(*arguments)
         return await asyncio.get_running_loop().run_in_executor(self.threads, work, *arguments)
 
     async def predict(self, rows: list[Batch]) -> list[Predicted]:
@@ -147,8 +150,10 @@ def _add_routes(app: FastAPI, service: Service) -> None:
     @app.post("/fill-mask", response_model=schemas.FillMaskAnswer, openapi_extra=fill_extra)
     async def fill_mask(request: Request) -> Response:
         """The likeliest tokens for each mask, as Hugging Face's pipeline and Inference API give them."""
-        filling = await service.in_thread(read_filling, service, await json_body(request))
-        body = await service.in_thread(write_filling, service, filling, await service.predict(filling.rows))
+        body = await json_body(request)
+        filling = await service.in_thread(read_filling, service, body, is_short=len(body) <= SHORT_BODY)
+        predicted, is_short = await service.predict(filling.rows), filling.candidates <= SHORT_ANSWER
+        body = await service.in_thread(write_filling, service, filling, predicted, is_short=is_short)
         replaced = filling.stand_ins
         headers = {"X-Targets-Replaced": str(len(replaced))} if replaced else {}
         return Response(body, headers=headers, media_type="application/json")

@@ -142,6 +142,8 @@ class Batcher:
         while True:
             await self._gather()
             taken = self._take()
+            if not taken:  # they have left while they waited for company
+                continue
             begun = time.perf_counter()
             try:
                 results = await loop.run_in_executor(self._engine, run, self.backend, [row for _, _, row in taken])

@@ -5,7 +5,7 @@ import contextlib
 import hmac
 import logging
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable
 from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -99,34 +99,44 @@ class Gate:
             self.metrics.in_flight.dec()
 
     async def _answer_in_time(self, scope: Scope, receive: Receive, answer: "_Answer") -> None:
+        seconds, body = self.limits.deadline_seconds, None
         try:
-            async with asyncio.timeout(self.limits.deadline_seconds) as deadline:
+            async with asyncio.timeout(seconds) as answer.deadline:
                 body = await self._read(scope, receive)
-        except TimeoutError:
-            raise ApiError(408, "body_too_slow", "the body did not arrive in time") from None
-        if body is None:
-            answer.status = CLIENT_LEFT
-            return
-        application = asyncio.ensure_future(self.app(scope, _replay(body), answer.send))
-        gone = asyncio.ensure_future(receive())  # the body is read: nothing but a farewell can come
-        try:
-            left = (deadline.when() or 0) - asyncio.get_running_loop().time()
-            await asyncio.wait((application, gone), timeout=left, return_when=asyncio.FIRST_COMPLETED)
-            if application.done():
-                application.result()
-            elif answer.status == 0:
-                if gone.done():
+                if body is None or await self._has_left(receive, self.app(scope, _replay(body), answer.send), answer):
                     answer.status = CLIENT_LEFT
-                    return
-                seconds = f"{self.limits.deadline_seconds:g}"
-                raise ApiError(503, "deadline_exceeded", f"no answer within {seconds} seconds: send less, or later", 1)
-            else:
-                await application  # the answer is on its way
+        except TimeoutError:
+            if answer.status:
+                raise
+            if body is None:
+                raise ApiError(408, "body_too_slow", f"the body did not arrive within {seconds:g} seconds") from None
+            message = f"no answer within {seconds:g} seconds: send less, or later"
+            raise ApiError(503, "deadline_exceeded", message, 1) from None
         finally:
-            gone.cancel()
-            if not application.done():
-                application.cancel()
-                await asyncio.wait((application,))
+            answer.deadline = None
+
+    async def _has_left(self, receive: Receive, application: Awaitable[None], answer: "_Answer") -> bool:
+        """Run the application, unless its client leaves before there is an answer; say whether it has."""
+        task, left = asyncio.current_task(), False
+        assert task is not None
+
+        def leave(farewell: asyncio.Future[Message]) -> None:
+            nonlocal left
+            if not farewell.cancelled() and answer.status == 0:
+                left = True
+                task.cancel()
+
+        farewell = asyncio.ensure_future(receive())  # the body is read: nothing else can come
+        farewell.add_done_callback(leave)
+        try:
+            await application
+        except asyncio.CancelledError:
+            if not left:
+                raise
+            task.uncancel()
+        finally:
+            farewell.cancel()
+        return left
 
     async def _read(self, scope: Scope, receive: Receive) -> bytes | None:
         """The body; None if the client left while it sent it. Raises `ApiError` for one that is too large."""
@@ -155,11 +165,14 @@ class _Answer:
 
     def __init__(self, send: Send, gate: Gate) -> None:
         self._send, self._gate, self.status = send, gate, 0
+        self.deadline: asyncio.Timeout | None = None  # until there is an answer
 
     async def send(self, message: Message) -> None:
         """ASGI's send. Raises `TimeoutError` when the client does not read."""
         if message["type"] == "http.response.start":
             self.status = message["status"]
+            if self.deadline is not None and not self.deadline.expired():
+                self.deadline.reschedule(None)  # from here on, each message has a time of its own
             given = {name.lower() for name, _ in message["headers"]}
             own = [header for header in HEADERS if header[0] not in given]
             if self._gate.is_draining:

@@ -1,4 +1,4 @@
-"""Requests about texts, in a thread beside the event loop: bytes → checked → rows, and scores → bytes."""
+"""Requests about texts: bytes → checked → rows, and scores → bytes. All that is long runs in a thread."""
 
 import json
 import logging
@@ -30,6 +30,11 @@ class Filling:
     def rows(self) -> list[Batch]:
         """One a text."""
         return [question.batch for question in self.questions]
+
+    @property
+    def candidates(self) -> int:
+        """How many the answer holds at most."""
+        return sum(len(question.masks) * question.top_k for question in self.questions)
 
     @property
     def stand_ins(self) -> set[str]:
