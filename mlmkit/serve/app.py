@@ -147,7 +147,7 @@ def _add_routes(app: FastAPI, service: Service) -> None:
     fill_extra, score_extra = schemas.body_of(schemas.FillMaskRequest), schemas.body_of(schemas.ScoreRequest)
 
     @app.post("/", include_in_schema=False)
-    @app.post("/fill-mask", response_model=schemas.FillMaskAnswer, openapi_extra=fill_extra)
+    @app.post("/fill-mask", tags=["Texts"], response_model=schemas.FillMaskAnswer, openapi_extra=fill_extra)
     async def fill_mask(request: Request) -> Response:
         """The likeliest tokens for each mask, as Hugging Face's pipeline and Inference API give them."""
         body = await json_body(request)
@@ -158,32 +158,32 @@ def _add_routes(app: FastAPI, service: Service) -> None:
         headers = {"X-Targets-Replaced": str(len(replaced))} if replaced else {}
         return Response(body, headers=headers, media_type="application/json")
 
-    @app.post("/score", response_model=schemas.ScoreAnswer, openapi_extra=score_extra)
+    @app.post("/score", tags=["Texts"], response_model=schemas.ScoreAnswer, openapi_extra=score_extra)
     async def score(request: Request) -> Response:
         """Pseudo-log-likelihood of each text: each token masked alone, the logarithms of their probabilities summed."""
         scores = await service.in_thread(read_scores_request, service, await json_body(request))
         body = await service.in_thread(write_scores, service, scores, await service.predict(scores.rows))
         return Response(body, media_type="application/json")
 
-    @app.get("/health")
+    @app.get("/health", tags=["Server"])
     async def health() -> schemas.Health:
         """Whether the process lives, and its batcher: one that does not should be started again."""
         if service.batcher is None or not service.batcher.is_alive:
             raise ApiError(503, "batcher_died", "the batcher has died: the server must be started again")
         return schemas.Health()
 
-    @app.get("/ready", responses={503: {"model": schemas.Ready}})
+    @app.get("/ready", tags=["Server"], responses={503: {"model": schemas.Ready}})
     async def ready() -> Response:
         """Whether it takes requests: not before the model is loaded, and not once it is asked to stop."""
         is_ready = service.is_ready and service.batcher is not None and service.batcher.is_alive
         return JSONResponse({"ready": is_ready}, 200 if is_ready else 503)
 
-    @app.get("/info")
+    @app.get("/info", tags=["Server"])
     async def info() -> schemas.Info:
         """What is served, and within which bounds."""
         return service.info
 
-    @app.get("/metrics")
+    @app.get("/metrics", tags=["Server"])
     async def metrics() -> Response:
         """Figures for Prometheus."""
         return Response(service.metrics.page(), media_type=CONTENT_TYPE)

@@ -29,7 +29,7 @@ class FillMaskRequest(_Strict):
     """Hugging Face's fill-mask request. `options` is taken and has no effect."""
 
     inputs: Texts = Field(examples=["The capital of France is [MASK]."])
-    parameters: FillMaskParameters | None = None
+    parameters: FillMaskParameters | None = Field(None, examples=[{"top_k": 5}])
     options: dict[str, Any] | None = Field(None, deprecated=True)
 
 
@@ -57,7 +57,7 @@ class ScoreRequest(_Strict):
     """Texts whose pseudo-log-likelihood is asked for."""
 
     inputs: Texts = Field(examples=["The capital of France is Paris."])
-    parameters: ScoreParameters | None = None
+    parameters: ScoreParameters | None = Field(None, examples=[{"per_token": True}])
 
 
 class ScoredToken(BaseModel):
@@ -138,5 +138,7 @@ def document(app: FastAPI) -> dict[str, Any]:
         bodies = (FillMaskRequest, ScoreRequest, InferRequest)
         _, definitions = models_json_schema([(model, "validation") for model in bodies], ref_template=REFERENCE)
         found["components"]["schemas"] |= definitions["$defs"]
+        found["components"]["securitySchemes"] = {"bearer": {"type": "http", "scheme": "bearer"}}
+        found["security"] = [{}, {"bearer": []}]  # asked for where a token is set
         app.openapi_schema = found
     return app.openapi_schema
