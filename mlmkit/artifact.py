@@ -197,7 +197,7 @@ def _decode(content: bytes) -> Manifest:
     values = json.loads(content.decode(), object_pairs_hook=_without_duplicates)
     found = values.get("format") if isinstance(values, dict) else values
     if not isinstance(values, dict) or found != FORMAT:
-        raise ValueError(f"of format {reprlib.repr(found)}, and this mlmkit reads {FORMAT}")
+        raise ValueError(f"of format {reprlib.repr(found)[:100]}, and this mlmkit reads {FORMAT}")
     _check_plain(values, DEEPEST)
     manifest: Manifest = _parse(Manifest, values, "")
     if manifest.precision not in PRECISIONS:

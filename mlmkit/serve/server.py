@@ -121,8 +121,9 @@ class _Server(uvicorn.Server):
         begun, drain = time.monotonic(), self._service.limits.drain_seconds
         await asyncio.sleep(min(FAREWELL, drain / 2))
         for listener in sockets or []:
-            await self._stop_listening(listener.dup())
-        while time.monotonic() - begun < min(2 * FAREWELL, drain) and any(
+            await self._stop_listening(listener)
+        until = time.monotonic() + min(2 * FAREWELL, drain / 2)
+        while time.monotonic() < until and any(
             isinstance(connection, Protocol) and connection.cycle is None
             for connection in self.server_state.connections
         ):
@@ -133,15 +134,19 @@ class _Server(uvicorn.Server):
 
     async def _stop_listening(self, listener: socket.socket) -> None:
         """Close the socket, and first accept what the kernel has taken on our behalf, which it would reset."""
+        copy, connections = listener.dup(), []
+        copy.setblocking(False)
         for server in self.servers:
             server.close()
-        loop = asyncio.get_running_loop()
-        listener.setblocking(False)
+        # Without a pause, in which clients that are answered would come again, and until both sockets are closed: as
+        # long as one is open, the kernel goes on taking.
         with contextlib.suppress(BlockingIOError):
             while True:
-                connection, _ = listener.accept()
-                await loop.connect_accepted_socket(self._protocol, connection)
+                connections.append(copy.accept()[0])
+        copy.close()
         listener.close()
+        for connection in connections:
+            await asyncio.get_running_loop().connect_accepted_socket(self._protocol, connection)
 
     def _protocol(self) -> Protocol:
         return Protocol(config=self.config, server_state=self.server_state, app_state=self.lifespan.state)
