@@ -25,7 +25,7 @@ class InputTensor(BaseModel):
     """`data` is flat or nested, row-major; with `parameters.binary_data_size` it follows the JSON as bytes."""
 
     name: StrictStr
-    shape: list[Annotated[StrictInt, Field(ge=0)]]
+    shape: Annotated[list[Annotated[StrictInt, Field(ge=0)]], Field(fail_fast=True)]
     datatype: Literal["INT64"]
     data: list[Any] | None = None
     parameters: dict[str, Any] | None = None
@@ -41,9 +41,9 @@ class OutputRequest(BaseModel):
 class InferRequest(BaseModel):
     """An inference over the scoring graph's four inputs."""
 
-    inputs: list[InputTensor]
+    inputs: Annotated[list[InputTensor], Field(fail_fast=True)]
     id: StrictStr | None = None
-    outputs: list[OutputRequest] | None = None
+    outputs: Annotated[list[OutputRequest], Field(fail_fast=True)] | None = None
     parameters: dict[str, Any] | None = None
 
 
