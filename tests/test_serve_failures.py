@@ -230,8 +230,8 @@ def test_a_batcher_that_has_died_is_said(artifact):
         assert server.ask(FILL, {"inputs": "The [MASK]"}).status == 200
         assert server.ask(FILL, {"inputs": "The [MASK]"}).json["error_type"] == "internal_error"
         assert server.ask(FILL, {"inputs": "The [MASK]"}).json["error_type"] == "shutting_down"
-        assert server.ask("/health").status == 503
-        assert server.ask("/ready").status == 503
+        for path in ("/health", "/ready", "/v2/health/live", "/v2/health/ready", "/v2/models/bert/ready"):
+            assert server.ask(path).status == 503
         assert server.ask("/health").json["error_type"] == "batcher_died"
         assert "the batcher has died" in server.said
         assert server.stop() == 0
