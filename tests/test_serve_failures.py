@@ -255,6 +255,18 @@ def test_a_worker_that_dies_is_replaced_and_figures_are_of_all(artifact):
         wait_until(lambda: not any(Path(f"/proc/{child}").exists() for child in children))
 
 
+def test_a_replacement_that_dies_while_it_starts_is_replaced_too(artifact):
+    with running(artifact("bert"), "--workers", "2") as server:
+        first = _children(server.process.pid)
+        os.kill(first[0], signal.SIGKILL)
+        wait_until(lambda: len(_children(server.process.pid)) == 2 and first[0] not in _children(server.process.pid))
+        second = next(child for child in _children(server.process.pid) if child not in first)
+        os.kill(second, signal.SIGKILL)  # before it can be ready
+        wait_until(lambda: len(_children(server.process.pid)) == 2 and second not in _children(server.process.pid))
+        assert server.ask(FILL, {"inputs": "The [MASK]"}).status == 200
+        assert server.stop() == 0
+
+
 def test_workers_do_not_outlive_a_killed_parent(artifact):
     with running(artifact("bert"), "--workers", "2") as server:
         children = _children(server.process.pid)
