@@ -154,6 +154,28 @@ def test_slow_heads_and_slow_bodies_are_ended(artifact):
         assert server.ask("/health").status == 200
 
 
+def test_a_head_behind_a_request_that_waits_is_bounded_too(server):
+    with connect(server) as client:
+        client.sendall(LONG)
+        wait_until(lambda: server.metric("mlmkit_queue_tokens") > 0)
+        with pytest.raises(OSError):
+            client.sendall(b"GET / HTTP/1.1\r\n" + b"X-Filler: " + b"a" * 50_000_000)
+
+
+def test_a_large_body_hears_why_it_is_refused(artifact):
+    """Its rest comes after the answer, and a connection that is closed upon it would take the answer along."""
+    body = b'{"inputs": "' + b"a" * 1_900_000 + b'"}'
+    request = encode(FILL, {}).replace(b"Content-Length: 2", b"Content-Length: %d" % len(body))[:-2]
+    with running(artifact("bert"), environment={"MLMKIT_TOKEN": "secret"}) as server:
+        for _ in range(10):
+            with connect(server) as client:
+                client.sendall(request)
+                assert read_status(client) == 401
+                client.sendall(body)
+                client.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+                assert client.makefile("rb").read().count(b"HTTP/1.1 200") == 1
+
+
 def _is_closed(client: socket.socket) -> bool:
     client.settimeout(5)
     try:
