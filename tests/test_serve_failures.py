@@ -193,6 +193,17 @@ def test_an_answer_that_takes_too_long_is_refused_and_its_rows_are_dropped(artif
         assert server.ask(FILL, {"inputs": "The [MASK]"}).status == 200
 
 
+def test_threads_end_with_the_requests_that_they_work_for(artifact):
+    body = {"inputs": ["[MASK] " * 61] * 64, "parameters": {"top_k": 100}}  # 390,400 candidates: many seconds' writing
+    with running(artifact("bert"), "--deadline", "2", "--drain", "1") as server, connect(server) as other:
+        other.sendall(encode(FILL, body))  # there are two threads
+        assert server.ask(FILL, body).json["error_type"] == "deadline_exceeded"
+        assert server.ask("/score", {"inputs": "The"}).status == 200
+        begun = time.monotonic()
+        assert server.stop() == 0
+        assert time.monotonic() - begun < 6
+
+
 def test_a_thousand_connections_at_once_are_answered_or_refused(server):
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 4096), hard))

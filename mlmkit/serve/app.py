@@ -163,7 +163,10 @@ def _add_routes(app: FastAPI, service: Service) -> None:
         body = await json_body(request)
         filling = await service.in_thread(read_filling, service, body, is_short=len(body) <= SHORT_BODY)
         predicted, is_short = await service.predict(filling.rows), filling.candidates <= SHORT_ANSWER
-        body = await service.in_thread(write_filling, service, filling, predicted, is_short=is_short)
+        try:
+            body = await service.in_thread(write_filling, service, filling, predicted, is_short=is_short)
+        finally:
+            filling.given_up.set()
         replaced = filling.stand_ins
         headers = {"X-Targets-Replaced": str(len(replaced))} if replaced else {}
         return Response(body, headers=headers, media_type="application/json")
