@@ -129,6 +129,7 @@ def test_monitors_may_ask_with_head(server):
 
 def test_other_paths_methods_and_types(server):
     assert refusal(server.ask("/nothing")) == (404, "not_found")
+    assert refusal(server.ask("/info/")) == (404, "not_found")
     assert refusal(server.ask("/static/../app.py")) == (404, "not_found")
     assert refusal(server.ask("/static/%2e%2e%2fapp.py")) == (404, "not_found")
     assert refusal(server.ask(FILL)) == (405, "method_not_allowed")

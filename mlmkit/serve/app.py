@@ -139,6 +139,7 @@ def build_app(service: Service, token: str | None = None) -> tuple[FastAPI, Gate
         lifespan=lifespan,
         docs_url=None,
         redoc_url=None,
+        redirect_slashes=False,  # to an address made of the Host header, and of http behind a proxy with TLS
         responses=REFUSALS,
     )
     app.add_exception_handler(ApiError, _refuse)
