@@ -202,6 +202,8 @@ def change(name: str, /, **values: Any) -> Callable[[list[dict[str, Any]]], None
         (change("positions", data=[0.5, 1, 2]), "must be whole numbers"),
         (change("positions", data=[[1], [2, 3]]), "must be whole numbers"),
         (change("input_ids", shape=[2, 5], data=[2**80] * 10), "must be whole numbers"),
+        (change("positions", data=["1" * 900_000] + ["1"] * 180_000), "must be whole numbers"),
+        (change("input_ids", shape=[0, 1 << 62], data=[]), "Input should be less than"),
         (change("targets", shape=[3, 1]), "targets has 1 axes, not 2"),
         (change("targets", parameters={"binary_data_size": 80}), "binary_data_size must be the bytes"),
         (change("targets", name="words"), "the inputs are input_ids"),
@@ -216,6 +218,12 @@ def test_infer_refuses_what_the_graph_cannot_take(damage, says, server, graph_ba
     answer = server("bert").ask("/v2/models/bert/infer", {"inputs": inputs})
     assert answer.status == 422
     assert says in answer.json["error"]
+
+
+def test_infer_gives_an_output_once(server, graph_batch):
+    outputs = [{"name": "top_id"}] * 2
+    answer = server("bert").ask("/v2/models/bert/infer", {"inputs": tensors(graph_batch), "outputs": outputs})
+    assert (answer.status, answer.json["error_type"]) == (422, "invalid_tensor")
 
 
 # ---------------------------------------------------------------- what it says of itself

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlmkit.backends import Backend, Batch, Predicted, Scored, load
-from mlmkit.serve.batcher import Batcher, merge, run, split
+from mlmkit.serve.batcher import Batcher, _Room, merge, run, split
 from mlmkit.serve.errors import ApiError
 from mlmkit.serve.metrics import Metrics
 
@@ -311,6 +311,18 @@ def test_nobody_waits_for_longer_than_a_call_takes(backend):
 
     serving(recorder, use, max_wait=1000.0)
     assert sum(shape[0] for shape in recorder.shapes) == 5
+
+
+def test_a_call_looks_at_no_more_rows_than_it_has_room_for(backend, monkeypatch):
+    """Of a request of thousands, each call looked at all that were left, on the event loop."""
+    looks, takes = [], _Room.takes
+    monkeypatch.setattr(_Room, "takes", lambda room, row: looks.append(row) or takes(room, row))
+
+    async def use(batcher: Batcher) -> None:
+        await batcher.predict([row(3)] * 500)
+
+    serving(backend, use)  # 128 tokens are no multiple of 3
+    assert len(looks) == 500
 
 
 def test_run_of_one_row_and_of_many_agree(backend):

@@ -154,6 +154,28 @@ def test_slow_heads_and_slow_bodies_are_ended(artifact):
         assert server.ask("/health").status == 200
 
 
+def test_a_head_behind_a_request_that_waits_is_bounded_too(server):
+    with connect(server) as client:
+        client.sendall(LONG)
+        wait_until(lambda: server.metric("mlmkit_queue_tokens") > 0)
+        with pytest.raises(OSError):
+            client.sendall(b"GET / HTTP/1.1\r\n" + b"X-Filler: " + b"a" * 50_000_000)
+
+
+def test_a_large_body_hears_why_it_is_refused(artifact):
+    """Its rest comes after the answer, and a connection that is closed upon it would take the answer along."""
+    body = b'{"inputs": "' + b"a" * 1_900_000 + b'"}'
+    request = encode(FILL, {}).replace(b"Content-Length: 2", b"Content-Length: %d" % len(body))[:-2]
+    with running(artifact("bert"), environment={"MLMKIT_TOKEN": "secret"}) as server:
+        for _ in range(10):
+            with connect(server) as client:
+                client.sendall(request)
+                assert read_status(client) == 401
+                client.sendall(body)
+                client.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+                assert client.makefile("rb").read().count(b"HTTP/1.1 200") == 1
+
+
 def _is_closed(client: socket.socket) -> bool:
     client.settimeout(5)
     try:
@@ -169,6 +191,17 @@ def test_an_answer_that_takes_too_long_is_refused_and_its_rows_are_dropped(artif
         assert answer.headers["retry-after"] == "1"
         wait_until(lambda: server.metric("mlmkit_queue_tokens") == 0)
         assert server.ask(FILL, {"inputs": "The [MASK]"}).status == 200
+
+
+def test_threads_end_with_the_requests_that_they_work_for(artifact):
+    body = {"inputs": ["[MASK] " * 61] * 64, "parameters": {"top_k": 100}}  # 390,400 candidates: many seconds' writing
+    with running(artifact("bert"), "--deadline", "2", "--drain", "1") as server, connect(server) as other:
+        other.sendall(encode(FILL, body))  # there are two threads
+        assert server.ask(FILL, body).json["error_type"] == "deadline_exceeded"
+        assert server.ask("/score", {"inputs": "The"}).status == 200
+        begun = time.monotonic()
+        assert server.stop() == 0
+        assert time.monotonic() - begun < 6
 
 
 def test_a_thousand_connections_at_once_are_answered_or_refused(server):
@@ -230,8 +263,8 @@ def test_a_batcher_that_has_died_is_said(artifact):
         assert server.ask(FILL, {"inputs": "The [MASK]"}).status == 200
         assert server.ask(FILL, {"inputs": "The [MASK]"}).json["error_type"] == "internal_error"
         assert server.ask(FILL, {"inputs": "The [MASK]"}).json["error_type"] == "shutting_down"
-        assert server.ask("/health").status == 503
-        assert server.ask("/ready").status == 503
+        for path in ("/health", "/ready", "/v2/health/live", "/v2/health/ready", "/v2/models/bert/ready"):
+            assert server.ask(path).status == 503
         assert server.ask("/health").json["error_type"] == "batcher_died"
         assert "the batcher has died" in server.said
         assert server.stop() == 0
@@ -253,6 +286,18 @@ def test_a_worker_that_dies_is_replaced_and_figures_are_of_all(artifact):
             assert server.ask(FILL, {"inputs": "The [MASK]"}).status == 200
         assert server.stop() == 0
         wait_until(lambda: not any(Path(f"/proc/{child}").exists() for child in children))
+
+
+def test_a_replacement_that_dies_while_it_starts_is_replaced_too(artifact):
+    with running(artifact("bert"), "--workers", "2") as server:
+        first = _children(server.process.pid)
+        os.kill(first[0], signal.SIGKILL)
+        wait_until(lambda: len(_children(server.process.pid)) == 2 and first[0] not in _children(server.process.pid))
+        second = next(child for child in _children(server.process.pid) if child not in first)
+        os.kill(second, signal.SIGKILL)  # before it can be ready
+        wait_until(lambda: len(_children(server.process.pid)) == 2 and second not in _children(server.process.pid))
+        assert server.ask(FILL, {"inputs": "The [MASK]"}).status == 200
+        assert server.stop() == 0
 
 
 def test_workers_do_not_outlive_a_killed_parent(artifact):

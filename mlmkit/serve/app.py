@@ -79,6 +79,16 @@ class Service:
             limits=asdict(self.limits),
         )
 
+    @property
+    def is_alive(self) -> bool:
+        """Whether calls of the engine are made."""
+        return self.batcher is not None and self.batcher.is_alive
+
+    @property
+    def takes_requests(self) -> bool:
+        """Whether it should be sent any."""
+        return self.is_ready and self.is_alive
+
     async def in_thread(self, work: Callable[..., Any], *arguments: Any, is_short: bool = False) -> Any:
         """Text work, off the event loop, unless it is so short that the way there and back takes longer."""
         if is_short:
@@ -129,6 +139,7 @@ def build_app(service: Service, token: str | None = None) -> tuple[FastAPI, Gate
         lifespan=lifespan,
         docs_url=None,
         redoc_url=None,
+        redirect_slashes=False,  # to an address made of the Host header, and of http behind a proxy with TLS
         responses=REFUSALS,
     )
     app.add_exception_handler(ApiError, _refuse)
@@ -153,7 +164,10 @@ def _add_routes(app: FastAPI, service: Service) -> None:
         body = await json_body(request)
         filling = await service.in_thread(read_filling, service, body, is_short=len(body) <= SHORT_BODY)
         predicted, is_short = await service.predict(filling.rows), filling.candidates <= SHORT_ANSWER
-        body = await service.in_thread(write_filling, service, filling, predicted, is_short=is_short)
+        try:
+            body = await service.in_thread(write_filling, service, filling, predicted, is_short=is_short)
+        finally:
+            filling.given_up.set()
         replaced = filling.stand_ins
         headers = {"X-Targets-Replaced": str(len(replaced))} if replaced else {}
         return Response(body, headers=headers, media_type="application/json")
@@ -168,14 +182,14 @@ def _add_routes(app: FastAPI, service: Service) -> None:
     @app.get("/health", tags=["Server"])
     async def health() -> schemas.Health:
         """Whether the process lives, and its batcher: one that does not should be started again."""
-        if service.batcher is None or not service.batcher.is_alive:
+        if not service.is_alive:
             raise ApiError(503, "batcher_died", "the batcher has died: the server must be started again")
         return schemas.Health()
 
     @app.get("/ready", tags=["Server"], responses={503: {"model": schemas.Ready}})
     async def ready() -> Response:
         """Whether it takes requests: not before the model is loaded, and not once it is asked to stop."""
-        is_ready = service.is_ready and service.batcher is not None and service.batcher.is_alive
+        is_ready = service.takes_requests
         return JSONResponse({"ready": is_ready}, 200 if is_ready else 503)
 
     @app.get("/info", tags=["Server"])

@@ -194,7 +194,10 @@ class Batcher:
         now = time.perf_counter()
         for work in works:
             left = []
-            for place, row in work.rows:
+            for number, (place, row) in enumerate(work.rows):
+                if room.is_full:  # thousands may be left: they are not looked at in each call
+                    left += work.rows[number:]
+                    break
                 if room.takes(row):
                     taken.append((work, place, row))
                     work.tokens -= row.input_ids.size
@@ -234,8 +237,6 @@ class _Room:
 
     def takes(self, row: Batch) -> bool:
         """Whether the row goes in; if so, it is counted."""
-        if self.is_full:
-            return False
         length = row.input_ids.shape[1]
         longest, real = max(self.longest, length), self.real + length
         padded = longest * (self.rows + 1)
@@ -249,7 +250,7 @@ class _Room:
         self.rows, self.real, self.longest = self.rows + 1, real, longest
         self.positions -= len(row.positions)
         # Scales found while the model runs make a row's scores depend on its mates: it runs alone.
-        self.is_full = padded >= self.budget or self.backend.info.couples_batch
+        self.is_full = padded + longest > self.budget or self.backend.info.couples_batch
         return True
 
 

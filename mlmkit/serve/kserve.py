@@ -25,7 +25,7 @@ class InputTensor(BaseModel):
     """`data` is flat or nested, row-major; with `parameters.binary_data_size` it follows the JSON as bytes."""
 
     name: StrictStr
-    shape: list[Annotated[StrictInt, Field(ge=0)]]
+    shape: Annotated[list[Annotated[StrictInt, Field(ge=0, lt=1 << 31)]], Field(fail_fast=True)]
     datatype: Literal["INT64"]
     data: list[Any] | None = None
     parameters: dict[str, Any] | None = None
@@ -41,9 +41,9 @@ class OutputRequest(BaseModel):
 class InferRequest(BaseModel):
     """An inference over the scoring graph's four inputs."""
 
-    inputs: list[InputTensor]
+    inputs: Annotated[list[InputTensor], Field(fail_fast=True)]
     id: StrictStr | None = None
-    outputs: list[OutputRequest] | None = None
+    outputs: Annotated[list[OutputRequest], Field(fail_fast=True)] | None = None
     parameters: dict[str, Any] | None = None
 
 
@@ -113,9 +113,11 @@ def read_request(body: bytes, header_length: str | None) -> tuple[InferRequest, 
         arrays[tensor.name] = array
     if missing := [name for name in AXES if name not in arrays]:
         raise _bad(f"the input {missing[0]} is missing")
+    wanted: set[str] = set()
     for output in request.outputs or []:
-        if output.name not in OUTPUTS:
-            raise _bad(f"the outputs are {', '.join(OUTPUTS)}, not {output.name[:40]!r}")
+        if output.name not in OUTPUTS or output.name in wanted:
+            raise _bad(f"the outputs are {', '.join(OUTPUTS)}, each once, not {output.name[:40]!r}")
+        wanted.add(output.name)
     return request, Batch(**arrays)
 
 
@@ -184,7 +186,7 @@ def _array(tensor: InputTensor, rest: bytes) -> tuple[NDArray[np.int64], bytes]:
     size = (tensor.parameters or {}).get("binary_data_size")
     if size is None:
         try:
-            values = np.array(tensor.data or [])
+            values = np.array(tensor.data or [] if _holds_numbers(tensor.data or []) else ["other"])
         except (ValueError, OverflowError):
             values = np.array(["ragged"])
         if values.size and (values.dtype.kind not in "iu" or values.max() > np.iinfo(np.int64).max):
@@ -197,6 +199,13 @@ def _array(tensor: InputTensor, rest: bytes) -> tuple[NDArray[np.int64], bytes]:
     if math.prod(tensor.shape) != values.size:
         raise _bad(f"{tensor.name} has {values.size} values, which are not of shape {tensor.shape[:4]}")
     return values.reshape(tensor.shape), rest
+
+
+def _holds_numbers(data: list[Any]) -> bool:
+    """Whether it is of ints, or lists of them. numpy would give every item the room of the longest string."""
+    return all(
+        type(item) is int or (isinstance(item, list) and all(type(each) is int for each in item)) for item in data
+    )
 
 
 def _bad(message: str) -> ApiError:

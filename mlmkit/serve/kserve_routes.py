@@ -32,21 +32,22 @@ def kserve_router(service: "Service") -> APIRouter:
         return {"name": "mlmkit", "version": __version__, "extensions": ["binary_tensor_data"]}
 
     @router.get("/health/live")
-    async def live() -> dict[str, bool]:
-        """Whether the process lives."""
-        return {"live": True}
+    async def live() -> Response:
+        """Whether the process lives, and its batcher."""
+        return JSONResponse({"live": service.is_alive}, 200 if service.is_alive else 503)
 
     @router.get("/health/ready")
     async def ready() -> Response:
         """Whether it takes requests."""
-        return JSONResponse({"ready": service.is_ready}, 200 if service.is_ready else 503)
+        return JSONResponse({"ready": service.takes_requests}, 200 if service.takes_requests else 503)
 
     @router.get("/models/{name}/ready")
     @router.get("/models/{name}/versions/{version}/ready")
     async def model_ready(name: str, version: str = VERSION) -> Response:
         """Whether the model takes requests."""
         check(name, version)
-        return JSONResponse({"name": name, "ready": service.is_ready}, 200 if service.is_ready else 503)
+        is_ready = service.takes_requests
+        return JSONResponse({"name": name, "ready": is_ready}, 200 if is_ready else 503)
 
     @router.get("/models/{name}")
     @router.get("/models/{name}/versions/{version}")

@@ -17,7 +17,8 @@ class Protocol(HttpToolsProtocol):
     """
 
     _timer: asyncio.TimerHandle | None = None
-    _received = 0
+    _is_in_head = _is_in_message = False
+    _received = 0  # bytes of a head
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         """See asyncio."""
@@ -26,17 +27,29 @@ class Protocol(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         """See asyncio."""
-        super().data_received(data)
-        if self.is_waiting:
+        if self._is_in_head:
             self._received += len(data)
-            if self._received > HEAD_BYTES:
-                self.transport.close()
-            elif self._timer is None:
-                self._arm()
+        super().data_received(data)
+        if self._received > HEAD_BYTES:
+            self.transport.close()
+        elif self._is_in_message and self.is_waiting and self._timer is None:
+            self._arm()  # also for the rest of a body whose answer has been given
+
+    def on_message_begin(self) -> None:
+        """See httptools."""
+        super().on_message_begin()
+        self._is_in_head = self._is_in_message = True
 
     def on_headers_complete(self) -> None:
         """A request has begun: from here on the gate watches over it."""
         super().on_headers_complete()
+        self._is_in_head = False
+        self._disarm()
+
+    def on_message_complete(self) -> None:
+        """See httptools."""
+        super().on_message_complete()
+        self._is_in_message = False
         self._disarm()
 
     def send_400_response(self, msg: str) -> None:

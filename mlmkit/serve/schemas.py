@@ -11,7 +11,9 @@ from mlmkit.serve.kserve import InferRequest
 
 REFERENCE = "#/components/schemas/{model}"
 
-Texts = Annotated[StrictStr | list[StrictStr], Field(description="A text, or a list of texts.")]
+# The first error is enough: a body may have a million, and a list of them takes seconds and a gigabyte.
+Strings = Annotated[list[StrictStr], Field(fail_fast=True)]
+Texts = Annotated[StrictStr | Strings, Field(description="A text, or a list of texts.")]
 
 
 class _Strict(BaseModel):
@@ -22,7 +24,7 @@ class FillMaskParameters(_Strict):
     """`targets`: rank these only. What is not in the vocabulary is ranked by its first piece."""
 
     top_k: StrictInt | None = Field(5, description="Candidates a mask.")
-    targets: StrictStr | list[StrictStr] | None = None
+    targets: StrictStr | Strings | None = None
 
 
 class FillMaskRequest(_Strict):

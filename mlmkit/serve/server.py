@@ -238,7 +238,7 @@ def _watch(workers: list[_Worker], serving: Serving, listener: socket.socket, is
             if worker.process.is_alive() or is_stopping.is_set():
                 continue
             mark_process_dead(worker.process.pid)
-            if not worker.is_ready:
+            if not worker.is_ready and not is_said:  # the others go on without it
                 raise EndedElsewhereError("a worker could not start")
             log.warning("worker %d died (exit code %s): starting another", worker.process.pid, worker.process.exitcode)
             time.sleep(AGAIN)

@@ -2,7 +2,8 @@
 
 import json
 import logging
-from dataclasses import dataclass
+import threading
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
@@ -21,10 +22,14 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Filling:
-    """A fill-mask request: a question a text. `is_single`: the answer is the text's own, not a list a text."""
+    """A fill-mask request: a question a text. `is_single`: the answer is the text's own, not a list a text.
+
+    `given_up` is set once nobody waits for the answer: a thread cannot be cancelled, and may have minutes left.
+    """
 
     questions: list[Question]
     is_single: bool
+    given_up: threading.Event = field(default_factory=threading.Event)
 
     @property
     def rows(self) -> list[Batch]:
@@ -66,7 +71,11 @@ def read_filling(service: "Service", body: bytes) -> Filling:
 def write_filling(service: "Service", filling: Filling, predicted: list[Predicted]) -> bytes:
     """The answer, in Hugging Face's form."""
     tokenizer = service.backend.tokenizer
-    filled = [answer(tokenizer, *pair) for pair in zip(filling.questions, predicted, strict=True)]
+    filled = []
+    for pair in zip(filling.questions, predicted, strict=True):
+        if filling.given_up.is_set():
+            return b""
+        filled.append(answer(tokenizer, *pair))
     texts = [masks[0] if len(masks) == 1 else masks for masks in filled]
     return _json(texts[0] if filling.is_single else texts)
 
