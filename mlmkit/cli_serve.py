@@ -1,11 +1,12 @@
 """The command that serves."""
 
+import math
 from typing import Any
 
 import click
 
 from mlmkit.cli_options import model_options
-from mlmkit.errors import require
+from mlmkit.errors import UserError, require
 
 AT_LEAST_1 = click.IntRange(min=1)
 # The field of `Limits`, the option, its type, what it bounds.
@@ -15,6 +16,7 @@ BOUNDS: tuple[tuple[str, str, Any, str], ...] = (
     ("text_tokens", "--max-tokens", AT_LEAST_1, "Tokens of a text. Default: what the model takes."),
     ("text_masks", "--max-masks", AT_LEAST_1, "Masks of a text. Default: 64."),
     ("targets", "--max-targets", AT_LEAST_1, "Targets of a request. Default: 100."),
+    ("candidates", "--max-candidates", AT_LEAST_1, "Candidates of an answer. Default: 25000."),
     ("requests", "--max-requests", AT_LEAST_1, "Requests under way at once. Default: 512."),
     ("queue_tokens", "--max-queue-tokens", AT_LEAST_1, "Tokens that wait. Default: 65536, on CUDA 1048576."),
     ("batch_tokens", "--batch-tokens", AT_LEAST_1, "Tokens of an engine call. Default: 512, on CUDA 16384."),
@@ -60,4 +62,10 @@ def serve(
     from mlmkit.serve.server import Serving, serve
 
     limits = {name: value for name, value in bounds.items() if value is not None}
-    serve(Serving(model, backend, device, host, port, token or None, workers, log_texts, limits))
+    for field, name, _, _ in BOUNDS:
+        if not math.isfinite(limits.get(field, 0)):
+            raise UserError(f"{name} must be a number, not {limits[field]}")
+    if token is not None and not token.strip():
+        raise UserError("the token is blank: set one, or unset MLMKIT_TOKEN")
+    token = token and token.strip()  # a secret from a file may end in a newline
+    serve(Serving(model, backend, device, host, port, token, workers, log_texts, limits))

@@ -64,18 +64,30 @@ class Question:
 
 def ask(tokenizer: Tokenizer, info: ModelInfo, text: str, *, top_k: int = 5, targets: Sequence[str] = ()) -> Question:
     """The question that a text puts. Raises `UserError`, in one of its kinds above, for what cannot be asked."""
-    if not all(_is_unicode(string) for string in (text, *targets)):
-        raise UserError("the text or a target is not valid UTF-8")
+    return ask_all(tokenizer, info, [text], top_k=top_k, targets=targets)[0]
+
+
+def ask_all(
+    tokenizer: Tokenizer, info: ModelInfo, texts: Sequence[str], *, top_k: int = 5, targets: Sequence[str] = ()
+) -> list[Question]:
+    """The questions of several texts, with the same targets."""
+    if not all(_is_unicode(string) for string in (*texts, *targets)):
+        raise UserError("a text or a target is not valid UTF-8")
+    if not 1 <= top_k <= info.top_k:
+        raise UserError(f"top_k must be between 1 and {info.top_k}, not {top_k}")
+    target_ids, stand_ins = _target_ids(tokenizer, targets)
+    return [Question(*_masked_ids(tokenizer, info, text), target_ids, top_k, stand_ins) for text in texts]
+
+
+def _masked_ids(tokenizer: Tokenizer, info: ModelInfo, text: str) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """A text's ids with special tokens, and where its masks stand."""
     ids = np.array(tokenizer.encode_control(text).ids, dtype=np.int64)
     masks = np.flatnonzero(ids == tokenizer.mask_id)
     if not len(masks):
         raise NoMaskError(f"the text has no {tokenizer.mask_token}: put it where a word is to be filled in")
     if len(ids) > info.max_length:
         raise TextTooLongError(f"the text has {len(ids)} tokens, and this model takes {info.max_length}: shorten it")
-    if not 1 <= top_k <= info.top_k:
-        raise UserError(f"top_k must be between 1 and {info.top_k}, not {top_k}")
-    target_ids, stand_ins = _target_ids(tokenizer, targets)
-    return Question(ids, masks, target_ids, top_k, stand_ins)
+    return ids, masks
 
 
 def answer(tokenizer: Tokenizer, question: Question, predicted: Predicted) -> list[list[Candidate]]:

@@ -176,6 +176,16 @@ def test_infer_speaks_binary_tensors(artifact, server, graph_batch):
     np.testing.assert_allclose(log_prob["data"], expected.log_prob, atol=1e-5)
 
 
+def test_infer_asks_for_json_or_for_the_protocols_own_header(server, graph_batch):
+    body = json.dumps({"inputs": tensors(graph_batch)}).encode()
+    for kind in ("text/plain", "application/octet-stream"):
+        answer = server("bert").ask("/v2/models/bert/infer", body, **{"Content-Type": kind})
+        assert (answer.status, answer.json["error_type"]) == (415, "unsupported_media_type")
+    length = {"Inference-Header-Content-Length": str(len(body)), "Content-Type": "application/octet-stream"}
+    assert server("bert").ask("/v2/models/bert/infer", body, **length).status == 200
+    assert "bytes follow" in server("bert").ask("/v2/models/bert/infer", body + b"12345678", **length).json["error"]
+
+
 def test_the_model_is_described(server):
     assert server("bert").ask("/v2").json["name"] == "mlmkit"
     assert server("bert").ask("/v2/health/live").json == {"live": True}

@@ -21,7 +21,9 @@ FILL = "/fill-mask"
 @pytest.fixture(scope="module")
 def server(artifact: Callable[[str], Path]) -> Iterator[Server]:
     options = ["--max-texts", "3", "--max-tokens", "30", "--max-masks", "4", "--max-targets", "2"]
-    with running(artifact("bert"), *options, "--max-queue-tokens", "500", "--max-body-bytes", "20000") as server:
+    with running(
+        artifact("bert"), *options, "--max-queue-tokens", "500", "--max-body-bytes", "20000", "--max-candidates", "500"
+    ) as server:
         yield server
 
 
@@ -70,6 +72,7 @@ def deep(depth: int) -> bytes:
         ({"inputs": "[MASK]", "parameters": {"targets": [""]}}, 422, "unknown_target"),
         ({"inputs": "[MASK]", "parameters": {"targets": ["a", "b", "c"]}}, 422, "too_many_targets"),
         ({"inputs": ["[MASK]"] * 4}, 413, "too_many_texts"),
+        ({"inputs": ["[MASK] [MASK]"] * 3, "parameters": {"top_k": 100}}, 413, "too_many_candidates"),
         ({"inputs": "[MASK] " + "a " * 40}, 422, "text_too_long"),
         ({"inputs": "[MASK] " * 5}, 422, "too_many_masks"),
         ({"inputs": "[MASK] " + "a " * 20_000}, 413, "body_too_large"),
@@ -172,7 +175,7 @@ def test_after_all_that_no_request_has_failed_and_none_is_left(server):
 
 
 def test_with_a_token_only_probes_and_pages_are_open(artifact):
-    with running(artifact("bert"), environment={"MLMKIT_TOKEN": "s3crét"}) as server:
+    with running(artifact("bert"), environment={"MLMKIT_TOKEN": "s3crét\n"}) as server:
         for path in ("/health", "/ready", "/docs", "/openapi.json", "/v2/health/ready"):
             assert server.ask(path).status == 200
         body = {"inputs": "a [MASK]"}
@@ -210,6 +213,9 @@ def test_logs_hold_no_texts_unless_asked(artifact):
         (["--max-queue-tokens", "63"], "--max-queue-tokens 63 does not hold a text of 64 tokens"),
         (["--host", "256.1.1.1"], "cannot listen on 256.1.1.1, port 0"),
         (["--workers", "2", "--max-tokens", "65"], "--max-tokens 65: the model takes 64"),
+        (["--deadline", "nan"], "--deadline must be a number, not nan"),
+        (["--drain", "inf"], "--drain must be a number, not inf"),
+        (["--token", " "], "the token is blank"),
         (["--backend", "torch"], "is an artifact, which torch cannot run"),
     ],
     ids=str,

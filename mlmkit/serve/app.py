@@ -23,7 +23,7 @@ from mlmkit.fill import NoMaskError, TargetError, TextTooLongError
 from mlmkit.serve import schemas
 from mlmkit.serve.batcher import Batcher
 from mlmkit.serve.errors import ApiError, error_response
-from mlmkit.serve.gate import Gate
+from mlmkit.serve.gate import Gate, json_body
 from mlmkit.serve.kserve_routes import kserve_router
 from mlmkit.serve.limits import Limits
 from mlmkit.serve.metrics import CONTENT_TYPE, Metrics
@@ -104,6 +104,11 @@ class Service:
         """Raise `ApiError` for more tokens than the queue will ever hold."""
         assert self.batcher is not None
         self.batcher.check_size(tokens)
+
+    def check_positions(self, count: int) -> None:
+        """Raise `ApiError` for more scores than one call can give."""
+        assert self.batcher is not None
+        self.batcher.check_positions(count)
 
     async def start(self) -> None:
         """Make the batcher and run the engine once, so that the first request does not wait for it to load."""
@@ -201,14 +206,6 @@ def _add_routes(app: FastAPI, service: Service) -> None:
     async def metrics() -> Response:
         """Figures for Prometheus."""
         return Response(service.metrics.page(), media_type=CONTENT_TYPE)
-
-
-async def json_body(request: Request) -> bytes:
-    """The body of what says that it is JSON: a page of another origin cannot say so without the browser asking us."""
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind != "application/json" and not kind.endswith("+json"):
-        raise ApiError(415, "unsupported_media_type", "send JSON, and the header Content-Type: application/json")
-    return await request.body()
 
 
 async def _refuse(request: Request, error: Exception) -> Response:

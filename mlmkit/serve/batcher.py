@@ -76,9 +76,7 @@ class Batcher:
         if self._closing:
             raise shutting_down()
         self.check_size(tokens)
-        if (most := max((len(row.positions) for row in rows), default=0)) > self.largest_row:
-            message = f"a text asks for {most} scores, and {self.largest_row} are possible: fewer masks or targets"
-            raise ApiError(422, "too_many_positions", message)
+        self.check_positions(max((len(row.positions) for row in rows), default=0))
         if self.tokens + tokens > self.queue_tokens:
             raise overloaded("the queue is full", self.delay())
         if not rows:
@@ -104,10 +102,22 @@ class Batcher:
                 "send fewer or shorter texts",
             )
 
+    def check_positions(self, count: int) -> None:
+        """Raise `ApiError` for more scores than one call can give."""
+        if count > self.largest_row:
+            message = f"{count} scores are asked for, and {self.largest_row} are possible: fewer masks or targets"
+            raise ApiError(422, "too_many_positions", message)
+
     @property
     def is_alive(self) -> bool:
         """Whether calls are made."""
         return not self._loop_task.done()
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether it has died of an error."""
+        task = self._loop_task
+        return task.done() and not task.cancelled() and task.exception() is not None
 
     def delay(self) -> float:
         """Seconds until the queue will have been worked off, at the rate of late."""
@@ -127,8 +137,10 @@ class Batcher:
 
     def _died(self, task: asyncio.Task[None]) -> None:
         """A defect of ours: nobody is to wait for what does not come, and the process is to be started again."""
-        if task.cancelled() or not (error := task.exception()):
+        if not self.has_failed:
             return
+        error = task.exception()
+        assert error is not None
         log.critical("the batcher has died", exc_info=error)
         self._closing = True
         for work in self.waiting.values():

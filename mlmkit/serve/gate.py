@@ -8,6 +8,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable
 from typing import Any
 
+from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from mlmkit.serve.errors import ApiError, error_body, overloaded
@@ -192,6 +193,14 @@ class _Answer:
             headers.append((b"connection", b"close"))
         await self.send({"type": "http.response.start", "status": error.status, "headers": headers})
         await self.send({"type": "http.response.body", "body": body})
+
+
+async def json_body(request: Request) -> bytes:
+    """The body of what says that it is JSON: a page of another origin cannot say so without the browser asking us."""
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "application/json" and not kind.endswith("+json"):
+        raise ApiError(415, "unsupported_media_type", "send JSON, and the header Content-Type: application/json")
+    return await request.body()
 
 
 def endpoint_of(path: str) -> str:

@@ -61,6 +61,7 @@ class InferAnswer(BaseModel):
     """What the graph computed."""
 
     model_name: str
+    model_version: str
     id: str | None = None
     outputs: list[OutputTensor]
 
@@ -111,6 +112,8 @@ def read_request(body: bytes, header_length: str | None) -> tuple[InferRequest, 
             raise _bad(f"the inputs are {', '.join(AXES)}, each once, not {tensor.name[:40]!r}")
         array, rest = _array(tensor, rest)
         arrays[tensor.name] = array
+    if rest:
+        raise _bad(f"{len(rest)} bytes follow the last tensor")
     if missing := [name for name in AXES if name not in arrays]:
         raise _bad(f"the input {missing[0]} is missing")
     wanted: set[str] = set()

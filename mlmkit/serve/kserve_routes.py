@@ -9,6 +9,7 @@ from mlmkit import __version__
 from mlmkit.serve import kserve
 from mlmkit.serve.batcher import split
 from mlmkit.serve.errors import ApiError
+from mlmkit.serve.gate import json_body
 from mlmkit.serve.schemas import body_of
 
 if TYPE_CHECKING:
@@ -65,9 +66,11 @@ def kserve_router(service: "Service") -> APIRouter:
     async def infer(request: Request, name: str, version: str = VERSION) -> Response:
         """The scoring graph on a batch of rows, which may share the engine's calls with other requests' rows."""
         check(name, version)
-        content, length = await request.body(), request.headers.get(kserve.HEADER_LENGTH)
+        length = request.headers.get(kserve.HEADER_LENGTH)
+        content = await json_body(request) if length is None else await request.body()
         asked, batch = await service.in_thread(kserve.read_request, content, length)
         kserve.check_batch(batch, service.backend.info, service.limits)
+        service.check_positions(len(batch.positions))
         rows = {number: row for number, row in enumerate(split(batch)) if len(row.positions)}
         predicted = dict(zip(rows, await service.predict(list(rows.values())), strict=True))
         found = kserve.gather(batch, predicted, service.backend.info.top_k)

@@ -23,6 +23,7 @@ class Limits:
     texts: int = 64
     text_masks: int = 64
     targets: int = 100
+    candidates: int = 25_000
     requests: int = 512
     deadline_seconds: float = 30.0
     drain_seconds: float = 25.0

@@ -98,6 +98,15 @@ class _Server(uvicorn.Server):
         await super().startup(sockets)
         self._on_ready()
 
+    @property
+    def has_failed(self) -> bool:
+        """Whether the batcher has died: then the process ends, and whoever watches over it starts another."""
+        return self._service.batcher is not None and self._service.batcher.has_failed
+
+    async def on_tick(self, counter: int) -> bool:
+        """Whether to stop, asked ten times a second."""
+        return await super().on_tick(counter) or self.has_failed
+
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         """As uvicorn's, but the signal has done its work when the server has gone, and is not raised again."""
@@ -178,8 +187,8 @@ def _run(serving: Serving, listener: socket.socket, on_ready: Any) -> None:
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
     server = _Server(config, service, gate, on_ready)
     server.run([listener])
-    if not server.started:
-        raise CheckError("the server did not start: its messages are above")
+    if not server.started or server.has_failed:
+        raise CheckError("the server did not start, or its batcher died: its messages are above")
 
 
 def _say_ready(serving: Serving, listener: socket.socket) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 
 from mlmkit.backends import Batch, Predicted
-from mlmkit.fill import Question, answer, ask
+from mlmkit.fill import Question, answer, ask_all
 from mlmkit.serve.errors import ApiError, invalid
 from mlmkit.serve.schemas import FillMaskParameters, FillMaskRequest, ScoreParameters, ScoreRequest
 from mlmkit.serve.scoring import Scoring, plan_scores, read_scores
@@ -59,13 +59,17 @@ def read_filling(service: "Service", body: bytes) -> Filling:
     top_k = 5 if parameters.top_k is None else parameters.top_k
     if len(targets) > limits.targets:
         raise ApiError(422, "too_many_targets", f"{len(targets)} targets are more than {limits.targets}")
-    questions = [ask(backend.tokenizer, backend.info, text, top_k=top_k, targets=targets) for text in texts]
+    questions = ask_all(backend.tokenizer, backend.info, texts, top_k=top_k, targets=targets)
     for question in questions:
         _check_length(service, len(question.ids))
         if len(question.masks) > limits.text_masks:
             message = f"a text has {len(question.masks)} masks, and this server takes {limits.text_masks}"
             raise ApiError(422, "too_many_masks", message)
-    return Filling(questions, isinstance(request.inputs, str) or len(texts) == 1)  # a list of one, as the pipeline
+    filling = Filling(questions, isinstance(request.inputs, str) or len(texts) == 1)  # a list of one, as the pipeline
+    if filling.candidates > limits.candidates:
+        message = f"the answer would hold {filling.candidates} candidates, more than {limits.candidates}: ask for fewer"
+        raise ApiError(413, "too_many_candidates", message)
+    return filling
 
 
 def write_filling(service: "Service", filling: Filling, predicted: list[Predicted]) -> bytes:
