@@ -12,7 +12,7 @@ class Limits:
     """Bounds of a request, of the queue, and of time.
 
     `text_tokens` counts special tokens too; `queue_tokens` those of all rows that wait; `requests` those being read,
-    waiting or answered. Times are in seconds: `deadline_seconds` from a request's first byte to its answer,
+    waiting or answered. Times are in seconds: `deadline_seconds` from a request's head to its answer,
     `drain_seconds` from SIGTERM to the end.
     """
 

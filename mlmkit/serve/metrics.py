@@ -32,7 +32,11 @@ class Metrics:
             "mlmkit_errors", "Refusals by their name.", ["endpoint", "error_type"], registry=registry
         )
         self._latency = Histogram(
-            "mlmkit_request_seconds", "First byte to answer.", ["endpoint"], buckets=SECONDS, registry=registry
+            "mlmkit_request_seconds",
+            "Head of the request to the answer.",
+            ["endpoint"],
+            buckets=SECONDS,
+            registry=registry,
         )
         self.in_flight = Gauge(
             "mlmkit_requests_in_flight",
