@@ -165,7 +165,7 @@ class _Layer:
         return node.outputs[0]
 
     def replace_input(self, old: ir.Value) -> ir.Value:
-        """An input `[batch, masked]` in the place and with the name of `old`, which keeps its readers for now."""
+        """An input `[batch, masked]` in the place and with the name of `old`, which keeps its readers until `feed`."""
         new = ir.Value(name=old.name, type=old.type, shape=ir.Shape(["batch", "row_masked"]))
         self._graph.inputs[self._graph.inputs.index(old)] = new
         return new

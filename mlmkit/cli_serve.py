@@ -7,30 +7,38 @@ import click
 
 from mlmkit.cli_options import model_options
 from mlmkit.errors import UserError, require
+from mlmkit.serve.limits import BATCH_TOKENS, QUEUE_TOKENS, Limits
 
 AT_LEAST_1 = click.IntRange(min=1)
 # The field of `Limits`, the option, its type, what it bounds.
 BOUNDS: tuple[tuple[str, str, Any, str], ...] = (
-    ("body_bytes", "--max-body-bytes", AT_LEAST_1, "Bytes of a request. Default: 2000000."),
-    ("texts", "--max-texts", AT_LEAST_1, "Texts of a request. Default: 64."),
-    ("text_tokens", "--max-tokens", AT_LEAST_1, "Tokens of a text. Default: what the model takes."),
-    ("text_masks", "--max-masks", AT_LEAST_1, "Masks of a text. Default: 64."),
-    ("targets", "--max-targets", AT_LEAST_1, "Targets of a request. Default: 100."),
-    ("candidates", "--max-candidates", AT_LEAST_1, "Candidates of an answer. Default: 25000."),
-    ("requests", "--max-requests", AT_LEAST_1, "Requests under way at once. Default: 512."),
-    ("queue_tokens", "--max-queue-tokens", AT_LEAST_1, "Tokens that wait. Default: 65536, on CUDA 1048576."),
-    ("batch_tokens", "--batch-tokens", AT_LEAST_1, "Tokens of an engine call. Default: 512, on CUDA 16384."),
-    ("wait_seconds", "--max-wait", click.FloatRange(min=0), "Seconds to wait for company. Default: 0.005."),
-    ("deadline_seconds", "--deadline", click.FloatRange(min=0.01), "Seconds for an answer. Default: 30."),
-    ("drain_seconds", "--drain", click.FloatRange(min=0), "Seconds to answer the rest when stopped. Default: 25."),
+    ("body_bytes", "--max-body-bytes", AT_LEAST_1, "Bytes of a request."),
+    ("texts", "--max-texts", AT_LEAST_1, "Texts of a request."),
+    ("text_tokens", "--max-tokens", AT_LEAST_1, "Tokens of a text."),
+    ("text_masks", "--max-masks", AT_LEAST_1, "Masks of a text."),
+    ("targets", "--max-targets", AT_LEAST_1, "Targets of a request."),
+    ("candidates", "--max-candidates", AT_LEAST_1, "Candidates of an answer."),
+    ("requests", "--max-requests", AT_LEAST_1, "Requests under way at once."),
+    ("queue_tokens", "--max-queue-tokens", AT_LEAST_1, "Tokens that wait."),
+    ("batch_tokens", "--batch-tokens", AT_LEAST_1, "Tokens of an engine call."),
+    ("wait_seconds", "--max-wait", click.FloatRange(min=0), "Seconds to wait for company."),
+    ("deadline_seconds", "--deadline", click.FloatRange(min=0.01), "Seconds for an answer."),
+    ("drain_seconds", "--drain", click.FloatRange(min=0), "Seconds to answer the rest when stopped."),
 )
 
 
 def limit_options(command: Any) -> Any:
     """An option for each bound."""
     for field, name, kind, help in reversed(BOUNDS):
-        command = click.option(name, field, type=kind, default=None, help=help)(command)
+        command = click.option(name, field, type=kind, help=f"{help} Default: {_default(field)}.")(command)
     return command
+
+
+def _default(field: str) -> str:
+    if by_device := {"batch_tokens": BATCH_TOKENS, "queue_tokens": QUEUE_TOKENS}.get(field):
+        return f"{by_device['cpu']}, on CUDA {by_device['cuda']}"
+    value = getattr(Limits, field, "what the model takes")
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 @click.command()

@@ -17,7 +17,7 @@ from starlette.exceptions import HTTPException
 
 from mlmkit import __version__
 from mlmkit.artifact import is_artifact, parse_manifest
-from mlmkit.backends import Backend, Batch, Predicted
+from mlmkit.backends import Backend, Batch
 from mlmkit.errors import CheckError, UserError
 from mlmkit.fill import NoMaskError, TargetError, TextTooLongError
 from mlmkit.serve import schemas
@@ -95,20 +95,11 @@ class Service:
             return work(*arguments)
         return await asyncio.get_running_loop().run_in_executor(self.threads, work, *arguments)
 
-    async def predict(self, rows: list[Batch]) -> list[Predicted]:
-        """The rows through the batcher."""
-        assert self.batcher is not None  # made before the first request is taken
-        return await self.batcher.predict(rows)
-
-    def check_size(self, tokens: int) -> None:
-        """Raise `ApiError` for more tokens than the queue will ever hold."""
+    @property
+    def queue(self) -> Batcher:
+        """The batcher, which is there before the first request is taken."""
         assert self.batcher is not None
-        self.batcher.check_size(tokens)
-
-    def check_positions(self, count: int) -> None:
-        """Raise `ApiError` for more scores than one call can give."""
-        assert self.batcher is not None
-        self.batcher.check_positions(count)
+        return self.batcher
 
     async def start(self) -> None:
         """Make the batcher and run the engine once, so that the first request does not wait for it to load."""
@@ -117,7 +108,7 @@ class Service:
             self.backend, self.metrics, limits.batch_tokens, limits.queue_tokens, limits.wait_seconds
         )
         ids = self.backend.tokenizer.frame(np.array([self.backend.tokenizer.mask_id]))[None]
-        await self.predict([Batch(ids, np.ones_like(ids), np.zeros(1, np.int64), np.zeros(1, np.int64))])
+        await self.queue.predict([Batch(ids, np.ones_like(ids), np.zeros(1, np.int64), np.zeros(1, np.int64))])
         self.is_ready = True
 
     async def stop(self) -> None:
@@ -128,8 +119,8 @@ class Service:
         self.threads.shutdown()
 
 
-def build_app(service: Service, token: str | None = None) -> tuple[FastAPI, Gate]:
-    """The application, and the gate before it, which is what a server runs."""
+def build_app(service: Service, token: str | None = None) -> Gate:
+    """The application behind its gate."""
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -156,7 +147,7 @@ def build_app(service: Service, token: str | None = None) -> tuple[FastAPI, Gate
     app.include_router(kserve_router(service))
     app.include_router(page_router())
     app.openapi = lambda: schemas.document(app)
-    return app, Gate(app, service.limits, service.metrics, token)
+    return Gate(app, service.limits, service.metrics, token)
 
 
 def _add_routes(app: FastAPI, service: Service) -> None:
@@ -168,7 +159,7 @@ def _add_routes(app: FastAPI, service: Service) -> None:
         """The likeliest tokens for each mask, as Hugging Face's pipeline and Inference API give them."""
         body = await json_body(request)
         filling = await service.in_thread(read_filling, service, body, is_short=len(body) <= SHORT_BODY)
-        predicted, is_short = await service.predict(filling.rows), filling.candidates <= SHORT_ANSWER
+        predicted, is_short = await service.queue.predict(filling.rows), filling.candidates <= SHORT_ANSWER
         try:
             body = await service.in_thread(write_filling, service, filling, predicted, is_short=is_short)
         finally:
@@ -181,7 +172,7 @@ def _add_routes(app: FastAPI, service: Service) -> None:
     async def score(request: Request) -> Response:
         """Pseudo-log-likelihood of each text: each token masked alone, the logarithms of their probabilities summed."""
         scores = await service.in_thread(read_scores_request, service, await json_body(request))
-        body = await service.in_thread(write_scores, service, scores, await service.predict(scores.rows))
+        body = await service.in_thread(write_scores, service, scores, await service.queue.predict(scores.rows))
         return Response(body, media_type="application/json")
 
     @app.get("/health", tags=["Server"])

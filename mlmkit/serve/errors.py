@@ -6,9 +6,12 @@
 import json
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
+from pydantic import BaseModel, ValidationError
 from starlette.responses import Response
+
+Model = TypeVar("Model", bound=BaseModel)
 
 LONGEST_WAIT = 60  # seconds that a client is told to wait, at most
 
@@ -34,11 +37,9 @@ def shutting_down() -> ApiError:
     return ApiError(503, "shutting_down", "the server is shutting down", 1)
 
 
-def error_response(error: ApiError, headers: Mapping[str, str] | None = None) -> Response:
+def error_response(error: ApiError) -> Response:
     """The refusal as HTTP."""
-    return Response(
-        error_body(error), error.status, {**error.headers, **(headers or {})}, media_type="application/json"
-    )
+    return Response(error_body(error), error.status, error.headers, media_type="application/json")
 
 
 def error_body(error: ApiError) -> bytes:
@@ -47,8 +48,15 @@ def error_body(error: ApiError) -> bytes:
     return json.dumps(body, ensure_ascii=False).encode("utf-8", "replace")
 
 
-def invalid(errors: Sequence[Mapping[str, Any]]) -> ApiError:
-    """What pydantic found wrong with a request, as one line that does not repeat the request's texts."""
+def checked(model: type[Model], body: bytes) -> Model:
+    """The request in a body of JSON. Raises `ApiError` for what is none, in one line that does not repeat its texts."""
+    try:
+        return model.model_validate_json(body)
+    except ValidationError as error:
+        raise _invalid(error.errors(include_url=False)) from None
+
+
+def _invalid(errors: Sequence[Mapping[str, Any]]) -> ApiError:
     if errors[0]["type"] == "json_invalid":
         reason = errors[0].get("ctx", {}).get("error", "it cannot be parsed")
         return ApiError(400, "malformed_json", f"the body is no JSON in UTF-8, or nested too deeply: {reason}")

@@ -11,7 +11,7 @@ from typing import Any
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from mlmkit.serve.errors import ApiError, error_body, overloaded
+from mlmkit.serve.errors import ApiError, error_response, overloaded
 from mlmkit.serve.limits import Limits
 from mlmkit.serve.metrics import Metrics
 
@@ -186,13 +186,10 @@ class _Answer:
         """Answer with a refusal, unless another answer has begun."""
         if self.status:
             return
-        body = error_body(error)
-        headers = [(name.lower().encode(), value.encode()) for name, value in error.headers.items()]
-        headers += [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+        response = error_response(error)
         if error.status in (408, 413):  # more of its body may come, and come slowly
-            headers.append((b"connection", b"close"))
-        await self.send({"type": "http.response.start", "status": error.status, "headers": headers})
-        await self.send({"type": "http.response.body", "body": body})
+            response.headers["Connection"] = "close"
+        await response({"type": "http"}, _replay(b""), self.send)
 
 
 async def json_body(request: Request) -> bytes:

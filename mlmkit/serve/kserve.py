@@ -10,15 +10,16 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, Field, StrictInt, StrictStr, TypeAdapter, ValidationError
+from pydantic import BaseModel, Field, StrictInt, StrictStr
 
 from mlmkit.backends import Batch, ModelInfo, Predicted
 from mlmkit.backends.graph import INPUTS, OUTPUTS
-from mlmkit.serve.errors import ApiError, invalid
+from mlmkit.serve.errors import ApiError, checked
 
 HEADER_LENGTH = "Inference-Header-Content-Length"
 DATATYPES = {"int64": "INT64", "float32": "FP32"}
-AXES = {"input_ids": 2, "attention_mask": 2, "positions": 1, "targets": 1}
+AXES = {name: axes for name, (_, axes) in INPUTS.items()}
+VERSION = "1"  # the only one of the model
 
 
 class InputTensor(BaseModel):
@@ -92,7 +93,7 @@ def metadata(name: str, info: ModelInfo, platform: str) -> ModelMetadata:
          for key, (kind, axes) in table.items()]
         for table in (INPUTS, OUTPUTS)
     ]  # fmt: skip
-    return ModelMetadata(name=name, versions=["1"], platform=platform, inputs=tensors[0], outputs=tensors[1])
+    return ModelMetadata(name=name, versions=[VERSION], platform=platform, inputs=tensors[0], outputs=tensors[1])
 
 
 def read_request(body: bytes, header_length: str | None) -> tuple[InferRequest, Batch]:
@@ -102,10 +103,7 @@ def read_request(body: bytes, header_length: str | None) -> tuple[InferRequest, 
         size = int(header_length) if header_length.isascii() and header_length.isdigit() else -1
         if not 0 <= size <= len(body):
             raise ApiError(400, "bad_header_length", f"{HEADER_LENGTH} must say how many bytes of JSON the body has")
-    try:
-        request = _REQUEST.validate_json(body[:size])
-    except ValidationError as error:
-        raise invalid(error.errors(include_url=False)) from None
+    request = checked(InferRequest, body[:size])
     arrays, rest = {}, body[size:]
     for tensor in request.inputs:
         if tensor.name not in AXES or tensor.name in arrays:
@@ -173,7 +171,7 @@ def write_answer(name: str, request: InferRequest, predicted: Predicted) -> tupl
         else:
             tensor["data"] = values.ravel().tolist()
         tensors.append(tensor)
-    answer: dict[str, Any] = {"model_name": name, "model_version": "1", "outputs": tensors}
+    answer: dict[str, Any] = {"model_name": name, "model_version": VERSION, "outputs": tensors}
     if request.id is not None:
         answer["id"] = request.id
     head = json.dumps(answer).encode()
@@ -213,6 +211,3 @@ def _holds_numbers(data: list[Any]) -> bool:
 
 def _bad(message: str) -> ApiError:
     return ApiError(422, "invalid_tensor", message)
-
-
-_REQUEST = TypeAdapter(InferRequest)

@@ -10,12 +10,11 @@ from mlmkit.serve import kserve
 from mlmkit.serve.batcher import split
 from mlmkit.serve.errors import ApiError
 from mlmkit.serve.gate import json_body
+from mlmkit.serve.kserve import VERSION
 from mlmkit.serve.schemas import body_of
 
 if TYPE_CHECKING:
     from mlmkit.serve.app import Service
-
-VERSION = "1"
 
 
 def kserve_router(service: "Service") -> APIRouter:
@@ -70,9 +69,9 @@ def kserve_router(service: "Service") -> APIRouter:
         content = await json_body(request) if length is None else await request.body()
         asked, batch = await service.in_thread(kserve.read_request, content, length)
         kserve.check_batch(batch, service.backend.info, service.limits)
-        service.check_positions(len(batch.positions))
+        service.queue.check_positions(len(batch.positions))
         rows = {number: row for number, row in enumerate(split(batch)) if len(row.positions)}
-        predicted = dict(zip(rows, await service.predict(list(rows.values())), strict=True))
+        predicted = dict(zip(rows, await service.queue.predict(list(rows.values())), strict=True))
         found = kserve.gather(batch, predicted, service.backend.info.top_k)
         answer, headers = await service.in_thread(kserve.write_answer, name, asked, found)
         return Response(answer, headers=headers)

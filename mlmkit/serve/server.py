@@ -170,7 +170,7 @@ class _Server(uvicorn.Server):
 def _run(serving: Serving, listener: socket.socket, on_ready: Any) -> None:
     backend = load(serving.model, serving.backend, serving.device)
     service = Service(backend, limits_for(backend, serving.limits), Metrics(), serving.log_texts)
-    _, gate = build_app(service, serving.token)
+    gate = build_app(service, serving.token)
     config = uvicorn.Config(
         gate,
         http=Protocol,

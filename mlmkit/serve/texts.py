@@ -6,11 +6,9 @@ import threading
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from pydantic import ValidationError
-
 from mlmkit.backends import Batch, Predicted
 from mlmkit.fill import Question, answer, ask_all
-from mlmkit.serve.errors import ApiError, invalid
+from mlmkit.serve.errors import ApiError, checked
 from mlmkit.serve.schemas import FillMaskParameters, FillMaskRequest, ScoreParameters, ScoreRequest
 from mlmkit.serve.scoring import Scoring, plan_scores, read_scores
 
@@ -50,10 +48,7 @@ class Filling:
 def read_filling(service: "Service", body: bytes) -> Filling:
     """Raises `ApiError` and `UserError` for a request that cannot be answered."""
     limits, backend = service.limits, service.backend
-    try:
-        request = FillMaskRequest.model_validate_json(body)
-    except ValidationError as error:
-        raise invalid(error.errors(include_url=False)) from None
+    request = checked(FillMaskRequest, body)
     texts, parameters = _texts(service, request.inputs), request.parameters or FillMaskParameters(top_k=None)
     targets = [parameters.targets] if isinstance(parameters.targets, str) else parameters.targets or []
     top_k = 5 if parameters.top_k is None else parameters.top_k
@@ -96,10 +91,7 @@ class Scores:
 
 def read_scores_request(service: "Service", body: bytes) -> Scores:
     """Raises `ApiError` and `UserError` for a request that cannot be answered."""
-    try:
-        request = ScoreRequest.model_validate_json(body)
-    except ValidationError as error:
-        raise invalid(error.errors(include_url=False)) from None
+    request = checked(ScoreRequest, body)
     texts, parameters = _texts(service, request.inputs), request.parameters or ScoreParameters()
     if not texts:
         raise ApiError(422, "invalid_request", "inputs: there is no text in it")
@@ -107,7 +99,7 @@ def read_scores_request(service: "Service", body: bytes) -> Scores:
     scoring = plan_scores(service.backend, texts, parameters.pll or "original")
     for length in scoring.lengths(tokenizer):
         _check_length(service, length)
-    service.check_size(int((scoring.plan.rows.length + tokenizer.added_tokens).sum()))  # before they are made
+    service.queue.check_size(int((scoring.plan.rows.length + tokenizer.added_tokens).sum()))  # before they are made
     return Scores(scoring, scoring.rows(tokenizer), bool(parameters.per_token), isinstance(request.inputs, str))
 
 
