@@ -294,10 +294,10 @@ def test_a_replacement_that_dies_while_it_starts_is_replaced_too(artifact):
     with running(artifact("bert"), "--workers", "2") as server:
         first = _children(server.process.pid)
         os.kill(first[0], signal.SIGKILL)
-        wait_until(lambda: len(_children(server.process.pid)) == 2 and first[0] not in _children(server.process.pid))
-        second = next(child for child in _children(server.process.pid) if child not in first)
+        second = _newcomer(server.process.pid, first)
         os.kill(second, signal.SIGKILL)  # before it can be ready
-        wait_until(lambda: len(_children(server.process.pid)) == 2 and second not in _children(server.process.pid))
+        third = _newcomer(server.process.pid, [*first, second])
+        wait_until(lambda: {first[1], third} == set(_children(server.process.pid)))
         assert server.ask(FILL, {"inputs": "The [MASK]"}).status == 200
         assert server.stop() == 0
 
@@ -322,6 +322,18 @@ def _children(parent: int) -> list[int]:
         except OSError:
             continue
     return sorted(found)
+
+
+def _newcomer(parent: int, known: list[int]) -> int:
+    """The first child that was not known. One look at /proc a try: a process that is just starting may be missed."""
+    found: list[int] = []
+
+    def has_come() -> bool:
+        found[:] = [child for child in _children(parent) if child not in known]
+        return bool(found)
+
+    wait_until(has_come)
+    return found[0]
 
 
 def _is_running(process: int) -> bool:
