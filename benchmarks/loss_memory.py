@@ -1,44 +1,42 @@
 """Peak memory of one forward and backward at a large vocabulary: logits everywhere, at the masked tokens, in slices.
 
-Usage: python benchmarks/loss_memory.py [--vocabulary 64000] [--tokens 8192] [--hidden 256]
-
 The model is a BERT of one layer with random weights, 15 % of the tokens are masked, and each way has a process of its
-own. Printed: how far the resident memory rose above what it was before the step, and the loss, which must agree. One
+own. Shown: how far the resident memory rose above what it was before the step, and the loss, which must agree. One
 step before that, on a row of 8 tokens, brings in what is there to stay: the gradients and the libraries' own buffers.
+The floor is the memory of one copy of the logits that a way computes, in float32.
 """
 
 import argparse
-import subprocess
-import sys
 from pathlib import Path
+
+from harness import Report, Table, isolated, main, memory_mib
 
 WAYS = {
     "everywhere": "logits of every token, cross-entropy at the masked ones",
     "gathered": "logits of the masked tokens",
     "slices": "the same in slices, as mlmkit trains",
 }
+EVERY = 7  # tokens, of which one is masked
 
 
-def main() -> None:
-    """One line a way."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--vocabulary", type=int, default=64_000)
-    parser.add_argument("--tokens", type=int, default=8192)
-    parser.add_argument("--hidden", type=int, default=256)
-    parser.add_argument("--way", choices=WAYS, help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.way:
-        step(options.way, options.vocabulary, options.tokens, options.hidden)
-        return
-    print("| | peak above the start, MiB | loss |\n|---|---|---|")  # noqa: T201
-    for way, description in WAYS.items():
-        done = subprocess.run([sys.executable, *sys.argv, "--way", way], check=True, capture_output=True, text=True)
-        peak, value = done.stdout.split()
-        print(f"| {description} | {peak} | {value} |", flush=True)  # noqa: T201
+def measure(options: argparse.Namespace) -> Report:
+    """A row a way."""
+    sizes = (options.vocabulary, options.tokens, options.hidden)
+    found = {way: isolated(step, way, *sizes) for way in WAYS}
+    assert max(loss for _, loss in found.values()) - min(loss for _, loss in found.values()) < 1e-3, found
+    logits = options.tokens * options.vocabulary * 4 / 2**20
+    floors = {"everywhere": logits, "gathered": logits / EVERY, "slices": 0.0}
+    rows = [[WAYS[way], f"{peak:.0f}", f"{floors[way]:.0f}", f"{loss:.4f}"] for way, (peak, loss) in found.items()]
+    return Report(
+        [Table("", ["", "peak above the start, MiB", "logits once, MiB", "loss"], rows)],
+        [f"Vocabulary of {options.vocabulary:,}, {options.tokens:,} tokens, hidden size {options.hidden}."],
+        {"loss_memory_ratio": found["everywhere"][0] / found["slices"][0]},
+        figures=found,
+    )
 
 
-def step(way: str, vocabulary: int, tokens: int, hidden: int) -> None:
-    """In the child: a step, and what it took."""
+def step(way: str, vocabulary: int, tokens: int, hidden: int) -> tuple[float, float]:
+    """In a process of its own: what a step takes, in MiB, and its loss."""
     import torch
     import torch.nn.functional as F
     from transformers import AutoModelForMaskedLM, BertConfig
@@ -61,7 +59,7 @@ def step(way: str, vocabulary: int, tokens: int, hidden: int) -> None:
         """The mean over every seventh token of `rows` rows."""
         input_ids = torch.arange(rows * length).view(rows, length) % vocabulary
         inputs = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
-        positions = torch.arange(0, rows * length, 7)
+        positions = torch.arange(0, rows * length, EVERY)
         targets = (positions * 31) % vocabulary
         if way == "slices":
             return model.loss_sum(positions, targets, **inputs) / len(targets)
@@ -72,18 +70,12 @@ def step(way: str, vocabulary: int, tokens: int, hidden: int) -> None:
         return F.cross_entropy(model.network(**inputs).logits.flatten(0, 1), labels)
 
     loss(1, 8).backward()
-    before = status("VmRSS")
+    before = memory_mib("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
     value = loss(tokens // 128, 128)
     value.backward()
-    print(f"{(status('VmHWM') - before) / 1024:.0f} {value.item():.5f}")  # noqa: T201
-
-
-def status(name: str) -> int:
-    """A field of this process in KiB. Not ru_maxrss, which a process inherits from the one that started it."""
-    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return int(lines[name].split()[0])
+    return memory_mib() - before, value.item()
 
 
 if __name__ == "__main__":
-    main()
+    main(__doc__, measure, vocabulary=(64_000, 2_000), tokens=(8192, 512), hidden=(256, 64))

@@ -1,36 +1,54 @@
-"""How fast mask-v1 is: seconds for a million tokens, masks and digest, by length of document."""
+"""How fast mask-v1 is: masks and digest of a million tokens, by length of document.
 
-import time
+It is to be seen against the tokens a second of training and evaluation, of which it must be a small part.
+"""
+
+import argparse
+from collections.abc import Callable
+from functools import partial
 from statistics import median
 
 import numpy as np
+from harness import Report, Table, alternate, main, timed
 
 from mlmkit.masking import MaskRecipe, MaskVocabulary, corrupt, mask_digest
 
-TOKENS = 1_000_000
-REPEATS = 5
+LENGTHS = (20, 100, 500)
 VOCABULARY = MaskVocabulary.build(np.arange(30_000), frozenset(range(5)), 4)
 
 
-def seconds(length: int, *, whole_word: bool) -> float:
-    """Median over the repeats."""
+def masker(tokens: int, length: int, *, whole_word: bool) -> Callable[[], float]:
+    """Seconds for documents of one length, when called."""
     generator = np.random.default_rng(0)
-    count = TOKENS // length
-    ids = generator.integers(5, 30_000, TOKENS)
+    count = tokens // length
+    ids = generator.integers(5, 30_000, count * length)
     keys = generator.integers(0, 2**63, count).astype(np.uint64)
     lengths = np.full(count, length)
     words = np.tile(np.arange(length) // 2, count)
     recipe = MaskRecipe(whole_word=whole_word)
-    taken = []
-    for _ in range(REPEATS + 1):
-        began = time.perf_counter()
+
+    def mask() -> None:
         mask_digest(corrupt(ids, lengths, keys, recipe, VOCABULARY, seed=0, words=words), lengths, keys)
-        taken.append(time.perf_counter() - began)
-    return median(taken[1:])
+
+    return partial(timed, mask)
+
+
+def measure(options: argparse.Namespace) -> Report:
+    """Seconds a million tokens."""
+    contestants = {
+        f"{length} tokens{', whole words' * whole_word}": masker(options.tokens, length, whole_word=whole_word)
+        for length in LENGTHS
+        for whole_word in (False, True)
+    }
+    taken = alternate(contestants, options.rounds)
+    seconds = {name: median(times) * 1e6 / options.tokens for name, times in taken.items()}
+    rows = [[name, f"{value:.2f}", f"{1e6 / value:,.0f}"] for name, value in seconds.items()]
+    return Report(
+        [Table("", ["documents of", "seconds a million tokens", "tokens/s"], rows)],
+        headlines={"mask_seconds_a_million_tokens": seconds["100 tokens"]},
+        figures={name: [time * 1e6 / options.tokens for time in times] for name, times in taken.items()},
+    )
 
 
 if __name__ == "__main__":
-    print("tokens a document   seconds a million tokens   with whole words")  # noqa: T201
-    for length in (20, 100, 500):
-        by_token, by_word = seconds(length, whole_word=False), seconds(length, whole_word=True)
-        print(f"{length:17}   {by_token:24.2f}   {by_word:16.2f}")  # noqa: T201
+    main(__doc__, measure, tokens=(1_000_000, 10_000), rounds=(5, 1))

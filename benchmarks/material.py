@@ -1,0 +1,183 @@
+"""What the benchmarks measure on: text, a tokenizer, models with random weights, their artifacts, batches.
+
+The text is Python's documentation, which every Python carries, so that anyone gets the same; or English Wikipedia and
+web sentences where MLMKIT_DATA names a folder with wiki_en/train.txt, wiki_en/heldout.txt, ud_en_ewt/test.txt and
+tokenizers/bert-base-uncased/vocab.txt. Times do not depend on what random weights say; they are three times the usual
+size, as those give nearly flat distributions that hide what goes wrong. What takes long to make is kept for as long as
+a run of the suite lasts.
+"""
+
+import atexit
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Callable
+from functools import cache
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from harness import isolated, run_command
+
+from mlmkit.backends import Batch
+
+KEPT = "MLMKIT_BENCHMARK_FOLDER"
+VOCABULARY = 30_522  # bert-base-uncased's
+MASKED_SHARE, WEIGHT_SCALE = 0.15, 3.0
+HELD_OUT_EVERY = 8  # of Python's documentation
+TINY = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 128}
+
+
+# ---------------------------------------------------------------- text
+
+
+def documents() -> list[str]:
+    """To train on."""
+    lines = _lines("wiki_en/train.txt")
+    return lines or [text for place, text in enumerate(_documentation()) if place % HELD_OUT_EVERY]
+
+
+def held_out() -> list[str]:
+    """To measure on, none of them in `documents`."""
+    return _lines("wiki_en/heldout.txt") or _documentation()[::HELD_OUT_EVERY]
+
+
+def sentences(count: int, tokens: int, tokenizer: Any) -> list[str]:
+    """Those whose number of wordpieces is nearest to `tokens`, in their order."""
+    lines = _lines("ud_en_ewt/test.txt")
+    lines = lines or list(chain.from_iterable(re.split(r"(?<=[.?!]) +", text) for text in held_out()))
+    apart = [abs(len(ids) - tokens) for ids in tokenizer(lines, add_special_tokens=False)["input_ids"]]
+    return [lines[index] for index in sorted(sorted(range(len(lines)), key=apart.__getitem__)[:count])]
+
+
+def _lines(name: str) -> list[str]:
+    folder = os.environ.get("MLMKIT_DATA")
+    text = (Path(folder) / name).read_text(encoding="utf-8") if folder else ""
+    return [line for line in text.split("\n") if line.strip()]
+
+
+@cache
+def _documentation() -> list[str]:
+    from mlmkit.pydocs import python_documentation
+
+    return python_documentation()
+
+
+def write_lines(path: Path, lines: list[str]) -> Path:
+    """A document a line."""
+    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    return path
+
+
+# ---------------------------------------------------------------- what is made once
+
+
+@cache
+def kept_folder() -> Path:
+    """The suite's, or one of this process and its children alone."""
+    if folder := os.environ.get(KEPT):
+        return Path(folder)
+    os.environ[KEPT] = folder = tempfile.mkdtemp(prefix="mlmkit-benchmarks-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return Path(folder)
+
+
+def kept(name: str, make: Callable[..., None], *arguments: object) -> Path:
+    """The folder of that name, which `make(path, *arguments)` has written in a process of its own."""
+    path = kept_folder() / name
+    if not path.exists():
+        unfinished = path.with_name(f"{name}-unfinished")
+        shutil.rmtree(unfinished, ignore_errors=True)
+        isolated(make, unfinished, *arguments)
+        unfinished.rename(path)
+    return path
+
+
+def tokenizer_folder() -> Path:
+    """bert-base-uncased's, or one of that kind and size from the documentation."""
+    return kept("tokenizer", _write_tokenizer)
+
+
+def bert_tokenizer() -> Any:
+    """The same, as transformers loads it."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(tokenizer_folder())
+
+
+def _write_tokenizer(folder: Path) -> None:
+    if vocabulary := _lines("tokenizers/bert-base-uncased/vocab.txt"):
+        from transformers import BertTokenizer
+
+        tokenizer: Any = BertTokenizer(vocab={token: id for id, token in enumerate(vocabulary)}, model_max_length=512)
+    else:
+        from mlmkit.train.config import TokenizerConfig
+        from mlmkit.train.tokenizer import train_tokenizer
+
+        tokenizer = train_tokenizer(_documentation, TokenizerConfig(kind="wordpiece", vocab_size=VOCABULARY), 512)
+    tokenizer.save_pretrained(folder)
+
+
+def checkpoint(architecture: str, **changes: int) -> Path:
+    """One of `mlmkit train`'s architectures, but for what changes; `num_hidden_layers=0` leaves the layers alone."""
+    changes = {name: value for name, value in changes.items() if value}
+    name = "-".join([architecture, *(f"{name}-{value}" for name, value in changes.items())])
+    return kept(name, _write_checkpoint, architecture, changes, tokenizer_folder())
+
+
+def artifact(architecture: str, *flags: str, **changes: int) -> Path:
+    """The same, exported, and proven on some sentences."""
+    source = checkpoint(architecture, **changes)
+    return kept("-".join([source.name, "artifact", *(flag.strip("-") for flag in flags)]), _export, source, flags)
+
+
+def _write_checkpoint(folder: Path, architecture: str, changes: dict[str, int], tokenizer: Path) -> None:
+    import torch
+    from transformers import AutoModelForMaskedLM
+
+    from mlmkit.tokenizer import Tokenizer
+    from mlmkit.train.presets import PRESETS, build_config
+
+    shutil.copytree(tokenizer, folder)
+    (folder / "config.json").write_text(json.dumps(PRESETS[architecture] | changes))
+    config = build_config(str(folder / "config.json"), Tokenizer.from_folder(folder), 512)
+    config.vocab_size = VOCABULARY
+    torch.manual_seed(0)
+    network = AutoModelForMaskedLM.from_config(config)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(WEIGHT_SCALE)
+    network.save_pretrained(folder)
+
+
+def _export(folder: Path, source: Path, flags: tuple[str, ...]) -> None:
+    text = write_lines(folder.with_suffix(".txt"), [line[:400] for line in held_out()[:64]])
+    run_command("-m", "mlmkit", "export", source, "--output", folder, "--text", text, *flags)
+
+
+# ---------------------------------------------------------------- batches
+
+
+def real_batch(rows: int, length: int, *, ragged: bool = False, seed: int = 0) -> Batch:
+    """Rows of text, `MASKED_SHARE` of their positions hidden; the rows are full unless `ragged`."""
+    tokenizer: Any = bert_tokenizer()
+    generator = np.random.default_rng(seed)
+    lines = held_out()[seed * 100 :][: rows * length // 8 + 100]
+    ids = np.fromiter(chain(*tokenizer(lines, add_special_tokens=False)["input_ids"]), np.int64)
+    input_ids = np.full((rows, length), tokenizer.pad_token_id, dtype=np.int64)
+    ends = generator.integers(3, length + 1, rows) if ragged else np.full(rows, length)
+    ends[0] = length
+    for row, end in enumerate(ends):
+        text = ids[row * length : row * length + end - 2]
+        input_ids[row, :end] = [tokenizer.cls_token_id, *text, tokenizer.sep_token_id]
+    column = np.arange(length)
+    scored = np.flatnonzero((column > 0) & (column < ends[:, None] - 1))
+    count = max(1, round(MASKED_SHARE * int(ends.sum())))
+    positions = np.sort(generator.choice(scored, min(count, len(scored)), replace=False))
+    targets = input_ids.reshape(-1)[positions]
+    input_ids.reshape(-1)[positions] = tokenizer.mask_token_id
+    return Batch(input_ids, (column < ends[:, None]).astype(np.int64), positions, targets)
