@@ -7,7 +7,7 @@ PYTHON ?= python3
 VENV_PYTHON := .venv/bin/python
 INSTALLED := .venv/installed
 
-.PHONY: setup demo test lint types pytest clean
+.PHONY: setup demo test lint types pytest bench clean
 
 setup: $(INSTALLED)
 
@@ -36,6 +36,10 @@ types: $(INSTALLED)
 
 pytest: $(INSTALLED)
 	$(VENV_PYTHON) -m pytest
+
+# Half an hour on two cores with nothing else running: writes benchmarks/results/<machine>-<date>.json, docs/results.md
+bench: $(INSTALLED)
+	$(VENV_PYTHON) benchmarks/suite.py $(BENCH)
 
 clean:
 	rm -rf .venv build dist *.egg-info mlmkit-demo .pytest_cache .ruff_cache .hypothesis
