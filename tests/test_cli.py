@@ -212,6 +212,7 @@ def mistakes(folder: Path, checkpoint: Path, artifact: Path) -> dict[str, list[o
         "No such command": ["evaluate"],
         "No such option": ["fill", artifact, "x", "--topk", 3],
         "no such folder": ["fill", folder / "none", "a [MASK]"],
+        f"{folder / 'nope'}: no such folder": ["export", folder / "nope", "--output", output],
         "holds no config.json": ["fill", folder / "no-model", "a [MASK]"],
         "is a file": ["score", good, good],
         "cannot be loaded": ["export", half, "--output", output],
