@@ -33,6 +33,8 @@ def config(tmp_path, text_file) -> Config:
         ("train.steps=0", "train.steps must be positive"),
         ("masking.mask_prob=1.5", "mask_prob must be between"),
         ("masking.mask_prob=nan", "mask_prob must be between"),
+        ("masking.mask_prob=1e-300", "masking.mask_prob must be at least 0.001 and below 1, not 1e-300"),
+        ("masking.mask_prob=1", "masking.mask_prob must be at least 0.001 and below 1, not 1:"),
         ("train.micro_batch_tokens=8", "must hold one row"),
         ("train.global_batch_tokens=300", "multiple of"),
         ("tokenizer.kind=words", "tokenizer.kind must be one of wordpiece, bpe"),
@@ -134,7 +136,8 @@ def test_a_folder_with_something_else_is_left_alone(config, tmp_path):
         (["model.max_length=2", "train.micro_batch_tokens=256"], "no room beside 2 special tokens"),
         (["tokenizer.vocab_size=20"], "the text's characters alone take"),
         (["model.architecture=none"], "neither a preset"),
-        (["model.init_from=none/of/these"], "cannot be loaded"),
+        (["model.init_from=none/of/these"], "no such folder"),
+        (["tokenizer.path=./none"], "no such folder"),
     ],
 )
 def test_nothing_is_written_when_training_cannot_start(tmp_path, text_file, settings, message):
