@@ -1,7 +1,7 @@
 """An artifact on a GPU: ONNX Runtime's CUDA provider and TensorRT against torch, in fp32, fp16 and bf16.
 
-BERT-base's shape with random weights, real text with 15 % of its positions masked. Contestants, each in a process of
-its own, take turns, from numpy inputs to numpy log-probabilities:
+BERT-base's shape with random weights, text with 15 % of its positions masked. Contestants, each in a process of its
+own, take turns, from numpy inputs to numpy log-probabilities:
 
 - torch with mlmkit's gathered head: float32, bfloat16, and bfloat16 compiled, without and with CUDA graphs,
 - `mlmkit export --precision ...` on ONNX Runtime: through mlmkit's backend, which binds inputs and outputs, and with a
@@ -9,22 +9,16 @@ its own, take turns, from numpy inputs to numpy log-probabilities:
 - the same artifact's TensorRT plans (`--trt`) where tensorrt is installed.
 
 For each: parity with torch in float32 on the CPU in the terms of the export's report; the largest |Δ log P| on a batch
-that a CUDA graph was not captured with; tokens a second, the ratio to torch's compiled bfloat16, and the share of the
-floor, which is the time for the matrix products alone at the best rate that torch reaches here in that precision. What
-cannot run is shown with the reason. Prints a table and writes all of it to OUTPUT/<gpu>-<date>.json.
+that a CUDA graph was not captured with; tokens a second, the ratio to torch's compiled bfloat16 with CUDA graphs, and
+the share of the floor, which is the time for the matrix products alone at the best rate that torch reaches here in that
+precision. What cannot run is shown with the reason.
 
-Without a GPU: exit code 2, or a dry run with --device cpu. MLMKIT_DATA: see engines.py.
+Without a GPU `--quick` makes a dry run on the CPU, of a tiny model.
 """
 
 import argparse
 import json
-import os
-import platform
-import re
-import sys
-import tempfile
-from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
@@ -33,22 +27,18 @@ from typing import Any
 import numpy as np
 from engines import (
     SHAPES,
-    Contestant,
-    ContestantError,
     Engine,
     Shape,
     Turn,
-    export_artifact,
-    isolated,
-    markdown,
     matrix_rate,
-    real_batch,
     rounds_of,
     run_backend,
     take_turn,
     worst_difference,
-    write_checkpoint,
 )
+from gpu_shared import FAILED, Figures, Row, Setting, attempt, compiled, find_device, tables
+from harness import Contestant, ContestantError, Report, SkippedError, isolated, main, ratios, say
+from material import TINY, artifact, held_out, real_batch
 
 from mlmkit.backends import Batch
 
@@ -57,22 +47,21 @@ REFERENCE, PEER = "torch, fp32", "torch, bf16, compiled, CUDA graphs"
 GPU_SHAPES: tuple[Shape, ...] = (*SHAPES, (64, 256))
 QUICK_SHAPES: tuple[Shape, ...] = ((1, 16), (4, 32))
 PARITY_TEXTS = 16
-PACKAGES = ("torch", "transformers", "onnxruntime-gpu", "onnxruntime", "tensorrt")
 
 
 # ---------------------------------------------------------------- engines
 
 
-def run_checkpoint(checkpoint: str, device: str, dtype: str, mode: str | None = None) -> Engine:
+def run_checkpoint(path: Path, device: str, dtype: str, mode: str | None = None) -> Engine:
     """`MaskedLM` on torch, compiled if there is a `mode`; its backend stays as it is, for batches of any shape."""
     import torch
 
     from mlmkit.backends.torch import TorchBackend
 
-    backend = TorchBackend(checkpoint, device)
+    backend = TorchBackend(str(path), device)
     backend.model.to(getattr(torch, dtype))
     backend.model.top_k = 0
-    model = torch.compile(backend.model, mode=mode, dynamic=False) if mode else backend.model
+    model = compiled(backend.model, device, mode) if mode else backend.model
 
     def forward(batch: Batch) -> Any:
         with torch.inference_mode():
@@ -81,7 +70,7 @@ def run_checkpoint(checkpoint: str, device: str, dtype: str, mode: str | None = 
     return Engine(forward, lambda log_prob, _: log_prob.numpy(), backend)
 
 
-def run_recorded(artifact: Path, device: str) -> Engine:
+def run_recorded(folder: Path, device: str) -> Engine:
     """A CUDA graph for each shape. On the CPU the same buffers and bindings, and nothing recorded.
 
     ONNX Runtime asks for one `gpu_graph_id` a shape, buffers that keep their addresses, and no copy between devices
@@ -92,15 +81,15 @@ def run_recorded(artifact: Path, device: str) -> Engine:
     from mlmkit.artifact import read_manifest
     from mlmkit.backends.graph import drop_outputs
 
-    read_manifest(artifact)
+    read_manifest(folder)
     settings = onnxruntime.SessionOptions()
     settings.log_severity_level = 3
-    settings.add_session_config_entry("session.model_external_initializers_file_folder_path", str(artifact))
+    settings.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
     providers: list[Any] = ["CPUExecutionProvider"]
     if device == "cuda":
         onnxruntime.preload_dlls()
         providers.insert(0, ("CUDAExecutionProvider", {"use_tf32": "0", "enable_cuda_graph": "1"}))
-    graph = drop_outputs((artifact / "model.onnx").read_bytes(), {"top_log_prob", "top_id"})
+    graph = drop_outputs((folder / "model.onnx").read_bytes(), {"top_log_prob", "top_id"})
     session = onnxruntime.InferenceSession(graph, settings, providers=providers)
     kept: dict[tuple[int, ...], tuple[Any, dict[str, Any], Any, Any]] = {}
 
@@ -131,118 +120,137 @@ def run_recorded(artifact: Path, device: str) -> Engine:
     return Engine(forward, lambda log_prob, _: log_prob)
 
 
-def parity_of(engine: Engine, checkpoint: str, texts: list[str], precision: str) -> dict[str, Any] | None:
-    """The export's report, made here against torch in float32 on the CPU."""
+def parity_of(engine: Engine, path: Path, texts: list[str], precision: str) -> Figures:
+    """The export's report, made here against torch in float32 on the CPU; nothing where there is no backend."""
     from mlmkit.backends.torch import TorchBackend
     from mlmkit.export.parity import BOUNDS, check_parity
 
     if engine.backend is None:
-        return None
-    return check_parity(TorchBackend(checkpoint, "cpu"), engine.backend, texts, BOUNDS[precision]).as_dict()
+        return {}
+    found = check_parity(TorchBackend(str(path), "cpu"), engine.backend, texts, BOUNDS[precision])
+    return {
+        "max Δ log P": found.max_log_prob_difference,
+        "mean": found.mean_log_prob_difference,
+        "Δ cross-entropy": found.cross_entropy_difference,
+        "same best token": found.top_1_agreement,
+        "within bounds": "yes" if found.passed else "NO",
+    }
 
 
 # ---------------------------------------------------------------- the comparison
 
 
-def export_all(checkpoint: Path, folder: Path) -> tuple[dict[str, Path], dict[str, str]]:
+def runtimes(setting: Setting, *, whole: bool = False) -> Iterator[Row]:
+    """A row a contestant with its parity, then a row a contestant and shape.
+
+    In part: fp16 alone, beside torch's reference and `PEER`, at the smallest and largest of `SHAPES`. Raises
+    `SkippedError` without a runtime.
+    """
+    if setting.device == "cuda" and not (find_spec("tensorrt") or isolated(has_cuda_provider)):
+        raise SkippedError("onnxruntime has no CUDA provider here, and tensorrt is not installed")
+    path = setting.checkpoint("bert-base")
+    lower = "fp16" if setting.device == "cuda" else "fp32"  # a CPU works fp16 out the long way
+    artifacts, failed = export_all(setting, tuple(DTYPES) if whole and not setting.quick else (lower,))
+    yield from failed.items()
+    shapes = QUICK_SHAPES if setting.quick else GPU_SHAPES if whole else SHAPES[::2]
+    batches = {shape: real_batch(*shape) for shape in shapes}
+    others = {shape: real_batch(*shape, seed=1) for shape in shapes}
+    texts = [text[:400] for text in held_out()[:PARITY_TEXTS]]
+
+    contestants: dict[str, Contestant] = {}
+    differences: dict[tuple[str, Shape], float] = {}
+    expected: dict[Shape, Any] = {}
+    try:
+        for name, contestant in start(path, artifacts, failed, setting.device, whole=whole).items():
+            say(name)
+            contestants[name] = contestant
+            row = attempt(name, contestant.call, parity_of, path, texts, dtype_of(name))
+            try:
+                for shape in shapes:
+                    contestant.call(take_turn, batches[shape], 3)
+                    found = contestant.call(take_turn, others[shape], 1).log_prob
+                    expected.setdefault(shape, found)
+                    differences[name, shape] = worst_difference(found, expected[shape])
+            except ContestantError as error:
+                row = name, {FAILED: str(error)}
+            if row[1]:
+                yield row
+            if FAILED in row[1]:
+                contestants.pop(name).stop()
+        rates = {
+            name: setting.rates.get(dtype) or isolated(matrix_rate, setting.device, dtype)
+            for name, dtype in DTYPES.items()
+            if name in map(dtype_of, contestants)
+        }
+        many = {"tokens": 1 << 20, "most": 200} if setting.device == "cuda" else {}
+        for shape, batch in batches.items():
+            for turns in rounds_of(contestants, {shape: batch}, setting.rounds, **many).values():
+                for name, taken in turns.items():
+                    floor = operations(path, batch) / rates[dtype_of(name)]
+                    found = figures(batch, taken, turns.get(PEER), floor) | {"max Δ log P": differences[name, shape]}
+                    yield f"{shape[0]} x {shape[1]}, {name}", found
+    finally:
+        for contestant in contestants.values():
+            contestant.stop()
+
+
+def has_cuda_provider() -> bool:
+    """Whether ONNX Runtime was built with it."""
+    import onnxruntime
+
+    return "CUDAExecutionProvider" in onnxruntime.get_available_providers()
+
+
+def export_all(setting: Setting, precisions: tuple[str, ...]) -> tuple[dict[str, Path], dict[str, Figures]]:
     """The artifacts by precision, with TensorRT plans where those can be built; and what failed."""
     artifacts: dict[str, Path] = {}
-    failed: dict[str, str] = {}
-    for precision in DTYPES:
+    failed: dict[str, Figures] = {}
+    changes = TINY if setting.quick else {}
+    for precision in precisions:
         flags = ["--precision", precision, *(["--allow-drift"] if precision != "fp32" else [])]
-        plans = [["--trt"], []] if find_spec("tensorrt") else [[]]
-        for more in plans:
-            artifact = folder / "-".join([precision, *more])
-            print(f"exporting {artifact.name}", file=sys.stderr)  # noqa: T201
-            try:
-                export_artifact(checkpoint, artifact, *flags, *more)
-            except ContestantError as error:
-                failed[f"tensorrt, {precision}" if more else f"export, {precision}"] = str(error)
-            else:
-                artifacts[precision] = artifact
+        for more in [["--trt"], []] if find_spec("tensorrt") else [[]]:
+            name, made = attempt(
+                f"tensorrt, {precision}" if more else f"export, {precision}",
+                lambda flags=[*flags, *more]: artifact("bert-base", *flags, **changes),
+            )
+            if isinstance(made, Path):
+                artifacts[precision] = made
                 break
+            failed[name] = made
     return artifacts, failed
 
 
-def start(checkpoint: Path, artifacts: dict[str, Path], failed: dict[str, str], device: str) -> dict[str, Contestant]:
-    """All contestants, the reference first."""
-    contestants = {
-        REFERENCE: Contestant(run_checkpoint, str(checkpoint), device, "float32"),
-        "torch, bf16": Contestant(run_checkpoint, str(checkpoint), device, "bfloat16"),
-        "torch, bf16, compiled": Contestant(run_checkpoint, str(checkpoint), device, "bfloat16", "default"),
-        PEER: Contestant(run_checkpoint, str(checkpoint), device, "bfloat16", "reduce-overhead"),
-    }
-    for precision, artifact in artifacts.items():
-        contestants[f"onnx, {precision}"] = Contestant(run_backend, str(artifact), "onnx", device)
-        contestants[f"onnx, {precision}, CUDA graphs"] = Contestant(run_recorded, artifact, device)
+def start(
+    path: Path, artifacts: dict[str, Path], failed: dict[str, Figures], device: str, *, whole: bool
+) -> dict[str, Contestant]:
+    """The contestants, the reference first."""
+    contestants = {REFERENCE: Contestant(run_checkpoint, path, device, "float32")}
+    if whole:
+        contestants["torch, bf16"] = Contestant(run_checkpoint, path, device, "bfloat16")
+        contestants["torch, bf16, compiled"] = Contestant(run_checkpoint, path, device, "bfloat16", "default")
+    contestants[PEER] = Contestant(run_checkpoint, path, device, "bfloat16", "reduce-overhead")
+    for precision, folder in artifacts.items():
+        contestants[f"onnx, {precision}"] = Contestant(run_backend, str(folder), "onnx", device)
+        contestants[f"onnx, {precision}, CUDA graphs"] = Contestant(run_recorded, folder, device)
         if find_spec("tensorrt") and f"tensorrt, {precision}" not in failed:
-            contestants[f"tensorrt, {precision}"] = Contestant(run_backend, str(artifact), "tensorrt", device)
+            contestants[f"tensorrt, {precision}"] = Contestant(run_backend, str(folder), "tensorrt", device)
     return contestants
 
 
-def compare(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """Everything that is written down."""
-    checkpoint, shapes = folder / "checkpoint", QUICK_SHAPES if options.quick else GPU_SHAPES
-    isolated(write_checkpoint, checkpoint, "bert-base", options.layers)
-    artifacts, failed = export_all(checkpoint, folder)
-    contestants = start(checkpoint, artifacts, failed, options.device)
-    batches = {shape: real_batch(shape) for shape in shapes}
-    others = {shape: real_batch(shape, seed=1) for shape in shapes}
-
-    results: dict[str, dict[str, Any]] = {}
-    expected: dict[Shape, Any] = {}
-    for name, contestant in list(contestants.items()):
-        print(name, file=sys.stderr)  # noqa: T201
-        try:
-            results[name] = {
-                "shapes": {},
-                "parity": contestant.call(parity_of, str(checkpoint), texts(), dtype_of(name)),
-            }
-            for shape in shapes:
-                contestant.call(take_turn, batches[shape], 3)
-                found = contestant.call(take_turn, others[shape], 1).log_prob
-                expected.setdefault(shape, found)
-                apart = worst_difference(found, expected[shape])
-                results[name]["shapes"][shape_name(shape)] = {"max_log_prob_difference": apart}
-        except ContestantError as error:
-            failed[name] = str(error)
-            results.pop(name, None)
-            contestants.pop(name).stop()
-    rates = {name: isolated(matrix_rate, options.device, dtype) for name, dtype in DTYPES.items()}
-    many = {"tokens": 1 << 20, "most": 200} if options.device == "cuda" else {}
-    for shape, turns in rounds_of(contestants, batches, options.rounds, **many).items():
-        for name, taken in turns.items():
-            floor = operations(checkpoint, batches[shape]) / rates[dtype_of(name)]
-            results[name]["shapes"][shape_name(shape)] |= figures(shape, taken, turns.get(PEER), floor)
-    for contestant in contestants.values():
-        contestant.stop()
-    return {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "device": isolated(device_name, options.device),
-        "versions": versions(),
-        "layers": options.layers or 12,
-        "rounds": options.rounds,
-        "operations_per_second": rates,
-        "contestants": results,
-        "failed": failed,
-    }
-
-
-def figures(shape: Shape, taken: list[Turn], peer: list[Turn] | None, floor: float) -> dict[str, Any]:
+def figures(batch: Batch, taken: list[Turn], peer: list[Turn] | None, floor: float) -> Figures:
     """Medians over the rounds; the ratio is the median of those within a round."""
-    seconds = median(turn.seconds for turn in taken)
-    ratios = [theirs.seconds / ours.seconds for theirs, ours in zip(peer or [], taken, strict=bool(peer))]
+    seconds = [turn.seconds for turn in taken]
+    faster = ratios(seconds, [turn.seconds for turn in peer]) if peer else None
     return {
-        "tokens_per_second": shape[0] * shape[1] / seconds,
-        "seconds": [turn.seconds for turn in taken],
-        "times_as_fast_as_compiled_torch": median(ratios) if ratios else None,
-        "share_of_floor": floor / seconds,
+        "tokens/s": batch.input_ids.size / median(seconds),
+        "x compiled torch": median(faster) if faster else None,
+        "of the floor": floor / median(seconds),
     }
 
 
-def operations(checkpoint: Path, batch: Batch) -> float:
+def operations(path: Path, batch: Batch) -> float:
     """Of the matrix products: two for each multiply-add, the vocabulary head at the masked positions alone."""
-    config = json.loads((checkpoint / "config.json").read_text())
+    config = json.loads((path / "config.json").read_text())
     hidden, inner, layers = config["hidden_size"], config["intermediate_size"], config["num_hidden_layers"]
     tokens, length = batch.input_ids.size, batch.input_ids.shape[1]
     body = layers * tokens * (4 * hidden * hidden + 2 * hidden * inner + 2 * length * hidden)
@@ -254,85 +262,14 @@ def dtype_of(name: str) -> str:
     return name.split(", ")[1]
 
 
-def shape_name(shape: Shape) -> str:
-    """As tables have it."""
-    return f"{shape[0]} x {shape[1]}"
-
-
-def texts() -> list[str]:
-    """What parity is checked on."""
-    from pll_sharing import lines_of
-
-    return lines_of("wiki_en/heldout.txt")[:PARITY_TEXTS]
-
-
-def device_name(device: str) -> str | None:
-    """The GPU's name, or the processor's; None where torch finds no GPU."""
-    import torch
-
-    if device == "cpu":
-        return f"cpu {platform.machine()}"
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else None
-
-
-def versions() -> dict[str, str]:
-    """Of what was compared."""
-    found = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
-
-
-def table(results: dict[str, Any]) -> str:
-    """A row a contestant; those that could not run below."""
-    shapes = list(results["contestants"][REFERENCE]["shapes"])
-    rows: list[list[object]] = []
-    for name, result in results["contestants"].items():
-        cells = []
-        for figure in result["shapes"].values():
-            ratio = figure["times_as_fast_as_compiled_torch"]
-            cells.append(
-                f"{figure['tokens_per_second']:.0f}; {f'{ratio:.2f} x' if ratio else '-'}; "
-                f"{figure['share_of_floor']:.0%}; {figure['max_log_prob_difference']:.1e}"
-            )
-        rows.append([name, parity_cell(result["parity"]), *cells])
-    said = [f"\n{name} did not run: {reason}" for name, reason in results["failed"].items()]
-    header = ["", "Δ log P max, mean; Δ cross-entropy; top-1"]
-    header += [f"{shape}: tokens/s; x compiled torch; of floor; Δ log P" for shape in shapes]
-    return markdown(header, rows) + "\n" + "".join(said)
-
-
-def parity_cell(report: dict[str, Any] | None) -> str:
-    """In short."""
-    if report is None:
-        return ""
-    return (
-        f"{report['max_log_prob_difference']:.1e}, {report['mean_log_prob_difference']:.1e}; "
-        f"{report['cross_entropy_difference']:+.1e}; {report['top_1_agreement']:.1%}"
-    )
+def measure(options: argparse.Namespace) -> Report:
+    """Parity, then speed."""
+    device, name = isolated(find_device, options.device)
+    if device == "cpu" and not options.quick:
+        raise SkippedError("torch finds no GPU here: --quick makes a dry run on the CPU")
+    rows = dict(runtimes(Setting(device, name, options.quick, options.rounds), whole=True))
+    return Report(list(tables("", rows)), [f"On {name}."], figures={"device": name, "rows": rows})
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--layers", type=int, default=0, help="0: as many as BERT-base has")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--output", type=Path, default=Path(__file__).resolve().parent / "results")
-    parser.add_argument("--quick", action="store_true", help="a dry run: one layer, one round")
-    options = parser.parse_args()
-    if options.quick:
-        options.layers, options.rounds = 1, 1
-    os.environ |= {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
-    if (name := isolated(device_name, options.device)) is None:
-        print("torch finds no GPU here: --device cpu makes a dry run", file=sys.stderr)  # noqa: T201
-        sys.exit(2)
-    with tempfile.TemporaryDirectory() as temporary:
-        results = compare(options, Path(temporary))
-    options.output.mkdir(parents=True, exist_ok=True)
-    slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
-    path = options.output / f"{slug}-{results['date'][:10]}.json"
-    path.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    print(f"{table(results)}\n\nwritten to {path}")  # noqa: T201
+    main(__doc__, measure, device=("auto", "auto"), rounds=(5, 1))

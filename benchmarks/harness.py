@@ -24,7 +24,10 @@ from statistics import median
 from typing import Any, TypeVar
 
 T = TypeVar("T")
-PACKAGES = ("torch", "transformers", "onnxruntime-gpu", "onnxruntime", "onnx", "tokenizers", "numpy", "fastapi")
+PACKAGES = (
+    *("torch", "transformers", "accelerate", "onnxruntime-gpu", "onnxruntime", "tensorrt", "onnx", "tokenizers"),
+    *("numpy", "fastapi"),
+)
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -101,8 +104,13 @@ def main(description: str | None, measure: Callable[[argparse.Namespace], Report
         sys.exit(2)
     print(report.markdown())  # noqa: T201
     if options.json:
-        found = {"command": " ".join(sys.argv[1:]), "seconds": round(time.perf_counter() - began, 1), **asdict(report)}
-        options.json.write_text(json.dumps({**machine(), **found}, indent=1, default=str) + "\n", encoding="utf-8")
+        write(report, options.json, time.perf_counter() - began)
+
+
+def write(report: Report, path: Path, seconds: float) -> None:
+    """All of a report as JSON, with where and how it came about."""
+    found = {"command": " ".join(sys.argv[1:]), "seconds": round(seconds, 1), **asdict(report)}
+    path.write_text(json.dumps({**machine(), **found}, indent=1, default=str) + "\n", encoding="utf-8")
 
 
 def use_cores(count: int) -> None:
