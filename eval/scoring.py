@@ -106,7 +106,7 @@ def _empty(size: int, top: bool) -> TokenScores:
 def _score(backend: Backend, step: _Step, scores: TokenScores) -> None:
     assert step.batch is not None
     if scores.top_log_prob is not None and scores.top_id is not None:
-        predicted = backend.predict(step.batch)
+        predicted = backend.predict(step.batch, at_least=1)
         log_prob, rank = predicted.log_prob, predicted.rank
         scores.top_log_prob[step.scored], scores.top_id[step.scored] = (
             predicted.top_log_prob[:, 0],
