@@ -6,12 +6,16 @@ import pytest
 import torch
 from training import log_lines, weights, write_config
 
+from mlmkit import corpus
+from mlmkit.distributed import Ranks
 from mlmkit.errors import CheckError, UserError
+from mlmkit.files import file_sha256
 from mlmkit.model import MaskedLM, load_pretrained
 from mlmkit.train import loop
 from mlmkit.train.checkpoint import checkpoints
 from mlmkit.train.config import Config, load_config
 from mlmkit.train.presets import PRESETS, build_config
+from mlmkit.train.start import begin_or_check
 
 
 @pytest.fixture
@@ -215,3 +219,13 @@ def test_held_out_text_may_be_a_dataset(tmp_path, text_file):
     settings = ("train.steps=2", f"data.held_out=hub:{folder}")
     loop.train(write_config(tmp_path, text_file, "bert-tiny", *settings), tmp_path / "run")
     assert json.loads((tmp_path / "run" / "held_out.json").read_text())["masked_cross_entropy"]["value"] > 0
+
+
+def test_each_start_hashes_a_text_once(config, tmp_path, monkeypatch):
+    [source], hashed = config.data.sources, []
+    monkeypatch.setattr(corpus, "file_sha256", lambda path: hashed.append(str(path)) or file_sha256(path))
+    for _ in ("a new run", "one that is there"):
+        hashed.clear()
+        tokenizer, [found] = begin_or_check(config, tmp_path / "run", Ranks())
+        assert hashed == [source.location]
+        assert found.folder == corpus.cache_folder(source, tokenizer)

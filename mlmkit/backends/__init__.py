@@ -84,8 +84,8 @@ class Backend(Protocol):
         """Log-probability and rank of each target. Costs no top-k."""
         ...
 
-    def predict(self, batch: Batch) -> Predicted:
-        """The same with the `info.top_k` best candidates."""
+    def predict(self, batch: Batch, *, at_least: int | None = None) -> Predicted:
+        """The same with the `info.top_k` best candidates, or only `at_least` so many where fewer are cheaper."""
         ...
 
 
