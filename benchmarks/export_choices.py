@@ -21,7 +21,7 @@ from unittest import mock
 
 from engines import SHAPES, Engine, cpu_session, rounds_of, run_backend, take_turn, worst_difference
 from harness import Contestant, ContestantError, Report, Table, isolated, main, ratios, spread
-from material import checkpoint, real_batch
+from inputs import checkpoint, real_batch
 
 from mlmkit.backends import Batch
 

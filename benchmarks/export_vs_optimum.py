@@ -39,7 +39,7 @@ from harness import (
     say,
     spread,
 )
-from material import artifact, checkpoint, real_batch
+from inputs import artifact, checkpoint, real_batch
 
 from mlmkit.backends import Batch
 

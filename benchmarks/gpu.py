@@ -33,7 +33,7 @@ from gpu_parity import parity
 from gpu_shared import FAILED, Figures, Row, Setting, failure, find_device, tables
 from gpu_train import training
 from harness import ROOT, Report, SkippedError, isolated, main, say, write
-from material import kept_folder
+from inputs import kept_folder
 
 RATES = "Matrix products and copies"
 REST = "the rest"

@@ -15,7 +15,7 @@ from engines import matrix_rate
 from gpu_export import operations
 from gpu_shared import NEEDS_GPU, Captured, Figures, Made, Row, Setting, attempt, compared, compiled, seconds_a_call
 from harness import SkippedError
-from material import bert_tokenizer, real_batch, sentences
+from inputs import bert_tokenizer, real_batch, sentences
 
 from mlmkit.backends import Batch
 

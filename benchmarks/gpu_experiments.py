@@ -15,7 +15,7 @@ from gpu_eval import load_model, on_device, scorer
 from gpu_parity import fixed_pack, to_device
 from gpu_shared import NEEDS_GPU, Captured, Figures, Made, Row, Setting, attempt, compared, seconds_a_call
 from harness import SkippedError
-from material import bert_tokenizer, real_batch, sentences
+from inputs import bert_tokenizer, real_batch, sentences
 from numpy.typing import NDArray
 
 from mlmkit.backends import Batch

@@ -38,7 +38,7 @@ from engines import (
 )
 from gpu_shared import FAILED, Figures, Row, Setting, attempt, compiled, find_device, tables
 from harness import Contestant, ContestantError, Report, SkippedError, isolated, main, ratios, say
-from material import TINY, artifact, held_out, real_batch
+from inputs import TINY, artifact, held_out, real_batch
 
 from mlmkit.backends import Batch
 

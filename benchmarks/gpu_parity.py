@@ -19,7 +19,7 @@ from engines import worst_difference
 from gpu_eval import load_model, on_device
 from gpu_shared import Figures, Row, Setting, attempt
 from harness import SkippedError
-from material import real_batch
+from inputs import real_batch
 from numpy.typing import NDArray
 
 from mlmkit.backends import Batch

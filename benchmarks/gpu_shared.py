@@ -13,7 +13,7 @@ from statistics import median
 from typing import Any, NamedTuple
 
 from harness import SkippedError, Table, processor, ratios
-from material import TINY, checkpoint
+from inputs import TINY, checkpoint
 
 Figures = dict[str, Any]
 Row = tuple[str, Figures]

@@ -1,7 +1,7 @@
 """A section of gpu.py: training, mlmkit against transformers.Trainer, in real tokens a second and in model operations.
 
 The GPU's cases of train_vs_transformers.py, with steps half as large and one size of micro-batch, as there is no time
-for trials; Trainer as run_mlm.py feeds it, full rows, and on padded paragraphs. The vocabulary is that of material.py.
+for trials; Trainer as run_mlm.py feeds it, full rows, and on padded paragraphs. The vocabulary is that of inputs.py.
 
 MFU is the operations that the model needs for a token, by `mlmkit.train.estimate.flops_per_token` (six for each weight
 of the encoder's matrices, those of the head for masked tokens only, and attention), at the tokens a second found, over
@@ -21,7 +21,7 @@ from typing import Any
 
 from gpu_shared import FAILED, Row, Setting, attempt, failure
 from harness import Contestant, memory_mib, ratios
-from material import TINY, documents, kept_folder, tokenizer_folder, write_lines
+from inputs import TINY, documents, kept_folder, tokenizer_folder, write_lines
 
 from mlmkit.train.config import Config
 

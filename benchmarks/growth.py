@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from harness import Bars, Report, Table, isolated, main, memory_mib
-from material import TINY, documents, tokenizer_folder
+from inputs import TINY, documents, tokenizer_folder
 
 from mlmkit.documents import Source
 

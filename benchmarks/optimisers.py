@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from harness import Report, Table, main, say
-from material import documents, held_out, write_lines
+from inputs import documents, held_out, write_lines
 
 from mlmkit.backends import load
 from mlmkit.documents import Source, read_documents

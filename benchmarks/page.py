@@ -80,6 +80,9 @@ def render(found: dict[str, Any], name: str) -> str:
     if dry:
         ran = [f"`{script}`" + (" (**failed**)" if "failed" in report else "") for script, report in dry.items()]
         lines += ["## Only tried out", "", f"With `--quick`, whose figures mean nothing: {', '.join(ran)}.", ""]
+    if found["left_out"]:
+        names = ", ".join(f"`{script}`" for script in found["left_out"])
+        lines += ["## Left out", "", f"Of this run (`--only`): {names}.", ""]
     return "\n".join(lines)
 
 

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from harness import Report, Table, alternate, main, timed
-from material import bert_tokenizer, sentences
+from inputs import bert_tokenizer, sentences
 from torch import Tensor
 from transformers import BertConfig, BertForMaskedLM
 

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 
 from engines import matrix_rate
 from harness import Bars, Contestant, Report, Table, alternate, isolated, main, peak_mib, ratios, spread
-from material import artifact, bert_tokenizer, checkpoint, held_out, sentences
+from inputs import artifact, bert_tokenizer, checkpoint, held_out, sentences
 
 BOUND, DOCUMENTS_A_BATCH = 1e-3, 32  # nats; of transformers
 TRIAL = {"cpu": (1, 4, 16, 32), "cuda": (8, 16, 32, 64, 128)}  # sentences a batch of the plain loop

@@ -15,7 +15,7 @@ from statistics import median
 from typing import Any
 
 from harness import Report, Table, alternate, main, ratios, timed
-from material import checkpoint, held_out, real_batch
+from inputs import checkpoint, held_out, real_batch
 
 PRECISIONS: dict[str, dict[str, Any]] = {
     "fp32": {},

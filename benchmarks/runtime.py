@@ -9,7 +9,7 @@ from functools import partial
 from statistics import median
 
 from harness import Contestant, Report, Table, alternate, main, peak_mib, ratios, run_command, spread
-from material import artifact, real_batch
+from inputs import artifact, real_batch
 
 IMPORT = "import time; t = time.perf_counter(); import onnxruntime; print(time.perf_counter() - t)"
 ROWS, LENGTH = 16, 128

@@ -27,7 +27,7 @@ from statistics import median
 from typing import Any
 
 from harness import ROOT, Bars, Contestant, ContestantError, Report, Table, alternate, main, memory_mib, say, spread
-from material import artifact, bert_tokenizer, checkpoint, held_out, sentences
+from inputs import artifact, bert_tokenizer, checkpoint, held_out, sentences
 
 CONNECTIONS, PEER = (1, 8, 64), "pipeline"
 STARTING = 300.0  # seconds that a server may take to load

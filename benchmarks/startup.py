@@ -13,7 +13,7 @@ from pathlib import Path
 from statistics import median
 
 from harness import Bars, Report, Table, alternate, isolated, main, memory_mib, run_command, spread, timed
-from material import artifact, checkpoint
+from inputs import artifact, checkpoint
 
 TEXT = "The [MASK] of the statement is an expression that is evaluated first."
 PEER = "import sys, transformers; print(transformers.pipeline('fill-mask', model=sys.argv[1])(sys.argv[2]))"

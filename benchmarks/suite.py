@@ -4,7 +4,7 @@
 
 Writes <results>/<machine>-<date>.json, with all figures, and the page with the tables and plots (page.py). A benchmark
 that cannot run here is noted with the reason; one that fails too, and then the exit code is 1. Nothing else should run
-on the machine meanwhile. Text: see material.py.
+on the machine meanwhile. Text: see inputs.py.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from harness import ROOT, last_line, machine, say, use_cores
-from material import KEPT
+from inputs import KEPT
 from page import write_page
 
 # In the order of the page. Trainings and surveys of hours are only tried out here; what they found stands in the docs.
@@ -30,7 +30,6 @@ SCRIPTS = {
     "serve_load": "Serving under load, against transformers.pipeline",
     "startup": "Start-up",
     "growth": "Growth with the corpus",
-    "profiles": "Where the time goes",
     "train_data": "Packing and reading training data",
     "masking": "Masking",
     "loss_memory": "Memory of the loss",
@@ -84,7 +83,8 @@ def main() -> None:
             reports[name] |= run(name, reports[name]["is_dry_run"])
             said = reports[name].get("failed") or reports[name].get("skipped") or "done"
             say(f"{name}: {said}, {time.perf_counter() - started:.0f} s")
-    found = {**machine(), "seconds": round(time.perf_counter() - began), "benchmarks": reports}
+    left_out = [name for name in SCRIPTS | STUDIES if name not in reports]
+    found = {**machine(), "seconds": round(time.perf_counter() - began), "left_out": left_out, "benchmarks": reports}
     slug = re.sub(r"[^a-z0-9]+", "-", f"{found['processor']} {found['cores']} cores".lower()).strip("-")
     options.results.mkdir(parents=True, exist_ok=True)
     path = options.results / f"{slug}-{found['date'][:10]}{'-quick' * options.quick}.json"

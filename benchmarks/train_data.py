@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from harness import Report, Table, isolated, main, memory_mib
-from material import documents, tokenizer_folder, write_lines
+from inputs import documents, tokenizer_folder, write_lines
 
 MAX_LENGTH = 512
 BUDGETS = (512, 4096, 8192, 16384)

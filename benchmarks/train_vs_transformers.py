@@ -43,7 +43,7 @@ from harness import (
     say,
     spread,
 )
-from material import TINY, documents, write_lines
+from inputs import TINY, documents, write_lines
 
 from mlmkit.documents import Source, read_documents
 from mlmkit.train.config import (
