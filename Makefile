@@ -1,13 +1,14 @@
-# Two commands for a bare machine with Python (3.11 or later), pip and make:
+# Commands for a bare machine with Python (3.11 or later), pip and make:
 #   make demo    the whole path on real text, in minutes
 #   make test    lint, types and tests
+#   make docs    the documentation as a site, in build/site
 # Everything is installed into .venv; nothing else is touched. All paths are relative, so a clone may lie anywhere.
 
 PYTHON ?= python3
 VENV_PYTHON := .venv/bin/python
 INSTALLED := .venv/installed
 
-.PHONY: setup demo test lint types pytest clean
+.PHONY: setup demo test lint types pytest bench docs clean
 
 setup: $(INSTALLED)
 
@@ -36,6 +37,14 @@ types: $(INSTALLED)
 
 pytest: $(INSTALLED)
 	$(VENV_PYTHON) -m pytest
+
+# Half an hour on two cores with nothing else running: writes benchmarks/results/<machine>-<date>.json, docs/results.md
+bench: $(INSTALLED)
+	$(VENV_PYTHON) benchmarks/suite.py $(BENCH)
+
+# Into build/site. The variable silences the theme's notice about its successor.
+docs: $(INSTALLED)
+	NO_MKDOCS_2_WARNING=1 $(VENV_PYTHON) -m mkdocs build --strict
 
 clean:
 	rm -rf .venv build dist *.egg-info mlmkit-demo .pytest_cache .ruff_cache .hypothesis

@@ -1,9 +1,7 @@
 """Every masked LM of transformers, tiny and random: exported, and run at shapes that the export never saw.
 
-Usage: python benchmarks/architectures.py [--only NAME] [--json FILE] [--page docs/architectures.md]
-
-Each architecture has a process of its own, two at a time, so a crash or a hang costs one row. With `--json FILE` rows
-are kept as they come, and those found there are not measured again.
+Each architecture has a process of its own, two at a time, so a crash or a hang costs one row. With `--kept FILE` rows
+are kept as they come, and those found there are not measured again; `--page docs/architectures.md` writes that page.
 """
 
 import argparse
@@ -21,7 +19,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from harness import Report, Table, main, say
 
+HERE = "--here"  # an argument: this is the process of its own
 TIMEOUT = 600  # seconds an architecture
 BOUND = 1e-4  # nats, the export's own
 LONGEST = 64  # what the configurations are told
@@ -262,7 +262,7 @@ def operators(graph: Any) -> set[str]:
 def check_apart(name: str) -> Row:
     """`check` in a process of its own."""
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, __file__, "--only", name, "--here"]
+    command = [sys.executable, __file__, HERE, name]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, env=environment, check=True)
         return Row(**json.loads(done.stdout.splitlines()[-1]))
@@ -340,32 +340,36 @@ def ort_name() -> str:
     return f"onnxruntime {onnxruntime.__version__}"
 
 
-def main() -> None:
-    """See the module's docstring."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", metavar="NAME", help="one architecture, by its model_type")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="where rows are kept, with their operators")
-    parser.add_argument("--page", type=Path, metavar="FILE", help="the page to write")
-    parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)  # the process of its own
-    options = parser.parse_args()
-    if options.here:
-        with tempfile.TemporaryDirectory() as folder:
-            print(json.dumps(asdict(check(options.only, Path(folder)))))  # noqa: T201
-        return
+def measure(options: argparse.Namespace) -> Report:
+    """All, or those that are named."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
-    names = [options.only] if options.only else list(MODEL_FOR_MASKED_LM_MAPPING_NAMES)
-    stored = json.loads(options.json.read_text()) if options.json and options.json.exists() else []
+    names = [name for name in options.only if name] or list(MODEL_FOR_MASKED_LM_MAPPING_NAMES)
+    kept = Path(options.kept) if options.kept else None
+    stored = json.loads(kept.read_text()) if kept and kept.exists() else []
     rows = {row["name"]: Row(**row) for row in stored}
     with ThreadPoolExecutor(2) as pool:
         for row in pool.map(check_apart, [name for name in names if name not in rows]):
             rows[row.name] = row
-            print(line(row), row.reason, flush=True)  # noqa: T201
-            if options.json:
-                options.json.write_text(json.dumps([asdict(row) for row in rows.values()], indent=1))
+            say(f"{line(row)} {row.reason}")
+            if kept:
+                kept.write_text(json.dumps([asdict(row) for row in rows.values()], indent=1))
+    found = [rows[name] for name in names]
     if options.page:
-        write_page(options.page, [rows[name] for name in names])
+        write_page(Path(options.page), found)
+    good = sum(not row.reason for row in found)
+    cells = [[row.name, row.reason or f"{row.max_log_prob_difference:.1e}"] for row in found]
+    return Report(
+        [Table("", ["architecture", "max Δ log P, or why it is not exported"], cells)],
+        [f"{good} of {len(found)} export and agree."],
+        {"architectures_exported": good, "architectures_known": len(found)},
+        figures=[asdict(row) for row in found],
+    )
 
 
 if __name__ == "__main__":
-    main()
+    if sys.argv[1:2] == [HERE]:
+        with tempfile.TemporaryDirectory() as folder:
+            print(json.dumps(asdict(check(sys.argv[2], Path(folder)))))  # noqa: T201
+    else:
+        main(__doc__, measure, only=(("",), ("bert", "roberta")), kept=("", ""), page=("", ""))

@@ -1,6 +1,6 @@
 """Held-out masked cross-entropy of variants of the demo's training recipe: what docs/decisions.md quotes.
 
-About two minutes a variant on two cores:  python benchmarks/demo_recipe.py [NAME ...]
+About two minutes a variant on two cores, or `--names` some of them.
 """
 
 import argparse
@@ -9,6 +9,8 @@ import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
+
+from harness import Report, Table, main, say
 
 from mlmkit.backends import load
 from mlmkit.demo import demo_config, prepare_text, unigram_entropy
@@ -54,23 +56,29 @@ def variants(config: Config, folder: Path) -> dict[str, Config]:
     }
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("names", nargs="*", help="default: all")
-    names = parser.parse_args().names
+def measure(options: argparse.Namespace) -> Report:
+    """A row a variant: one whole training, and an evaluation."""
+    rows, figures = [], {}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         train_text, heldout_text = prepare_text(folder, None)
         for name, config in variants(demo_config(train_text), folder).items():
-            if names and name not in names:
+            if any(options.names) and name not in options.names:
                 continue
+            if options.steps:
+                config = replace(config, train=replace(config.train, steps=options.steps))
             began = time.perf_counter()
             model = load(str(train(config, folder / name)))
             seconds = time.perf_counter() - began
             measured = evaluate(model, Source(str(heldout_text))).metrics["masked_cross_entropy"]
             entropy = unigram_entropy(train_text, heldout_text, model.tokenizer)
-            print(  # noqa: T201
-                f"{name:24} {measured['value']:.3f} [{measured['low']:.3f}, {measured['high']:.3f}]  "
-                f"unigram {entropy:.3f}  {seconds:.0f} s",
-                flush=True,
-            )
+            figures[name] = {**measured, "unigram": entropy, "seconds": seconds}
+            interval = f"{measured['value']:.3f} [{measured['low']:.3f}, {measured['high']:.3f}]"
+            rows.append([name, interval, f"{entropy:.3f}", f"{seconds:.0f}"])
+            say(" ".join(rows[-1]))
+    header = ["variant", "held-out masked cross-entropy, nats", "unigram entropy", "seconds"]
+    return Report([Table("", header, rows)], figures=figures)
+
+
+if __name__ == "__main__":
+    main(__doc__, measure, names=(("",), ("0.40",)), steps=(0, 20))

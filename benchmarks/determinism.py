@@ -1,21 +1,18 @@
 """Where a score is bit-identical, and how far it moves elsewhere.
 
 One sentence is scored alone, and then among others: in batches of other sizes, behind more padding, at another place of
-the batch, one position at a time, with other numbers of threads. Printed for each architecture, backend and change:
+the batch, one position at a time, with other numbers of threads. Shown for each architecture, backend and change:
 whether every bit stayed, or the largest difference of a log-probability in nats. Random weights; two layers of the
-widths of real models.
+widths of real models. By default three architectures at one width: `--kinds` and `--widths` name more.
 """
 
-import os
-import subprocess
-import sys
+import argparse
 import tempfile
 from pathlib import Path
 
 import numpy as np
+from harness import Report, Table, isolated, main, use_cores
 
-KINDS = ("bert", "roberta", "modernbert", "distilbert", "electra", "albert", "deberta-v2")
-WIDTHS = (128, 768)
 LENGTHS = (1, 5, 23, 200)
 VOCABULARY = 4000
 
@@ -57,8 +54,9 @@ def batch_of(rows: list[np.ndarray], longest: int):
     return Batch(input_ids, attention_mask, positions, input_ids.ravel()[positions])
 
 
-def score(folder: Path, backend: str) -> dict[str, np.ndarray]:
-    """Log-probabilities of the same sentences under every change, in one process with its number of threads."""
+def score(folder: Path, backend: str, threads: int) -> dict[str, np.ndarray]:
+    """Log-probabilities of the same sentences under every change, in a process with its number of threads."""
+    use_cores(threads)
     from mlmkit.backends import Batch, load
 
     model = load(str(folder / ("artifact" if backend == "onnx" else "checkpoint")), backend)
@@ -80,37 +78,28 @@ def score(folder: Path, backend: str) -> dict[str, np.ndarray]:
     return found
 
 
-def main() -> None:
-    """Each number of threads in a process of its own."""
-    if len(sys.argv) == 4:
-        np.savez(sys.argv[3], allow_pickle=False, **score(Path(sys.argv[1]), sys.argv[2]))
-        return
-    from mlmkit.export.export import export
-
-    cores = sorted(os.sched_getaffinity(0))
-    print(  # noqa: T201
-        "| model | width | backend | batch | place | padding | positions | threads |\n|---|---|---|---|---|---|---|---|"
-    )
-    for kind in KINDS:
-        for width in WIDTHS:
+def measure(options: argparse.Namespace) -> Report:
+    """A row a model and backend."""
+    rows = []
+    for kind in options.kinds:
+        for width in options.widths:
             with tempfile.TemporaryDirectory() as temporary:
                 folder = Path(temporary)
-                write_checkpoint(folder / "checkpoint", kind, width)
-                export(str(folder / "checkpoint"), folder / "artifact")
+                isolated(write, folder, kind, width)
                 for backend in ("onnx", "torch"):
-                    runs = []
-                    for threads in (1, len(cores)):
-                        path = folder / f"{backend}-{threads}.npz"
-                        allowed = set(cores[:threads])
-                        subprocess.run(
-                            [sys.executable, __file__, folder, backend, path],
-                            check=True,
-                            env=os.environ | {"OMP_NUM_THREADS": str(threads)},
-                            preexec_fn=lambda allowed=allowed: os.sched_setaffinity(0, allowed),
-                        )
-                        runs.append(dict(np.load(path)))
+                    runs = [isolated(score, folder, backend, threads) for threads in (1, options.threads)]
                     cells = [describe(runs, change) for change in ("batch", "place", "padding", "positions", "threads")]
-                    print(f"| {kind} | {width} | {backend} | {' | '.join(cells)} |", flush=True)  # noqa: T201
+                    rows.append([kind, width, backend, *cells])
+    header = ["model", "width", "backend", "batch", "place", "padding", "positions", "threads"]
+    return Report([Table("", header, rows)], figures=rows)
+
+
+def write(folder: Path, kind: str, width: int) -> None:
+    """Checkpoint and artifact."""
+    from mlmkit.export.export import export
+
+    write_checkpoint(folder / "checkpoint", kind, width)
+    export(str(folder / "checkpoint"), folder / "artifact")
 
 
 def describe(runs: list[dict[str, np.ndarray]], change: str) -> str:
@@ -125,4 +114,4 @@ def describe(runs: list[dict[str, np.ndarray]], change: str) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    main(__doc__, measure, kinds=(("bert", "roberta", "modernbert"), ("bert",)), widths=((768,), (128,)))

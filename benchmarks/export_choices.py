@@ -5,11 +5,10 @@ The attention of `mlmkit.export.attention` and transformers' eager and sdpa, ops
 float32. For each: does it load, how far is log P from torch's at most (a full and a ragged batch), how many nodes are
 left once ONNX Runtime has optimised the graph too and which of them are fused ones, and tokens a second at three shapes
 with 15 % masked. The contestants take turns, each in a process of its own. One that fails is shown with the reason.
-MLMKIT_DATA: see engines.py.
+By default three layers of each, since the choice is the same; `--layers 0` for all of them.
 """
 
 import argparse
-import os
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -20,22 +19,9 @@ from statistics import median
 from typing import Any
 from unittest import mock
 
-from engines import (
-    SHAPES,
-    Contestant,
-    ContestantError,
-    Engine,
-    cpu_session,
-    isolated,
-    markdown,
-    real_batch,
-    rounds_of,
-    run_backend,
-    spread,
-    take_turn,
-    worst_difference,
-    write_checkpoint,
-)
+from engines import SHAPES, Engine, cpu_session, rounds_of, run_backend, take_turn, worst_difference
+from harness import Contestant, ContestantError, Report, Table, isolated, main, ratios, spread
+from material import checkpoint, real_batch
 
 from mlmkit.backends import Batch
 
@@ -49,12 +35,12 @@ FUSED = {"Attention", "MultiHeadAttention", "RotaryEmbedding", "LayerNormalizati
 FUSED |= {"FusedMatMul", "FusedGemm", "Gemm", "BiasGelu", "FastGelu", "QuickGelu", "Gelu", "EmbedLayerNormalization"}
 
 
-def write_graph(checkpoint: Path, path: Path, attention: str, opset: int) -> None:
+def write_graph(source: Path, path: Path, attention: str, opset: int) -> None:
     """The scoring graph, without the top-k outputs."""
     from mlmkit.export.onnx import write_onnx
     from mlmkit.model import load_pretrained
 
-    model, _tokenizer = load_pretrained(str(checkpoint))
+    model, _tokenizer = load_pretrained(str(source))
     path.parent.mkdir()
     if attention == "exported":
         write_onnx(model, path, opset=opset)
@@ -98,7 +84,7 @@ def count_nodes(graph: Path) -> Counter[str]:
     return counts
 
 
-def candidates(checkpoint: Path, folder: Path) -> tuple[dict[str, Path], dict[str, str]]:
+def candidates(source: Path, folder: Path) -> tuple[dict[str, Path], dict[str, str]]:
     """The graphs by name, and why those that could not be written could not."""
     graphs: dict[str, Path] = {}
     failed: dict[str, str] = {}
@@ -113,19 +99,18 @@ def candidates(checkpoint: Path, folder: Path) -> tuple[dict[str, Path], dict[st
     for attention, opset in product(ATTENTIONS, OPSETS):
         name = f"{attention}, {opset}"
         plain, optimised = (folder / f"{attention}-{opset}{kind}" / "model.onnx" for kind in ("", "-optimised"))
-        attempt(name, plain, write_graph, checkpoint, plain, attention, opset)
+        attempt(name, plain, write_graph, source, plain, attention, opset)
         if opset == OPSETS[0]:
             attempt(f"{name}, optimiser", optimised, optimise, plain, optimised)
     return graphs, failed
 
 
-def compare(architecture: str, options: argparse.Namespace, folder: Path) -> str:
-    """The table of one architecture."""
-    checkpoint = folder / "checkpoint"
-    isolated(write_checkpoint, checkpoint, architecture, options.layers)
-    graphs, failed = candidates(checkpoint, folder)
-    probes = [real_batch((2, 64)), real_batch(RAGGED, ragged=True)]
-    reference = Contestant(run_backend, str(checkpoint), "torch", "cpu")
+def compare(architecture: str, options: argparse.Namespace, folder: Path) -> tuple[Table, Any]:
+    """The table of one architecture, and its figures."""
+    source = checkpoint(architecture, num_hidden_layers=options.layers)
+    graphs, failed = candidates(source, folder)
+    probes = [real_batch(2, 64), real_batch(*RAGGED, ragged=True)]
+    reference = Contestant(run_backend, str(source), "torch", "cpu")
     expected = [reference.call(take_turn, batch, 1).log_prob for batch in probes]
     reference.stop()
 
@@ -143,35 +128,37 @@ def compare(architecture: str, options: argparse.Namespace, folder: Path) -> str
         else:
             apart[name] = [worst_difference(*both) for both in zip(found, expected, strict=True)]
             contestants[name] = contestant
-    turns = rounds_of(contestants, {shape: real_batch(shape) for shape in SHAPES}, options.rounds)
+    turns = rounds_of(contestants, {shape: real_batch(*shape) for shape in SHAPES}, options.rounds)
     for contestant in contestants.values():
         contestant.stop()
 
+    seconds = {
+        shape: {name: [turn.seconds for turn in taken] for name, taken in of_shape.items()}
+        for shape, of_shape in turns.items()
+    }
     rows: list[Sequence[object]] = []
     for name in contestants:
         fused = ", ".join(f"{count} {kind}" for kind, count in sorted(nodes[name].items()) if kind in FUSED)
-        rates = []
-        for (size, length), of_shape in turns.items():
-            ratios = [a.seconds / b.seconds for a, b in zip(of_shape[FIRST], of_shape[name], strict=True)]
-            seconds = median(turn.seconds for turn in of_shape[name])
-            rates.append(f"{size * length / seconds:.0f}: {spread(ratios)}")
+        rates = [
+            f"{rows_of * length / median(times[name]):,.0f}: {spread(ratios(times[name], times[FIRST]))}"
+            for (rows_of, length), times in seconds.items()
+        ]
         rows.append([name, *(f"{value:.1e}" for value in apart[name]), nodes[name].total(), fused, *rates])
     rows += [[name, reason, *[""] * (3 + len(SHAPES))] for name, reason in failed.items()]
     shapes = [f"{size} x {length}: tokens/s, x the first" for size, length in SHAPES]
-    return markdown(["", "Δ log P, full", "ragged", "nodes", "fused", *shapes], rows)
+    figures = {f"{size} x {length}": times for (size, length), times in seconds.items()}
+    return Table(architecture, ["", "Δ log P, full", "ragged", "nodes", "fused", *shapes], rows), figures
+
+
+def measure(options: argparse.Namespace) -> Report:
+    """A table an architecture."""
+    tables, figures = [], {}
+    for architecture in options.architectures:
+        with tempfile.TemporaryDirectory() as temporary:
+            table, figures[architecture] = compare(architecture, options, Path(temporary))
+        tables.append(table)
+    return Report(tables, figures=figures)
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--architectures", nargs="+", default=ARCHITECTURES, help="as mlmkit train names them")
-    for name, default in {"layers": 0, "rounds": 3, "threads": 2}.items():
-        parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--quick", action="store_true", help="a dry run: three layers, one round")
-    options = parser.parse_args()
-    if options.quick:
-        options.layers, options.rounds = 3, 1
-    os.environ |= {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
-    os.environ["OMP_NUM_THREADS"] = str(options.threads)
-    for architecture in options.architectures:
-        with tempfile.TemporaryDirectory() as temporary:
-            print(f"{architecture}\n\n{compare(architecture, options, Path(temporary))}\n", flush=True)  # noqa: T201
+    main(__doc__, measure, architectures=(ARCHITECTURES, ARCHITECTURES[:1]), layers=(3, 1), rounds=(2, 1))

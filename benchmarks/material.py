@@ -10,6 +10,7 @@ a run of the suite lasts.
 import atexit
 import json
 import os
+import random
 import re
 import shutil
 import tempfile
@@ -63,7 +64,9 @@ def _lines(name: str) -> list[str]:
 def _documentation() -> list[str]:
     from mlmkit.pydocs import python_documentation
 
-    return python_documentation()
+    texts = python_documentation()
+    random.Random(0).shuffle(texts)  # or the long ones, which are the language's reference, would come first
+    return texts
 
 
 def write_lines(path: Path, lines: list[str]) -> Path:

@@ -1,22 +1,23 @@
 """Held-out masked cross-entropy of training settings, for the same tokens: what the defaults were chosen by.
 
-A small BERT on the first documents of English Wikipedia ($MLMKIT_DATA/wiki_en), one run after another. What is finished
-in --output is not done again:  python benchmarks/optimisers.py --output FOLDER [NAME ...]
+A small BERT on the first documents of the text (English Wikipedia, for what docs/decisions.md quotes), one run after
+another, several minutes each. What is finished in `--output FOLDER` is not done again.
 """
 
 import argparse
 import json
-import os
 import shutil
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
+from harness import Report, Table, main, say
+from material import documents, held_out, write_lines
 
 from mlmkit.backends import load
 from mlmkit.documents import Source, read_documents
@@ -154,19 +155,15 @@ def run_variant(name: str, config: Config, folder: Path, held_out: list[str], *,
     return {"held_out": losses, "tokens": sum(line["tokens"] for line in lines), "seconds": seconds}
 
 
-def main(options: argparse.Namespace) -> None:
-    """Run what is missing, print the table as it grows."""
-    data = Path(os.environ["MLMKIT_DATA"]) / "wiki_en"
-    options.output.mkdir(parents=True, exist_ok=True)
-    tokenizer, text = options.output / "tokenizer", options.output / "train.txt"
+def base_config(options: argparse.Namespace, folder: Path) -> Config:
+    """Text and tokenizer made once, and the settings that all variants share."""
+    tokenizer, text = folder / "tokenizer", folder / "train.txt"
     if not text.exists():
-        documents = islice(read_documents(Source(str(data / "train.txt"))), options.documents)
-        text.write_text("".join(f"{document}\n" for document in documents), encoding="utf-8")
+        write_lines(text, documents()[: options.documents])
     if not tokenizer.exists():
         wanted = TokenizerConfig(vocab_size=options.vocabulary)
         train_tokenizer(lambda: read_documents(Source(str(text))), wanted, options.length).save_pretrained(tokenizer)
-    held_out = list(islice(read_documents(Source(str(data / "heldout.txt"))), HELD_OUT_DOCUMENTS))
-    config = Config(
+    return Config(
         data=DataConfig(train=(str(text),)),
         tokenizer=TokenizerConfig(path=str(tokenizer)),
         model=ModelConfig(architecture=options.architecture, max_length=options.length),
@@ -179,32 +176,43 @@ def main(options: argparse.Namespace) -> None:
             device=options.device,
         ),
     )
-    for name, variant in variants(config).items():
-        if options.names and name not in options.names:
-            continue
-        result = options.output / f"{name}.json"
-        if not result.exists():
-            averaged = name in options.average
-            found = run_variant(name, variant, options.output, held_out, averaged=averaged)
-            result.write_text(json.dumps(found))
-        found = json.loads(result.read_text())
-        for which, loss in found["held_out"].items():
-            interval = f"[{loss['low']:.3f}, {loss['high']:.3f}]"
-            print(  # noqa: T201
-                f"{name + which:32} {loss['value']:.3f} {interval}  {found['tokens'] / 1e6:.2f} M tokens  "
-                f"{found['seconds']:.0f} s",
-                flush=True,
-            )
+
+
+def measure(options: argparse.Namespace) -> Report:
+    """Run what is missing; a row a variant."""
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(options.output or temporary)
+        folder.mkdir(parents=True, exist_ok=True)
+        held = held_out()[:HELD_OUT_DOCUMENTS]
+        rows, figures = [], {}
+        for name, variant in variants(base_config(options, folder)).items():
+            if any(options.names) and name not in options.names:
+                continue
+            result = folder / f"{name}.json"
+            if not result.exists():
+                averaged = name in options.average
+                result.write_text(json.dumps(run_variant(name, variant, folder, held, averaged=averaged)))
+            found = figures[name] = json.loads(result.read_text())
+            for which, loss in found["held_out"].items():
+                interval = f"{loss['value']:.3f} [{loss['low']:.3f}, {loss['high']:.3f}]"
+                rows.append([name + which, interval, f"{found['tokens'] / 1e6:.2f}", f"{found['seconds']:.0f}"])
+                say(" ".join(rows[-1]))
+    header = ["variant", "held-out masked cross-entropy, nats", "M tokens", "seconds"]
+    return Report([Table("", header, rows)], figures=figures)
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", help="default: all")
-    parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--architecture", default="bert-tiny")
-    parser.add_argument("--average", nargs="*", default=["muon-5e-3-wsd"], help="rows that are averaged too")
-    parser.add_argument("--device", default="cpu")
-    sizes = {"documents": 30_000, "vocabulary": 8192, "length": 128, "steps": 600, "batch-tokens": 2048}
-    for option, default in sizes.items():
-        parser.add_argument(f"--{option}", type=int, default=default)
-    main(parser.parse_args())
+    main(
+        __doc__,
+        measure,
+        names=(("",), ("adamw-1e-3", "muon-5e-3-original")),
+        average=(("muon-5e-3-wsd",), ("adamw-1e-3",)),  # rows that are averaged too
+        output=("", ""),
+        architecture=("bert-tiny", "bert-tiny"),
+        device=("cpu", "cpu"),
+        documents=(30_000, 300),
+        vocabulary=(8192, 1000),
+        length=(128, 64),
+        steps=(600, 4),
+        batch_tokens=(2048, 512),
+    )

@@ -9,57 +9,31 @@ The rows of a sentence are copies of it that differ at one position, the masked 
 
 Theory counts two operations a multiply-add, of the matrix products in layers and vocabulary head, for a sentence of
 20 tokens between two special ones, at BERT-base's width. Time is that of a forward written by hand on the weights of
-transformers' BertForMaskedLM (random), whose log-probabilities are held to that model's first. MLMKIT_DATA names the
-folder that holds `VOCABULARY` and `SENTENCES`.
+transformers' BertForMaskedLM (random), whose log-probabilities are held to that model's first.
 """
 
 import argparse
-import os
-import sys
-import time
-from pathlib import Path
+from functools import partial
 from statistics import median
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from harness import Report, Table, alternate, main, timed
+from material import bert_tokenizer, sentences
 from torch import Tensor
-from transformers import BertConfig, BertForMaskedLM, BertTokenizer
+from transformers import BertConfig, BertForMaskedLM
 
-VOCABULARY, SENTENCES = "tokenizers/bert-base-uncased/vocab.txt", "ud_en_ewt/test.txt"
 TOKENS, HIDDEN, INNER, ENTRIES = 20, 768, 3072, 30522
 SENTENCES_A_BATCH = 4  # about 1,800 tokens: larger batches leave the cache
 BOUND = 1e-4  # nats
 VARIANTS = {"plain": (False, False), "share_first": (True, False), "prune_last": (False, True), "both": (True, True)}
 
 
-# ---------------------------------------------------------------- text and model
-
-
-def lines_of(name: str) -> list[str]:
-    """The lines of a data file that hold text. Exits in one line if there is no such file."""
-    path = Path(os.environ.get("MLMKIT_DATA", "")) / name
-    if "MLMKIT_DATA" not in os.environ or not path.is_file():
-        sys.exit(f"{name} not found: set MLMKIT_DATA to the folder that holds it")
-    return [line for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
-
-
-def bert_tokenizer() -> BertTokenizer:
-    """That of bert-base-uncased."""
-    return BertTokenizer(vocab={token: id for id, token in enumerate(lines_of(VOCABULARY))}, model_max_length=512)
-
-
-def pick_sentences(count: int, tokenizer: Any) -> list[str]:
-    """Those whose number of wordpieces is nearest to `TOKENS`, in the file's order."""
-    lines = lines_of(SENTENCES)
-    apart = [abs(len(ids) - TOKENS) for ids in tokenizer(lines, add_special_tokens=False)["input_ids"]]
-    return [lines[index] for index in sorted(sorted(range(len(lines)), key=apart.__getitem__)[:count])]
-
-
-def bert(layers: int, tokenizer: Any) -> BertForMaskedLM:
+def bert(layers: int) -> BertForMaskedLM:
     """BERT-base's shape but for the number of layers; the same random weights each time."""
     torch.manual_seed(0)
-    return BertForMaskedLM(BertConfig(vocab_size=len(tokenizer), num_hidden_layers=layers)).eval()
+    return BertForMaskedLM(BertConfig(vocab_size=ENTRIES, num_hidden_layers=layers)).eval()
 
 
 # ---------------------------------------------------------------- the forward by hand
@@ -170,39 +144,37 @@ def check(model: BertForMaskedLM, copies: Copies, mask_id: int) -> None:
         assert worst <= BOUND, f"{name} is {worst:.1e} nats off"
 
 
-def measure(layers: int, texts: list[list[int]], tokenizer: Any, rounds: int) -> dict[str, float]:
-    """The share of the plain forward's time that each variant saves: the median over batches and rounds.
-
-    The variants take turns at each batch, so that other work on the machine meets them alike.
-    """
-    model = bert(layers, tokenizer)
+def saved(layers: int, texts: list[list[int]], tokenizer: Any, rounds: int) -> dict[str, list[float]]:
+    """The share of the plain forward's time that each variant saves, in each round over all batches."""
+    model = bert(layers)
     check(model, copies_of([texts[0], texts[-1]], tokenizer), tokenizer.mask_token_id)  # the shorter one is padded
     batches = [copies_of(texts[i : i + SENTENCES_A_BATCH], tokenizer) for i in range(0, len(texts), SENTENCES_A_BATCH)]
-    seconds: dict[str, list[float]] = {name: [] for name in VARIANTS}
-    for copies in batches * rounds:
-        for name, flags in VARIANTS.items():
-            began = time.perf_counter()
+
+    def forward(flags: tuple[bool, bool]) -> None:
+        for copies in batches:
             log_probs(model, copies, tokenizer.mask_token_id, *flags)
-            seconds[name].append(time.perf_counter() - began)
+
+    taken = alternate({name: partial(timed, forward, flags) for name, flags in VARIANTS.items()}, rounds)
     return {
-        name: median(1 - taken / plain for taken, plain in zip(times, seconds["plain"], strict=True))
-        for name, times in seconds.items()
+        name: [1 - time / plain for time, plain in zip(times, taken["plain"], strict=True)]
+        for name, times in taken.items()
     }
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, nargs="+", default=[2, 6, 12])
-    for name, default in {"sentences": 40, "rounds": 3, "threads": 2}.items():
-        parser.add_argument(f"--{name}", type=int, default=default)
-    options = parser.parse_args()
+def measure(options: argparse.Namespace) -> Report:
+    """A row a number of layers and variant."""
     torch.set_num_threads(options.threads)
     tokenizer = bert_tokenizer()
-    texts = sorted(tokenizer(pick_sentences(options.sentences, tokenizer))["input_ids"], key=len)
-    print("| layers | variant | saved in theory | saved in time |\n|---|---|---|---|")  # noqa: T201
+    texts = sorted(tokenizer(sentences(options.sentences, TOKENS, tokenizer))["input_ids"], key=len)
+    rows, figures = [], {}
     for layers in options.layers:
         with torch.inference_mode():
-            measured = measure(layers, texts, tokenizer, options.rounds)
+            figures[layers] = saved(layers, texts, tokenizer, options.rounds)
         for name, flags in list(VARIANTS.items())[1:]:
             theory = 1 - operations(layers, *flags) / operations(layers, False, False)
-            print(f"| {layers} | {name} | {theory:.1%} | {measured[name]:.1%} |", flush=True)  # noqa: T201
+            rows.append([layers, name, f"{theory:.1%}", f"{median(figures[layers][name]):.1%}"])
+    return Report([Table("", ["layers", "variant", "saved in theory", "saved in time"], rows)], figures=figures)
+
+
+if __name__ == "__main__":
+    main(__doc__, measure, layers=((2, 6, 12), (2,)), sentences=(16, 4), rounds=(3, 1))

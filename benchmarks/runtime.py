@@ -1,81 +1,61 @@
-"""What the installed ONNX Runtime costs and brings on a BERT-small shape: import, memory, rows a second, dropped top-k.
+"""What the installed ONNX Runtime package costs and brings: import, memory, and the top-k that scoring leaves out.
 
-Run it in one environment with onnxruntime and in one with onnxruntime-gpu to compare the packages.
+A BERT-small shape on full rows with 15 % masked. Run it in one environment with onnxruntime and in one with
+onnxruntime-gpu to compare the packages.
 """
 
 import argparse
-import json
-import resource
-import subprocess
-import sys
-import tempfile
-import time
-from pathlib import Path
+from functools import partial
 from statistics import median
 
-import numpy as np
+from harness import Contestant, Report, Table, alternate, main, peak_mib, ratios, run_command, spread
+from material import artifact, real_batch
 
-ROWS, LENGTH, MASKED_SHARE, REPEATS = 16, 128, 0.15, 7
 IMPORT = "import time; t = time.perf_counter(); import onnxruntime; print(time.perf_counter() - t)"
+ROWS, LENGTH = 16, 128
 
 
-def build_artifact(folder: Path) -> None:
-    """Random weights, BERT's vocabulary size, a tokenizer from Python's documentation."""
-    from transformers import AutoModelForMaskedLM
-
-    from mlmkit.export.export import export
-    from mlmkit.pydocs import topics
-    from mlmkit.tokenizer import Tokenizer
-    from mlmkit.train.config import TokenizerConfig
-    from mlmkit.train.presets import build_config
-    from mlmkit.train.tokenizer import train_tokenizer
-
-    tokenizer = train_tokenizer(topics, TokenizerConfig(vocab_size=8000), max_length=512)
-    config = build_config("bert-small", Tokenizer.from_transformers(tokenizer), 512)
-    config.vocab_size = 30522
-    AutoModelForMaskedLM.from_config(config).save_pretrained(folder / "checkpoint")
-    tokenizer.save_pretrained(folder / "checkpoint")
-    export(str(folder / "checkpoint"), folder / "artifact")
-
-
-def measure(artifact: Path) -> dict[str, object]:
-    """Alternate scoring and prediction; medians."""
+def measure(options: argparse.Namespace) -> Report:
+    """Scoring and prediction take turns."""
     import onnxruntime
 
-    from mlmkit.backends import Batch, load
-
-    model = load(str(artifact), device="cpu")
-    generator = np.random.default_rng(0)
-    input_ids = generator.integers(5, 8000, (ROWS, LENGTH))
-    masked = int(ROWS * LENGTH * MASKED_SHARE)
-    positions = np.sort(generator.choice(ROWS * LENGTH, masked, replace=False))
-    batch = Batch(input_ids, np.ones_like(input_ids), positions, generator.integers(5, 8000, masked))
-    taken: dict[str, list[float]] = {"score": [], "predict": []}
-    for _ in range(REPEATS + 1):
-        for name in taken:
-            began = time.perf_counter()
-            getattr(model, name)(batch)
-            taken[name].append(time.perf_counter() - began)
-    score, predict = (median(times[1:]) for times in taken.values())
+    engine = Contestant(open_engine, str(artifact("bert-small", num_hidden_layers=options.layers)))
+    taken = alternate({name: partial(engine.call, seconds, name) for name in ("score", "predict")}, options.rounds)
+    peak = engine.call(peak_mib)
+    engine.stop()
     # An earlier run of another package leaves its files in the page cache; the median of fresh imports is fair.
-    imports = [
-        subprocess.run([sys.executable, "-c", IMPORT], capture_output=True, text=True, check=True) for _ in range(5)
+    imports = [float(run_command("-c", IMPORT)) for _ in range(options.rounds)]
+    rates = {name: [ROWS / time for time in times] for name, times in taken.items()}
+    rows = [
+        ["import, seconds", spread(imports, 3)],
+        ["peak resident memory, MiB", f"{peak:.0f}"],
+        [f"rows of {LENGTH} a second, scored", spread(rates["score"], 1)],
+        [f"rows of {LENGTH} a second, with the top candidates", spread(rates["predict"], 1)],
+        ["without them, x as fast", spread(ratios(taken["score"], taken["predict"]))],
     ]
-    return {
-        "onnxruntime": onnxruntime.__version__,
-        "providers": onnxruntime.get_available_providers(),
-        "import_seconds": median(float(result.stdout) for result in imports),
-        "import_noise": sorted({result.stderr for result in imports}),
-        "rows_per_second": ROWS / score,
-        "rows_per_second_with_top_k": ROWS / predict,
-        "peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
-    }
+    return Report(
+        [Table("", ["", f"onnxruntime {onnxruntime.__version__}"], rows)],
+        headlines={"onnxruntime_import_seconds": median(imports)},
+        figures={**taken, "import": imports},
+    )
+
+
+def open_engine(path: str) -> tuple:
+    """In a process of its own."""
+    from mlmkit.backends import load
+
+    return load(path, device="cpu"), real_batch(ROWS, LENGTH)
+
+
+def seconds(made: tuple, method: str) -> float:
+    """Of a batch."""
+    import time
+
+    engine, batch = made
+    began = time.perf_counter()
+    getattr(engine, method)(batch)
+    return time.perf_counter() - began
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--artifact", type=Path, help="where to find or leave the artifact, to measure it twice")
-    folder = parser.parse_args().artifact or Path(tempfile.mkdtemp())
-    if not (folder / "artifact").exists():
-        build_artifact(folder)
-    print(json.dumps(measure(folder / "artifact"), indent=2))  # noqa: T201
+    main(__doc__, measure, rounds=(7, 1), layers=(0, 1))

@@ -1,93 +1,68 @@
-"""What it takes to begin: time and peak memory of loading and running a BERT-base artifact in a fresh process.
+"""What it takes to begin: time and peak memory of commands in fresh processes, the disk's cache warm.
 
-Random weights of BERT-base's shape in float32 (about 440 MB beside the graph). Printed, medians of fresh processes: the
-import of `mlmkit`, the whole of `mlmkit fill`, what its steps take, and the peak resident memory with the weights' size
-taken off. Aims: less than 1.5 s, less than 400 MB.
+`mlmkit fill` of a BERT-base artifact with random weights in float32 (about 440 MB beside the graph), against
+`transformers.pipeline` on the same weights. Aims: `import mlmkit` in less than 0.1 s over Python itself,
+`mlmkit --help` in less than 0.3 s, `mlmkit fill` in less than 1.5 s. Then the steps of a fill, and of scoring.
 """
 
 import argparse
-import os
-import subprocess
-import sys
-import tempfile
 import time
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
 
+from harness import Bars, Report, Table, alternate, isolated, main, memory_mib, run_command, spread, timed
+from material import artifact, checkpoint
+
 TEXT = "The [MASK] of the statement is an expression that is evaluated first."
-ARCHITECTURE, VOCABULARY = "bert-base", 30522
+PEER = "import sys, transformers; print(transformers.pipeline('fill-mask', model=sys.argv[1])(sys.argv[2]))"
+AIMS = {"import mlmkit": 0.1, "mlmkit --help": 0.3, "mlmkit fill": 1.5}
 
 
-def main() -> None:
-    """A table of medians."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--artifact", type=Path, help="where to find or leave the artifact, to measure it again")
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--run", help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.run:
-        run(options.run, options.artifact)
-        return
-    with tempfile.TemporaryDirectory() as temporary:
-        artifact = options.artifact or Path(temporary) / "artifact"
-        if not artifact.exists():
-            build_artifact(artifact, Path(temporary))
-        weights = sum(path.stat().st_size for path in artifact.iterdir()) / 1e6
-        print(f"artifact of {weights:.0f} MB, medians of {options.repeats} fresh processes")  # noqa: T201
-        imports = [timed("-c", "import mlmkit") - timed("-c", "pass") for _ in range(options.repeats)]
-        print(f"import mlmkit                      {median(imports):7.3f} s")  # noqa: T201
-        fills = [timed("-m", "mlmkit", "fill", str(artifact), TEXT) for _ in range(options.repeats)]
-        print(f"mlmkit fill, the whole process     {median(fills):7.3f} s")  # noqa: T201
-        for work in ("fill", "score", "both"):
-            runs = [steps(work, artifact) for _ in range(options.repeats)]
-            for name in runs[0]:
-                value = median(values[name] for values in runs)
-                if name.endswith("MB"):
-                    value -= weights if name.startswith("peak") else 0
-                    print(f"{work:6} {name:27} {value:7.0f}")  # noqa: T201
-                else:
-                    print(f"{work:6} {name:27} {value:7.3f} s")  # noqa: T201
+def measure(options: argparse.Namespace) -> Report:
+    """Whole processes, then steps."""
+    source = checkpoint("bert-base", num_hidden_layers=options.layers)
+    target = artifact("bert-base", num_hidden_layers=options.layers)
+    commands = {
+        "python": ("-c", "pass"),
+        "import mlmkit": ("-c", "import mlmkit"),
+        "mlmkit --help": ("-m", "mlmkit", "--help"),
+        "mlmkit fill": ("-m", "mlmkit", "fill", target, TEXT),
+        "transformers.pipeline": ("-c", PEER, source, TEXT),
+    }
+    calls = {name: partial(timed, run_command, *arguments) for name, arguments in commands.items()}
+    taken = alternate(calls, options.rounds)
+    taken["import mlmkit"] = [a - b for a, b in zip(taken["import mlmkit"], taken["python"], strict=True)]
+    rows = [
+        [f"{name}, over Python" if name == "import mlmkit" else name, spread(times, 3), AIMS.get(name, "")]
+        for name, times in taken.items()
+    ]
+    runs = {work: [isolated(steps, work, target) for _ in range(options.rounds)] for work in ("fill", "score")}
+    middles = {work: {name: median(run[name] for run in found) for name in found[0]} for work, found in runs.items()}
+    of_steps = [
+        [work, name, f"{value:.0f}" if name.endswith("MB") else f"{value:.3f}"]
+        for work, found in middles.items()
+        for name, value in found.items()
+    ]
+    return Report(
+        [
+            Table("Whole processes", ["", "seconds", "aim"], rows),
+            Table("Steps", ["", "", "seconds, or MB"], of_steps),
+        ],
+        headlines={
+            "import_seconds": median(taken["import mlmkit"]),
+            "help_seconds": median(taken["mlmkit --help"]),
+            "fill_seconds": median(taken["mlmkit fill"]),
+            "pipeline_seconds": median(taken["transformers.pipeline"]),
+        },
+        bars=Bars("A fill from the command line", "seconds", {name: taken[name] for name in list(commands)[2:]}),
+        figures={"processes": taken, "steps": runs},
+    )
 
 
-def build_artifact(output: Path, folder: Path) -> None:
-    """Random weights, a tokenizer from Python's documentation."""
-    import torch
-    from transformers import AutoModelForMaskedLM
-
-    from mlmkit.export.export import export
-    from mlmkit.pydocs import topics
-    from mlmkit.tokenizer import Tokenizer
-    from mlmkit.train.config import TokenizerConfig
-    from mlmkit.train.presets import build_config
-    from mlmkit.train.tokenizer import train_tokenizer
-
-    tokenizer = train_tokenizer(topics, TokenizerConfig(vocab_size=8000), max_length=512)
-    config = build_config(ARCHITECTURE, Tokenizer.from_transformers(tokenizer), 512)
-    config.vocab_size = VOCABULARY
-    torch.manual_seed(0)
-    AutoModelForMaskedLM.from_config(config).save_pretrained(folder / "checkpoint")
-    tokenizer.save_pretrained(folder / "checkpoint")
-    export(str(folder / "checkpoint"), output, texts=topics()[:2])
-
-
-def timed(*arguments: str) -> float:
-    """Seconds of a Python process."""
-    began = time.perf_counter()
-    subprocess.run([sys.executable, *arguments], check=True, capture_output=True, env=os.environ | {"PYTHONPATH": "."})
-    return time.perf_counter() - began
-
-
-def steps(work: str, artifact: Path) -> dict[str, float]:
-    """What a child process says of its steps."""
-    command = [sys.executable, __file__, "--artifact", str(artifact), "--run", work]
-    done = subprocess.run(command, check=True, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": "."})
-    rows = (line.rsplit(maxsplit=1) for line in done.stdout.splitlines())
-    return {name: float(value) for name, value in rows}
-
-
-def run(work: str, artifact: Path) -> None:
-    """In the child: each step's seconds, then the memory."""
+def steps(work: str, folder: Path) -> dict[str, float]:
+    """In a process of its own: each step's seconds, then the memory."""
     marks = [("", time.perf_counter())]
 
     def mark(name: str) -> None:
@@ -102,27 +77,19 @@ def run(work: str, artifact: Path) -> None:
     mark("import onnxruntime")
     from mlmkit.artifact import read_manifest
 
-    read_manifest(artifact)
+    read_manifest(folder)
     mark("hashing the files, once")
-    model = load(str(artifact), device="cpu")
+    model = load(str(folder), device="cpu")
     mark("load, which hashes too")
-    if work in ("fill", "both"):
-        fill(model, TEXT)
-        mark("first fill")
-        fill(model, TEXT)
-        mark("second fill")
-    if work in ("score", "both"):
-        fill(model, TEXT, targets=["the", "name"])
-        mark("first score")
-        fill(model, TEXT, targets=["the", "name"])
-        mark("second score")
-    for (_, before), (name, after) in pairwise(marks):
-        print(name, after - before)  # noqa: T201
-    # Not ru_maxrss, which a process inherits from the one that started it.
-    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    for name, key in (("peak less the artifact, MB", "VmHWM"), ("anonymous, MB", "RssAnon"), ("files, MB", "RssFile")):
-        print(name, int(status[key].split()[0]) * 1024 / 1e6)  # noqa: T201
+    targets = ["the", "name"] if work == "score" else []
+    for name in (f"first {work}", f"second {work}"):
+        fill(model, TEXT, targets=targets)
+        mark(name)
+    found = {name: after - before for (_, before), (name, after) in pairwise(marks)}
+    weights = sum(path.stat().st_size for path in folder.iterdir()) / 1e6
+    found["peak less the artifact, MB"] = memory_mib() * 1.048576 - weights
+    return found
 
 
 if __name__ == "__main__":
-    main()
+    main(__doc__, measure, rounds=(5, 1), layers=(0, 2))

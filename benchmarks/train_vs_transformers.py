@@ -12,24 +12,38 @@ batch size within a step that a short trial finds fastest. A step has about as m
 update of AdamW. Real tokens are the sum of the attention mask, special tokens included; the first steps of a turn are
 not counted, nor are start and end of training. On CUDA both run under bfloat16 autocast.
 
-Needs accelerate (`pip install accelerate`), which Trainer imports. MLMKIT_DATA names a folder with wiki_en/train.txt.
+The floor is six operations for each parameter of the encoder's layers and each real token, at the best rate at which
+torch multiplies matrices here; attention and vocabulary head come on top. Needs accelerate, which Trainer imports.
 """
 
 import argparse
 import json
-import os
-import sys
 import tempfile
 import time
 from dataclasses import asdict, dataclass, replace
-from importlib.metadata import version
+from functools import partial
 from importlib.util import find_spec
-from itertools import chain, islice
+from itertools import chain
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from engines import Contestant, isolated, markdown, peak_gib, spread
+from engines import matrix_rate
+from harness import (
+    Bars,
+    Contestant,
+    Report,
+    SkippedError,
+    Table,
+    alternate,
+    isolated,
+    main,
+    peak_mib,
+    ratios,
+    say,
+    spread,
+)
+from material import TINY, documents, write_lines
 
 from mlmkit.documents import Source, read_documents
 from mlmkit.train.config import (
@@ -224,15 +238,6 @@ def turn_of_mlmkit(_: None, config: Config, division: int, steps: int) -> Turn:
     return train_with_mlmkit(config, division, steps)
 
 
-def write_text(folder: Path, documents: int) -> Path:
-    """The first paragraphs of Wikipedia."""
-    text = folder / "train.txt"
-    source = Source(str(Path(os.environ["MLMKIT_DATA"]) / "wiki_en" / "train.txt"))
-    lines = islice(read_documents(source), documents)
-    text.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-    return text
-
-
 def write_tokenizer(folder: Path, text: Path, case: Case) -> None:
     """WordPiece, of the case's size."""
     from mlmkit.train.tokenizer import train_tokenizer
@@ -243,13 +248,12 @@ def write_tokenizer(folder: Path, text: Path, case: Case) -> None:
 
 def compare(case: Case, options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Find each contestant's batch size, then let them take turns."""
-    text, tokenizer = write_text(folder, options.documents), folder / "tokenizer"
+    text, tokenizer = write_lines(folder / "train.txt", documents()[: options.documents]), folder / "tokenizer"
     isolated(write_tokenizer, tokenizer, text, case)
     architecture = case.architecture
     if options.quick:
-        small = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 128}
         architecture = str(folder / "architecture.json")
-        values = small | {"model_type": case.architecture.split("-")[0], "hidden_dropout_prob": 0.0}
+        values = TINY | {"model_type": case.architecture.split("-")[0], "hidden_dropout_prob": 0.0}
         Path(architecture).write_text(json.dumps(values))
     config = mlmkit_config(case, text, tokenizer, options.device, architecture)
     processes = {"mlmkit": Contestant(make_nothing)}
@@ -258,30 +262,34 @@ def compare(case: Case, options: argparse.Namespace, folder: Path) -> dict[str, 
 
     def turn(name: str, division: int, steps: int) -> Turn:
         if name == "mlmkit":
-            return processes[name].call(turn_of_mlmkit, config, division, steps)
-        return processes[name].call(train_with_trainer, case, name, options.device, division, steps)
+            taken = processes[name].call(turn_of_mlmkit, config, division, steps)
+        else:
+            taken = processes[name].call(train_with_trainer, case, name, options.device, division, steps)
+        say(f"{name}, {division} batches a step: {taken.rate:,.0f} tokens/s")
+        return taken
 
-    best, turns = {}, {name: [] for name in processes}
-    for name in processes:
+    best = {}
+    for name in processes:  # each turn has its own steps to warm up, so this one stands for a turn not counted
         trial = {division: turn(name, division, options.trial_steps).rate for division in case.divisions}
         best[name] = max(trial, key=lambda division: trial[division])
-        show(f"{name}: {', '.join(f'{rate:,.0f} in {division}' for division, rate in trial.items())}")
-    for _ in range(options.rounds):
-        for name in processes:
-            turns[name].append(turn(name, best[name], options.steps))
-            show(f"{name}: {turns[name][-1].rate:,.0f} tokens/s")
-    memory = {name: process.call(peak_gib) for name, process in processes.items()}
+    turns = alternate({name: partial(turn, name, best[name], options.steps) for name in processes}, options.rounds)
+    memory = {name: process.call(peak_mib) / 1024 for name, process in processes.items()}
     for process in processes.values():
         process.stop()
+    dtype = "bfloat16" if options.device == "cuda" else "float32"
+    rate = isolated(matrix_rate, options.device, dtype)
+    rates = {name: [each.rate for each in taken] for name, taken in turns.items()}
     return {
         "case": asdict(case),
+        "operations_per_second": rate,
+        "floor_tokens_per_second": rate / 6 / isolated(body_parameters, architecture, tokenizer, case.length),
         "contestants": {
             name: {
                 "micro_batches": best[name],
-                "tokens_per_second": [each.rate for each in taken],
+                "tokens_per_second": rates[name],
                 "tokens": [each.tokens for each in taken],
                 "loss": [each.loss for each in taken],
-                "mlmkit_is_times_as_fast": [a.rate / b.rate for a, b in zip(turns["mlmkit"], taken, strict=True)],
+                "mlmkit_is_times_as_fast": ratios(rates[name], rates["mlmkit"]),
                 "peak_rss_gib": memory[name],
             }
             for name, taken in turns.items()
@@ -289,12 +297,29 @@ def compare(case: Case, options: argparse.Namespace, folder: Path) -> dict[str, 
     }
 
 
-def table(result: dict[str, Any]) -> str:
+def body_parameters(architecture: str, tokenizer: Path, length: int) -> int:
+    """Of everything but embeddings and vocabulary head."""
+    from transformers import AutoModelForMaskedLM
+
+    from mlmkit.model import load_tokenizer
+    from mlmkit.train.presets import build_config
+
+    network: Any = AutoModelForMaskedLM.from_config(build_config(architecture, load_tokenizer(str(tokenizer)), length))
+    body = network.base_model
+    return sum(each.numel() for name, each in body.named_parameters() if each.ndim > 1 and "embedding" not in name)
+
+
+def table(result: dict[str, Any]) -> Table:
     """A row a contestant: medians, and mlmkit's ratio to it with its range within a round."""
-    rows = [
+    floor = result["floor_tokens_per_second"]
+    rows: list[list[object]] = [
+        [f"floor, {result['operations_per_second'] / 1e9:,.0f} GFLOP/s", f"{floor:,.0f}", "1.00", *[""] * 5]
+    ]
+    rows += [
         [
             name,
             f"{median(found['tokens_per_second']):,.0f}",
+            f"{median(found['tokens_per_second']) / floor:.2f}",
             spread(found["mlmkit_is_times_as_fast"]),
             found["micro_batches"],
             f"{median(found['tokens']):,.0f}",
@@ -303,22 +328,35 @@ def table(result: dict[str, Any]) -> str:
         ]
         for name, found in result["contestants"].items()
     ]
+    header = ["", "real tokens/s", "of the floor", "mlmkit is x times as fast", "batches a step", "tokens a turn"]
     case = result["case"]
-    header = [
-        f"{case['architecture']} at {case['length']}",
-        "real tokens/s",
-        "mlmkit is x times as fast",
-        "batches a step",
-        "tokens a turn",
-        "loss a step",
-        "peak RSS GiB",
-    ]
-    return markdown(header, rows)
+    return Table(f"{case['architecture']} at {case['length']}", [*header, "loss a step", "peak RSS GiB"], rows)
 
 
-def show(line: str) -> None:
-    """Progress."""
-    print(line, file=sys.stderr, flush=True)  # noqa: T201
+def measure(options: argparse.Namespace) -> Report:
+    """A table a case of the device."""
+    if not find_spec("accelerate"):
+        raise SkippedError("transformers.Trainer needs accelerate: pip install accelerate")
+    results = []
+    for case in CASES[options.cases or options.device]:
+        with tempfile.TemporaryDirectory() as temporary:
+            results.append(compare(shrunk(case) if options.quick else case, options, Path(temporary)))
+    first = results[0]["contestants"]
+    return Report(
+        [table(result) for result in results],
+        headlines={
+            "train_times_trainer_paragraphs": median(first[PARAGRAPHS]["mlmkit_is_times_as_fast"]),
+            "train_times_trainer_by_length": median(first[BY_LENGTH]["mlmkit_is_times_as_fast"]),
+            "train_times_run_mlm": median(first[RUN_MLM]["mlmkit_is_times_as_fast"]),
+            "train_tokens_per_second": median(first["mlmkit"]["tokens_per_second"]),
+        },
+        bars=Bars(
+            f"Training {results[0]['case']['architecture']}",
+            "real tokens a second",
+            {name: found["tokens_per_second"] for name, found in first.items()},
+        ),
+        figures=results,
+    )
 
 
 def shrunk(case: Case) -> Case:
@@ -327,29 +365,13 @@ def shrunk(case: Case) -> Case:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--cases", choices=list(CASES), help="default: those of the device")
-    for name, default in {"threads": 2, "rounds": 5, "steps": 12, "trial-steps": 3, "documents": 40_000}.items():
-        parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--json", type=Path, help="write all figures there")
-    parser.add_argument("--quick", action="store_true", help="a dry run: tiny models and batches")
-    options = parser.parse_args()
-    if not find_spec("accelerate"):
-        sys.exit("transformers.Trainer needs accelerate: pip install accelerate")
-    cases = CASES[options.cases or options.device]
-    if options.quick:
-        cases = tuple(map(shrunk, cases))
-        options.rounds, options.steps, options.trial_steps, options.documents = 2, 3, 1, 2000
-    if options.device == "cpu":
-        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: options.threads])
-        os.environ["OMP_NUM_THREADS"] = str(options.threads)
-    os.environ |= {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_OFFLINE": "1"}
-    results = []
-    for case in cases:
-        with tempfile.TemporaryDirectory() as temporary:
-            results.append(compare(case, options, Path(temporary)))
-        print(table(results[-1]) + "\n", flush=True)  # noqa: T201
-    versions = {name: version(name) for name in ("torch", "transformers", "accelerate")}
-    if options.json:
-        options.json.write_text(json.dumps({"versions": versions, "results": results}, indent=2) + "\n")
+    main(
+        __doc__,
+        measure,
+        rounds=(3, 1),
+        steps=(8, 2),
+        trial_steps=(2, 1),
+        documents=(40_000, 1000),
+        device=("cpu", "cpu"),
+        cases=("", ""),
+    )

@@ -9,6 +9,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
 matplotlib.use("svg")
@@ -175,7 +176,7 @@ def _svg(figure: Figure, name: str) -> str:
     text = io.StringIO()
     # Text stays text, so it is the reader's fonts that must have its letters, not ours.
     with matplotlib.rc_context({"svg.hashsalt": name}), warnings.catch_warnings(action="ignore"):
-        figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None}, transparent=True)
+        FigureCanvasSVG(figure).print_svg(text, metadata={"Date": None, "Creator": None})  # savefig draws twice
     svg = text.getvalue()
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", svg, count=1)

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mlmkit.backends import Backend, Batch, Scored
-from mlmkit.batching import length_batches, pad
+from mlmkit.batching import length_batches
 from mlmkit.corpus import Corpus, ranges
 from mlmkit.errors import CheckError, UserError
 from mlmkit.eval.parts import Part
@@ -106,7 +106,7 @@ def _empty(size: int, top: bool) -> TokenScores:
 def _score(backend: Backend, step: _Step, scores: TokenScores) -> None:
     assert step.batch is not None
     if scores.top_log_prob is not None and scores.top_id is not None:
-        predicted = backend.predict(step.batch)
+        predicted = backend.predict(step.batch, at_least=1)
         log_prob, rank = predicted.log_prob, predicted.rank
         scores.top_log_prob[step.scored], scores.top_id[step.scored] = (
             predicted.top_log_prob[:, 0],
@@ -142,19 +142,21 @@ def build_batch(
     """The rows as a padded batch, and which scored tokens of the plan it holds."""
     begin = corpus.starts[plan.rows.document[rows]]
     start, length = plan.rows.start[rows], plan.rows.length[rows]
-    framed = []
-    for row, place, offset, size in zip(rows.tolist(), begin.tolist(), start.tolist(), length.tolist(), strict=True):
-        ids = np.array(plan.input_ids[place + offset : place + offset + size], dtype=np.int64)
-        ids[plan.hide_from[row] - offset : plan.hide_to[row] - offset] = tokenizer.mask_id
-        framed.append(tokenizer.frame(ids))
-    input_ids, attention_mask = pad(framed, tokenizer.pad_id)
+    row, column = np.arange(len(rows)), np.arange(length.max() + tokenizer.added_tokens)
+    first, end = len(tokenizer.prefix), len(tokenizer.prefix) + length[:, None]
+    input_ids = np.full((len(row), len(column)), tokenizer.pad_id, dtype=np.int64)
+    input_ids[:, :first] = tokenizer.prefix
+    input_ids[(first <= column) & (column < end)] = plan.input_ids[ranges(begin + start, length)]
+    input_ids[row[:, None], end + np.arange(len(tokenizer.suffix))] = tokenizer.suffix
+    hide_from, hidden = plan.hide_from[rows], plan.hide_to[rows] - plan.hide_from[rows]
+    input_ids[np.repeat(row, hidden), ranges(hide_from - start + first, hidden)] = tokenizer.mask_id
+    attention_mask = (column < end + len(tokenizer.suffix)).astype(np.int64)
     counts = plan.first[rows + 1] - plan.first[rows]
-    row_of_token = np.repeat(np.arange(len(rows)), counts)
+    row_of_token = np.repeat(row, counts)
     scored = ranges(plan.first[rows], counts)
-    column = plan.offset[scored] - start[row_of_token] + len(tokenizer.prefix)
+    place = plan.offset[scored] - start[row_of_token] + first
     targets = np.asarray(corpus.ids[begin[row_of_token] + plan.offset[scored]], dtype=np.int64)
-    positions = row_of_token * input_ids.shape[1] + column
-    return Batch(input_ids, attention_mask, positions, targets), scored
+    return Batch(input_ids, attention_mask, row_of_token * len(column) + place, targets), scored
 
 
 class _Ahead(Generic[Item]):

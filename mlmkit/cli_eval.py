@@ -76,7 +76,7 @@ def evaluate(
     if not sets:
         raise click.UsageError("Missing option '--set'.")
     from mlmkit.backends import load
-    from mlmkit.distributed import claim_gpu
+    from mlmkit.distributed import claim_gpu, said_once
     from mlmkit.distributed import ranks as find_ranks
     from mlmkit.eval.evaluate import evaluate as run_evaluation
     from mlmkit.eval.passes import Settings
@@ -84,17 +84,18 @@ def evaluate(
     from mlmkit.masking import MaskRecipe
 
     ranks = find_ranks()
-    if ranks.world > 1 and output is None:
-        raise UserError("under torchrun the ranks meet in a folder: name one with --output")
-    options = {"text_field": text_field, "blank_line": blank_line, "pairs": PAIRS in metrics}
-    requests = [find_set(name, data, **options) for name in sets]
-    common: dict[str, Any] = {
-        "recipe": MaskRecipe(mask_prob, replace_prob, random_prob, whole_word),
-        "mask_seeds": _seeds(mask_seed, mask_seeds),
-        "variant": pll,
-        "pseudo_sample": pseudo_sample,
-    }
-    settings = [Settings(metrics=_metrics(request, metrics), **common) for request in requests]
+    with said_once():
+        if ranks.world > 1 and output is None:
+            raise UserError("under torchrun the ranks meet in a folder: name one with --output")
+        options = {"text_field": text_field, "blank_line": blank_line, "pairs": PAIRS in metrics}
+        requests = [find_set(name, data, **options) for name in sets]
+        common: dict[str, Any] = {
+            "recipe": MaskRecipe(mask_prob, replace_prob, random_prob, whole_word),
+            "mask_seeds": _seeds(mask_seed, mask_seeds),
+            "variant": pll,
+            "pseudo_sample": pseudo_sample,
+        }
+        settings = [Settings(metrics=_metrics(request, metrics), **common) for request in requests]
     claim_gpu(ranks)
     loaded = load(model, backend, device)
     results = []

@@ -31,14 +31,16 @@ def train(
     The same command goes on where an interrupted run stopped. The model ends up in OUTPUT/model, a Hugging Face folder.
     On several GPUs: torchrun --nproc-per-node N -m mlmkit train CONFIG --output OUTPUT.
     """
+    from mlmkit.distributed import said_once
     from mlmkit.train.config import load_config
 
-    settings = load_config(config, overrides)
-    if dry and sweeps:
-        raise UserError("--dry-run shows one run: leave --sweep out")
-    if not dry and output is None:
-        raise UserError("--output is missing: name the run folder")
-    require("train", "torch", "transformers", "safetensors")
+    with said_once():
+        settings = load_config(config, overrides)
+        if dry and sweeps:
+            raise UserError("--dry-run shows one run: leave --sweep out")
+        if not dry and output is None:
+            raise UserError("--output is missing: name the run folder")
+        require("train", "torch", "transformers", "safetensors")
     if dry:
         from mlmkit.train.dry_run import dry_run, lines
 
@@ -51,7 +53,9 @@ def train(
     elif output is not None and sweeps:
         from mlmkit.train.sweep import check, plan, sweep, table
 
-        if results := sweep(plan(config, overrides, sweeps), output):  # on the first rank
+        with said_once():
+            trials = plan(config, overrides, sweeps)
+        if results := sweep(trials, output):  # on the first rank
             if as_json:
                 print_json(results)
             else:

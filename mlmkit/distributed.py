@@ -1,17 +1,20 @@
 """This process's place among those that `torchrun` started; alone, it is rank 0 of 1."""
 
 import os
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import TypeVar
 
-from mlmkit.errors import EndedElsewhereError, require
+from mlmkit.errors import EndedElsewhereError, UserError, require
 
 T = TypeVar("T")
 
 CPU_LIMIT = Path("/sys/fs/cgroup/cpu.max")
+TIME_TO_SPEAK = 5  # seconds
 PATIENCE = timedelta(days=7)  # a rank may wait for another one's share of a long evaluation
 
 
@@ -99,6 +102,21 @@ class Ranks:
 
             if dist.is_initialized():
                 dist.destroy_process_group()
+
+
+@contextmanager
+def said_once() -> Iterator[None]:
+    """For mistakes that all processes of a machine make alike: the first raises the `UserError`.
+
+    The others raise `EndedElsewhereError`. It is the first of each machine, as another may lack a file or a package.
+    """
+    try:
+        yield
+    except UserError as error:
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            raise
+        time.sleep(TIME_TO_SPEAK)  # torchrun ends all others when one has ended, and the first may be slower
+        raise EndedElsewhereError from error
 
 
 def ranks() -> Ranks:

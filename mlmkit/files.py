@@ -60,6 +60,12 @@ def refuse_existing(path: Path, replaces: str = "") -> None:
     raise UserError(f"{path} exists: choose another folder, or replace it with --overwrite")
 
 
+def refuse_missing(path: str) -> None:
+    """Raise `UserError` for a path where nothing is and which cannot be the name of a model on the hub (USER/NAME)."""
+    if not Path(path).exists() and (path.startswith((".", "/", "~")) or path.count("/") > 1):
+        raise UserError(f"{path}: no such folder")
+
+
 @contextmanager
 def exclusive(path: Path, taken: str) -> Iterator[None]:
     """Keep others out while the block runs, by a lock on a file. It ends with the process.

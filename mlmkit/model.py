@@ -24,6 +24,7 @@ from transformers.utils.generic import ModelOutput
 
 from mlmkit.artifact import is_artifact
 from mlmkit.errors import UserError
+from mlmkit.files import refuse_missing
 from mlmkit.loss import linear_cross_entropy_sum
 from mlmkit.tokenizer import Tokenizer
 
@@ -243,6 +244,7 @@ def load_pretrained(path: str, *, dtype: torch.dtype = torch.float32) -> tuple[M
 
 def load_config(path: str) -> PreTrainedConfig:
     """The configuration of a masked LM. Raises `UserError` for another kind of model."""
+    refuse_missing(path)
     if Path(path).is_file():
         raise UserError(f"{path} is a file: name the folder of a checkpoint or an artifact")
     if is_artifact(Path(path)):
@@ -265,6 +267,7 @@ def refuse_other_models(config: PreTrainedConfig, name: str) -> None:
 
 def load_tokenizer(path: str) -> Tokenizer:
     """The checkpoint's tokenizer. Raises `UserError` when there is none that mlmkit can use."""
+    refuse_missing(path)
     with as_user_error(path):
         tokenizer = Tokenizer.from_transformers(AutoTokenizer.from_pretrained(path))
     if not len(tokenizer.masking.ordinary):

@@ -41,7 +41,7 @@ class Tokenizer:
     """Wraps a `tokenizers.Tokenizer` and the names of its special tokens.
 
     A token is special if the tokenizer marks it so or names it (unknown, padding, mask, ...). Truncation and padding
-    that a `tokenizer.json` may carry are switched off: nothing is cut silently.
+    that a `tokenizer.json` may carry are switched off: nothing is cut silently. `rust` is the wrapper's from then on.
 
     Raises `UserError` when there is no mask token.
     """
@@ -56,7 +56,7 @@ class Tokenizer:
         # four ordinary pieces; text for `fill` holds real mask tokens.
         self._data = RustTokenizer.from_str(self._serialized)
         self._data.encode_special_tokens = True
-        self._control = RustTokenizer.from_str(self._serialized)
+        self._control = rust
         self._control.encode_special_tokens = False
 
         if "mask_token" not in named:

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_cli import run
+from test_cli import ROOT, run
 from training import CONFIG, log_lines
 
 ARCHITECTURE = {"model_type": "bert", "num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 2}
@@ -44,7 +44,7 @@ def test_a_dry_run_shows_the_run_and_leaves_nothing(config, capsys, tmp_path):
         (["--output", "x", "--set", "data.held_out=none.txt"], "none.txt: no such file"),
         (["--output", "x", "--set", "data.weights=[1.0, 2.0]"], "data.weights has 2 numbers for 1 texts"),
         (["--output", "x", "--set", "optim.name=lion"], "optim.name must be one of adamw, muon"),
-        (["--output", "x", "--set", "masking.final_mask_prob=0.0"], "mask_prob is 0"),
+        (["--output", "x", "--set", "masking.final_mask_prob=0.0"], "masking.final_mask_prob must be at least 0.001"),
     ],
 )
 def test_mistakes_are_one_line(config, capsys, tmp_path, monkeypatch, arguments, message):
@@ -106,3 +106,22 @@ def test_torchrun_trains_and_says_it_once(config, tmp_path, text_file):
     one, other = (log_lines(tmp_path / name)[-1] for name in ("run", "alone"))
     assert (one["tokens"], one["masked"]) == (other["tokens"], other["masked"])
     assert one["loss"] == pytest.approx(other["loss"], abs=1e-5)
+
+
+def test_the_ranks_say_a_mistake_of_the_configuration_once(config, tmp_path):
+    program = tmp_path / "program.py"  # the first rank is the last to look, as on a busy machine
+    program.write_text(
+        "import os, sys, time\nfrom mlmkit.cli import main\n"
+        "time.sleep(1 - int(os.environ['RANK']))\nmain(['train', *sys.argv[1:]])\n"
+    )
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(program)]
+    arguments = [str(config), "--output", str(tmp_path / "run"), "--set", "masking.mask_prob=1e-300"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    result = subprocess.run([*launcher, *arguments], capture_output=True, text=True, timeout=120, env=environment)
+    assert result.returncode != 0
+    assert "exitcode  : 2" in result.stderr
+    assert [line for line in result.stderr.splitlines() if "mask_prob" in line] == [
+        "mlmkit: masking.mask_prob must be at least 0.001 and below 1, not 1e-300: "
+        "a model learns to tell masked tokens by those that are not"
+    ]
+    assert result.stdout == ""

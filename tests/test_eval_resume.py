@@ -61,9 +61,9 @@ class Interrupted:
         self._count()
         return self.inner.score(batch)
 
-    def predict(self, batch):
+    def predict(self, batch, **options):
         self._count()
-        return self.inner.predict(batch)
+        return self.inner.predict(batch, **options)
 
 
 def test_an_interrupted_evaluation_goes_on_and_ends_the_same(artifact, source, tmp_path, small_parts):

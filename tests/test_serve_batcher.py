@@ -88,10 +88,10 @@ class Recorder:
         self.info = replace(backend.info, sees_padding=sees_padding, precision=precision)
         self._backend, self.calls, self.leave = backend, list[Batch](), threading.Semaphore(0)
 
-    def predict(self, batch: Batch) -> Predicted:
+    def predict(self, batch: Batch, *, at_least: int | None = None) -> Predicted:
         assert self.leave.acquire(timeout=30)
         self.calls.append(batch)
-        return self._backend.predict(batch)
+        return self._backend.predict(batch, at_least=at_least)
 
     def score(self, batch: Batch) -> Scored:
         return self._backend.score(batch)
@@ -220,10 +220,10 @@ def test_a_full_queue_and_too_much_work_are_refused(backend):
 
 def test_what_the_engine_raises_reaches_the_requests_of_that_call_alone(backend):
     class Failing(Recorder):
-        def predict(self, batch: Batch) -> Predicted:
+        def predict(self, batch: Batch, *, at_least: int | None = None) -> Predicted:
             if batch.input_ids.shape[1] == 30:
                 raise RuntimeError("no")
-            return super().predict(batch)
+            return super().predict(batch, at_least=at_least)
 
     recorder = Failing(backend)
     recorder.leave.release(10)

@@ -6,12 +6,16 @@ import pytest
 import torch
 from training import log_lines, weights, write_config
 
+from mlmkit import corpus
+from mlmkit.distributed import Ranks
 from mlmkit.errors import CheckError, UserError
+from mlmkit.files import file_sha256
 from mlmkit.model import MaskedLM, load_pretrained
 from mlmkit.train import loop
 from mlmkit.train.checkpoint import checkpoints
 from mlmkit.train.config import Config, load_config
 from mlmkit.train.presets import PRESETS, build_config
+from mlmkit.train.start import begin_or_check
 
 
 @pytest.fixture
@@ -33,6 +37,8 @@ def config(tmp_path, text_file) -> Config:
         ("train.steps=0", "train.steps must be positive"),
         ("masking.mask_prob=1.5", "mask_prob must be between"),
         ("masking.mask_prob=nan", "mask_prob must be between"),
+        ("masking.mask_prob=1e-300", "masking.mask_prob must be at least 0.001 and below 1, not 1e-300"),
+        ("masking.mask_prob=1", "masking.mask_prob must be at least 0.001 and below 1, not 1:"),
         ("train.micro_batch_tokens=8", "must hold one row"),
         ("train.global_batch_tokens=300", "multiple of"),
         ("tokenizer.kind=words", "tokenizer.kind must be one of wordpiece, bpe"),
@@ -134,7 +140,8 @@ def test_a_folder_with_something_else_is_left_alone(config, tmp_path):
         (["model.max_length=2", "train.micro_batch_tokens=256"], "no room beside 2 special tokens"),
         (["tokenizer.vocab_size=20"], "the text's characters alone take"),
         (["model.architecture=none"], "neither a preset"),
-        (["model.init_from=none/of/these"], "cannot be loaded"),
+        (["model.init_from=none/of/these"], "no such folder"),
+        (["tokenizer.path=./none"], "no such folder"),
     ],
 )
 def test_nothing_is_written_when_training_cannot_start(tmp_path, text_file, settings, message):
@@ -212,3 +219,13 @@ def test_held_out_text_may_be_a_dataset(tmp_path, text_file):
     settings = ("train.steps=2", f"data.held_out=hub:{folder}")
     loop.train(write_config(tmp_path, text_file, "bert-tiny", *settings), tmp_path / "run")
     assert json.loads((tmp_path / "run" / "held_out.json").read_text())["masked_cross_entropy"]["value"] > 0
+
+
+def test_each_start_hashes_a_text_once(config, tmp_path, monkeypatch):
+    [source], hashed = config.data.sources, []
+    monkeypatch.setattr(corpus, "file_sha256", lambda path: hashed.append(str(path)) or file_sha256(path))
+    for _ in ("a new run", "one that is there"):
+        hashed.clear()
+        tokenizer, [found] = begin_or_check(config, tmp_path / "run", Ranks())
+        assert hashed == [source.location]
+        assert found.folder == corpus.cache_folder(source, tokenizer)

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from mlmkit.artifact import DYNAMIC_INT8, Manifest, is_artifact, parse_manifest, read_manifest, read_tokenizer
 from mlmkit.errors import UserError, require
+from mlmkit.files import refuse_missing
 from mlmkit.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
@@ -83,8 +84,8 @@ class Backend(Protocol):
         """Log-probability and rank of each target. Costs no top-k."""
         ...
 
-    def predict(self, batch: Batch) -> Predicted:
-        """The same with the `info.top_k` best candidates."""
+    def predict(self, batch: Batch, *, at_least: int | None = None) -> Predicted:
+        """The same with the `info.top_k` best candidates, or only `at_least` so many where fewer are cheaper."""
         ...
 
 
@@ -152,8 +153,7 @@ def load(path: str, backend: str = "auto", device: str = "auto") -> Backend:
         return OnnxBackend(path, device)
     if backend in ("onnx", "tensorrt"):
         raise UserError(f"{path} is no artifact: export it first (mlmkit export {path} --output ARTIFACT)")
-    if not Path(path).exists() and (path.startswith((".", "/", "~")) or path.count("/") > 1):
-        raise UserError(f"{path}: no such folder")
+    refuse_missing(path)
     require("train", "torch", "transformers", "safetensors")
     from mlmkit.backends.torch import TorchBackend
 

@@ -45,8 +45,8 @@ class OnnxBackend:
         """See `Backend`."""
         return Scored(*self._run(self._scoring, batch))
 
-    def predict(self, batch: Batch) -> Predicted:
-        """See `Backend`."""
+    def predict(self, batch: Batch, *, at_least: int | None = None) -> Predicted:
+        """See `Backend`. The graph has its k, so there are always as many."""
         return Predicted(*self._run(self._predicting, batch))
 
     @cached_property

@@ -124,8 +124,8 @@ class TensorRTBackend:
         """See `Backend`."""
         return Scored(**self._run(SCORING_PLAN, SCORES, batch))
 
-    def predict(self, batch: Batch) -> Predicted:
-        """See `Backend`."""
+    def predict(self, batch: Batch, *, at_least: int | None = None) -> Predicted:
+        """See `Backend`. The graph has its k, so there are always as many."""
         return Predicted(**self._run(PLAN, SCORES | CANDIDATES, batch))
 
     def records(self, profile: int) -> bool:

@@ -28,9 +28,9 @@ class TorchBackend:
         scores = self._run(batch, top_k=0)
         return Scored(scores.log_prob.cpu().numpy(), scores.rank.cpu().numpy())
 
-    def predict(self, batch: Batch) -> Predicted:
+    def predict(self, batch: Batch, *, at_least: int | None = None) -> Predicted:
         """See `Backend`."""
-        return Predicted(*(output.cpu().numpy() for output in self._run(batch, self.info.top_k)))
+        return Predicted(*(output.cpu().numpy() for output in self._run(batch, at_least or self.info.top_k)))
 
     def _run(self, batch: Batch, top_k: int) -> Scores:
         self.model.top_k = top_k

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from mlmkit.corpus import Corpus, tokenize
 from mlmkit.errors import CheckError
 from mlmkit.eval.plan import Plan, pseudo_plan
 from mlmkit.eval.scoring import build_batch
+from mlmkit.serve.batcher import split
 from mlmkit.tokenizer import Tokenizer
 
 
@@ -28,7 +30,15 @@ class Scoring:
 
     def rows(self, tokenizer: Tokenizer) -> list[Batch]:
         """One row a scored token, in the plan's order."""
-        return [build_batch(self.corpus, self.plan, np.array([row]), tokenizer)[0] for row in range(len(self.plan))]
+        # The windows of a text have one length, so its rows make a batch without padding.
+        texts = (np.arange(begin, end) for begin, end in pairwise(self.ends) if begin < end)
+        batches = (build_batch(self.corpus, self.plan, rows, tokenizer)[0] for rows in texts)
+        return [row for batch in batches for row in split(batch)]
+
+    @property
+    def ends(self) -> list[int]:
+        """Where the rows of each text begin, and the last end, `[texts + 1]`."""
+        return np.searchsorted(self.plan.document, np.arange(len(self.corpus) + 1)).tolist()
 
 
 def plan_scores(backend: Backend, texts: list[str], variant: str) -> Scoring:
@@ -45,8 +55,7 @@ def read_scores(
     if not np.isfinite(log_prob).all():
         raise CheckError("the model gives scores that are not finite: its weights or activations are not")
     corpus, plan, answers = scoring.corpus, scoring.plan, []
-    ends = np.searchsorted(plan.document, np.arange(len(corpus) + 1)).tolist()
-    for number, (text, begin, end) in enumerate(zip(scoring.texts, ends, ends[1:], strict=False)):
+    for number, (text, (begin, end)) in enumerate(zip(scoring.texts, pairwise(scoring.ends), strict=True)):
         total, count = float(log_prob[begin:end].sum()), end - begin
         answer: dict[str, Any] = {
             "pseudo_log_likelihood": total,

@@ -17,6 +17,7 @@ OPTIMIZERS = ("adamw", "muon")
 SCHEDULES = ("linear", "cosine", "wsd")
 PARALLEL = ("ddp", "fsdp")
 TOKENIZERS = ("wordpiece", "bpe")
+LEAST_MASKED = 0.001  # eight tokens of a batch of 8,192
 
 
 @dataclass(frozen=True)
@@ -79,9 +80,13 @@ class MaskingConfig:
     whole_word: bool = False
 
     def __post_init__(self) -> None:
-        for progress in (0.0, 1.0):
-            if self.recipe(progress).mask_prob == 0:
-                raise UserError("masking.mask_prob is 0: there would be nothing to learn")
+        for name, progress in (("mask_prob", 0.0), ("final_mask_prob", 1.0)):
+            rate = self.recipe(progress).mask_prob
+            if not LEAST_MASKED <= rate < 1:
+                raise UserError(
+                    f"masking.{name} must be at least {LEAST_MASKED} and below 1, not {rate:g}: "
+                    "a model learns to tell masked tokens by those that are not"
+                )
 
     def recipe(self, progress: float) -> MaskRecipe:
         """The recipe after a share `progress` of the run, 0 to 1. Raises `UserError` as `MaskRecipe` does."""

@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 
 from mlmkit.backends.torch import pick_device
 from mlmkit.corpus import Corpus
-from mlmkit.distributed import Ranks
+from mlmkit.distributed import Ranks, said_once
 from mlmkit.distributed import ranks as find_ranks
 from mlmkit.errors import CheckError, StoppedError, UserError
 from mlmkit.packing import enable_packing
@@ -53,13 +53,14 @@ def train(config: Config, run: Path) -> Path:
     ranks = find_ranks()
     if not ranks.is_first:
         logging.getLogger("mlmkit").setLevel(logging.ERROR)  # one rank speaks for all
-    device = torch.device(pick_device(config.train.device))
+    with said_once():
+        device = torch.device(pick_device(config.train.device))
+        check_loggers(config.train)
     if device.type == "cuda":
         device = torch.device("cuda", ranks.local)
         torch.cuda.set_device(device)
     ranks.join("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     try:
-        check_loggers(config.train)
         tokenizer, corpora = begin_or_check(config, run, ranks)
         # The first rank's view of the folder is that of all: a network file system may show others an older one.
         if ranks.from_first((run / "model").exists):

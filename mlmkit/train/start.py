@@ -4,14 +4,14 @@ import json
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from itertools import chain
+from itertools import chain, repeat
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 
 from mlmkit import model as masked_lm
-from mlmkit.corpus import Corpus, load_corpus
+from mlmkit.corpus import Corpus, is_cached, load_corpus
 from mlmkit.distributed import Ranks
 from mlmkit.documents import HUB, existing_file, read_documents
 from mlmkit.errors import UserError
@@ -41,12 +41,15 @@ def begin_or_check(config: Config, run: Path, ranks: Ranks) -> tuple[Tokenizer, 
     was begun with another configuration, text or tokenizer is refused: `UserError` names the first difference. If it
     has no checkpoint yet, nothing is lost: it begins anew.
     """
-    ranks.from_first(lambda: _begin_or_check(config, run, ranks))
+    checked = ranks.from_first(lambda: [corpus.folder for corpus in _begin_or_check(config, run, ranks)])
     tokenizer = masked_lm.load_tokenizer(str(run / "tokenizer"))
-    return tokenizer, [load_corpus(source, tokenizer) for source in config.data.sources]
+    # The first rank has hashed the texts, which takes long where they are large. A machine that does not share its
+    # token cache hashes its own copies.
+    folders = [folder if folder and is_cached(folder) else None for folder in checked]
+    return tokenizer, list(map(load_corpus, config.data.sources, repeat(tokenizer), folders))
 
 
-def _begin_or_check(config: Config, run: Path, ranks: Ranks) -> None:
+def _begin_or_check(config: Config, run: Path, ranks: Ranks) -> list[Corpus]:
     if (config.train.global_batch_tokens // config.train.micro_batch_tokens) % ranks.world:
         raise UserError(
             f"{ranks.world} processes cannot share train.global_batch_tokens ({config.train.global_batch_tokens}) "
@@ -71,16 +74,17 @@ def _begin_or_check(config: Config, run: Path, ranks: Ranks) -> None:
             )
         log.info("%s was begun with another %s and has no checkpoint: beginning anew", run, difference)
         return _begin(config, run)
-    return None
+    return corpora
 
 
-def _begin(config: Config, run: Path) -> None:
+def _begin(config: Config, run: Path) -> list[Corpus]:
     with new_folder(run, replaces="run.json") as building:
         tokenizer = _prepare_tokenizer(config, building / "tokenizer")
         corpora = [load_corpus(source, tokenizer) for source in config.data.sources]
         model = build_model(config, tokenizer)
         make_data(config, tokenizer, corpora, model, packed=True)
         (building / "run.json").write_text(json.dumps(_identity(config, tokenizer, corpora), indent=2) + "\n")
+    return corpora
 
 
 @contextmanager

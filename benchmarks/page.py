@@ -1,0 +1,128 @@
+"""docs/results.md and its plots, from a file that suite.py wrote:  python benchmarks/page.py FILE [PAGE]"""
+
+import json
+import sys
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from harness import ROOT, Bars, Table
+
+# What README quotes, in words. The figure is the median of the ratios within a round, unless it has a unit.
+HEADLINES = {
+    "train_times_trainer_paragraphs": ("training, real tokens/s, a document an example", "x transformers.Trainer"),
+    "train_times_trainer_by_length": ("the same, Trainer grouping by length", "x transformers.Trainer"),
+    "train_times_run_mlm": ("the same, Trainer on run_mlm.py's full rows", "x transformers.Trainer"),
+    "pll_times_as_fast": ("exact pseudo-log-likelihood, ONNX Runtime", "x the plain loop"),
+    "pll_share_of_floor": ("the same, of the matrix products' floor", ""),
+    "pll_int8_times_as_fast": ("the same in dynamic int8", "x the plain loop"),
+    "masked_times_as_fast": ("masked cross-entropy of documents, ONNX Runtime", "x transformers"),
+    "optimum_1x16_times_as_fast": ("scoring 1 x 16 tokens", "x optimum-onnx's graph"),
+    "optimum_8x128_times_as_fast": ("scoring 8 x 128 tokens", "x optimum-onnx's graph"),
+    "optimum_32x128_times_as_fast": ("scoring 32 x 128 tokens", "x optimum-onnx's graph"),
+    "serve_64_times_as_fast": ("serving, 64 connections, requests/s", "x transformers.pipeline behind FastAPI"),
+    "serve_overhead_ms": ("what the server adds to a request on one connection", "ms"),
+    "fill_seconds": ("`mlmkit fill`, BERT-base, a fresh process", "s"),
+    "pipeline_seconds": ("transformers.pipeline, the same", "s"),
+    "help_seconds": ("`mlmkit --help`", "s"),
+    "import_seconds": ("`import mlmkit`", "s"),
+    "loss_memory_ratio": ("a training step's memory at a vocabulary of 64,000, logits everywhere", "x mlmkit's"),
+    "pack_fill_8192": ("how full packs of 8,192 tokens are", ""),
+    "mask_seconds_a_million_tokens": ("masks and digest of a million tokens", "s"),
+}
+
+
+def write_page(found: dict[str, Any], name: str, path: Path) -> None:
+    """The page at `path`, plots in `images/` beside it."""
+    (path.parent / "images").mkdir(parents=True, exist_ok=True)
+    for script, report in found["benchmarks"].items():
+        if report.get("bars") and not report["is_dry_run"]:
+            plot(Bars(**report["bars"]), path.parent / "images" / f"results-{script}.svg")
+    path.write_text(render(found, name), encoding="utf-8")
+
+
+def render(found: dict[str, Any], name: str) -> str:
+    """As Markdown."""
+    versions = ", ".join(f"{package} {number}" for package, number in found["versions"].items())
+    reports = found["benchmarks"]
+    lines = [
+        "# Results",
+        "",
+        f"*Written by `make bench` on {found['date'][:10]} from "
+        f"[{name}](../benchmarks/results/{name}), which has every figure.*",
+        "",
+        f"{found['processor']}, {found['cores']} cores. {versions}. Text: {found['text']}. All benchmarks together "
+        f"took {found['seconds'] / 60:.0f} minutes.",
+        "",
+        "Contestants take turns, each in a process of its own, after a warm-up. Tables show medians; ratios are taken "
+        "within a round and shown as median (least to most). Models have random weights, as times do not depend on "
+        "what weights say. What other work on the machine does to times, it does to all contestants alike: "
+        "trust ratios before seconds. Trainings of hours, longer loads and what GPUs would add: [runs](runs.md).",
+        "",
+    ]
+    headlines = {key: value for report in reports.values() for key, value in report.get("headlines", {}).items()}
+    shown = [[what, figure(headlines[key], unit)] for key, (what, unit) in HEADLINES.items() if key in headlines]
+    lines += [Table("", ["In short", ""], shown).markdown(), ""]
+    for script, report in reports.items():
+        if report["is_dry_run"]:
+            continue
+        lines += [f"## {report['title']}", ""]
+        if reason := report.get("failed") or report.get("skipped"):
+            lines += [f"Not run: {reason}.", ""]
+            continue
+        lines += [f"`python benchmarks/{script}.py`, {report['seconds']:.0f} s.", ""]
+        if report["bars"]:
+            lines += [f"![{report['bars']['title']}, {report['bars']['unit']}](images/results-{script}.svg)", ""]
+        for table in report["tables"]:
+            lines += [Table(**table).markdown(), ""]
+        lines += [part for note in report["notes"] for part in (note, "")]
+    dry = {script: report for script, report in reports.items() if report["is_dry_run"]}
+    if dry:
+        ran = [f"`{script}`" + (" (**failed**)" if "failed" in report else "") for script, report in dry.items()]
+        lines += ["## Only tried out", "", f"With `--quick`, whose figures mean nothing: {', '.join(ran)}.", ""]
+    return "\n".join(lines)
+
+
+def figure(value: float, unit: str) -> str:
+    """With as many digits as it deserves."""
+    if unit:
+        return f"{value:.2f} {unit}"
+    return f"{value:.0%}" if value < 0.995 else f"{value:.1%}"
+
+
+def plot(bars: Bars, path: Path) -> None:
+    """Horizontal bars of medians with the range of the rounds, mlmkit's own darker."""
+    import matplotlib
+    import matplotlib.pyplot as plt
+
+    middles = {name: median(values) for name, values in bars.values.items()}
+    settings: dict[Any, Any] = {
+        "svg.hashsalt": path.name,
+        "svg.fonttype": "none",
+        "font.family": "sans-serif",
+        "font.size": 10,
+    }
+    with matplotlib.rc_context(settings):
+        chart, axes = plt.subplots(figsize=(7, 0.6 + 0.42 * len(middles)), layout="constrained")
+        ours = {"mlmkit", "torch", "onnx", "onnx, int8-dynamic", "mlmkit --help", "mlmkit fill"}
+        colours = ["#3949ab" if name in ours or len(ours & middles.keys()) == 0 else "#b0b4c3" for name in middles]
+        axes.barh(range(len(middles)), list(middles.values()), color=colours, height=0.66)
+        for row, (name, values) in enumerate(bars.values.items()):
+            axes.plot([min(values), max(values)], [row, row], color="#20242e", linewidth=1.2)
+            axes.annotate(
+                f" {middles[name]:,.4g}", (max(values), row), va="center", xytext=(3, 0), textcoords="offset points"
+            )
+        axes.set_yticks(range(len(middles)), list(middles))
+        axes.invert_yaxis()
+        axes.set_xlim(0, max(map(max, bars.values.values())) * 1.18)
+        axes.set_title(f"{bars.title}, {bars.unit}", loc="left", fontsize=10, fontweight="bold")
+        axes.spines[["top", "right", "left"]].set_visible(False)
+        axes.tick_params(left=False)
+        chart.savefig(path, metadata={"Date": None}, facecolor="white")
+        plt.close(chart)
+
+
+if __name__ == "__main__":
+    source = Path(sys.argv[1])
+    target = Path(sys.argv[2]) if sys.argv[2:] else ROOT / "docs" / "results.md"
+    write_page(json.loads(source.read_text(encoding="utf-8")), source.name, target)

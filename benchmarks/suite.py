@@ -1,0 +1,98 @@
+"""`make bench`: every benchmark in one go, half an hour on two cores, into one file and docs/results.md.
+
+    python benchmarks/suite.py [--quick] [--only NAME ...] [--results FOLDER] [--page FILE]
+
+Writes <results>/<machine>-<date>.json, with all figures, and the page with the tables and plots (page.py). A benchmark
+that cannot run here is noted with the reason; one that fails too, and then the exit code is 1. Nothing else should run
+on the machine meanwhile. Text: see material.py.
+"""
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from harness import ROOT, last_line, machine, say, use_cores
+from material import KEPT
+from page import write_page
+
+# In the order of the page. Trainings and surveys of hours are only tried out here; what they found stands in the docs.
+SCRIPTS = {
+    "train_vs_transformers": "Training, against transformers.Trainer",
+    "pll_vs_peers": "Evaluation, against the loop that one writes",
+    "export_vs_optimum": "The exported graph, against optimum-onnx",
+    "serve_load": "Serving under load, against transformers.pipeline",
+    "startup": "Start-up",
+    "growth": "Growth with the corpus",
+    "profiles": "Where the time goes",
+    "train_data": "Packing and reading training data",
+    "masking": "Masking",
+    "loss_memory": "Memory of the loss",
+    "determinism": "Where a score is bit-identical",
+    "precision": "Precisions",
+    "export_choices": "Choices of the export",
+    "pll_sharing": "A forward made for pseudo-log-likelihood, in theory and in time",
+    "runtime": "ONNX Runtime's package",
+    "gpu": "On a GPU",
+    "gpu_export": "Exported engines on a GPU",
+}
+STUDIES = {
+    "architectures": "Every architecture (docs/architectures.md)",
+    "demo_recipe": "Variants of the demo's recipe (docs/decisions.md)",
+    "optimisers": "Optimisers (docs/decisions.md)",
+}
+TIMEOUT = 1200  # seconds a script
+
+
+def run(name: str, quick: bool) -> dict[str, Any]:
+    """A script's report, or why there is none."""
+    with tempfile.TemporaryDirectory() as temporary:
+        report = Path(temporary) / "report.json"
+        command = [sys.executable, f"benchmarks/{name}.py", "--json", str(report), *(["--quick"] if quick else [])]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=TIMEOUT)
+        except subprocess.TimeoutExpired:
+            return {"failed": f"no end within {TIMEOUT} s"}
+        if done.returncode:
+            return {"skipped" if done.returncode == 2 else "failed": last_line(done.stderr)}
+        found = json.loads(report.read_text(encoding="utf-8"))
+        return {key: value for key, value in found.items() if key not in machine()}
+
+
+def main() -> None:
+    """All of them, in order."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="dry runs of all, whose figures mean nothing")
+    parser.add_argument("--only", nargs="+", choices=[*SCRIPTS, *STUDIES], default=[*SCRIPTS, *STUDIES], metavar="NAME")
+    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
+    parser.add_argument("--page", type=Path, default=ROOT / "docs" / "results.md")
+    options = parser.parse_args()
+    use_cores(2)
+    began, reports = time.perf_counter(), {}
+    with tempfile.TemporaryDirectory(prefix="mlmkit-benchmarks-") as kept:
+        os.environ[KEPT] = kept
+        for name in options.only:
+            started = time.perf_counter()
+            title = (SCRIPTS | STUDIES)[name]
+            reports[name] = {"title": title, "is_dry_run": options.quick or name in STUDIES}
+            reports[name] |= run(name, reports[name]["is_dry_run"])
+            said = reports[name].get("failed") or reports[name].get("skipped") or "done"
+            say(f"{name}: {said}, {time.perf_counter() - started:.0f} s")
+    found = {**machine(), "seconds": round(time.perf_counter() - began), "benchmarks": reports}
+    slug = re.sub(r"[^a-z0-9]+", "-", f"{found['processor']} {found['cores']} cores".lower()).strip("-")
+    options.results.mkdir(parents=True, exist_ok=True)
+    path = options.results / f"{slug}-{found['date'][:10]}{'-quick' * options.quick}.json"
+    path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    write_page(found, path.name, options.page)
+    say(f"{found['seconds']} s in all; figures in {path}, tables in {options.page}")
+    sys.exit(any("failed" in report for report in reports.values()))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,67 @@
+"""What the documentation needs beyond mkdocs: links that work on GitHub and on the site alike.
+
+A link is written as GitHub wants it, relative to the file it stands in. On the site a link to a file outside `docs/`
+leads to the page made of that file, or else to the file on GitHub. One to nothing stays as it is, and fails the build.
+"""
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import click
+from mkdocs.structure.files import File, Files
+
+from mlmkit.cli import cli
+
+ROOT = Path(__file__).parent
+DOCS = ROOT / "docs"
+PAGES = {"contributing.md": "CONTRIBUTING.md", "changelog.md": "CHANGELOG.md", "recipes.md": "recipes/README.md"}
+REPOSITORY = "https://github.com/mlmkit/mlmkit"
+HELP = "<!-- help of every command -->"
+# Code comes first, so that what looks like a link in it is passed over.
+CODE_OR_LINK = re.compile(r"^(?:```|~~~).*?^(?:```|~~~)|`+[^`]+`+|(?<=\]\()(?P<target>[^()\s]+)(?=\))", re.M | re.S)
+
+
+def on_files(files: Files, config: Any) -> Files:
+    """Add the pages that are made of files outside `docs/`."""
+    for page, source in PAGES.items():
+        if (ROOT / source).exists():
+            files.append(File.generated(config, page, abs_src_path=str(ROOT / source)))
+    return files
+
+
+def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
+    """Rewrite the page's links, and put the commands' help where it is asked for."""
+    source = Path(page.file.abs_src_path)
+    at = (DOCS / page.file.src_uri).parent
+
+    def rewrite(match: re.Match[str]) -> str:
+        link = match["target"]
+        return match[0] if link is None else site_link(link, source.parent, at)
+
+    return CODE_OR_LINK.sub(rewrite, markdown).replace(HELP, commands_help())
+
+
+def commands_help() -> str:
+    """A section with `--help`'s text for each command."""
+    group = click.Context(cli, info_name="mlmkit", **{**cli.context_settings, "terminal_width": 96})
+    commands = {name: cli.get_command(group, name) for name in cli.list_commands(group)}
+    contexts = [group, *(click.Context(found, group, name) for name, found in commands.items() if found)]
+    return "\n".join(f"### {each.command_path}\n\n```text\n{each.get_help()}\n```\n" for each in contexts)
+
+
+def site_link(link: str, source: Path, at: Path) -> str:
+    """The link of a file in the folder `source`, for a page of the site in the folder `at`."""
+    path, mark, anchor = link.partition("#")
+    if not path or ":" in path:
+        return link
+    file = Path(os.path.normpath(source / path))
+    pages = {ROOT / target: DOCS / page for page, target in PAGES.items()}
+    target = pages.get(file, file)
+    if target.is_relative_to(DOCS):
+        return os.path.relpath(target, at) + mark + anchor
+    if not file.exists() or not file.is_relative_to(ROOT):
+        return link
+    kind = "tree" if file.is_dir() else "blob"
+    return f"{REPOSITORY}/{kind}/main/{file.relative_to(ROOT).as_posix()}{mark}{anchor}"

@@ -1,0 +1,133 @@
+"""The benchmarks' harness, suite and page. What they measure is not tested: a test never asserts a time."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks.harness import Bars, Contestant, ContestantError, Report, Table, alternate, isolated, ratios
+from benchmarks.page import HEADLINES, figure, render, write_page
+from benchmarks.suite import SCRIPTS, STUDIES
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def run(*arguments: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True)
+
+
+# ---------------------------------------------------------------- the harness
+
+
+def test_contestants_take_turns_after_one_that_is_not_counted():
+    order: list[str] = []
+
+    def turn(name: str) -> int:
+        order.append(name)
+        return len(order)
+
+    taken = alternate({"a": lambda: turn("a"), "b": lambda: turn("b")}, 3)
+    assert order == ["a", "b"] * 4
+    assert taken == {"a": [3, 5, 7], "b": [4, 6, 8]}
+    assert ratios([1.0, 2.0], [3.0, 3.0]) == [3.0, 1.5]
+
+
+def test_a_contestant_keeps_what_it_made_and_says_why_it_cannot_take_part():
+    contestant = Contestant(list, "ab")
+    contestant.call(list.append, "c")
+    assert contestant.call(list.copy) == ["a", "b", "c"]
+    with pytest.raises(ContestantError, match=r"ValueError: .*not in list"):
+        contestant.call(list.remove, "z")
+    assert contestant.call(len) == 3
+    contestant.stop()
+    with pytest.raises(ContestantError, match="ValueError: invalid literal"):
+        isolated(int, "many")
+
+
+def test_a_script_runs_alone_and_keeps_its_figures(tmp_path):
+    done = run("benchmarks/masking.py", "--quick", "--rounds", 2, "--json", tmp_path / "found.json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert [len(times) for times in found["figures"].values()] == [2] * 6
+    assert found["versions"]["torch"] and found["processor"] and found["cores"] >= 1
+    assert Table(**found["tables"][0]).markdown() in done.stdout
+
+
+def test_a_gpu_benchmark_without_a_gpu_says_so():
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    done = run("benchmarks/gpu.py")
+    assert done.returncode == 2
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert "GPU" in done.stderr
+
+
+# ---------------------------------------------------------------- the suite and its page
+
+
+def test_the_suite_runs_every_script():
+    scripts = {
+        path.stem
+        for path in (ROOT / "benchmarks").glob("*.py")
+        if re.search(r"^ +main\(\s*__doc__", path.read_text(encoding="utf-8"), re.MULTILINE)
+    }
+    assert scripts == SCRIPTS.keys() | STUDIES.keys()
+
+
+def test_the_suite_keeps_figures_and_writes_the_page(tmp_path):
+    done = run(
+        "benchmarks/suite.py", "--quick", "--only", "masking", "--results", tmp_path, "--page", tmp_path / "p.md"
+    )
+    assert done.returncode == 0, done.stderr
+    (path,) = tmp_path.glob("*.json")
+    assert json.loads(path.read_text())["benchmarks"]["masking"]["headlines"]["mask_seconds_a_million_tokens"] > 0
+    page = (tmp_path / "p.md").read_text()
+    assert "Only tried out" in page and path.name in page
+
+
+def test_the_page_has_tables_plots_and_what_did_not_run(tmp_path):
+    report = Report(
+        [Table("Speeds", ["", "tokens/s"], [["mlmkit", 2], ["peer", 1]])],
+        ["A note."],
+        {"pll_times_as_fast": 2.0},
+        Bars("Speed", "tokens/s", {"mlmkit": [1.9, 2.0], "peer": [1.0, 1.0]}),
+    )
+    from dataclasses import asdict
+
+    reports = {
+        "pll_vs_peers": {"title": "Evaluation", "is_dry_run": False, "seconds": 3.0, **asdict(report)},
+        "gpu": {"title": "On a GPU", "is_dry_run": False, "skipped": "no GPU"},
+        "optimisers": {"title": "Optimisers", "is_dry_run": True, "failed": "ValueError"},
+    }
+    machine = {"date": "2026-11-25T00:00:00", "processor": "P", "cores": 2, "versions": {"torch": "2"}, "text": "T"}
+    write_page({**machine, "seconds": 60, "benchmarks": reports}, "p.json", tmp_path / "results.md")
+    page = (tmp_path / "results.md").read_text()
+    for said in ("| mlmkit | 2 |", "A note.", "2.00 x the plain loop", "Not run: no GPU.", "`optimisers` (**failed**)"):
+        assert said in page
+    assert "<svg" in (tmp_path / "images" / "results-pll_vs_peers.svg").read_text()
+
+
+def test_the_committed_page_is_that_of_the_committed_figures():
+    page = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+    (name,) = set(re.findall(r"benchmarks/results/([\w.-]+\.json)", page))
+    found = json.loads((ROOT / "benchmarks" / "results" / name).read_text(encoding="utf-8"))
+    assert page == render(found, name)
+    for script, report in found["benchmarks"].items():
+        assert "failed" not in report, f"{script}: {report['failed']}"
+        assert not report.get("bars") or report["is_dry_run"] or (ROOT / f"docs/images/results-{script}.svg").exists()
+
+
+def test_every_figure_of_the_readme_is_in_the_committed_figures():
+    page = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+    found = json.loads((ROOT / "benchmarks/results" / re.findall(r"results/([\w.-]+\.json)", page)[0]).read_text())
+    headlines = {key: value for report in found["benchmarks"].values() for key, value in report["headlines"].items()}
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\|.*\| \**([^|*]+?)\** \| `(\w+)` \|$", readme, re.MULTILINE)
+    assert len(rows) >= 5
+    for shown, key in rows:
+        assert shown == figure(headlines[key], HEADLINES[key][1]), key

@@ -1,0 +1,271 @@
+"""The documentation: its links lead somewhere, its commands run, the site builds.
+
+A fence of `bash` or `python` has a mark before it, an HTML comment that no reader sees:
+
+    <!-- runnable -->                             it runs here, after those before it on the page, in one shell
+    <!-- runnable: steps = 900 → steps = 4 -->    the same with less of it; several are parted by `;`
+    <!-- not run: needs a GPU -->                 why it does not
+
+Each page runs in a folder of its own, which holds what `material` puts there.
+"""
+
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from conftest import paragraphs
+from markdown_it import MarkdownIt
+from markdown_it.token import Token
+
+ROOT = Path(__file__).parent.parent
+MARKED = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+LINKED = [*MARKED, *(ROOT / name for name in ("CHANGELOG.md", "CONTRIBUTING.md", "recipes/README.md"))]
+LANGUAGES = ("bash", "python")
+MARK = re.compile(r"<!-- (?:(?P<runnable>runnable)(?:: (?P<changes>.+))?|not run: (?P<reason>.+)) -->\s*")
+SHELL = """
+set -eu
+mlmkit() {
+    if [ "${1:-}" != serve ]; then command mlmkit "$@"; return; fi
+    command mlmkit "$@" --port "$PORT" & SERVER=$!
+    until curl --silent --fail --output /dev/null "http://127.0.0.1:$PORT/ready"; do
+        kill -0 "$SERVER"; sleep 0.1
+    done
+}
+end() { trap - EXIT; [ -z "${SERVER:-}" ] || { kill "$SERVER" && wait "$SERVER"; }; }
+trap end EXIT
+"""
+
+
+class Block(NamedTuple):
+    """A fence: where it stands, its language and text, and its mark, or what is wrong with it."""
+
+    line: int
+    language: str
+    text: str
+    runs: bool
+    fault: str
+
+
+@dataclass(frozen=True)
+class Page:
+    path: Path
+    tokens: list[Token]
+
+    @property
+    def name(self) -> str:
+        return self.path.relative_to(ROOT).as_posix()
+
+    def blocks(self) -> Iterator[Block]:
+        for before, token in zip([None, *self.tokens], self.tokens, strict=False):
+            if token.type == "fence" and token.map:
+                mark = MARK.fullmatch(before.content) if before and before.type == "html_block" else None
+                yield read_block(token.map[0] + 1, token.info.strip(), token.content, mark)
+
+    def links(self) -> Iterator[str]:
+        for token in self.tokens:
+            for child in token.children or ():
+                target = child.attrGet({"link_open": "href", "image": "src"}.get(child.type, ""))
+                if isinstance(target, str):
+                    yield target
+
+    def anchors(self) -> set[str]:
+        """As GitHub makes them of headings; the site's are set to be the same."""
+        found: set[str] = set()
+        for before, token in zip(self.tokens, self.tokens[1:], strict=False):
+            if before.type == "heading_open":
+                text = "".join(child.content for child in token.children or ())
+                slug = re.sub(r"[^\w\- ]", "", text.strip().lower()).replace(" ", "-")
+                repeats = sum(other == slug or bool(re.fullmatch(f"{re.escape(slug)}-\\d+", other)) for other in found)
+                found.add(f"{slug}-{repeats}" if repeats else slug)
+        return found
+
+
+def read_block(line: int, language: str, text: str, mark: re.Match[str] | None) -> Block:
+    if not language:
+        return Block(line, language, text, False, "a fence without a language: say bash, python, toml, text, ...")
+    if language not in LANGUAGES:
+        return Block(line, language, text, False, "a mark on what nobody runs" if mark else "")
+    if not mark:
+        return Block(line, language, text, False, "neither <!-- runnable --> nor <!-- not run: REASON --> before it")
+    for change in filter(None, (mark["changes"] or "").split(";")):
+        old, arrow, new = (part.strip() for part in change.partition("→"))
+        if not arrow or old not in text:
+            return Block(line, language, text, False, f"its mark changes {old!r}, which is not in it")
+        text = text.replace(old, new)
+    return Block(line, language, text, mark["runnable"] is not None, "")
+
+
+def read_page(path: Path) -> Page:
+    return Page(path, MarkdownIt("commonmark").enable("table").parse(path.read_text(encoding="utf-8")))
+
+
+PAGES = {path: read_page(path) for path in LINKED if path.exists()}
+
+
+@pytest.mark.parametrize("page", PAGES.values(), ids=lambda page: page.name)
+def test_every_link_leads_to_a_file_and_a_heading(page: Page):
+    broken = []
+    for link in page.links():
+        if re.match(r"[a-z]+:", link):
+            continue
+        path, _, anchor = link.partition("#")
+        target = (page.path.parent / path).resolve() if path else page.path
+        is_here = target.exists() and target.is_relative_to(ROOT)
+        if not is_here or (anchor and anchor not in (PAGES.get(target) or read_page(target)).anchors()):
+            broken.append(link)
+    assert not broken
+
+
+@pytest.mark.parametrize("path", MARKED, ids=lambda path: PAGES[path].name)
+def test_every_block_runs_or_says_why_not(path: Path):
+    page = PAGES[path]
+    assert [f"{page.name}:{block.line}: {block.fault}" for block in page.blocks() if block.fault] == []
+
+
+@pytest.mark.parametrize(
+    ("text", "runs", "fault"),
+    [
+        ("<!-- runnable -->\n```bash\ntrue\n```", True, ""),
+        ("<!-- runnable: true → :; x → y -->\n```bash\ntrue; x\n```", True, ""),
+        ("<!-- runnable: false → : -->\n```bash\ntrue\n```", False, "changes 'false'"),
+        ("<!-- not run: needs a GPU -->\n```bash\ntrue\n```", False, ""),
+        ("<!-- not run: -->\n```bash\ntrue\n```", False, "neither"),
+        ("Text.\n```bash\ntrue\n```", False, "neither"),
+        ("```\ntrue\n```", False, "without a language"),
+        ("<!-- runnable -->\n```text\ntrue\n```", False, "nobody runs"),
+    ],
+)
+def test_marks_are_read(tmp_path, text, runs, fault):
+    (tmp_path / "page.md").write_text(text, encoding="utf-8")
+    (block,) = read_page(tmp_path / "page.md").blocks()
+    assert block.runs == runs
+    assert fault in block.fault and bool(fault) == bool(block.fault)
+
+
+@pytest.fixture(scope="module")
+def material(tmp_path_factory, checkpoint, artifact) -> Path:
+    """What the pages take for granted: a text, a configuration, a checkpoint, an artifact, by the pages' names."""
+    folder = tmp_path_factory.mktemp("material")
+    texts = [text for text in paragraphs() if len(text) < 400]
+    for name, part in (("corpus.txt", texts[:60]), ("heldout.txt", texts[60:66]), ("sentences.txt", texts[66:68])):
+        (folder / name).write_text("".join(f"{text}\n" for text in part), encoding="utf-8")
+    (folder / "config.toml").write_text(
+        '[data]\ntrain = "corpus.txt"\nheld_out = "heldout.txt"\n[tokenizer]\nvocab_size = 400\n'
+        '[model]\narchitecture = "bert-tiny"\nmax_length = 64\n'
+        "[train]\nsteps = 4\nglobal_batch_tokens = 1024\nmicro_batch_tokens = 512\nsave_every = 2\n",
+        encoding="utf-8",
+    )
+    shutil.copytree(checkpoint("bert"), folder / "checkpoint")
+    shutil.copytree(artifact("bert"), folder / "artifact")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def shell() -> None:
+    if not shutil.which("bash") or not shutil.which("curl"):
+        pytest.skip("bash and curl are not both here")
+
+
+@pytest.fixture(scope="module")
+def runs(request, shell, material, tmp_path_factory) -> Iterator[dict[str, Future[subprocess.CompletedProcess[str]]]]:
+    """The pages that were asked for, two at a time: most of what they do keeps one core busy."""
+    items = [item for item in request.session.items if item.originalname == "test_the_commands_run"]
+    pages: list[Page] = [item.callspec.params["page"] for item in items]
+    with ThreadPoolExecutor(max_workers=2) as pool:
+        yield {page.name: pool.submit(run_page, page, material, tmp_path_factory.mktemp("page")) for page in pages}
+
+
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES.values() if any(block.runs for block in page.blocks())], ids=lambda page: page.name
+)
+def test_the_commands_run(page: Page, runs):
+    done = runs[page.name].result()
+    assert done.returncode == 0, done.stdout[-3000:]
+
+
+def run_page(page: Page, material: Path, folder: Path) -> subprocess.CompletedProcess[str]:
+    """Its runnable blocks, one after another, in a folder with what they take for granted."""
+    port = free_port()
+    script = [SHELL]
+    for block in page.blocks():
+        if block.runs:
+            text = block.text.replace(":8000", f":{port}")
+            script.append(f"echo '--- {page.name}:{block.line}' >&2")
+            script.append(f"python - <<'END_OF_BLOCK'\n{text}END_OF_BLOCK" if block.language == "python" else text)
+    for source in material.iterdir():
+        if not re.search(rf"--output {source.name}\s", "\n".join(script)):  # else the page makes its own
+            (shutil.copytree if source.is_dir() else shutil.copy)(source, folder / source.name)
+    return run_bash("\n".join([*script, "end"]), folder, {"PORT": str(port)})
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def run_bash(script: str, folder: Path, variables: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    """In a shell whose `python`, `mlmkit` and `torchrun` are those of this checkout."""
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    source = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    return subprocess.run(
+        ["bash", "-c", script],
+        cwd=folder,
+        env={**os.environ, "PATH": path, "PYTHONPATH": source, "HF_HUB_OFFLINE": "0", **variables},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=240,
+    )
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [("ev", {"eval"}), ("eval --mask", {"--mask-seed", "--mask-seeds", "--mask-prob"}), ("x", set())],
+)
+def test_bash_completes(shell, tmp_path, words, expected):
+    script = f"""
+    eval "$(_MLMKIT_COMPLETE=bash_source mlmkit)"
+    COMP_WORDS=(mlmkit {words}); COMP_CWORD=$((${{#COMP_WORDS[@]}} - 1)); _mlmkit_completion mlmkit
+    printf '%s\\n' "${{COMPREPLY[@]}}"
+    """
+    done = run_bash(script, tmp_path, {})
+    assert done.returncode == 0, done.stdout
+    assert set(done.stdout.split()) == expected
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory) -> Path:
+    if not find_spec("mkdocs") or not find_spec("material") or not find_spec("mkdocstrings"):
+        pytest.skip("the docs extra is not installed: pip install 'mlmkit[docs]'")
+    folder = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)]
+    environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def test_the_site_loads_nothing_from_elsewhere(site: Path):
+    pages = {path.relative_to(site).as_posix(): path.read_text(encoding="utf-8") for path in site.rglob("*.html")}
+    assert {"index.html", "pt/quickstart.html", "api.html", "changelog.html"} <= set(pages)
+    loads = re.compile(r'<(?:script|img|iframe)[^>]* src="?http[^>]*>|<link(?![^>]*canonical)[^>]* href="?http[^>]*>')
+    assert {name: found for name, text in pages.items() if (found := loads.findall(text))} == {}
+
+
+def test_the_site_has_the_links_the_help_and_the_docstrings(site: Path):
+    assert 'href="recipes.html"' in (site / "results.html").read_text(encoding="utf-8")
+    assert 'href="training.html"' in (site / "index.html").read_text(encoding="utf-8")
+    assert "Usage: mlmkit serve [OPTIONS] MODEL" in (site / "cli.html").read_text(encoding="utf-8")
+    assert 'id="mlmkit.evaluate"' in (site / "api.html").read_text(encoding="utf-8")

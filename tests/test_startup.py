@@ -1,0 +1,49 @@
+"""What a command imports before it works: modules are counted, as a test cannot count seconds."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+IMPORT = "import sys, mlmkit\nprint(*sys.modules, file=sys.stderr)"
+COMMAND = """
+import sys
+from mlmkit.cli import main
+try:
+    main(sys.argv[1:])
+except SystemExit as stop:
+    print(*sys.modules, file=sys.stderr)
+    sys.exit(stop.code)
+"""
+ENGINE = {"click", "numpy", "onnxruntime", "tokenizers"}
+
+
+def packages(code: str, *arguments: object) -> set[str]:
+    """Third-party packages that a fresh process has imported at its end, beyond those that every process here has."""
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120)
+    assert done.returncode == 0, done.stderr
+    names = {name.partition(".")[0] for name in done.stderr.splitlines()[-1].split()}
+    return names - sys.stdlib_module_names - {"mlmkit"}
+
+
+@pytest.fixture(scope="module")
+def always() -> set[str]:
+    """What `.pth` files import, as that of an editable install does."""
+    return packages("import sys\nprint(*sys.modules, file=sys.stderr)")
+
+
+def test_importing_mlmkit_imports_nothing_else(always):
+    assert packages(IMPORT) - always == set()
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["fill", "--help"], ["train", "--help"]])
+def test_help_imports_click_alone(always, arguments):
+    assert packages(COMMAND, *arguments) - always == {"click"}
+
+
+def test_an_artifact_is_run_by_its_engine_and_tokenizer_alone(always, artifact):
+    assert packages(COMMAND, "fill", artifact("bert"), "The [MASK] statement", "--device", "cpu") - always == ENGINE
+    assert packages(COMMAND, "inspect", artifact("bert")) - always == ENGINE
