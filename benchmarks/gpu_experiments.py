@@ -142,7 +142,7 @@ def flash_attention(setting: Setting) -> Iterator[Row]:
     yield "torch's own", figures(default)
     for name in attention.list_flash_attention_impls():
         yield attempt(name, activated, name)
-    if hasattr(attention, "restore_flash_attention_impl"):
+    if attention.current_flash_attention_impl() and hasattr(attention, "restore_flash_attention_impl"):
         attention.restore_flash_attention_impl()
 
 

@@ -18,7 +18,7 @@ from inputs import TINY, checkpoint
 Figures = dict[str, Any]
 Row = tuple[str, Figures]
 FAILED, NEEDS_GPU = "failed", "needs a GPU"
-LEAST_SECONDS = {"cuda": 0.3, "cpu": 0.05}  # of a measurement
+LEAST_SECONDS = {"cuda": 0.2, "cpu": 0.05}  # of a measurement
 
 
 @dataclass(frozen=True)
@@ -98,20 +98,25 @@ class Made(NamedTuple):
 
 
 def compared(setting: Setting, makers: Mapping[str, Callable[[], Made]], default: str) -> Iterator[Row]:
-    """Alternatives that take turns; all rows come anew with each that joins, as the next may take too long to make."""
+    """Alternatives, first each once beside the default, as the next may take too long to make, then all in turns."""
     made: dict[str, Made] = {}
+
+    def rounds(names: Iterable[str], count: int) -> Iterator[Row]:
+        seconds: dict[str, list[float]] = {name: [] for name in names}
+        for _ in range(count):
+            for name, taken in seconds.items():
+                taken.append(seconds_a_call(made[name].call, setting.device))
+        for name, taken in seconds.items():
+            yield name, _figures(made[name], taken, seconds.get(default))
+
     for name, make in makers.items():
         _, found = attempt(name, make)
-        if not isinstance(found, Made):
+        if isinstance(found, Made):
+            made[name] = found
+            yield from rounds(made.keys() & {name, default}, 1)
+        else:
             yield name, found
-            continue
-        made[name] = found
-        seconds: dict[str, list[float]] = {each: [] for each in made}
-        for _ in range(setting.rounds):
-            for each, alternative in made.items():
-                seconds[each].append(seconds_a_call(alternative.call, setting.device))
-        for each, alternative in made.items():
-            yield each, _figures(alternative, seconds[each], seconds.get(default))
+    yield from rounds(made, setting.rounds)
 
 
 def _figures(made: Made, taken: list[float], default: list[float] | None) -> Figures:

@@ -153,7 +153,8 @@ def _on_cuda(
     from torch.nn.attention.varlen import varlen_attn
 
     reach = -1 if window is None else window - 1
-    query, key, value = (states.squeeze(0).transpose(0, 1) for states in (query, key, value))
+    # Under autocast the rotary positions of some architectures leave query and key in float32, beside a bfloat16 value.
+    query, key, value = (states.to(value.dtype).squeeze(0).transpose(0, 1) for states in (query, key, value))
     output: Tensor = varlen_attn(  # pyright: ignore[reportAssignmentType]  (a tuple only with return_aux)
         query,
         key,
