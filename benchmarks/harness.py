@@ -81,7 +81,7 @@ def main(description: str | None, measure: Callable[[argparse.Namespace], Report
     """Run a script: `sizes` are its options, by name, each with its default and what `--quick` makes of it.
 
     Every script has `--threads`: so many cores are used. The report is printed as Markdown. Exit code 2 with one line
-    where the benchmark cannot run.
+    where the benchmark cannot run here, 1 where a contestant fails.
     """
     sizes = {"threads": (2, 2)} | sizes
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -101,7 +101,7 @@ def main(description: str | None, measure: Callable[[argparse.Namespace], Report
         report = measure(options)
     except (SkippedError, ContestantError) as error:
         say(f"{Path(sys.argv[0]).name}: {error}")
-        sys.exit(2)
+        sys.exit(2 if isinstance(error, SkippedError) else 1)
     print(report.markdown())  # noqa: T201
     if options.json:
         write(report, options.json, time.perf_counter() - began)

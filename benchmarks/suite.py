@@ -61,7 +61,8 @@ def run(name: str, quick: bool) -> dict[str, Any]:
         if done.returncode:
             return {"skipped" if done.returncode == 2 else "failed": last_line(done.stderr)}
         found = json.loads(report.read_text(encoding="utf-8"))
-        return {key: value for key, value in found.items() if key not in machine()}
+        left = {*machine(), "command"}  # said once for all, and the same for all but a temporary path
+        return {key: value for key, value in found.items() if key not in left}
 
 
 def main() -> None:
@@ -73,24 +74,24 @@ def main() -> None:
     parser.add_argument("--page", type=Path, default=ROOT / "docs" / "results.md")
     options = parser.parse_args()
     use_cores(2)
-    began, reports = time.perf_counter(), {}
+    about, began = machine(), time.perf_counter()
+    slug = re.sub(r"[^a-z0-9]+", "-", f"{about['processor']} {about['cores']} cores".lower()).strip("-")
+    path = options.results / f"{slug}-{about['date'][:10]}{'-quick' * options.quick}.json"
+    options.results.mkdir(parents=True, exist_ok=True)
+    reports: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(prefix="mlmkit-benchmarks-") as kept:
         os.environ[KEPT] = kept
         for name in options.only:
             started = time.perf_counter()
-            title = (SCRIPTS | STUDIES)[name]
-            reports[name] = {"title": title, "is_dry_run": options.quick or name in STUDIES}
-            reports[name] |= run(name, reports[name]["is_dry_run"])
+            title, is_dry_run = (SCRIPTS | STUDIES)[name], options.quick or name in STUDIES
+            reports[name] = {"title": title, "is_dry_run": is_dry_run, **run(name, is_dry_run)}
             said = reports[name].get("failed") or reports[name].get("skipped") or "done"
             say(f"{name}: {said}, {time.perf_counter() - started:.0f} s")
-    left_out = [name for name in SCRIPTS | STUDIES if name not in reports]
-    found = {**machine(), "seconds": round(time.perf_counter() - began), "left_out": left_out, "benchmarks": reports}
-    slug = re.sub(r"[^a-z0-9]+", "-", f"{found['processor']} {found['cores']} cores".lower()).strip("-")
-    options.results.mkdir(parents=True, exist_ok=True)
-    path = options.results / f"{slug}-{found['date'][:10]}{'-quick' * options.quick}.json"
-    path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    write_page(found, path.name, options.page)
-    say(f"{found['seconds']} s in all; figures in {path}, tables in {options.page}")
+            left_out = [name for name in SCRIPTS | STUDIES if name not in reports]
+            found = {**about, "seconds": round(time.perf_counter() - began), "left_out": left_out}
+            path.write_text(json.dumps({**found, "benchmarks": reports}, indent=1) + "\n", encoding="utf-8")
+            write_page({**found, "benchmarks": reports}, path.name, options.page)  # each time: half an hour is long
+    say(f"{time.perf_counter() - began:.0f} s in all; figures in {path}, tables in {options.page}")
     sys.exit(any("failed" in report for report in reports.values()))
 
 

@@ -1,6 +1,7 @@
 """The benchmarks' harness, suite and page. What they measure is not tested: a test never asserts a time."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -54,6 +55,20 @@ def test_a_script_runs_alone_and_keeps_its_figures(tmp_path):
     assert [len(times) for times in found["figures"].values()] == [2] * 6
     assert found["versions"]["torch"] and found["processor"] and found["cores"] >= 1
     assert Table(**found["tables"][0]).markdown() in done.stdout
+
+
+def test_a_contestant_that_fails_is_a_failure_and_not_a_benchmark_that_cannot_run(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from harness import Report, isolated, main\n"
+        "def measure(options):\n    return Report([], figures=isolated(int, 'many'))\n"
+        "if __name__ == '__main__':\n    main(None, measure)\n"
+    )
+    command = [sys.executable, script]
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "benchmarks")}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 1
+    assert done.stderr.startswith("script.py: ValueError: invalid literal")
 
 
 def test_a_gpu_benchmark_without_a_gpu_says_so():
