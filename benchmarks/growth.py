@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from harness import Bars, Report, Table, isolated, main, memory_mib
-from inputs import TINY, documents, tokenizer_folder
+from inputs import TINY, artifact, checkpoint, documents
 
 from mlmkit.documents import Source
 
@@ -28,17 +28,16 @@ def measure(options: argparse.Namespace) -> Report:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         os.environ["MLMKIT_CACHE"] = str(folder / "cache")
-        checkpoint, artifact = folder / "checkpoint", folder / "artifact"
-        isolated(write_model, checkpoint, artifact, tokenizer_folder())
+        source, target = checkpoint("bert-mini", **TINY), artifact("bert-mini", **TINY)
         texts = {times: write_text(folder / f"{times}.txt", options.megabytes, times) for times in options.times}
         figures: dict[str, list[dict[str, float]]] = {}
         # In this order: tokenising fills the cache that training reads; evaluation has its own.
         for name, work, model in (
-            ("tokenising", tokenise, checkpoint),
-            ("tokenising again, from the cache", tokenise, checkpoint),
-            ("evaluating (masked, ONNX Runtime)", evaluate, artifact),
-            ("an epoch of training batches", read_epoch, checkpoint),
-            (f"{STEPS} steps of training", train, checkpoint),
+            ("tokenising", tokenise, source),
+            ("tokenising again, from the cache", tokenise, source),
+            ("evaluating (masked, ONNX Runtime)", evaluate, target),
+            ("an epoch of training batches", read_epoch, source),
+            (f"{STEPS} steps of training", train, source),
         ):
             figures[name] = [isolated(work, model, text, folder / f"output-{len(figures)}") for text in texts.values()]
     tables = []
@@ -76,27 +75,7 @@ def measure(options: argparse.Namespace) -> Report:
     )
 
 
-# ---------------------------------------------------------------- model and text
-
-
-def write_model(checkpoint: Path, artifact: Path, tokenizer: Path) -> None:
-    """A tiny one, and its artifact."""
-    import json
-    import shutil
-
-    import torch
-    from transformers import AutoModelForMaskedLM
-
-    from mlmkit.export.export import export
-    from mlmkit.tokenizer import Tokenizer
-    from mlmkit.train.presets import build_config
-
-    shutil.copytree(tokenizer, checkpoint)
-    (checkpoint / "config.json").write_text(json.dumps(TINY | {"model_type": "bert"}))
-    config = build_config(str(checkpoint / "config.json"), Tokenizer.from_folder(checkpoint), MAX_LENGTH)
-    torch.manual_seed(0)
-    AutoModelForMaskedLM.from_config(config).save_pretrained(checkpoint)
-    export(str(checkpoint), artifact)
+# ---------------------------------------------------------------- text
 
 
 def write_text(path: Path, megabytes: float, times: int) -> Path:
@@ -116,32 +95,32 @@ def write_text(path: Path, megabytes: float, times: int) -> Path:
 # ---------------------------------------------------------------- the work, each in a process of its own
 
 
-def tokenise(checkpoint: Path, text: Path, _output: Path) -> dict[str, Any]:
+def tokenise(source: Path, text: Path, _output: Path) -> dict[str, Any]:
     """The text into the cache, or from there."""
     from mlmkit.corpus import load_corpus
     from mlmkit.tokenizer import Tokenizer
 
-    tokenizer = Tokenizer.from_folder(checkpoint)
+    tokenizer = Tokenizer.from_folder(source)
     before, began = memory_mib(), time.perf_counter()
     corpus = load_corpus(Source(str(text)), tokenizer)
     return found(before, time.perf_counter() - began, len(corpus), len(corpus.ids))
 
 
-def evaluate(artifact: Path, text: Path, output: Path) -> dict[str, Any]:
+def evaluate(target: Path, text: Path, output: Path) -> dict[str, Any]:
     """`mlmkit eval`, masked."""
     from mlmkit.backends import load
     from mlmkit.eval.evaluate import evaluate
     from mlmkit.eval.material import TextMaterial
     from mlmkit.eval.passes import Settings
 
-    backend = load(str(artifact))
+    backend = load(str(target))
     before, began = memory_mib(), time.perf_counter()
     material = TextMaterial(Source(str(text)), backend.tokenizer)
     corpus = evaluate(backend, material, Settings(), output, overwrite=True)["corpus"]
     return found(before, time.perf_counter() - began, corpus["documents"], corpus["tokens"])
 
 
-def read_epoch(checkpoint: Path, text: Path, _output: Path) -> dict[str, Any]:
+def read_epoch(source: Path, text: Path, _output: Path) -> dict[str, Any]:
     """An epoch's micro-batches."""
     from mlmkit.corpus import load_corpus
     from mlmkit.tokenizer import Tokenizer
@@ -149,7 +128,7 @@ def read_epoch(checkpoint: Path, text: Path, _output: Path) -> dict[str, Any]:
     from mlmkit.train.data import TrainingData
     from mlmkit.train.order import Cursor
 
-    tokenizer = Tokenizer.from_folder(checkpoint)
+    tokenizer = Tokenizer.from_folder(source)
     before, began = memory_mib(), time.perf_counter()
     corpus = load_corpus(Source(str(text)), tokenizer)
     settings = {"max_length": MAX_LENGTH, "micro_batch_tokens": BUDGET, "seed": 0, "packed": True}
@@ -161,7 +140,7 @@ def read_epoch(checkpoint: Path, text: Path, _output: Path) -> dict[str, Any]:
     return found(before, time.perf_counter() - began, len(corpus), tokens)
 
 
-def train(checkpoint: Path, text: Path, output: Path) -> dict[str, Any]:
+def train(source: Path, text: Path, output: Path) -> dict[str, Any]:
     """`mlmkit train`, from the cache."""
     import json
 
@@ -171,8 +150,8 @@ def train(checkpoint: Path, text: Path, output: Path) -> dict[str, Any]:
     output = output / text.stem
     config = Config(
         data=DataConfig(train=(str(text),)),
-        tokenizer=TokenizerConfig(path=str(checkpoint)),
-        model=ModelConfig(architecture=str(checkpoint / "config.json"), max_length=MAX_LENGTH),
+        tokenizer=TokenizerConfig(path=str(source)),
+        model=ModelConfig(architecture=str(source / "config.json"), max_length=MAX_LENGTH),
         train=RunConfig(steps=STEPS, global_batch_tokens=2048, micro_batch_tokens=2048, device="cpu", log_every=1),
     )
     before, began = memory_mib(), time.perf_counter()

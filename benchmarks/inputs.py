@@ -162,6 +162,16 @@ def _export(folder: Path, source: Path, flags: tuple[str, ...]) -> None:
     run_command("-m", "mlmkit", "export", source, "--output", folder, "--text", text, *flags)
 
 
+def encoder_parameters(config: Any) -> int:
+    """Of a configuration's network: neither embedding tables nor vocabulary head."""
+    from transformers import AutoModelForMaskedLM
+
+    from mlmkit.model import MaskedLM
+    from mlmkit.train.estimate import count_parameters
+
+    return count_parameters(MaskedLM(AutoModelForMaskedLM.from_config(config))).encoder
+
+
 # ---------------------------------------------------------------- batches
 
 

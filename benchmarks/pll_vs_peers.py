@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 
 from engines import matrix_rate
 from harness import Bars, Contestant, Report, Table, alternate, isolated, main, peak_mib, ratios, spread
-from inputs import artifact, bert_tokenizer, checkpoint, held_out, sentences
+from inputs import artifact, bert_tokenizer, checkpoint, encoder_parameters, held_out, sentences
 
 BOUND, DOCUMENTS_A_BATCH = 1e-3, 32  # nats; of transformers
 TRIAL = {"cpu": (1, 4, 16, 32), "cuda": (8, 16, 32, 64, 128)}  # sentences a batch of the plain loop
@@ -169,7 +169,7 @@ def measure(options: argparse.Namespace) -> Report:
         contestant.stop()
 
     said = agreement({name: passes[0].scores or [] for name, passes in scored.items()})
-    floor = rate / 2 / body_parameters(source)
+    floor = rate / 2 / isolated(parameters_of, source)
     seconds = {name: [each.seconds for each in passes] for name, passes in (scored | read).items()}
     fast = {name: ratios(times, seconds[PEER if name in read else PLAIN]) for name, times in seconds.items()}
     best = "onnx" if device == "cpu" else "torch"
@@ -221,14 +221,11 @@ def table(
     return Table(title, ["", "rows/s", "tokens/s", "share of the floor", "x the peer", "peak RSS GiB"], rows)
 
 
-def body_parameters(source: str) -> int:
-    """Of the encoder's layers."""
-    import json
-    from pathlib import Path
+def parameters_of(source: str) -> int:
+    """Of a checkpoint's encoder."""
+    from transformers import AutoConfig
 
-    config = json.loads((Path(source) / "config.json").read_text())
-    hidden, inner = config["hidden_size"], config["intermediate_size"]
-    return config["num_hidden_layers"] * (4 * hidden * hidden + 2 * hidden * inner + 9 * hidden + inner)
+    return encoder_parameters(AutoConfig.from_pretrained(source))
 
 
 def agreement(scores: dict[str, list[list[float]]]) -> str:

@@ -8,7 +8,7 @@ import argparse
 from functools import partial
 from statistics import median
 
-from harness import Contestant, Report, Table, alternate, main, peak_mib, ratios, run_command, spread
+from harness import Contestant, Report, Table, alternate, main, peak_mib, ratios, run_command, spread, timed
 from inputs import artifact, real_batch
 
 IMPORT = "import time; t = time.perf_counter(); import onnxruntime; print(time.perf_counter() - t)"
@@ -49,12 +49,8 @@ def open_engine(path: str) -> tuple:
 
 def seconds(made: tuple, method: str) -> float:
     """Of a batch."""
-    import time
-
     engine, batch = made
-    began = time.perf_counter()
-    getattr(engine, method)(batch)
-    return time.perf_counter() - began
+    return timed(getattr(engine, method), batch)
 
 
 if __name__ == "__main__":

@@ -43,7 +43,7 @@ from harness import (
     say,
     spread,
 )
-from inputs import TINY, documents, write_lines
+from inputs import TINY, documents, encoder_parameters, write_lines
 
 from mlmkit.documents import Source, read_documents
 from mlmkit.train.config import (
@@ -298,15 +298,11 @@ def compare(case: Case, options: argparse.Namespace, folder: Path) -> dict[str, 
 
 
 def body_parameters(architecture: str, tokenizer: Path, length: int) -> int:
-    """Of everything but embeddings and vocabulary head."""
-    from transformers import AutoModelForMaskedLM
-
+    """Of the network that both sides train."""
     from mlmkit.model import load_tokenizer
     from mlmkit.train.presets import build_config
 
-    network: Any = AutoModelForMaskedLM.from_config(build_config(architecture, load_tokenizer(str(tokenizer)), length))
-    body = network.base_model
-    return sum(each.numel() for name, each in body.named_parameters() if each.ndim > 1 and "embedding" not in name)
+    return encoder_parameters(build_config(architecture, load_tokenizer(str(tokenizer)), length))
 
 
 def table(result: dict[str, Any]) -> Table:
