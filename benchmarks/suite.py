@@ -30,6 +30,7 @@ SCRIPTS = {
     "serve_load": "Serving under load, against transformers.pipeline",
     "startup": "Start-up",
     "growth": "Growth with the corpus",
+    "profiles": "Where the time goes",
     "train_data": "Packing and reading training data",
     "masking": "Masking",
     "loss_memory": "Memory of the loss",
