@@ -179,4 +179,4 @@ def table(
 
 
 if __name__ == "__main__":
-    main(__doc__, measure, layers=(0, 2), rounds=(4, 1))
+    main(__doc__, measure, layers=(0, 2), rounds=(3, 1))

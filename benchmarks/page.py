@@ -89,7 +89,7 @@ def render(found: dict[str, Any], name: str) -> str:
 def figure(value: float, unit: str) -> str:
     """With as many digits as it deserves."""
     if unit:
-        return f"{value:.2f} {unit}"
+        return f"{value:{'.2f' if value >= 0.1 else '.1g'}} {unit}"
     return f"{value:.0%}" if value < 0.995 else f"{value:.1%}"
 
 

@@ -177,4 +177,4 @@ def measure(options: argparse.Namespace) -> Report:
 
 
 if __name__ == "__main__":
-    main(__doc__, measure, layers=((2, 6, 12), (2,)), sentences=(16, 4), rounds=(3, 1))
+    main(__doc__, measure, layers=((2, 6), (2,)), sentences=(12, 4), rounds=(2, 1))

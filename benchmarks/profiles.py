@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -71,23 +72,22 @@ def measure(options: argparse.Namespace) -> Report:
                 found = serving(folder, artifact(**model), connections, options.seconds)
                 seen[f"serve, {size}, {connections}"] = found
     shares = {name: {stage: looks / found.total() for stage, looks in found.items()} for name, found in seen.items()}
-    stages = sorted({stage for found in shares.values() for stage in found}, key=lambda stage: -most(shares, stage))
-    rows = [[stage, *(cell(found.get(stage, 0.0)) for found in shares.values())] for stage in stages]
+    most = {
+        stage: max(found.get(stage, 0.0) for found in shares.values())
+        for stage in dict.fromkeys(chain(*shares.values()))
+    }
+    shown = sorted((stage for stage, share in most.items() if cell(share)), key=lambda stage: -most[stage])
+    rows = [[stage, *(cell(found.get(stage, 0.0)) for found in shares.values())] for stage in shown]
     rows.append(["seconds seen", *(f"{found.total() / LOOKS:.1f}" for found in seen.values())])
     return Report(
         [Table("Share of the time, %", ["", *shares], rows)],
         [
             "`train` is a BERT-small shape; `serve` has 1 or 64 connections that ask to fill a mask in 16 tokens. "
-            "A thread that waits for a core counts as running, so times are longer than a run's own. Shares below "
-            "half a per cent are left out."
+            "A thread that waits for a core counts as running, so times are longer than a run's own. Below half a per "
+            f"cent, and left out everywhere: {'; '.join(sorted(most.keys() - shown)) or 'nothing'}."
         ],
         figures={name: dict(found.most_common()) for name, found in seen.items()},
     )
-
-
-def most(shares: dict[str, dict[str, float]], stage: str) -> float:
-    """Its largest share anywhere."""
-    return max(found.get(stage, 0.0) for found in shares.values())
 
 
 def cell(share: float) -> str:

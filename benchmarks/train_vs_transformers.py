@@ -74,7 +74,7 @@ class Case:
 
 
 CASES = {
-    "cpu": (Case("bert-mini", 256, 16_000, 0.15, 8192, (1, 2, 4)),),
+    "cpu": (Case("bert-mini", 256, 16_000, 0.15, 4096, (1, 2)),),
     # A step of about 262 k tokens, as a pretraining run has it; vocabularies of the published sizes.
     "cuda": (
         Case("bert-base", 512, 30_522, 0.15, 1 << 18, (2, 4, 8)),
@@ -364,9 +364,9 @@ if __name__ == "__main__":
     main(
         __doc__,
         measure,
-        rounds=(3, 1),
-        steps=(8, 2),
-        trial_steps=(2, 1),
+        rounds=(2, 1),
+        steps=(3, 2),
+        trial_steps=(1, 1),
         documents=(40_000, 1000),
         device=("cpu", "cpu"),
         cases=("", ""),
