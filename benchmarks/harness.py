@@ -156,9 +156,9 @@ def processor() -> str:
 # ---------------------------------------------------------------- rounds and figures
 
 
-def alternate(contestants: Mapping[str, Callable[[], T]], rounds: int) -> dict[str, list[T]]:
-    """What each returns in `rounds` in which they take turns, after one turn of each that is not counted."""
-    for contestant in contestants.values():
+def alternate(contestants: Mapping[str, Callable[[], T]], rounds: int, *, warm: bool = False) -> dict[str, list[T]]:
+    """What each returns in `rounds` of turns; unless `warm`, after one turn of each that is not counted."""
+    for contestant in () if warm else contestants.values():
         contestant()
     taken: dict[str, list[T]] = {name: [] for name in contestants}
     for _ in range(rounds):

@@ -56,7 +56,7 @@ from mlmkit.train.config import (
     TokenizerConfig,
 )
 
-WARM_UP = 3  # steps of a turn that are not counted: kernels are chosen, memory grows
+WARM_UP = 2  # steps of a turn that are not counted: kernels are chosen, memory grows
 PARAGRAPHS, BY_LENGTH, RUN_MLM = "Trainer, paragraphs", "Trainer, by length", "Trainer, run_mlm.py"
 DATA_SEED = 1
 
@@ -269,10 +269,11 @@ def compare(case: Case, options: argparse.Namespace, folder: Path) -> dict[str, 
         return taken
 
     best = {}
-    for name in processes:  # each turn has its own steps to warm up, so this one stands for a turn not counted
+    for name in processes:
         trial = {division: turn(name, division, options.trial_steps).rate for division in case.divisions}
         best[name] = max(trial, key=lambda division: trial[division])
-    turns = alternate({name: partial(turn, name, best[name], options.steps) for name in processes}, options.rounds)
+    calls = {name: partial(turn, name, best[name], options.steps) for name in processes}
+    turns = alternate(calls, options.rounds, warm=True)  # each turn has steps of its own that are not counted
     memory = {name: process.call(peak_mib) / 1024 for name, process in processes.items()}
     for process in processes.values():
         process.stop()
@@ -364,7 +365,7 @@ if __name__ == "__main__":
     main(
         __doc__,
         measure,
-        rounds=(2, 1),
+        rounds=(3, 1),
         steps=(3, 2),
         trial_steps=(1, 1),
         documents=(40_000, 1000),

@@ -33,6 +33,7 @@ def test_contestants_take_turns_after_one_that_is_not_counted():
     taken = alternate({"a": lambda: turn("a"), "b": lambda: turn("b")}, 3)
     assert order == ["a", "b"] * 4
     assert taken == {"a": [3, 5, 7], "b": [4, 6, 8]}
+    assert alternate({"a": lambda: turn("a")}, 1, warm=True) == {"a": [9]}
     assert ratios([1.0, 2.0], [3.0, 3.0]) == [3.0, 1.5]
 
 
@@ -152,6 +153,6 @@ def test_every_figure_of_the_readme_is_in_the_committed_figures():
     headlines = {key: value for report in found["benchmarks"].values() for key, value in report["headlines"].items()}
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\|.*\| \**([^|*]+?)\** \| `(\w+)` \|$", readme, re.MULTILINE)
-    assert rows
+    assert len(rows) >= 5
     for shown, key in rows:
         assert shown == figure(headlines[key], HEADLINES[key][1]), key
