@@ -166,4 +166,4 @@ def found(before: float, seconds: float, documents: int, tokens: int) -> dict[st
 
 
 if __name__ == "__main__":
-    main(__doc__, measure, megabytes=(0.5, 0.1), times=((1, 4, 16), (1, 2)))
+    main(__doc__, measure, megabytes=(0.4, 0.1), times=((1, 4, 16), (1, 2)))

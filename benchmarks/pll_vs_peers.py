@@ -245,7 +245,7 @@ if __name__ == "__main__":
         __doc__,
         measure,
         layers=(0, 2),
-        sentences=(20, 8),
+        sentences=(16, 8),
         documents=(24, 8),
         rounds=(3, 1),
         device=("cpu", "cpu"),

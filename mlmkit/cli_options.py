@@ -23,7 +23,7 @@ def model_options(command: Callable[..., None]) -> Callable[..., None]:
         "--device", default="auto", show_default=True, metavar="auto|cpu|cuda", help="Where to run it."
     )(command)
     return click.option(
-        "--backend", default="auto", show_default=True, metavar="auto|torch|onnx", help="What runs the model."
+        "--backend", default="auto", show_default=True, metavar="auto|torch|onnx|tensorrt", help="What runs the model."
     )(command)
 
 
