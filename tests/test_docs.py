@@ -126,6 +126,14 @@ def test_every_link_leads_to_a_file_and_a_heading(page: Page):
     assert not broken
 
 
+@pytest.mark.parametrize("page", PAGES.values(), ids=lambda page: page.name)
+def test_a_tag_in_the_text_is_quoted(page: Page):
+    """The sentence token of RoBERTa, bare, strikes out the rest of the page."""
+    inline = [child for token in page.tokens for child in token.children or () if child.type == "html_inline"]
+    blocks = [token for token in page.tokens if token.type == "html_block" and not token.content.startswith("<!--")]
+    assert [token.content for token in (*inline, *blocks)] == []
+
+
 @pytest.mark.parametrize("path", MARKED, ids=lambda path: PAGES[path].name)
 def test_every_block_runs_or_says_why_not(path: Path):
     page = PAGES[path]
