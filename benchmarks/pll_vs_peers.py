@@ -187,7 +187,7 @@ def measure(options: argparse.Namespace) -> Report:
         },
         Bars(
             "Exact pseudo-log-likelihood",
-            "sentences' tokens a second",
+            "rows, of a masked token each, a second",
             {name: [each.rows / each.seconds for each in passes] for name, passes in scored.items()},
         ),
         {"seconds": seconds, "operations_per_second": rate, "trial": trial, "peak_gib": peaks},
