@@ -1,7 +1,7 @@
-"""docs/results.md and its plots, from a file that suite.py wrote:  python benchmarks/page.py FILE [PAGE]"""
+"""docs/results.md and its plots, from a file that suite.py wrote."""
 
+import argparse
 import json
-import sys
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -126,6 +126,8 @@ def plot(bars: Bars, path: Path) -> None:
 
 
 if __name__ == "__main__":
-    source = Path(sys.argv[1])
-    target = Path(sys.argv[2]) if sys.argv[2:] else ROOT / "docs" / "results.md"
-    write_page(json.loads(source.read_text(encoding="utf-8")), source.name, target)
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("results", type=argparse.FileType(encoding="utf-8"), help="a file that suite.py wrote")
+    parser.add_argument("page", nargs="?", type=Path, default=ROOT / "docs" / "results.md")
+    arguments = parser.parse_args()
+    write_page(json.load(arguments.results), Path(arguments.results.name).name, arguments.page)

@@ -51,7 +51,8 @@ class Stored:
 def load_result(folder: Path) -> Stored:
     """A finished evaluation. Raises `UserError` for what is none, or is damaged."""
     if not folder.is_dir():
-        raise UserError(f"{folder} does not exist")
+        found = "is a file" if folder.exists() else "does not exist"
+        raise UserError(f"{folder} {found}: name the folder that `mlmkit eval` wrote")
     again = "measure again with --overwrite"
     if not (folder / RESULT).exists():
         raise UserError(f"{folder} holds no {RESULT}: if its evaluation was interrupted, run the command again")

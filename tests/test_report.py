@@ -180,6 +180,8 @@ def test_what_cannot_be_compared_is_refused_with_the_reason(capsys, results, che
         compare([tmp_path / "masks", tmp_path / "pseudo"])
     code, _, err = run(capsys, "compare", results["torch"], tmp_path / "none")
     assert (code, "does not exist" in err) == (2, True)
+    code, _, err = run(capsys, "compare", results["torch"], results["torch"] / "result.json")
+    assert (code, "is a file: name the folder" in err) == (2, True)
     code, _, err = run(capsys, "compare", results["torch"])
     assert (code, "two results" in err) == (2, True)
     path = tmp_path / "masks" / "result.json"
