@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from harness import Report, Table, isolated, main, use_cores
 
-LENGTHS = (1, 5, 23, 200)
+LENGTHS = (1, 5, 23, 100)
 VOCABULARY = 4000
 
 

@@ -60,7 +60,7 @@ def render(found: dict[str, Any], name: str) -> str:
         "trust ratios before seconds. Trainings of hours, longer loads and what GPUs would add: [runs](runs.md).",
         "",
     ]
-    headlines = {key: value for report in reports.values() for key, value in report.get("headlines", {}).items()}
+    headlines = headlines_of(found)
     shown = [[what, figure(headlines[key], unit)] for key, (what, unit) in HEADLINES.items() if key in headlines]
     lines += [Table("", ["In short", ""], shown).markdown(), ""]
     for script, report in reports.items():
@@ -84,6 +84,22 @@ def render(found: dict[str, Any], name: str) -> str:
         names = ", ".join(f"`{script}`" for script in found["left_out"])
         lines += ["## Left out", "", f"Of this run (`--only`): {names}.", ""]
     return "\n".join(lines)
+
+
+def headlines_of(found: dict[str, Any]) -> dict[str, float]:
+    """Of all the benchmarks that ran."""
+    return {key: value for report in found["benchmarks"].values() for key, value in report.get("headlines", {}).items()}
+
+
+def changes(before: dict[str, Any], after: dict[str, Any]) -> Table:
+    """The headlines of two runs of the suite side by side; one that is a tenth worse or better says so."""
+    old, new, rows = headlines_of(before), headlines_of(after), []
+    for key, (what, unit) in HEADLINES.items():
+        if key in old and key in new:
+            gain = old[key] / new[key] if unit in ("s", "ms") else new[key] / old[key]
+            verdict = "worse" if gain < 0.9 else "better" if gain > 1.1 else ""
+            rows.append([what, figure(old[key], unit), figure(new[key], unit), f"{gain - 1:+.0%}", verdict])
+    return Table("", ["", f"on {before['date'][:10]}", "now", "change for the better", ""], rows)
 
 
 def figure(value: float, unit: str) -> str:

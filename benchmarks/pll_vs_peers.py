@@ -154,12 +154,13 @@ def measure(options: argparse.Namespace) -> Report:
 
     few = texts[: max(TRIAL[device])]
     plain = scorers[PLAIN]
-    plain.call(pseudo, few[:8], 4)
+    for contestant in scorers.values():
+        contestant.call(pseudo, few[:4], 4)
     trial = {size: plain.call(pseudo, few, size).seconds for size in TRIAL[device] if size <= len(few)}
     size = min(trial, key=lambda size: trial[size])
     rate = isolated(matrix_rate, device)
     calls = {name: partial(contestant.call, pseudo, texts, size) for name, contestant in scorers.items()}
-    scored = alternate(calls, options.rounds)
+    scored = alternate(calls, options.rounds, warm=True)
     calls = {name: partial(contestant.call, masked_by_mlmkit) for name, contestant in readers.items()}
     calls[PEER] = partial(readers[PEER].call, masked_by_transformers, device)
     read = alternate(calls, options.rounds)

@@ -73,7 +73,7 @@ if __name__ == "__main__":
     main(
         __doc__,
         measure,
-        rounds=(10, 1),
+        rounds=(5, 1),
         documents=(48, 8),
         layers=(0, 1),
         checkpoints=(("",), ("",)),

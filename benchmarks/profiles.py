@@ -146,4 +146,4 @@ def stage_of(stack: str) -> str:
 
 
 if __name__ == "__main__":
-    main(__doc__, measure, documents=(300, 20), steps=(6, 1), layers=(0, 1), seconds=(4, 1))
+    main(__doc__, measure, documents=(200, 20), steps=(4, 1), layers=(0, 1), seconds=(3, 1))

@@ -3,8 +3,9 @@
     python benchmarks/suite.py [--quick] [--only NAME ...] [--results FOLDER] [--page FILE]
 
 Writes <results>/<machine>-<date>.json, with all figures, and the page with the tables and plots (page.py). A benchmark
-that cannot run here is noted with the reason; one that fails too, and then the exit code is 1. Nothing else should run
-on the machine meanwhile. Text: see inputs.py.
+that cannot run here is noted with the reason; one that fails too, and then the exit code is 1. In the end the headlines
+are shown beside those of the last run that is kept of this machine: so one sees at once what a change costs. Nothing
+else should run on the machine meanwhile. Text: see inputs.py.
 """
 
 import argparse
@@ -20,7 +21,7 @@ from typing import Any
 
 from harness import ROOT, last_line, machine, say, use_cores
 from inputs import KEPT
-from page import write_page
+from page import changes, write_page
 
 # In the order of the page. Trainings and surveys of hours are only tried out here; what they found stands in the docs.
 SCRIPTS = {
@@ -77,9 +78,13 @@ def main() -> None:
     use_cores(2)
     about, began = machine(), time.perf_counter()
     slug = re.sub(r"[^a-z0-9]+", "-", f"{about['processor']} {about['cores']} cores".lower()).strip("-")
-    path = options.results / f"{slug}-{about['date'][:10]}{'-quick' * options.quick}.json"
+    ending = f"{'-quick' * options.quick}.json"
+    path = options.results / f"{slug}-{about['date'][:10]}{ending}"
     options.results.mkdir(parents=True, exist_ok=True)
+    earlier = sorted(options.results.glob(f"{slug}-????-??-??{ending}"))
+    before = json.loads(earlier[-1].read_text(encoding="utf-8")) if earlier else None
     reports: dict[str, Any] = {}
+    found: dict[str, Any] = {**about, "seconds": 0, "left_out": [], "benchmarks": reports}
     with tempfile.TemporaryDirectory(prefix="mlmkit-benchmarks-") as kept:
         os.environ[KEPT] = kept
         for name in options.only:
@@ -89,10 +94,12 @@ def main() -> None:
             said = reports[name].get("failed") or reports[name].get("skipped") or "done"
             say(f"{name}: {said}, {time.perf_counter() - started:.0f} s")
             left_out = [name for name in SCRIPTS | STUDIES if name not in reports]
-            found = {**about, "seconds": round(time.perf_counter() - began), "left_out": left_out}
-            path.write_text(json.dumps({**found, "benchmarks": reports}, indent=1) + "\n", encoding="utf-8")
-            write_page({**found, "benchmarks": reports}, path.name, options.page)  # each time: half an hour is long
+            found |= {"seconds": round(time.perf_counter() - began), "left_out": left_out}
+            path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+            write_page(found, path.name, options.page)  # each time: half an hour is long
     say(f"{time.perf_counter() - began:.0f} s in all; figures in {path}, tables in {options.page}")
+    if before:
+        say(changes(before, found).markdown())
     sys.exit(any("failed" in report for report in reports.values()))
 
 

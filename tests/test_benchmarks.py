@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.harness import Bars, Contestant, ContestantError, Report, Table, alternate, isolated, ratios
-from benchmarks.page import HEADLINES, figure, render, write_page
+from benchmarks.page import HEADLINES, changes, figure, headlines_of, render, write_page
 from benchmarks.suite import SCRIPTS, STUDIES
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -95,11 +95,21 @@ def test_the_suite_runs_every_script():
     assert scripts == SCRIPTS.keys() | STUDIES.keys()
 
 
-def test_the_suite_keeps_figures_and_writes_the_page(tmp_path):
-    done = run(
-        "benchmarks/suite.py", "--quick", "--only", "masking", "--results", tmp_path, "--page", tmp_path / "p.md"
-    )
+def test_the_suite_keeps_figures_writes_the_page_and_ends_with_what_has_changed(tmp_path):
+    command = [
+        "benchmarks/suite.py",
+        "--quick",
+        "--only",
+        "masking",
+        "--results",
+        tmp_path,
+        "--page",
+        tmp_path / "p.md",
+    ]
+    done = run(*command)
     assert done.returncode == 0, done.stderr
+    assert "change for the better" not in done.stderr  # there is no run before
+    assert re.search(r"^\| masks and digest of .* s \| .* s \| [+-]", run(*command).stderr, re.MULTILINE)
     (path,) = tmp_path.glob("*.json")
     assert json.loads(path.read_text())["benchmarks"]["masking"]["headlines"]["mask_seconds_a_million_tokens"] > 0
     page = (tmp_path / "p.md").read_text()
@@ -137,6 +147,24 @@ def test_the_page_has_tables_plots_and_what_did_not_run(tmp_path):
     assert "<svg" in (tmp_path / "images" / "results-pll_vs_peers.svg").read_text()
 
 
+def test_what_a_change_cost_is_seen_beside_the_run_before():
+    def ran(**headlines: float) -> dict[str, object]:
+        return {
+            "date": "2026-11-25T00:00:00",
+            "benchmarks": {"a": {"headlines": headlines}, "b": {"skipped": "no GPU"}},
+        }
+
+    before = ran(pll_times_as_fast=2.0, pll_share_of_floor=0.8, fill_seconds=1.0, help_seconds=1.0, import_seconds=1.0)
+    after = ran(pll_times_as_fast=1.5, pll_share_of_floor=0.79, fill_seconds=2.0, help_seconds=0.5, serve_overhead_ms=1)
+    shown = {row[0]: row[1:] for row in changes(before, after).rows}
+    assert list(shown.values()) == [
+        ["2.00 x the plain loop", "1.50 x the plain loop", "-25%", "worse"],
+        ["80%", "79%", "-1%", ""],
+        ["1.00 s", "2.00 s", "-50%", "worse"],
+        ["1.00 s", "0.50 s", "+100%", "better"],
+    ]
+
+
 def test_the_committed_page_is_that_of_the_committed_figures():
     page = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
     (name,) = set(re.findall(r"benchmarks/results/([\w.-]+\.json)", page))
@@ -150,9 +178,7 @@ def test_the_committed_page_is_that_of_the_committed_figures():
 def test_every_figure_of_the_readme_is_in_the_committed_figures():
     page = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
     found = json.loads((ROOT / "benchmarks/results" / re.findall(r"results/([\w.-]+\.json)", page)[0]).read_text())
-    headlines = {
-        key: value for report in found["benchmarks"].values() for key, value in report.get("headlines", {}).items()
-    }
+    headlines = headlines_of(found)
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\|.*\| \**([^|*]+?)\** \| `(\w+)` \|$", readme, re.MULTILINE)
     assert len(rows) >= 5
