@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -184,3 +185,26 @@ def test_every_figure_of_the_readme_is_in_the_committed_figures():
     assert len(rows) >= 5
     for shown, key in rows:
         assert shown == figure(headlines[key], HEADLINES[key][1]), key
+
+
+def test_the_demo_shown_in_the_readme_is_in_the_committed_figures():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    (name,) = set(re.findall(r"benchmarks/results/(demo-[\w-]+\.json)", readme))
+    kept = json.loads((ROOT / "benchmarks" / "results" / name).read_text(encoding="utf-8"))
+    numbers = [abs(value) for value in leaves(kept) if isinstance(value, int | float)]
+    known = {form.format(number) for number in numbers for form in ("{:.4f}", "{:,.0f}", "{:.1e}")}
+    blocks = re.findall(r"```text\n(.*?)```", readme, re.DOTALL)
+    shown = re.findall(r"(?<![\w.,])(\d+\.\d{4}|\d+,\d{3}|\d\.\de-\d+)(?!\d)", "".join(blocks))
+    assert len(blocks) == 2 and len(shown) > 30
+    assert not set(shown) - known
+    gained = kept["unigram_entropy"] - kept["demo"]["torch"]["metrics"]["masked_cross_entropy"]["value"]
+    assert f"is {gained:.2f} nats below" in readme
+    assert kept["eval"]["onnx"]["mask_digest"] in readme
+
+
+def leaves(found: object) -> Iterator[object]:
+    if not isinstance(found, dict | list):
+        yield found
+        return
+    for value in found.values() if isinstance(found, dict) else found:
+        yield from leaves(value)
