@@ -2,10 +2,10 @@
 
     python benchmarks/suite.py [--quick] [--only NAME ...] [--results FOLDER] [--page FILE]
 
-Writes <results>/<machine>-<date>.json, with all figures, and the page with the tables and plots (page.py). A benchmark
-that cannot run here is noted with the reason; one that fails too, and then the exit code is 1. In the end the headlines
-are shown beside those of the last run that is kept of this machine: so one sees at once what a change costs. Nothing
-else should run on the machine meanwhile. Text: see inputs.py.
+Writes <results>/<machine>-<date>.json (with `--only`, <date>-part.json), with all figures, and the page with the tables
+and plots (page.py). A benchmark that cannot run here is noted with the reason; one that fails too, and then the exit
+code is 1. In the end the headlines are shown beside those of the last run that is kept of this machine: so one sees at
+once what a change costs. Nothing else should run on the machine meanwhile. Text: see inputs.py.
 """
 
 import argparse
@@ -78,7 +78,8 @@ def main() -> None:
     use_cores(2)
     about, began = machine(), time.perf_counter()
     slug = re.sub(r"[^a-z0-9]+", "-", f"{about['processor']} {about['cores']} cores".lower()).strip("-")
-    ending = f"{'-quick' * options.quick}.json"
+    is_whole = {*options.only} == SCRIPTS.keys() | STUDIES.keys()
+    ending = f"{'' if is_whole else '-part'}{'-quick' * options.quick}.json"  # a part does not replace the whole
     path = options.results / f"{slug}-{about['date'][:10]}{ending}"
     options.results.mkdir(parents=True, exist_ok=True)
     earlier = sorted(options.results.glob(f"{slug}-????-??-??{ending}"))
