@@ -17,7 +17,7 @@ from typing import Any
 
 from harness import ContestantError, Report, SkippedError, Table, last_line, main
 from inputs import TINY, artifact, checkpoint, documents, held_out, write_lines
-from serve_load import load, mlmkit_command, running, short_requests
+from serve_load import clients, load, mlmkit_command, running, short_requests
 
 LOOKS = 200  # a second
 STAGES = {
@@ -109,9 +109,8 @@ def serving(folder: Path, model: Path, connections: int, seconds: int) -> Counte
     requests = folder / "requests.json"
     with running(mlmkit_command(model)) as (port, process):
         load(port, requests, connections, 1.0)
-        clients = [sys.executable, str(Path(__file__).with_name("load.py")), str(port), str(requests)]
-        clients += ["--connections", str(connections), "--seconds", str(seconds + 2)]  # py-spy takes a while to attach
-        with subprocess.Popen(clients, stdout=subprocess.DEVNULL):
+        under_load = clients(port, requests, connections, seconds + 2)  # py-spy takes a while to attach
+        with subprocess.Popen(under_load, stdout=subprocess.DEVNULL):
             return look(folder, "--pid", str(process), "--duration", str(seconds))
 
 

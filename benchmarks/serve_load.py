@@ -124,10 +124,15 @@ def _port(process: subprocess.Popen[bytes], said: Any) -> int:
     raise ContestantError("a server did not start in time")
 
 
+def clients(port: int, requests: Path, connections: int, seconds: float) -> list[str]:
+    """The command that loads a server (load.py)."""
+    command = [sys.executable, str(Path(__file__).with_name("load.py")), str(port), str(requests)]
+    return [*command, "--connections", str(connections), "--seconds", str(seconds)]
+
+
 def load(port: int, requests: Path, connections: int, seconds: float) -> dict[str, Any]:
     """What the clients saw."""
-    command = [sys.executable, str(Path(__file__).with_name("load.py")), str(port), str(requests)]
-    command += ["--connections", str(connections), "--seconds", str(seconds)]
+    command = clients(port, requests, connections, seconds)
     return json.loads(subprocess.run(command, capture_output=True, check=True, text=True).stdout)
 
 
