@@ -38,7 +38,7 @@ types: $(INSTALLED)
 pytest: $(INSTALLED)
 	$(VENV_PYTHON) -m pytest
 
-# Half an hour on two cores with nothing else running: writes benchmarks/results/<machine>-<date>.json, docs/results.md
+# Half an hour on two cores with nothing else running (the first also installs optimum-onnx, into build/): writes benchmarks/results/<machine>-<date>.json, docs/results.md
 bench: $(INSTALLED)
 	$(VENV_PYTHON) benchmarks/suite.py $(BENCH)
 

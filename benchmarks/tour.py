@@ -1,0 +1,69 @@
+"""What README shows of `mlmkit demo` and of the commands after it, into benchmarks/results/demo-<date>.json.
+
+    python benchmarks/tour.py
+
+Takes two minutes. On one machine they come out the same each time, to the last digit that README shows, but for the
+speeds, so this is no part of `make bench`. A test holds README to the file that it names.
+"""
+
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from harness import ROOT, machine
+
+from mlmkit.backends import load
+from mlmkit.demo import unigram_entropy
+
+KEPT = ("metrics", "mask_digest", "corpus", "masking", "scored", "backend", "timing")  # of a result
+SENTENCES = "Return the name of the file.\nReturn the file of name the.\n"
+
+
+def mlmkit(folder: Path, *words: object, text: str = "") -> str:
+    """What the command prints, run in `folder`."""
+    command = [sys.executable, "-m", "mlmkit", *map(str, words)]
+    return subprocess.run(command, cwd=folder, input=text, stdout=subprocess.PIPE, text=True, check=True).stdout
+
+
+def kept(result: dict[str, Any]) -> dict[str, Any]:
+    """The parts that README shows, without tokens, slices and paths."""
+    return {key: result[key] for key in KEPT}
+
+
+def main() -> None:
+    """All of them."""
+    found: dict[str, Any] = {"command": "python benchmarks/tour.py", **machine(), "text": "Python's documentation"}
+    demo = Path("mlmkit-demo")
+    models = {"onnx": demo / "artifact", "torch": demo / "run" / "model"}
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+
+        def read(file: Path) -> Any:
+            return json.loads((folder / demo / file).read_text(encoding="utf-8"))
+
+        def answer(*words: object, text: str = "") -> Any:
+            return json.loads(mlmkit(folder, *words, "--json", text=text))
+
+        mlmkit(folder, "demo")
+        tokenizer = load(str(folder / models["onnx"])).tokenizer
+        texts = folder / demo / "train.txt", folder / demo / "heldout.txt"
+        found["unigram_entropy"] = unigram_entropy(*texts, tokenizer)
+        results = {"torch": "eval-checkpoint", "onnx": "eval-artifact"}
+        found["demo"] = {name: kept(read(Path(result, "result.json"))) for name, result in results.items()}
+        found["parity"] = read(Path("artifact", "mlmkit.json"))["parity"]
+        found["fill"] = answer("fill", models["onnx"], "Return the [MASK] of the file.", "--top-k", 3)
+        found["score"] = answer("score", models["onnx"], text=SENTENCES)
+        found["eval"] = {
+            name: kept(answer("eval", model, "--set", demo / "heldout.txt", "--output", name))
+            for name, model in models.items()
+        }
+        found["compare"] = answer("compare", *models)["comparisons"][0]["metrics"]
+    path = ROOT / "benchmarks" / "results" / f"demo-{found['date'][:10]}.json"
+    path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
