@@ -57,10 +57,10 @@ def main() -> None:
         found["fill"] = answer("fill", models["onnx"], "Return the [MASK] of the file.", "--top-k", 3)
         found["score"] = answer("score", models["onnx"], text=SENTENCES)
         found["eval"] = {
-            name: kept(answer("eval", model, "--set", demo / "heldout.txt", "--output", name))
+            name: kept(answer("eval", model, "--set", demo / "heldout.txt", "--output", demo / name))
             for name, model in models.items()
         }
-        found["compare"] = answer("compare", *models)["comparisons"][0]["metrics"]
+        found["compare"] = answer("compare", *(demo / name for name in models))["comparisons"][0]["metrics"]
     path = ROOT / "benchmarks" / "results" / f"demo-{found['date'][:10]}.json"
     path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
