@@ -199,7 +199,7 @@ def _timing(facts: Sequence[PartFacts]) -> dict[str, float]:
 def _describe_corpus(material: Material, room: int) -> dict[str, Any]:
     corpus = material.corpus()
     lengths = corpus.lengths
-    words, characters, size = (int(total) for total in corpus.text_sizes.sum(axis=0))
+    words, characters, size, _ = (int(total) for total in corpus.text_sizes.sum(axis=0))
     return {
         "source": material.describe(),
         "fingerprint": corpus.fingerprint,

@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from mlmkit.corpus import TEXT_SIZES
 from mlmkit.errors import CheckError, UserError
 from mlmkit.eval.material import Material
 from mlmkit.eval.parts import Part
@@ -160,7 +161,7 @@ class Store:
                 frequency += np.bincount(block.ids, minlength=len(frequency))
                 end, owner = document + len(block), np.repeat(np.arange(len(block)), block.lengths)
                 ordinary = np.bincount(owner[~is_special[block.ids]], minlength=len(block))
-                sizes = dict(zip(("words", "characters", "bytes"), block.text_sizes.T, strict=True))
+                sizes = dict(zip(TEXT_SIZES, block.text_sizes.T, strict=True))
                 index = np.arange(document, end)
                 counts = {"document": index, "tokens": block.lengths, "ordinary": ordinary, **sizes}
                 documents.write(pa.table({**counts, **material.columns(document, end)}))

@@ -25,9 +25,10 @@ from mlmkit.files import cache_root, file_sha256, sync
 from mlmkit.masking import document_key, first_token_of_word
 from mlmkit.tokenizer import Tokenizer
 
-CACHE_FORMAT = 3
+CACHE_FORMAT = 4
 DOCUMENTS_PER_BLOCK = 1024
 GATHERED_AT_ONCE = 512  # entries; the kernel maps up to 64 KiB around each
+TEXT_SIZES = ("words", "characters", "bytes", "unknown_characters")
 _ARRAYS = ("ids", "words", "keys", "text_sizes")
 
 
@@ -39,9 +40,10 @@ class Corpus:
     """A tokenised corpus, or a stretch of one. The arrays may be memory maps.
 
     `ids` and `words` `[tokens]` are flat; document d owns `ids[starts[d] : starts[d + 1]]`. Per document: `keys`
-    uint64 and `text_sizes` int64 `[documents, 3]`: white-space words, characters, UTF-8 bytes. `fingerprint`
-    identifies the texts and their order, whatever the tokenizer; a stretch has none. `empty_texts` counts the texts of
-    white space that were left out. `name` is where it comes from, for messages; `folder` is its place in the cache.
+    uint64 and `text_sizes` int64 `[documents, 4]`: white-space words, characters, UTF-8 bytes, and the characters that
+    the tokenizer lost to its unknown token. `fingerprint` identifies the texts and their order, whatever the tokenizer;
+    a stretch has none. `empty_texts` counts the texts of white space that were left out. `name` is where it comes from,
+    for messages; `folder` is its place in the cache.
     """
 
     ids: NDArray[np.integer]
@@ -135,7 +137,13 @@ def _encode(texts: Iterable[str], tokenizer: Tokenizer) -> Iterator[Corpus]:
             tokens.words.astype("<i4"),
             np.concatenate([[0], np.cumsum(tokens.lengths)]),
             np.array([document_key(text) for text in batch], dtype="<u8"),
-            np.array([[len(text.split()), len(text), len(text.encode())] for text in batch], dtype="<i8"),
+            np.array(
+                [
+                    [len(text.split()), len(text), len(text.encode()), unknown]
+                    for text, unknown in zip(batch, tokens.unknown.tolist(), strict=True)
+                ],
+                dtype="<i8",
+            ),
         )
 
 
@@ -263,7 +271,7 @@ def _map_corpus(folder: Path, location: str) -> Corpus:
     meta = json.loads((folder / "meta.json").read_text())
     starts = np.memmap(folder / "starts", "<i8", "r")
     documents, tokens = len(starts) - 1, int(starts[-1])
-    shapes = {"ids": (tokens,), "words": (tokens,), "keys": (documents,), "text_sizes": (documents, 3)}
+    shapes = {"ids": (tokens,), "words": (tokens,), "keys": (documents,), "text_sizes": (documents, len(TEXT_SIZES))}
     arrays = {}
     for name, shape in shapes.items():
         dtype = np.dtype(meta["dtypes"][name])
@@ -273,7 +281,7 @@ def _map_corpus(folder: Path, location: str) -> Corpus:
         arrays[name] = (
             np.memmap(folder / name, dtype, "r", shape=shape) if tokens else np.fromfile(folder / name, dtype)
         )
-    arrays["text_sizes"] = arrays["text_sizes"].reshape(documents, 3)
+    arrays["text_sizes"] = arrays["text_sizes"].reshape(documents, len(TEXT_SIZES))
     described = {name: meta[name] for name in ("fingerprint", "empty_texts")}
     return Corpus(**arrays, starts=starts, **described, name=location, folder=folder)
 

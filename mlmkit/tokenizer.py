@@ -27,14 +27,16 @@ NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token",
 
 @dataclass(frozen=True)
 class Tokens:
-    """A batch of tokenised documents, flat: `ids` and `words` `[tokens]`, `lengths` `[documents]`.
+    """A batch of tokenised documents, flat: `ids` and `words` `[tokens]`; `lengths` and `unknown` `[documents]`.
 
-    `words` is the index of the token's word in its document, -1 where the tokenizer names none.
+    `words` is the index of the token's word in its document, -1 where the tokenizer names none. `unknown` counts the
+    characters (code points) that the tokenizer lost to the unknown token.
     """
 
     ids: NDArray[np.int64]
     words: NDArray[np.int32]
     lengths: NDArray[np.int64]
+    unknown: NDArray[np.int64]
 
 
 class Tokenizer:
@@ -150,6 +152,7 @@ class Tokenizer:
             np.array(ids, dtype=np.int64),
             np.array(words, dtype=np.int32),
             np.array([len(encoding) for encoding in encodings], dtype=np.int64),
+            np.array([self._unknown_characters(*pair) for pair in zip(texts, encodings, strict=True)], dtype=np.int64),
         )
         control = np.array(sorted(self.special_ids - {self.unk_id}), dtype=np.int64)
         return self._spell_out(tokens, control) if np.isin(tokens.ids, control).any() else tokens
@@ -167,7 +170,19 @@ class Tokenizer:
             np.array([id for ids in replaced for id in ids], dtype=np.int64),
             np.repeat(tokens.words, counts),
             np.bincount(document, weights=counts, minlength=len(tokens.lengths)).astype(np.int64),
+            tokens.unknown,
         )
+
+    def _unknown_characters(self, text: str, encoding: Encoding) -> int:
+        """Characters under unknown tokens, each once; white space at the edges of a token's span does not count."""
+        if self.unk_id not in encoding.ids:
+            return 0
+        count = reached = 0
+        for id, (begin, end) in zip(encoding.ids, encoding.offsets, strict=True):
+            if id == self.unk_id:
+                count += len(text[max(begin, reached) : end].strip())
+                reached = max(reached, end)
+        return count
 
     def spans(self, text: str) -> list[tuple[int, int]]:
         """Where each token of `encode([text])` begins and ends in the text, in code points.

@@ -130,7 +130,7 @@ def test_corpus_is_what_transformers_says(wordpiece, tokenizer_folder, text_file
         assert corpus.ids[here].tolist() == expected["input_ids"]
         assert corpus.words[here].tolist() == expected.word_ids()
         assert int(corpus.keys[index]) == document_key(text)
-        assert corpus.text_sizes[index].tolist() == [len(text.split()), len(text), len(text.encode())]
+        assert corpus.text_sizes[index].tolist() == [len(text.split()), len(text), len(text.encode()), 0]
 
 
 def test_cache_is_used_and_follows_content_tokenizer_and_options(wordpiece, tokenizer_folder, tmp_path, monkeypatch):

@@ -36,6 +36,14 @@ def test_corpus_text_yields_no_control_token(kind, tokenizer_folder):
     assert tokens.ids[begin : begin + len(alone)].tolist() == alone
 
 
+@pytest.mark.parametrize("kind", ["wordpiece", "bpe", "unigram"])
+def test_characters_that_are_lost_to_the_unknown_token_are_counted(kind, tokenizer_folder):
+    tokenizer = unigram() if kind == "unigram" else Tokenizer.from_folder(tokenizer_folder(kind))
+    texts = ["the name of the 日本語 object", "日本語  日本語", "the object", "日本 e 語", ""]
+    expected = [0] * 5 if kind == "bpe" else [3, 6, 0, 3, 0]  # byte-level BPE spells everything
+    assert tokenizer.encode(texts).unknown.tolist() == expected
+
+
 @pytest.mark.parametrize("kind", ["wordpiece", "bpe"])
 def test_loading_with_and_without_transformers_agrees(kind, tokenizer_folder):
     light, full = Tokenizer.from_folder(tokenizer_folder(kind)), load_tokenizer(str(tokenizer_folder(kind)))
