@@ -10,7 +10,7 @@ COPY eval eval
 RUN pip wheel --no-cache-dir --no-deps --wheel-dir /wheels .
 
 FROM python:3.11-slim AS base
-ENV PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
+ENV PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 ORT_DISABLE_TELEMETRY=1
 WORKDIR /build
 COPY pyproject.toml constraints.txt ./
 # The dependencies have a layer of their own, which changes with them alone and not with every line of code.
