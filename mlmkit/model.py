@@ -214,15 +214,15 @@ def load_pretrained(path: str, *, dtype: torch.dtype = torch.float32) -> tuple[M
     Weights are read from safetensors only. Raises `UserError` for what is not a complete masked LM with its tokenizer.
     """
     config = load_config(path)
-    with as_user_error(path):
-        network, info = AutoModelForMaskedLM.from_pretrained(
-            path,
-            config=config,
-            dtype=dtype,
-            use_safetensors=True,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # reported below, in one line
-        )
+    network, info = from_pretrained(
+        AutoModelForMaskedLM,
+        path,
+        config=config,
+        dtype=dtype,
+        use_safetensors=True,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,  # reported below, in one line
+    )
     if missing := sorted(info["missing_keys"]):
         raise UserError(f"{path} is no masked LM checkpoint: it lacks weights for {', '.join(missing[:3])}")
     if mismatched := sorted(str(key) for key in info["mismatched_keys"]):
@@ -251,8 +251,7 @@ def load_config(path: str) -> PreTrainedConfig:
         raise UserError(f"{path} is an artifact: name the checkpoint that it came from")
     if Path(path).is_dir() and not (Path(path) / "config.json").exists():
         raise UserError(f"{path} holds no config.json: it is neither a checkpoint nor an artifact")
-    with as_user_error(path):
-        config = AutoConfig.from_pretrained(path)
+    config = from_pretrained(AutoConfig, path)
     refuse_other_models(config, path)
     return config
 
@@ -269,11 +268,28 @@ def load_tokenizer(path: str) -> Tokenizer:
     """The checkpoint's tokenizer. Raises `UserError` when there is none that mlmkit can use."""
     refuse_missing(path)
     with as_user_error(path):
-        tokenizer = Tokenizer.from_transformers(AutoTokenizer.from_pretrained(path))
+        tokenizer = Tokenizer.from_transformers(from_pretrained(AutoTokenizer, path))
     if not len(tokenizer.masking.ordinary):
         # transformers makes one up, of special tokens alone, where the files are missing.
         raise UserError(f"{path}: the tokenizer has no ordinary token: are its files (tokenizer.json) there?")
     return tokenizer
+
+
+def from_pretrained(kind: Any, path: str, **options: Any) -> Any:
+    """`kind.from_pretrained(path)`, which never runs code of the folder's own and never asks whether it may.
+
+    Raises `UserError` for what cannot be loaded so.
+    """
+    with as_user_error(path):
+        try:
+            return kind.from_pretrained(path, trust_remote_code=False, **options)
+        except ValueError as error:
+            if "trust_remote_code" not in str(error):
+                raise
+            raise UserError(
+                f"{path} wants to run Python code of its own (auto_map), and mlmkit never runs a model's code: "
+                "use a model whose architecture and tokenizer are part of transformers"
+            ) from error
 
 
 class as_user_error:  # noqa: N801  (a context manager)

@@ -100,7 +100,7 @@ def _prepare_tokenizer(config: Config, folder: Path) -> Tokenizer:
     """The run's own copy: trained on the text, given by `tokenizer.path`, or that of `model.init_from`."""
     if given := config.model.init_from or config.tokenizer.path:
         masked_lm.load_tokenizer(given)  # refuses what mlmkit cannot use
-        tokenizer = AutoTokenizer.from_pretrained(given)
+        tokenizer = masked_lm.from_pretrained(AutoTokenizer, given)
     else:
         log.info("training a %s tokenizer of %d entries", config.tokenizer.kind, config.tokenizer.vocab_size)
         sources = config.data.sources
