@@ -24,7 +24,10 @@ from mlmkit.backends import Batch
 from mlmkit.export.onnx import quiet
 
 CALIBRATIONS = {"percentile": CalibrationMethod.Percentile, "entropy": CalibrationMethod.Entropy}
-LARGEST = 127
+LARGEST_ACTIVATION = 127
+# Seven bits. On x86 without VNNI, ONNX Runtime adds two products of a weight with an activation from 0 to 255 in 16
+# bits: 2 * 255 * 64 fits there, 2 * 255 * 127 saturates, and scores would depend on the processor (docs/decisions.md).
+LARGEST_WEIGHT = 64
 
 
 def static_int8(model: ir.Model, thresholds: dict[str, float]) -> int:
@@ -37,7 +40,8 @@ def static_int8(model: ir.Model, thresholds: dict[str, float]) -> int:
         activation, weight = node.inputs
         assert activation is not None and weight is not None
         numbers, scales = quantize_weight(_numbers(weight))
-        scale = _constant(graph, f"{activation.name}_scale", np.float32(thresholds[str(activation.name)] / LARGEST))
+        step = np.float32(thresholds[str(activation.name)] / LARGEST_ACTIVATION)
+        scale = _constant(graph, f"{activation.name}_scale", step)
         # Query, key and value read the same activation, and each quantizes it: ONNX Runtime fuses a product into one
         # kernel only if no other reads its int8 input.
         values = _insert(node, "QuantizeLinear", activation, scale, ir.DataType.INT8)
@@ -49,8 +53,8 @@ def static_int8(model: ir.Model, thresholds: dict[str, float]) -> int:
 
 
 def quantize_weight(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """A weight `[in, out]` in int8 and its scales `[out]` float32: the largest magnitude of a column becomes 127."""
-    scales = np.maximum(np.abs(weight).max(axis=0), np.finfo(np.float32).tiny) / LARGEST
+    """A weight `[in, out]` in int8 and its scales `[out]` float32: a column's largest becomes `LARGEST_WEIGHT`."""
+    scales = np.maximum(np.abs(weight).max(axis=0), np.finfo(np.float32).tiny) / LARGEST_WEIGHT
     return np.rint(weight / scales).astype(np.int8), scales.astype(np.float32)
 
 
@@ -139,6 +143,7 @@ def dynamic_int8(graph: Path) -> ir.Model:
             target,
             ["MatMul"],
             per_channel=True,
+            reduce_range=True,  # see `LARGEST_WEIGHT`
             weight_type=QuantType.QInt8,
             nodes_to_quantize=products,
             use_external_data_format=_has_external_data(graph),
