@@ -185,7 +185,7 @@ def compare(model: Any, path: Path, longest: int, row: Row) -> None:
     import onnxruntime as ort
     import torch
 
-    from mlmkit.backends import Predicted
+    from mlmkit.backends import Scored
 
     row.operators = sorted(operators(onnx.load(path).graph))
     options = ort.SessionOptions()
@@ -201,7 +201,7 @@ def compare(model: Any, path: Path, longest: int, row: Row) -> None:
         except (RuntimeError, IndexError):
             row.torch_fails_at.append(f"{batch} x {seq or longest}")
             continue
-        found = [np.asarray(output) for output in session.run(Predicted._fields, inputs)]
+        found = [np.asarray(output) for output in session.run(Scored._fields, inputs)]
         if (shapes := [output.shape for output in found]) != [output.shape for output in expected]:
             raise ValueError(f"outputs of shapes {shapes} at {batch} x {seq or longest} with {masked} masked")
         differences += [float(np.abs(found[i] - expected[i]).max(initial=0)) for i in (0, 2)]

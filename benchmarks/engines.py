@@ -1,7 +1,7 @@
 """Engines that take turns at batches: what the export benchmarks share."""
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -53,19 +53,16 @@ def run_backend(path: str, name: str, device: str) -> Engine:
     return Engine(backend.score, lambda scored, _: scored.log_prob, backend)
 
 
-def cpu_session(graph: Path, threads: int, drop: Sequence[str] = (), save: str = "") -> Any:
-    """On ONNX Runtime, without the outputs in `drop`; the graph as ONNX Runtime optimises it is left at `save`."""
+def cpu_session(graph: Path, threads: int, save: str = "") -> Any:
+    """On ONNX Runtime; the graph as ONNX Runtime optimises it is left at `save`."""
     import onnxruntime
-
-    from mlmkit.backends.graph import drop_outputs
 
     settings = onnxruntime.SessionOptions()
     settings.log_severity_level = 3
     settings.intra_op_num_threads = threads
     settings.optimized_model_filepath = save
     settings.add_session_config_entry("session.model_external_initializers_file_folder_path", str(graph.parent))
-    source = drop_outputs(graph.read_bytes(), set(drop)) if drop else str(graph)
-    return onnxruntime.InferenceSession(source, settings, providers=["CPUExecutionProvider"])
+    return onnxruntime.InferenceSession(str(graph), settings, providers=["CPUExecutionProvider"])
 
 
 def rounds_of(

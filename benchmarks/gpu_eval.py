@@ -140,13 +140,12 @@ def _counted(path: Path, batch: Batch) -> Figures:
 
 
 def load_model(path: Path, device: str, dtype: str) -> Any:
-    """`MaskedLM`, without candidates."""
+    """`MaskedLM`, in evaluation mode."""
     import torch
 
     from mlmkit.model import load_pretrained
 
     model, _ = load_pretrained(str(path))
-    model.top_k = 0
     torch.set_float32_matmul_precision("highest")
     return model.to(device, getattr(torch, dtype))
 

@@ -40,7 +40,7 @@ from gpu_shared import FAILED, Figures, Row, Setting, attempt, compiled, find_de
 from harness import Contestant, ContestantError, Report, SkippedError, isolated, main, ratios, say
 from inputs import TINY, artifact, held_out, real_batch
 
-from mlmkit.backends import Batch
+from mlmkit.backends import Batch, Scored
 
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 REFERENCE, PEER = "torch, fp32", "torch, bf16, compiled, CUDA graphs"
@@ -60,7 +60,6 @@ def run_checkpoint(path: Path, device: str, dtype: str, mode: str | None = None)
 
     backend = TorchBackend(str(path), device)
     backend.model.to(getattr(torch, dtype))
-    backend.model.top_k = 0
     model = compiled(backend.model, device, mode) if mode else backend.model
 
     def forward(batch: Batch) -> Any:
@@ -79,7 +78,6 @@ def run_recorded(folder: Path, device: str) -> Engine:
     import onnxruntime
 
     from mlmkit.artifact import read_manifest
-    from mlmkit.backends.graph import drop_outputs
 
     read_manifest(folder)
     settings = onnxruntime.SessionOptions()
@@ -89,8 +87,8 @@ def run_recorded(folder: Path, device: str) -> Engine:
     if device == "cuda":
         onnxruntime.preload_dlls()
         providers.insert(0, ("CUDAExecutionProvider", {"use_tf32": "0", "enable_cuda_graph": "1"}))
-    graph = drop_outputs((folder / "model.onnx").read_bytes(), {"top_log_prob", "top_id"})
-    session = onnxruntime.InferenceSession(graph, settings, providers=providers)
+    session = onnxruntime.InferenceSession(folder / "model.onnx", settings, providers=providers)
+    candidates = next(output.shape[1] for output in session.get_outputs() if output.name == "top_id")
     kept: dict[tuple[int, ...], tuple[Any, dict[str, Any], Any, Any]] = {}
 
     def forward(batch: Batch) -> Any:
@@ -100,17 +98,20 @@ def run_recorded(folder: Path, device: str) -> Engine:
                 name: onnxruntime.OrtValue.ortvalue_from_numpy(values, device, 0)
                 for name, values in batch._asdict().items()
             }
-            log_prob, rank = (
-                onnxruntime.OrtValue.ortvalue_from_shape_and_type(batch.positions.shape, kind, device, 0)
-                for kind in (np.float32, np.int64)
-            )
+            masked = len(batch.positions)
+            outputs = {
+                name: onnxruntime.OrtValue.ortvalue_from_shape_and_type(
+                    [masked, candidates] if name.startswith("top_") else [masked], kind, device, 0
+                )
+                for name, kind in zip(Scored._fields, (np.float32, np.int64) * 2, strict=True)
+            }
             binding, run_options = session.io_binding(), onnxruntime.RunOptions()
             for name, value in inputs.items():
                 binding.bind_ortvalue_input(name, value)
-            for name, value in {"log_prob": log_prob, "rank": rank}.items():
+            for name, value in outputs.items():
                 binding.bind_ortvalue_output(name, value)
             run_options.add_run_config_entry("gpu_graph_id", str(len(kept) + 1))
-            kept[key] = (binding, inputs, log_prob, run_options)
+            kept[key] = (binding, inputs, outputs["log_prob"], run_options)
         binding, inputs, log_prob, run_options = kept[key]
         for name, values in batch._asdict().items():
             inputs[name].update_inplace(values)
@@ -124,10 +125,12 @@ def parity_of(engine: Engine, path: Path, texts: list[str], precision: str) -> F
     """The export's report, made here against torch in float32 on the CPU; nothing where there is no backend."""
     from mlmkit.backends.torch import TorchBackend
     from mlmkit.export.parity import BOUNDS, check_parity
+    from mlmkit.export.proof_text import ProofText
 
     if engine.backend is None:
         return {}
-    found = check_parity(TorchBackend(str(path), "cpu"), engine.backend, texts, BOUNDS[precision])
+    text = ProofText("the text", texts)
+    found = check_parity(TorchBackend(str(path), "cpu"), engine.backend, text, BOUNDS[precision], 1)
     return {
         "max Δ log P": found.max_log_prob_difference,
         "mean": found.mean_log_prob_difference,

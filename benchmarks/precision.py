@@ -32,11 +32,14 @@ def compare(source: str, texts: list[str], options: argparse.Namespace, folder: 
     """The rows of one checkpoint, and all figures."""
     from mlmkit.backends import load
     from mlmkit.export.export import export
+    from mlmkit.export.proof_text import ProofText
 
     reports, sizes = {}, {}
     for name, settings in PRECISIONS.items():
         settings = {"precision": name, **settings}
-        reports[name] = export(source, folder / name, texts=texts, allow_drift=True, **settings).parity
+        reports[name] = export(
+            source, folder / name, text=ProofText("the text", texts), allow_drift=True, **settings
+        ).parity
         sizes[name] = sum(path.stat().st_size for path in (folder / name).glob("model.onnx*")) / 1e6
     engines = {name: load(str(folder / name), device="cpu") for name in TIMED}
     batch = real_batch(8, min(engines["fp32"].info.max_length, 128))

@@ -150,7 +150,7 @@ def bare_calls(made: tuple[Any, list[Any]], seconds: float) -> float:
     backend, batches = made
     taken, until = [], time.perf_counter() + seconds
     while (begun := time.perf_counter()) < until:
-        backend.predict(batches[len(taken) % len(batches)])
+        backend.score(batches[len(taken) % len(batches)])
         taken.append(time.perf_counter() - begun)
     return median(taken)
 
@@ -174,7 +174,7 @@ def bare_rate(made: tuple[Any, list[Any]]) -> float:
     taken = []
     for _ in range(4):
         began = time.perf_counter()
-        backend.predict(batch)
+        backend.score(batch)
         taken.append(time.perf_counter() - began)
     return len(rows) / median(taken[1:])
 

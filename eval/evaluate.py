@@ -100,7 +100,6 @@ def _score(backend: Backend, material: Material, item: Pass, store: Store, batch
         for part, plan, scores in score_parts(
             backend,
             planned,
-            top=item.metric == "masked",
             batch_tokens=batch_tokens,
             advance=lambda documents: bar.advance(task, documents),
         ):

@@ -10,7 +10,7 @@ from typing import Generic, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from mlmkit.backends import Backend, Batch, Scored
+from mlmkit.backends import Backend, Batch
 from mlmkit.batching import length_batches
 from mlmkit.corpus import Corpus, ranges
 from mlmkit.errors import CheckError, UserError
@@ -28,13 +28,18 @@ Item = TypeVar("Item")
 class TokenScores:
     """A plan's scores, each `[scored]`: `log_prob` and `top_log_prob` float32, `rank` and `top_id` int64.
 
-    `top_id` is the likeliest token and `top_log_prob` its log-probability, where they were asked for.
+    `top_id` is the likeliest token and `top_log_prob` its log-probability.
     """
 
     log_prob: NDArray[np.float32]
     rank: NDArray[np.int64]
-    top_log_prob: NDArray[np.float32] | None = None
-    top_id: NDArray[np.int64] | None = None
+    top_log_prob: NDArray[np.float32]
+    top_id: NDArray[np.int64]
+
+    @classmethod
+    def empty(cls, size: int) -> "TokenScores":
+        """Room for the scores of `size` tokens."""
+        return cls(*(np.empty(size, kind) for kind in (np.float32, np.int64, np.float32, np.int64)))
 
 
 @dataclass(frozen=True)
@@ -52,22 +57,20 @@ def score_parts(
     backend: Backend,
     work: Iterable[tuple[Part, Plan]],
     *,
-    top: bool = False,
     batch_tokens: int = 0,
     advance: Callable[[float], object] = lambda _: None,
 ) -> Iterator[tuple[Part, Plan, TokenScores]]:
     """Score each part's plan. Reading, planning and padding run ahead in a thread while the model computes.
 
-    `batch_tokens` bounds rows x longest of a batch (0: by device). With `top` the likeliest tokens are kept too.
-    `advance` is called with the documents done, a batch's rows counting as their share of the part's. Raises
-    `CheckError` naming the document and token when a score is not finite.
+    `batch_tokens` bounds rows x longest of a batch (0: by device). `advance` is called with the documents done, a
+    batch's rows counting as their share of the part's. Raises `CheckError` naming the document and token when a score
+    is not finite.
     """
-    scores = TokenScores(np.zeros(0, np.float32), np.zeros(0, np.int64))
-    begun = None
+    scores, begun = TokenScores.empty(0), None
     with _Ahead(_steps(work, backend, batch_tokens), BATCHES_AHEAD) as steps:
         for step in steps:
             if step.part is not begun:
-                scores, begun = _empty(len(step.plan.offset), top), step.part
+                scores, begun = TokenScores.empty(len(step.plan.offset)), step.part
             if step.batch is not None:
                 _score(backend, step, scores)
                 advance(len(step.part.corpus) * len(step.batch.input_ids) / len(step.plan))
@@ -81,12 +84,12 @@ def run_plan(
     plan: Plan,
     batch_tokens: int = 0,
     advance: Callable[[float], object] = lambda _: None,
-) -> Scored:
-    """Score the plan of a corpus in memory: `log_prob` float32 and `rank` int64, `[scored]`, in the plan's order."""
+) -> TokenScores:
+    """Score the plan of a corpus in memory: the scores are in the plan's order."""
     ((_, _, scores),) = score_parts(
         backend, [(Part(0, 0, 0, corpus), plan)], batch_tokens=batch_tokens, advance=advance
     )
-    return Scored(scores.log_prob, scores.rank)
+    return scores
 
 
 def refuse_batch_coupling(backend: Backend, allow: bool) -> None:
@@ -98,23 +101,11 @@ def refuse_batch_coupling(backend: Backend, allow: bool) -> None:
         )
 
 
-def _empty(size: int, top: bool) -> TokenScores:
-    arrays = [np.empty(size, kind) for kind in (np.float32, np.int64) * (2 if top else 1)]
-    return TokenScores(*arrays)
-
-
 def _score(backend: Backend, step: _Step, scores: TokenScores) -> None:
     assert step.batch is not None
-    if scores.top_log_prob is not None and scores.top_id is not None:
-        predicted = backend.predict(step.batch, at_least=1)
-        log_prob, rank = predicted.log_prob, predicted.rank
-        scores.top_log_prob[step.scored], scores.top_id[step.scored] = (
-            predicted.top_log_prob[:, 0],
-            predicted.top_id[:, 0],
-        )
-    else:
-        log_prob, rank = backend.score(step.batch)
+    log_prob, rank, top_log_prob, top_id = backend.score(step.batch)
     scores.log_prob[step.scored], scores.rank[step.scored] = log_prob, rank
+    scores.top_log_prob[step.scored], scores.top_id[step.scored] = top_log_prob[:, 0], top_id[:, 0]
     if not np.isfinite(log_prob).all():
         bad = np.flatnonzero(~np.isfinite(log_prob))[0]
         place = step.scored[bad]

@@ -256,8 +256,8 @@ def token_table(item: Pass, part: Part, plan: Plan, scores: TokenScores, tokeniz
             "rank": scores.rank.astype(np.int32),
             "metric": pa.array([item.metric] * len(flat), pa.string()),
             "mask_seed": pa.array(seed, mask=np.full(len(flat), item.mask_seed is None)),
-            "top_id": _optional(scores.top_id, pa.int32(), len(flat)),
-            "top_log_prob": _optional(scores.top_log_prob, pa.float32(), len(flat)),
+            "top_id": _optional(scores.top_id, pa.int32(), item),
+            "top_log_prob": _optional(scores.top_log_prob, pa.float32(), item),
             "token": pa.DictionaryArray.from_arrays(spelled.astype(np.int32), spellings),
             "piece": pieces(corpus, flat),
             "length": corpus.lengths[plan.document].astype(np.int32),
@@ -273,8 +273,9 @@ def _read_part(path: Path) -> pa.Table:
         raise CheckError(f"{path} is damaged and was removed: run the same command again") from None
 
 
-def _optional(values: NDArray | None, kind: pa.DataType, size: int) -> pa.Array:
-    return pa.nulls(size, kind) if values is None else pa.array(values).cast(kind)
+def _optional(values: NDArray, kind: pa.DataType, item: Pass) -> pa.Array:
+    """The likeliest tokens are kept of masked passes alone."""
+    return pa.array(values).cast(kind) if item.metric == "masked" else pa.nulls(len(values), kind)
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:

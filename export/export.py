@@ -15,15 +15,17 @@ from mlmkit import __version__
 from mlmkit.artifact import FORMAT, GRAPH, MANIFEST, PRECISIONS, Manifest, hash_files, write_manifest
 from mlmkit.backends.onnx import OnnxBackend
 from mlmkit.backends.torch import TorchBackend
+from mlmkit.corpus import tokenize
 from mlmkit.errors import CheckError, UserError
 from mlmkit.export.card import write_card
 from mlmkit.export.lowering import lower
 from mlmkit.export.onnx import OPSET, replace_graph, write_onnx
 from mlmkit.export.parity import BOUNDS, check_parity, parity_batches, require_parity
 from mlmkit.export.precision import convert
+from mlmkit.export.proof_text import FALLBACK, ProofText, proof_text
 from mlmkit.export.quantize import CALIBRATIONS
 from mlmkit.files import new_folder
-from mlmkit.pydocs import topics
+from mlmkit.model import from_pretrained
 
 if TYPE_CHECKING:
     from mlmkit.export.tensorrt import PlanOptions
@@ -38,7 +40,7 @@ def export(
     output: Path,
     *,
     precision: str = "fp32",
-    texts: Sequence[str] = (),
+    text: ProofText | None = None,
     calibration: str = "percentile",
     allow_drift: bool = False,
     plans: "PlanOptions | None" = None,
@@ -48,8 +50,8 @@ def export(
 ) -> Manifest:
     """Write the artifact folder `output` for a checkpoint folder or hub name, and return its manifest.
 
-    `texts` is what parity is proven on, by default Python's own documentation. A precision that is fitted to text takes
-    every other one of them for that, and is proven on the rest. With `plans`, TensorRT plans are built too. With `card`
+    `text` is what parity is proven on, by default what `proof_text` finds. A precision that is fitted to text takes
+    every other document for that, and is proven on the rest. With `plans`, TensorRT plans are built too. With `card`
     a model card is written, which shows `results` (`result.json`s) too. Nothing appears at `output` unless the proof
     holds, or the drift is allowed. Raises `UserError` for an unusable checkpoint and `CheckError` when parity does not
     hold.
@@ -58,7 +60,8 @@ def export(
         raise UserError(f"no precision {precision!r}: choose {', '.join(PRECISIONS)}")
     if calibration not in CALIBRATIONS:
         raise UserError(f"no calibration {calibration!r}: choose {' or '.join(CALIBRATIONS)}")
-    if precision == "int8" and not texts:
+    text = text or proof_text(checkpoint)
+    if precision == "int8" and text.name == FALLBACK:
         raise UserError("int8 needs scales measured on text like yours: name some with --text")
     with new_folder(output, replaces=MANIFEST if overwrite else "") as folder:
         log.info("loading %s", checkpoint)
@@ -66,11 +69,11 @@ def export(
         info = reference.info
         log.info("writing the ONNX graph")
         write_onnx(reference.model, folder / GRAPH)
-        AutoTokenizer.from_pretrained(checkpoint).save_pretrained(folder)
+        from_pretrained(AutoTokenizer, checkpoint).save_pretrained(folder)
         reference.model.network.config.save_pretrained(folder)
 
-        texts = texts or topics()
-        fitted, proven = _split(texts) if precision in FITTED else ((), texts)
+        fitted, proven = text.split() if precision in FITTED else (None, text)
+        weight_bytes = sum(file.stat().st_size for file in folder.glob(f"{GRAPH}*"))
         with TemporaryDirectory() as temporary:
             engine_folder = folder
             if precision == "bf16":  # ONNX Runtime's CPU provider has no bfloat16: float32 that is rounded stands in
@@ -78,7 +81,10 @@ def export(
                 _write_rounded(folder, engine_folder, precision)
             if precision != "fp32":
                 log.info("changing it to %s", precision)
-            batches = list(parity_batches(fitted, reference.tokenizer, info.max_length)) if fitted else []
+            batches = []
+            if fitted:
+                corpus = tokenize(fitted.texts, reference.tokenizer)
+                batches = parity_batches(corpus, reference.tokenizer, info.max_length, weight_bytes)
             facts = convert(folder / GRAPH, precision, batches, calibration)
             manifest = Manifest(
                 format=FORMAT,
@@ -105,7 +111,7 @@ def export(
             engine = OnnxBackend(str(engine_folder), "cpu")
             if engine.tokenizer.fingerprint != reference.tokenizer.fingerprint:
                 raise CheckError("the saved tokenizer is not the one that was loaded; nothing was exported")
-            parity = check_parity(reference, engine, proven, BOUNDS[precision])
+            parity = check_parity(reference, engine, proven, BOUNDS[precision], weight_bytes)
         require_parity(parity, allow_drift)
         manifest = replace(manifest, parity=parity.as_dict(), drift_allowed=not parity.passed)
         write_manifest(folder, manifest)
@@ -116,11 +122,6 @@ def export(
         if card:
             write_card(folder, manifest, checkpoint=checkpoint, results=results)
     return manifest
-
-
-def _split(texts: Sequence[str]) -> tuple[Sequence[str], Sequence[str]]:
-    """What to fit to and what to prove on: every other text, so that both are like the whole."""
-    return (texts[1::2], texts[::2]) if len(texts) > 1 else (texts, texts)
 
 
 def _write_rounded(folder: Path, target: Path, precision: str) -> None:

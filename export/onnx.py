@@ -12,7 +12,7 @@ import onnx_ir as ir
 import torch
 from onnx_ir.passes.common import ClearMetadataAndDocStringPass, RemoveUnusedNodesPass
 
-from mlmkit.backends import Batch, Predicted
+from mlmkit.backends import Batch, Scored
 from mlmkit.errors import UserError
 from mlmkit.export.attention import exported_attention
 from mlmkit.model import MaskedLM
@@ -40,7 +40,7 @@ def write_onnx(model: MaskedLM, path: Path, *, opset: int = OPSET) -> None:
                 dynamo=True,
                 opset_version=opset,
                 input_names=Batch._fields,
-                output_names=Predicted._fields,
+                output_names=Scored._fields,
                 dynamic_shapes=axes,
                 verbose=False,
             )

@@ -1,4 +1,4 @@
-"""An artifact's graph → TensorRT plans, on the machine that will run them. Needs neither torch nor transformers.
+"""An artifact's graph → a TensorRT plan, on the machine that will run it. Needs neither torch nor transformers.
 
 The network is strongly typed: every layer computes in the type that the graph says, and TensorRT chooses none. That is
 the only kind that TensorRT 11 has.
@@ -17,9 +17,9 @@ from typing import Any
 import tensorrt as trt  # pyright: ignore[reportMissingModuleSource]
 from rich.progress import Progress, TaskID
 
-from mlmkit.artifact import DYNAMIC_INT8, GRAPH, PLAN, SCORING_PLAN, Manifest, Profile, TensorRT
+from mlmkit.artifact import DYNAMIC_INT8, GRAPH, PLAN, Manifest, Profile, TensorRT
 from mlmkit.backends.cuda import Gpu, find_gpu
-from mlmkit.backends.tensorrt import CANDIDATES, Logger, create_runtime
+from mlmkit.backends.tensorrt import Logger, create_runtime
 from mlmkit.errors import UserError
 from mlmkit.files import cache_root
 from mlmkit.progress import progress
@@ -62,11 +62,11 @@ class PlanOptions:
     timing_cache: Path | None = None
 
 
-def build_plans(folder: Path, manifest: Manifest, options: PlanOptions | None = None) -> TensorRT:
-    """Build `model.plan`, with all outputs, and `scoring.plan`, without the candidates, from the folder's `model.onnx`.
+def build_plan(folder: Path, manifest: Manifest, options: PlanOptions | None = None) -> TensorRT:
+    """Build `model.plan` from the folder's `model.onnx`.
 
-    Writes both and `layers.json`, what each layer of them computes in, into the folder, and returns what the manifest
-    is to say, without parity. The caller hashes the files, checks parity and writes the manifest.
+    Writes it and `layers.json`, what each of its layers computes in, into the folder, and returns what the manifest is
+    to say, without parity. The caller hashes the files, checks parity and writes the manifest.
     Raises `UserError` for options that do not fit, where no GPU answers, for a graph that TensorRT does not take, a
     build that fails and a GPU that is too small.
     """
@@ -75,12 +75,10 @@ def build_plans(folder: Path, manifest: Manifest, options: PlanOptions | None = 
     gpu = find_gpu()
     profiles = make_profiles(options, manifest.max_length)
     logger = Logger()
-    layers = {}
-    for name, dropped in ((PLAN, set()), (SCORING_PLAN, set(CANDIDATES))):
-        log.info("building %s with TensorRT %s for %s: minutes", name, trt.__version__, gpu.name)
-        plan = _build(folder / GRAPH, dropped, profiles, options, gpu, logger)
-        layers[name] = _inspect(plan, name, options, logger)
-        (folder / name).write_bytes(plan)
+    log.info("building %s with TensorRT %s for %s: minutes", PLAN, trt.__version__, gpu.name)
+    plan = _build(folder / GRAPH, profiles, options, gpu, logger)
+    layers = _inspect(plan, options, logger)
+    (folder / PLAN).write_bytes(plan)
     (folder / LAYERS).write_text(json.dumps(layers, indent=1) + "\n", encoding="utf-8")
     return TensorRT(
         version=trt.__version__,
@@ -90,7 +88,7 @@ def build_plans(folder: Path, manifest: Manifest, options: PlanOptions | None = 
         hardware_compatible=options.hardware_compatible,
         weights_stripped=options.strip_weights,
         profiles=profiles,
-        layers=count_types(layers[PLAN]),
+        layers=count_types(layers),
         parity={},
     )
 
@@ -139,9 +137,7 @@ def _check_options(manifest: Manifest, options: PlanOptions) -> None:
         raise UserError("a version-compatible plan without weights is not supported: choose one of the two")
 
 
-def _build(
-    graph: Path, dropped: set[str], profiles: list[Profile], options: PlanOptions, gpu: Gpu, logger: Logger
-) -> trt.IHostMemory:
+def _build(graph: Path, profiles: list[Profile], options: PlanOptions, gpu: Gpu, logger: Logger) -> trt.IHostMemory:
     try:
         builder = trt.Builder(logger)
     except TypeError:  # how the bindings say that the library made none
@@ -151,9 +147,6 @@ def _build(
     parser = trt.OnnxParser(network, logger)  # it owns the weights, so it must live until the plan is built
     if not parser.parse_from_file(str(graph)):
         raise UserError(f"{graph}: {_parser_errors(parser)}")
-    for output in [network.get_output(index) for index in range(network.num_outputs)]:
-        if output.name in dropped:
-            network.unmark_output(output)  # the layers that only it needed are removed as dead
     config = builder.create_builder_config()
     _configure(config, options)
     for wanted in profiles:
@@ -240,18 +233,18 @@ def _save_timing_cache(config: trt.IBuilderConfig, file: Path) -> None:
         log.warning("cannot keep the timing cache %s: %s", file, error.strerror)
 
 
-def _inspect(plan: trt.IHostMemory, name: str, options: PlanOptions, logger: Logger) -> dict[str, Any]:
+def _inspect(plan: trt.IHostMemory, options: PlanOptions, logger: Logger) -> dict[str, Any]:
     """Load the plan once, as it will be loaded, and give the inspector's account of its layers."""
     runtime = create_runtime(logger, host_code=options.version_compatible)
     engine: trt.ICudaEngine = runtime.deserialize_cuda_engine(plan)
     if engine is None:
-        raise UserError(f"TensorRT cannot load the {name} that it built: {logger.reason()}")
+        raise UserError(f"TensorRT cannot load the {PLAN} that it built: {logger.reason()}")
     inspector = engine.create_engine_inspector()
     text = inspector.get_engine_information(trt.LayerInformationFormat.JSON)
     try:
         return json.loads(text)
     except ValueError as error:  # a report, not worth the plan
-        log.warning("TensorRT's account of %s is no JSON: %s", name, error)
+        log.warning("TensorRT's account of %s is no JSON: %s", PLAN, error)
         return {}
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
-from mlmkit.artifact import AGAIN, DYNAMIC_INT8, GRAPH, PLAN, Manifest, read_manifest
+from mlmkit.artifact import AGAIN, DYNAMIC_INT8, GRAPH, PLAN, Manifest, open_files, refuse_changes
 from mlmkit.backends.graph import INPUTS, OUTPUTS, graph_problems, read_graph
 from mlmkit.errors import UserError
 from mlmkit.files import new_folder, refuse_existing
@@ -37,7 +37,7 @@ def write_repository(artifact: Path, output: Path, *, overwrite: bool = False) -
     """
     name = artifact.resolve().name
     check_repository(name, output, overwrite=overwrite)
-    manifest = read_manifest(artifact)
+    manifest, files = open_files(artifact)
     with new_folder(output, replaces=f"{name}/{CONFIG}" if overwrite else "") as folder:
         _write_graph(artifact, folder / name / "1", manifest)
         (folder / name / CONFIG).write_text(graph_config(name, manifest), encoding="utf-8")
@@ -47,6 +47,7 @@ def write_repository(artifact: Path, output: Path, *, overwrite: bool = False) -
             (folder / models[1] / "1").mkdir(parents=True)
             shutil.copyfile(artifact / PLAN, folder / models[1] / "1" / PLAN)
             (folder / models[1] / CONFIG).write_text(plan_config(models[1], manifest), encoding="utf-8")
+        refuse_changes(artifact, files)  # what was copied is what was checked
     return models
 
 

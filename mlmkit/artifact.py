@@ -3,10 +3,12 @@
 Its format is read by the backends and written by `mlmkit.export`, so it stands below both.
 """
 
+import hashlib
 import json
+import os
 import re
 import reprlib
-from collections.abc import Iterator
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from pathlib import Path
 from types import NoneType, UnionType
@@ -18,7 +20,7 @@ from mlmkit.tokenizer import Tokenizer
 
 MANIFEST, CARD = "mlmkit.json", "README.md"
 FORMAT = 2
-GRAPH, PLAN, SCORING_PLAN = "model.onnx", "model.plan", "scoring.plan"
+GRAPH, PLAN = "model.onnx", "model.plan"
 NEEDED = (GRAPH, "tokenizer.json", "tokenizer_config.json", "config.json")
 # Files of one folder, on any system: no separators, no drives, no streams, no devices of Windows, nothing hidden.
 FILE_NAME = re.compile(
@@ -48,7 +50,7 @@ class Profile:
 
 @dataclass(frozen=True)
 class TensorRT:
-    """What the plans were built by and for: a plan is machine code, and runs on no other version and no other GPU.
+    """What the plan was built by and for: a plan is machine code, and runs on no other version and no other GPU.
 
     `version_compatible` and `hardware_compatible` plans are the exception. `layers` counts the layers by the type that
     they write. `parity` is the report of the plan itself. With `weights_stripped` the weights come from `model.onnx`.
@@ -117,16 +119,44 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     building.rename(folder / MANIFEST)
 
 
-def read_manifest(folder: Path) -> Manifest:
+@dataclass(frozen=True)
+class CheckedFile:
+    """A file that the manifest lists, as it was when it was hashed.
+
+    `state` is `ok` or a key of `STATES`. `content` is kept for the files in `NEEDED`: what was hashed is what is used.
+    The others are large, and opened again by their path: `stamp` (device, inode, size, time of the last write) tells
+    the file from one that has taken its place since.
+    """
+
+    state: str
+    content: bytes = b""
+    stamp: tuple[int, ...] = ()
+
+
+def open_files(folder: Path) -> tuple[Manifest, dict[str, CheckedFile]]:
     """Read the manifest and check every file against it.
 
     Raises `UserError` for another format, a missing or changed file, or a name that leads out of the folder.
     """
     manifest = parse_manifest(folder)
-    for name, state in check_files(folder, manifest):
-        if state != "ok":
-            raise UserError(f"{folder}: {name} {STATES[state]}: {AGAIN}")
-    return manifest
+    files = check_files(folder, manifest)
+    for name, file in files.items():
+        if file.state != "ok":
+            raise UserError(f"{folder}: {name} {STATES[file.state]}: {AGAIN}")
+    return manifest, files
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest alone, every file checked. Raises as `open_files` does."""
+    return open_files(folder)[0]
+
+
+def refuse_changes(folder: Path, files: Mapping[str, CheckedFile]) -> None:
+    """Raise `UserError` if a file is no longer the one that was hashed: call it after opening files by their path."""
+    for name, file in files.items():
+        path = folder / name
+        if not path.exists() or _stamp(path.stat()) != file.stamp:
+            raise UserError(f"{folder}: {name} was replaced while the artifact was being loaded: run it again")
 
 
 def parse_manifest(folder: Path) -> Manifest:
@@ -140,32 +170,42 @@ def parse_manifest(folder: Path) -> Manifest:
         raise UserError(f"{folder}/{MANIFEST}: {error}: {AGAIN}") from None
 
 
-def check_files(folder: Path, manifest: Manifest) -> Iterator[tuple[str, str]]:
-    """Each file that the manifest lists, and its state: `ok` or a key of `STATES`."""
-    for name, expected in manifest.files.items():
-        path = folder / name
-        if path.is_symlink() or (path.exists() and not path.is_file()):
-            yield name, "not a plain file"
-        elif not path.exists():
-            yield name, "missing"
-        else:
-            try:
-                yield name, "ok" if file_sha256(path) == expected else "changed"
-            except OSError:
-                yield name, "unreadable"
+def check_files(folder: Path, manifest: Manifest) -> dict[str, CheckedFile]:
+    """Each file that the manifest lists, read once and compared with its hash."""
+    return {name: _check(folder / name, sha256) for name, sha256 in manifest.files.items()}
 
 
-def read_tokenizer(folder: Path, manifest: Manifest) -> Tokenizer:
+def _check(path: Path, expected: str) -> CheckedFile:
+    if path.is_symlink() or (path.exists() and not path.is_file()):
+        return CheckedFile("not a plain file")
+    if not path.exists():
+        return CheckedFile("missing")
+    try:
+        with path.open("rb") as file:
+            stamp = _stamp(os.fstat(file.fileno()))
+            content = file.read() if path.name in NEEDED else b""
+            digest = hashlib.sha256(content) if path.name in NEEDED else hashlib.file_digest(file, "sha256")
+    except OSError:
+        return CheckedFile("unreadable")
+    return CheckedFile("ok" if digest.hexdigest() == expected else "changed", content, stamp)
+
+
+def _stamp(status: os.stat_result) -> tuple[int, ...]:
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def read_tokenizer(folder: Path, manifest: Manifest, files: Mapping[str, CheckedFile]) -> Tokenizer:
     """The artifact's tokenizer. Raises `UserError` if it or `config.json` does not fit the model's vocabulary."""
-    tokenizer, size = Tokenizer.from_folder(folder), manifest.vocabulary_size
+    contents = {name: files[name].content for name in NEEDED}
+    tokenizer, size = Tokenizer.from_folder(folder, contents), manifest.vocabulary_size
     if tokenizer.vocabulary_size > size:
         raise UserError(
             f"{folder}: the tokenizer has ids up to {tokenizer.vocabulary_size - 1} but the model's vocabulary "
             f"has {size}: {AGAIN}"
         )
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        config = json.loads(contents["config.json"])
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{folder}: config.json cannot be read: {error}: {AGAIN}") from None
     found = config.get("vocab_size", size) if isinstance(config, dict) else None
     if found != size:
@@ -184,7 +224,8 @@ def report_rows(report: dict[str, Any]) -> list[tuple[str, str]]:
             rows += [(f"{words}, {inner}", shown) for inner, shown in report_rows(value)]
         elif isinstance(value, float):
             figure = f"{value:.4f}" if abs(value) >= 0.1 else f"{value:.1e}"
-            rows.append((words, f"{value:.2%}" if name.endswith("agreement") else figure))
+            is_share = name.endswith(("agreement", "unknown_characters"))
+            rows.append((words, f"{value:.2%}" if is_share else figure))
         else:
             rows.append((words, f"{value:,}" if type(value) is int else str(value)))
     return rows

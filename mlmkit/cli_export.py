@@ -1,6 +1,5 @@
 """The command that exports: a checkpoint to an artifact, and an artifact to what else serves it."""
 
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +8,6 @@ import click
 from mlmkit.cli_options import json_option, overwrite_option, print_json
 from mlmkit.errors import UserError, require
 
-DOCUMENTS = 1024  # of --text: half to fit a precision to, half to prove it on
 PRECISIONS, CALIBRATIONS = "fp32|fp16|bf16|int8|int8-dynamic", "percentile|entropy"
 
 
@@ -38,7 +36,7 @@ def plan_options(command: Any) -> Any:
 @click.argument("checkpoint")
 @click.option("--output", type=click.Path(path_type=Path), help="The artifact folder to write.")
 @click.option("--precision", metavar=PRECISIONS, help="What it computes in. Default: fp32.")
-@click.option("--text", type=click.Path(), help="Prove parity, and fit int8, on this text. Default: Python's docs.")
+@click.option("--text", type=click.Path(), help="Prove parity on this text. Default: the run's held-out one.")
 @click.option("--calibration", metavar=CALIBRATIONS, help="How int8 is scaled. Default: percentile.")
 @click.option("--allow-drift", is_flag=True, help="Export even what differs from the checkpoint beyond the bounds.")
 @plan_options
@@ -76,7 +74,6 @@ def export(
     and --output is left out.
     """
     from mlmkit.artifact import MANIFEST, is_artifact, parse_manifest
-    from mlmkit.documents import Source, read_documents
     from mlmkit.files import refuse_existing
 
     from_artifact = is_artifact(Path(checkpoint))
@@ -110,10 +107,11 @@ def export(
         from mlmkit.export.triton import check_repository
 
         check_repository(artifact.resolve().name, triton, overwrite=overwrite)
-    texts = list(islice(read_documents(Source(text)), DOCUMENTS)) if text else []
-    if text and not texts:
-        raise UserError(f"{text}: no documents in it")
-    common: dict[str, Any] = {"texts": texts, "allow_drift": allow_drift, "overwrite": overwrite}
+    common: dict[str, Any] = {"allow_drift": allow_drift, "overwrite": overwrite}
+    if output:
+        from mlmkit.export.proof_text import proof_text
+
+        common["text"] = proof_text(checkpoint, text)
     if trt:
         from mlmkit.export.tensorrt import PlanOptions
 
@@ -157,8 +155,9 @@ def export(
         return
     from mlmkit.export.parity import parity_line
 
-    click.echo(f"parity {parity_line(manifest.parity)}")
-    if manifest.tensorrt:
+    if output:
+        click.echo(f"parity {parity_line(manifest.parity)}")
+    if output and manifest.tensorrt:
         click.echo(f"TensorRT's {parity_line(manifest.tensorrt.parity)}")
     click.echo(f"artifact: {artifact}")
     if models:

@@ -12,7 +12,7 @@ from typing import TypedDict
 import numpy as np
 from numpy.typing import NDArray
 
-from mlmkit.backends import Backend, Batch, ModelInfo, Predicted
+from mlmkit.backends import Backend, Batch, ModelInfo, Scored
 from mlmkit.errors import CheckError, UserError
 from mlmkit.tokenizer import Tokenizer
 
@@ -90,7 +90,7 @@ def _masked_ids(tokenizer: Tokenizer, info: ModelInfo, text: str) -> tuple[NDArr
     return ids, masks
 
 
-def answer(tokenizer: Tokenizer, question: Question, predicted: Predicted) -> list[list[Candidate]]:
+def answer(tokenizer: Tokenizer, question: Question, predicted: Scored) -> list[list[Candidate]]:
     """Candidates for each mask, best first, from the prediction of the question's batch.
 
     Several masks are filled independently, each with the others still masked. Raises `CheckError` when the scores are
@@ -119,7 +119,7 @@ def fill(backend: Backend, text: str, *, top_k: int = 5, targets: Sequence[str] 
     question = ask(backend.tokenizer, backend.info, text, top_k=top_k, targets=targets)
     for target, piece in question.stand_ins.items():
         log.warning("%r is not in the vocabulary: its first piece %r stands for it", target, piece)
-    return answer(backend.tokenizer, question, backend.predict(question.batch))
+    return answer(backend.tokenizer, question, backend.score(question.batch))
 
 
 def _is_unicode(text: str) -> bool:

@@ -53,19 +53,20 @@ def inspect(folder: Path) -> Inspection:
     if not is_artifact(folder):
         raise UserError(f"{folder} is no artifact: it holds no {MANIFEST} (mlmkit export CHECKPOINT --output ARTIFACT)")
     manifest = parse_manifest(folder)
-    files = dict(check_files(folder, manifest))
+    checked = check_files(folder, manifest)
+    files = {name: file.state for name, file in checked.items()}
     problems = [f"{name} {STATES[state]}" for name, state in files.items() if state != "ok"]
     files |= dict.fromkeys(sorted({path.name for path in folder.iterdir()} - {MANIFEST, *files}), "not listed")
     graph, tokens = None, None
     if files[GRAPH] in ("ok", "changed"):
         try:
-            graph = read_graph((folder / GRAPH).read_bytes())
+            graph = read_graph(checked[GRAPH].content)
             problems += [f"{GRAPH} {problem}" for problem in graph_problems(graph, manifest)]
-        except (OSError, ValueError) as error:
+        except ValueError as error:
             problems.append(f"{GRAPH}: {error}")
     if all(files[name] in ("ok", "changed") for name in NEEDED):
         try:
-            tokens = read_tokenizer(folder, manifest).vocabulary_size
+            tokens = read_tokenizer(folder, manifest, checked).vocabulary_size
         except UserError as error:
             problems.append(str(error).removeprefix(f"{folder}: ").removesuffix(f": {AGAIN}"))
     return Inspection(manifest, files, graph, tokens, problems, _engines(manifest, damaged=bool(problems)))

@@ -4,7 +4,7 @@ It runs on the `tokenizers` library alone, so that an exported artifact needs no
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from hashlib import sha256
@@ -22,6 +22,7 @@ from mlmkit.masking import MaskVocabulary
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+FILES = ("tokenizer.json", "tokenizer_config.json")
 NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
@@ -89,14 +90,16 @@ class Tokenizer:
         return encoding.ids[: added[0]], encoding.ids[added[1] :]
 
     @classmethod
-    def from_folder(cls, folder: Path) -> "Tokenizer":
+    def from_folder(cls, folder: Path, contents: Mapping[str, bytes] | None = None) -> "Tokenizer":
         """From `tokenizer.json` and `tokenizer_config.json`, without transformers.
 
-        Raises `UserError` when one is missing or unreadable.
+        `contents` has the bytes of both where they have been read already. Raises `UserError` when one is missing or
+        unreadable.
         """
         try:
-            rust = RustTokenizer.from_str((folder / "tokenizer.json").read_text(encoding="utf-8"))
-            config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+            files = contents or {name: (folder / name).read_bytes() for name in FILES}
+            rust = RustTokenizer.from_buffer(files["tokenizer.json"])
+            config = json.loads(files["tokenizer_config.json"])
             named = {name: _content(config[name]) for name in NAMED_TOKENS if config.get(name)}
             extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
             extra = [_content(token) for token in (extra.values() if isinstance(extra, dict) else extra)]
@@ -123,8 +126,9 @@ class Tokenizer:
 
     @cached_property
     def vocabulary_size(self) -> int:
-        """One more than the largest id: what a model's embedding must hold."""
-        return max(self._control.get_vocab(with_added_tokens=True).values()) + 1
+        """One more than the largest id that a text can yield: what a model's embedding must hold."""
+        vocabulary = self._control.get_vocab(with_added_tokens=True)
+        return max(*vocabulary.values(), *self.prefix, *self.suffix) + 1
 
     @cached_property
     def masking(self) -> MaskVocabulary:

@@ -12,6 +12,7 @@ os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 os.environ["OMP_NUM_THREADS"] = "1"  # these models are so small that a second thread costs more than it brings
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 
+from mlmkit.export.proof_text import ProofText
 from mlmkit.pydocs import topics
 from mlmkit.tokenizer import Tokenizer
 
@@ -23,6 +24,9 @@ def paragraphs() -> list[str]:
     """Real text of all lengths: paragraphs of the language reference, then the Portuguese sentences."""
     parts = [" ".join(part.split()) for topic in topics()[:12] for part in topic.split("\n\n")]
     return [part for part in dict.fromkeys(parts) if part] + list(PORTUGUESE)
+
+
+PROOF = ProofText("paragraphs", paragraphs())
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -101,7 +105,7 @@ def artifact(tmp_path_factory: pytest.TempPathFactory, checkpoint: Callable[[str
 
         if kind not in folders:
             folders[kind] = tmp_path_factory.mktemp("artifacts") / kind
-            export(str(checkpoint(kind)), folders[kind], texts=paragraphs())
+            export(str(checkpoint(kind)), folders[kind], text=PROOF)
         return folders[kind]
 
     return make
@@ -117,7 +121,7 @@ def lowered(tmp_path_factory: pytest.TempPathFactory, checkpoint: Callable[[str]
 
         if (kind, precision) not in folders:
             folder = folders[kind, precision] = tmp_path_factory.mktemp("lowered") / f"{kind}-{precision}"
-            export(str(checkpoint(kind)), folder, precision=precision, texts=paragraphs())
+            export(str(checkpoint(kind)), folder, precision=precision, text=PROOF)
         return folders[kind, precision]
 
     return make

@@ -33,10 +33,10 @@ def plan(machine, folder) -> Callable[..., Path]:
     """The artifact with plans built for it."""
 
     def build(**options: Any) -> Path:
-        from mlmkit.export.tensorrt import PlanOptions, build_plans
+        from mlmkit.export.tensorrt import PlanOptions, build_plan
 
         manifest = replace(read_manifest(folder), tensorrt=None)
-        built = build_plans(folder, manifest, PlanOptions(**{**SMALL, **options}))
+        built = build_plan(folder, manifest, PlanOptions(**{**SMALL, **options}))
         write_manifest(folder, replace(manifest, files=hash_files(folder), tensorrt=built))
         return folder
 

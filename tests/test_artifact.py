@@ -96,7 +96,7 @@ def test_a_tokenizer_larger_than_the_model_is_refused(copy):
 def test_a_manifest_that_promises_too_much_is_refused(copy):
     change(copy, top_k=200)
     with pytest.raises(UserError, match="gives 100 candidates"):
-        load(str(copy)).predict(random_batch(1, 5, 1))
+        load(str(copy)).score(random_batch(1, 5, 1))
     change(copy, top_k=100, max_length=128)
     with pytest.raises(CheckError, match=r"ONNX Runtime failed on a batch of shape \(1, 100\)"):
         load(str(copy)).score(random_batch(1, 100, 1))
@@ -167,7 +167,7 @@ def external(folder: Path, location: str) -> None:
 def test_listed_external_weights_are_loaded_and_held_to_their_hash(copy, artifact):
     external(copy, "weights.bin")
     batch = random_batch(3, 9, 5)
-    expected, found = load(str(artifact("bert"))).predict(batch), load(str(copy)).predict(batch)
+    expected, found = load(str(artifact("bert"))).score(batch), load(str(copy)).score(batch)
     np.testing.assert_allclose(found.log_prob, expected.log_prob, atol=1e-6, rtol=0)
     assert (load(str(copy)).score(batch).rank == found.rank).all()
     weights = bytearray((copy / "weights.bin").read_bytes())

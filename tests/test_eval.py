@@ -310,13 +310,11 @@ def test_scores_that_are_not_finite_are_named(checkpoint):
     corpus = tokenize(["Roma", "O rato roeu"], model.tokenizer)
 
     class Broken:
-        tokenizer, info, device, name = model.tokenizer, model.info, "cpu", "broken"
+        tokenizer, info, device, name, manifest = model.tokenizer, model.info, "cpu", "broken", None
 
         def score(self, batch: Batch) -> Scored:
             scored = model.score(batch)
-            return Scored(np.where(batch.targets == corpus.ids[-1], np.nan, scored.log_prob), scored.rank)
-
-        predict = model.predict
+            return scored._replace(log_prob=np.where(batch.targets == corpus.ids[-1], np.nan, scored.log_prob))
 
     with pytest.raises(CheckError, match=f"document 1, token {corpus.lengths[1] - 1}"):
         run_plan(Broken(), corpus, pseudo_plan(corpus, model.tokenizer, CAPACITY))

@@ -93,13 +93,10 @@ def test_a_constant_model_gets_no_pair_right(checkpoint, pair_set):
     model = load(str(checkpoint("bert")))
 
     class Constant:
-        name, device, info, tokenizer = "torch", "cpu", model.info, model.tokenizer
+        name, device, info, tokenizer, manifest = "torch", "cpu", model.info, model.tokenizer, None
 
         def score(self, batch):
-            from mlmkit.backends import Scored
-
-            size = len(batch.targets)
-            return Scored(np.full(size, -0.0, np.float32), np.zeros(size, np.int64))
+            return model.score(batch)._replace(log_prob=np.full(len(batch.targets), -0.0, np.float32))
 
     evaluation = evaluate(Constant(), find_set(str(pair_set)))  # pyright: ignore[reportArgumentType]
     assert evaluation.metrics["pair_accuracy"]["value"] == 0

@@ -7,7 +7,7 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime
 import pytest
-from conftest import paragraphs
+from conftest import PROOF, paragraphs
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
@@ -15,6 +15,7 @@ from test_export import random_batch
 
 from mlmkit.artifact import PRECISIONS, read_manifest
 from mlmkit.backends import load
+from mlmkit.corpus import tokenize
 from mlmkit.errors import CheckError, UserError
 from mlmkit.export.export import export
 from mlmkit.export.lowering import LARGEST_FLOAT16, lower, lowered_numbers
@@ -54,7 +55,7 @@ def test_engine_is_near_the_checkpoint_at_unseen_shapes(kind, precision, checkpo
     assert engine.info.precision == precision
     for shape in [(1, 1, 1), (1, 64, 5), (17, 13, 300), (5, 7, 0)]:
         batch = random_batch(*shape)
-        expected, found = reference.predict(batch), engine.predict(batch)
+        expected, found = reference.score(batch), engine.score(batch)
         np.testing.assert_allclose(found.log_prob, expected.log_prob, atol=BOUNDS[precision].max_log_prob, rtol=0)
         assert found.log_prob.dtype == found.top_log_prob.dtype == np.float32
 
@@ -118,9 +119,9 @@ def overflowing_checkpoint(source, target):
 
 def test_what_overflows_float16_stays_float32(checkpoint, tmp_path):
     overflowing_checkpoint(checkpoint("bert"), tmp_path / "checkpoint")
-    export(str(tmp_path / "checkpoint"), tmp_path / "exact", texts=paragraphs())
+    export(str(tmp_path / "checkpoint"), tmp_path / "exact", text=PROOF)
     exact = load(str(tmp_path / "exact"))
-    batches = list(parity_batches(paragraphs(), exact.tokenizer, exact.info.max_length))
+    batches = parity_batches(tokenize(paragraphs(), exact.tokenizer), exact.tokenizer, exact.info.max_length, 1)
     ranges = value_ranges(tmp_path / "exact" / "model.onnx", batches)
     assert max(ranges.values()) > 65504
 
@@ -130,7 +131,7 @@ def test_what_overflows_float16_stays_float32(checkpoint, tmp_path):
     scores = [np.asarray(session.run(["log_prob"], batch._asdict())[0]) for batch in batches]
     assert not np.isfinite(np.concatenate(scores)).all()
 
-    manifest = export(str(tmp_path / "checkpoint"), tmp_path / "fp16", precision="fp16", texts=paragraphs())
+    manifest = export(str(tmp_path / "checkpoint"), tmp_path / "fp16", precision="fp16", text=PROOF)
     assert manifest.parity["max_log_prob_difference"] <= BOUNDS["fp16"].max_log_prob
     assert manifest.calibration is not None
     assert set(manifest.calibration["overflowing"]) <= {
@@ -143,7 +144,7 @@ def test_what_overflows_float16_stays_float32(checkpoint, tmp_path):
 
 @pytest.mark.parametrize("calibration", ["percentile", "entropy"])
 def test_static_int8_is_not_coupled_by_its_batch(calibration, checkpoint, tmp_path):
-    export(str(checkpoint("bert")), tmp_path / "a", precision="int8", texts=paragraphs(), calibration=calibration)
+    export(str(checkpoint("bert")), tmp_path / "a", precision="int8", text=PROOF, calibration=calibration)
     engine = load(str(tmp_path / "a"))
     assert not engine.info.couples_batch
     assert (read_manifest(tmp_path / "a").calibration or {})["method"] == calibration
@@ -200,9 +201,9 @@ def test_drift_is_refused_unless_allowed(checkpoint, tmp_path, monkeypatch):
     tight = BOUNDS["fp16"]._replace(mean_log_prob=1e-9)
     monkeypatch.setitem(BOUNDS, "fp16", tight)
     with pytest.raises(CheckError, match=r"1e-09 in the mean.*--allow-drift"):
-        export(str(checkpoint("bert")), tmp_path / "a", precision="fp16", texts=paragraphs())
+        export(str(checkpoint("bert")), tmp_path / "a", precision="fp16", text=PROOF)
     assert not list(tmp_path.iterdir())
-    export(str(checkpoint("bert")), tmp_path / "a", precision="fp16", texts=paragraphs(), allow_drift=True)
+    export(str(checkpoint("bert")), tmp_path / "a", precision="fp16", text=PROOF, allow_drift=True)
     manifest = json.loads((tmp_path / "a" / "mlmkit.json").read_text())
     assert manifest["drift_allowed"] is True
     assert manifest["parity"]["bounds"]["mean_log_prob"] == 1e-9

@@ -143,7 +143,7 @@ def tensors(batch: Batch) -> list[dict[str, Any]]:
 
 
 def test_infer_gives_the_graphs_outputs(artifact, server, graph_batch):
-    expected = load(str(artifact("bert"))).predict(graph_batch)
+    expected = load(str(artifact("bert"))).score(graph_batch)
     for path in ("/v2/models/bert/infer", "/v2/models/bert/versions/1/infer"):
         answer = server("bert").ask(path, {"id": "7", "inputs": tensors(graph_batch)}).json
         assert (answer["model_name"], answer["id"]) == ("bert", "7")
@@ -155,7 +155,7 @@ def test_infer_gives_the_graphs_outputs(artifact, server, graph_batch):
 
 
 def test_infer_speaks_binary_tensors(artifact, server, graph_batch):
-    expected = load(str(artifact("bert"))).predict(graph_batch)
+    expected = load(str(artifact("bert"))).score(graph_batch)
     described, blob = [], b""
     for name, values in graph_batch._asdict().items():
         raw = values.astype("<i8").tobytes()

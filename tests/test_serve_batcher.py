@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlmkit.backends import Backend, Batch, Predicted, Scored, load
+from mlmkit.backends import Backend, Batch, Scored, load
 from mlmkit.serve.batcher import Batcher, _Room, merge, run, split
 from mlmkit.serve.errors import ApiError
 from mlmkit.serve.metrics import Metrics
@@ -67,12 +67,12 @@ def serving(backend: Any, use: Callable[[Batcher], Awaitable[Any]], **options: A
 @settings(deadline=None, max_examples=25)
 def test_every_row_gets_the_scores_that_it_gets_alone(backend, requests, batch_tokens):
     async def use(batcher: Batcher) -> Any:
-        return await asyncio.gather(*(batcher.predict(request) for request in requests))
+        return await asyncio.gather(*(batcher.score(request) for request in requests))
 
     answers = serving(backend, use, batch_tokens=batch_tokens)
     for request, answer in zip(requests, answers, strict=True):
         for one, found in zip(request, answer, strict=True):
-            expected = backend.predict(one)
+            expected = backend.score(one)
             np.testing.assert_allclose(found.log_prob, expected.log_prob, atol=2e-5)
             np.testing.assert_allclose(found.top_log_prob, expected.top_log_prob, atol=2e-5)
             assert found.top_id.shape == expected.top_id.shape
@@ -85,15 +85,13 @@ class Recorder:
         from dataclasses import replace
 
         self.name, self.device, self.tokenizer = backend.name, backend.device, backend.tokenizer
+        self.manifest = backend.manifest
         self.info = replace(backend.info, sees_padding=sees_padding, precision=precision)
         self._backend, self.calls, self.leave = backend, list[Batch](), threading.Semaphore(0)
 
-    def predict(self, batch: Batch, *, at_least: int | None = None) -> Predicted:
+    def score(self, batch: Batch) -> Scored:
         assert self.leave.acquire(timeout=30)
         self.calls.append(batch)
-        return self._backend.predict(batch, at_least=at_least)
-
-    def score(self, batch: Batch) -> Scored:
         return self._backend.score(batch)
 
     @property
@@ -105,7 +103,7 @@ async def begin(batcher: Batcher, *requests: list[Batch]) -> list[asyncio.Task[A
     """The requests, each in the queue before the next comes."""
     tasks = []
     for request in requests:
-        tasks.append(asyncio.create_task(batcher.predict(request)))
+        tasks.append(asyncio.create_task(batcher.score(request)))
         await asyncio.sleep(0.01)
     return tasks
 
@@ -169,7 +167,7 @@ def test_calls_keep_to_the_budget_and_to_what_the_model_allows(backend, lengths,
     recorder.leave.release(1000)
 
     async def use(batcher: Batcher) -> None:
-        await asyncio.gather(*(batcher.predict([row(length)]) for length in lengths))
+        await asyncio.gather(*(batcher.score([row(length)]) for length in lengths))
 
     serving(recorder, use, batch_tokens=budget)
     assert sum(len(call.input_ids) for call in recorder.calls) == len(lengths)
@@ -205,31 +203,31 @@ def test_a_full_queue_and_too_much_work_are_refused(backend):
     async def use(batcher: Batcher) -> None:
         tasks = await begin(batcher, [row(8)], [row(60)])
         with pytest.raises(ApiError) as full:
-            await batcher.predict([row(50)])
+            await batcher.score([row(50)])
         assert (full.value.status, full.value.error_type) == (429, "overloaded")
         assert int(full.value.headers["Retry-After"]) >= 1
         with pytest.raises(ApiError) as large:
-            await batcher.predict([row(60), row(60)])
+            await batcher.score([row(60), row(60)])
         assert (large.value.status, large.value.error_type) == (413, "too_much_work")
         recorder.leave.release(2)
         await asyncio.gather(*tasks)
-        assert await batcher.predict([]) == []
+        assert await batcher.score([]) == []
 
     serving(recorder, use, queue_tokens=100)
 
 
 def test_what_the_engine_raises_reaches_the_requests_of_that_call_alone(backend):
     class Failing(Recorder):
-        def predict(self, batch: Batch, *, at_least: int | None = None) -> Predicted:
+        def score(self, batch: Batch) -> Scored:
             if batch.input_ids.shape[1] == 30:
                 raise RuntimeError("no")
-            return super().predict(batch, at_least=at_least)
+            return super().score(batch)
 
     recorder = Failing(backend)
     recorder.leave.release(10)
 
     async def use(batcher: Batcher) -> Any:
-        return await asyncio.gather(*(batcher.predict([row(n)]) for n in (8, 30, 9)), return_exceptions=True)
+        return await asyncio.gather(*(batcher.score([row(n)]) for n in (8, 30, 9)), return_exceptions=True)
 
     first, failed, last = serving(recorder, use, batch_tokens=1)
     assert isinstance(failed, RuntimeError)
@@ -244,7 +242,7 @@ def test_closing_answers_what_waits_or_refuses_it(backend):
         closing = asyncio.create_task(batcher.close())
         await asyncio.sleep(0.01)
         with pytest.raises(ApiError, match="shutting down"):
-            await batcher.predict([row(8)])
+            await batcher.score([row(8)])
         recorder.leave.release(2)
         await asyncio.gather(first, second, closing)
 
@@ -267,7 +265,7 @@ def test_clients_that_come_back_together_are_waited_for(backend):
 
     async def client(batcher: Batcher) -> None:
         for _ in range(3):
-            await batcher.predict([row(8)])
+            await batcher.score([row(8)])
             await asyncio.sleep(0.05)
 
     async def use(batcher: Batcher) -> None:
@@ -295,7 +293,7 @@ def test_a_request_that_leaves_while_it_waits_for_company_leaves_nothing(backend
         (alone,) = await begin(batcher, [row(8)])
         alone.cancel()
         await asyncio.sleep(0.4)
-        assert len(await batcher.predict([row(9)])) == 1
+        assert len(await batcher.score([row(9)])) == 1
 
     serving(recorder, use, max_wait=5.0)
     assert recorder.shapes == [(1, 8), (2, 8), (1, 9)]
@@ -306,8 +304,8 @@ def test_nobody_waits_for_longer_than_a_call_takes(backend):
     recorder.leave.release(100)
 
     async def use(batcher: Batcher) -> None:
-        await asyncio.gather(*(batcher.predict([row(8)]) for _ in range(4)))
-        await batcher.predict([row(8)])
+        await asyncio.gather(*(batcher.score([row(8)]) for _ in range(4)))
+        await batcher.score([row(8)])
 
     serving(recorder, use, max_wait=1000.0)
     assert sum(shape[0] for shape in recorder.shapes) == 5
@@ -319,7 +317,7 @@ def test_a_call_looks_at_no_more_rows_than_it_has_room_for(backend, monkeypatch)
     monkeypatch.setattr(_Room, "takes", lambda room, row: looks.append(row) or takes(room, row))
 
     async def use(batcher: Batcher) -> None:
-        await batcher.predict([row(3)] * 500)
+        await batcher.score([row(3)] * 500)
 
     serving(backend, use)  # 128 tokens are no multiple of 3
     assert len(looks) == 500

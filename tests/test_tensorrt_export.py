@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from tensorrt_fixtures import SMALL, assert_equal, folder, machine, random_batch
 
-from mlmkit.artifact import PLAN, SCORING_PLAN, read_manifest
+from mlmkit.artifact import PLAN, read_manifest
 from mlmkit.backends import load
 from mlmkit.cli import main
 
@@ -31,7 +31,7 @@ def test_plans_are_built_and_proven(machine, checkpoint, folder, tmp_path, text_
     code, out, err = run(capsys, *command)
     assert code == 0, err
     manifest = read_manifest(tmp_path / "planned")  # which checks every file
-    assert {PLAN, SCORING_PLAN, "layers.json"} <= manifest.files.keys()
+    assert {PLAN, "layers.json"} <= manifest.files.keys()
     assert manifest.tensorrt is not None
     assert manifest.tensorrt.profiles[-1].batch[2] == SMALL["max_batch"]
     parity = json.loads(out)["tensorrt_parity"]
@@ -41,7 +41,7 @@ def test_plans_are_built_and_proven(machine, checkpoint, folder, tmp_path, text_
     engine = load(str(tmp_path / "planned"))
     assert engine.name == "tensorrt"
     batch = random_batch(5, 9, 7)
-    assert_equal(engine.predict(batch), load(str(folder), "onnx").predict(batch))
+    assert_equal(engine.score(batch), load(str(folder), "onnx").score(batch))
 
 
 def test_an_artifact_is_left_as_it_is(machine, folder, tmp_path, capsys):

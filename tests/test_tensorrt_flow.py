@@ -25,13 +25,10 @@ from mlmkit.errors import CheckError, UserError
 def test_what_a_build_asks_for(machine, plan):
     folder = plan()
     builds = machine.called("build")
-    assert [build["flags"] for build in builds] == [set(), set()], "TF32 is on unless cleared"
-    headers = [json.loads((folder / name).read_bytes().partition(b"\n")[0]) for name in ("model.plan", "scoring.plan")]
-    assert [header["outputs"] for header in headers] == [
-        ["log_prob", "rank", "top_log_prob", "top_id"],
-        ["log_prob", "rank"],
-    ]
-    throughput = headers[0]["profiles"][1]
+    assert [build["flags"] for build in builds] == [set()], "TF32 is on unless cleared"
+    header = json.loads((folder / "model.plan").read_bytes().partition(b"\n")[0])
+    assert header["outputs"] == ["log_prob", "rank", "top_log_prob", "top_id"]
+    throughput = header["profiles"][1]
     assert throughput["input_ids"] == throughput["attention_mask"] == [[1, 1], [2, 64], [4, 64]]
     assert throughput["positions"] == throughput["targets"] == [[1], [16], [16]]
     built = read_manifest(folder).tensorrt
@@ -39,7 +36,7 @@ def test_what_a_build_asks_for(machine, plan):
     assert (built.version, built.compute_capability, built.gpu) == ("11.4.0.106", "9.0", "Stand-in GPU")
     assert [profile.name for profile in built.profiles] == ["latency", "throughput"]
     assert built.layers == {"E8M0": 1, "fp16": 1, "fp32": 2, "int64": 1}
-    assert json.loads((folder / "layers.json").read_text())["scoring.plan"]["Layers"][0]["Name"] == "embeddings"
+    assert json.loads((folder / "layers.json").read_text())["Layers"][0]["Name"] == "embeddings"
 
 
 @pytest.mark.parametrize(
@@ -74,16 +71,17 @@ def test_timings_are_kept_between_builds(machine, plan, tmp_path, caplog, monkey
     plan()
     (cache,) = (tmp_path / "cache" / "tensorrt").iterdir()
     assert cache.name == "timing-11.4.0.106-Stand-in-GPU.cache"
+    plan()
     assert cache.read_bytes() == b"timed;timed;"
     assert machine.called("set_timing_cache") == [b"", b"timed;"]
     cache.unlink()
     own = tmp_path / "deep" / "own.cache"
     plan(timing_cache=own)
-    assert own.read_bytes() == b"timed;timed;"
+    assert own.read_bytes() == b"timed;"
     for useless in (b"broken", b"of another GPU"):
         own.write_bytes(useless)
         plan(timing_cache=own)
-        assert own.read_bytes() == b"timed;timed;"
+        assert own.read_bytes() == b"timed;"
     (tmp_path / "file").write_text("")
     with caplog.at_level(logging.WARNING):
         plan(timing_cache=tmp_path / "file" / "cache")
@@ -135,10 +133,10 @@ def test_options_that_do_not_fit(plan, options, message):
 
 
 def test_dynamic_int8_is_refused(machine, folder):
-    from mlmkit.export.tensorrt import build_plans
+    from mlmkit.export.tensorrt import build_plan
 
     with pytest.raises(UserError, match="no dynamic int8"):
-        build_plans(folder, replace(read_manifest(folder), precision="int8-dynamic"))
+        build_plan(folder, replace(read_manifest(folder), precision="int8-dynamic"))
 
 
 def test_a_report_that_is_no_json_does_not_cost_the_plan(machine, plan, caplog):
@@ -180,7 +178,6 @@ def test_results_are_those_of_onnx(machine, plan, indices, sizes):
     for shape in SHAPES:
         batch = random_batch(*shape)
         assert_equal(here.score(batch), there.score(batch))
-        assert_equal(here.predict(batch), there.predict(batch))
 
 
 def test_batches_are_split_to_the_profile(machine, plan):
@@ -194,9 +191,8 @@ def test_batches_are_split_to_the_profile(machine, plan):
 
 def test_nothing_runs_without_positions(machine, plan):
     here = backend(plan())
-    assert here.score(random_batch(5, 7, 0)).log_prob.shape == (0,)
-    assert here.predict(random_batch(5, 7, 0)).top_id.shape == (0, 100)
-    assert not here._engines, "nothing was even loaded"
+    assert here.score(random_batch(5, 7, 0)).top_id.shape == (0, 100)
+    assert here._loaded is None, "nothing was even loaded"
 
 
 def test_a_small_batch_takes_the_first_profile_and_a_large_one_the_last(machine, plan):
@@ -211,13 +207,12 @@ def test_shapes_below_the_profile_are_padded(machine, plan):
     there = OnnxBackend(str(folder))
     # As another builder might: smallest sizes above one, in the plan and in the manifest.
     smallest = {"input_ids": [3, 12], "attention_mask": [3, 12], "positions": [7], "targets": [7]}
-    for name in ("model.plan", "scoring.plan"):
-        header, _, graph = (folder / name).read_bytes().partition(b"\n")
-        values = json.loads(header)
-        for profile in values["profiles"]:
-            for tensor, sizes in profile.items():
-                sizes[0] = smallest[tensor]
-        (folder / name).write_bytes(json.dumps(values).encode() + b"\n" + graph)
+    header, _, graph = (folder / "model.plan").read_bytes().partition(b"\n")
+    values = json.loads(header)
+    for profile in values["profiles"]:
+        for tensor, sizes in profile.items():
+            sizes[0] = smallest[tensor]
+    (folder / "model.plan").write_bytes(json.dumps(values).encode() + b"\n" + graph)
     manifest = parse_manifest(folder)
     assert manifest.tensorrt is not None
     profiles = [
@@ -229,7 +224,7 @@ def test_shapes_below_the_profile_are_padded(machine, plan):
     here = backend(folder)
     for shape in SHAPES:
         batch = random_batch(*shape)
-        assert_equal(here.predict(batch), there.predict(batch))
+        assert_equal(here.score(batch), there.score(batch))
     write_manifest(folder, replace(manifest, files=hash_files(folder), tensorrt=built, sees_padding=True))
     with pytest.raises(UserError, match="padding changes this model's scores"):
         backend(folder)
@@ -294,7 +289,7 @@ def test_recorded_shapes_are_launched(machine, plan):
     batches = [random_batch(*shape) for shape in [(1, 9, 3), (1, 33, 11), (3, 14, 5), (8, 9, 65)]]
     for _ in range(3):
         for batch in batches:
-            assert_equal(here.predict(batch), there.predict(batch))
+            assert_equal(here.score(batch), there.score(batch))
     assert len(machine.called("cudaStreamBeginCapture")) == 3, "the large profile is not recorded"
     assert len(machine.called("cudaGraphLaunch")) == 6
     assert {shapes["input_ids"] for profile, shapes in machine.called("execute") if profile == 0} == {
@@ -306,7 +301,7 @@ def test_recorded_shapes_are_launched(machine, plan):
         batch = random_batch(1, seq, 1)
         assert_equal(here.score(batch), there.score(batch))
     for _ in range(2):  # a context whose recording was dropped records again
-        assert_equal(here.predict(batches[0]), there.predict(batches[0]))
+        assert_equal(here.score(batches[0]), there.score(batches[0]))
 
 
 def test_a_recording_that_fails_is_an_error(machine, plan):
@@ -373,7 +368,7 @@ def test_long_rows_run_one_by_one(machine, plan):
     assert here.info.max_length == 64, "no measurement may depend on what a plan was tuned for"
     for shape in [(5, 20, 30), (5, 21, 30), (1, 64, 40), (3, 64, 1)]:
         batch = random_batch(*shape)
-        assert_equal(here.predict(batch), there.predict(batch))
+        assert_equal(here.score(batch), there.score(batch))
     assert {shapes["input_ids"] for profile, shapes in machine.called("execute") if profile == 2} == {(1, 21), (1, 64)}
     with pytest.raises(CheckError, match="takes 64 tokens and this batch has rows of 65"):
         here.score(random_batch(1, 65, 1))

@@ -26,15 +26,14 @@ def change(folder: Path, **values: Any) -> None:
     (folder / "mlmkit.json").write_text(json.dumps(manifest))
 
 
-@pytest.mark.parametrize("name", ["model.plan", "scoring.plan"])
-def test_a_changed_plan_is_refused_before_it_is_loaded(machine, plan, name):
+def test_a_changed_plan_is_refused_before_it_is_loaded(machine, plan):
     folder = plan()
     here = backend(folder)
-    content = (folder / name).read_bytes()
-    (folder / name).write_bytes(content + b" ")
-    with pytest.raises(UserError, match=f"{name} is not the file that was built"):
-        (here.score if name == "scoring.plan" else here.predict)(random_batch(1, 9, 1))
-    with pytest.raises(UserError, match=f"{name} is not the file that was exported"):
+    content = (folder / "model.plan").read_bytes()
+    (folder / "model.plan").write_bytes(content + b" ")
+    with pytest.raises(UserError, match=r"model.plan is not the file that was built"):
+        here.score(random_batch(1, 9, 1))
+    with pytest.raises(UserError, match=r"model.plan is not the file that was exported"):
         backend(folder)
 
 
@@ -114,14 +113,11 @@ def test_without_tensorrt_the_reason_is_one_line(machine, plan, monkeypatch):
         (lambda machine, folder: setattr(machine, "starts", False), "TensorRT cannot start here"),
         (
             lambda machine, folder: setattr(machine, "load_error", "magic tag"),
-            "cannot load scoring.plan: magic tag: build",
+            "cannot load model.plan: magic tag: build",
         ),
         (lambda machine, folder: setattr(machine, "refits", False), "does not take the weights of model.onnx"),
         (lambda machine, folder: setattr(machine, "host_tensor", "positions"), "tensor in host memory"),
-        (
-            lambda machine, folder: swap(folder),
-            "has tensors input_ids, attention_mask, positions, targets, log_prob, rank",
-        ),
+        (lambda machine, folder: swap(folder), "has tensors input_ids, .*, log_prob, rank and is not the one"),
         (lambda machine, folder: change(folder, profiles=[]), "has no TensorRT plan"),
         (lambda machine, folder: one_profile(folder), "is not the one that was built"),
     ],
@@ -134,8 +130,11 @@ def test_a_plan_that_does_not_fit_is_refused(machine, plan, set_up, message):
 
 
 def swap(folder: Path) -> None:
-    """The plan with candidates where the one without must be."""
-    shutil.copy(folder / "model.plan", folder / "scoring.plan")
+    """A plan without the candidates."""
+    header, _, graph = (folder / "model.plan").read_bytes().partition(b"\n")
+    values = json.loads(header)
+    values["outputs"] = values["outputs"][:2]
+    (folder / "model.plan").write_bytes(json.dumps(values).encode() + b"\n" + graph)
     write_manifest(folder, replace(parse_manifest(folder), files=hash_files(folder)))
 
 
@@ -147,7 +146,7 @@ def test_a_manifest_that_promises_too_many_candidates_is_refused(plan):
     folder = plan()
     write_manifest(folder, replace(read_manifest(folder), top_k=200))
     with pytest.raises(UserError, match="gives 100 candidates, not 200"):
-        backend(folder).predict(random_batch(1, 9, 1))
+        backend(folder).score(random_batch(1, 9, 1))
 
 
 def test_errors_of_tensorrt_are_said_once(machine):
@@ -173,12 +172,12 @@ with pytest.MonkeyPatch.context() as patch:
     tensorrt_stub.install(patch)
     from mlmkit.artifact import read_manifest
     from mlmkit.backends import load
-    from mlmkit.export.tensorrt import build_plans
+    from mlmkit.export.tensorrt import build_plan
     from mlmkit.fill import fill
     folder = Path(sys.argv[1])
     backend = load(str(folder))
     assert backend.name == "tensorrt" and fill(backend, "O rato [MASK] a roupa.")
-    build_plans(folder, read_manifest(folder))
+    build_plan(folder, read_manifest(folder))
 """
     command = [sys.executable, "-c", code, str(folder), str(Path(__file__).parent)]
     done = subprocess.run(command, capture_output=True, text=True)

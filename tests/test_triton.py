@@ -11,7 +11,7 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
-from conftest import KINDS, paragraphs
+from conftest import KINDS, PROOF, paragraphs
 from google.protobuf import descriptor_pb2, descriptor_pool, json_format, message_factory, text_format
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -76,7 +76,7 @@ def flattened(inputs: dict[str, np.ndarray]) -> Batch:
 
 def assert_equals_backend(graph: Path, artifact: Path, inputs: dict[str, np.ndarray]) -> None:
     found = run_graph(graph, inputs)
-    for name, values in backend(artifact).predict(flattened(inputs))._asdict().items():
+    for name, values in backend(artifact).score(flattened(inputs))._asdict().items():
         assert found[name].dtype == values.dtype
         assert found[name].shape == (*inputs["positions"].shape, *values.shape[1:])
         expected = values.reshape(found[name].shape)
@@ -124,7 +124,7 @@ def test_large_weights_stay_in_a_file_beside_the_graph(checkpoint, artifact, tmp
     from mlmkit.export.export import export
 
     monkeypatch.setattr("mlmkit.export.onnx.EXTERNAL_DATA_BYTES", 1000)
-    export(str(checkpoint("bert")), tmp_path / "external", texts=paragraphs())
+    export(str(checkpoint("bert")), tmp_path / "external", text=PROOF)
     write_repository(tmp_path / "external", tmp_path / "repository")
     shutil.move(tmp_path / "external", tmp_path / "elsewhere")  # what is written stands alone
     graph = tmp_path / "repository" / "external" / "1" / "model.onnx" / "model.onnx"
@@ -142,7 +142,7 @@ def test_lower_precisions_are_batched_alike(lowered, tmp_path):
         write_repository(source, tmp_path / precision)
         graph = tmp_path / precision / source.name / "1" / "model.onnx"
         inputs = random_inputs(2, 9, 2)
-        found, wanted = run_graph(graph, inputs), backend(source).predict(flattened(inputs))
+        found, wanted = run_graph(graph, inputs), backend(source).score(flattened(inputs))
         # ONNX Runtime fuses quantizers here that mlmkit keeps apart, and float16 rounds where it fuses.
         np.testing.assert_allclose(found["log_prob"].reshape(-1), wanted.log_prob, atol=2e-2, rtol=0)
 

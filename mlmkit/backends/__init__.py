@@ -11,7 +11,15 @@ from typing import NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from mlmkit.artifact import DYNAMIC_INT8, Manifest, is_artifact, parse_manifest, read_manifest, read_tokenizer
+from mlmkit.artifact import (
+    DYNAMIC_INT8,
+    CheckedFile,
+    Manifest,
+    is_artifact,
+    open_files,
+    parse_manifest,
+    read_tokenizer,
+)
 from mlmkit.errors import UserError, require
 from mlmkit.files import refuse_missing
 from mlmkit.tokenizer import Tokenizer
@@ -35,14 +43,10 @@ class Batch(NamedTuple):
 
 
 class Scored(NamedTuple):
-    """`log_prob` float32, natural log, and `rank` int64 of the targets, both `[masked]`."""
+    """The scoring graph's outputs: of the targets `log_prob` float32, natural log, and `rank` int64, both `[masked]`.
 
-    log_prob: NDArray[np.float32]
-    rank: NDArray[np.int64]
-
-
-class Predicted(NamedTuple):
-    """The same, and the `k` best ids of each position with their log-probabilities, `[masked, k]`, best first."""
+    And the `k` best ids of each position with their log-probabilities, `[masked, k]`, best first.
+    """
 
     log_prob: NDArray[np.float32]
     rank: NDArray[np.int64]
@@ -73,19 +77,23 @@ class ModelInfo:
 
 
 class Backend(Protocol):
-    """A loaded model with its tokenizer. `name` and `device` say what runs it."""
+    """A loaded model with its tokenizer. `name` and `device` say what runs it.
+
+    `score` may be called from several threads at once.
+    """
 
     name: str
     device: str
     info: ModelInfo
     tokenizer: Tokenizer
 
-    def score(self, batch: Batch) -> Scored:
-        """Log-probability and rank of each target. Costs no top-k."""
+    @property
+    def manifest(self) -> Manifest | None:
+        """The artifact's, as it was when it was loaded; None for a checkpoint."""
         ...
 
-    def predict(self, batch: Batch, *, at_least: int | None = None) -> Predicted:
-        """The same with the `info.top_k` best candidates, or only `at_least` so many where fewer are cheaper."""
+    def score(self, batch: Batch) -> Scored:
+        """Log-probability and rank of each target, and the `info.top_k` best candidates at its position."""
         ...
 
 
@@ -99,13 +107,13 @@ def capacity(backend: Backend) -> int:
     return room
 
 
-def open_artifact(path: str) -> tuple[Manifest, Tokenizer, ModelInfo]:
-    """An artifact's manifest with every file checked, its tokenizer, and what they say of the model.
+def open_artifact(path: str) -> tuple[Manifest, dict[str, CheckedFile], Tokenizer, ModelInfo]:
+    """An artifact's manifest and its files, every one checked, its tokenizer, and what they say of the model.
 
     Raises `UserError` when a file has changed or the tokenizer does not fit the model.
     """
-    manifest = read_manifest(Path(path))
-    tokenizer = read_tokenizer(Path(path), manifest)
+    manifest, files = open_files(Path(path))
+    tokenizer = read_tokenizer(Path(path), manifest, files)
     info = ModelInfo(
         path=path,
         fingerprint=manifest.fingerprint,
@@ -116,7 +124,7 @@ def open_artifact(path: str) -> tuple[Manifest, Tokenizer, ModelInfo]:
         top_k=manifest.top_k,
         sees_padding=manifest.sees_padding,
     )
-    return manifest, tokenizer, info
+    return manifest, files, tokenizer, info
 
 
 def tensorrt_obstacle(manifest: Manifest) -> str | None:

@@ -1,9 +1,9 @@
-"""Reading an ONNX graph and taking outputs off it, without the onnx package.
+"""What an ONNX graph declares, read without the onnx package, which the base install does not have.
 
-ONNX Runtime computes every output that a graph declares, whether or not `run` asks for it (measured: top-k costs the
-same either way), and the base install has no onnx. So this walks the protobuf wire format for the few fields it needs
-and copies the rest as it stands. Field numbers: onnx.proto, https://github.com/onnx/onnx/blob/main/onnx/onnx.proto.
-Every function raises `ValueError` for bytes that are no ONNX model.
+It has to be known before ONNX Runtime sees the graph: which files it would open for the weights. So this walks the
+protobuf wire format for the few fields it needs. Field numbers: onnx.proto,
+https://github.com/onnx/onnx/blob/main/onnx/onnx.proto. Every function raises `ValueError` for bytes that are no ONNX
+model.
 """
 
 from collections import Counter
@@ -14,7 +14,7 @@ from mlmkit.artifact import Manifest
 
 MODEL_GRAPH, MODEL_OPSET = 7, 8
 GRAPH_NODE, GRAPH_INPUT, GRAPH_OUTPUT = 1, 11, 12
-NODE_INPUT, NODE_OUTPUT, NODE_OPERATOR, NODE_ATTRIBUTE = 1, 2, 4, 5
+NODE_OPERATOR, NODE_ATTRIBUTE = 4, 5
 ATTRIBUTE_GRAPH, ATTRIBUTE_GRAPHS = 6, 11
 TENSOR_EXTERNAL = 13
 VALUE_NAME, VALUE_TYPE = 1, 2
@@ -102,54 +102,6 @@ def graph_problems(graph: Graph, manifest: Manifest) -> list[str]:
     return problems
 
 
-def drop_outputs(model: bytes, names: set[str]) -> bytes:
-    """The serialized ModelProto without these graph outputs and without the nodes that only they needed."""
-    parts: list[bytes | memoryview] = []
-    for number, whole, content in _fields(memoryview(model)):
-        parts.append(_field(MODEL_GRAPH, _prune(content, names)) if number == MODEL_GRAPH else whole)
-    return b"".join(parts)
-
-
-def _prune(graph: memoryview, names: set[str]) -> bytes:
-    fields = [
-        field for field in _fields(graph) if not (field[0] == GRAPH_OUTPUT and _string(field[2], VALUE_NAME) in names)
-    ]
-    needed = {_string(content, VALUE_NAME) for number, _, content in fields if number == GRAPH_OUTPUT}
-    kept: list[memoryview] = []
-    # Nodes are in topological order, so one pass from the last finds all that is still needed.
-    for number, whole, content in reversed(fields):
-        if number == GRAPH_NODE:
-            if needed.isdisjoint(_strings(content, NODE_OUTPUT)) and not _has_subgraph(content):
-                continue
-            needed.update(_strings(content, NODE_INPUT))
-            needed.update(_names_in_subgraphs(content))
-        kept.append(whole)
-    return b"".join(reversed(kept))
-
-
-def _names_in_subgraphs(node: memoryview) -> Iterator[str]:
-    """What the nodes inside an If or Loop read, which may come from the graph around it."""
-    for graph in _subgraphs(node):
-        for number, _, content in _fields(graph):
-            if number == GRAPH_NODE:
-                yield from _strings(content, NODE_INPUT)
-                yield from _names_in_subgraphs(content)
-            elif number == GRAPH_OUTPUT:
-                yield from _strings(content, VALUE_NAME)
-
-
-def _has_subgraph(node: memoryview) -> bool:
-    return next(_subgraphs(node), None) is not None
-
-
-def _subgraphs(node: memoryview) -> Iterator[memoryview]:
-    for number, _, attribute in _fields(node):
-        if number == NODE_ATTRIBUTE:
-            for inner, _, content in _fields(attribute):
-                if inner in (ATTRIBUTE_GRAPH, ATTRIBUTE_GRAPHS):
-                    yield content
-
-
 def _messages(model: memoryview) -> Iterator[tuple[str, memoryview]]:
     """Every message that `NESTED` reaches, with its kind."""
     waiting = [("ModelProto", model, 0)]
@@ -234,14 +186,3 @@ def _varint(data: memoryview, position: int) -> tuple[int, int]:
         if byte < 0x80:
             return value, position
     raise ValueError("not a protobuf message: a number of more than 64 bits")
-
-
-def _field(number: int, content: bytes) -> bytes:
-    """A length-delimited field."""
-    encoded = bytearray()
-    for value in (number << 3 | LENGTH_DELIMITED, len(content)):
-        while value > 0x7F:
-            encoded.append(value & 0x7F | 0x80)
-            value >>= 7
-        encoded.append(value)
-    return bytes(encoded) + content

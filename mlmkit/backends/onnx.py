@@ -2,7 +2,6 @@
 
 import ctypes
 import os
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -10,76 +9,40 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from mlmkit.artifact import AGAIN, GRAPH
-from mlmkit.backends import Batch, Predicted, Scored, open_artifact
-from mlmkit.backends.graph import drop_outputs, graph_problems, read_graph
+from mlmkit.artifact import AGAIN, GRAPH, refuse_changes
+from mlmkit.backends import Batch, Scored, open_artifact
+from mlmkit.backends.graph import graph_problems, read_graph
 from mlmkit.distributed import cores
 from mlmkit.errors import CheckError, UserError
 
-TOP_OUTPUTS = {"top_log_prob", "top_id"}
 NO_BF16 = "it has no bf16 on the CPU: use --device cuda, or export with --precision fp32"
 
 
 class OnnxBackend:
-    """Two sessions over one graph, each made when first needed: scoring, without the top-k, and prediction."""
+    """One session over the artifact's graph, made of the bytes that were hashed."""
 
     name = "onnx"
 
     def __init__(self, path: str, device: str = "auto") -> None:
-        manifest, self.tokenizer, self.info = open_artifact(path)
-        self._graph = Path(path) / GRAPH
+        self.manifest, files, self.tokenizer, self.info = open_artifact(path)
+        graph = files[GRAPH].content
         try:
-            problems = graph_problems(read_graph(self._graph.read_bytes()), manifest)
+            problems = graph_problems(read_graph(graph), self.manifest)
         except ValueError as error:
             problems = [str(error)]
         if problems:
-            raise UserError(f"{self._graph} {problems[0]}: {AGAIN}")
+            raise UserError(f"{path}/{GRAPH} {problems[0]}: {AGAIN}")
         self.device = _pick_device(device)
-        if manifest.precision == "bf16" and self.device == "cpu":
+        if self.manifest.precision == "bf16" and self.device == "cpu":
             raise UserError(f"{path}: ONNX Runtime cannot run it: {NO_BF16}")
-        # It would merge the quantizers that query, key and value have each, and a product whose input others read does
-        # not become an int8 kernel: 6 of 13 in a BERT of two layers.
-        self._without = ["CommonSubexpressionElimination"] if manifest.precision == "int8" else []
+        self._session = self._open(Path(path), graph)
+        refuse_changes(Path(path), files)  # the session has opened weights beside the graph by their path
 
     def score(self, batch: Batch) -> Scored:
         """See `Backend`."""
-        return Scored(*self._run(self._scoring, batch))
-
-    def predict(self, batch: Batch, *, at_least: int | None = None) -> Predicted:
-        """See `Backend`. The graph has its k, so there are always as many."""
-        return Predicted(*self._run(self._predicting, batch))
-
-    @cached_property
-    def _predicting(self) -> ort.InferenceSession:
-        return self._session(str(self._graph))
-
-    @cached_property
-    def _scoring(self) -> ort.InferenceSession:
-        try:
-            return self._session(drop_outputs(self._graph.read_bytes(), TOP_OUTPUTS))
-        except ValueError as error:
-            raise UserError(f"{self._graph}: {error}: {AGAIN}") from None
-
-    def _session(self, graph: str | bytes) -> ort.InferenceSession:
-        try:
-            session = ort.InferenceSession(
-                graph,
-                _options(self._graph.parent),
-                providers=_providers(self.device),
-                disabled_optimizers=self._without,
-                enable_fallback=False,  # it would print to standard output, and change the device unasked
-            )
-        except Exception as error:  # onnxruntime's own exceptions share no public base
-            raise UserError(f"{self._graph}: ONNX Runtime cannot load it: {_first_line(error)}") from None
-        if self.device == "cuda" and session.get_providers()[0] != "CUDAExecutionProvider":
-            raise UserError("ONNX Runtime could not start CUDA (its messages are above): use --device cpu")
-        return session
-
-    def _run(self, session: ort.InferenceSession, batch: Batch) -> list[Any]:
-        outputs = [output.name for output in session.get_outputs()]
         if self.device == "cpu":
             try:
-                return list(session.run(outputs, batch._asdict()))
+                return Scored(*self._session.run(Scored._fields, batch._asdict()))  # pyright: ignore[reportArgumentType]
             except Exception as error:  # onnxruntime's own exceptions share no public base
                 raise CheckError(
                     f"{self.info.path}: ONNX Runtime failed on a batch of shape {batch.input_ids.shape}, in a model "
@@ -87,13 +50,31 @@ class OnnxBackend:
                 ) from error
         # Binding lets the inputs go to the device in one step each and keeps every intermediate there; the outputs
         # are a few numbers a masked position.
-        binding = session.io_binding()
+        binding = self._session.io_binding()
         for name, values in batch._asdict().items():
             binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(_contiguous(values), "cuda", 0))
-        for name in outputs:
+        for name in Scored._fields:
             binding.bind_output(name, "cpu")
-        session.run_with_iobinding(binding)
-        return binding.copy_outputs_to_cpu()
+        self._session.run_with_iobinding(binding)
+        return Scored(*binding.copy_outputs_to_cpu())
+
+    def _open(self, folder: Path, graph: bytes) -> ort.InferenceSession:
+        # The optimizer would merge the quantizers that query, key and value have each, and a product whose input others
+        # read does not become an int8 kernel: 6 of 13 in a BERT of two layers.
+        without = ["CommonSubexpressionElimination"] if self.info.precision == "int8" else []
+        try:
+            session = ort.InferenceSession(
+                graph,
+                _options(folder),
+                providers=_providers(self.device),
+                disabled_optimizers=without,
+                enable_fallback=False,  # it would print to standard output, and change the device unasked
+            )
+        except Exception as error:  # onnxruntime's own exceptions share no public base
+            raise UserError(f"{folder}/{GRAPH}: ONNX Runtime cannot load it: {_first_line(error)}") from None
+        if self.device == "cuda" and session.get_providers()[0] != "CUDAExecutionProvider":
+            raise UserError("ONNX Runtime could not start CUDA (its messages are above): use --device cpu")
+        return session
 
 
 def _options(folder: Path) -> ort.SessionOptions:

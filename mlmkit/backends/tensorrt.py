@@ -1,4 +1,4 @@
-"""An artifact's TensorRT plans on the GPU: TensorRT 10.13 and later, 11 too.
+"""An artifact's TensorRT plan on the GPU: TensorRT 10.13 and later, 11 too.
 
 A plan is machine code. It is loaded only if its bytes have the hash that the manifest says and TensorRT and the GPU are
 those that it was built by and for.
@@ -17,8 +17,8 @@ import numpy as np
 import tensorrt as trt  # pyright: ignore[reportMissingModuleSource]
 from numpy.typing import NDArray
 
-from mlmkit.artifact import GRAPH, PLAN, SCORING_PLAN, Manifest, TensorRT
-from mlmkit.backends import Batch, Predicted, Scored, open_artifact
+from mlmkit.artifact import GRAPH, PLAN, Manifest, TensorRT
+from mlmkit.backends import Batch, Scored, open_artifact
 from mlmkit.backends.contexts import Lane, Lanes
 from mlmkit.backends.cuda import find_gpu
 from mlmkit.backends.fitting import choose, fitted, pad, shape_of, split, widest
@@ -27,8 +27,7 @@ from mlmkit.errors import CheckError, UserError
 log = logging.getLogger(__name__)
 
 INPUTS = Batch._fields
-SCORES = {"log_prob": np.float32, "rank": np.int64}
-CANDIDATES = {"top_log_prob": np.float32, "top_id": np.int64}
+OUTPUTS = {"log_prob": np.float32, "rank": np.int64, "top_log_prob": np.float32, "top_id": np.int64}
 AGAIN = "build the plan again on this machine (mlmkit export --trt)"
 RECORDED_SHAPES = 8  # contexts that each keep one CUDA graph
 
@@ -90,7 +89,7 @@ def create_runtime(logger: Logger, *, host_code: bool) -> trt.Runtime:
 
 
 class TensorRTBackend:
-    """Two plans of one model, each loaded when first needed: scoring, without the top-k, and prediction.
+    """The artifact's plan, loaded when it is first needed.
 
     Shapes that no profile holds are split or padded here. Up to `contexts` threads run at once on each profile. With
     `cuda_graphs`, shapes are padded to buckets on the first profile, that of small batches, and each is recorded once
@@ -102,9 +101,9 @@ class TensorRTBackend:
     device = "cuda"
 
     def __init__(self, path: str, *, contexts: int = 2, cuda_graphs: bool = False) -> None:
-        manifest, self.tokenizer, info = open_artifact(path)
-        built = manifest.tensorrt
-        if built is None or not built.profiles or not {PLAN, SCORING_PLAN} <= manifest.files.keys():
+        self.manifest, _, self.tokenizer, info = open_artifact(path)
+        built = self.manifest.tensorrt
+        if built is None or not built.profiles or PLAN not in self.manifest.files:
             raise UserError(f"{path} has no TensorRT plan: {AGAIN}")
         if reason := obstacle(built):
             raise UserError(f"{path}: {reason}")
@@ -114,37 +113,29 @@ class TensorRTBackend:
         if info.sees_padding and any(profile.seq[0] > 1 for profile in built.profiles):
             raise UserError(f"{path}: padding changes this model's scores, and its plan would need it: {AGAIN}")
         self.profiles, self.contexts, self.cuda_graphs = built.profiles, contexts, cuda_graphs
-        self._folder, self._manifest = Path(path), manifest
         self._logger = Logger()
-        self._runtime = create_runtime(self._logger, host_code=built.version_compatible)  # must outlive its engines
-        self._engines: dict[str, _Engine] = {}
+        self._runtime = create_runtime(self._logger, host_code=built.version_compatible)  # must outlive its engine
+        self._loaded: _Engine | None = None
         self._lock = threading.Lock()
 
     def score(self, batch: Batch) -> Scored:
         """See `Backend`."""
-        return Scored(**self._run(SCORING_PLAN, SCORES, batch))
-
-    def predict(self, batch: Batch, *, at_least: int | None = None) -> Predicted:
-        """See `Backend`. The graph has its k, so there are always as many."""
-        return Predicted(**self._run(PLAN, SCORES | CANDIDATES, batch))
+        self._refuse(batch)
+        masked = len(batch.positions)
+        results: dict[str, NDArray[Any]] = {
+            name: np.empty((masked, self.info.top_k) if name.startswith("top_") else masked, kind)
+            for name, kind in OUTPUTS.items()
+        }
+        if masked:
+            engine = self._engine()
+            for index, part in split(batch, widest(self.profiles, batch.input_ids.shape[1])):
+                for name, values in self._run_part(engine, part).items():
+                    results[name][index] = values
+        return Scored(**results)
 
     def records(self, profile: int) -> bool:
         """Whether runs on this profile are recorded as CUDA graphs."""
         return self.cuda_graphs and profile == 0 and len(self.profiles) > 1
-
-    def _run(self, plan: str, outputs: dict[str, Any], batch: Batch) -> dict[str, NDArray[Any]]:
-        self._refuse(batch)
-        masked = len(batch.positions)
-        results = {
-            name: np.empty((masked, self.info.top_k) if name in CANDIDATES else masked, kind)
-            for name, kind in outputs.items()
-        }
-        if masked:
-            engine = self._engine(plan, list(outputs))
-            for index, part in split(batch, widest(self.profiles, batch.input_ids.shape[1])):
-                for name, values in self._run_part(engine, part).items():
-                    results[name][index] = values
-        return results
 
     def _run_part(self, engine: "_Engine", part: Batch) -> dict[str, NDArray[Any]]:
         shape = shape_of(part)
@@ -172,42 +163,42 @@ class TensorRTBackend:
         if seq > self.info.max_length:
             raise CheckError(f"{self.info.path} takes {self.info.max_length} tokens and this batch has rows of {seq}")
 
-    def _engine(self, plan: str, outputs: list[str]) -> "_Engine":
+    def _engine(self) -> "_Engine":
         with self._lock:
-            if plan not in self._engines:
-                engine = load_engine(self._runtime, self._logger, self._folder, plan, self._manifest)
-                self._engines[plan] = _Engine(engine, outputs, self)
-            return self._engines[plan]
+            if self._loaded is None:
+                engine = load_engine(self._runtime, self._logger, Path(self.info.path), self.manifest)
+                self._loaded = _Engine(engine, self)
+            return self._loaded
 
 
-def load_engine(runtime: trt.Runtime, logger: Logger, folder: Path, plan: str, manifest: Manifest) -> trt.ICudaEngine:
-    """The plan of this name, with its weights. Raises `UserError` for a changed plan or one that does not load."""
+def load_engine(runtime: trt.Runtime, logger: Logger, folder: Path, manifest: Manifest) -> trt.ICudaEngine:
+    """The plan, with its weights. Raises `UserError` for a changed plan or one that does not load."""
     # Hashed here too and not only when the manifest was read: these very bytes are what runs.
-    content = (folder / plan).read_bytes()
-    if hashlib.sha256(content).hexdigest() != manifest.files[plan]:
-        raise UserError(f"{folder}: {plan} is not the file that was built (its SHA-256 differs): {AGAIN}")
+    content = (folder / PLAN).read_bytes()
+    if hashlib.sha256(content).hexdigest() != manifest.files[PLAN]:
+        raise UserError(f"{folder}: {PLAN} is not the file that was built (its SHA-256 differs): {AGAIN}")
     engine: trt.ICudaEngine = runtime.deserialize_cuda_engine(content)
     if engine is None:
-        raise UserError(f"{folder}: TensorRT cannot load {plan}: {logger.reason()}: {AGAIN}")
+        raise UserError(f"{folder}: TensorRT cannot load {PLAN}: {logger.reason()}: {AGAIN}")
     if manifest.tensorrt is not None and manifest.tensorrt.weights_stripped:
         refitter = trt.Refitter(engine, logger)
         parser = trt.OnnxParserRefitter(refitter, logger)
         if not parser.refit_from_file(str(folder / GRAPH)) or not refitter.refit_cuda_engine():
-            raise UserError(f"{folder}: {plan} does not take the weights of {GRAPH}: {logger.reason()}: {AGAIN}")
+            raise UserError(f"{folder}: {PLAN} does not take the weights of {GRAPH}: {logger.reason()}: {AGAIN}")
     return engine
 
 
 class _Engine:
     """A loaded plan: `lanes` are those of each profile."""
 
-    def __init__(self, engine: trt.ICudaEngine, outputs: list[str], backend: TensorRTBackend) -> None:
+    def __init__(self, engine: trt.ICudaEngine, backend: TensorRTBackend) -> None:
         names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
-        if sorted(names) != sorted([*INPUTS, *outputs]) or engine.num_optimization_profiles != len(backend.profiles):
+        if sorted(names) != sorted([*INPUTS, *OUTPUTS]) or engine.num_optimization_profiles != len(backend.profiles):
             raise UserError(f"the plan has tensors {', '.join(names)} and is not the one that was built: {AGAIN}")
         if any(engine.get_tensor_location(name) != trt.TensorLocation.DEVICE for name in names):
             raise UserError(f"the plan wants a tensor in host memory, which mlmkit's graphs never do: {AGAIN}")
         k = backend.info.top_k
-        if "top_id" in outputs and engine.get_tensor_shape("top_id")[1] != k:
+        if engine.get_tensor_shape("top_id")[1] != k:
             raise UserError(f"the plan gives {engine.get_tensor_shape('top_id')[1]} candidates, not {k}: {AGAIN}")
         dtypes = {name: np.dtype(trt.nptype(engine.get_tensor_dtype(name))) for name in names}
         lock = threading.Lock()
@@ -215,7 +206,7 @@ class _Engine:
         def lanes(profile: int, *, record: bool) -> Lanes:
             def make() -> Lane:
                 with lock:  # contexts may run in parallel; nothing says that they may be made so
-                    return Lane(engine, profile, dtypes, outputs, record=record)
+                    return Lane(engine, profile, dtypes, list(OUTPUTS), record=record)
 
             return Lanes(make, RECORDED_SHAPES if record else backend.contexts, record=record)
 

@@ -1,13 +1,16 @@
 """A checkpoint on torch: the reference that every other backend is held to."""
 
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from hashlib import sha256
 
 import torch
 from transformers import PreTrainedModel
 
-from mlmkit.backends import Batch, ModelInfo, Predicted, Scored
+from mlmkit.backends import Batch, ModelInfo, Scored
 from mlmkit.errors import UserError
-from mlmkit.model import TOP_K, MaskedLM, Scores, load_pretrained, sees_padding
+from mlmkit.model import MaskedLM, load_pretrained, sees_padding
 from mlmkit.tokenizer import Tokenizer
 
 
@@ -15,27 +18,32 @@ class TorchBackend:
     """`MaskedLM` in float32, with TF32 off: what it says is what others are compared with."""
 
     name = "torch"
+    manifest = None
 
     def __init__(self, path: str, device: str = "auto") -> None:
         self.model, self.tokenizer = load_pretrained(path)
         self.device = pick_device(device)
         self.info = model_info(path, self.model, self.tokenizer)
         self.model.to(self.device)
-        torch.set_float32_matmul_precision("highest")
+        # While a forward runs, its positions are state of the module (`MaskedLM.logits`).
+        self._lock = threading.Lock()
 
     def score(self, batch: Batch) -> Scored:
         """See `Backend`."""
-        scores = self._run(batch, top_k=0)
-        return Scored(scores.log_prob.cpu().numpy(), scores.rank.cpu().numpy())
+        with self._lock, _full_float32(), torch.inference_mode():
+            scores = self.model(*(torch.from_numpy(array).to(self.device) for array in batch))
+            return Scored(*(output.cpu().numpy() for output in scores))
 
-    def predict(self, batch: Batch, *, at_least: int | None = None) -> Predicted:
-        """See `Backend`."""
-        return Predicted(*(output.cpu().numpy() for output in self._run(batch, at_least or self.info.top_k)))
 
-    def _run(self, batch: Batch, top_k: int) -> Scores:
-        self.model.top_k = top_k
-        with torch.inference_mode():
-            return self.model(*(torch.from_numpy(array).to(self.device) for array in batch))
+@contextmanager
+def _full_float32() -> Iterator[None]:
+    """Multiply matrices in full float32, and leave the process's own setting as it was."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def model_info(path: str, model: MaskedLM, tokenizer: Tokenizer) -> ModelInfo:
@@ -48,7 +56,7 @@ def model_info(path: str, model: MaskedLM, tokenizer: Tokenizer) -> ModelInfo:
         vocabulary_size=model.vocabulary_size,
         max_length=model.max_length(tokenizer.limit),
         precision="fp32",
-        top_k=min(TOP_K, model.vocabulary_size),
+        top_k=model.top_k,
         sees_padding=sees_padding(model, tokenizer.pad_id),
     )
 
@@ -58,7 +66,7 @@ def weights_fingerprint(network: PreTrainedModel) -> str:
     digest = sha256()
     for name, tensor in sorted(network.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data if tensor.ndim else b"")
+        digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

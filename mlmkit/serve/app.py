@@ -16,7 +16,6 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from mlmkit import __version__
-from mlmkit.artifact import is_artifact, parse_manifest
 from mlmkit.backends import Backend, Batch
 from mlmkit.errors import CheckError, UserError
 from mlmkit.fill import NoMaskError, TargetError, TextTooLongError
@@ -60,8 +59,7 @@ class Service:
     @cached_property
     def info(self) -> schemas.Info:
         """What `/info` shows."""
-        info, folder = self.backend.info, Path(self.backend.info.path)
-        manifest = parse_manifest(folder) if is_artifact(folder) else None
+        info, manifest = self.backend.info, self.backend.manifest
         return schemas.Info(
             name=self.name,
             version=__version__,
@@ -108,7 +106,7 @@ class Service:
             self.backend, self.metrics, limits.batch_tokens, limits.queue_tokens, limits.wait_seconds
         )
         ids = self.backend.tokenizer.frame(np.array([self.backend.tokenizer.mask_id]))[None]
-        await self.queue.predict([Batch(ids, np.ones_like(ids), np.zeros(1, np.int64), np.zeros(1, np.int64))])
+        await self.queue.score([Batch(ids, np.ones_like(ids), np.zeros(1, np.int64), np.zeros(1, np.int64))])
         self.is_ready = True
 
     async def stop(self) -> None:
@@ -159,7 +157,7 @@ def _add_routes(app: FastAPI, service: Service) -> None:
         """The likeliest tokens for each mask, as Hugging Face's pipeline and Inference API give them."""
         body = await json_body(request)
         filling = await service.in_thread(read_filling, service, body, is_short=len(body) <= SHORT_BODY)
-        predicted, is_short = await service.queue.predict(filling.rows), filling.candidates <= SHORT_ANSWER
+        predicted, is_short = await service.queue.score(filling.rows), filling.candidates <= SHORT_ANSWER
         try:
             body = await service.in_thread(write_filling, service, filling, predicted, is_short=is_short)
         finally:
@@ -172,7 +170,7 @@ def _add_routes(app: FastAPI, service: Service) -> None:
     async def score(request: Request) -> Response:
         """Pseudo-log-likelihood of each text: each token masked alone, the logarithms of their probabilities summed."""
         scores = await service.in_thread(read_scores_request, service, await json_body(request))
-        body = await service.in_thread(write_scores, service, scores, await service.queue.predict(scores.rows))
+        body = await service.in_thread(write_scores, service, scores, await service.queue.score(scores.rows))
         return Response(body, media_type="application/json")
 
     @app.get("/health", tags=["Server"])

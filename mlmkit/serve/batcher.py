@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from mlmkit.backends import Backend, Batch, Predicted
+from mlmkit.backends import Backend, Batch, Scored
 from mlmkit.batching import pad
 from mlmkit.serve.errors import ApiError, overloaded, shutting_down
 from mlmkit.serve.metrics import Metrics
@@ -30,8 +30,8 @@ class _Work:
     """A request's rows that still wait, by descending length, and what came of the others."""
 
     rows: list[tuple[int, Batch]]
-    results: list[Predicted | None]
-    answer: asyncio.Future[list[Predicted]]
+    results: list[Scored | None]
+    answer: asyncio.Future[list[Scored]]
     arrived: float
     tokens: int  # of the rows
     is_counted: bool = False  # among the requests whose time in the queue is known
@@ -67,7 +67,7 @@ class Batcher:
         self._loop_task = asyncio.create_task(self._serve())
         self._loop_task.add_done_callback(self._died)
 
-    async def predict(self, rows: Sequence[Batch]) -> list[Predicted]:
+    async def score(self, rows: Sequence[Batch]) -> list[Scored]:
         """What the engine says of each row. Cancelled, the rows leave the queue.
 
         Raises `ApiError` where the queue is full or closing, and what the engine raises.
@@ -266,15 +266,15 @@ class _Room:
         return True
 
 
-def run(backend: Backend, rows: Sequence[Batch]) -> list[Predicted]:
+def run(backend: Backend, rows: Sequence[Batch]) -> list[Scored]:
     """The rows, `[1, seq]` each, through the engine in one batch."""
     if len(rows) == 1:
-        return [backend.predict(rows[0])]
+        return [backend.score(rows[0])]
     ends = np.cumsum([len(row.positions) for row in rows])[:-1]
     parts = zip(
-        *(np.split(values, ends) for values in backend.predict(merge(rows, backend.tokenizer.pad_id))), strict=True
+        *(np.split(values, ends) for values in backend.score(merge(rows, backend.tokenizer.pad_id))), strict=True
     )
-    return [Predicted(*part) for part in parts]
+    return [Scored(*part) for part in parts]
 
 
 def merge(rows: Sequence[Batch], pad_id: int) -> Batch:

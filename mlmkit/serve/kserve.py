@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, Field, StrictInt, StrictStr
 
-from mlmkit.backends import Batch, ModelInfo, Predicted
+from mlmkit.backends import Batch, ModelInfo, Scored
 from mlmkit.backends.graph import INPUTS, OUTPUTS
 from mlmkit.serve.errors import ApiError, checked
 
@@ -141,18 +141,18 @@ def check_batch(batch: Batch, info: ModelInfo, limits: Any) -> None:
             raise _bad(f"{name} must be from 0 to {end - 1}")
 
 
-def gather(batch: Batch, predicted: dict[int, Predicted], top_k: int) -> Predicted:
+def gather(batch: Batch, predicted: dict[int, Scored], top_k: int) -> Scored:
     """The graph's outputs in the order of the request's positions, from those of its rows that have any."""
     rows = batch.positions // batch.input_ids.shape[1]
     order = np.argsort(np.argsort(rows, kind="stable"))
     if not predicted:
         nothing = np.zeros(0, np.float32), np.zeros(0, np.int64)
-        return Predicted(*nothing, np.zeros((0, top_k), np.float32), np.zeros((0, top_k), np.int64))
+        return Scored(*nothing, np.zeros((0, top_k), np.float32), np.zeros((0, top_k), np.int64))
     parts = zip(*(predicted[row] for row in sorted(predicted)), strict=True)
-    return Predicted(*(np.concatenate(part)[order] for part in parts))
+    return Scored(*(np.concatenate(part)[order] for part in parts))
 
 
-def write_answer(name: str, request: InferRequest, predicted: Predicted) -> tuple[bytes, dict[str, str]]:
+def write_answer(name: str, request: InferRequest, predicted: Scored) -> tuple[bytes, dict[str, str]]:
     """The body and its headers: JSON, or JSON and then bytes where the request asks for these."""
     found = predicted._asdict()
     all_binary = bool((request.parameters or {}).get("binary_data_output"))

@@ -71,7 +71,7 @@ def kserve_router(service: "Service") -> APIRouter:
         kserve.check_batch(batch, service.backend.info, service.limits)
         service.queue.check_positions(len(batch.positions))
         rows = {number: row for number, row in enumerate(split(batch)) if len(row.positions)}
-        predicted = dict(zip(rows, await service.queue.predict(list(rows.values())), strict=True))
+        predicted = dict(zip(rows, await service.queue.score(list(rows.values())), strict=True))
         found = kserve.gather(batch, predicted, service.backend.info.top_k)
         answer, headers = await service.in_thread(kserve.write_answer, name, asked, found)
         return Response(answer, headers=headers)

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from mlmkit.backends import Backend, Batch, Predicted, capacity
+from mlmkit.backends import Backend, Batch, Scored, capacity
 from mlmkit.corpus import Corpus, tokenize
 from mlmkit.errors import CheckError
 from mlmkit.eval.plan import Plan, pseudo_plan
@@ -48,7 +48,7 @@ def plan_scores(backend: Backend, texts: list[str], variant: str) -> Scoring:
 
 
 def read_scores(
-    tokenizer: Tokenizer, scoring: Scoring, predicted: list[Predicted], *, per_token: bool
+    tokenizer: Tokenizer, scoring: Scoring, predicted: list[Scored], *, per_token: bool
 ) -> list[dict[str, Any]]:
     """What `ScoredText` holds, for each text. Sums in float64. Raises `CheckError` for scores that are not finite."""
     log_prob = np.array([row.log_prob[0] for row in predicted], dtype=np.float64)

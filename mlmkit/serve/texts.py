@@ -6,7 +6,7 @@ import threading
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from mlmkit.backends import Batch, Predicted
+from mlmkit.backends import Batch, Scored
 from mlmkit.fill import Question, answer, ask_all
 from mlmkit.serve.errors import ApiError, checked
 from mlmkit.serve.schemas import FillMaskParameters, FillMaskRequest, ScoreParameters, ScoreRequest
@@ -67,7 +67,7 @@ def read_filling(service: "Service", body: bytes) -> Filling:
     return filling
 
 
-def write_filling(service: "Service", filling: Filling, predicted: list[Predicted]) -> bytes:
+def write_filling(service: "Service", filling: Filling, predicted: list[Scored]) -> bytes:
     """The answer, in Hugging Face's form."""
     tokenizer = service.backend.tokenizer
     filled = []
@@ -103,7 +103,7 @@ def read_scores_request(service: "Service", body: bytes) -> Scores:
     return Scores(scoring, scoring.rows(tokenizer), bool(parameters.per_token), isinstance(request.inputs, str))
 
 
-def write_scores(service: "Service", scores: Scores, predicted: list[Predicted]) -> bytes:
+def write_scores(service: "Service", scores: Scores, predicted: list[Scored]) -> bytes:
     """The answer: an object a text."""
     answers = read_scores(service.backend.tokenizer, scores.scoring, predicted, per_token=scores.per_token)
     return _json(answers[0] if scores.is_single else answers)
