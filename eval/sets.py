@@ -124,8 +124,7 @@ def find_set(
     `data` is the data folder. `text_field`, `blank_line` and `pairs` are for the latter. Raises `UserError` if it is
     none of them.
     """
-    if name.endswith(".toml") or name in {path.stem for path in BUILT_IN.glob("*.toml")}:
-        own = name.endswith(".toml")
+    if (own := name.lower().endswith(".toml")) or name in {path.stem for path in BUILT_IN.glob("*.toml")}:
         declared = read_set(existing_file(name) if own else BUILT_IN / f"{name}.toml", own=own)
         location = declared.location(data)
         if declared.task == "pairs":
@@ -163,8 +162,8 @@ def data_folder(option: str | None) -> Path | None:
 def read_set(path: Path, *, own: bool = False) -> EvalSet:
     """A declaration. Raises `UserError` naming the key that is wrong."""
     try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        values = tomllib.loads(path.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError, RecursionError) as error:  # tomllib's own error is a ValueError
         raise UserError(f"{path}: cannot be read as TOML: {error}") from None
     references = values.pop("reference", [])
     if not isinstance(references, list):

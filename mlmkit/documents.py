@@ -1,7 +1,8 @@
-"""Text files, jsonl, parquet and datasets of the hub → documents. A document is a text."""
+"""Text files, jsonl, csv, parquet and datasets of the hub → rows → documents. A document is a text."""
 
 import codecs
 import contextlib
+import csv
 import json
 import logging
 import os
@@ -14,13 +15,31 @@ from typing import Any
 from mlmkit.errors import UserError, require
 
 HUB = "hub:"
+TABLES = (".jsonl", ".json", ".ndjson", ".csv", ".tsv", ".parquet")
+_READ_ARROW = "import pyarrow as pa; from pyarrow.parquet import write_table as write"
+_TO_PARQUET = f"make it parquet (python -c \"{_READ_ARROW}; write(pa.ipc.{{}}('FILE').read_all(), 'NEW.parquet')\")"
+# How a file begins that is no UTF-8 text, what it is, and what makes something readable of it.
+NO_UTF8 = (
+    (rb"\x1f\x8b", "gzip", "unpack it (gzip -dc FILE > TEXT)"),
+    (rb"BZh[1-9]1AY", "bzip2", "unpack it (bzip2 -dc FILE > TEXT)"),
+    (rb"\xfd7zXZ", "xz", "unpack it (xz -dc FILE > TEXT)"),
+    (rb"\x28\xb5\x2f\xfd", "zstd", "unpack it (zstd -dc FILE > TEXT)"),
+    (rb"PK\x03\x04", "a zip archive", "unpack it (unzip FILE)"),
+    (rb"%PDF-\d", "a PDF", "extract its text (pdftotext FILE)"),
+    (rb"PAR1\x15", "parquet", "give it the suffix .parquet"),
+    (rb"ARROW1\0", "an Arrow file", _TO_PARQUET.format("open_file")),
+    (rb"\xff{4}", "an Arrow file", _TO_PARQUET.format("open_stream")),
+    (rb"\xff\xfe\0\0|\0\0\xfe\xff", "UTF-32", "convert it (iconv -f UTF-32 -t UTF-8 FILE > TEXT)"),
+    (rb"\xff\xfe|\xfe\xff", "UTF-16", "convert it (iconv -f UTF-16 -t UTF-8 FILE > TEXT)"),
+)
 
 
 @dataclass(frozen=True)
 class Source:
     """Where documents come from.
 
-    `location` is a file (`.jsonl`, `.json` of one object a line, `.parquet`, anything else is text) or
+    `location` is a file (`.jsonl` or `.json` of one object per line, `.csv` and `.tsv` with a header, `.parquet`,
+    anything else is text) or
     `hub:NAME[:CONFIG][@SPLIT][#FILES]` for a dataset of the hub or a local folder that `datasets` can read; FILES is a
     pattern of the split's files, where the whole would be too much to fetch. `text_field` is the column or key that
     holds the text. `blank_line` makes blocks of lines the documents of a text file. `strip` drops the white space
@@ -47,19 +66,45 @@ def read_texts(source: Source) -> Iterator[str]:
 
 
 def _read(source: Source) -> Iterator[str]:
-    if source.location.startswith(HUB):
-        yield from _read_hub(source)
+    if is_table(source.location):
+        field = source.text_field
+        for place, row in read_rows(source.location, field):
+            if field not in row:
+                known = f"{place} has no field {field!r} (it has {', '.join(row)})"
+                raise UserError(f"{known}: name one with --text-field (in training data.text_field), or rename it")
+            yield checked_text(row[field], f"{place}, field {field!r}")
+    else:
+        lines = read_lines(existing_file(source.location))
+        yield from _blocks(lines) if source.blank_line else lines
+
+
+def is_table(location: str) -> bool:
+    """Whether this is read by `read_rows`; otherwise it is lines of text."""
+    return location.startswith(HUB) or Path(location).suffix.lower() in TABLES
+
+
+def read_rows(location: str, column: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each row of a table with its place, for messages. With `column`, only that one where this saves reading.
+
+    Raises `UserError` naming what cannot be read.
+    """
+    if location.startswith(HUB):
+        for configuration in hub_configurations(location):
+            dataset = load_hub(configuration)
+            if column in (dataset.column_names or []):
+                dataset = dataset.select_columns([column])
+            yield from ((f"{configuration}: row {number}", row) for number, row in enumerate(dataset))
         return
-    path = existing_file(source.location)
-    match path.suffix:
-        case ".jsonl" | ".json" | ".ndjson":
-            yield from _read_jsonl(path, source.text_field)
+    path = existing_file(location)
+    match path.suffix.lower():
         case ".parquet":
-            yield from _read_parquet(path, source.text_field)
-        case _ if source.blank_line:
-            yield from _blocks(read_lines(path))
+            yield from _parquet_rows(path, column)
+        case ".csv":
+            yield from _csv_rows(path, ",")
+        case ".tsv":
+            yield from _csv_rows(path, "\t")
         case _:
-            yield from read_lines(path)
+            yield from json_rows(location, read_lines(path))
 
 
 def existing_file(location: str) -> Path:
@@ -75,18 +120,25 @@ def existing_file(location: str) -> Path:
 
 
 def read_lines(path: Path) -> Iterator[str]:
-    """Lines of UTF-8, split at LF alone, one CR before it dropped: mask-v1 fixes this, and `str.splitlines` differs."""
+    """Lines of UTF-8, split at LF alone, one CR before it dropped: mask-v1 fixes this, and `str.splitlines` differs.
+
+    A byte-order mark at the beginning is not part of the text. Raises `UserError` for what is not UTF-8.
+    """
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             line = line.removesuffix(b"\n").removesuffix(b"\r") if line.endswith(b"\n") else line
-            if number == 1 and line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-                raise UserError(f"{path}: this is UTF-16: convert it to UTF-8 (iconv -f UTF-16 -t UTF-8)")
+            if number == 1:
+                for beginning, kind, remedy in NO_UTF8:
+                    if re.match(beginning, line):
+                        raise UserError(f"{path} is {kind}, not UTF-8 text: {remedy}")
+                line = line.removeprefix(codecs.BOM_UTF8)
             try:
                 yield line.decode("utf-8")
             except UnicodeDecodeError as error:
+                is_binary = b"\0" in line + file.peek()
+                remedy = "is it a text file?" if is_binary else "convert it (for example iconv -f LATIN1 -t UTF-8)"
                 raise UserError(
-                    f"{path}: line {number}, byte {error.start + 1} is not UTF-8 (0x{line[error.start]:02x}): "
-                    "convert the file to UTF-8 (for example iconv -f LATIN1 -t UTF-8)"
+                    f"{path}: line {number}, byte {error.start + 1} is not UTF-8 (0x{line[error.start]:02x}): {remedy}"
                 ) from None
 
 
@@ -103,50 +155,47 @@ def _blocks(lines: Iterable[str]) -> Iterator[str]:
         yield "\n".join(block)
 
 
-def _read_jsonl(path: Path, field: str) -> Iterator[str]:
-    for number, row in json_lines(str(path), read_lines(path)):
-        if not isinstance(row, dict) or field not in row:
-            known = f" (it has {', '.join(row)})" if isinstance(row, dict) else ""
-            raise UserError(f"{path}: line {number} has no field {field!r}{known}: choose one with --text-field")
-        yield checked_text(row[field], f"{path}: line {number}, field {field!r}")
-
-
-def json_lines(place: str, lines: Iterable[str]) -> Iterator[tuple[int, Any]]:
-    """(number, value) of each line that is not white space. Raises `UserError` naming the line that is not JSON."""
+def json_rows(place: str, lines: Iterable[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The object in each line that is not white space. Raises `UserError` naming the line that holds none."""
     for number, line in enumerate(lines, start=1):
         if not line or line.isspace():
             continue
         try:
-            yield number, json.loads(line)
+            row = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise UserError(f"{place}: line {number} is not JSON: {error}") from None
+            raise UserError(f"{place}: line {number} is not JSON: {error}: write an object in each line") from None
+        if not isinstance(row, dict):
+            raise UserError(f"{place}: line {number} is no JSON object: write an object in each line")
+        yield f"{place}: line {number}", row
 
 
-def _read_parquet(path: Path, field: str) -> Iterator[str]:
+def _csv_rows(path: Path, delimiter: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    csv.field_size_limit((1 << 31) - 1)  # of the whole process; by default 128 KiB, which a document may exceed
+    rows = csv.DictReader((f"{line}\n" for line in read_lines(path)), delimiter=delimiter, strict=True)
+    try:
+        for row in rows:
+            place = f"{path}: line {rows.line_num}"
+            if None in row or None in row.values():
+                raise csv.Error(f"it has {'more' if None in row else 'fewer'} fields than the header")
+            yield place, row
+    except csv.Error as error:
+        advice = "put texts with delimiters or line breaks in quotes, and write a quote in them twice"
+        raise UserError(f"{path}: line {rows.reader.line_num}: {error}: {advice}") from None
+
+
+def _parquet_rows(path: Path, column: str) -> Iterator[tuple[str, dict[str, Any]]]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    number = 0
     try:
         file = pq.ParquetFile(path)
-        if field not in file.schema_arrow.names:
-            columns = ", ".join(file.schema_arrow.names)
-            raise UserError(f"{path}: no column {field!r} (it has {columns}): choose one with --text-field")
-        row = 0
-        for batch in file.iter_batches(columns=[field]):
-            for value in batch.column(0).to_pylist():
-                yield checked_text(value, f"{path}: row {row}, column {field!r}")
-                row += 1
+        for batch in file.iter_batches(columns=[column] if column in file.schema_arrow.names else None):
+            for row in batch.to_pylist():
+                yield f"{path}: row {number}", row
+                number += 1
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read as parquet: {str(error).splitlines()[0]}") from None
-
-
-def _read_hub(source: Source) -> Iterator[str]:
-    dataset = load_hub(source.location)
-    if source.text_field not in (dataset.column_names or []):
-        columns = ", ".join(dataset.column_names or [])
-        raise UserError(f"{source.location}: no column {source.text_field!r} (it has {columns}): use --text-field")
-    for row, value in enumerate(dataset[source.text_field]):
-        yield checked_text(value, f"{source.location}: row {row}")
 
 
 def hub_configurations(location: str) -> list[str]:
