@@ -4,6 +4,7 @@ It runs on the `tokenizers` library alone, so that an exported artifact needs no
 """
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,13 +16,23 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Encoding
 from tokenizers import Tokenizer as RustTokenizer
+from tokenizers.models import BPE, WordLevel
 
 from mlmkit.errors import UserError
-from mlmkit.masking import MaskVocabulary
+from mlmkit.masking import MaskVocabulary, first_token_of_word
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+CLEAN_UP = "clean_up_tokenization_spaces"
+CLEAN_UP_BPE = f"{CLEAN_UP}_for_bpe_even_though_it_will_corrupt_output"
+# What transformers' `clean_up_tokenization` replaces, in this order.
+CLEANED_UP = (
+    *((f" {mark}", mark) for mark in ".?!,"),
+    (" ' ", "'"),
+    *((f" {end}", end) for end in ("n't", "'m", "'s", "'ve", "'re")),
+)
+BYTE_TOKENS = frozenset(f"<0x{byte:02X}>" for byte in range(256))
 NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
@@ -49,7 +60,13 @@ class Tokenizer:
     """
 
     def __init__(
-        self, rust: RustTokenizer, named: dict[str, str], extra_special: Sequence[str] = (), limit: float = 0
+        self,
+        rust: RustTokenizer,
+        named: dict[str, str],
+        extra_special: Sequence[str] = (),
+        limit: float = 0,
+        *,
+        cleans_up: bool = False,
     ) -> None:
         rust.no_truncation()
         rust.no_padding()
@@ -67,12 +84,14 @@ class Tokenizer:
         by_name = {self._control.token_to_id(token) for token in [*named.values(), *extra_special]}
         self.named = named
         self.limit = int(limit) if 0 < limit < 1 << 30 else None  # transformers writes 1e30 for "none"
-        self.special_ids = frozenset(marked | {id for id in by_name if id is not None})
+        self.special_ids = frozenset(marked | {id for id in by_name if id is not None}) - self._byte_ids(marked)
         self.mask_token = named["mask_token"]
         self.mask_id = self._id_of("mask_token")
         self.unk_id = self._id_of("unk_token") if "unk_token" in named else None
         self.pad_id = self._id_of("pad_token") if "pad_token" in named else 0
         self.prefix, self.suffix = self._frame()
+        self._space_marks = self._find_space_marks()
+        self._cleans_up = cleans_up
 
     def _id_of(self, name: str) -> int:
         id = self._control.token_to_id(self.named[name])
@@ -80,13 +99,39 @@ class Tokenizer:
             raise UserError(f"the tokenizer's {name} {self.named[name]!r} is not in its vocabulary")
         return id
 
+    def _byte_ids(self, marked: set[int]) -> set[int]:
+        """The tokens marked special that stand for the bytes of a text, in a model that falls back to bytes."""
+        found = {id for id in marked if self.token(id) in BYTE_TOKENS}
+        return found if found and json.loads(self._serialized)["model"].get("byte_fallback") else set()
+
     def _frame(self) -> tuple[list[int], list[int]]:
         """The special tokens that the post-processor puts before and after a text."""
-        encoding = self._data.encode("a")
+        # A vocabulary of our own, as this one may hold no token for any text that one could think of.
+        probe = RustTokenizer(WordLevel({"a": 0}, unk_token="a"))
+        probe.post_processor = self._data.post_processor
+        encoding = probe.encode("a")
         added = np.flatnonzero(np.diff([1, *encoding.special_tokens_mask, 1]))
         if len(added) != 2:
             raise UserError("the tokenizer puts special tokens inside a text, which mlmkit cannot score")
         return encoding.ids[: added[0]], encoding.ids[added[1] :]
+
+    def _find_space_marks(self) -> tuple[str, ...]:
+        """How the pieces begin that begin a word, in a tokenizer that does not split at spaces; empty in others.
+
+        Gemma's, for example, writes a space as "▁" and then takes the whole text for one word. `docs/masking.md`,
+        "Selection", has the rule.
+        """
+        normalizer, pre_tokenizer = self._data.normalizer, self._data.pre_tokenizer
+
+        def mark(space: str) -> str:
+            text = normalizer.normalize_str(f"a{space}b") if normalizer else f"a{space}b"
+            pieces = pre_tokenizer.pre_tokenize_str(text) if pre_tokenizer else [(text, (0, len(text)))]
+            found = (re.search("a(.+)b", piece, re.IGNORECASE | re.DOTALL) for piece, _ in pieces)
+            return next((match[1] for match in found if match), "")
+
+        if not mark(" "):
+            return ()
+        return tuple(begin for space in " \t\n\r" for begin in (mark(space), f"<0x{ord(space):02X}>") if begin)
 
     @classmethod
     def from_folder(cls, folder: Path) -> "Tokenizer":
@@ -101,7 +146,9 @@ class Tokenizer:
             extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
             extra = [_content(token) for token in (extra.values() if isinstance(extra, dict) else extra)]
             limit = config.get("model_max_length")
-            return cls(rust, named, extra, limit if isinstance(limit, int | float) else 0)
+            return cls(
+                rust, named, extra, limit if isinstance(limit, int | float) else 0, cleans_up=_cleans_up(rust, config)
+            )
         except OSError as error:
             raise UserError(f"{folder}: no {Path(error.filename).name}: not a complete artifact") from None
         except UserError as error:
@@ -119,7 +166,9 @@ class Tokenizer:
             raise UserError(f"{type(tokenizer).__name__} has no fast version (tokenizer.json), which mlmkit needs")
         named = {name: str(getattr(tokenizer, name)) for name in NAMED_TOKENS if getattr(tokenizer, name, None)}
         copy = RustTokenizer.from_str(rust.to_str())
-        return cls(copy, named, [str(token) for token in tokenizer.all_special_tokens], tokenizer.model_max_length)
+        cleans_up = _cleans_up(copy, {name: getattr(tokenizer, name, False) for name in (CLEAN_UP, CLEAN_UP_BPE)})
+        special = [str(token) for token in tokenizer.all_special_tokens]
+        return cls(copy, named, special, tokenizer.model_max_length, cleans_up=cleans_up)
 
     @cached_property
     def vocabulary_size(self) -> int:
@@ -134,9 +183,17 @@ class Tokenizer:
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 of everything that decides which ids a text gets."""
-        identity = json.dumps([json.loads(self._serialized), self.named, sorted(self.special_ids)], sort_keys=True)
-        return sha256(identity.encode("utf-8")).hexdigest()
+        """SHA-256 of everything that decides which ids and words a text gets."""
+        identity = [json.loads(self._serialized), self.named, sorted(self.special_ids), *self._space_marks]
+        return sha256(json.dumps(identity, sort_keys=True).encode("utf-8")).hexdigest()
+
+    @cached_property
+    def _begins_word(self) -> NDArray[np.bool_]:
+        """Whether an id's piece begins with one of the space marks, `[vocabulary_size]`."""
+        begins = np.zeros(self.vocabulary_size, dtype=np.bool_)
+        for token, id in self._control.get_vocab(with_added_tokens=True).items():
+            begins[id] = token.startswith(self._space_marks)
+        return begins
 
     @property
     def added_tokens(self) -> int:
@@ -146,14 +203,17 @@ class Tokenizer:
     def encode(self, texts: Sequence[str]) -> Tokens:
         """Corpus text to ids: no special tokens added, and none yielded by the text but the unknown token."""
         encodings = self._data.encode_batch(list(texts), add_special_tokens=False)
-        ids = [id for encoding in encodings for id in encoding.ids]
+        ids = np.array([id for encoding in encodings for id in encoding.ids], dtype=np.int64)
         words = [-1 if word is None else word for encoding in encodings for word in encoding.word_ids]
-        tokens = Tokens(
-            np.array(ids, dtype=np.int64),
-            np.array(words, dtype=np.int32),
-            np.array([len(encoding) for encoding in encodings], dtype=np.int64),
-            np.array([self._unknown_characters(*pair) for pair in zip(texts, encodings, strict=True)], dtype=np.int64),
-        )
+        words = np.array(words, dtype=np.int32)
+        lengths = np.array([len(encoding) for encoding in encodings], dtype=np.int64)
+        if self._space_marks:
+            begins = (first_token_of_word(words, lengths) == np.arange(len(ids))) | self._begins_word[ids]
+            words = np.cumsum(begins, dtype=np.int32)
+            filled = lengths[lengths > 0]
+            words -= np.repeat(words[np.cumsum(filled) - filled], filled)
+        unknown = [self._unknown_characters(*pair) for pair in zip(texts, encodings, strict=True)]
+        tokens = Tokens(ids, words, lengths, np.array(unknown, dtype=np.int64))
         control = np.array(sorted(self.special_ids - {self.unk_id}), dtype=np.int64)
         return self._spell_out(tokens, control) if np.isin(tokens.ids, control).any() else tokens
 
@@ -224,8 +284,17 @@ class Tokenizer:
         return text.strip().removeprefix("##") or self.token(id)
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
-        """Ids to text."""
-        return self._control.decode(list(ids), skip_special_tokens=skip_special_tokens)
+        """Ids to text, as transformers' tokenizer decodes them."""
+        text = self._control.decode(list(ids), skip_special_tokens=skip_special_tokens)
+        if self._cleans_up:
+            for spaced, closed in CLEANED_UP:
+                text = text.replace(spaced, closed)
+        return text
+
+
+def _cleans_up(rust: RustTokenizer, config: dict[str, Any]) -> bool:
+    """Whether transformers drops spaces before punctuation: with BPE only if a second switch insists."""
+    return bool(config.get(CLEAN_UP) and (not isinstance(rust.model, BPE) or config.get(CLEAN_UP_BPE)))
 
 
 def _content(token: Any) -> str:
