@@ -3,7 +3,6 @@
 A pair is two documents, the better sentence first; what is scored is their pseudo-log-likelihood.
 """
 
-import csv
 import io
 import json
 import lzma
@@ -21,14 +20,12 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from mlmkit.corpus import ranges, tokenize
-from mlmkit.documents import checked_text, is_table, json_rows, read_lines, read_rows
+from mlmkit.documents import checked_text, csv_rows, is_table, json_rows, read_rows
 from mlmkit.errors import UserError
 from mlmkit.eval.material import InMemory
 from mlmkit.tokenizer import Tokenizer
 
 SCORINGS = ("all", "shared")
-# Of damage in each kind of compression; RuntimeError is that of encryption, and of a kind that Python does not have.
-UNREADABLE_ZIP = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, RuntimeError, EOFError, OSError, ValueError)
 
 
 @dataclass(frozen=True)
@@ -84,8 +81,8 @@ def read_pairs(location: str, columns: PairColumns) -> list[Pair]:
 
 def keep_pairs(pairs: Iterable[Pair], listing: Path) -> list[Pair]:
     """The pairs that a table names, with columns `UID` (paradigm) and `pairIDs` (separated by commas)."""
-    rows = csv.DictReader(read_lines(listing), delimiter="\t")
-    if not rows.fieldnames or not {"UID", "pairIDs"} <= set(rows.fieldnames):
+    rows = [row for _, row in csv_rows(listing, "\t")]
+    if not rows or not {"UID", "pairIDs"} <= rows[0].keys():
         raise UserError(f"{listing}: not a table of pairs to keep: it needs columns UID and pairIDs")
     wanted = {(row["UID"], id) for row in rows for id in row["pairIDs"].split(",")}
     kept = [pair for pair in pairs if (pair.paradigm, pair.id) in wanted]
@@ -138,8 +135,9 @@ def _zip_rows(location: str) -> Iterator[tuple[str, dict[str, Any]]]:
                 if name.lower().endswith(".jsonl") and not name.startswith("__MACOSX"):
                     with io.TextIOWrapper(archive.open(name), encoding="utf-8-sig", newline="\n") as lines:
                         yield from json_rows(f"{location}/{name}", lines)
-    except UNREADABLE_ZIP as error:
-        cause = next(iter(str(error).splitlines()), type(error).__name__)
+    # RuntimeError: encrypted, or compressed in a way that Python does not know
+    except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, RuntimeError, EOFError, OSError, ValueError) as error:
+        cause = str(error) or type(error).__name__
         raise UserError(f"{location}: cannot be read: {cause}: unpack it, and name the .jsonl file in it") from None
 
 

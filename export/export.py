@@ -22,7 +22,7 @@ from mlmkit.export.onnx import OPSET, replace_graph, write_onnx
 from mlmkit.export.parity import BOUNDS, check_parity, parity_batches, require_parity
 from mlmkit.export.precision import convert
 from mlmkit.export.quantize import CALIBRATIONS
-from mlmkit.files import new_folder
+from mlmkit.files import locate_model, new_folder
 from mlmkit.pydocs import topics
 
 if TYPE_CHECKING:
@@ -60,6 +60,7 @@ def export(
         raise UserError(f"no calibration {calibration!r}: choose {' or '.join(CALIBRATIONS)}")
     if precision == "int8" and not texts:
         raise UserError("int8 needs scales measured on text like yours: name some with --text")
+    checkpoint = locate_model(checkpoint)
     with new_folder(output, replaces=MANIFEST if overwrite else "") as folder:
         log.info("loading %s", checkpoint)
         reference = TorchBackend(checkpoint, "cpu")

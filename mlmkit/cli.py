@@ -33,8 +33,8 @@ class _HelpfulGroup(click.Group):
 def cli(verbose: bool) -> None:
     """Masked language models the whole way: train, export, evaluate, fill, serve.
 
-    MODEL is a Hugging Face checkpoint (a folder or a hub name), or an artifact that `mlmkit export` wrote. Results go
-    to standard output; progress and messages go to standard error.
+    MODEL is a Hugging Face checkpoint (a folder or a hub name), the folder of a finished training run, or an artifact
+    that `mlmkit export` wrote. Results go to standard output; progress and messages go to standard error.
     """
     logging.basicConfig(level=logging.DEBUG if verbose else logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("mlmkit").setLevel(logging.DEBUG if verbose else logging.INFO)

@@ -9,6 +9,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,6 @@ from mlmkit.errors import UserError, require
 
 HUB = "hub:"
 TABLES = (".jsonl", ".json", ".ndjson", ".csv", ".tsv", ".parquet")
-_READ_ARROW = "import pyarrow as pa; from pyarrow.parquet import write_table as write"
-_TO_PARQUET = f"make it parquet (python -c \"{_READ_ARROW}; write(pa.ipc.{{}}('FILE').read_all(), 'NEW.parquet')\")"
 # How a file begins that is no UTF-8 text, what it is, and what makes something readable of it.
 NO_UTF8 = (
     (rb"\x1f\x8b", "gzip", "unpack it (gzip -dc FILE > TEXT)"),
@@ -27,8 +26,7 @@ NO_UTF8 = (
     (rb"PK\x03\x04", "a zip archive", "unpack it (unzip FILE)"),
     (rb"%PDF-\d", "a PDF", "extract its text (pdftotext FILE)"),
     (rb"PAR1\x15", "parquet", "give it the suffix .parquet"),
-    (rb"ARROW1\0", "an Arrow file", _TO_PARQUET.format("open_file")),
-    (rb"\xff{4}", "an Arrow file", _TO_PARQUET.format("open_stream")),
+    (rb"ARROW1\0|\xff{4}", "an Arrow file", "put it in a folder of its own and name hub:FOLDER"),
     (rb"\xff\xfe\0\0|\0\0\xfe\xff", "UTF-32", "convert it (iconv -f UTF-32 -t UTF-8 FILE > TEXT)"),
     (rb"\xff\xfe|\xfe\xff", "UTF-16", "convert it (iconv -f UTF-16 -t UTF-8 FILE > TEXT)"),
 )
@@ -38,12 +36,11 @@ NO_UTF8 = (
 class Source:
     """Where documents come from.
 
-    `location` is a file (`.jsonl` or `.json` of one object per line, `.csv` and `.tsv` with a header, `.parquet`,
-    anything else is text) or
-    `hub:NAME[:CONFIG][@SPLIT][#FILES]` for a dataset of the hub or a local folder that `datasets` can read; FILES is a
-    pattern of the split's files, where the whole would be too much to fetch. `text_field` is the column or key that
-    holds the text. `blank_line` makes blocks of lines the documents of a text file. `strip` drops the white space
-    around each text.
+    `location` is a file (`.jsonl` or `.json` of one object per line, `.csv` or `.tsv` with a header, `.parquet`,
+    anything else is text) or `hub:NAME[:CONFIG][@SPLIT][#FILES]` for a dataset of the hub or a local folder that
+    `datasets` can read; FILES is a pattern of the split's files, where the whole would be too much to fetch.
+    `text_field` is the column or key that holds the text. `blank_line` makes blocks of lines the documents of a text
+    file. `strip` drops the white space around each text.
     """
 
     location: str
@@ -62,20 +59,20 @@ def read_documents(source: Source) -> Iterator[str]:
 
 def read_texts(source: Source) -> Iterator[str]:
     """The same with the texts of white space only, which are no documents, for who counts them."""
-    return (text.strip() for text in _read(source)) if source.strip else _read(source)
-
-
-def _read(source: Source) -> Iterator[str]:
     if is_table(source.location):
-        field = source.text_field
-        for place, row in read_rows(source.location, field):
-            if field not in row:
-                known = f"{place} has no field {field!r} (it has {', '.join(row)})"
-                raise UserError(f"{known}: name one with --text-field (in training data.text_field), or rename it")
-            yield checked_text(row[field], f"{place}, field {field!r}")
+        rows = read_rows(source.location, source.text_field)
+        texts = (_text(row, source.text_field, place) for place, row in rows)
     else:
         lines = read_lines(existing_file(source.location))
-        yield from _blocks(lines) if source.blank_line else lines
+        texts = _blocks(lines) if source.blank_line else lines
+    return (text.strip() for text in texts) if source.strip else texts
+
+
+def _text(row: dict[str, Any], field: str, place: str) -> str:
+    if field not in row:
+        known = f"{place} has no field {field!r} (it has {', '.join(row)})"
+        raise UserError(f"{known}: name one with --text-field (in training data.text_field), or rename it")
+    return checked_text(row[field], f"{place}, field {field!r}")
 
 
 def is_table(location: str) -> bool:
@@ -89,22 +86,15 @@ def read_rows(location: str, column: str = "") -> Iterator[tuple[str, dict[str, 
     Raises `UserError` naming what cannot be read.
     """
     if location.startswith(HUB):
-        for configuration in hub_configurations(location):
-            dataset = load_hub(configuration)
-            if column in (dataset.column_names or []):
-                dataset = dataset.select_columns([column])
-            yield from ((f"{configuration}: row {number}", row) for number, row in enumerate(dataset))
-        return
+        return _hub_rows(location, column)
     path = existing_file(location)
     match path.suffix.lower():
         case ".parquet":
-            yield from _parquet_rows(path, column)
-        case ".csv":
-            yield from _csv_rows(path, ",")
-        case ".tsv":
-            yield from _csv_rows(path, "\t")
+            return _parquet_rows(path, column)
+        case ".csv" | ".tsv" as suffix:
+            return csv_rows(path, "\t" if suffix == ".tsv" else ",")
         case _:
-            yield from json_rows(location, read_lines(path))
+            return json_rows(location, read_lines(path))
 
 
 def existing_file(location: str) -> Path:
@@ -128,37 +118,29 @@ def read_lines(path: Path) -> Iterator[str]:
         for number, line in enumerate(file, start=1):
             line = line.removesuffix(b"\n").removesuffix(b"\r") if line.endswith(b"\n") else line
             if number == 1:
-                for beginning, kind, remedy in NO_UTF8:
-                    if re.match(beginning, line):
-                        raise UserError(f"{path} is {kind}, not UTF-8 text: {remedy}")
+                if found := next((other for other in NO_UTF8 if re.match(other[0], line)), None):
+                    raise UserError(f"{path} is {found[1]}, not UTF-8 text: {found[2]}")
                 line = line.removeprefix(codecs.BOM_UTF8)
             try:
                 yield line.decode("utf-8")
             except UnicodeDecodeError as error:
-                is_binary = b"\0" in line + file.peek()
-                remedy = "is it a text file?" if is_binary else "convert it (for example iconv -f LATIN1 -t UTF-8)"
                 raise UserError(
-                    f"{path}: line {number}, byte {error.start + 1} is not UTF-8 (0x{line[error.start]:02x}): {remedy}"
+                    f"{path}: line {number}, byte {error.start + 1} is not UTF-8 (0x{line[error.start]:02x}): "
+                    "if it is a text file, convert it (for example iconv -f LATIN1 -t UTF-8)"
                 ) from None
 
 
 def _blocks(lines: Iterable[str]) -> Iterator[str]:
     """Blocks of lines between lines of white space, joined by LF."""
-    block: list[str] = []
-    for line in lines:
-        if line and not line.isspace():
-            block.append(line)
-        elif block:
+    for is_blank, block in groupby(lines, key=lambda line: not line.strip()):
+        if not is_blank:
             yield "\n".join(block)
-            block = []
-    if block:
-        yield "\n".join(block)
 
 
 def json_rows(place: str, lines: Iterable[str]) -> Iterator[tuple[str, dict[str, Any]]]:
     """The object in each line that is not white space. Raises `UserError` naming the line that holds none."""
     for number, line in enumerate(lines, start=1):
-        if not line or line.isspace():
+        if not line.strip():
             continue
         try:
             row = json.loads(line)
@@ -169,15 +151,15 @@ def json_rows(place: str, lines: Iterable[str]) -> Iterator[tuple[str, dict[str,
         yield f"{place}: line {number}", row
 
 
-def _csv_rows(path: Path, delimiter: str) -> Iterator[tuple[str, dict[str, Any]]]:
+def csv_rows(path: Path, delimiter: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The rows under a header, each with its place. Raises `UserError` naming the line that does not fit it."""
     csv.field_size_limit((1 << 31) - 1)  # of the whole process; by default 128 KiB, which a document may exceed
     rows = csv.DictReader((f"{line}\n" for line in read_lines(path)), delimiter=delimiter, strict=True)
     try:
         for row in rows:
-            place = f"{path}: line {rows.line_num}"
             if None in row or None in row.values():
                 raise csv.Error(f"it has {'more' if None in row else 'fewer'} fields than the header")
-            yield place, row
+            yield f"{path}: line {rows.line_num}", row
     except csv.Error as error:
         advice = "put texts with delimiters or line breaks in quotes, and write a quote in them twice"
         raise UserError(f"{path}: line {rows.reader.line_num}: {error}: {advice}") from None
@@ -187,27 +169,30 @@ def _parquet_rows(path: Path, column: str) -> Iterator[tuple[str, dict[str, Any]
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    number = 0
     try:
         file = pq.ParquetFile(path)
-        for batch in file.iter_batches(columns=[column] if column in file.schema_arrow.names else None):
-            for row in batch.to_pylist():
-                yield f"{path}: row {number}", row
-                number += 1
+        batches = file.iter_batches(columns=[column] if column in file.schema_arrow.names else None)
+        rows = (row for batch in batches for row in batch.to_pylist())
+        yield from ((f"{path}: row {number}", row) for number, row in enumerate(rows))
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read as parquet: {str(error).splitlines()[0]}") from None
 
 
-def hub_configurations(location: str) -> list[str]:
-    """The location itself, or one for each configuration of the dataset, by name, where it says `*`."""
-    if not re.match(f"{HUB}[^@#]+:\\*", location):
-        return [location]
-    require("train", "datasets")
-    import datasets
+def _hub_rows(location: str, column: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The rows of a dataset, or those of each of its configurations, by name, where the location says `*`."""
+    locations = [location]
+    if re.match(f"{HUB}[^@#]+:\\*", location):
+        require("train", "datasets")
+        import datasets
 
-    name = location.removeprefix(HUB).partition(":*")[0]
-    with _hub_errors(location):
-        return [location.replace(":*", f":{found}", 1) for found in sorted(datasets.get_dataset_config_names(name))]
+        name = location.removeprefix(HUB).partition(":*")[0]
+        with _hub_errors(location):
+            names = sorted(datasets.get_dataset_config_names(name))
+        locations = [location.replace(":*", f":{name}", 1) for name in names]
+    for each in locations:
+        dataset = load_hub(each)
+        dataset = dataset.select_columns([column]) if column in (dataset.column_names or []) else dataset
+        yield from ((f"{each}: row {number}", row) for number, row in enumerate(dataset))
 
 
 def load_hub(location: str) -> Any:

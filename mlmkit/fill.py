@@ -128,11 +128,7 @@ def _is_unicode(text: str) -> bool:
 
 
 def _target_ids(tokenizer: Tokenizer, targets: Sequence[str]) -> tuple[list[int], dict[str, str]]:
-    """Ids in the order given, each once, and the stand-ins.
-
-    As transformers' pipeline does it, a target is a vocabulary entry or else a text, white space included, whose first
-    token stands for it.
-    """
+    """Ids in the order given, each once. As in transformers' pipeline, a text's first token stands for all of it."""
     ids: list[int] = []
     stand_ins: dict[str, str] = {}
     for target in targets:

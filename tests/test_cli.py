@@ -229,6 +229,8 @@ def mistakes(folder: Path, checkpoint: Path, artifact: Path) -> dict[str, list[o
     half = Path(shutil.copytree(checkpoint, folder / "half"))
     (half / "model.safetensors").unlink()
     good, output = folder / "good.txt", folder / "out"
+    (folder / "good.toml").write_text(f'[data]\ntrain = "{good}"\n')
+    train = ["train", folder / "good.toml", "--output", output, "--set"]
     return {
         "Missing argument 'MODEL'": ["eval"],
         "No such command": ["evaluate"],
@@ -237,7 +239,9 @@ def mistakes(folder: Path, checkpoint: Path, artifact: Path) -> dict[str, list[o
         f"{folder / 'nope'}: no such folder": ["export", folder / "nope", "--output", output],
         "holds no config.json": ["fill", folder / "no-model", "a [MASK]"],
         "is a file": ["score", good, good],
-        "cannot be loaded": ["export", half, "--output", output],
+        "half holds no model.safetensors": ["export", half, "--output", output],
+        "tokenizer.json is a file: name the folder": [*train, f"tokenizer.path={checkpoint}/tokenizer.json"],
+        "model.safetensors is a file: name the folder": [*train, f"model.init_from={checkpoint}/model.safetensors"],
         "has no [MASK]": ["fill", artifact, "nothing to fill"],
         "the target '' has no token": ["fill", artifact, "a [MASK]", "--targets", ""],
         "not valid UTF-8": ["fill", artifact, "a [MASK] \udcff"],
