@@ -4,6 +4,7 @@ import json
 import os
 from collections.abc import Callable, Sequence
 from functools import cache
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -69,12 +70,14 @@ def _unigram(**settings: Any) -> PreTrainedTokenizerFast:
     rust.pre_tokenizer, rust.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
     specials = list(ROBERTA.values())
     trainer = trainers.UnigramTrainer(vocab_size=200, special_tokens=specials, unk_token="<unk>", show_progress=False)
-    rust.train_from_iterator([*paragraphs(), "<>/"], trainer)
+    rust.train_from_iterator([*paragraphs(), "<>/", "one\ntwo"], trainer)
     return _framed(rust, ROBERTA, **settings)
 
 
 def _sentencepiece(*, prepend: bool, special_bytes: bool = False, text: str = "") -> PreTrainedTokenizerFast:
-    """BPE that falls back to bytes. Spaces become marks before pre-tokenising, as in Gemma's and in Llama's."""
+    """Spaces become marks before pre-tokenising, as in Gemma's and in Llama's. What is not in `text`, if given, has no
+    token; without, BPE falls back to bytes.
+    """
     trained = RustTokenizer(models.BPE())
     trained.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never")
     specials = [*ROBERTA.values(), *BYTES]
@@ -82,7 +85,8 @@ def _sentencepiece(*, prepend: bool, special_bytes: bool = False, text: str = ""
     trained.train_from_iterator([text] if text else paragraphs(), trainer)
     learned = json.loads(trained.to_str())["model"]
     merges = [tuple(pair) for pair in learned["merges"]]
-    rust = RustTokenizer(models.BPE(learned["vocab"], merges, unk_token="<unk>", byte_fallback=not text))
+    spells_all: dict[str, Any] = {} if text else {"unk_token": "<unk>", "byte_fallback": True}
+    rust = RustTokenizer(models.BPE(learned["vocab"], merges, **spells_all))
     replace = normalizers.Replace(" ", "\u2581")
     rust.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), replace]) if prepend else replace
     if not prepend:
@@ -248,6 +252,9 @@ def test_words_are_the_tokenizers_own_or_begin_at_spaces(kind, made):
                     previous, expected[place] = expected[place], word
             assert tokens.words[begin : begin + length].tolist() == expected
             begin += length
+    before = [json.loads(light._serialized), light.named, sorted(light.special_ids)]
+    same = light.fingerprint == sha256(json.dumps(before, sort_keys=True).encode()).hexdigest()
+    assert same == (kind not in UNSPLIT)  # so that caches of other tokenizers stay, and those with old words do not
 
 
 def test_whole_words_of_an_unsplit_text_are_selected_one_by_one(made):
