@@ -3,9 +3,9 @@
 A pair is two documents, the better sentence first; what is scored is their pseudo-log-likelihood.
 """
 
-import csv
 import io
 import json
+import lzma
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
@@ -20,7 +20,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from mlmkit.corpus import ranges, tokenize
-from mlmkit.documents import HUB, checked_text, hub_configurations, json_lines, load_hub, read_lines
+from mlmkit.documents import checked_text, csv_rows, is_table, json_rows, read_rows
 from mlmkit.errors import UserError
 from mlmkit.eval.material import InMemory
 from mlmkit.tokenizer import Tokenizer
@@ -81,8 +81,8 @@ def read_pairs(location: str, columns: PairColumns) -> list[Pair]:
 
 def keep_pairs(pairs: Iterable[Pair], listing: Path) -> list[Pair]:
     """The pairs that a table names, with columns `UID` (paradigm) and `pairIDs` (separated by commas)."""
-    rows = csv.DictReader(read_lines(listing), delimiter="\t")
-    if not rows.fieldnames or not {"UID", "pairIDs"} <= set(rows.fieldnames):
+    rows = [row for _, row in csv_rows(listing, "\t")]
+    if not rows or not {"UID", "pairIDs"} <= rows[0].keys():
         raise UserError(f"{listing}: not a table of pairs to keep: it needs columns UID and pairIDs")
     wanted = {(row["UID"], id) for row in rows for id in row["pairIDs"].split(",")}
     kept = [pair for pair in pairs if (pair.paradigm, pair.id) in wanted]
@@ -116,52 +116,29 @@ def _value(row: dict[str, Any], column: str, place: str) -> Any:
             value = value.get(key) if isinstance(value, dict) else None
         if value is not None:
             return value
-    raise UserError(f"{place} has no field {column!r} (it has {', '.join(map(str, row))})")
+    known = f"{place} has no field {column!r} (it has {', '.join(map(str, row))})"
+    raise UserError(f"{known}: name the columns in a set of your own (docs/evaluation.md)")
 
 
 def _rows(location: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(its place for people, the row) of each."""
-    if location.startswith(HUB):
-        for configuration in hub_configurations(location):
-            for number, row in enumerate(load_hub(configuration)):
-                yield f"{configuration}: row {number}", row
-        return
-    path = Path(location)
-    try:
-        match path.suffix:
-            case ".jsonl" | ".json" | ".ndjson":
-                yield from _json_rows(location, read_lines(path))
-            case ".csv" | ".tsv":
-                lines = (f"{line}\n".removeprefix("\ufeff") for line in read_lines(path))
-                for number, row in enumerate(csv.DictReader(lines, delimiter="\t" if path.suffix == ".tsv" else ",")):
-                    if None in row:
-                        raise UserError(f"{location}: row {number} has more fields than the header: quote its texts")
-                    yield f"{location}: row {number}", row
-            case ".parquet":
-                import pyarrow.parquet as pq
-
-                yield from ((f"{location}: row {n}", row) for n, row in enumerate(pq.read_table(path).to_pylist()))
-            case ".zip":
-                yield from _zip_rows(location)
-            case _:
-                raise UserError(f"{location}: pairs are read from .jsonl, .csv, .tsv, .parquet and .zip files")
-    except (zipfile.BadZipFile, pa.ArrowException, csv.Error, zlib.error, UnicodeDecodeError) as error:
-        raise UserError(f"{location}: cannot be read: {str(error).splitlines()[0]}") from None
+    if Path(location).suffix.lower() == ".zip":
+        return _zip_rows(location)
+    if is_table(location):
+        return read_rows(location)
+    raise UserError(f"{location}: pairs are read from .jsonl, .csv, .tsv, .parquet and .zip files")
 
 
 def _zip_rows(location: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    with zipfile.ZipFile(location) as archive:
-        for name in sorted(archive.namelist()):
-            if name.endswith(".jsonl") and not name.startswith("__MACOSX"):
-                with io.TextIOWrapper(archive.open(name), encoding="utf-8", newline="\n") as lines:
-                    yield from _json_rows(f"{location}/{name}", lines)
-
-
-def _json_rows(place: str, lines: Iterable[str]) -> Iterator[tuple[str, dict[str, Any]]]:
-    for number, row in json_lines(place, lines):
-        if not isinstance(row, dict):
-            raise UserError(f"{place}: line {number} is no JSON object")
-        yield f"{place}: line {number}", row
+    try:
+        with zipfile.ZipFile(location) as archive:
+            for name in sorted(archive.namelist()):
+                if name.lower().endswith(".jsonl") and not name.startswith("__MACOSX"):
+                    with io.TextIOWrapper(archive.open(name), encoding="utf-8-sig", newline="\n") as lines:
+                        yield from json_rows(f"{location}/{name}", lines)
+    # RuntimeError: encrypted, or compressed in a way that Python does not know
+    except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, RuntimeError, EOFError, OSError, ValueError) as error:
+        cause = str(error) or type(error).__name__
+        raise UserError(f"{location}: cannot be read: {cause}: unpack it, and name the .jsonl file in it") from None
 
 
 # ---------------------------------------------------------------- as documents to be scored

@@ -4,6 +4,7 @@ import math
 import os
 import re
 import tomllib
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
@@ -124,8 +125,7 @@ def find_set(
     `data` is the data folder. `text_field`, `blank_line` and `pairs` are for the latter. Raises `UserError` if it is
     none of them.
     """
-    if name.endswith(".toml") or name in {path.stem for path in BUILT_IN.glob("*.toml")}:
-        own = name.endswith(".toml")
+    if (own := name.lower().endswith(".toml")) or name in {path.stem for path in BUILT_IN.glob("*.toml")}:
         declared = read_set(existing_file(name) if own else BUILT_IN / f"{name}.toml", own=own)
         location = declared.location(data)
         if declared.task == "pairs":
@@ -163,8 +163,8 @@ def data_folder(option: str | None) -> Path | None:
 def read_set(path: Path, *, own: bool = False) -> EvalSet:
     """A declaration. Raises `UserError` naming the key that is wrong."""
     try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        values = tomllib.loads(path.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError, RecursionError) as error:  # tomllib's own error is a ValueError
         raise UserError(f"{path}: cannot be read as TOML: {error}") from None
     references = values.pop("reference", [])
     if not isinstance(references, list):
@@ -191,30 +191,24 @@ def _declared(kind: type[Declared], values: Any, place: str) -> Declared:
     for key, value in values.items():
         if key not in known or key == "folder":
             raise UserError(f"{place}: unknown key {key!r} (known: {', '.join(sorted(known.keys() - {'folder'}))})")
-        if not _fits(value, known[key]):
-            raise UserError(f"{place}: {key} must be {_EXPECTED[known[key]]}, not {value!r}")
+        expected, fits = _KINDS[known[key]]
+        if not fits(value):
+            raise UserError(f"{place}: {key} must be {expected}, not {value!r}")
     try:
         return kind(**values)
     except TypeError as error:
         raise UserError(f"{place}: {str(error).partition('() ')[2] or error}") from None
 
 
-_EXPECTED = {
-    str: "text",
-    bool: "true or false",
-    int | str: "text or a whole number",
-    float | None: "a number",
-    dict[str, float] | None: "a table of numbers",
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+# Of each kind of value that a declaration holds: how to call it, and what is one.
+_KINDS: dict[Any, tuple[str, Callable[[Any], bool]]] = {
+    str: ("text", lambda value: isinstance(value, str)),
+    bool: ("true or false", lambda value: isinstance(value, bool)),
+    int | str: ("text or a whole number", lambda value: isinstance(value, int | str) and not isinstance(value, bool)),
+    float | None: ("a number", _is_number),
+    dict[str, float] | None: ("a table of numbers", lambda v: isinstance(v, dict) and all(map(_is_number, v.values()))),
 }
-
-
-def _fits(value: object, kind: Any) -> bool:
-    match kind:
-        case _ if kind == float | None:
-            return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-        case _ if kind == dict[str, float] | None:
-            return isinstance(value, dict) and all(_fits(item, float | None) for item in value.values())
-        case _ if kind == int | str:
-            return isinstance(value, int | str) and not isinstance(value, bool)
-        case _:
-            return kind in (str, bool) and isinstance(value, kind)

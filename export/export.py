@@ -24,7 +24,7 @@ from mlmkit.export.parity import BOUNDS, check_parity, parity_batches, require_p
 from mlmkit.export.precision import convert
 from mlmkit.export.proof_text import FALLBACK, ProofText, proof_text
 from mlmkit.export.quantize import CALIBRATIONS
-from mlmkit.files import new_folder
+from mlmkit.files import locate_model, new_folder
 from mlmkit.model import from_pretrained
 
 if TYPE_CHECKING:
@@ -60,6 +60,7 @@ def export(
         raise UserError(f"no precision {precision!r}: choose {', '.join(PRECISIONS)}")
     if calibration not in CALIBRATIONS:
         raise UserError(f"no calibration {calibration!r}: choose {' or '.join(CALIBRATIONS)}")
+    checkpoint = locate_model(checkpoint)
     text = text or proof_text(checkpoint)
     if precision == "int8" and text.name == FALLBACK:
         raise UserError("int8 needs scales measured on text like yours: name some with --text")

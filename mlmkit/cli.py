@@ -33,8 +33,8 @@ class _HelpfulGroup(click.Group):
 def cli(verbose: bool) -> None:
     """Masked language models the whole way: train, export, evaluate, fill, serve.
 
-    MODEL is a Hugging Face checkpoint (a folder or a hub name), or an artifact that `mlmkit export` wrote. Results go
-    to standard output; progress and messages go to standard error.
+    MODEL is a Hugging Face checkpoint (a folder or a hub name), the folder of a finished training run, or an artifact
+    that `mlmkit export` wrote. Results go to standard output; progress and messages go to standard error.
     """
     logging.basicConfig(level=logging.DEBUG if verbose else logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("mlmkit").setLevel(logging.DEBUG if verbose else logging.INFO)
@@ -101,7 +101,7 @@ for _command in (train, export, inspect, evaluate, compare, report, score):
 @click.argument("model")
 @click.argument("text")
 @click.option("--top-k", default=5, show_default=True, help="Candidates a mask.")
-@click.option("--targets", multiple=True, help="Rank these only. Repeatable, or separated by commas.")
+@click.option("--targets", multiple=True, metavar="TEXT", help="Rank only this, exactly as written. Repeatable.")
 @model_options
 @json_option
 def fill(model: str, text: str, top_k: int, targets: tuple[str, ...], backend: str, device: str, as_json: bool) -> None:
@@ -109,15 +109,13 @@ def fill(model: str, text: str, top_k: int, targets: tuple[str, ...], backend: s
 
     For example: mlmkit fill MODEL "O rato [MASK] a roupa do rei de Roma."
 
-    The mask is written as the model's tokenizer writes it: [MASK] for BERT, <mask> for RoBERTa.
+    The mask is written as the model's tokenizer writes it: [MASK] for BERT, <mask> for RoBERTa. A target inside a text
+    begins with its space for RoBERTa and others that spell bytes: --targets " rei".
     """
     from mlmkit.backends import load
     from mlmkit.fill import fill as run_fill
 
-    wanted = [target.strip() for group in targets for target in group.split(",") if target.strip()]
-    if targets and not wanted:
-        raise UserError("--targets names no target")
-    candidates = run_fill(load(model, backend, device), text, top_k=top_k, targets=wanted)
+    candidates = run_fill(load(model, backend, device), text, top_k=top_k, targets=targets)
     if as_json:
         print_json({"text": text, "masks": candidates})
         return

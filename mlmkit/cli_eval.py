@@ -61,7 +61,7 @@ def evaluate(
     """Measure MODEL on text or minimal pairs, with masks that anyone can reproduce.
 
     A set is a name that --list-sets shows, a .toml file that declares one, a text file (a document a line), .jsonl,
-    .parquet, or hub:NAME[:CONFIG][@SPLIT]. With several sets, OUTPUT holds a folder for each.
+    .csv, .tsv, .parquet, or hub:NAME[:CONFIG][@SPLIT]. With several sets, OUTPUT holds a folder for each.
 
     The same command goes on where an interrupted one stopped. torchrun -m mlmkit eval shares the work.
     """

@@ -25,7 +25,7 @@ from mlmkit.files import cache_root, file_sha256, sync
 from mlmkit.masking import document_key, first_token_of_word
 from mlmkit.tokenizer import Tokenizer
 
-CACHE_FORMAT = 4
+CACHE_FORMAT = 5
 DOCUMENTS_PER_BLOCK = 1024
 GATHERED_AT_ONCE = 512  # entries; the kernel maps up to 64 KiB around each
 TEXT_SIZES = ("words", "characters", "bytes", "unknown_characters")

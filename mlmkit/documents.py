@@ -1,30 +1,46 @@
-"""Text files, jsonl, parquet and datasets of the hub → documents. A document is a text."""
+"""Text files, jsonl, csv, parquet and datasets of the hub → rows → documents. A document is a text."""
 
 import codecs
 import contextlib
+import csv
 import json
 import logging
 import os
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from mlmkit.errors import UserError, require
 
 HUB = "hub:"
+TABLES = (".jsonl", ".json", ".ndjson", ".csv", ".tsv", ".parquet")
+# How a file begins that is no UTF-8 text, what it is, and what makes something readable of it.
+NO_UTF8 = (
+    (rb"\x1f\x8b", "gzip", "unpack it (gzip -dc FILE > TEXT)"),
+    (rb"BZh[1-9]1AY", "bzip2", "unpack it (bzip2 -dc FILE > TEXT)"),
+    (rb"\xfd7zXZ", "xz", "unpack it (xz -dc FILE > TEXT)"),
+    (rb"\x28\xb5\x2f\xfd", "zstd", "unpack it (zstd -dc FILE > TEXT)"),
+    (rb"PK\x03\x04", "a zip archive", "unpack it (unzip FILE)"),
+    (rb"%PDF-\d", "a PDF", "extract its text (pdftotext FILE)"),
+    (rb"PAR1\x15", "parquet", "give it the suffix .parquet"),
+    (rb"ARROW1\0|\xff{4}", "an Arrow file", "put it in a folder of its own and name hub:FOLDER"),
+    (rb"\xff\xfe\0\0|\0\0\xfe\xff", "UTF-32", "convert it (iconv -f UTF-32 -t UTF-8 FILE > TEXT)"),
+    (rb"\xff\xfe|\xfe\xff", "UTF-16", "convert it (iconv -f UTF-16 -t UTF-8 FILE > TEXT)"),
+)
 
 
 @dataclass(frozen=True)
 class Source:
     """Where documents come from.
 
-    `location` is a file (`.jsonl`, `.json` of one object a line, `.parquet`, anything else is text) or
-    `hub:NAME[:CONFIG][@SPLIT][#FILES]` for a dataset of the hub or a local folder that `datasets` can read; FILES is a
-    pattern of the split's files, where the whole would be too much to fetch. `text_field` is the column or key that
-    holds the text. `blank_line` makes blocks of lines the documents of a text file. `strip` drops the white space
-    around each text.
+    `location` is a file (`.jsonl` or `.json` of one object per line, `.csv` or `.tsv` with a header, `.parquet`,
+    anything else is text) or `hub:NAME[:CONFIG][@SPLIT][#FILES]` for a dataset of the hub or a local folder that
+    `datasets` can read; FILES is a pattern of the split's files, where the whole would be too much to fetch.
+    `text_field` is the column or key that holds the text. `blank_line` makes blocks of lines the documents of a text
+    file. `strip` drops the white space around each text.
     """
 
     location: str
@@ -43,23 +59,42 @@ def read_documents(source: Source) -> Iterator[str]:
 
 def read_texts(source: Source) -> Iterator[str]:
     """The same with the texts of white space only, which are no documents, for who counts them."""
-    return (text.strip() for text in _read(source)) if source.strip else _read(source)
+    if is_table(source.location):
+        rows = read_rows(source.location, source.text_field)
+        texts = (_text(row, source.text_field, place) for place, row in rows)
+    else:
+        lines = read_lines(existing_file(source.location))
+        texts = _blocks(lines) if source.blank_line else lines
+    return (text.strip() for text in texts) if source.strip else texts
 
 
-def _read(source: Source) -> Iterator[str]:
-    if source.location.startswith(HUB):
-        yield from _read_hub(source)
-        return
-    path = existing_file(source.location)
-    match path.suffix:
-        case ".jsonl" | ".json" | ".ndjson":
-            yield from _read_jsonl(path, source.text_field)
+def _text(row: dict[str, Any], field: str, place: str) -> str:
+    if field not in row:
+        known = f"{place} has no field {field!r} (it has {', '.join(row)})"
+        raise UserError(f"{known}: name one with --text-field (in training data.text_field), or rename it")
+    return checked_text(row[field], f"{place}, field {field!r}")
+
+
+def is_table(location: str) -> bool:
+    """Whether this is read by `read_rows`; otherwise it is lines of text."""
+    return location.startswith(HUB) or Path(location).suffix.lower() in TABLES
+
+
+def read_rows(location: str, column: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each row of a table with its place, for messages. With `column`, only that one where this saves reading.
+
+    Raises `UserError` naming what cannot be read.
+    """
+    if location.startswith(HUB):
+        return _hub_rows(location, column)
+    path = existing_file(location)
+    match path.suffix.lower():
         case ".parquet":
-            yield from _read_parquet(path, source.text_field)
-        case _ if source.blank_line:
-            yield from _blocks(read_lines(path))
+            return _parquet_rows(path, column)
+        case ".csv" | ".tsv" as suffix:
+            return csv_rows(path, "\t" if suffix == ".tsv" else ",")
         case _:
-            yield from read_lines(path)
+            return json_rows(location, read_lines(path))
 
 
 def existing_file(location: str) -> Path:
@@ -75,90 +110,89 @@ def existing_file(location: str) -> Path:
 
 
 def read_lines(path: Path) -> Iterator[str]:
-    """Lines of UTF-8, split at LF alone, one CR before it dropped: mask-v1 fixes this, and `str.splitlines` differs."""
+    """Lines of UTF-8, split at LF alone, one CR before it dropped: mask-v1 fixes this, and `str.splitlines` differs.
+
+    A byte-order mark at the beginning is not part of the text. Raises `UserError` for what is not UTF-8.
+    """
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             line = line.removesuffix(b"\n").removesuffix(b"\r") if line.endswith(b"\n") else line
-            if number == 1 and line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-                raise UserError(f"{path}: this is UTF-16: convert it to UTF-8 (iconv -f UTF-16 -t UTF-8)")
+            if number == 1:
+                if found := next((other for other in NO_UTF8 if re.match(other[0], line)), None):
+                    raise UserError(f"{path} is {found[1]}, not UTF-8 text: {found[2]}")
+                line = line.removeprefix(codecs.BOM_UTF8)
             try:
                 yield line.decode("utf-8")
             except UnicodeDecodeError as error:
                 raise UserError(
                     f"{path}: line {number}, byte {error.start + 1} is not UTF-8 (0x{line[error.start]:02x}): "
-                    "convert the file to UTF-8 (for example iconv -f LATIN1 -t UTF-8)"
+                    "if it is a text file, convert it (for example iconv -f LATIN1 -t UTF-8)"
                 ) from None
 
 
 def _blocks(lines: Iterable[str]) -> Iterator[str]:
     """Blocks of lines between lines of white space, joined by LF."""
-    block: list[str] = []
-    for line in lines:
-        if line and not line.isspace():
-            block.append(line)
-        elif block:
+    for is_blank, block in groupby(lines, key=lambda line: not line.strip()):
+        if not is_blank:
             yield "\n".join(block)
-            block = []
-    if block:
-        yield "\n".join(block)
 
 
-def _read_jsonl(path: Path, field: str) -> Iterator[str]:
-    for number, row in json_lines(str(path), read_lines(path)):
-        if not isinstance(row, dict) or field not in row:
-            known = f" (it has {', '.join(row)})" if isinstance(row, dict) else ""
-            raise UserError(f"{path}: line {number} has no field {field!r}{known}: choose one with --text-field")
-        yield checked_text(row[field], f"{path}: line {number}, field {field!r}")
-
-
-def json_lines(place: str, lines: Iterable[str]) -> Iterator[tuple[int, Any]]:
-    """(number, value) of each line that is not white space. Raises `UserError` naming the line that is not JSON."""
+def json_rows(place: str, lines: Iterable[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The object in each line that is not white space. Raises `UserError` naming the line that holds none."""
     for number, line in enumerate(lines, start=1):
-        if not line or line.isspace():
+        if not line.strip():
             continue
         try:
-            yield number, json.loads(line)
+            row = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise UserError(f"{place}: line {number} is not JSON: {error}") from None
+            raise UserError(f"{place}: line {number} is not JSON: {error}: write an object in each line") from None
+        if not isinstance(row, dict):
+            raise UserError(f"{place}: line {number} is no JSON object: write an object in each line")
+        yield f"{place}: line {number}", row
 
 
-def _read_parquet(path: Path, field: str) -> Iterator[str]:
+def csv_rows(path: Path, delimiter: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The rows under a header, each with its place. Raises `UserError` naming the line that does not fit it."""
+    csv.field_size_limit((1 << 31) - 1)  # of the whole process; by default 128 KiB, which a document may exceed
+    rows = csv.DictReader((f"{line}\n" for line in read_lines(path)), delimiter=delimiter, strict=True)
+    try:
+        for row in rows:
+            if None in row or None in row.values():
+                raise csv.Error(f"it has {'more' if None in row else 'fewer'} fields than the header")
+            yield f"{path}: line {rows.line_num}", row
+    except csv.Error as error:
+        advice = "put texts with delimiters or line breaks in quotes, and write a quote in them twice"
+        raise UserError(f"{path}: line {rows.reader.line_num}: {error}: {advice}") from None
+
+
+def _parquet_rows(path: Path, column: str) -> Iterator[tuple[str, dict[str, Any]]]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
         file = pq.ParquetFile(path)
-        if field not in file.schema_arrow.names:
-            columns = ", ".join(file.schema_arrow.names)
-            raise UserError(f"{path}: no column {field!r} (it has {columns}): choose one with --text-field")
-        row = 0
-        for batch in file.iter_batches(columns=[field]):
-            for value in batch.column(0).to_pylist():
-                yield checked_text(value, f"{path}: row {row}, column {field!r}")
-                row += 1
+        batches = file.iter_batches(columns=[column] if column in file.schema_arrow.names else None)
+        rows = (row for batch in batches for row in batch.to_pylist())
+        yield from ((f"{path}: row {number}", row) for number, row in enumerate(rows))
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read as parquet: {str(error).splitlines()[0]}") from None
 
 
-def _read_hub(source: Source) -> Iterator[str]:
-    dataset = load_hub(source.location)
-    if source.text_field not in (dataset.column_names or []):
-        columns = ", ".join(dataset.column_names or [])
-        raise UserError(f"{source.location}: no column {source.text_field!r} (it has {columns}): use --text-field")
-    for row, value in enumerate(dataset[source.text_field]):
-        yield checked_text(value, f"{source.location}: row {row}")
+def _hub_rows(location: str, column: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The rows of a dataset, or those of each of its configurations, by name, where the location says `*`."""
+    locations = [location]
+    if re.match(f"{HUB}[^@#]+:\\*", location):
+        require("train", "datasets")
+        import datasets
 
-
-def hub_configurations(location: str) -> list[str]:
-    """The location itself, or one for each configuration of the dataset, by name, where it says `*`."""
-    if not re.match(f"{HUB}[^@#]+:\\*", location):
-        return [location]
-    require("train", "datasets")
-    import datasets
-
-    name = location.removeprefix(HUB).partition(":*")[0]
-    with _hub_errors(location):
-        return [location.replace(":*", f":{found}", 1) for found in sorted(datasets.get_dataset_config_names(name))]
+        name = location.removeprefix(HUB).partition(":*")[0]
+        with _hub_errors(location):
+            names = sorted(datasets.get_dataset_config_names(name))
+        locations = [location.replace(":*", f":{name}", 1) for name in names]
+    for each in locations:
+        dataset = load_hub(each)
+        dataset = dataset.select_columns([column]) if column in (dataset.column_names or []) else dataset
+        yield from ((f"{each}: row {number}", row) for number, row in enumerate(dataset))
 
 
 def load_hub(location: str) -> Any:

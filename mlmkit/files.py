@@ -1,11 +1,13 @@
 """Folders that appear whole or not at all."""
 
 import hashlib
+import logging
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 from mlmkit.errors import UserError
@@ -14,6 +16,8 @@ try:
     import fcntl
 except ImportError:  # Windows
     fcntl = None
+
+_say_once = cache(logging.getLogger(__name__).info)
 
 
 @contextmanager
@@ -60,10 +64,22 @@ def refuse_existing(path: Path, replaces: str = "") -> None:
     raise UserError(f"{path} exists: choose another folder, or replace it with --overwrite")
 
 
-def refuse_missing(path: str) -> None:
-    """Raise `UserError` for a path where nothing is and which cannot be the name of a model on the hub (USER/NAME)."""
-    if not Path(path).exists() and (path.startswith((".", "/", "~")) or path.count("/") > 1):
+def locate_model(path: str) -> str:
+    """The model's folder or hub name (USER/NAME): of a training run's folder, that of the finished model in it.
+
+    Raises `UserError` for what can be neither.
+    """
+    folder = Path(path)
+    if not folder.exists() and (path.startswith((".", "/", "~")) or path.count("/") > 1):
         raise UserError(f"{path}: no such folder")
+    if folder.is_file():
+        raise UserError(f"{path} is a file: name the folder of the model or tokenizer that it belongs to")
+    if not (folder / "run.json").exists():
+        return path
+    if not (folder / "model").exists():
+        raise UserError(f"{path} is an unfinished training run: train on, or name a folder in {path}/checkpoints")
+    _say_once(f"{path} is a training run: taking the model in it, {path}/model")
+    return f"{path}/model"
 
 
 @contextmanager

@@ -44,8 +44,8 @@ class TargetError(UserError):
 class Question:
     """A text to fill: `ids` `[seq]` with special tokens, `masks` `[masks]` their places, both int64.
 
-    With `targets`, ids, only these are ranked. `stand_ins` gives each target that is not in the vocabulary the piece
-    that stands for it.
+    With `targets`, ids, only these are ranked. `stand_ins` gives each target of more than one token the first of its
+    pieces, which stands for it.
     """
 
     ids: NDArray[np.int64]
@@ -118,7 +118,7 @@ def fill(backend: Backend, text: str, *, top_k: int = 5, targets: Sequence[str] 
     """
     question = ask(backend.tokenizer, backend.info, text, top_k=top_k, targets=targets)
     for target, piece in question.stand_ins.items():
-        log.warning("%r is not in the vocabulary: its first piece %r stands for it", target, piece)
+        log.warning("%r is more than one token: its first piece %r stands for it", target, piece)
     return answer(backend.tokenizer, question, backend.score(question.batch))
 
 
@@ -128,17 +128,19 @@ def _is_unicode(text: str) -> bool:
 
 
 def _target_ids(tokenizer: Tokenizer, targets: Sequence[str]) -> tuple[list[int], dict[str, str]]:
-    """Ids in the order given, each once. As Hugging Face does it, an unknown target becomes its first piece."""
+    """Ids in the order given, each once. As in transformers' pipeline, a text's first token stands for all of it."""
     ids: list[int] = []
     stand_ins: dict[str, str] = {}
     for target in targets:
         id = tokenizer.token_id(target)
         if id is None:
-            pieces = tokenizer.encode([target]).ids
-            if not len(pieces) or pieces[0] == tokenizer.unk_id:
+            framed = tokenizer.encode_control(target).ids
+            pieces = framed[len(tokenizer.prefix) : len(framed) - len(tokenizer.suffix)]
+            if not pieces or pieces[0] == tokenizer.unk_id:
                 raise TargetError(f"the target {target!r} has no token in this vocabulary")
-            id = int(pieces[0])
-            stand_ins[target] = tokenizer.token(id)
+            id = pieces[0]
+            if len(pieces) > 1:
+                stand_ins[target] = tokenizer.token(id)
         ids.append(id)
     return list(dict.fromkeys(ids)), stand_ins
 

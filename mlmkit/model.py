@@ -23,14 +23,19 @@ from transformers import (
 from transformers.utils.generic import ModelOutput
 
 from mlmkit.artifact import is_artifact
-from mlmkit.errors import UserError
-from mlmkit.files import refuse_missing
+from mlmkit.errors import UserError, require
+from mlmkit.files import locate_model
 from mlmkit.loss import linear_cross_entropy_sum
 from mlmkit.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 
 TOP_K = 100
+CONVERT = "python -c \"import transformers as t; t.AutoModelForMaskedLM.from_pretrained('.').save_pretrained('.')\""
+OWN_CODE = (
+    "it needs Python code of its own (auto_map), and mlmkit never runs a model's code: use a model whose architecture "
+    "and tokenizer are part of transformers"
+)
 # What a network raises when it is asked for what it cannot do.
 PROBE_ERRORS = (ValueError, TypeError, RuntimeError, AttributeError, LookupError, AssertionError)
 
@@ -213,6 +218,7 @@ def load_pretrained(path: str, *, dtype: torch.dtype = torch.float32) -> tuple[M
 
     Weights are read from safetensors only. Raises `UserError` for what is not a complete masked LM with its tokenizer.
     """
+    path = locate_model(path)
     config = load_config(path)
     network, info = from_pretrained(
         AutoModelForMaskedLM,
@@ -244,13 +250,13 @@ def load_pretrained(path: str, *, dtype: torch.dtype = torch.float32) -> tuple[M
 
 def load_config(path: str) -> PreTrainedConfig:
     """The configuration of a masked LM. Raises `UserError` for another kind of model."""
-    refuse_missing(path)
-    if Path(path).is_file():
-        raise UserError(f"{path} is a file: name the folder of a checkpoint or an artifact")
-    if is_artifact(Path(path)):
+    folder = Path(path)
+    if is_artifact(folder):
         raise UserError(f"{path} is an artifact: name the checkpoint that it came from")
-    if Path(path).is_dir() and not (Path(path) / "config.json").exists():
+    if folder.is_dir() and not (folder / "config.json").exists():
         raise UserError(f"{path} holds no config.json: it is neither a checkpoint nor an artifact")
+    if folder.is_dir() and not any(folder.glob("*.safetensors")):
+        raise UserError(f"{path} holds no model.safetensors: if it has a pytorch_model.bin, run in it {CONVERT}")
     config = from_pretrained(AutoConfig, path)
     refuse_other_models(config, path)
     return config
@@ -266,9 +272,16 @@ def refuse_other_models(config: PreTrainedConfig, name: str) -> None:
 
 def load_tokenizer(path: str) -> Tokenizer:
     """The checkpoint's tokenizer. Raises `UserError` when there is none that mlmkit can use."""
-    refuse_missing(path)
+    path = locate_model(path)
+    folder = Path(path)
+    if folder.is_dir() and not (folder / "tokenizer.json").exists():
+        if any(folder.glob("*.model")):
+            require("train", "sentencepiece")  # transformers converts with it, and asks for tiktoken without
+        elif not any(folder.glob("*vocab*")):
+            raise UserError(f"{path} holds no tokenizer.json: save or copy the model's tokenizer there")
+    loaded = from_pretrained(AutoTokenizer, path)
     with as_user_error(path):
-        tokenizer = Tokenizer.from_transformers(from_pretrained(AutoTokenizer, path))
+        tokenizer = Tokenizer.from_transformers(loaded)
     if not len(tokenizer.masking.ordinary):
         # transformers makes one up, of special tokens alone, where the files are missing.
         raise UserError(f"{path}: the tokenizer has no ordinary token: are its files (tokenizer.json) there?")
@@ -281,15 +294,7 @@ def from_pretrained(kind: Any, path: str, **options: Any) -> Any:
     Raises `UserError` for what cannot be loaded so.
     """
     with as_user_error(path):
-        try:
-            return kind.from_pretrained(path, trust_remote_code=False, **options)
-        except ValueError as error:
-            if "trust_remote_code" not in str(error):
-                raise
-            raise UserError(
-                f"{path} wants to run Python code of its own (auto_map), and mlmkit never runs a model's code: "
-                "use a model whose architecture and tokenizer are part of transformers"
-            ) from error
+        return kind.from_pretrained(path, trust_remote_code=False, **options)
 
 
 class as_user_error:  # noqa: N801  (a context manager)
@@ -302,12 +307,14 @@ class as_user_error:  # noqa: N801  (a context manager)
         return None
 
     def __exit__(self, _kind: object, error: BaseException | None, _traceback: object) -> None:
-        if isinstance(error, Exception) and not isinstance(error, UserError):
-            raise UserError(f"{self.path}: cannot be loaded: {_first_line(error)}") from error
+        if isinstance(error, Exception):
+            cause = error if isinstance(error, UserError) else f"cannot be loaded: {_first_line(error)}"
+            raise UserError(f"{self.path}: {OWN_CODE if 'trust_remote_code' in str(error) else cause}") from error
 
 
 def _first_line(error: Exception) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    first = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return " ".join(str(error).split()) if first.endswith(":") else first  # it announces what follows
 
 
 def _close(found: Tensor, expected: Tensor, bound: float) -> bool:

@@ -4,6 +4,7 @@ It runs on the `tokenizers` library alone, so that an exported artifact needs no
 """
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,14 +16,20 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Encoding
 from tokenizers import Tokenizer as RustTokenizer
+from tokenizers.models import BPE, WordLevel
 
 from mlmkit.errors import UserError
-from mlmkit.masking import MaskVocabulary
+from mlmkit.masking import MaskVocabulary, first_token_of_word
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 FILES = ("tokenizer.json", "tokenizer_config.json")
+CLEAN_UP = "clean_up_tokenization_spaces"
+CLEAN_UP_BPE = f"{CLEAN_UP}_for_bpe_even_though_it_will_corrupt_output"
+# What transformers' `clean_up_tokenization` strips of its spaces, in this order.
+CLEANED_UP = (" .", " ?", " !", " ,", " ' ", " n't", " 'm", " 's", " 've", " 're")
+LIMIT = "model_max_length"
 NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
@@ -41,7 +48,7 @@ class Tokens:
 
 
 class Tokenizer:
-    """Wraps a `tokenizers.Tokenizer` and the names of its special tokens.
+    """Wraps a `tokenizers.Tokenizer` and what its `tokenizer_config.json` says, of which most may be absent.
 
     A token is special if the tokenizer marks it so or names it (unknown, padding, mask, ...). Truncation and padding
     that a `tokenizer.json` may carry are switched off: nothing is cut silently. `rust` is the wrapper's from then on.
@@ -49,9 +56,7 @@ class Tokenizer:
     Raises `UserError` when there is no mask token.
     """
 
-    def __init__(
-        self, rust: RustTokenizer, named: dict[str, str], extra_special: Sequence[str] = (), limit: float = 0
-    ) -> None:
+    def __init__(self, rust: RustTokenizer, config: dict[str, Any]) -> None:
         rust.no_truncation()
         rust.no_padding()
         self._serialized = rust.to_str()
@@ -62,18 +67,20 @@ class Tokenizer:
         self._control = rust
         self._control.encode_special_tokens = False
 
-        if "mask_token" not in named:
-            raise UserError("the tokenizer has no mask token: is this a masked language model?")
-        marked = {id for id, token in rust.get_added_tokens_decoder().items() if token.special}
-        by_name = {self._control.token_to_id(token) for token in [*named.values(), *extra_special]}
-        self.named = named
-        self.limit = int(limit) if 0 < limit < 1 << 30 else None  # transformers writes 1e30 for "none"
-        self.special_ids = frozenset(marked | {id for id in by_name if id is not None})
-        self.mask_token = named["mask_token"]
+        self.named = {name: _content(config[name]) for name in NAMED_TOKENS if config.get(name)}
+        if "mask_token" not in self.named:
+            raise UserError("the tokenizer has no mask token: a masked model's names it in tokenizer_config.json")
+        limit = config.get(LIMIT)  # transformers writes 1e30 for "none"
+        self.limit = int(limit) if isinstance(limit, int | float) and 0 < limit < 1 << 30 else None
+        self.special_ids = self._find_special_ids(config)
+        self.mask_token = self.named["mask_token"]
         self.mask_id = self._id_of("mask_token")
-        self.unk_id = self._id_of("unk_token") if "unk_token" in named else None
-        self.pad_id = self._id_of("pad_token") if "pad_token" in named else 0
+        self.unk_id = self._id_of("unk_token") if "unk_token" in self.named else None
+        self.pad_id = self._id_of("pad_token") if "pad_token" in self.named else 0
         self.prefix, self.suffix = self._frame()
+        self._word_begins = self._find_word_begins()
+        does_harm = isinstance(rust.model, BPE) and not config.get(CLEAN_UP_BPE)
+        self._cleans_up = bool(config.get(CLEAN_UP)) and not does_harm
 
     def _id_of(self, name: str) -> int:
         id = self._control.token_to_id(self.named[name])
@@ -81,13 +88,41 @@ class Tokenizer:
             raise UserError(f"the tokenizer's {name} {self.named[name]!r} is not in its vocabulary")
         return id
 
+    def _find_special_ids(self, config: dict[str, Any]) -> frozenset[int]:
+        extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
+        extra = map(_content, extra.values() if isinstance(extra, dict) else extra)
+        by_name = map(self.token_id, (*self.named.values(), *extra))
+        found = {id for id, token in self._control.get_added_tokens_decoder().items() if token.special}
+        found |= {id for id in by_name if id is not None}
+        spelling = {id for id in found if re.fullmatch("<0x[0-9A-F]{2}>", self.token(id))}
+        if spelling and json.loads(self._serialized)["model"].get("byte_fallback"):
+            found -= spelling  # these are the bytes of a text, whatever they are marked as
+        return frozenset(found)
+
     def _frame(self) -> tuple[list[int], list[int]]:
         """The special tokens that the post-processor puts before and after a text."""
-        encoding = self._data.encode("a")
+        # A vocabulary of our own, as this one may hold no token for any text that one could think of.
+        probe = RustTokenizer(WordLevel({"a": 0}, unk_token="a"))
+        probe.post_processor = self._data.post_processor
+        encoding = probe.encode("a")
         added = np.flatnonzero(np.diff([1, *encoding.special_tokens_mask, 1]))
         if len(added) != 2:
             raise UserError("the tokenizer puts special tokens inside a text, which mlmkit cannot score")
         return encoding.ids[: added[0]], encoding.ids[added[1] :]
+
+    def _find_word_begins(self) -> NDArray[np.int64]:
+        """The ids whose pieces begin a word, in a tokenizer that does not split at spaces; none in others.
+
+        Gemma's, for example, writes a space as "▁" and takes the whole text for one word. See `docs/masking.md`.
+        """
+        text, normalizer, pre_tokenizer = "a b\tc\nd\re", self._data.normalizer, self._data.pre_tokenizer
+        text = normalizer.normalize_str(text) if normalizer else text
+        pieces = [piece for piece, _ in pre_tokenizer.pre_tokenize_str(text)] if pre_tokenizer else [text]
+        if not any(re.search("a.+b", piece, re.IGNORECASE) for piece in pieces):
+            return np.array([], dtype=np.int64)
+        marks = [mark for piece in pieces for mark in re.findall("(?<=[a-e])[^a-e]+(?=[a-e])", piece, re.IGNORECASE)]
+        begins = (*marks, "<0x20>", "<0x09>", "<0x0A>", "<0x0D>")
+        return np.array([id for token, id in self._control.get_vocab().items() if token.startswith(begins)])
 
     @classmethod
     def from_folder(cls, folder: Path, contents: Mapping[str, bytes] | None = None) -> "Tokenizer":
@@ -99,12 +134,7 @@ class Tokenizer:
         try:
             files = contents or {name: (folder / name).read_bytes() for name in FILES}
             rust = RustTokenizer.from_buffer(files["tokenizer.json"])
-            config = json.loads(files["tokenizer_config.json"])
-            named = {name: _content(config[name]) for name in NAMED_TOKENS if config.get(name)}
-            extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
-            extra = [_content(token) for token in (extra.values() if isinstance(extra, dict) else extra)]
-            limit = config.get("model_max_length")
-            return cls(rust, named, extra, limit if isinstance(limit, int | float) else 0)
+            return cls(rust, json.loads(files["tokenizer_config.json"]))
         except OSError as error:
             raise UserError(f"{folder}: no {Path(error.filename).name}: not a complete artifact") from None
         except UserError as error:
@@ -120,9 +150,9 @@ class Tokenizer:
         rust = getattr(tokenizer, "backend_tokenizer", None)
         if not isinstance(rust, RustTokenizer):
             raise UserError(f"{type(tokenizer).__name__} has no fast version (tokenizer.json), which mlmkit needs")
-        named = {name: str(getattr(tokenizer, name)) for name in NAMED_TOKENS if getattr(tokenizer, name, None)}
-        copy = RustTokenizer.from_str(rust.to_str())
-        return cls(copy, named, [str(token) for token in tokenizer.all_special_tokens], tokenizer.model_max_length)
+        config = {name: getattr(tokenizer, name, None) for name in (*NAMED_TOKENS, LIMIT, CLEAN_UP, CLEAN_UP_BPE)}
+        config["extra_special_tokens"] = tokenizer.all_special_tokens
+        return cls(RustTokenizer.from_str(rust.to_str()), config)
 
     @cached_property
     def vocabulary_size(self) -> int:
@@ -138,9 +168,10 @@ class Tokenizer:
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 of everything that decides which ids a text gets."""
-        identity = json.dumps([json.loads(self._serialized), self.named, sorted(self.special_ids)], sort_keys=True)
-        return sha256(identity.encode("utf-8")).hexdigest()
+        """SHA-256 of everything that decides which ids and words a text gets."""
+        identity = [json.loads(self._serialized), self.named, sorted(self.special_ids)]
+        identity += ["words begin at spaces"] if len(self._word_begins) else []
+        return sha256(json.dumps(identity, sort_keys=True).encode("utf-8")).hexdigest()
 
     @property
     def added_tokens(self) -> int:
@@ -150,14 +181,16 @@ class Tokenizer:
     def encode(self, texts: Sequence[str]) -> Tokens:
         """Corpus text to ids: no special tokens added, and none yielded by the text but the unknown token."""
         encodings = self._data.encode_batch(list(texts), add_special_tokens=False)
-        ids = [id for encoding in encodings for id in encoding.ids]
-        words = [-1 if word is None else word for encoding in encodings for word in encoding.word_ids]
-        tokens = Tokens(
-            np.array(ids, dtype=np.int64),
-            np.array(words, dtype=np.int32),
-            np.array([len(encoding) for encoding in encodings], dtype=np.int64),
-            np.array([self._unknown_characters(*pair) for pair in zip(texts, encodings, strict=True)], dtype=np.int64),
-        )
+        ids = np.array([id for encoding in encodings for id in encoding.ids], dtype=np.int64)
+        words = np.array([-1 if w is None else w for encoding in encodings for w in encoding.word_ids], dtype=np.int32)
+        lengths = np.array([len(encoding) for encoding in encodings], dtype=np.int64)
+        if len(self._word_begins):
+            begins = (first_token_of_word(words, lengths) == np.arange(len(ids))) | np.isin(ids, self._word_begins)
+            words = np.cumsum(begins, dtype=np.int32)
+            filled = lengths[lengths > 0]
+            words -= np.repeat(words[np.cumsum(filled) - filled], filled)
+        unknown = [self._unknown_characters(*pair) for pair in zip(texts, encodings, strict=True)]
+        tokens = Tokens(ids, words, lengths, np.array(unknown, dtype=np.int64))
         control = np.array(sorted(self.special_ids - {self.unk_id}), dtype=np.int64)
         return self._spell_out(tokens, control) if np.isin(tokens.ids, control).any() else tokens
 
@@ -228,8 +261,12 @@ class Tokenizer:
         return text.strip().removeprefix("##") or self.token(id)
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
-        """Ids to text."""
-        return self._control.decode(list(ids), skip_special_tokens=skip_special_tokens)
+        """Ids to text, as transformers' tokenizer decodes them."""
+        text = self._control.decode(list(ids), skip_special_tokens=skip_special_tokens)
+        if self._cleans_up:
+            for spaced in CLEANED_UP:
+                text = text.replace(spaced, spaced.strip())
+        return text
 
 
 def _content(token: Any) -> str:

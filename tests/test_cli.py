@@ -7,12 +7,15 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
-from conftest import PORTUGUESE
+from conftest import PORTUGUESE, PROOF
 
+from mlmkit.backends import load
 from mlmkit.cli import main
+from mlmkit.fill import fill
 
 ROOT = Path(__file__).parent.parent
 
@@ -138,19 +141,45 @@ def test_fill_agrees_with_the_pipeline(capsys, kind, text, checkpoint, artifact)
         assert [c["score"] for c in row] == pytest.approx([c["score"] for c in oracle_row], abs=1e-4)
 
 
-def test_fill_ranks_targets_as_the_pipeline_does(capsys, checkpoint, artifact):
-    from transformers import pipeline
+@pytest.mark.parametrize("kind", ["bert", "roberta"])
+def test_fill_ranks_targets_as_the_pipeline_does(capsys, caplog, kind, checkpoint, artifact):
+    from transformers import AutoTokenizer, pipeline
 
-    targets = ["statement", "the", "of", "the", "xyzzy"]
-    expected = pipeline("fill-mask", model=str(checkpoint("bert")))("The [MASK] is", targets=targets)
-    arguments = [part for target in targets[:2] for part in ("--targets", target)]
-    code, out, _ = run(
-        capsys, "fill", artifact("bert"), "The [MASK] is", *arguments, "--targets", "of,the, xyzzy", "--json"
-    )
-    assert code == 0
+    targets = ["statement", " the", "the", ",", " of", "of", "the", "xyzzy", "a,b"]
+    masked = "The <mask> is" if kind == "roberta" else "The [MASK] is"
+    expected = pipeline("fill-mask", model=str(checkpoint(kind)))(masked, targets=targets, top_k=9)
+    arguments = [part for target in targets for part in ("--targets", target)]
+    code, out, err = run(capsys, "fill", artifact(kind), masked, *arguments, "--top-k", 9, "--json")
+    assert code == 0, err
     (row,) = json.loads(out)["masks"]
     assert [c["token"] for c in row] == [c["token"] for c in expected]
     assert [c["score"] for c in row] == pytest.approx([c["score"] for c in expected], abs=1e-4)
+    pieces = AutoTokenizer.from_pretrained(checkpoint(kind)).tokenize
+    replaced = [target for target in dict.fromkeys(targets) if len(pieces(target)) > 1]
+    assert [text.partition(" is more")[0] for text in caplog.messages] == [repr(target) for target in replaced]
+    assert (" the" in replaced, "the" in replaced) == (False, kind == "roberta")
+
+
+def test_fill_cleans_spaces_up_as_the_pipeline_does(checkpoint, tmp_path):
+    """Checkpoints of transformers 4 say `clean_up_tokenization_spaces`; the artifact knows it without transformers."""
+    from transformers import pipeline
+
+    from mlmkit.export.export import export
+
+    folder = Path(shutil.copytree(checkpoint("bert"), tmp_path / "checkpoint"))
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(config | {"clean_up_tokenization_spaces": True}))
+    export(str(folder), tmp_path / "artifact", text=PROOF[:4])
+    pipe: Any = pipeline("fill-mask", model=str(folder))
+    backend, differs = load(str(tmp_path / "artifact")), 0
+    for text in ("[MASK] , don't ! we've . it 's [MASK] ?", "(a [MASK] ) . [MASK] 'm", "He 's [MASK] ' s n't ."):
+        expected = pipe(text, top_k=20)
+        found = fill(backend, text, top_k=20)
+        assert [[c["sequence"] for c in row] for row in found] == [
+            [c["sequence"] for c in row] for row in (expected if text.count("[MASK]") > 1 else [expected])
+        ]
+        differs += sum(" ." in c["sequence"] or " ," in c["sequence"] for row in found for c in row)
+    assert not differs
 
 
 def test_score_reads_standard_input_and_prints_a_line_a_text(artifact):
@@ -200,6 +229,8 @@ def mistakes(folder: Path, checkpoint: Path, artifact: Path) -> dict[str, list[o
     half = Path(shutil.copytree(checkpoint, folder / "half"))
     (half / "model.safetensors").unlink()
     good, output = folder / "good.txt", folder / "out"
+    (folder / "good.toml").write_text(f'[data]\ntrain = "{good}"\n')
+    train = ["train", folder / "good.toml", "--output", output, "--set"]
     return {
         "Missing argument 'MODEL'": ["eval"],
         "No such command": ["evaluate"],
@@ -208,9 +239,11 @@ def mistakes(folder: Path, checkpoint: Path, artifact: Path) -> dict[str, list[o
         f"{folder / 'nope'}: no such folder": ["export", folder / "nope", "--output", output],
         "holds no config.json": ["fill", folder / "no-model", "a [MASK]"],
         "is a file": ["score", good, good],
-        "cannot be loaded": ["export", half, "--output", output],
+        "half holds no model.safetensors": ["export", half, "--output", output],
+        "tokenizer.json is a file: name the folder": [*train, f"tokenizer.path={checkpoint}/tokenizer.json"],
+        "model.safetensors is a file: name the folder": [*train, f"model.init_from={checkpoint}/model.safetensors"],
         "has no [MASK]": ["fill", artifact, "nothing to fill"],
-        "names no target": ["fill", artifact, "a [MASK]", "--targets", " ,"],
+        "the target '' has no token": ["fill", artifact, "a [MASK]", "--targets", ""],
         "not valid UTF-8": ["fill", artifact, "a [MASK] \udcff"],
         "is an artifact: name": ["export", artifact, "--output", output],
         "name too long": ["score", artifact, "x" * 5000],

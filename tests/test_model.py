@@ -1,16 +1,24 @@
 """One forward for every architecture: the gathered head against the dense model."""
 
+import re
+import shutil
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers as T
+from safetensors.torch import load_file
 
 from mlmkit.errors import UserError
-from mlmkit.model import MaskedLM, sees_padding
+from mlmkit.model import MaskedLM, as_user_error, load_pretrained, load_tokenizer, sees_padding
 from mlmkit.packing import enable_packing
 
 VOCABULARY = 200
+SENTENCEPIECE = "cannot be loaded" if find_spec("sentencepiece") else "needs sentencepiece: pip install"
 SIZES: dict[str, Any] = {
     "vocab_size": VOCABULARY,
     "hidden_size": 32,
@@ -168,3 +176,53 @@ def test_longest_row_that_the_position_table_holds(name, length):
         with pytest.raises((IndexError, RuntimeError)):
             longer = torch.full((1, length + 1), 9)
             model(longer, torch.ones_like(longer), torch.tensor([0]), torch.tensor([9]))
+
+
+# ------------------------------------------------------------------ loading
+
+
+@pytest.mark.parametrize(
+    ("absent", "present", "message"),
+    [
+        (("model.safetensors",), "", "holds no model.safetensors: if it has a pytorch_model.bin, run in it python -c"),
+        (("tokenizer.json", "tokenizer_config.json"), "", "holds no tokenizer.json: save or copy"),
+        (("tokenizer.json", "tokenizer_config.json"), "spiece.model", SENTENCEPIECE),
+        (("config.json",), "", "holds no config.json"),
+    ],
+)
+def test_a_folder_that_lacks_a_file_is_told_what_to_do(checkpoint, tmp_path, absent, present, message):
+    folder = Path(shutil.copytree(checkpoint("modernbert"), tmp_path / "model"))
+    for name in absent:
+        (folder / name).unlink()
+    if present:
+        (folder / present).write_bytes(b"no model")
+    with pytest.raises(UserError, match=message):
+        load_pretrained(str(folder))
+
+
+def test_a_tokenizer_without_a_mask_is_named_with_its_folder(checkpoint, tmp_path):
+    (tmp_path / "tokenizer.json").write_bytes((checkpoint("bert") / "tokenizer.json").read_bytes())
+    with pytest.raises(UserError, match=f"{tmp_path}: the tokenizer has no mask token: .*tokenizer_config.json"):
+        load_tokenizer(str(tmp_path))
+
+
+def test_the_advice_for_old_weights_works(checkpoint, tmp_path):
+    folder = Path(shutil.copytree(checkpoint("bert"), tmp_path / "model"))
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    torch.save(weights, folder / "pytorch_model.bin")
+    with pytest.raises(UserError) as raised:
+        load_pretrained(str(folder))
+    command = re.search(r'python (-c) "(.*)"', str(raised.value))
+    assert command
+    subprocess.run([sys.executable, *command.groups()], cwd=folder, check=True)
+    again = load_file(folder / "model.safetensors")
+    assert again.keys() == weights.keys()
+    assert all(torch.equal(again[name], weights[name]) for name in weights)
+
+
+def test_an_error_that_announces_a_list_is_not_cut_off():
+    with pytest.raises(UserError, match=r"^x: cannot be loaded: one of: \(1\) a \(2\) b$"), as_user_error("x"):
+        raise ValueError("\none of: \n(1) a\n(2) b")
+    with pytest.raises(UserError, match=r"^x: cannot be loaded: It is no file\.$"), as_user_error("x"):
+        raise ValueError("It is no file.\n\nPages of advice")

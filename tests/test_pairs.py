@@ -172,6 +172,7 @@ def test_unusable_pairs_are_named(tmp_path):
         ('{"sentence_good": "a"}\n', r"line 1 has no field 'sentence_bad' \(it has sentence_good\)"),
         ('{"sentence_good": 1, "sentence_bad": "b"}\n', "holds int, not text"),
         ('{"sentence_good": "a \\ud800", "sentence_bad": "b"}\n', "surrogate"),
+        ('{"a": "b"}\n', "no field 'sentence_good' .it has a.: name the columns in a set"),
         ("[1]\n", "no JSON object"),
         ("{\n", "not JSON"),
         ("", "no pairs"),
@@ -187,12 +188,37 @@ def test_unusable_pairs_are_named(tmp_path):
         path.write_text(content)
         with pytest.raises(UserError, match="not lists of one length"):
             read_pairs(str(path), PairColumns("s", "s", label="l"))
-    (tmp_path / "a.zip").write_bytes(b"no archive")
-    with pytest.raises(UserError, match="cannot be read"):
-        read_pairs(str(tmp_path / "a.zip"), PairColumns())
     (tmp_path / "a.txt").write_text("a\n")
     with pytest.raises(UserError, match="read from"):
         read_pairs(str(tmp_path / "a.txt"), PairColumns())
+
+
+def _zipped(path: Path, kind: int) -> bytearray:
+    with zipfile.ZipFile(path, "w", kind) as archive:
+        archive.writestr("a.JSONL", "".join(f'{{"sentence_good": "{i}", "sentence_bad": "b"}}\n' for i in range(300)))
+    assert len(read_pairs(str(path), PairColumns())) == 300
+    return bytearray(path.read_bytes())
+
+
+def _in_both_headers(content: bytearray, offset: int, value: int) -> None:
+    """Set a byte of the first file's local header, and of its entry in the directory."""
+    content[content.index(b"PK\x03\x04") + offset] = value
+    content[content.index(b"PK\x01\x02") + offset + 2] = value
+
+
+def test_an_archive_that_cannot_be_read_is_named(tmp_path):
+    path = tmp_path / "a.zip"
+    kinds = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA)
+    damaged = {kind: _zipped(path, kind) for kind in kinds}
+    for content in damaged.values():
+        content[80:120] = b"\xff" * 40
+    encrypted, deflate64 = _zipped(path, zipfile.ZIP_DEFLATED), _zipped(path, zipfile.ZIP_DEFLATED)
+    _in_both_headers(encrypted, 6, 1)
+    _in_both_headers(deflate64, 8, 9)
+    for content in (*damaged.values(), b"no archive", encrypted, deflate64):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=r"a\.zip.*(cannot be read: .+: unpack it|is not JSON)"):
+            read_pairs(str(path), PairColumns())
 
 
 def test_keeping_a_subset(tmp_path):
@@ -228,6 +254,7 @@ def test_mistakes_in_a_declaration_are_named(tmp_path):
         ('name = "x"\ntask = "pairs"\nlocal = "a"\n[pairs]\nscoring = "half"\n', "no scoring 'half'"),
         ('task = "text"\nlocal = "a"\n', "name"),
         ("name = \n", "TOML"),
+        (f"name = {'[' * 5000}{']' * 5000}\n", "cannot be read as TOML"),
         ('name = "x"\ntask = "text"\nlocal = "a"\n[text]\nstrip = "yes"\n', "must be true or false"),
         ('name = "../x"\ntask = "text"\nlocal = "a"\n', "not of letters"),
         ('name = 3\ntask = "text"\nlocal = "a"\n', "name must be text"),

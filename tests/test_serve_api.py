@@ -81,10 +81,15 @@ def test_fill_mask_answers_the_inference_client(server, monkeypatch):
         assert isinstance(found[0].score, float)
 
 
-def test_a_target_that_is_no_token_is_ranked_by_its_first_piece_and_said(server):
-    answer = server("bert").ask("/fill-mask", {"inputs": "A [MASK].", "parameters": {"targets": ["thezzq"]}})
-    assert answer.json[0]["token_str"] == "the"
+def test_a_target_of_more_than_one_token_is_ranked_by_its_first_piece_and_said(server):
+    answer = server("bert").ask(
+        "/fill-mask", {"inputs": "A [MASK].", "parameters": {"targets": ["thezzq", " of", ","]}}
+    )
+    assert {item["token_str"] for item in answer.json} == {"the", "of", ","}
     assert answer.headers["x-targets-replaced"] == "1"
+    answer = server("roberta").ask("/fill-mask", {"inputs": "A <mask>.", "parameters": {"targets": " the"}})
+    assert [item["token_str"] for item in answer.json] == [" the"]
+    assert "x-targets-replaced" not in answer.headers
 
 
 @pytest.mark.parametrize("variant", ["original", "within-word"])

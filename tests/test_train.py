@@ -6,11 +6,14 @@ import pytest
 import torch
 from training import log_lines, weights, write_config
 
+import mlmkit
 from mlmkit import corpus
+from mlmkit.cli import main
 from mlmkit.distributed import Ranks
 from mlmkit.errors import CheckError, UserError
+from mlmkit.export.export import export
 from mlmkit.files import file_sha256
-from mlmkit.model import MaskedLM, load_pretrained
+from mlmkit.model import MaskedLM, load_pretrained, load_tokenizer
 from mlmkit.train import loop
 from mlmkit.train.checkpoint import checkpoints
 from mlmkit.train.config import Config, load_config
@@ -105,6 +108,25 @@ def test_training_learns_and_leaves_a_hugging_face_folder(config, tmp_path):
     filled = pipeline("fill-mask", model=str(model))("The [MASK] statement")
     assert len(filled) == 5
     assert {"model.safetensors", "config.json", "tokenizer.json"} <= {path.name for path in model.iterdir()}
+
+
+def test_the_folder_of_a_run_stands_for_its_model(config, tmp_path, text_file, caplog, capsys):
+    caplog.set_level("INFO", "mlmkit")
+    run, taken = tmp_path / "run", f"{tmp_path}/run is a training run: taking the model in it, {tmp_path}/run/model"
+    model = loop.train(config, run)
+    assert mlmkit.load(str(run)).info.path == str(model)
+    assert load_tokenizer(str(run)).fingerprint == load_tokenizer(str(model)).fingerprint
+    export(str(run), tmp_path / "artifact", texts=["The statement of the text."] * 3)
+    for command in (["fill", run, "The [MASK]"], ["score", run, text_file], ["eval", run, "--set", text_file]):
+        with pytest.raises(SystemExit) as stop:
+            main([str(word) for word in command])
+        assert not stop.value.code, capsys.readouterr().err
+    further = write_config(tmp_path, text_file, "bert-tiny", f"model.init_from={run}", "train.steps=1")
+    loop.train(further, tmp_path / "further")
+    assert caplog.messages.count(taken) == 1
+    (run / "model").rename(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match=r"unfinished training run: train on, or name a folder in .*run/checkpoints"):
+        mlmkit.load(str(run))
 
 
 def test_a_finished_run_is_not_trained_again(config, tmp_path, monkeypatch):

@@ -21,7 +21,7 @@ from mlmkit.artifact import (
     read_tokenizer,
 )
 from mlmkit.errors import UserError, require
-from mlmkit.files import refuse_missing
+from mlmkit.files import locate_model
 from mlmkit.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
@@ -149,6 +149,7 @@ def load(path: str, backend: str = "auto", device: str = "auto") -> Backend:
         raise UserError(f"no backend {backend!r}: choose {', '.join(BACKENDS)}")
     if device not in DEVICES:
         raise UserError(f"no device {device!r}: choose {', '.join(DEVICES)}")
+    path = locate_model(path)
     if is_artifact(Path(path)):
         if backend == "torch":
             raise UserError(f"{path} is an artifact, which torch cannot run: name the checkpoint it came from")
@@ -161,7 +162,6 @@ def load(path: str, backend: str = "auto", device: str = "auto") -> Backend:
         return OnnxBackend(path, device)
     if backend in ("onnx", "tensorrt"):
         raise UserError(f"{path} is no artifact: export it first (mlmkit export {path} --output ARTIFACT)")
-    refuse_missing(path)
     require("train", "torch", "transformers", "safetensors")
     from mlmkit.backends.torch import TorchBackend
 

@@ -21,7 +21,7 @@ class _Strict(BaseModel):
 
 
 class FillMaskParameters(_Strict):
-    """`targets`: rank these only. What is not in the vocabulary is ranked by its first piece."""
+    """`targets`: rank these only, spaces included. What is more than one token is ranked by the first of its pieces."""
 
     top_k: StrictInt | None = Field(5, description="Candidates a mask.")
     targets: StrictStr | Strings | None = None

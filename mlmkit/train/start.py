@@ -15,7 +15,7 @@ from mlmkit.corpus import Corpus, is_cached, load_corpus
 from mlmkit.distributed import Ranks
 from mlmkit.documents import HUB, existing_file, read_documents
 from mlmkit.errors import UserError
-from mlmkit.files import exclusive, new_folder
+from mlmkit.files import exclusive, locate_model, new_folder
 from mlmkit.model import MaskedLM
 from mlmkit.tokenizer import Tokenizer
 from mlmkit.train.checkpoint import checkpoints
@@ -100,7 +100,7 @@ def _prepare_tokenizer(config: Config, folder: Path) -> Tokenizer:
     """The run's own copy: trained on the text, given by `tokenizer.path`, or that of `model.init_from`."""
     if given := config.model.init_from or config.tokenizer.path:
         masked_lm.load_tokenizer(given)  # refuses what mlmkit cannot use
-        tokenizer = masked_lm.from_pretrained(AutoTokenizer, given)
+        tokenizer = masked_lm.from_pretrained(AutoTokenizer, locate_model(given))
     else:
         log.info("training a %s tokenizer of %d entries", config.tokenizer.kind, config.tokenizer.vocab_size)
         sources = config.data.sources
