@@ -4,6 +4,7 @@ import logging
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
+from os import PathLike, fspath
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -34,8 +35,8 @@ FITTED = ("fp16", "int8")  # to the ranges of values on real text
 
 
 def export(
-    checkpoint: str,
-    output: Path,
+    checkpoint: str | PathLike[str],
+    output: str | PathLike[str],
     *,
     precision: str = "fp32",
     texts: Sequence[str] = (),
@@ -60,6 +61,7 @@ def export(
         raise UserError(f"no calibration {calibration!r}: choose {' or '.join(CALIBRATIONS)}")
     if precision == "int8" and not texts:
         raise UserError("int8 needs scales measured on text like yours: name some with --text")
+    checkpoint, output = fspath(checkpoint), Path(output)
     with new_folder(output, replaces=MANIFEST if overwrite else "") as folder:
         log.info("loading %s", checkpoint)
         reference = TorchBackend(checkpoint, "cpu")

@@ -27,6 +27,7 @@ from mlmkit.eval.passes import Settings
 from mlmkit.eval.plan import pseudo_plan
 from mlmkit.eval.scoring import run_plan
 from mlmkit.eval.statistics import bootstrap
+from mlmkit.export.export import export
 from mlmkit.masking import MaskRecipe, corrupt, document_key
 
 TIMES = ("seconds", "timing", "command")
@@ -334,6 +335,19 @@ def test_unusable_text_and_options_are_named(checkpoint, tmp_path):
         Settings(pseudo_sample=0)
     with pytest.raises(UserError, match="variant 'l2r'"):
         evaluate(model, source, metrics=("pseudo",), variant="l2r")
+
+
+@pytest.mark.parametrize("kind", [str, Path])
+def test_a_path_is_taken_wherever_text_is(kind, checkpoint, short_file, tmp_path):
+    model, texts, folder = kind(checkpoint("bert")), kind(short_file), kind(tmp_path / "result")
+    for data in (texts, Source(texts)):
+        found = evaluate(load(model), data, output=folder, overwrite=True)
+        assert json.loads((tmp_path / "result" / "result.json").read_text()) == found.result
+        assert found.result["model"]["path"] == str(model)
+        assert found.result["corpus"]["source"]["location"] == str(texts)
+    assert pseudo_log_likelihood(model, ["Roma"])[0].pseudo_log_likelihood
+    manifest = export(model, kind(tmp_path / "artifact"), texts=PORTUGUESE)
+    assert load(kind(tmp_path / "artifact")).info.fingerprint == manifest.fingerprint
 
 
 def test_a_dynamically_quantized_artifact_is_refused_unless_insisted_on(capsys, artifact, short_file, tmp_path):
