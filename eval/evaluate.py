@@ -4,7 +4,7 @@ import platform
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -54,10 +54,13 @@ def evaluate(
     refuse_batch_coupling(backend, allow_batch_coupling)
     passes = settings.passes(material.chosen())
     store = Store(folder, _identity(backend, material, settings))
-    if finished := store.finished(overwrite=overwrite):
-        return finished
-    ranks.barrier()  # so that no rank finds what the first has begun
-    with store.working() if ranks.is_first else nullcontext():
+    with ExitStack() as stack:
+        ranks.from_first(lambda: stack.enter_context(store.locked()))
+        finished, store.folder = ranks.from_first(lambda: (store.finished(overwrite=overwrite), store.folder))
+        if finished:
+            return finished
+        if ranks.is_first:
+            stack.enter_context(store.working())
         if ranks.is_first and ranks.world > 1:
             material.corpus()  # tokenised once for all
         ranks.barrier()

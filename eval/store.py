@@ -4,7 +4,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -46,7 +46,7 @@ class PartFacts:
 class Store:
     """The folder of one evaluation. `result.json` comes last.
 
-    `identity` says what is measured by what: a folder that holds another evaluation is refused.
+    `identity` says what is measured by what: a folder that holds another evaluation is refused. Use it within `locked`.
     """
 
     def __init__(self, folder: Path, identity: dict[str, Any]) -> None:
@@ -87,12 +87,14 @@ class Store:
             return found
         return None
 
+    def locked(self) -> AbstractContextManager[None]:
+        """Keep other processes out, before anything here is read or removed. Raises `UserError` if one is at work."""
+        lock = self.final.with_name(f".{self.final.name}.lock")  # not within, where `finish` would replace it
+        return exclusive(lock, f"another process is evaluating into {self.final}: wait for it", temporary=True)
+
     @contextmanager
     def working(self) -> Iterator[None]:
-        """Make the folder, note what is being measured, and keep other processes out.
-
-        If nothing was finished, nothing is left behind. Raises `UserError` when another process is at it.
-        """
+        """Make the folder and note what is being measured. If no part was finished, nothing is left behind."""
         unfinished = _read_json(self.folder / UNFINISHED)
         if self.folder != self.final and (unfinished or {}).get("identity") != self.identity:
             shutil.rmtree(self.folder, ignore_errors=True)
@@ -100,14 +102,12 @@ class Store:
             with new_folder(self.folder) as building:  # whole or not at all: what is in the way of no later run
                 (building / PARTS).mkdir()
                 write_json(building / UNFINISHED, {"identity": self.identity})
-        # Two writers would remove each other's parts.
-        with exclusive(self.folder / UNFINISHED, f"another process is evaluating into {self.final}: wait for it"):
-            try:
-                yield
-            except BaseException:
-                if not any((self.folder / PARTS).glob("*.parquet")):
-                    self.discard()
-                raise
+        try:
+            yield
+        except BaseException:
+            if not any((self.folder / PARTS).glob("*.parquet")):
+                self.discard()
+            raise
 
     def discard(self) -> None:
         """Remove an evaluation that came to nothing."""
