@@ -1,6 +1,5 @@
 """Comparing evaluations of the same text and positions, with paired intervals."""
 
-import heapq
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -165,32 +164,29 @@ def _compare_pairs(a: Stored, b: Stored) -> tuple[dict[str, Any], dict[str, Any]
 
 def _largest_differences(a: Stored, b: Stored, metric: str, seed: int | None, top: int) -> list[dict[str, Any]]:
     """The tokens whose log-probabilities differ most, the largest difference first."""
-    largest: list[tuple[float, int, int, dict[str, Any]]] = []
-    for number, (left, right) in enumerate(_aligned(a, b, metric, seed)):
-        change = right["log_prob"].to_numpy().astype(np.float64) - left["log_prob"].to_numpy()
-        for row in np.argsort(-np.abs(change), kind="stable")[:top].tolist():
-            one, two = left.slice(row, 1).to_pylist()[0], right.slice(row, 1).to_pylist()[0]
-            entry = {
-                "document": one["document"],
-                "offset": one["offset"],
-                "token": one["token"],
-                "metric": metric,
-                "log_prob_a": one["log_prob"],
-                "log_prob_b": two["log_prob"],
-                "difference": float(change[row]),
-                "rank_a": one["rank"],
-                "rank_b": two["rank"],
-            }
-            largest.append((-abs(entry["difference"]), number, row, entry))
-        largest = heapq.nsmallest(top, largest)
-    return [entry[-1] for entry in largest]
-
-
-def _aligned(a: Stored, b: Stored, metric: str, seed: int | None) -> Iterator[tuple[pa.Table, pa.Table]]:
-    place = ["document", "offset", "token_id", "input_id"]
-    for (left, _), (right, _) in zip(
-        read_blocks(a.folder, metric, seed), read_blocks(b.folder, metric, seed), strict=True
-    ):
-        if not left.select(place).equals(right.select(place)):
+    largest: list[dict[str, Any]] = []
+    for left, right in _token_blocks(a, b, metric, seed):
+        if not _is_same(left, right):
             raise CheckError(f"{a.folder}/{TOKENS} and {b.folder}/{TOKENS} hold different tokens: was one edited?")
-        yield left, right
+        change = right["log_prob"].to_numpy().astype(np.float64) - left["log_prob"].to_numpy()
+        rows = np.argsort(-np.abs(change), kind="stable")[:top]
+        sides = (table.take(rows).to_pylist() for table in (left, right))
+        for one, two, difference in zip(*sides, change[rows].tolist(), strict=True):
+            entry = {name: one[name] for name in ("document", "offset", "token")} | {"metric": metric}
+            entry |= {f"{name}_a": one[name] for name in ("log_prob", "rank")}
+            entry |= {f"{name}_b": two[name] for name in ("log_prob", "rank")}
+            largest.append({**entry, "difference": difference})
+        largest = sorted(largest, key=lambda entry: -abs(entry["difference"]))[:top]
+    return largest
+
+
+def _token_blocks(a: Stored, b: Stored, metric: str, seed: int | None) -> Iterator[tuple[pa.Table, pa.Table]]:
+    """Both results' rows of a pass, the same documents at a time."""
+    blocks = (read_blocks(side.folder, metric, seed) for side in (a, b))
+    return ((left, right) for (left, _), (right, _) in zip(*blocks, strict=True))
+
+
+def _is_same(left: pa.Table, right: pa.Table) -> bool:
+    """Whether both score the same tokens, in the same places and behind the same mask."""
+    place = ["document", "offset", "token_id", "input_id"]
+    return left.select(place).equals(right.select(place))

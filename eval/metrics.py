@@ -122,12 +122,10 @@ def sampling_errors(totals: Columns) -> dict[str, float]:
         return {}
     variance = max(squares - total**2 / n, 0.0) / (n - 1)
     error = scorable * math.sqrt(max(1 - n / scorable, 0.0) * variance / n)
-    values = {name: float(estimator(totals)) for name, estimator in PSEUDO.estimators.items()}
+    units = (1, scorable, words, characters, size * math.log(2))
     errors = {
-        "pseudo_log_likelihood": error,
-        "pseudo_perplexity": values["pseudo_perplexity"] * error / scorable,
-        "pseudo_perplexity_per_word": values["pseudo_perplexity_per_word"] * error / words if words else math.nan,
-        "pseudo_perplexity_per_character": values["pseudo_perplexity_per_character"] * error / characters,
-        "bits_per_byte": error / size / math.log(2),
+        name: error / unit * (float(estimator(totals)) if "perplexity" in name else 1.0)
+        for (name, estimator), unit in zip(PSEUDO.estimators.items(), units, strict=True)
+        if unit
     }
     return {name: value for name, value in errors.items() if math.isfinite(value)}
