@@ -19,6 +19,10 @@ Columns = NDArray[np.float64]
 CALIBRATION_BINS = 15  # Guo et al. 2017
 SIZES = ("ordinary", "words", "characters", "bytes")  # columns of documents.parquet
 
+# Biased upwards under resampling: 1,000 draws of a calibrated model's text lie above its own error (docs/decisions.md).
+WITHOUT_INTERVAL = frozenset({"expected_calibration_error"})
+HIGHER_IS_BETTER = ("accuracy", "rank", "likelihood")  # in a metric's name; of the others, lower
+
 
 @dataclass(frozen=True)
 class Family:

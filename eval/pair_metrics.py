@@ -79,12 +79,10 @@ def _counts(columns: NDArray[np.float64]) -> dict[str, int]:
 def _macro(columns: NDArray[np.float64], names: NDArray[np.str_], groups: list[str]) -> Metrics:
     """The mean of the paradigms' accuracies, each counting alike."""
     membership = names[:, None] == np.array(groups)
-    sums = np.concatenate([membership, membership * columns[:, [CORRECT]]], axis=1).astype(np.float64)
-
-    def mean(totals: NDArray[np.float64]) -> NDArray[np.float64]:
-        return np.nanmean(totals[..., len(groups) :] / totals[..., : len(groups)], axis=-1)
-
-    return bootstrap(sums, {"pair_accuracy_macro": mean})
+    sums = np.concatenate([columns[:, [COUNT]], membership, membership * columns[:, [CORRECT]]], axis=1)
+    end = len(groups) + 1
+    estimators = {"pair_accuracy_macro": lambda totals: np.nanmean(totals[..., end:] / totals[..., 1:end], axis=-1)}
+    return bootstrap(sums.astype(np.float64), estimators)
 
 
 def _perplexities(scores: NDArray[np.float64]) -> Metrics:

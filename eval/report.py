@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from mlmkit.eval.metrics import CALIBRATION_BINS, calibration_bin
+from mlmkit.eval.statistics import RESAMPLES
 from mlmkit.eval.stored import REPORT, Stored, load_result, read_blocks
 
 LARGEST_LOSS = 14.0
@@ -64,7 +65,7 @@ def render(template: str, path: Path, **content: Any) -> None:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"number": number, "signed": signed, "heat": heat}
+    environment.filters |= {"number": number, "signed": signed, "span": span, "p_value": p_value, "heat": heat}
     building = path.with_suffix(".building")
     building.write_text(environment.get_template(template).render(**content), encoding="utf-8")
     building.rename(path)
@@ -162,6 +163,19 @@ def number(value: float | None, form: str = "{:.4f}") -> str:
 def signed(value: float | None) -> str:
     """A difference for people, small ones by their power of ten."""
     return number(value, "{:+.1e}" if value and abs(value) < 1e-3 else "{:+.4f}")
+
+
+def span(metric: dict[str, Any], form: str = "") -> str:
+    """An interval for people, of a difference unless a form is given; a dash for one that does not exist."""
+    if metric["low"] is metric["high"] is None:
+        return "–"
+    return " to ".join(number(metric[key], form) if form else signed(metric[key]) for key in ("low", "high"))
+
+
+def p_value(value: float | None) -> str:
+    """A p-value for people. The smallest that the bootstrap's draws can give is shown as a bound."""
+    lowest = 2 / (RESAMPLES + 1)
+    return f"< {lowest:.3f}" if value == lowest else number(value, "{:.3f}")
 
 
 def heat(log_prob: float | None) -> str:

@@ -208,7 +208,8 @@ def _number(value: float | None) -> str:
 
 
 def _range(metric: dict[str, float | None]) -> str:
-    return f"[{_number(metric['low'])}, {_number(metric['high'])}]"
+    low, high = metric["low"], metric["high"]
+    return "-" if low is high is None else f"[{_number(low)}, {_number(high)}]"
 
 
 @click.command()

@@ -283,9 +283,11 @@ def test_intervals_are_those_of_the_bootstrap():
 def test_a_resample_without_a_scored_token_has_no_value():
     """Counted as zero it would pull the interval of a rare event down to a perfect score."""
     sums = np.zeros((20, 2))
-    sums[3] = 5.0, 2.0
-    found = bootstrap(sums, {"mean": lambda totals: totals[..., 0] / totals[..., 1]})["mean"]
-    assert found == {"value": 2.5, "low": 2.5, "high": 2.5}
+    sums[[3, 7]] = 5.0, 2.0
+    mean = {"mean": lambda totals: totals[..., 0] / totals[..., 1]}
+    assert bootstrap(sums, mean)["mean"] == {"value": 2.5, "low": 2.5, "high": 2.5}
+    sums[7] = 0.0  # one document says nothing of others
+    assert bootstrap(sums, mean)["mean"] == {"value": 2.5, "low": None, "high": None}
 
 
 def test_a_number_that_overflows_is_null_in_valid_json(short_file, checkpoint, tmp_path):
