@@ -124,8 +124,9 @@ def pseudo_log_likelihood(
     good.pseudo_log_likelihood > bad.pseudo_log_likelihood
     ```
 
-    `model` and the exceptions are those of `evaluate`. With `variant="within-word"` the later tokens of the same word
-    are masked too (Kauf and Ivanova 2023).
+    An unknown token is scored like any other. A text without a scored token has None, not a sum. `model` and the
+    exceptions are those of `evaluate`. With `variant="within-word"` the later tokens of the same word are masked too
+    (Kauf and Ivanova 2023).
     """
     if isinstance(texts, str):
         texts = [texts]

@@ -10,18 +10,13 @@ from numpy.typing import NDArray
 
 from mlmkit.errors import CheckError, UserError
 from mlmkit.eval.measure import column_count, document_sums, each_slice
-from mlmkit.eval.metrics import FAMILIES, HIGHER_IS_BETTER, WITHOUT_INTERVAL
+from mlmkit.eval.metrics import FAMILIES, HIGHER_IS_BETTER, PER_TEXT, UNKNOWN_LIMIT, WITHOUT_INTERVAL, describe_unknown
 from mlmkit.eval.pair_metrics import ESTIMATORS, pair_columns, pair_groups
 from mlmkit.eval.statistics import Bootstrap, Estimator, finite, percentiles
 from mlmkit.eval.stored import TOKENS, Stored, load_result, read_blocks
 
 # Metrics that mean the same whatever the tokens are.
-TOKENIZER_FREE = (
-    "pseudo_log_likelihood",
-    "pseudo_perplexity_per_word",
-    "pseudo_perplexity_per_character",
-    "bits_per_byte",
-)
+TOKENIZER_FREE = ("pseudo_log_likelihood", *PER_TEXT)
 
 
 def compare(folders: Sequence[Path], top: int = 20) -> dict[str, Any]:
@@ -47,6 +42,7 @@ def _describe(stored: Stored) -> dict[str, Any]:
         "backend": backend["name"],
         "set": result["corpus"]["source"]["set"] or result["corpus"]["source"]["location"],
         "variant": (result["pseudo"] or {}).get("variant"),
+        "unknown": result["unknown"],
     }
 
 
@@ -85,8 +81,12 @@ def _compare(a: Stored, b: Stored, top: int) -> dict[str, Any]:
     if "pairs" in one:
         found["metrics"], found["pairs"] = _compare_pairs(a, b)
         return found
+    unknown = max(one["unknown"], two["unknown"], key=lambda side: side["character_share"])
+    if other_tokens and unknown["character_share"] > UNKNOWN_LIMIT:
+        raise UserError(f"{a.folder}, {b.folder}: their tokenizers differ, and in one {describe_unknown(unknown)}")
     for metric, wanted in seeds.items():
         names = set(TOKENIZER_FREE if other_tokens else FAMILIES[metric].estimators)
+        names -= set(PER_TEXT if unknown["character_share"] > UNKNOWN_LIMIT else ())
         _compare_scores(a, b, metric, wanted, names, found)
     if not other_tokens:
         found["tokens"] = _largest_differences(a, b, next(iter(seeds)), next(iter(seeds.values()))[0], top)

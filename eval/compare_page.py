@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from mlmkit.errors import UserError, require
+from mlmkit.eval.metrics import describe_unknown
 from mlmkit.eval.report import number, p_value, render, signed, span
 
 Row = dict[str, Any]
@@ -41,6 +42,8 @@ def print_lines(comparison: dict[str, Any]) -> Iterator[str]:
 
 def _side(letter: str, side: dict[str, Any]) -> Iterator[str]:
     yield f"{letter}: {side['folder']} ({side['model']}, {side['backend']})"
+    if unknown := describe_unknown(side["unknown"]):
+        yield f"note: in {letter}, {unknown}"
 
 
 def rows(other: dict[str, Any]) -> Iterator[tuple[str, Row]]:
@@ -88,15 +91,16 @@ def write_page(comparison: dict[str, Any], folder: Path) -> None:
         different, agreement = separate(other)
         part = {"other": other, "different": different, "agreement": agreement, "figures": {}}
         for name in ("masked_cross_entropy", "pseudo_perplexity", "pair_accuracy"):
-            chosen = [(f"{label} (n: {size(row)})", row) for label, row in different if label.split()[0] == name]
-            if len(chosen) > 1:
-                chosen, title = [(label.removeprefix(f"{name} "), row) for label, row in chosen], name.replace("_", " ")
-                axis = f"{title}, B − A ({chosen[0][1]['better']} is better)"
-                part["figures"][f"{title.capitalize()} by slice"] = figures.differences(chosen, axis)
+            own = [(label, row) for label, row in different if label.split()[0] == name]
+            lines = [(f"{label[len(name) :] or 'all'} (n: {size(row)})".strip(), row) for label, row in own]
+            if len(lines) > 1:
+                title = name.replace("_", " ")
+                axis = f"{title}, B − A ({lines[0][1]['better']} is better)"
+                part["figures"][f"{title.capitalize()} by slice"] = figures.differences(lines, axis)
         parts.append(part)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        content = {"comparison": comparison, "parts": parts, "size": size}
+        content = {"comparison": comparison, "parts": parts, "size": size, "describe_unknown": describe_unknown}
         render("compare.html.jinja", folder / "compare.html", **content)
     except OSError as error:
         raise UserError(f"cannot write {folder}: {error.strerror}") from None

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from mlmkit.errors import UserError
 from mlmkit.eval.parts import Part
-from mlmkit.eval.plan import VARIANTS, Plan, masked_plan, pseudo_plan
+from mlmkit.eval.plan import VARIANTS, Plan, masked_plan, pseudo_plan, scorable
 from mlmkit.masking import MaskRecipe, corrupt
 from mlmkit.tokenizer import Tokenizer
 
@@ -93,7 +93,11 @@ class MaskedPass:
 
 @dataclass(frozen=True)
 class PseudoPass:
-    """Every token alone; or the share `sample` that mask-v1 selects; or those of `chosen`, flat and ascending."""
+    """Every scorable token alone; or the share `sample` of them; or those of `chosen`, flat and ascending.
+
+    mask-v1's draws choose the sample. Its rule that an unknown token is never selected does not apply here: all
+    scorable tokens must be equally likely to be drawn, or the estimate would be biased.
+    """
 
     variant: str
     sample: float
@@ -118,7 +122,7 @@ class PseudoPass:
         if self.sample == 1.0:
             return None
         selecting = MaskRecipe(mask_prob=self.sample)
-        return corrupt(corpus.ids, corpus.lengths, corpus.keys, selecting, tokenizer.masking, seed=self.seed).selected
+        return corrupt(corpus.ids, corpus.lengths, corpus.keys, selecting, scorable(tokenizer), seed=self.seed).selected
 
 
 Pass = MaskedPass | PseudoPass  # one way through the corpus, part by part

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from mlmkit.eval.metrics import CALIBRATION_BINS, calibration_bin
+from mlmkit.eval.metrics import CALIBRATION_BINS, calibration_bin, describe_unknown
 from mlmkit.eval.statistics import RESAMPLES
 from mlmkit.eval.stored import REPORT, Stored, load_result, read_blocks
 
@@ -112,6 +112,7 @@ def _content(stored: Stored) -> dict[str, Any]:
         pairs_figure = figures.pair_bars(groups, [item for item in references if item["phenomena"]][:5])
     return {
         "result": result,
+        "unknown": describe_unknown(result["unknown"]),
         "metric": metric,
         "title": declared.get("name") or Path(result["corpus"]["source"]["location"]).name,
         "model": Path(result["model"]["path"]).name,

@@ -19,7 +19,7 @@ from mlmkit.errors import CheckError, UserError
 from mlmkit.eval.material import Material
 from mlmkit.eval.parts import Part
 from mlmkit.eval.passes import Pass
-from mlmkit.eval.plan import Plan, pieces, shown_ids
+from mlmkit.eval.plan import Plan, pieces, scorable, shown_ids
 from mlmkit.eval.scoring import TokenScores
 from mlmkit.eval.stored import DOCUMENTS, RESULT, TOKENS, load_result
 from mlmkit.files import exclusive, new_folder, sync
@@ -149,21 +149,22 @@ class Store:
 
     # ------------------------------------------------------------ the whole
 
-    def gather(self, facts: dict[str, list[PartFacts]], material: Material, is_special: NDArray[np.bool_]) -> None:
+    def gather(self, facts: dict[str, list[PartFacts]], material: Material, tokenizer: Tokenizer) -> int:
         """Write `documents.parquet`, and `tokens.parquet` with a row group a part and each token's frequency.
 
-        `facts` are those of each pass. Raises `CheckError` when a part is missing.
+        `facts` are those of each pass. Returns the count of unknown tokens. Raises `CheckError` when a part is missing.
         """
         corpus, document = material.corpus(), 0
-        frequency = np.zeros(len(is_special), dtype=np.int64)
+        is_context = scorable(tokenizer).is_special
+        frequency = np.zeros(len(is_context), dtype=np.int64)
         with _Writer(self.folder / DOCUMENTS) as documents:
             for block in corpus.blocks():
                 frequency += np.bincount(block.ids, minlength=len(frequency))
                 end, owner = document + len(block), np.repeat(np.arange(len(block)), block.lengths)
-                ordinary = np.bincount(owner[~is_special[block.ids]], minlength=len(block))
+                targets = np.bincount(owner[~is_context[block.ids]], minlength=len(block))
                 sizes = dict(zip(TEXT_SIZES, block.text_sizes.T, strict=True))
                 index = np.arange(document, end)
-                counts = {"document": index, "tokens": block.lengths, "ordinary": ordinary, **sizes}
+                counts = {"document": index, "tokens": block.lengths, "scorable": targets, **sizes}
                 documents.write(pa.table({**counts, **material.columns(document, end)}))
                 document = end
         with _Writer(self.folder / TOKENS) as tokens:
@@ -177,6 +178,7 @@ class Store:
                     table = _read_part(path).replace_schema_metadata(None)
                     counted = frequency[table["token_id"].to_numpy()]
                     tokens.write(table.append_column("frequency", pa.array(counted)))
+        return 0 if tokenizer.unk_id is None else int(frequency[tokenizer.unk_id])
 
     def finish(self, result: dict[str, Any]) -> None:
         """Write `result.json`; with it the evaluation is complete, and the parts are no longer needed."""
