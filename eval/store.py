@@ -4,7 +4,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from mlmkit.errors import CheckError, UserError
 from mlmkit.eval.material import Material
 from mlmkit.eval.parts import Part
 from mlmkit.eval.passes import Pass
-from mlmkit.eval.plan import Plan, pieces, shown_ids
+from mlmkit.eval.plan import Plan, pieces, scorable, shown_ids
 from mlmkit.eval.scoring import TokenScores
 from mlmkit.eval.stored import DOCUMENTS, RESULT, TOKENS, load_result
 from mlmkit.files import exclusive, new_folder, sync
@@ -46,7 +46,7 @@ class PartFacts:
 class Store:
     """The folder of one evaluation. `result.json` comes last.
 
-    `identity` says what is measured by what: a folder that holds another evaluation is refused.
+    `identity` says what is measured by what: a folder that holds another evaluation is refused. Use it within `locked`.
     """
 
     def __init__(self, folder: Path, identity: dict[str, Any]) -> None:
@@ -87,12 +87,14 @@ class Store:
             return found
         return None
 
+    def locked(self) -> AbstractContextManager[None]:
+        """Keep other processes out, before anything here is read or removed. Raises `UserError` if one is at work."""
+        lock = self.final.with_name(f".{self.final.name}.lock")  # not within, where `finish` would replace it
+        return exclusive(lock, f"another process is evaluating into {self.final}: wait for it", temporary=True)
+
     @contextmanager
     def working(self) -> Iterator[None]:
-        """Make the folder, note what is being measured, and keep other processes out.
-
-        If nothing was finished, nothing is left behind. Raises `UserError` when another process is at it.
-        """
+        """Make the folder and note what is being measured. If no part was finished, nothing is left behind."""
         unfinished = _read_json(self.folder / UNFINISHED)
         if self.folder != self.final and (unfinished or {}).get("identity") != self.identity:
             shutil.rmtree(self.folder, ignore_errors=True)
@@ -100,14 +102,12 @@ class Store:
             with new_folder(self.folder) as building:  # whole or not at all: what is in the way of no later run
                 (building / PARTS).mkdir()
                 write_json(building / UNFINISHED, {"identity": self.identity})
-        # Two writers would remove each other's parts.
-        with exclusive(self.folder / UNFINISHED, f"another process is evaluating into {self.final}: wait for it"):
-            try:
-                yield
-            except BaseException:
-                if not any((self.folder / PARTS).glob("*.parquet")):
-                    self.discard()
-                raise
+        try:
+            yield
+        except BaseException:
+            if not any((self.folder / PARTS).glob("*.parquet")):
+                self.discard()
+            raise
 
     def discard(self) -> None:
         """Remove an evaluation that came to nothing."""
@@ -149,21 +149,22 @@ class Store:
 
     # ------------------------------------------------------------ the whole
 
-    def gather(self, facts: dict[str, list[PartFacts]], material: Material, is_special: NDArray[np.bool_]) -> None:
+    def gather(self, facts: dict[str, list[PartFacts]], material: Material, tokenizer: Tokenizer) -> int:
         """Write `documents.parquet`, and `tokens.parquet` with a row group a part and each token's frequency.
 
-        `facts` are those of each pass. Raises `CheckError` when a part is missing.
+        `facts` are those of each pass. Returns the count of unknown tokens. Raises `CheckError` when a part is missing.
         """
         corpus, document = material.corpus(), 0
-        frequency = np.zeros(len(is_special), dtype=np.int64)
+        is_context = scorable(tokenizer).is_special
+        frequency = np.zeros(len(is_context), dtype=np.int64)
         with _Writer(self.folder / DOCUMENTS) as documents:
             for block in corpus.blocks():
                 frequency += np.bincount(block.ids, minlength=len(frequency))
                 end, owner = document + len(block), np.repeat(np.arange(len(block)), block.lengths)
-                ordinary = np.bincount(owner[~is_special[block.ids]], minlength=len(block))
+                targets = np.bincount(owner[~is_context[block.ids]], minlength=len(block))
                 sizes = dict(zip(TEXT_SIZES, block.text_sizes.T, strict=True))
                 index = np.arange(document, end)
-                counts = {"document": index, "tokens": block.lengths, "ordinary": ordinary, **sizes}
+                counts = {"document": index, "tokens": block.lengths, "scorable": targets, **sizes}
                 documents.write(pa.table({**counts, **material.columns(document, end)}))
                 document = end
         with _Writer(self.folder / TOKENS) as tokens:
@@ -177,6 +178,7 @@ class Store:
                     table = _read_part(path).replace_schema_metadata(None)
                     counted = frequency[table["token_id"].to_numpy()]
                     tokens.write(table.append_column("frequency", pa.array(counted)))
+        return 0 if tokenizer.unk_id is None else int(frequency[tokenizer.unk_id])
 
     def finish(self, result: dict[str, Any]) -> None:
         """Write `result.json`; with it the evaluation is complete, and the parts are no longer needed."""

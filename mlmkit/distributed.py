@@ -81,6 +81,7 @@ class Ranks:
             return work()
         import torch.distributed as dist
 
+        self.join()
         failure: BaseException | None = None
         outcome: list = [None, False]
         if self.is_first:

@@ -150,18 +150,31 @@ def locate_model(path: str) -> str:
 
 
 @contextmanager
-def exclusive(path: Path, taken: str) -> Iterator[None]:
+def exclusive(path: Path, taken: str, *, temporary: bool = False) -> Iterator[None]:
     """Keep others out while the block runs, by a lock on a file. It ends with the process.
 
-    Raises `UserError` saying `taken` when another holds it.
+    A `temporary` file is created for the lock and removed with it. Raises `UserError` saying `taken` when another
+    process holds the lock.
     """
-    with path.open("rb") as file:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("ab" if temporary else "rb")
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from None
+    with file:
         try:
             if fcntl is not None:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(taken) from None
-        yield
+        if not os.fstat(file.fileno()).st_nlink:  # removed by its owner since we opened it
+            raise UserError(taken)
+        try:
+            yield
+        finally:
+            if temporary:
+                with suppress(OSError):  # Windows removes no open file
+                    path.unlink()
 
 
 def cache_root() -> Path:

@@ -5,6 +5,7 @@ Heavy imports happen in the module that is picked: running an artifact imports n
 
 import logging
 from dataclasses import dataclass
+from os import PathLike, fspath
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -138,7 +139,7 @@ def tensorrt_obstacle(manifest: Manifest) -> str | None:
     return obstacle(manifest.tensorrt)
 
 
-def load(path: str, backend: str = "auto", device: str = "auto") -> Backend:
+def load(path: str | PathLike[str], backend: str = "auto", device: str = "auto") -> Backend:
     """A checkpoint folder or hub name with torch; an artifact with TensorRT if it can be, else with ONNX Runtime.
 
     A version-compatible plan brings host code, so it runs only where TensorRT is asked for by name.
@@ -149,7 +150,7 @@ def load(path: str, backend: str = "auto", device: str = "auto") -> Backend:
         raise UserError(f"no backend {backend!r}: choose {', '.join(BACKENDS)}")
     if device not in DEVICES:
         raise UserError(f"no device {device!r}: choose {', '.join(DEVICES)}")
-    path = locate_model(path)
+    path = locate_model(fspath(path))
     if is_artifact(Path(path)):
         if backend == "torch":
             raise UserError(f"{path} is an artifact, which torch cannot run: name the checkpoint it came from")
