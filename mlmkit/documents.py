@@ -14,6 +14,7 @@ from typing import Any
 from mlmkit.errors import UserError, require
 
 HUB = "hub:"
+WITH_FIELDS = (".jsonl", ".json", ".ndjson", ".parquet")
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,9 @@
 """Training: configuration, the loop, resuming."""
 
 import json
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +16,7 @@ from mlmkit.files import file_sha256
 from mlmkit.model import MaskedLM, load_pretrained
 from mlmkit.train import loop
 from mlmkit.train.checkpoint import checkpoints
-from mlmkit.train.config import Config, load_config
+from mlmkit.train.config import Config, DataConfig, load_config
 from mlmkit.train.presets import PRESETS, build_config
 from mlmkit.train.start import begin_or_check
 
@@ -38,7 +41,7 @@ def config(tmp_path, text_file) -> Config:
         ("masking.mask_prob=1.5", "mask_prob must be between"),
         ("masking.mask_prob=nan", "mask_prob must be between"),
         ("masking.mask_prob=1e-300", "masking.mask_prob must be at least 0.001 and below 1, not 1e-300"),
-        ("masking.mask_prob=1", "masking.mask_prob must be at least 0.001 and below 1, not 1:"),
+        ("masking.mask_prob=1", "masking.mask_prob must be at least 0.001 and below 1, not 1.0"),
         ("train.micro_batch_tokens=8", "must hold one row"),
         ("train.global_batch_tokens=300", "multiple of"),
         ("tokenizer.kind=words", "tokenizer.kind must be one of wordpiece, bpe"),
@@ -53,11 +56,51 @@ def config(tmp_path, text_file) -> Config:
         ("optim.warmup_steps=-1", "optim.warmup_steps must be"),
         ("train.seed=-1", "train.seed must be"),
         ("train.device=tpu", "train.device must be one of auto, cpu, cuda"),
+        ("tokenizer.vocab_size=99999999999", r"tokenizer.vocab_size must be between 1 and 2\*\*24, not 99999999999"),
     ],
 )
 def test_wrong_settings_are_named(tmp_path, text_file, override, message):
     with pytest.raises(UserError, match=message):
         write_config(tmp_path, text_file, "bert-tiny", override)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ("model.init_from=x model.architecture=bert-small", "model.architecture has no effect, as model.init_from"),
+        ("model.init_from=x tokenizer.lowercase=false", "tokenizer.lowercase has no effect, as model.init_from"),
+        ("model.init_from=x tokenizer.path=y", "tokenizer.path has no effect, as model.init_from"),
+        ("tokenizer.path=y tokenizer.vocab_size=16000", "tokenizer.vocab_size has no effect, as tokenizer.path"),
+        ("optim.decay_share=0.2", "optim.decay_share has no effect, as optim.schedule"),
+        ("data.text_field=text", "data.text_field has no effect, as text files"),
+        ("data.train=a.jsonl data.blank_line=true", "data.blank_line has no effect"),
+        ("data.weights=[2.0]", "data.weights has no effect"),
+        ("data.train=['a','b'] data.weights=[0.5,0.5]", "data.weights has no effect"),
+        ("train.steps=1 masking.final_mask_prob=0.3", "masking.final_mask_prob has no effect"),
+        ("train.steps=12 optim.warmup_steps=12", r"warmup_steps \(12\) must be below train.steps \(12\)"),
+        ("model.init_from=x model.architecture=", ""),
+        ("optim.decay_share=0.2 optim.schedule=wsd", ""),
+        ("data.held_out=a.parquet data.text_field=text", ""),
+        ("data.train=a.jsonl data.blank_line=false", ""),
+        ("data.train=['a.txt','b.jsonl'] data.blank_line=true data.text_field=text data.weights=[1,1]", ""),
+    ],
+)
+def test_a_setting_without_effect_is_refused(tmp_path, settings, message):
+    (tmp_path / "config.toml").write_text('[data]\ntrain = "text.txt"\n')
+    with pytest.raises(UserError, match=message) if message else nullcontext():
+        load_config(tmp_path / "config.toml", settings.split())
+
+
+@pytest.mark.parametrize(("steps", "warmup"), [(1, 0), (4, 0), (100, 10), (101, 100), (5000, 100)])
+def test_a_short_run_warms_up_for_a_tenth_of_it(tmp_path, steps, warmup):
+    (tmp_path / "config.toml").write_text(f'[data]\ntrain = "text.txt"\n[train]\nsteps = {steps}\n')
+    assert load_config(tmp_path / "config.toml").optim.warmup_steps == warmup
+
+
+def test_the_documented_configuration_is_that_of_the_defaults(tmp_path):
+    page = (Path(__file__).parent.parent / "docs" / "training.md").read_text(encoding="utf-8")
+    (tmp_path / "config.toml").write_text(page.partition("```toml\n")[2].partition("```")[0], encoding="utf-8")
+    assert load_config(tmp_path / "config.toml") == Config(data=DataConfig(train=("corpus.txt",)))
 
 
 def test_overrides_take_values_of_their_type(tmp_path, text_file):
@@ -91,8 +134,6 @@ def test_presets_take_the_length_asked_for(name, tokenizer_folder):
 
 
 def test_training_learns_and_leaves_a_hugging_face_folder(config, tmp_path):
-    from dataclasses import replace
-
     from transformers import pipeline
 
     config = replace(config, train=replace(config.train, steps=60, save_every=60))

@@ -9,6 +9,7 @@ import secrets
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Protocol
@@ -223,7 +224,7 @@ class _WeightsAndBiases:
                 id=kept.read_text(encoding="utf-8"),
                 name=run.resolve().name,
                 dir=run,
-                config=config.as_dict(),
+                config=asdict(config),
                 resume="allow",
             )
         except wandb.Error as error:

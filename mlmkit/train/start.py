@@ -4,6 +4,7 @@ import json
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
 from itertools import chain, repeat
 from pathlib import Path
 from typing import Any
@@ -139,7 +140,7 @@ def make_data(
 
 def _identity(config: Config, tokenizer: Tokenizer, corpora: Sequence[Corpus]) -> dict[str, Any]:
     """What must not change between the start of a run and its resumption, as JSON gives it back."""
-    tables = config.as_dict()
+    tables = asdict(config)
     for table, keys in FREE.items():
         for key in keys:
             del tables[table][key]

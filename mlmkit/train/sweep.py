@@ -8,7 +8,7 @@ import json
 import logging
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -44,7 +44,7 @@ class Trial:
     @property
     def values(self) -> dict[str, Any]:
         """The swept settings as training takes them."""
-        tables = self.config.as_dict()
+        tables = asdict(self.config)
         return {key: tables[key.partition(".")[0]][key.partition(".")[2]] for key in self.texts}
 
 
@@ -62,16 +62,15 @@ def plan(path: str | Path, overrides: Sequence[str], sweeps: Sequence[str]) -> l
         if key in settings:
             raise UserError(f"--sweep names {key} twice: give all its values at once")
         settings[key] = texts
-    trials = []
+    trials: list[Trial] = []
     for texts in product(*settings.values()):
         chosen = dict(zip(settings, texts, strict=True))
-        config = load_config(path, [*overrides, *(f"{key}={text}" for key, text in chosen.items())])
-        trials.append(Trial(chosen, config))
-    for place, trial in enumerate(trials):
+        trial = Trial(chosen, load_config(path, [*overrides, *(f"{key}={text}" for key, text in chosen.items())]))
         if not trial.config.data.held_out:
             raise UserError("a sweep compares its runs on held-out text: name it with data.held_out")
-        if any(trial.config == other.config or trial.name == other.name for other in trials[:place]):
+        if any(trial.config == other.config or trial.name == other.name for other in trials):
             raise UserError(f"--sweep: {trial.name} comes twice")
+        trials.append(trial)
     return trials
 
 
