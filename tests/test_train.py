@@ -1,6 +1,8 @@
 """Training: configuration, the loop, resuming."""
 
 import json
+import re
+import shutil
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -214,8 +216,6 @@ def test_an_unusable_architecture_is_named(tmp_path, text_file, content, message
 
 def test_a_half_written_checkpoint_is_not_taken(config, tmp_path):
     straight = weights(loop.train(config, tmp_path / "run"))
-    import shutil
-
     shutil.rmtree(tmp_path / "run" / "model")
     newest = checkpoints(tmp_path / "run")[-1]
     newest.rename(newest.with_name(".step-00000012.half"))
@@ -250,6 +250,34 @@ def test_training_goes_on_from_a_checkpoint(tmp_path, text_file, checkpoint):
     before, after = weights(checkpoint("bert")), weights(model)
     assert before.keys() == after.keys()
     assert all(torch.allclose(before[name], after[name], atol=1e-6) for name in before)
+
+
+def test_out_of_memory_says_what_can_still_be_done(config, tmp_path, monkeypatch):
+    def fails(*_: object, **__: object) -> float:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "backward", fails)
+        with pytest.raises(UserError, match=r"micro_batch_tokens = 256: lower train\.micro_batch_tokens"):
+            loop.train(config, tmp_path / "run")
+    loop.train(config, tmp_path / "run")
+    (tmp_path / "run" / "model").rename(tmp_path / "model")
+    shutil.rmtree(newest := checkpoints(tmp_path / "run")[-1])
+    monkeypatch.setattr(loop, "backward", fails)
+    with pytest.raises(UserError, match=rf"keeps its batches: .* model\.init_from = {newest.parent}/step-00000008"):
+        loop.train(config, tmp_path / "run")
+
+
+def test_a_step_without_a_target_has_no_loss(tmp_path, text_file, caplog):
+    """0.2 targets in a step on average."""
+    settings = ("masking.mask_prob=0.002", "train.global_batch_tokens=96", "train.micro_batch_tokens=48")
+    caplog.set_level("WARNING", logger="mlmkit")
+    loop.train(write_config(tmp_path, text_file, "bert-tiny", *settings, "train.steps=20"), tmp_path / "run")
+    entries = log_lines(tmp_path / "run")
+    assert {bool(entry["masked"]) for entry in entries} == {True, False}
+    assert all(("loss" in entry) == bool(entry["masked"]) and entry.get("loss", 9) > 1 for entry in entries)
+    empty = [re.fullmatch(r"step \d+: ([12]) of the last 2 steps had nothing to predict", m) for m in caplog.messages]
+    assert 20 > sum(int(found[1]) for found in empty if found) > 8
 
 
 def test_held_out_text_may_be_a_dataset(tmp_path, text_file):
