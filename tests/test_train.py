@@ -12,10 +12,11 @@ import torch
 from training import log_lines, weights, write_config
 
 from mlmkit import corpus
+from mlmkit.backends import load as load_backend
 from mlmkit.distributed import Ranks
 from mlmkit.errors import CheckError, UserError
 from mlmkit.files import file_sha256
-from mlmkit.model import MaskedLM, load_pretrained
+from mlmkit.model import MaskedLM, load_pretrained, load_tokenizer
 from mlmkit.train import loop
 from mlmkit.train.checkpoint import checkpoints
 from mlmkit.train.config import Config, DataConfig, load_config
@@ -162,8 +163,15 @@ def test_another_configuration_or_text_is_refused(config, tmp_path, text_file):
         loop.train(write_config(tmp_path, text_file, "bert-tiny", "optim.lr=0.1"), tmp_path / "run")
     other = tmp_path / "other.txt"
     other.write_text("another text\n" * 20)
-    with pytest.raises(UserError, match="begun with another"):
+    with pytest.raises(UserError, match=r"begun with another text in data\.train: choose another --output"):
         loop.train(write_config(tmp_path, other, "bert-tiny"), tmp_path / "run")
+
+
+def test_the_same_text_may_lie_elsewhere(config, tmp_path, text_file):
+    model = loop.train(config, tmp_path / "run")
+    moved = tmp_path / "moved.jsonl"
+    moved.write_text("".join(json.dumps({"body": line}) + "\n" for line in text_file.read_text().splitlines()))
+    assert loop.train(write_config(tmp_path, moved, "bert-tiny", "data.text_field=body"), tmp_path / "run") == model
 
 
 def test_a_folder_with_something_else_is_left_alone(config, tmp_path):
@@ -202,6 +210,10 @@ def test_nothing_is_written_when_training_cannot_start(tmp_path, text_file, sett
         ('{"model_type": "bert", "hidden_size": "32"}', "cannot be loaded"),
         ('{"model_type": "nothing"}', "no model_type 'nothing'"),
         ("{}", "no model_type None"),
+        (
+            '{"model_type": "bert", "hidden_size": 163840, "intermediate_size": 655360, "num_attention_heads": 16}',
+            r"takes 62,\d{3}\.\d GB of memory for 3,89\d(,\d{3}){3} parameters; \d+\.\d GB are free",
+        ),
         ("[]", "no JSON object"),
         ("{", "not a Hugging Face config.json"),
     ],
@@ -250,6 +262,31 @@ def test_training_goes_on_from_a_checkpoint(tmp_path, text_file, checkpoint):
     before, after = weights(checkpoint("bert")), weights(model)
     assert before.keys() == after.keys()
     assert all(torch.allclose(before[name], after[name], atol=1e-6) for name in before)
+
+
+def test_positions_that_are_computed_are_extended(tmp_path, text_file, checkpoint):
+    """The checkpoint holds rows of 64 tokens."""
+    settings = ("train.steps=4", f"model.init_from={checkpoint('modernbert')}", "model.max_length=96")
+    config = write_config(tmp_path, text_file, "", *settings)
+    saved = load_backend(str(loop.train(config, tmp_path / "run")), "torch", "cpu")
+    assert (saved.info.max_length, saved.tokenizer.limit) == (96, 96)
+    _, [corpus] = begin_or_check(config, tmp_path / "run", Ranks())
+    assert corpus.folder and (corpus.folder / "windows-94").exists()
+
+
+@pytest.mark.parametrize("kind", ["bert", "roberta"])
+def test_a_table_of_positions_is_not_extended(tmp_path, text_file, checkpoint, kind):
+    config = write_config(tmp_path, text_file, "", f"model.init_from={checkpoint(kind)}", "model.max_length=65")
+    with pytest.raises(UserError, match=r"has a table of 64 positions: model\.max_length \(65\) must not exceed it"):
+        loop.train(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_given_tokenizer_takes_the_length_of_the_model(tmp_path, text_file, tokenizer_folder):
+    """It was made for 64."""
+    settings = (f"tokenizer.path={tokenizer_folder('wordpiece')}", "model.max_length=96", "train.steps=2")
+    loop.train(write_config(tmp_path, text_file, "bert-tiny", *settings), tmp_path / "run")
+    assert load_tokenizer(str(tmp_path / "run" / "model")).limit == 96
 
 
 def test_out_of_memory_says_what_can_still_be_done(config, tmp_path, monkeypatch):

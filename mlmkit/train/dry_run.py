@@ -13,10 +13,10 @@ from mlmkit.distributed import Ranks
 from mlmkit.packing import enable_packing
 from mlmkit.tokenizer import Tokenizer
 from mlmkit.train.config import Config
-from mlmkit.train.data import MicroBatch
+from mlmkit.train.data import MicroBatch, TrainingData
 from mlmkit.train.estimate import Memory, Parameters, count_parameters, estimate_memory, flops_per_token
 from mlmkit.train.order import Cursor
-from mlmkit.train.start import begin_or_check, build_model, make_data
+from mlmkit.train.start import begin_or_check, build_model
 
 SAMPLED_TOKENS = 500_000  # fill and document lengths are those of so many
 SHOWN_DOCUMENTS, SHOWN_CHARACTERS = 6, 400
@@ -58,7 +58,7 @@ def dry_run(config: Config) -> DryRun:
         model = build_model(config, tokenizer)
     model.train()
     packed = enable_packing(model)
-    data = make_data(config, tokenizer, corpora, model, packed=packed)
+    data = TrainingData(config, corpora, tokenizer, packed=packed, position_offset=model.position_offset)
     settings = config.train
     micro_batches = settings.global_batch_tokens // settings.micro_batch_tokens
     sampled = min(settings.steps, max(1, SAMPLED_TOKENS // settings.global_batch_tokens))

@@ -27,7 +27,7 @@ from mlmkit.tokenizer import Tokenizer
 from mlmkit.train.checkpoint import checkpoints, copy_model, held_out_result, load_checkpoint, prune, save_checkpoint
 from mlmkit.train.config import Config
 from mlmkit.train.curve import draw_loss
-from mlmkit.train.data import MicroBatch
+from mlmkit.train.data import MicroBatch, TrainingData
 from mlmkit.train.dry_run import document_lengths
 from mlmkit.train.estimate import flops_per_token, peak_flops
 from mlmkit.train.held_out import evaluate_checkpoint
@@ -37,7 +37,7 @@ from mlmkit.train.optim import build_optimizers, learning_rate_factor
 from mlmkit.train.order import Cursor
 from mlmkit.train.parallel import clip_gradients, freeze_unused, parallelise, synchronised
 from mlmkit.train.presets import fit_output_bias
-from mlmkit.train.start import begin_or_check, build_model, make_data, run_lock
+from mlmkit.train.start import begin_or_check, build_model, run_lock
 
 log = logging.getLogger(__name__)
 
@@ -100,7 +100,7 @@ def _train(
     if not packed:
         log.warning("%s cannot be packed: training on padded batches", type(model.network).__name__)
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    data = make_data(config, tokenizer, corpora, model, packed=packed)
+    data = TrainingData(config, corpora, tokenizer, packed=packed, position_offset=model.position_offset)
     peak = ranks.world * peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else 0.0
     flops = 0.0
     if peak:
