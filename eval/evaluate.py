@@ -12,6 +12,7 @@ from typing import Any
 
 from mlmkit import __version__
 from mlmkit.backends import Backend, capacity
+from mlmkit.corpus import warn_of_words
 from mlmkit.distributed import Ranks
 from mlmkit.errors import UserError
 from mlmkit.eval.examples import token_examples
@@ -68,6 +69,8 @@ def evaluate(
             return {}
         facts = {item.name: store.part_facts(item.name) for item in passes}
         _require_tokens(passes, facts, material, store)
+        if settings.recipe.whole_word and "masked" in settings.metrics:
+            warn_of_words(material.corpus())
         store.gather(facts, material, backend.tokenizer.masking.is_special)
         result = {
             "format": RESULT_FORMAT,

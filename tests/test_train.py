@@ -5,21 +5,25 @@ import re
 import shutil
 from contextlib import nullcontext
 from dataclasses import replace
+from itertools import permutations
 from pathlib import Path
 
 import pytest
 import torch
 from training import log_lines, weights, write_config
 
-from mlmkit import corpus
+from mlmkit import corpus, evaluate
 from mlmkit.backends import load as load_backend
 from mlmkit.distributed import Ranks
 from mlmkit.errors import CheckError, UserError
 from mlmkit.files import file_sha256
+from mlmkit.masking import MaskRecipe
 from mlmkit.model import MaskedLM, load_pretrained, load_tokenizer
 from mlmkit.train import loop
 from mlmkit.train.checkpoint import checkpoints
 from mlmkit.train.config import Config, DataConfig, load_config
+from mlmkit.train.dry_run import dry_run
+from mlmkit.train.dry_run import lines as dry_run_lines
 from mlmkit.train.presets import PRESETS, build_config
 from mlmkit.train.start import begin_or_check
 
@@ -305,6 +309,59 @@ def test_out_of_memory_says_what_can_still_be_done(config, tmp_path, monkeypatch
         loop.train(config, tmp_path / "run")
 
 
+# ------------------------------------------------------------------ the texts
+
+
+@pytest.mark.parametrize(("foreign", "said"), [(0, ""), (1, "INFO"), (90, "WARNING"), (4000, "refused")])
+def test_text_that_the_tokenizer_does_not_know_is_reported(tmp_path, text_file, checkpoint, caplog, foreign, said):
+    lines = text_file.read_text(encoding="utf-8").splitlines()[:100]
+    text = tmp_path / "mixed.txt"
+    text.write_text("".join(f"{line}\n" for line in [*lines, *["ภาษาไทย ไม่มีช่องว่าง"] * foreign]), encoding="utf-8")
+    config = write_config(tmp_path, text, "", f"model.init_from={checkpoint('bert')}", f"data.held_out={text_file}")
+    caplog.set_level("INFO", logger="mlmkit")
+    if said == "refused":
+        as_held_out = replace(config.data, train=(str(text_file),), held_out=str(text))
+        for data in (config.data, as_held_out):
+            with pytest.raises(UserError, match=r"mixed\.txt: [5-9]\d\.\d+% of the characters .* \"bpe\" knows all"):
+                dry_run(replace(config, data=data))
+        return
+    found = dry_run(config)
+    share = found.unknown_characters
+    assert {"": share == 0, "INFO": 0 < share < 0.01, "WARNING": 0.01 < share < 0.5}[said]
+    assert (found.unknown_tokens > 0) == bool(said)
+    assert f"unknown ({share:.2%} of the characters)" in "\n".join(dry_run_lines(found))
+    records = [record for record in caplog.records if "are unknown" in record.message]
+    assert [record.levelname for record in records] == ([said] if said else [])
+
+
+def test_text_of_special_tokens_alone_is_refused(tmp_path, checkpoint):
+    """Most of its characters are spaces."""
+    text = tmp_path / "text.txt"
+    text.write_text("語      語      語\n" * 20, encoding="utf-8")
+    config = write_config(tmp_path, text, "", f"model.init_from={checkpoint('bert')}")
+    with pytest.raises(UserError, match=r"text\.txt: every token is a special one"):
+        loop.train(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.txt", "água".encode("latin-1"), "a.txt: line 1, byte 1 is not UTF-8"),
+        ("a.jsonl", b'{"body": "some text"}', "a.jsonl: line 1 has no field 'text'"),
+        ("a.txt", b"if\n", r"data\.held_out: the masks select no token of .*a\.txt"),
+        ("a.txt", b"\n", "a.txt: no documents in it"),
+    ],
+)
+def test_held_out_text_is_checked_before_the_first_step(tmp_path, text_file, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    config = write_config(tmp_path, text_file, "bert-tiny", f"data.held_out={tmp_path / name}")
+    for start in (dry_run, lambda config: loop.train(config, tmp_path / "run")):
+        with pytest.raises(UserError, match=message):
+            start(config)
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_step_without_a_target_has_no_loss(tmp_path, text_file, caplog):
     """0.2 targets in a step on average."""
     settings = ("masking.mask_prob=0.002", "train.global_batch_tokens=96", "train.micro_batch_tokens=48")
@@ -315,6 +372,22 @@ def test_a_step_without_a_target_has_no_loss(tmp_path, text_file, caplog):
     assert all(("loss" in entry) == bool(entry["masked"]) and entry.get("loss", 9) > 1 for entry in entries)
     empty = [re.fullmatch(r"step \d+: ([12]) of the last 2 steps had nothing to predict", m) for m in caplog.messages]
     assert 20 > sum(int(found[1]) for found in empty if found) > 8
+
+
+@pytest.mark.parametrize(("kind", "effect"), [("wordpiece", "has no effect"), ("bpe", "hides whole stretches")])
+def test_whole_word_masking_of_text_without_spaces_is_warned_of(tmp_path, caplog, kind, effect):
+    text, names = (
+        tmp_path / "text.txt",
+        ("天地玄黄宇宙洪荒", "日月盈昃辰宿列张", "寒来暑往秋收冬藏", "闰余成岁律吕调阳"),
+    )
+    text.write_text("".join(f"{''.join(each)}\n" for each in permutations(names)), encoding="utf-8")
+    settings = (f"tokenizer.kind={kind}", "tokenizer.vocab_size=300", "masking.whole_word=true", "train.steps=2")
+    config = write_config(tmp_path, text, "bert-tiny", *settings)
+    model = loop.train(config, tmp_path / "run")
+    dry_run(config)
+    evaluate(model, text, recipe=MaskRecipe(whole_word=True))
+    said = [message for message in caplog.messages if "whole-word masking " + effect in message]
+    assert len(said) == len([message for message in caplog.messages if "whole-word" in message]) == 3
 
 
 def test_held_out_text_may_be_a_dataset(tmp_path, text_file):

@@ -3,6 +3,7 @@
 import json
 import random
 import resource
+import shutil
 import signal
 import time
 from dataclasses import replace
@@ -195,3 +196,47 @@ def test_held_out_evaluation_keeps_the_best(config, tmp_path, text_file):
     assert summary["masked_cross_entropy"] == again.metrics["masked_cross_entropy"]
     assert (checkpoints(run)[-1] / HELD_OUT / "tokens.parquet").exists()
     assert not (model / HELD_OUT).exists()
+
+
+def test_another_held_out_text_is_measured_anew(config, tmp_path, text_file):
+    """Its losses are not compared with those of the first: neither's best checkpoint is deleted by the other's."""
+    lines, texts = text_file.read_text().splitlines(keepends=True), {name: tmp_path / f"{name}.txt" for name in "ab"}
+    for begin, path in enumerate(texts.values()):
+        path.write_text("".join(lines[begin::30]))
+    # The rate is so high, and the schedule constant, that the first checkpoint is the best on either text.
+    optim = replace(config.optim, lr=1.0, warmup_steps=39, schedule="wsd", decay_share=0.01)
+    train_settings = replace(config.train, steps=40, save_every=5, keep_checkpoints=1)
+    first, second = (
+        replace(config, data=replace(config.data, held_out=str(path)), optim=optim, train=train_settings)
+        for path in texts.values()
+    )
+    run = tmp_path / "run"
+    ranks = Ranks(first, run)
+    wait_for(lambda: last_step(run) >= 17, ranks)
+    ranks.signal(signal.SIGKILL)
+    ranks.wait()
+    resumed = checkpoints(run)[-1]
+    model = train(second, run)
+    measured = [(line["step"], line["held_out"]["mask_digest"]) for line in log_lines(run) if "held_out" in line]
+    digests = list(dict.fromkeys(digest for _, digest in measured))
+    step = int(resumed.name[5:])
+    assert len(digests) == 2
+    assert [number for number, digest in measured if digest == digests[0]] == list(range(5, step + 1, 5))
+    assert [number for number, digest in measured if digest == digests[1]] == list(range(step, 41, 5))
+    results = {
+        (folder.parent.name, json.loads((folder / "result.json").read_text())["mask_digest"])
+        for folder in run.glob(f"checkpoints/*/{HELD_OUT}*")
+    }
+    assert {("step-00000005", digests[0]), (resumed.name, digests[1]), ("step-00000040", digests[1])} <= results
+    assert len(checkpoints(run)) == 3
+
+    before = weights(model)
+    for config, digest in ((first, digests[0]), (second, digests[1])):  # of a finished run too
+        assert train(config, run) == model
+        assert json.loads((run / "held_out.json").read_text())["mask_digest"] == digest
+    assert all(torch.equal(before[name], value) for name, value in weights(model).items())
+    assert not list(model.glob(f"{HELD_OUT}*"))
+    for checkpoint in checkpoints(run):
+        shutil.rmtree(checkpoint)
+    with pytest.raises(UserError, match="is finished and has no checkpoint to evaluate: use mlmkit eval"):
+        train(first, run)

@@ -416,6 +416,20 @@ def test_short_and_long_runs_are_drawn(tmp_path, steps):
     assert curve.draw_loss(tmp_path)
 
 
+def test_each_held_out_text_has_a_curve(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    write_steps(tmp_path, make_config(), 1, 12)
+    with TrainingLog(tmp_path, make_config(), 12) as log:
+        for _ in ("written once", "known"):
+            log.held_out(12, held_out_result(7.0) | {"mask_digest": "0"})
+    figures = []
+    monkeypatch.setattr(curve, "save", lambda figure, path: figures.append(figure))
+    curve.draw_loss(tmp_path)
+    lines = {line.get_label(): line.get_xydata().tolist() for line in figures[0].axes[0].lines}
+    assert lines["another text, last 0.167"] == [[4, 0.5], [8, 0.25], [12, 2 / 12]]
+    assert lines["held out, 95 % interval, last 7.000"] == [[12, 7.0]]
+
+
 def test_smoothing_is_the_mean_around_a_point():
     values = np.array([0.0, 3.0, 6.0, 0.0, 0.0])
     assert curve.smooth(values, 3) == pytest.approx([1.5, 3, 3, 2, 0])

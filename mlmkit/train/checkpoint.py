@@ -6,7 +6,6 @@ Face tool loads, `optimizer/`, written by `torch.distributed.checkpoint` as safe
 """
 
 import json
-import math
 import shutil
 import warnings
 from collections.abc import Sequence
@@ -90,7 +89,7 @@ def save_model(model: MaskedLM, tokenizer_folder: Path, folder: Path, ranks: Ran
 def copy_model(checkpoint: Path, folder: Path) -> None:
     """The same part of a checkpoint, alone."""
     with new_folder(folder, replaces="config.json") as building:
-        ignored = shutil.ignore_patterns(OPTIMIZER, CURSOR, HELD_OUT)
+        ignored = shutil.ignore_patterns(OPTIMIZER, CURSOR, f"{HELD_OUT}*")
         shutil.copytree(checkpoint, building, ignore=ignored, dirs_exist_ok=True)
 
 
@@ -109,11 +108,16 @@ def load_checkpoint(folder: Path, model: MaskedLM, optimizers: Sequence[Optimize
 
 
 def prune(run: Path, keep: int) -> None:
-    """Delete all checkpoints but the newest `keep` and the best, by the cross-entropy of their held-out evaluation."""
-    found = checkpoints(run)
-    best = min(found, key=held_out_loss, default=None)
+    """Delete all checkpoints but the newest `keep` and, of each held-out text, the one with the least cross-entropy."""
+    found, losses = checkpoints(run), {}
+    for checkpoint in found:
+        for path in checkpoint.glob(f"{HELD_OUT}*/result.json"):
+            result = json.loads(path.read_text())
+            loss = result["metrics"]["masked_cross_entropy"]["value"], checkpoint
+            losses[result["mask_digest"]] = min(loss, losses.get(result["mask_digest"], loss))
+    best = {checkpoint for _, checkpoint in losses.values()}
     for old in found[:-keep]:
-        if old != best or math.isinf(held_out_loss(old)):
+        if old not in best:
             shutil.rmtree(old, ignore_errors=True)
 
 
@@ -121,12 +125,6 @@ def held_out_result(checkpoint: Path) -> dict[str, Any] | None:
     """`result.json` of the checkpoint's held-out evaluation, if there is one."""
     path = checkpoint / HELD_OUT / "result.json"
     return json.loads(path.read_text()) if path.exists() else None
-
-
-def held_out_loss(checkpoint: Path) -> float:
-    """Held-out masked cross-entropy in nats; infinite where the checkpoint was not evaluated."""
-    result = held_out_result(checkpoint)
-    return result["metrics"]["masked_cross_entropy"]["value"] if result else math.inf
 
 
 def _tensors(state: dict[str, Any]) -> dict[str, Any]:

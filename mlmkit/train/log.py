@@ -110,17 +110,16 @@ class TrainingLog:
         return self.description
 
     def held_out(self, step: int, result: dict[str, Any]) -> None:
-        """Write what is of interest in the `result.json` of a held-out evaluation: metrics and mask digest."""
-        self._write({"step": step, "held_out": {"mask_digest": result["mask_digest"], **result["metrics"]}})
-        if self.writers:
-            found = result["metrics"]["masked_cross_entropy"]
-            interval = "" if found["low"] is None else f" ({found['low']:.4f} to {found['high']:.4f})"
-            shown = f"{found['value']:.4f}{interval}"
-            log.info("step %d/%d  held-out masked cross-entropy %s", step, self.last_step, shown)
-
-    def has_held_out(self, step: int) -> bool:
-        """Whether that was done for this step, by this run or before it was interrupted."""
-        return any("held_out" in entry and entry["step"] == step for entry in read_log(self.run))
+        """Write what is of interest in the `result.json` of a held-out evaluation, metrics and mask digest, once."""
+        digest, entries = result["mask_digest"], read_log(self.run)
+        known = {(entry["step"], entry["held_out"]["mask_digest"]) for entry in entries if "held_out" in entry}
+        if (step, digest) in known or not self.writers:
+            return
+        self._write({"step": step, "held_out": {"mask_digest": digest, **result["metrics"]}})
+        found = result["metrics"]["masked_cross_entropy"]
+        interval = "" if found["low"] is None else f" ({found['low']:.4f} to {found['high']:.4f})"
+        shown = f"{found['value']:.4f}{interval}"
+        log.info("step %d/%d  held-out masked cross-entropy %s", step, self.last_step, shown)
 
     @contextmanager
     def paused(self) -> Iterator[None]:

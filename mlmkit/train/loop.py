@@ -30,7 +30,6 @@ from mlmkit.train.curve import draw_loss
 from mlmkit.train.data import MicroBatch, TrainingData
 from mlmkit.train.dry_run import document_lengths
 from mlmkit.train.estimate import flops_per_token, peak_flops
-from mlmkit.train.held_out import evaluate_checkpoint
 from mlmkit.train.layers import compile_layers
 from mlmkit.train.log import NO_STEPS, TrainingLog, check_loggers
 from mlmkit.train.optim import build_optimizers, learning_rate_factor
@@ -38,6 +37,7 @@ from mlmkit.train.order import Cursor
 from mlmkit.train.parallel import clip_gradients, freeze_unused, parallelise, synchronised
 from mlmkit.train.presets import fit_output_bias
 from mlmkit.train.start import begin_or_check, build_model, run_lock
+from mlmkit.train.texts import evaluate_checkpoint, held_out_digest
 
 log = logging.getLogger(__name__)
 
@@ -63,12 +63,13 @@ def train(config: Config, run: Path) -> Path:
     ranks.join("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     try:
         tokenizer, corpora = begin_or_check(config, run, ranks)
+        mask_digest = ranks.from_first(lambda: held_out_digest(config, tokenizer))
         # The first rank's view of the folder is that of all: a network file system may show others an older one.
-        if ranks.from_first((run / "model").exists):
+        if ranks.from_first(lambda: is_finished(run, mask_digest)):
             log.info("%s is finished: nothing to train", run)
             return run / "model"
         with run_lock(run, ranks), stop_signals(run, ranks) as stop:
-            return _train(config, run, tokenizer, corpora, device, ranks, stop)
+            return _train(config, run, tokenizer, corpora, mask_digest, device, ranks, stop)
     except BaseException as error:
         # DDP's reducer must be gone before its process group, or the process may hang at its end, in the destructor of
         # the last one to go (gloo, torch 2.13): the frames of the traceback would keep it.
@@ -86,6 +87,7 @@ def _train(
     run: Path,
     tokenizer: Tokenizer,
     corpora: Sequence[Corpus],
+    mask_digest: str,
     device: torch.device,
     ranks: Ranks,
     stop: list[int],
@@ -144,13 +146,13 @@ def _train(
         task = bar.add_task("training", total=config.train.steps, completed=cursor.step)
 
         def measure(checkpoint: Path) -> None:
-            if config.data.held_out:
-                held_out = config.data.held_out_source
-                training_log.held_out(cursor.step, evaluate_checkpoint(checkpoint, held_out, device.type, ranks))
+            if mask_digest:
+                result = evaluate_checkpoint(checkpoint, config, mask_digest, device.type, ranks)
+                training_log.held_out(cursor.step, result)
             ranks.from_first(lambda: prune(run, config.train.keep_checkpoints))
 
-        if saved and not ranks.from_first(lambda: training_log.has_held_out(cursor.step)):
-            measure(saved)  # which a kill prevented
+        if saved:
+            measure(saved)  # a kill may have prevented it, or the text is another
         while cursor.step < config.train.steps:
             step = cursor.step
             cursor, batch = next(batches)
@@ -251,6 +253,19 @@ def stop_signals(run: Path, ranks: Ranks) -> Iterator[list[int]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def is_finished(run: Path, mask_digest: str) -> bool:
+    """Whether the run has its model, and a result on the held-out text of this digest, if there is one.
+
+    Raises `UserError` when there is no checkpoint left to measure that result on.
+    """
+    path = run / "held_out.json"
+    measured = json.loads(path.read_text())["mask_digest"] if path.exists() else ""
+    found, is_measured = (run / "model").exists(), mask_digest in ("", measured)
+    if found and not is_measured and not checkpoints(run):
+        raise UserError(f"{run} is finished and has no checkpoint to evaluate: use mlmkit eval {run / 'model'}")
+    return found and is_measured
 
 
 def finish(run: Path) -> None:

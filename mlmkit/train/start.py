@@ -26,6 +26,7 @@ from mlmkit.train.checkpoint import checkpoints
 from mlmkit.train.config import Config
 from mlmkit.train.packs import Packs
 from mlmkit.train.presets import build_config
+from mlmkit.train.texts import load_texts
 from mlmkit.train.tokenizer import train_tokenizer
 
 log = logging.getLogger(__name__)
@@ -69,7 +70,7 @@ def _begin_or_check(config: Config, run: Path, ranks: Ranks) -> list[Corpus]:
         return _begin(config, run)
     before = json.loads((run / "run.json").read_text())
     tokenizer = masked_lm.load_tokenizer(str(run / "tokenizer"))
-    corpora = [load_corpus(source, tokenizer) for source in config.data.sources]
+    corpora = load_texts(config, tokenizer)
     if difference := _first_difference(before, _identity(config, tokenizer, corpora), ""):
         if checkpoints(run) or (run / "model").exists():
             raise UserError(
@@ -84,7 +85,7 @@ def _begin(config: Config, run: Path) -> list[Corpus]:
     with new_folder(run, replaces="run.json") as building:
         tokenizer = _prepare_tokenizer(config, building / "tokenizer")
         build_model(config, tokenizer)
-        corpora = [load_corpus(source, tokenizer) for source in config.data.sources]
+        corpora = load_texts(config, tokenizer)
         Packs(config, corpora, tokenizer, packed=True)
         (building / "run.json").write_text(json.dumps(_identity(config, tokenizer, corpora), indent=2) + "\n")
     return corpora

@@ -11,16 +11,13 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mlmkit.distributed import ranks
 from mlmkit.errors import CheckError, UserError
 from mlmkit.train.config import Config, load_config
-from mlmkit.train.curve import ONE, STYLE, TWO, can_draw, save
+from mlmkit.train.curve import ONE, STYLE, TWO, can_draw, draw_intervals, save
 from mlmkit.train.loop import train
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 log = logging.getLogger(__name__)
 
@@ -179,7 +176,8 @@ def draw(found: dict[str, Any], path: Path) -> None:
         colors = matplotlib.colormaps["viridis"].resampled(len(lines) + 1)
         for number, (label, rows) in enumerate(lines.items()):
             places = [place[row["values"][key]] for row in rows]
-            _line(axes, places, rows, colors(number) if others else ONE, label)
+            style = {"color": colors(number) if others else ONE, "label": label or "with 95 % intervals"}
+            draw_intervals(axes, places, [row[METRIC] for row in rows], **style)
             for x, row in zip(places, rows, strict=True):
                 if row["run"] == found["best"]:
                     axes.plot(x, row[METRIC]["value"], "o", markersize=13, mfc="none", mec=TWO, mew=1.8, label="best")
@@ -192,11 +190,3 @@ def draw(found: dict[str, Any], path: Path) -> None:
         axes.margins(x=0.08)
         axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, borderaxespad=0.2, fontsize=9)
         save(figure, path)
-
-
-def _line(axes: "Axes", places: Sequence[float], rows: list[dict[str, Any]], color: Any, label: str) -> None:
-    found = [row[METRIC] for row in rows]
-    for place, metric in zip(places, found, strict=True):
-        if metric["low"] is not None and metric["high"] is not None:
-            axes.plot([place, place], [metric["low"], metric["high"]], color=color, linewidth=1.4)
-    axes.plot(places, [metric["value"] for metric in found], "o-", color=color, label=label or "with 95 % intervals")
