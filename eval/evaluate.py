@@ -12,7 +12,7 @@ from typing import Any
 
 from mlmkit import __version__
 from mlmkit.backends import Backend, capacity
-from mlmkit.corpus import Corpus
+from mlmkit.corpus import Corpus, warn_of_words
 from mlmkit.distributed import Ranks
 from mlmkit.errors import UserError
 from mlmkit.eval.examples import token_examples
@@ -73,6 +73,8 @@ def evaluate(
             return {}
         facts = {item.name: store.part_facts(item.name) for item in passes}
         _require_tokens(passes, facts, material, store)
+        if settings.recipe.whole_word and "masked" in settings.metrics:
+            warn_of_words(material.corpus())
         unknown = _unknown(material.corpus(), store.gather(facts, material, backend.tokenizer))
         result: dict[str, Any] = {
             "format": RESULT_FORMAT,
