@@ -170,9 +170,8 @@ def _measured(folder: Path, settings: Settings, material: Material, mask_id: int
 
 def _unknown(corpus: Corpus, tokens: int) -> dict[str, Any]:
     """How much of the text the tokenizer has no token for: counts, and shares of all tokens and all characters."""
-    _, characters, _, lost = corpus.text_sizes.sum(axis=0).tolist()
-    shares = {"token_share": tokens / len(corpus.ids), "character_share": lost / characters}
-    return {"tokens": tokens, "characters": lost, **shares}
+    shares = {"token_share": tokens / len(corpus.ids), "character_share": corpus.unknown_share}
+    return {"tokens": tokens, "characters": int(corpus.text_sizes[:, 3].sum()), **shares}
 
 
 def _record(

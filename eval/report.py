@@ -10,7 +10,7 @@ import numpy as np
 from mlmkit.eval.metrics import CALIBRATION_BINS, calibration_bin, describe_unknown
 from mlmkit.eval.statistics import RESAMPLES
 from mlmkit.eval.stored import REPORT, Stored, load_result, read_blocks
-from mlmkit.files import atomic
+from mlmkit.files import write_text
 
 LARGEST_LOSS = 14.0
 LOSS_BINS = 28
@@ -67,8 +67,7 @@ def render(template: str, path: Path, **content: Any) -> None:
         lstrip_blocks=True,
     )
     environment.filters |= {"number": number, "signed": signed, "span": span, "p_value": p_value, "heat": heat}
-    with atomic(path) as partial:
-        partial.write_text(environment.get_template(template).render(**content), encoding="utf-8")
+    write_text(path, environment.get_template(template).render(**content))
 
 
 def _content(stored: Stored) -> dict[str, Any]:

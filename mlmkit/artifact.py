@@ -15,7 +15,7 @@ from types import NoneType, UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
 from mlmkit.errors import CheckError, UserError
-from mlmkit.files import atomic, file_sha256
+from mlmkit.files import file_sha256, write_text
 from mlmkit.tokenizer import Tokenizer
 
 MANIFEST, CARD = "mlmkit.json", "README.md"
@@ -113,8 +113,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
         _decode(content.encode())
     except ValueError as error:
         raise CheckError(f"the manifest cannot be written: {error}") from None
-    with atomic(folder / MANIFEST) as partial:
-        partial.write_text(content, encoding="utf-8")
+    write_text(folder / MANIFEST, content)
 
 
 @dataclass(frozen=True)

@@ -72,6 +72,12 @@ class Corpus:
         """Tokens in each document, `[documents]`."""
         return np.diff(self.starts)
 
+    @property
+    def unknown_share(self) -> float:
+        """Share of the characters that the tokenizer lost to its unknown token."""
+        _, characters, _, lost = self.text_sizes.sum(axis=0).tolist()
+        return lost / max(characters, 1)
+
     def __len__(self) -> int:
         return len(self.keys)
 

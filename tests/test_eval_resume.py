@@ -292,6 +292,17 @@ def test_overwriting_keeps_the_old_result_until_there_is_a_new_one(artifact, sou
     evaluate(model, source, output=folder, mask_seed=4, overwrite=True)
 
 
+def test_a_mount_point_takes_an_evaluation_and_its_replacement(artifact, source, tmp_path, small_parts, monkeypatch):
+    """As a container's volume is: it cannot be renamed."""
+    model, folder = load(str(artifact("bert"))), tmp_path / "volume"
+    (folder / "lost+found").mkdir(parents=True)
+    monkeypatch.setattr(Path, "is_mount", lambda self: self == folder)
+    evaluate(model, source, output=folder)
+    evaluate(model, source, output=folder, mask_seed=4, overwrite=True)
+    files = {"documents.parquet", "lost+found", "result.json", "tokens.parquet"}
+    assert {path.name for path in folder.iterdir()} == files
+
+
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_two_processes_do_not_write_one_folder(overwrite, artifact, source, tmp_path, small_parts):
     """The second is refused while the first is at it, and goes on once it is gone."""

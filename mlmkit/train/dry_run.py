@@ -18,7 +18,7 @@ from mlmkit.train.estimate import Memory, Parameters, count_parameters, estimate
 from mlmkit.train.log import check_loggers
 from mlmkit.train.order import Cursor
 from mlmkit.train.start import begin_or_check, build_model
-from mlmkit.train.texts import unknown_shares
+from mlmkit.train.texts import token_shares
 
 SAMPLED_TOKENS = 500_000  # fill and document lengths are those of so many
 SHOWN_DOCUMENTS, SHOWN_CHARACTERS = 6, 400
@@ -76,7 +76,7 @@ def dry_run(config: Config) -> DryRun:
     masked = sum(len(micro.targets) for micro in flat) / len(batches) / tokens
     content = tokens - tokenizer.added_tokens * len(lengths) / len(batches)
     flops = flops_per_token(model, lengths, masked)
-    device, unknown = pick_device(settings.device), unknown_shares(corpora, tokenizer)
+    device, sizes = pick_device(settings.device), np.sum([corpus.text_sizes.sum(axis=0) for corpus in corpora], axis=0)
     epoch_tokens = sum(len(corpus.ids) * weight for corpus, weight in zip(corpora, config.data.passes, strict=True))
     return DryRun(
         architecture=config.model.init_from or config.model.architecture,
@@ -84,8 +84,8 @@ def dry_run(config: Config) -> DryRun:
         parameters=count_parameters(model),
         documents=sum(len(corpus) for corpus in corpora),
         corpus_tokens=sum(len(corpus.ids) for corpus in corpora),
-        unknown_characters=unknown[0],
-        unknown_tokens=unknown[1],
+        unknown_characters=float(sizes[3] / sizes[1]),
+        unknown_tokens=token_shares(corpora, tokenizer)[0],
         packed=packed,
         micro_batches=micro_batches,
         micro_batch_tokens=settings.micro_batch_tokens,

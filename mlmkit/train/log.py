@@ -18,6 +18,7 @@ from typing import Any
 from rich.console import Console
 
 from mlmkit.errors import UserError
+from mlmkit.files import write_text
 from mlmkit.train.config import Config, RunConfig
 
 log = logging.getLogger(__name__)
@@ -171,9 +172,7 @@ class _JsonLines:
     def __init__(self, run: Path, step: int) -> None:
         path = run / "log.jsonl"
         kept = "".join(json.dumps(entry) + "\n" for entry in read_log(run) if entry["step"] <= step)
-        rewritten = path.with_name(".log.jsonl.new")  # a kill in between leaves the old one
-        rewritten.write_text(kept, encoding="utf-8")
-        rewritten.replace(path)
+        write_text(path, kept)
         self.file = path.open("a", encoding="utf-8")
 
     def write(self, entry: dict[str, Any]) -> None:

@@ -21,6 +21,7 @@ from mlmkit.corpus import Corpus
 from mlmkit.distributed import Ranks, said_once
 from mlmkit.distributed import ranks as find_ranks
 from mlmkit.errors import CheckError, StoppedError, UserError
+from mlmkit.files import write_json
 from mlmkit.packing import enable_packing
 from mlmkit.progress import progress
 from mlmkit.tokenizer import Tokenizer
@@ -273,7 +274,7 @@ def finish(run: Path) -> None:
     last = checkpoints(run)[-1]
     if result := held_out_result(last):
         summary = {"mask_digest": result["mask_digest"], **result["metrics"]}
-        (run / "held_out.json").write_text(json.dumps(summary, indent=2) + "\n")
+        write_json(run / "held_out.json", summary)
     draw_loss(run)
     copy_model(last, run / "model")
 

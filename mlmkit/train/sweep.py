@@ -15,6 +15,7 @@ from typing import Any
 
 from mlmkit.distributed import ranks
 from mlmkit.errors import CheckError, UserError
+from mlmkit.files import write_json, write_text
 from mlmkit.train.config import Config, load_config
 from mlmkit.train.curve import ONE, STYLE, TWO, can_draw, draw_intervals, save
 from mlmkit.train.loop import train
@@ -128,8 +129,8 @@ def _compare(rows: list[dict[str, Any]], trials: Sequence[Trial], output: Path) 
         "best": min(measured, key=lambda row: row[METRIC]["value"])["run"],
         "runs": rows,
     }
-    (output / "sweep.json").write_text(json.dumps(found, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    (output / "sweep.md").write_text(table(found) + "\n", encoding="utf-8")
+    write_json(output / "sweep.json", found)
+    write_text(output / "sweep.md", table(found) + "\n")
     draw(found, output / "sweep.png")
     return found
 

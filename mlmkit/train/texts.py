@@ -35,7 +35,7 @@ def load_texts(config: Config, tokenizer: Tokenizer) -> list[Corpus]:
     corpora = [load_corpus(source, tokenizer) for source in config.data.sources]
     held_out = [load_corpus(config.data.held_out_source, tokenizer)] if config.data.held_out else []
     for corpus in [*corpora, *held_out]:
-        characters, tokens, special = unknown_shares([corpus], tokenizer)
+        characters, (tokens, special) = corpus.unknown_share, token_shares([corpus], tokenizer)
         lost = f"{corpus.name}: {characters:.2%} of the characters ({tokens:.2%} of the tokens) are unknown"
         if characters > WARN_ABOVE:
             lost += ': a tokenizer trained with tokenizer.kind = "bpe" knows all'
@@ -52,15 +52,14 @@ def load_texts(config: Config, tokenizer: Tokenizer) -> list[Corpus]:
     return corpora
 
 
-def unknown_shares(corpora: Sequence[Corpus], tokenizer: Tokenizer) -> tuple[float, float, float]:
-    """Share of the characters that became unknown tokens, and of the tokens that are unknown, and that are special."""
-    counts, sizes = np.zeros(tokenizer.vocabulary_size), np.zeros(4)
+def token_shares(corpora: Sequence[Corpus], tokenizer: Tokenizer) -> tuple[float, float]:
+    """Shares of the tokens that are unknown, and that are special."""
+    counts = np.zeros(tokenizer.vocabulary_size)
     for block in (block for corpus in corpora for block in corpus.blocks()):
         counts += np.bincount(block.ids, minlength=len(counts))
-        sizes += block.text_sizes.sum(axis=0)
     unknown = [] if tokenizer.unk_id is None else [tokenizer.unk_id]
     counts /= max(counts.sum(), 1)
-    return float(sizes[3] / sizes[1]), float(counts[unknown].sum()), float(counts[sorted(tokenizer.special_ids)].sum())
+    return float(counts[unknown].sum()), float(counts[sorted(tokenizer.special_ids)].sum())
 
 
 def held_out_digest(config: Config, tokenizer: Tokenizer) -> str:
