@@ -46,9 +46,8 @@ class TrainingLog:
 
     `step` is the one resumed from, with the `sums` that were open there; what was written of later ones is dropped.
     A step without a target has no loss: it does not count in the mean, and an entry of such steps has none, which a
-    warning says. `flops_per_token` and `peak_flops`, of
-    all GPUs together, give the share of the hardware's rate that was used (MFU); 0 where one is unknown. Only the
-    first rank writes: the others pass `is_first=False`.
+    warning says. `flops_per_token` and `peak_flops`, of all GPUs together, give the share of the hardware's rate that
+    was used (MFU); 0 where one is unknown. Only the first rank writes: the others pass `is_first=False`.
     """
 
     def __init__(
@@ -62,11 +61,12 @@ class TrainingLog:
         peak_flops: float = 0.0,
         is_first: bool = True,
     ) -> None:
-        self.run = run
         self.every, self.last_step = config.train.log_every, config.train.steps
         self.batch_tokens = config.train.global_batch_tokens
         self.flops_per_token, self.peak_flops = flops_per_token, peak_flops
         self.writers = _open_writers(run, config, step) if is_first else []
+        entries = read_log(run) if is_first else []
+        self.measured = {(entry["step"], entry["held_out"]["mask_digest"]) for entry in entries if "held_out" in entry}
         self.speaks = is_first and not Console(stderr=True).is_terminal  # on a terminal the bar does
         self.spoke, self.description = -SECONDS_BETWEEN_LINES, "training"
         self._restart(sums)
@@ -112,10 +112,10 @@ class TrainingLog:
 
     def held_out(self, step: int, result: dict[str, Any]) -> None:
         """Write what is of interest in the `result.json` of a held-out evaluation, metrics and mask digest, once."""
-        digest, entries = result["mask_digest"], read_log(self.run)
-        known = {(entry["step"], entry["held_out"]["mask_digest"]) for entry in entries if "held_out" in entry}
-        if (step, digest) in known or not self.writers:
+        digest = result["mask_digest"]
+        if (step, digest) in self.measured or not self.writers:
             return
+        self.measured.add((step, digest))
         self._write({"step": step, "held_out": {"mask_digest": digest, **result["metrics"]}})
         found = result["metrics"]["masked_cross_entropy"]
         interval = "" if found["low"] is None else f" ({found['low']:.4f} to {found['high']:.4f})"
