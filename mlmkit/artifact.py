@@ -52,16 +52,12 @@ class Profile:
 class TensorRT:
     """What the plan was built by and for: a plan is machine code, and runs on no other version and no other GPU.
 
-    `version_compatible` and `hardware_compatible` plans are the exception. `layers` counts the layers by the type that
-    they write. `parity` is the report of the plan itself. With `weights_stripped` the weights come from `model.onnx`.
+    `layers` counts the layers by the type that they write. `parity` is the report of the plan itself.
     """
 
     version: str
     compute_capability: str
     gpu: str
-    version_compatible: bool
-    hardware_compatible: bool
-    weights_stripped: bool
     profiles: list[Profile]
     layers: dict[str, int]
     parity: dict[str, Any]
@@ -247,6 +243,8 @@ def _decode(content: bytes) -> Manifest:
         if not FILE_NAME.fullmatch(name) or name.casefold() in taken:
             raise ValueError(f"{reprlib.repr(name)} is not a plain file of the folder")
         taken.add(name.casefold())
+    if (values["tensorrt"] or {}).get("weights_stripped"):  # a field of earlier manifests; this mlmkit refits no plan
+        raise ValueError("its TensorRT plan holds no weights: build another with --trt")
     return manifest
 
 

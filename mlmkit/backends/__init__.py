@@ -142,8 +142,6 @@ def tensorrt_obstacle(manifest: Manifest) -> str | None:
 def load(path: str | PathLike[str], backend: str = "auto", device: str = "auto") -> Backend:
     """A checkpoint folder or hub name with torch; an artifact with TensorRT if it can be, else with ONNX Runtime.
 
-    A version-compatible plan brings host code, so it runs only where TensorRT is asked for by name.
-
     Raises `UserError` when `path` is neither, or cannot be run with what was asked for.
     """
     if backend not in BACKENDS:
@@ -177,7 +175,7 @@ def _picks_tensorrt(path: str, backend: str, device: str) -> bool:
             raise UserError(f"{path}: {reason}")
         return True
     manifest = parse_manifest(Path(path))
-    if backend != "auto" or device == "cpu" or manifest.tensorrt is None or manifest.tensorrt.version_compatible:
+    if backend != "auto" or device == "cpu" or manifest.tensorrt is None:
         return False
     reason = tensorrt_obstacle(manifest)
     if reason:
