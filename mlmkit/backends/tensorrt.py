@@ -107,7 +107,6 @@ class TensorRTBackend:
         self._lock = threading.Lock()
 
     def score(self, batch: Batch) -> Scored:
-        """See `Backend`."""
         self._refuse(batch)
         masked = len(batch.positions)
         results: dict[str, NDArray[Any]] = {
