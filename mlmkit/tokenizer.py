@@ -173,6 +173,12 @@ class Tokenizer:
         identity += ["words begin at spaces"] if len(self._word_begins) else []
         return sha256(json.dumps(identity, sort_keys=True).encode("utf-8")).hexdigest()
 
+    @cached_property
+    def longest(self) -> int:
+        """Characters of the longest token: as the vocabulary spells it, or an unknown word that stays one token."""
+        entries = self._control.get_vocab(with_added_tokens=True)
+        return max(*map(len, entries), getattr(self._control.model, "max_input_chars_per_word", 0))
+
     @property
     def added_tokens(self) -> int:
         """How many special tokens frame a text."""
@@ -226,7 +232,7 @@ class Tokenizer:
 
         Pieces of one character share its span.
         """
-        encoding = self._data.encode(text, add_special_tokens=False)
+        [encoding] = self._data.encode_batch([text], add_special_tokens=False)
         return [
             span
             for id, span in zip(encoding.ids, encoding.offsets, strict=True)
@@ -245,7 +251,7 @@ class Tokenizer:
 
     def encode_control(self, text: str) -> Encoding:
         """Text for `fill`: special tokens in it are control tokens, and the frame is added."""
-        return self._control.encode(text)
+        return self._control.encode_batch([text])[0]  # as a batch, because `encode` lets no other thread run meanwhile
 
     def token_id(self, token: str) -> int | None:
         """The id of a vocabulary entry, spelled as the vocabulary spells it; None if there is none."""

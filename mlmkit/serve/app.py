@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 from fastapi import FastAPI, Request, Response
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, PlainTextResponse
 from starlette.exceptions import HTTPException
 
 from mlmkit import __version__
@@ -191,7 +191,7 @@ def _add_routes(app: FastAPI, service: Service) -> None:
         """What is served, and within which bounds."""
         return service.info
 
-    @app.get("/metrics", tags=["Server"])
+    @app.get("/metrics", tags=["Server"], response_class=PlainTextResponse)
     async def metrics() -> Response:
         """Figures for Prometheus."""
         return Response(service.metrics.page(), media_type=CONTENT_TYPE)

@@ -5,6 +5,7 @@ import contextlib
 import hmac
 import logging
 import time
+import zlib
 from collections.abc import AsyncIterator, Awaitable
 from typing import Any
 
@@ -140,25 +141,27 @@ class Gate:
         return left
 
     async def _read(self, scope: Scope, receive: Receive) -> bytes | None:
-        """The body; None if the client left while it sent it. Raises `ApiError` for one that is too large."""
+        """The body, inflated; None if the client left while it sent it. Raises `ApiError` for what is refused."""
         limit = self.limits.body_bytes
-        said = next((value for name, value in scope["headers"] if name == b"content-length"), b"0")
-        parts, size, is_large = [], 0, int(said) > limit if said.isdigit() else False
+        parts, size = [], 0
         while True:
             message = await receive()
             if message["type"] == "http.disconnect":
                 return None
             size += len(message.get("body", b""))
-            is_large = is_large or size > limit
-            if is_large:
+            if size > limit:
                 parts.clear()
             else:
                 parts.append(message.get("body", b""))
             if not message.get("more_body") or size > DISCARDED:
                 break
-        if is_large:
+        encodings = [value.strip().lower() for name, value in scope["headers"] if name == b"content-encoding"]
+        body = b"".join(parts)
+        if size <= limit and encodings not in ([], [b"identity"]):
+            body = await asyncio.to_thread(_inflate, body, encodings, limit)
+        if max(size, len(body)) > limit:
             raise ApiError(413, "body_too_large", f"the body is larger than {limit} bytes: send fewer texts at once")
-        return b"".join(parts)
+        return body
 
 
 class _Answer:
@@ -192,9 +195,30 @@ class _Answer:
         await response({"type": "http"}, _replay(b""), self.send)
 
 
+def _inflate(body: bytes, encodings: list[bytes], limit: int) -> bytes:
+    """The content of a gzip file of one member; of one that is larger, the first `limit` + 1 bytes."""
+    if encodings not in ([b"gzip"], [b"x-gzip"]):
+        error = ApiError(415, "unsupported_media_type", "send the body as it is, or with Content-Encoding: gzip")
+        error.headers["Accept-Encoding"] = "gzip"
+        raise error
+    inflater = zlib.decompressobj(zlib.MAX_WBITS | 16)
+    try:
+        content = inflater.decompress(body, limit + 1)
+    except zlib.error:
+        content = b""
+    if len(content) <= limit and (not inflater.eof or inflater.unused_data):
+        raise ApiError(400, "malformed_gzip", "the body is not one whole gzip file, as its Content-Encoding says")
+    return content
+
+
 async def json_body(request: Request) -> bytes:
-    """The body of what says that it is JSON: a page of another origin cannot say so without the browser asking us."""
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    """The body of what says that it is JSON, or says nothing and comes from no web page.
+
+    A page of another origin cannot name JSON without the browser asking us first. It can leave the type out, but not
+    the header Origin. Triton's client sends neither.
+    """
+    kind = request.headers.get("content-type", "" if "origin" in request.headers else "application/json")
+    kind = kind.partition(";")[0].strip().lower()
     if kind != "application/json" and not kind.endswith("+json"):
         raise ApiError(415, "unsupported_media_type", "send JSON, and the header Content-Type: application/json")
     return await request.body()

@@ -6,6 +6,7 @@ https://github.com/triton-inference-server/server/blob/main/docs/protocol/extens
 
 import json
 import math
+import re
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -100,7 +101,7 @@ def read_request(body: bytes, header_length: str | None) -> tuple[InferRequest, 
     """The request and its batch. Raises `ApiError` for what is not one of the protocol."""
     size = len(body)
     if header_length is not None:
-        size = int(header_length) if header_length.isascii() and header_length.isdigit() else -1
+        size = int(header_length) if re.fullmatch("[0-9]{1,19}", header_length) else -1
         if not 0 <= size <= len(body):
             raise ApiError(400, "bad_header_length", f"{HEADER_LENGTH} must say how many bytes of JSON the body has")
     request = checked(InferRequest, body[:size])

@@ -11,7 +11,7 @@ from mlmkit.serve.batcher import split
 from mlmkit.serve.errors import ApiError
 from mlmkit.serve.gate import json_body
 from mlmkit.serve.kserve import VERSION
-from mlmkit.serve.schemas import body_of
+from mlmkit.serve.schemas import BINARY, body_of
 
 if TYPE_CHECKING:
     from mlmkit.serve.app import Service
@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 def kserve_router(service: "Service") -> APIRouter:
     """The protocol's paths over the service's one model."""
     router = APIRouter(prefix="/v2", tags=["Open Inference Protocol"])
-    extra = body_of(kserve.InferRequest, "application/octet-stream")
+    octets = "application/octet-stream"
+    extra = body_of(kserve.InferRequest, octets) | {"responses": {"200": {"content": {octets: BINARY}}}}
 
     def check(name: str, version: str = VERSION) -> None:
         if name != service.name or version != VERSION:
