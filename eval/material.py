@@ -59,17 +59,23 @@ class TextMaterial:
     def _folder(self) -> Path:
         return cache_folder(self.source, self.tokenizer)
 
+    @cached_property
+    def _corpus(self) -> Corpus:
+        return load_corpus(self.source, self.tokenizer, self._folder)
+
     def blocks(self) -> Iterator[Corpus]:
         """See `Material`."""
+        if is_cached(self._folder):
+            return self._corpus.blocks()
         return stream_corpus(self.source, self.tokenizer, self._folder)
 
     def corpus(self) -> Corpus:
         """See `Material`."""
-        return load_corpus(self.source, self.tokenizer, self._folder)
+        return self._corpus
 
     def known_size(self) -> int | None:
         """See `Material`."""
-        return len(self.corpus()) if is_cached(self._folder) else None
+        return len(self._corpus) if is_cached(self._folder) else None
 
     def identity(self) -> str:
         """See `Material`."""

@@ -9,6 +9,7 @@ import numpy as np
 
 from mlmkit.eval.metrics import CALIBRATION_BINS, calibration_bin
 from mlmkit.eval.stored import REPORT, Stored, load_result, read_blocks
+from mlmkit.files import atomic
 
 LARGEST_LOSS = 14.0
 LOSS_BINS = 28
@@ -65,9 +66,8 @@ def render(template: str, path: Path, **content: Any) -> None:
         lstrip_blocks=True,
     )
     environment.filters |= {"number": number, "signed": signed, "heat": heat}
-    building = path.with_suffix(".building")
-    building.write_text(environment.get_template(template).render(**content), encoding="utf-8")
-    building.rename(path)
+    with atomic(path) as partial:
+        partial.write_text(environment.get_template(template).render(**content), encoding="utf-8")
 
 
 def _content(stored: Stored) -> dict[str, Any]:

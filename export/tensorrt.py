@@ -21,7 +21,7 @@ from mlmkit.artifact import DYNAMIC_INT8, GRAPH, PLAN, Manifest, Profile, Tensor
 from mlmkit.backends.cuda import Gpu, find_gpu
 from mlmkit.backends.tensorrt import Logger, create_runtime
 from mlmkit.errors import UserError
-from mlmkit.files import cache_root
+from mlmkit.files import atomic, cache_root
 from mlmkit.progress import progress
 
 log = logging.getLogger(__name__)
@@ -224,11 +224,10 @@ def _load_timing_cache(config: trt.IBuilderConfig, file: Path) -> None:
 
 
 def _save_timing_cache(config: trt.IBuilderConfig, file: Path) -> None:
-    building = file.with_name(f".{file.name}")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        building.write_bytes(config.get_timing_cache().serialize())
-        building.rename(file)
+        with atomic(file) as partial:
+            partial.write_bytes(config.get_timing_cache().serialize())
     except OSError as error:
         log.warning("cannot keep the timing cache %s: %s", file, error.strerror)
 

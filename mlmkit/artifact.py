@@ -15,7 +15,7 @@ from types import NoneType, UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
 from mlmkit.errors import CheckError, UserError
-from mlmkit.files import file_sha256, sync
+from mlmkit.files import atomic, file_sha256
 from mlmkit.tokenizer import Tokenizer
 
 MANIFEST, CARD = "mlmkit.json", "README.md"
@@ -104,7 +104,7 @@ def hash_files(folder: Path) -> dict[str, str]:
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Written last, and whole or not at all: a folder with a manifest is complete.
+    """Write the manifest, atomically and last: a folder with a manifest is complete.
 
     Raises `CheckError` for one that `parse_manifest` would refuse, such as one with a figure that is not finite.
     """
@@ -113,10 +113,8 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
         _decode(content.encode())
     except ValueError as error:
         raise CheckError(f"the manifest cannot be written: {error}") from None
-    building = folder / f".{MANIFEST}"
-    building.write_text(content, encoding="utf-8")
-    sync(building)
-    building.rename(folder / MANIFEST)
+    with atomic(folder / MANIFEST) as partial:
+        partial.write_text(content, encoding="utf-8")
 
 
 @dataclass(frozen=True)

@@ -5,14 +5,13 @@ together.
 """
 
 import json
+import logging
 import mmap
 import shutil
-import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from hashlib import blake2b, sha256
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +20,15 @@ from numpy.typing import NDArray
 
 from mlmkit.documents import HUB, Source, existing_file, load_hub, read_texts
 from mlmkit.errors import UserError
-from mlmkit.files import cache_root, file_sha256, sync
+from mlmkit.files import atomic, cache_root, file_sha256
 from mlmkit.masking import document_key, first_token_of_word
 from mlmkit.tokenizer import Tokenizer
 
-CACHE_FORMAT = 5
+log = logging.getLogger(__name__)
+
+CACHE_FORMAT = 6
 DOCUMENTS_PER_BLOCK = 1024
+CHARACTERS_PER_BATCH = 1 << 19  # tokenising takes some 150 bytes for each
 GATHERED_AT_ONCE = 512  # entries; the kernel maps up to 64 KiB around each
 TEXT_SIZES = ("words", "characters", "bytes", "unknown_characters")
 _ARRAYS = ("ids", "words", "keys", "text_sizes")
@@ -59,7 +61,7 @@ class Corpus:
     def __reduce__(self) -> tuple[Any, ...]:
         """To another process a cached corpus goes by its place."""
         if self.folder:
-            return _open_corpus, (self.folder, self.name)
+            return _map_corpus, (self.folder, self.name)
         return Corpus, tuple(getattr(self, field.name) for field in fields(self))
 
     @property
@@ -129,8 +131,7 @@ def tokenize(texts: Iterable[str], tokenizer: Tokenizer) -> Corpus:
 
 
 def _encode(texts: Iterable[str], tokenizer: Tokenizer) -> Iterator[Corpus]:
-    iterator = iter(texts)
-    while batch := list(islice(iterator, DOCUMENTS_PER_BLOCK)):
+    for batch in _batches(texts):
         tokens = tokenizer.encode(batch)
         yield Corpus(
             tokens.ids.astype("<u2" if tokenizer.vocabulary_size <= 1 << 16 else "<u4"),
@@ -147,6 +148,19 @@ def _encode(texts: Iterable[str], tokenizer: Tokenizer) -> Iterator[Corpus]:
         )
 
 
+def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
+    """Texts to be tokenised together. A longer one than `CHARACTERS_PER_BATCH` is a batch of its own."""
+    batch, characters = [], 0
+    for text in texts:
+        if len(batch) == DOCUMENTS_PER_BLOCK or (batch and characters + len(text) > CHARACTERS_PER_BATCH):
+            yield batch
+            batch, characters = [], 0
+        batch.append(text)
+        characters += len(text)
+    if batch:
+        yield batch
+
+
 # ---------------------------------------------------------------- the token cache
 
 
@@ -156,25 +170,44 @@ def load_corpus(source: Source, tokenizer: Tokenizer, folder: Path | None = None
     `folder` is its `cache_folder`, where the caller knows it already.
     """
     folder = folder or cache_folder(source, tokenizer)
-    if not is_cached(folder):
-        for _ in stream_corpus(source, tokenizer, folder):
-            pass
-    return _open_corpus(folder, source.location)
+    if corpus := cached_corpus(folder, source.location):
+        return corpus
+    for _ in _tokenize_into(folder, source, tokenizer):
+        pass
+    return _map_corpus(folder, source.location)
 
 
 def stream_corpus(source: Source, tokenizer: Tokenizer, folder: Path) -> Iterator[Corpus]:
     """The corpus in blocks of documents, tokenised as they are asked for; at the end it is in the cache at `folder`."""
-    if is_cached(folder):
-        yield from _open_corpus(folder, source.location).blocks()
-    else:
-        yield from _tokenize_into(folder, read_texts(source), tokenizer, source.location)
+    corpus = cached_corpus(folder, source.location)
+    yield from corpus.blocks() if corpus else _tokenize_into(folder, source, tokenizer)
+
+
+def is_cached(folder: Path) -> bool:
+    """Whether a corpus lies there, damaged or not."""
+    return (folder / "meta.json").exists()
+
+
+def cached_corpus(folder: Path, location: str) -> Corpus | None:
+    """The corpus in the cache, every file compared with its hash; None if there is none.
+
+    One that is damaged is removed, with a line in the log. Raises `UserError` for one that cannot be read.
+    """
+    if not folder.exists():
+        return None
+    try:
+        with _cache_errors(folder):
+            return _map_corpus(folder, location, check=True)
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        log.warning("the token cache %s is damaged: tokenising %s again", folder, location)
+        shutil.rmtree(folder, ignore_errors=True)
+        return None
 
 
 def cache_folder(source: Source, tokenizer: Tokenizer) -> Path:
-    """Where the tokens are kept: in `$MLMKIT_CACHE` (default `~/.cache/mlmkit`), a folder a corpus.
+    """Where the tokens are kept: in `$MLMKIT_CACHE` (default `~/.cache/mlmkit`), a folder for each corpus.
 
-    Its name is a hash of the file's bytes, the reading options and the tokenizer. It is written under another name and
-    renamed, so a folder there is whole.
+    Its name is a hash of the file's bytes, the reading options and the tokenizer.
     """
     if source.location.startswith(HUB):
         content = load_hub(source.location)._fingerprint
@@ -188,95 +221,73 @@ def cache_folder(source: Source, tokenizer: Tokenizer) -> Path:
     return cache_root() / "tokens" / sha256(identity.encode()).hexdigest()[:32]
 
 
-def is_cached(folder: Path) -> bool:
-    """Whether a whole corpus lies there."""
-    return (folder / "meta.json").exists()
-
-
-def _tokenize_into(folder: Path, texts: Iterable[str], tokenizer: Tokenizer, location: str) -> Iterator[Corpus]:
+def _tokenize_into(folder: Path, source: Source, tokenizer: Tokenizer) -> Iterator[Corpus]:
     """Tokenise block by block, appending to flat files, so that memory does not grow with the corpus."""
-    with _cache_errors(folder):
+    fingerprint, tokens, dtypes, texts = blake2b(digest_size=16), 0, {}, _Counter(read_texts(source))
+    with _cache_errors(folder), ExitStack() as stack:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        building = Path(tempfile.mkdtemp(prefix=".building.", dir=folder.parent))
-    fingerprint, tokens, dtypes = blake2b(digest_size=16), 0, {}
-    empty = _Counter(texts)
-    try:
-        files = {name: (building / name).open("wb") for name in ("starts", *_ARRAYS)}
-        try:
-            for block in _encode(empty, tokenizer):
-                with _cache_errors(folder):
-                    for name in _ARRAYS:
-                        files[name].write(getattr(block, name).tobytes())
-                    files["starts"].write((block.starts[:-1] + tokens).astype("<i8").tobytes())
-                dtypes = {name: getattr(block, name).dtype.str for name in _ARRAYS}
-                tokens += int(block.starts[-1])
-                fingerprint.update(block.keys.tobytes())
-                yield block
-            if not dtypes:
-                raise UserError(f"{location}: no documents in it (it is empty, or white space only)")
-            with _cache_errors(folder):
-                files["starts"].write(np.array([tokens], "<i8").tobytes())
-                for file in files.values():
-                    file.flush()
-        finally:
-            for file in files.values():
-                with suppress(OSError):  # of a full disk, which was said already
-                    file.close()
-        meta = {"dtypes": dtypes, "fingerprint": fingerprint.hexdigest(), "empty_texts": empty.count}
-        with _cache_errors(folder):
-            (building / "meta.json").write_text(json.dumps(meta))
-            for path in building.iterdir():
-                sync(path)
-            try:
-                building.rename(folder)
-            except OSError:
-                if not is_cached(folder):  # else another process was faster with the same content
-                    raise
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
+        partial = stack.enter_context(atomic(folder, folder=True))
+        files = {name: stack.enter_context((partial / name).open("wb")) for name in ("starts", *_ARRAYS)}
+        for block in _encode(texts, tokenizer):
+            for name in _ARRAYS:
+                files[name].write(getattr(block, name).tobytes())
+            files["starts"].write((block.starts[:-1] + tokens).astype("<i8").tobytes())
+            dtypes = {name: getattr(block, name).dtype.str for name in _ARRAYS}
+            tokens += int(block.starts[-1])
+            fingerprint.update(block.keys.tobytes())
+            yield block
+        if not dtypes:
+            raise UserError(f"{source.location}: no documents in it (it is empty, or white space only)")
+        files["starts"].write(np.array([tokens], "<i8").tobytes())
+        if cache_folder(source, tokenizer) != folder:  # what was hashed is not what was read
+            raise UserError(f"{source.location} was changed while it was being read: run the same command again")
+        for file in files.values():
+            file.flush()
+        hashes = {name: file_sha256(partial / name) for name in files}
+        meta = {
+            "dtypes": dtypes, "fingerprint": fingerprint.hexdigest(), "empty_texts": texts.empty, "sha256": hashes
+        }  # fmt: skip
+        (partial / "meta.json").write_text(json.dumps(meta))
 
 
 class _Counter:
     """Passes texts on but for those of white space only, which it counts."""
 
     def __init__(self, texts: Iterable[str]) -> None:
-        self.texts, self.count = texts, 0
+        self.texts, self.empty = texts, 0
 
     def __iter__(self) -> Iterator[str]:
         for text in self.texts:
             if text and not text.isspace():
                 yield text
             else:
-                self.count += 1
+                self.empty += 1
 
 
 @contextmanager
 def _cache_errors(folder: Path) -> Iterator[None]:
     try:
         yield
+    except FileNotFoundError:  # damage
+        raise
     except OSError as error:
         raise UserError(
-            f"cannot write the token cache {folder.parent}: {error.strerror}: point MLMKIT_CACHE elsewhere"
+            f"cannot use the token cache {folder.parent}: {error.strerror}: point MLMKIT_CACHE elsewhere"
         ) from None
 
 
-def _open_corpus(folder: Path, name: str) -> Corpus:
-    try:
-        return _map_corpus(folder, name)
-    except (OSError, ValueError, KeyError, TypeError):
-        raise UserError(f"the token cache {folder} is damaged: delete that folder and run again") from None
-
-
-def _map_corpus(folder: Path, location: str) -> Corpus:
+def _map_corpus(folder: Path, location: str, *, check: bool = False) -> Corpus:
+    """Raises `ValueError`, `KeyError` or `TypeError` for damage; with `check`, every file is compared with its hash."""
     meta = json.loads((folder / "meta.json").read_text())
+    for name, expected in meta["sha256"].items() if check else ():
+        if file_sha256(folder / name) != expected:
+            raise ValueError(f"{name} is damaged")
     starts = np.memmap(folder / "starts", "<i8", "r")
     documents, tokens = len(starts) - 1, int(starts[-1])
     shapes = {"ids": (tokens,), "words": (tokens,), "keys": (documents,), "text_sizes": (documents, len(TEXT_SIZES))}
     arrays = {}
     for name, shape in shapes.items():
         dtype = np.dtype(meta["dtypes"][name])
-        if (folder / name).stat().st_size != int(np.prod(shape)) * dtype.itemsize:
-            raise ValueError(f"{name} has another size")
         # an empty file cannot be mapped
         arrays[name] = (
             np.memmap(folder / name, dtype, "r", shape=shape) if tokens else np.fromfile(folder / name, dtype)
@@ -329,29 +340,20 @@ def window_table(corpus: Corpus, capacity: int) -> NDArray[np.int64]:
     """
     if corpus.folder is None:
         return _window_rows(corpus, 0, len(corpus), capacity)
-    path = corpus.folder / f"windows-{capacity}"
-    if not path.exists():
-        with _cache_errors(corpus.folder):
-            _write_window_table(corpus, capacity, path)
-    size = path.stat().st_size
-    if size % 32:
-        raise UserError(f"the token cache {corpus.folder} is damaged: delete that folder and run again")
+    folder = corpus.folder / f"windows-{capacity}"
+    rows, hashed = folder / "rows", folder / "sha256"
+    with _cache_errors(corpus.folder):
+        if not (rows.exists() and hashed.exists() and file_sha256(rows) == hashed.read_text()):
+            if folder.exists():
+                log.warning("the token cache %s is damaged: making it again", folder)
+            with atomic(folder, folder=True) as partial:
+                with (partial / "rows").open("wb") as file:
+                    for begin in range(0, len(corpus), DOCUMENTS_PER_BLOCK):
+                        end = min(begin + DOCUMENTS_PER_BLOCK, len(corpus))
+                        file.write(_window_rows(corpus, begin, end, capacity).astype("<i8").tobytes())
+                (partial / "sha256").write_text(file_sha256(partial / "rows"))
     # an empty file cannot be mapped
-    return np.memmap(path, "<i8", "r").reshape(-1, 4) if size else np.empty((0, 4), np.int64)
-
-
-def _write_window_table(corpus: Corpus, capacity: int, path: Path) -> None:
-    with tempfile.NamedTemporaryFile(prefix=".windows.", dir=path.parent, delete=False) as file:
-        building = Path(file.name)
-        try:
-            for begin in range(0, len(corpus), DOCUMENTS_PER_BLOCK):
-                end = min(begin + DOCUMENTS_PER_BLOCK, len(corpus))
-                file.write(_window_rows(corpus, begin, end, capacity).astype("<i8").tobytes())
-            file.flush()
-            sync(building)
-            building.rename(path)
-        finally:
-            building.unlink(missing_ok=True)
+    return np.memmap(rows, "<i8", "r").reshape(-1, 4) if rows.stat().st_size else np.empty((0, 4), np.int64)
 
 
 def _window_rows(corpus: Corpus, begin: int, end: int, capacity: int) -> NDArray[np.int64]:

@@ -1,12 +1,13 @@
-"""Folders that appear whole or not at all."""
+"""Files and folders that are written atomically, locks, and where models and the cache lie."""
 
 import hashlib
 import logging
 import os
+import secrets
 import shutil
-import tempfile
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 
@@ -17,12 +18,94 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
+PARTIAL, REPLACED = ".mlmkit-partial", ".mlmkit-replaced"
+YOUNG = 60  # seconds in which a file may not yet have been locked by the process that made it
+
 _say_once = cache(logging.getLogger(__name__).info)
 
 
 @contextmanager
+def atomic(path: Path, *, folder: bool = False) -> Iterator[Path]:
+    """Yield another name for a file or a `folder`; when the block ends, sync what was written and rename it to `path`.
+
+    A failure or a kill leaves `path` as it was. What killed processes have left beside it is removed. The umask decides
+    who may read the result. A mount point cannot be renamed: the entries of such a folder are moved one by one.
+    """
+    home = path if folder and path.is_mount() else path.parent
+    _sweep(home)
+    partial = home / f".{path.name}.{secrets.token_hex(4)}{PARTIAL}"
+    if folder:
+        partial.mkdir()
+    else:
+        partial.touch(exist_ok=False)
+    lock = os.open(partial, os.O_RDONLY)
+    try:
+        _try_lock(lock)
+        yield partial
+        for file in [*filter(Path.is_file, partial.rglob("*")), partial]:
+            sync(file)
+        replaced = partial.with_suffix(REPLACED)
+        if home == path:
+            for entry in _content(path):
+                _remove(entry)
+            for entry in sorted(partial.iterdir(), key=lambda entry: entry.stat().st_mtime_ns):  # the manifest last
+                entry.rename(path / entry.name)
+        elif folder and path.exists():
+            path.rename(replaced)
+            partial.rename(path)
+        else:
+            partial.replace(path)
+        sync(home)
+        shutil.rmtree(replaced, ignore_errors=True)
+    finally:
+        os.close(lock)
+        _remove(partial)
+
+
+def _sweep(home: Path) -> None:
+    """Remove what killed processes have left in a folder: what is old, and no process holds the lock of."""
+    for left in home.glob(f".*{PARTIAL}"):
+        with suppress(OSError):
+            lock = os.open(left, os.O_RDONLY)
+            try:
+                if time.time() - left.stat().st_mtime > YOUNG and _try_lock(lock):
+                    _remove(left)
+            finally:
+                os.close(lock)
+    for left in home.glob(f".*{REPLACED}"):  # killed between two renames
+        place = home / left.name[1 : -len(REPLACED) - 9]
+        with suppress(OSError):
+            if place.exists():
+                shutil.rmtree(left)
+            else:
+                left.rename(place)
+
+
+def _try_lock(descriptor: int) -> bool:
+    """Whether the file could be locked; never where the system has no locks."""
+    try:
+        if fcntl is not None:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return fcntl is not None
+    except OSError:
+        return False
+
+
+def _content(folder: Path) -> list[Path]:
+    """What is in a folder, but for what we are writing there and what a file system keeps in its root."""
+    return [path for path in folder.iterdir() if path.suffix not in (PARTIAL, REPLACED) and path.name != "lost+found"]
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+@contextmanager
 def new_folder(path: Path, *, replaces: str = "") -> Iterator[Path]:
-    """Yield a temporary folder beside `path`; on success sync it and rename it to `path`, on failure remove it.
+    """`atomic` for a folder that the user named, with its parents.
 
     A folder that holds the file `replaces` may be replaced. Raises `UserError` when `path` is another one that is not
     empty, or cannot be written.
@@ -31,33 +114,17 @@ def new_folder(path: Path, *, replaces: str = "") -> Iterator[Path]:
     path = path.resolve()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        building = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}") from None
-    try:
-        building.chmod(0o777 & ~_umask())  # mkdtemp makes it private
-        yield building
-        for file in building.rglob("*"):
-            if file.is_file():
-                sync(file)
-        sync(building)
-        replaced = building.with_name(f"{building.name}.replaced")
-        if path.exists():
-            path.rename(replaced)
-        building.rename(path)
-        sync(path.parent)
-        shutil.rmtree(replaced, ignore_errors=True)
+        with atomic(path, folder=True) as partial:
+            yield partial
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
 
 
 def refuse_existing(path: Path, replaces: str = "") -> None:
     """Raise `UserError` now rather than after hours of work if `new_folder` would refuse `path`."""
     if (path.exists() or path.is_symlink()) and not path.is_dir():
         raise UserError(f"{path} exists and is not a folder: choose another folder")
-    if not path.is_dir() or not any(path.iterdir()) or (replaces and (path / replaces).exists()):
+    if not path.is_dir() or not _content(path) or (replaces and (path / replaces).exists()):
         return
     if replaces:
         raise UserError(f"{path} holds no {replaces}, so --overwrite leaves it alone: choose another folder")
@@ -115,9 +182,3 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -5,6 +5,7 @@ import csv
 import gzip
 import json
 import lzma
+import os
 import pickle
 import resource
 from pathlib import Path
@@ -19,11 +20,14 @@ from hypothesis import strategies as st
 
 from mlmkit.corpus import (
     Corpus,
+    _batches,
+    cache_folder,
     cut_windows,
     gather,
     load_corpus,
     nearest_window,
     overlapping_windows,
+    stream_corpus,
     tokenize,
     window_table,
 )
@@ -195,7 +199,7 @@ def test_cache_is_used_and_follows_content_tokenizer_and_options(wordpiece, toke
     write(path, b"one two\n\nfour\n")
     assert load_corpus(Source(str(path)), wordpiece).fingerprint != first.fingerprint
     assert len(list(entries.iterdir())) == 4
-    assert not list(entries.glob(".building*"))
+    assert not list(entries.glob(".*"))
 
 
 def test_nothing_is_left_in_the_cache_when_reading_fails(wordpiece, tmp_path, monkeypatch):
@@ -214,28 +218,72 @@ def test_a_full_disk_is_named_and_nothing_is_left(wordpiece, tmp_path, monkeypat
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (room, before[1]))
     try:
-        with pytest.raises(UserError, match=r"cannot write the token cache .*: point MLMKIT_CACHE elsewhere"):
+        with pytest.raises(UserError, match=r"cannot use the token cache .*: point MLMKIT_CACHE elsewhere"):
             load_corpus(Source(str(path)), wordpiece)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert not list((tmp_path / "cache" / "tokens").iterdir())
 
 
-def test_a_damaged_cache_is_refused(wordpiece, tmp_path, monkeypatch):
+def flip(content: bytes) -> bytes:
+    return content[:-1] + bytes([content[-1] ^ 1])
+
+
+@pytest.mark.parametrize("name", ["ids", "words", "starts", "keys", "text_sizes", "meta.json"])
+@pytest.mark.parametrize("damage", [flip, lambda content: content[: len(content) // 2], lambda _: b"", None])
+def test_a_damaged_cache_is_made_again(wordpiece, tmp_path, monkeypatch, caplog, name, damage):
+    monkeypatch.setenv("MLMKIT_CACHE", str(tmp_path / "cache"))
+    path = write(tmp_path / "a.txt", b"one two three\nfour\n")
+    expected = pickle.dumps(load_corpus(Source(str(path)), wordpiece).part(0, 2))
+    (entry,) = (tmp_path / "cache" / "tokens").iterdir()
+    content = (entry / name).read_bytes()
+    (entry / name).unlink()
+    if damage is not None:
+        (entry / name).write_bytes(damage(content))
+    assert pickle.dumps(load_corpus(Source(str(path)), wordpiece).part(0, 2)) == expected
+    assert [record.message for record in caplog.records] == [
+        f"the token cache {entry} is damaged: tokenising {path} again"
+    ]
+    assert (entry / name).read_bytes() == content
+
+
+def test_a_text_that_grows_while_it_is_read_is_not_kept_under_its_old_hash(wordpiece, tmp_path, monkeypatch):
     monkeypatch.setenv("MLMKIT_CACHE", str(tmp_path / "cache"))
     path = write(tmp_path / "a.txt", b"one two three\n")
-    load_corpus(Source(str(path)), wordpiece)
-    (entry,) = (tmp_path / "cache" / "tokens").iterdir()
-    for name, damage in (("ids", b"ab"), ("starts", b"\x93NUMPY"), ("meta.json", b"{"), ("keys", None)):
-        content = (entry / name).read_bytes()
-        if damage is None:
-            (entry / name).unlink()
-        else:
-            (entry / name).write_bytes(damage)
-        with pytest.raises(UserError, match="damaged: delete"):
-            load_corpus(Source(str(path)), wordpiece)
-        (entry / name).write_bytes(content)
-    load_corpus(Source(str(path)), wordpiece)
+    source = Source(str(path))
+    folder = cache_folder(source, wordpiece)
+    path.write_bytes(b"one two three\nfour\n")
+    with pytest.raises(UserError, match="was changed while it was being read"):
+        list(stream_corpus(source, wordpiece, folder))
+    assert not list(folder.parent.iterdir())
+    assert len(load_corpus(source, wordpiece)) == 2
+    path.write_bytes(b"one two three\n")
+    assert len(load_corpus(source, wordpiece)) == 1
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o002, 0o077])
+def test_the_umask_decides_who_may_read_the_cache(wordpiece, tmp_path, monkeypatch, umask):
+    monkeypatch.setenv("MLMKIT_CACHE", str(tmp_path / "cache"))
+    path = write(tmp_path / "a.txt", b"one two three\n")
+    before = os.umask(umask)
+    try:
+        window_table(load_corpus(Source(str(path)), wordpiece), 13)
+    finally:
+        os.umask(before)
+    for made in (tmp_path / "cache").rglob("*"):
+        assert made.stat().st_mode & 0o777 == (0o777 if made.is_dir() else 0o666) & ~umask
+
+
+@given(st.lists(st.text(alphabet="ab", max_size=9), max_size=20))
+def test_texts_are_tokenised_in_batches_of_bounded_size(texts):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("mlmkit.corpus.CHARACTERS_PER_BATCH", 12)
+        patch.setattr("mlmkit.corpus.DOCUMENTS_PER_BLOCK", 5)
+        batches = list(_batches(texts))
+    assert [text for batch in batches for text in batch] == texts
+    for batch in batches:
+        assert 1 <= len(batch) <= 5
+        assert len(batch) == 1 or sum(map(len, batch)) <= 12
 
 
 def test_fingerprint_is_of_texts_and_order_not_of_the_tokenizer(wordpiece, tokenizer_folder):
@@ -265,7 +313,7 @@ def test_a_cached_corpus_travels_as_its_place(wordpiece, text_file):
 # ------------------------------------------------------------------ windows
 
 
-def test_a_cached_table_of_windows_is_the_one_made_in_memory(wordpiece, tmp_path, monkeypatch):
+def test_a_cached_table_of_windows_is_the_one_made_in_memory(wordpiece, tmp_path, monkeypatch, caplog):
     monkeypatch.setenv("MLMKIT_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("mlmkit.corpus.DOCUMENTS_PER_BLOCK", 7)
     (tmp_path / "a.txt").write_text("\n".join(paragraphs()))
@@ -277,10 +325,17 @@ def test_a_cached_table_of_windows_is_the_one_made_in_memory(wordpiece, tmp_path
         assert np.array_equal(table[:, :3].T, [expected.document, expected.start, expected.length])
         assert (table == window_table(corpus.part(0, len(corpus)), 13)).all()
     assert corpus.folder is not None
-    assert not list(corpus.folder.glob(".windows*"))
-    (corpus.folder / "windows-13").write_bytes(b"half a row")
-    with pytest.raises(UserError, match="damaged: delete"):
-        window_table(corpus, 13)
+    assert not list(corpus.folder.glob(".*"))
+    rows = corpus.folder / "windows-13" / "rows"
+    content, table = rows.read_bytes(), window_table(corpus, 13)
+    for damaged in (content[: len(content) // 64 * 32], b"half a row", flip(content)):
+        rows.unlink()  # the table above is mapped from it
+        rows.write_bytes(damaged)
+        caplog.clear()
+        assert (window_table(corpus, 13) == table).all()
+        assert [record.message for record in caplog.records] == [
+            f"the token cache {rows.parent} is damaged: making it again"
+        ]
 
 
 @given(lengths_strategy, st.integers(1, 20), st.integers(1, 9))

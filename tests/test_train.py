@@ -12,6 +12,7 @@ from mlmkit.cli import main
 from mlmkit.distributed import Ranks
 from mlmkit.errors import CheckError, UserError
 from mlmkit.export.export import export
+from mlmkit.export.proof_text import ProofText
 from mlmkit.files import file_sha256
 from mlmkit.model import MaskedLM, load_pretrained, load_tokenizer
 from mlmkit.train import loop
@@ -116,7 +117,7 @@ def test_the_folder_of_a_run_stands_for_its_model(config, tmp_path, text_file, c
     model = loop.train(config, run)
     assert mlmkit.load(str(run)).info.path == str(model)
     assert load_tokenizer(str(run)).fingerprint == load_tokenizer(str(model)).fingerprint
-    export(str(run), tmp_path / "artifact", texts=["The statement of the text."] * 3)
+    export(str(run), tmp_path / "artifact", text=ProofText("a text", ["The statement of the text."] * 3))
     for command in (["fill", run, "The [MASK]"], ["score", run, text_file], ["eval", run, "--set", text_file]):
         with pytest.raises(SystemExit) as stop:
             main([str(word) for word in command])
