@@ -89,7 +89,7 @@ def _masked_ids(tokenizer: Tokenizer, info: ModelInfo, text: str) -> tuple[NDArr
 
 
 def _control_ids(tokenizer: Tokenizer, info: ModelInfo, text: str) -> list[int]:
-    check_length(len(text), "characters", info.max_length * tokenizer.longest)
+    check_length(len(text), "characters", info.max_length * tokenizer.characters_per_token)
     ids = tokenizer.encode_control(text).ids
     check_length(len(ids), "tokens", info.max_length)
     return ids

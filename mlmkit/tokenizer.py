@@ -174,10 +174,9 @@ class Tokenizer:
         return sha256(json.dumps(identity, sort_keys=True).encode("utf-8")).hexdigest()
 
     @cached_property
-    def longest(self) -> int:
-        """Characters of the longest token: as the vocabulary spells it, or an unknown word that stays one token."""
-        entries = self._control.get_vocab(with_added_tokens=True)
-        return max(*map(len, entries), getattr(self._control.model, "max_input_chars_per_word", 0))
+    def characters_per_token(self) -> int:
+        """Characters that a token may stand for, with what the normalizer drops: 100, or the longest token's own."""
+        return max(100, *map(len, self._control.get_vocab(with_added_tokens=True)))
 
     @property
     def added_tokens(self) -> int:

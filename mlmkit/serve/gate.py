@@ -44,7 +44,6 @@ class Gate:
         self.is_draining = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """See ASGI."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
@@ -70,12 +69,9 @@ class Gate:
         finally:
             seconds = time.perf_counter() - begun
             self.metrics.saw_request(endpoint, answer.status, seconds, state["error_type"])
-            quiet = endpoint in PROBES or endpoint == "/metrics"
-            method = scope["method"] if scope["method"].isalpha() else "?"
-            log.log(
-                logging.DEBUG if quiet else logging.INFO,
-                "%s %s %d %.1f ms %s", method[:10], endpoint, answer.status, seconds * 1e3, state["error_type"],
-            )  # fmt: skip
+            level = logging.DEBUG if endpoint in (*PROBES, "/metrics") else logging.INFO
+            method = scope["method"][:10] if scope["method"].isalpha() else "?"
+            log.log(level, "%s %s %d %.1f ms %s", method, endpoint, answer.status, seconds * 1e3, state["error_type"])
 
     def _check_token(self, scope: Scope) -> None:
         path = scope["path"]
@@ -143,20 +139,17 @@ class Gate:
     async def _read(self, scope: Scope, receive: Receive) -> bytes | None:
         """The body, inflated; None if the client left while it sent it. Raises `ApiError` for what is refused."""
         limit = self.limits.body_bytes
-        parts, size = [], 0
-        while True:
+        parts, size, has_more = [], 0, True
+        while has_more and size <= DISCARDED:
             message = await receive()
             if message["type"] == "http.disconnect":
                 return None
             size += len(message.get("body", b""))
-            if size > limit:
-                parts.clear()
-            else:
+            if size <= limit:
                 parts.append(message.get("body", b""))
-            if not message.get("more_body") or size > DISCARDED:
-                break
-        encodings = [value.strip().lower() for name, value in scope["headers"] if name == b"content-encoding"]
+            has_more = message.get("more_body")
         body = b"".join(parts)
+        encodings = [value.strip().lower() for name, value in scope["headers"] if name == b"content-encoding"]
         if size <= limit and encodings not in ([], [b"identity"]):
             body = await asyncio.to_thread(_inflate, body, encodings, limit)
         if max(size, len(body)) > limit:
@@ -198,9 +191,7 @@ class _Answer:
 def _inflate(body: bytes, encodings: list[bytes], limit: int) -> bytes:
     """The content of a gzip file of one member; of one that is larger, the first `limit` + 1 bytes."""
     if encodings not in ([b"gzip"], [b"x-gzip"]):
-        error = ApiError(415, "unsupported_media_type", "send the body as it is, or with Content-Encoding: gzip")
-        error.headers["Accept-Encoding"] = "gzip"
-        raise error
+        raise ApiError(415, "unsupported_media_type", "send the body as it is, or with Content-Encoding: gzip")
     inflater = zlib.decompressobj(zlib.MAX_WBITS | 16)
     try:
         content = inflater.decompress(body, limit + 1)
@@ -212,10 +203,10 @@ def _inflate(body: bytes, encodings: list[bytes], limit: int) -> bytes:
 
 
 async def json_body(request: Request) -> bytes:
-    """The body of what says that it is JSON, or says nothing and comes from no web page.
+    """The body of a request that says it is JSON, or that names no type and comes from no web page.
 
-    A page of another origin cannot name JSON without the browser asking us first. It can leave the type out, but not
-    the header Origin. Triton's client sends neither.
+    A page of another origin cannot name JSON without the browser asking us first. It can leave the type out, as
+    Triton's client does, but not the header Origin.
     """
     kind = request.headers.get("content-type", "" if "origin" in request.headers else "application/json")
     kind = kind.partition(";")[0].strip().lower()

@@ -1,4 +1,4 @@
-"""uvicorn's HTTP protocol: bounds on a head and its time, no upgrades, answers for clients that half-close."""
+"""uvicorn's HTTP protocol: bounds on a head and its time, no upgrades, and answers for clients that half-close."""
 
 import asyncio
 import logging
@@ -13,7 +13,6 @@ log = logging.getLogger(__name__)
 
 HEAD_SECONDS = 10.0
 HEAD_BYTES = 1 << 16
-UNENDING_BYTES = 4 * HEAD_BYTES  # a larger head is read to its end so far, so that its client hears why it is refused
 WATCH_SECONDS = 0.05
 
 
@@ -40,13 +39,15 @@ class Protocol(HttpToolsProtocol):
                 self.parser.feed_data(data)
                 break
             except httptools.HttpParserUpgrade as offer:
-                # This parser takes what follows for another protocol. A new one reads the head without the offer.
-                data = self._head_without_offer() + data[offer.args[0] :]
+                # The parser takes what follows for another protocol: a new one reads the head again without the offer.
+                line = b"%s %s HTTP/%s" % (self.parser.get_method(), self.url, self.parser.get_http_version().encode())
+                kept = [b"%s: %s" % header for header in self.headers if header[0] != b"upgrade"]
+                data = b"\r\n".join([line, *kept, b"", data[offer.args[0] :]])
                 self.parser = httptools.HttpRequestParser(self)
                 self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn sets it
             except httptools.HttpParserError as error:
                 self._refuse(error.__context__)
-        if self._received > UNENDING_BYTES:
+        if self._received > 4 * HEAD_BYTES:  # up to here a large head is read to its end, to say why it is refused
             self.transport.close()
         elif self._is_in_message and self.is_waiting and self._timer is None:
             self._arm()  # also for the rest of a body whose answer has been given
@@ -54,16 +55,14 @@ class Protocol(HttpToolsProtocol):
     def eof_received(self) -> bool:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Keep the connection for the answers that are due: the client may have closed its sending side alone.
 
-        One that has left looks the same, but resets the connection upon whatever it is sent. Other clients of HTTP/1.1
-        skip an interim answer (RFC 9110, 15.2).
+        One that has left looks the same until it is sent something, such as an interim answer (RFC 9110, 15.2).
         """
-        is_partial = self._is_in_message and not self._is_in_head
-        if self.is_waiting or is_partial or self.cycle.scope["http_version"] != "1.1":
+        if self.is_waiting or (self._is_in_message and not self._is_in_head):
             return False
         self.cycle.keep_alive = False
-        if not (self.pipeline or self.cycle.response_started):
+        if self.cycle.scope["http_version"] == "1.1" and not (self.pipeline or self.cycle.response_started):
             self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-        self._watch()
+            self._watch()
         return True
 
     def on_message_begin(self) -> None:
@@ -71,7 +70,7 @@ class Protocol(HttpToolsProtocol):
         self._is_in_head = self._is_in_message = True
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        if self._is_in_head:  # not the fields behind a chunked body
+        if self._is_in_head:  # the fields after a chunked body are no part of what the gate has checked
             super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
@@ -79,7 +78,7 @@ class Protocol(HttpToolsProtocol):
         if len(self.url) + sum(len(name) + len(value) + len(":\r\n") for name, value in self.headers) > HEAD_BYTES:
             raise ApiError(431, "head_too_large", f"the request line and headers are larger than {HEAD_BYTES} bytes")
         if self.parser.get_method() == b"CONNECT":
-            raise ApiError(405, "method_not_allowed", "this server is no proxy")
+            raise ApiError(405, "method_not_allowed", "this server is not a proxy")
         if self.parser.should_upgrade():
             return
         super().on_headers_complete()
@@ -102,29 +101,23 @@ class Protocol(HttpToolsProtocol):
         """Whether no request is under way."""
         return self.cycle is None or self.cycle.response_complete
 
-    def _head_without_offer(self) -> bytes:
-        first = b"%s %s HTTP/%s" % (self.parser.get_method(), self.url, self.parser.get_http_version().encode())
-        headers = [b"%s: %s" % header for header in self.headers if header[0] != b"upgrade"]
-        return b"\r\n".join([first, *headers, b"", b""])
-
     def _refuse(self, reason: BaseException | None) -> None:
-        """Answer what cannot be read, unless other answers come first, and read no further."""
-        malformed = ApiError(400, "malformed_http", "this is no HTTP/1.1 request")
-        error = reason if isinstance(reason, ApiError) else malformed
+        """Read no further, and say why, unless other answers come first."""
+        error = reason if isinstance(reason, ApiError) else ApiError(400, "malformed_http", "not an HTTP/1.1 request")
         log.info("%d %s", error.status, error.error_type)
         self._is_over = True
-        is_next = self.is_waiting if self._is_in_head else not (self.pipeline or self.cycle.response_started)
-        if is_next:
+        if self.is_waiting and not self._is_in_head:  # in a body whose answer has been given
+            self.transport.close()
+        elif self.is_waiting or not (self._is_in_head or self.pipeline or self.cycle.response_started):
             body = error_body(error)
             head = b"content-type: application/json\r\nconnection: close\r\ncontent-length: %d\r\n\r\n" % len(body)
             self.transport.write(STATUS_LINE[error.status] + head + body)
-        if is_next or self.is_waiting:
             self.transport.close()
         else:
             self.cycle.keep_alive = False
 
     def _watch(self) -> None:
-        """Notice that a client that has half-closed leaves: nothing more is read that would say so."""
+        """Notice that a half-closed client has left: nothing more is read that would say so."""
         if self.is_waiting or self.transport.is_closing():
             return
         if self.transport.get_extra_info("socket").getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):

@@ -42,7 +42,7 @@ def plan_scores(backend: Backend, texts: list[str], variant: str, limit: int) ->
     """The plan for a few texts of at most `limit` tokens each. Raises `UserError` for longer ones."""
     parts = []
     for text in texts:  # one after the other, so that the first that is too long is the last that is tokenised
-        check_length(len(text), "characters", limit * backend.tokenizer.longest)
+        check_length(len(text), "characters", limit * backend.tokenizer.characters_per_token)
         parts.append(tokenize([text], backend.tokenizer))
         check_length(len(parts[-1].ids) + backend.tokenizer.added_tokens, "tokens", limit)
     corpus = concatenate(parts)

@@ -36,8 +36,8 @@ class Filling:
 
     @property
     def candidates(self) -> int:
-        """How many the answer holds at most."""
-        return sum(len(question.masks) * question.top_k for question in self.questions)
+        """How many the answer holds, or are looked up for it, at most."""
+        return sum(len(question.masks) * max(question.top_k, len(question.targets)) for question in self.questions)
 
     @property
     def stand_ins(self) -> set[str]:
@@ -62,7 +62,7 @@ def read_filling(service: "Service", body: bytes) -> Filling:
             raise ApiError(422, "too_many_masks", message)
     filling = Filling(questions, isinstance(request.inputs, str) or len(texts) == 1)  # a list of one, as the pipeline
     if filling.candidates > limits.candidates:
-        message = f"the answer would hold {filling.candidates} candidates, more than {limits.candidates}: ask for fewer"
+        message = f"{filling.candidates} candidates (top_k or targets, for each mask) are more than {limits.candidates}"
         raise ApiError(413, "too_many_candidates", message)
     return filling
 
