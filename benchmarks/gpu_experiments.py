@@ -1,6 +1,6 @@
 """Sections of gpu.py: three ideas, each beside the default, in turns.
 
-- CUDA graphs a length for pseudo-log-likelihood: sentences of many lengths are padded to few (`fitting.bucket`), each
+- CUDA graphs a length for pseudo-log-likelihood: sentences of many lengths are padded to few (`bucket`), each
   of which is recorded once with a fixed number of rows; at a small and a large budget of tokens a batch.
 - `torch.compile(mode="max-autotune-no-cudagraphs")` for the layers, on a pack of fixed shape: a training step.
 - FlashAttention-3 and -4 behind `varlen_attn`, by `torch.nn.attention.activate_flash_attention_impl`: the same step.
@@ -55,7 +55,7 @@ def graphs_by_length(setting: Setting) -> Iterator[Row]:
 
 def works(texts: list[str], tokenizer: Any, budget: int, *, fixed: bool) -> Work:
     """The plan in batches of similar length; with `fixed`, the batches of a bucket have one shape."""
-    from mlmkit.backends.fitting import Shape, bucket, pad
+    from mlmkit.backends.fitting import Shape, pad
     from mlmkit.batching import length_batches
     from mlmkit.corpus import tokenize
     from mlmkit.eval.plan import pseudo_plan
@@ -76,6 +76,12 @@ def works(texts: list[str], tokenizer: Any, budget: int, *, fixed: bool) -> Work
         found.batches.append(pad(batch, Shape(count, width, count), tokenizer.pad_id))
         found.scored.append(scored)
     return found
+
+
+def bucket(size: int) -> int:
+    """The next multiple of a quarter of the power of two at or below `size`: at most a quarter of it is padding."""
+    step = max((1 << size.bit_length() - 1) // 4, 1)
+    return -(-size // step) * step
 
 
 def _pass(setting: Setting, work: Work, make: Callable[[list[Any]], Callable[..., Any]], plain: Work) -> Made:

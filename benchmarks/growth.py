@@ -127,15 +127,16 @@ def read_epoch(source: Path, text: Path, _output: Path) -> dict[str, Any]:
     """An epoch's micro-batches."""
     from mlmkit.corpus import load_corpus
     from mlmkit.tokenizer import Tokenizer
-    from mlmkit.train.config import MaskingConfig
+    from mlmkit.train.config import Config, DataConfig, ModelConfig, RunConfig
     from mlmkit.train.data import TrainingData
     from mlmkit.train.order import Cursor
 
     tokenizer = Tokenizer.from_folder(source)
     before, began = memory_mib(), time.perf_counter()
     corpus = load_corpus(Source(str(text)), tokenizer)
-    settings = {"max_length": MAX_LENGTH, "micro_batch_tokens": BUDGET, "seed": 0, "packed": True}
-    data, tokens = TrainingData([corpus], (1.0,), tokenizer, MaskingConfig(), **settings), 0
+    run = RunConfig(global_batch_tokens=BUDGET, micro_batch_tokens=BUDGET)
+    config = Config(data=DataConfig(train=(str(text),)), model=ModelConfig(max_length=MAX_LENGTH), train=run)
+    data, tokens = TrainingData(config, [corpus], tokenizer, packed=True), 0
     for cursor, batch in data.batches(Cursor(), micro_batches=1, steps=1 << 30, workers=0):
         if cursor.epoch:
             break

@@ -74,13 +74,14 @@ def training_data(text: Path, budget: int) -> Any:
     from mlmkit.corpus import load_corpus
     from mlmkit.documents import Source
     from mlmkit.tokenizer import Tokenizer
-    from mlmkit.train.config import MaskingConfig
+    from mlmkit.train.config import Config, DataConfig, ModelConfig, RunConfig
     from mlmkit.train.data import TrainingData
 
     tokenizer = Tokenizer.from_folder(tokenizer_folder())
     corpus = load_corpus(Source(str(text)), tokenizer)
-    settings = {"max_length": MAX_LENGTH, "micro_batch_tokens": budget, "seed": 0, "packed": True}
-    return TrainingData([corpus], (1.0,), tokenizer, MaskingConfig(), **settings)
+    run = RunConfig(global_batch_tokens=budget, micro_batch_tokens=budget)
+    config = Config(data=DataConfig(train=(str(text),)), model=ModelConfig(max_length=MAX_LENGTH), train=run)
+    return TrainingData(config, [corpus], tokenizer, packed=True)
 
 
 def plan(text: Path, budget: int) -> dict[str, Any]:

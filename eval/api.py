@@ -4,6 +4,7 @@ import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from operator import index
+from os import PathLike, fspath
 from pathlib import Path
 from typing import Any, SupportsIndex
 
@@ -46,15 +47,15 @@ class Evaluation:
 
 
 def evaluate(
-    model: str | Path | Backend,
-    data: str | Path | Iterable[str] | Source | Request,
+    model: str | PathLike[str] | Backend,
+    data: str | PathLike[str] | Iterable[str] | Source | Request,
     *,
     metrics: Sequence[str] | str = ("masked",),
     mask_seed: SupportsIndex | Iterable[SupportsIndex] = 0,
     recipe: MaskRecipe | None = None,
     variant: str = "original",
     pseudo_sample: float = 1.0,
-    output: str | Path | None = None,
+    output: str | PathLike[str] | None = None,
     overwrite: bool = False,
     batch_tokens: int = 0,
     allow_batch_coupling: bool = False,
@@ -79,7 +80,7 @@ def evaluate(
     With `output` the result is kept in that folder, and an interrupted call goes on where it stopped. Raises
     `mlmkit.UserError` for what cannot be measured and `mlmkit.CheckError` when a score is not finite.
     """
-    loaded = load(str(model), backend, device) if isinstance(model, str | Path) else model
+    loaded = load(model, backend, device) if isinstance(model, str | PathLike) else model
     wanted = _find(data)
     is_pairs = isinstance(wanted, Request) and wanted.task == "pairs"
     settings = Settings(
@@ -107,7 +108,7 @@ def evaluate(
 
 
 def pseudo_log_likelihood(
-    model: str | Path | Backend,
+    model: str | PathLike[str] | Backend,
     texts: Iterable[str],
     *,
     variant: str = "original",
@@ -123,12 +124,13 @@ def pseudo_log_likelihood(
     good.pseudo_log_likelihood > bad.pseudo_log_likelihood
     ```
 
-    `model` and the exceptions are those of `evaluate`. With `variant="within-word"` the later tokens of the same word
-    are masked too (Kauf and Ivanova 2023).
+    An unknown token is scored like any other. A text without a scored token has None, not a sum. `model` and the
+    exceptions are those of `evaluate`. With `variant="within-word"` the later tokens of the same word are masked too
+    (Kauf and Ivanova 2023).
     """
     if isinstance(texts, str):
         texts = [texts]
-    loaded = load(str(model), backend, device) if isinstance(model, str | Path) else model
+    loaded = load(model, backend, device) if isinstance(model, str | PathLike) else model
     return score_texts(
         loaded, texts, variant=variant, batch_tokens=batch_tokens, allow_batch_coupling=allow_batch_coupling
     )
@@ -146,9 +148,9 @@ def _seeds(given: SupportsIndex | Iterable[SupportsIndex]) -> tuple[int, ...]:
         raise UserError(f"a mask seed must be a whole number, not {given!r}") from None
 
 
-def _find(data: str | Path | Iterable[str] | Source | Request) -> Iterable[str] | Request:
+def _find(data: str | PathLike[str] | Iterable[str] | Source | Request) -> Iterable[str] | Request:
     if isinstance(data, Source):
         return Request(data.location, "text", data.location, source=data)
-    if isinstance(data, str | Path):
-        return find_set(str(data), data_folder(None))
+    if isinstance(data, str | PathLike):
+        return find_set(fspath(data), data_folder(None))
     return data

@@ -1,6 +1,5 @@
 """Comparing evaluations of the same text and positions, with paired intervals."""
 
-import heapq
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,18 +10,13 @@ from numpy.typing import NDArray
 
 from mlmkit.errors import CheckError, UserError
 from mlmkit.eval.measure import column_count, document_sums, each_slice
-from mlmkit.eval.metrics import FAMILIES
-from mlmkit.eval.pair_metrics import COUNT, ESTIMATORS, pair_columns, pair_groups
-from mlmkit.eval.statistics import Bootstrap, Estimator, finite, interval
+from mlmkit.eval.metrics import FAMILIES, HIGHER_IS_BETTER, PER_TEXT, UNKNOWN_LIMIT, WITHOUT_INTERVAL, describe_unknown
+from mlmkit.eval.pair_metrics import ESTIMATORS, pair_columns, pair_groups
+from mlmkit.eval.statistics import Bootstrap, Estimator, finite, percentiles
 from mlmkit.eval.stored import TOKENS, Stored, load_result, read_blocks
 
 # Metrics that mean the same whatever the tokens are.
-TOKENIZER_FREE = (
-    "pseudo_log_likelihood",
-    "pseudo_perplexity_per_word",
-    "pseudo_perplexity_per_character",
-    "bits_per_byte",
-)
+TOKENIZER_FREE = ("pseudo_log_likelihood", *PER_TEXT)
 
 
 def compare(folders: Sequence[Path], top: int = 20) -> dict[str, Any]:
@@ -48,6 +42,7 @@ def _describe(stored: Stored) -> dict[str, Any]:
         "backend": backend["name"],
         "set": result["corpus"]["source"]["set"] or result["corpus"]["source"]["location"],
         "variant": (result["pseudo"] or {}).get("variant"),
+        "unknown": result["unknown"],
     }
 
 
@@ -64,37 +59,44 @@ def _compare(a: Stored, b: Stored, top: int) -> dict[str, Any]:
             f"{a.folder} measures {' and '.join(one['digests'])}, {b.folder} {' and '.join(two['digests'])}: "
             "they share nothing to compare"
         )
-    other_tokens = any(one["digests"][name] != two["digests"][name] for name in common)
-    other_tokenizer = one["model"]["tokenizer"] != two["model"]["tokenizer"]
+    other_tokens, other_tokenizer = False, one["model"]["tokenizer"] != two["model"]["tokenizer"]
+    seeds: dict[str, list[int | None]] = {}
     for name in common:
-        if one["digests"][name] == two["digests"][name]:
+        metric, _, number = name.partition("-")
+        seed = int(number) if number else None
+        seeds.setdefault(metric, []).append(seed)
+        is_same = one["digests"][name] == two["digests"][name]
+        if is_same and other_tokenizer:  # a digest covers positions and masks, under which the tokens may still differ
+            is_same = all(_is_same(*tables) for tables in _token_blocks(a, b, metric, seed))
+        if is_same:
             continue
-        if name == "pseudo" and other_tokenizer and one["pseudo"]["sample"] == two["pseudo"]["sample"] == 1:
-            continue
-        why = "their tokenizers differ: compare --metric pseudo" if other_tokenizer else "evaluate with the same recipe"
-        raise UserError(
-            f"{a.folder} and {b.folder} scored different positions ({name} digests {one['digests'][name]} and "
-            f"{two['digests'][name]}): {why}"
-        )
+        if not (metric == "pseudo" and other_tokenizer and one["pseudo"]["sample"] == two["pseudo"]["sample"] == 1):
+            why = "their tokenizers differ: compare --metric pseudo" if other_tokenizer else "use the same recipe"
+            raise UserError(
+                f"{a.folder} and {b.folder} scored different positions or tokens ({name} digests "
+                f"{one['digests'][name]} and {two['digests'][name]}): {why}"
+            )
+        other_tokens = True
     found: dict[str, Any] = {"metrics": {}, "slices": {}, "tokens": []}
     if "pairs" in one:
         found["metrics"], found["pairs"] = _compare_pairs(a, b)
         return found
-    seeds: dict[str, list[int | None]] = {}
-    for name in common:
-        metric, _, seed = name.partition("-")
-        seeds.setdefault(metric, []).append(int(seed) if seed else None)
+    unknown = max(one["unknown"], two["unknown"], key=lambda side: side["character_share"])
+    if other_tokens and unknown["character_share"] > UNKNOWN_LIMIT:
+        raise UserError(f"{a.folder}, {b.folder}: their tokenizers differ, and in one {describe_unknown(unknown)}")
     for metric, wanted in seeds.items():
-        _compare_scores(a, b, metric, wanted, other_tokens, found)
+        names = set(TOKENIZER_FREE if other_tokens else FAMILIES[metric].estimators)
+        names -= set(PER_TEXT if unknown["character_share"] > UNKNOWN_LIMIT else ())
+        _compare_scores(a, b, metric, wanted, names, found)
     if not other_tokens:
         found["tokens"] = _largest_differences(a, b, next(iter(seeds)), next(iter(seeds.values()))[0], top)
     return found
 
 
 def _compare_scores(
-    a: Stored, b: Stored, metric: str, seeds: list[int | None], other_tokens: bool, found: dict[str, Any]
+    a: Stored, b: Stored, metric: str, seeds: list[int | None], names: set[str], found: dict[str, Any]
 ) -> None:
-    """Add a metric's differences to `found`; where the tokens differ, only those that do not depend on them."""
+    """Add the differences of a metric's `names` to `found`, and those of its slices."""
     family, width = FAMILIES[metric], column_count(metric)
     draws = Bootstrap(a.result["corpus"]["documents"], 2 * width)
     sides = [[read_blocks(side.folder, metric, seed) for seed in seeds] for side in (a, b)]
@@ -104,43 +106,40 @@ def _compare_scores(
             sums.append(np.sum([document_sums(metric, *tables, side.mask_id) for tables in stretch], axis=0))
         draws.add(np.concatenate(sums, axis=1))
 
-    def difference(estimator: Estimator, columns: slice) -> dict[str, Any]:
+    def difference(name: str, estimator: Estimator, columns: slice) -> dict[str, Any]:
         other = slice(columns.start + width, columns.stop + width)
-        return _difference(estimator, draws, columns, other)
+        tokens = [int(draws.totals[side][0]) for side in (columns, other)]
+        return {**paired_difference(name, estimator, draws, columns, other), "tokens": tokens}
 
     for name, estimator in family.estimators.items():
-        if not other_tokens or name in TOKENIZER_FREE:
-            found["metrics"][name] = difference(estimator, slice(0, width))
-    if other_tokens:
-        return
-    slices = found["slices"].setdefault(metric, {})
+        if name in names:
+            found["metrics"][name] = difference(name, estimator, slice(0, width))
     for split, label, columns in each_slice(metric):
-        if tokens := int(draws.totals[columns][0]):
-            values = {name: difference(estimator, columns) for name, estimator in family.slice_estimators.items()}
-            slices.setdefault(split, {})[label] = {"tokens": tokens, **values}
+        if draws.totals[columns][0] and names.issuperset(family.slice_estimators):
+            rows = {name: difference(name, estimator, columns) for name, estimator in family.slice_estimators.items()}
+            found["slices"].setdefault(metric, {}).setdefault(split, {})[label] = rows
 
 
-def _difference(estimator: Estimator, draws: Bootstrap, one: slice, two: slice) -> dict[str, Any]:
+def paired_difference(name: str, estimator: Estimator, draws: Bootstrap, one: slice, two: slice) -> dict[str, Any]:
     """B less A: the same documents are drawn for both, so what makes a document hard for either cancels.
 
     The p-value is twice the smaller share of draws on the other side of zero, counting the observed one (Davison and
-    Hinkley 1997, section 4.2).
+    Hinkley 1997, section 4.2). A draw without a scored token has no difference, and counts for both sides.
     """
     with np.errstate(all="ignore"):
-        resampled = estimator(draws.resampled[:, two]) - estimator(draws.resampled[:, one])
-        values = [float(estimator(draws.totals[side])) for side in (one, two)]
-    resampled = resampled[~np.isnan(resampled)]
-    change = interval(lambda totals: totals, np.array(values[1] - values[0]), resampled)
-    below, above = int((resampled <= 0).sum()), int((resampled >= 0).sum())
-    p_value = min(1.0, 2 * (min(below, above) + 1) / (len(resampled) + 1))
-    return {
-        "a": finite(values[0]),
-        "b": finite(values[1]),
-        "difference": change["value"],
-        "low": change["low"],
-        "high": change["high"],
-        "p_value": p_value,
-    }
+        values = [finite(estimator(draws.totals[side])) for side in (one, two)]
+        changes = estimator(draws.resampled[:, two]) - estimator(draws.resampled[:, one])
+    documents = int(min(draws.documents[one][0], draws.documents[two][0]))
+    change, low, high, p_value = (None,) * 4
+    if None not in values:
+        change = values[1] - values[0]
+        if documents > 1 and name not in WITHOUT_INTERVAL:
+            low, high = map(finite, percentiles(changes))
+            fewest = min(int((~(changes > 0)).sum()), int((~(changes < 0)).sum()))
+            p_value = min(1.0, 2 * (fewest + 1) / (len(changes) + 1))
+    better = "higher" if any(part in name for part in HIGHER_IS_BETTER) else "lower"
+    found = {"better": better, "a": values[0], "b": values[1], "difference": change}
+    return {**found, "low": low, "high": high, "p_value": p_value, "documents": documents}
 
 
 def _compare_pairs(a: Stored, b: Stored) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -152,45 +151,40 @@ def _compare_pairs(a: Stored, b: Stored) -> tuple[dict[str, Any], dict[str, Any]
         draws = Bootstrap(len(rows), rows.shape[1])
         draws.add(rows)
         one, two = slice(0, width), slice(width, 2 * width)
-        return {name: _difference(estimator, draws, one, two) for name, estimator in ESTIMATORS.items()}
+        found = {name: paired_difference(name, estimator, draws, one, two) for name, estimator in ESTIMATORS.items()}
+        return {name: {**row, "pairs": row.pop("documents")} for name, row in found.items()}
 
     groups: dict[str, Any] = {}
     for plural, names in pair_groups(a.folder).items():
-        groups[plural] = {
-            name: {"pairs": int(columns[names == name, COUNT].sum()), **differences(columns[names == name])}
-            for name in sorted(set(names.tolist()) - {""})
-        }
+        groups[plural] = {name: differences(columns[names == name]) for name in sorted(set(names.tolist()) - {""})}
     return differences(columns), groups
 
 
 def _largest_differences(a: Stored, b: Stored, metric: str, seed: int | None, top: int) -> list[dict[str, Any]]:
     """The tokens whose log-probabilities differ most, the largest difference first."""
-    largest: list[tuple[float, int, int, dict[str, Any]]] = []
-    for number, (left, right) in enumerate(_aligned(a, b, metric, seed)):
-        change = right["log_prob"].to_numpy().astype(np.float64) - left["log_prob"].to_numpy()
-        for row in np.argsort(-np.abs(change), kind="stable")[:top].tolist():
-            one, two = left.slice(row, 1).to_pylist()[0], right.slice(row, 1).to_pylist()[0]
-            entry = {
-                "document": one["document"],
-                "offset": one["offset"],
-                "token": one["token"],
-                "metric": metric,
-                "log_prob_a": one["log_prob"],
-                "log_prob_b": two["log_prob"],
-                "difference": float(change[row]),
-                "rank_a": one["rank"],
-                "rank_b": two["rank"],
-            }
-            largest.append((-abs(entry["difference"]), number, row, entry))
-        largest = heapq.nsmallest(top, largest)
-    return [entry[-1] for entry in largest]
-
-
-def _aligned(a: Stored, b: Stored, metric: str, seed: int | None) -> Iterator[tuple[pa.Table, pa.Table]]:
-    place = ["document", "offset", "token_id", "input_id"]
-    for (left, _), (right, _) in zip(
-        read_blocks(a.folder, metric, seed), read_blocks(b.folder, metric, seed), strict=True
-    ):
-        if not left.select(place).equals(right.select(place)):
+    largest: list[dict[str, Any]] = []
+    for left, right in _token_blocks(a, b, metric, seed):
+        if not _is_same(left, right):
             raise CheckError(f"{a.folder}/{TOKENS} and {b.folder}/{TOKENS} hold different tokens: was one edited?")
-        yield left, right
+        change = right["log_prob"].to_numpy().astype(np.float64) - left["log_prob"].to_numpy()
+        rows = np.argsort(-np.abs(change), kind="stable")[:top]
+        sides = (table.take(rows).to_pylist() for table in (left, right))
+        for one, two, difference in zip(*sides, change[rows].tolist(), strict=True):
+            entry = {name: one[name] for name in ("document", "offset", "token")} | {"metric": metric}
+            entry |= {f"{name}_a": one[name] for name in ("log_prob", "rank")}
+            entry |= {f"{name}_b": two[name] for name in ("log_prob", "rank")}
+            largest.append({**entry, "difference": difference})
+        largest = sorted(largest, key=lambda entry: -abs(entry["difference"]))[:top]
+    return largest
+
+
+def _token_blocks(a: Stored, b: Stored, metric: str, seed: int | None) -> Iterator[tuple[pa.Table, pa.Table]]:
+    """Both results' rows of a pass, the same documents at a time."""
+    blocks = (read_blocks(side.folder, metric, seed) for side in (a, b))
+    return ((left, right) for (left, _), (right, _) in zip(*blocks, strict=True))
+
+
+def _is_same(left: pa.Table, right: pa.Table) -> bool:
+    """Whether both score the same tokens, in the same places and behind the same mask."""
+    place = ["document", "offset", "token_id", "input_id"]
+    return left.select(place).equals(right.select(place))

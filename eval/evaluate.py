@@ -4,7 +4,7 @@ import platform
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -12,11 +12,13 @@ from typing import Any
 
 from mlmkit import __version__
 from mlmkit.backends import Backend, capacity
+from mlmkit.corpus import Corpus, warn_of_words
 from mlmkit.distributed import Ranks
 from mlmkit.errors import UserError
 from mlmkit.eval.examples import token_examples
 from mlmkit.eval.material import Material
 from mlmkit.eval.measure import measure, spread
+from mlmkit.eval.metrics import PER_TEXT, UNKNOWN_LIMIT
 from mlmkit.eval.pair_metrics import measure_pairs
 from mlmkit.eval.pairs import PairMaterial
 from mlmkit.eval.parts import Part, cut_parts
@@ -54,10 +56,13 @@ def evaluate(
     refuse_batch_coupling(backend, allow_batch_coupling)
     passes = settings.passes(material.chosen())
     store = Store(folder, _identity(backend, material, settings))
-    if finished := store.finished(overwrite=overwrite):
-        return finished
-    ranks.barrier()  # so that no rank finds what the first has begun
-    with store.working() if ranks.is_first else nullcontext():
+    with ExitStack() as stack:
+        ranks.from_first(lambda: stack.enter_context(store.locked()))
+        finished, store.folder = ranks.from_first(lambda: (store.finished(overwrite=overwrite), store.folder))
+        if finished:
+            return finished
+        if ranks.is_first:
+            stack.enter_context(store.working())
         if ranks.is_first and ranks.world > 1:
             material.corpus()  # tokenised once for all
         ranks.barrier()
@@ -68,9 +73,12 @@ def evaluate(
             return {}
         facts = {item.name: store.part_facts(item.name) for item in passes}
         _require_tokens(passes, facts, material, store)
-        store.gather(facts, material, backend.tokenizer.masking.is_special)
-        result = {
+        if settings.recipe.whole_word and "masked" in settings.metrics:
+            warn_of_words(material.corpus())
+        unknown = _unknown(material.corpus(), store.gather(facts, material, backend.tokenizer))
+        result: dict[str, Any] = {
             "format": RESULT_FORMAT,
+            "unknown": unknown,
             **_measured(store.folder, settings, material, backend.tokenizer.mask_id, facts),
             **_record(backend, material, settings, passes, facts),
             "set": asdict(declared) if declared else None,
@@ -78,6 +86,9 @@ def evaluate(
             "examples": token_examples(store.folder, passes[0], material.corpus(), backend.tokenizer),
             "seconds": time.perf_counter() - began,
         }
+        if unknown["character_share"] > UNKNOWN_LIMIT:
+            nothing = {"value": None, "low": None, "high": None}
+            result["metrics"] |= {name: nothing for name in PER_TEXT if name in result["metrics"]}
         store.finish(result)
         return result
 
@@ -123,7 +134,7 @@ def _identity(backend: Backend, material: Material, settings: Settings) -> dict[
 def _require_tokens(passes: Sequence[Pass], facts: Facts, material: Material, store: Store) -> None:
     """Raise `UserError` when a metric has no token at all."""
     problems = {
-        "masked": "the masks select no token: use more text or a higher --mask-prob",
+        "masked": "the masks select no token (never an unknown one): use more text or a higher --mask-prob",
         "pseudo": "there is no token to score",
     }
     for metric in {item.metric for item in passes}:
@@ -155,6 +166,12 @@ def _measured(folder: Path, settings: Settings, material: Material, mask_id: int
         found["metrics"] |= measured.metrics
         found["slices"]["pseudo"] = measured.slices
     return found
+
+
+def _unknown(corpus: Corpus, tokens: int) -> dict[str, Any]:
+    """How much of the text the tokenizer has no token for: counts, and shares of all tokens and all characters."""
+    shares = {"token_share": tokens / len(corpus.ids), "character_share": corpus.unknown_share}
+    return {"tokens": tokens, "characters": int(corpus.text_sizes[:, 3].sum()), **shares}
 
 
 def _record(
@@ -198,7 +215,7 @@ def _timing(facts: Sequence[PartFacts]) -> dict[str, float]:
 def _describe_corpus(material: Material, room: int) -> dict[str, Any]:
     corpus = material.corpus()
     lengths = corpus.lengths
-    words, characters, size, _ = (int(total) for total in corpus.text_sizes.sum(axis=0))
+    words, characters, size, _ = corpus.text_sizes.sum(axis=0).tolist()
     return {
         "source": material.describe(),
         "fingerprint": corpus.fingerprint,

@@ -1,6 +1,5 @@
 """The least and the most expected tokens, each in its context, for the report."""
 
-import heapq
 from pathlib import Path
 from typing import Any
 
@@ -18,22 +17,17 @@ CONTEXT = 14  # tokens on either side
 
 def token_examples(folder: Path, item: Pass, corpus: Corpus, tokenizer: Tokenizer) -> dict[str, list[dict[str, Any]]]:
     """`worst` and `best` tokens of a pass, one a document at most, each with its neighbours and their scores."""
-    chosen: dict[str, list[tuple[float, int, int, dict[str, Any]]]] = {"worst": [], "best": []}
+    chosen: dict[str, list[tuple[float, int, dict[str, Any]]]] = {"worst": [], "best": []}
     for tokens, _ in read_blocks(folder, item.metric, item.mask_seed):
         log_prob, document = tokens["log_prob"].to_numpy(), tokens["document"].to_numpy()
-        for name, sign in (("worst", -1.0), ("best", 1.0)):
-            seen: set[int] = set()
-            for row in np.argsort(-sign * log_prob, kind="stable").tolist():
-                if len(seen) == EXAMPLES:
-                    break
-                if (d := int(document[row])) in seen:
-                    continue
-                seen.add(d)
-                key = (sign * float(log_prob[row]), -d)
-                if len(chosen[name]) < EXAMPLES or key > chosen[name][0][:2]:
-                    entry = (*key, row, _in_context(tokens, row, corpus, tokenizer))
-                    (heapq.heappush if len(chosen[name]) < EXAMPLES else heapq.heapreplace)(chosen[name], entry)
-    return {name: [entry[-1] for entry in sorted(found, reverse=True)] for name, found in chosen.items()}
+        for name, sign in (("worst", 1.0), ("best", -1.0)):
+            order = np.argsort(sign * log_prob, kind="stable")
+            first_of_document = np.sort(np.unique(document[order], return_index=True)[1])
+            for row in order[first_of_document[:EXAMPLES]].tolist():
+                context = _in_context(tokens, row, corpus, tokenizer)
+                chosen[name].append((sign * float(log_prob[row]), int(document[row]), context))
+            chosen[name] = sorted(chosen[name])[:EXAMPLES]
+    return {name: [context for _, _, context in found] for name, found in chosen.items()}
 
 
 def _in_context(tokens: pa.Table, row: int, corpus: Corpus, tokenizer: Tokenizer) -> dict[str, Any]:

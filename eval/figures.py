@@ -121,7 +121,8 @@ def pair_bars(groups: dict[str, Any], references: Sequence[dict[str, Any]]) -> s
         axes.barh(places, [100 * groups[name]["pair_accuracy"]["value"] for name in names], 0.6, color=ONE, alpha=0.85)
         for place, name in zip(places, names, strict=True):
             found = groups[name]["pair_accuracy"]
-            axes.plot([100 * found["low"], 100 * found["high"]], [place, place], color=INK, linewidth=1.2)
+            if found["low"] is not None:
+                axes.plot([100 * found["low"], 100 * found["high"]], [place, place], color=INK, linewidth=1.2)
         for number, reference in enumerate(references):
             known = [(place, name) for place, name in zip(places, names, strict=True) if name in reference["phenomena"]]
             axes.plot(
@@ -150,8 +151,9 @@ def differences(rows: Sequence[tuple[str, dict[str, Any]]], label: str) -> str:
         for place, (_, found) in enumerate(reversed(rows)):
             if found["difference"] is None:
                 continue
-            color = ONE if found["p_value"] < 0.05 else MUTED
-            axes.plot([found["low"], found["high"]], [place, place], color=color, linewidth=2)
+            color = MUTED if found["p_value"] is None or found["p_value"] >= 0.05 else ONE
+            if found["low"] is not None and found["high"] is not None:
+                axes.plot([found["low"], found["high"]], [place, place], color=color, linewidth=2)
             axes.plot(found["difference"], place, "o", color=color, markersize=6)
         axes.axvline(0, color=INK, linewidth=1)
         axes.set_yticks(range(len(rows)), [name for name, _ in reversed(rows)])

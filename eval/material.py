@@ -40,15 +40,15 @@ class Material(Protocol):
 
     def chosen(self) -> NDArray[np.int64] | None:
         """The flat tokens that pseudo-likelihood scores, ascending, or None for all."""
-        ...
+        return None
 
     def columns(self, begin: int, end: int) -> dict[str, pa.Array]:
         """What `documents.parquet` says of documents `begin` up to `end`, beside their sizes."""
-        ...
+        return {}
 
 
 @dataclass(frozen=True)
-class TextMaterial:
+class TextMaterial(Material):
     """A file or a dataset, tokenised while it is measured, through the token cache. `name` is its set's, if any."""
 
     source: Source
@@ -64,56 +64,39 @@ class TextMaterial:
         return load_corpus(self.source, self.tokenizer, self._folder)
 
     def blocks(self) -> Iterator[Corpus]:
-        """See `Material`."""
         if is_cached(self._folder):
             return self._corpus.blocks()
         return stream_corpus(self.source, self.tokenizer, self._folder)
 
     def corpus(self) -> Corpus:
-        """See `Material`."""
         return self._corpus
 
     def known_size(self) -> int | None:
-        """See `Material`."""
         return len(self._corpus) if is_cached(self._folder) else None
 
     def identity(self) -> str:
-        """See `Material`."""
         return self._folder.name
 
     def describe(self) -> dict[str, Any]:
-        """See `Material`."""
         return {"set": self.name, **asdict(self.source)}
 
-    def chosen(self) -> NDArray[np.int64] | None:
-        """See `Material`."""
-        return None
 
-    def columns(self, begin: int, end: int) -> dict[str, pa.Array]:
-        """See `Material`."""
-        return {}
-
-
-class InMemory:
+class InMemory(Material):
     """What is common to materials whose corpus is small enough to be held."""
 
     def __init__(self, corpus: Corpus) -> None:
         self._corpus = corpus
 
     def blocks(self) -> Iterator[Corpus]:
-        """See `Material`."""
         return self._corpus.blocks()
 
     def corpus(self) -> Corpus:
-        """See `Material`."""
         return self._corpus
 
     def known_size(self) -> int | None:
-        """See `Material`."""
         return len(self._corpus)
 
     def identity(self) -> str:
-        """See `Material`."""
         return self._corpus.fingerprint
 
 
@@ -125,13 +108,4 @@ class GivenTexts(InMemory):
         super().__init__(tokenize(checked, tokenizer))
 
     def describe(self) -> dict[str, Any]:
-        """See `Material`."""
         return {"set": None, "location": "texts given in Python"}
-
-    def chosen(self) -> NDArray[np.int64] | None:
-        """See `Material`."""
-        return None
-
-    def columns(self, begin: int, end: int) -> dict[str, pa.Array]:
-        """See `Material`."""
-        return {}

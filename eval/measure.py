@@ -9,9 +9,9 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from mlmkit.eval.metrics import FAMILIES, SIZES, sampling_errors
+from mlmkit.eval.metrics import FAMILIES, SIZES, WITHOUT_INTERVAL, sampling_errors
 from mlmkit.eval.slices import SPLITS
-from mlmkit.eval.statistics import Bootstrap, Metrics, finite, interval, sum_by
+from mlmkit.eval.statistics import ALL, Bootstrap, Estimator, Metrics, finite, sum_by
 from mlmkit.eval.stored import read_blocks
 
 Columns = NDArray[np.float64]
@@ -19,7 +19,10 @@ Columns = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Measured:
-    """`metrics` `{name: {value, low, high}}`, `slices` `{split: {label: {tokens, name: ...}}}`, values by mask seed."""
+    """`metrics` `{name: {value, low, high}}`, `slices` `{split: {label: {tokens, documents, name: {...}}}}`.
+
+    `by_seed` has the values of each mask seed.
+    """
 
     metrics: Metrics
     slices: dict[str, dict[str, dict[str, Any]]]
@@ -42,21 +45,21 @@ def measure(folder: Path, metric: str, seeds: Sequence[int | None], documents: i
         pooled[:, sized(metric)] /= len(seeds)  # the documents count once, however often they were masked
         draws.add(pooled)
 
-    metrics = {
-        name: interval(estimator, draws.totals, draws.resampled) for name, estimator in family.estimators.items()
-    }
+    def intervals(estimators: dict[str, Estimator], columns: slice = ALL) -> Metrics:
+        return {
+            name: draws.interval(estimator, columns, bounded=name not in WITHOUT_INTERVAL)
+            for name, estimator in estimators.items()
+        }
+
+    metrics = intervals(family.estimators)
     if metric == "pseudo":
         for name, error in sampling_errors(draws.totals).items():
             metrics[name]["standard_error"] = error
     slices: dict[str, dict[str, dict[str, Any]]] = {}
     for split, label, columns in each_slice(metric):
-        if not (tokens := int(draws.totals[columns][0])):
-            continue
-        found = {
-            name: interval(estimator, draws.totals[columns], draws.resampled[:, columns])
-            for name, estimator in family.slice_estimators.items()
-        }
-        slices.setdefault(split, {})[label] = {"tokens": tokens, **found}
+        if tokens := int(draws.totals[columns][0]):
+            counts = {"tokens": tokens, "documents": int(draws.documents[columns][0])}
+            slices.setdefault(split, {})[label] = {**counts, **intervals(family.slice_estimators, columns)}
     with np.errstate(all="ignore"):
         values = {
             str(seed): {name: finite(estimator(totals)) for name, estimator in family.estimators.items()}

@@ -7,6 +7,7 @@ between two models are all worked out from the same sums.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -17,7 +18,15 @@ from mlmkit.eval.statistics import Estimator
 Columns = NDArray[np.float64]
 
 CALIBRATION_BINS = 15  # Guo et al. 2017
-SIZES = ("ordinary", "words", "characters", "bytes")  # columns of documents.parquet
+SIZES = ("scorable", "words", "characters", "bytes")  # columns of documents.parquet
+# Figures per unit of text. They mean something only where the tokenizer can spell the text: an unknown token that is
+# predicted right is still no spelling of it.
+PER_TEXT = ("pseudo_perplexity_per_word", "pseudo_perplexity_per_character", "bits_per_byte")
+UNKNOWN_LIMIT = 0.001  # of the characters; above it there are no figures per unit of text
+
+# Biased upwards under resampling: 1,000 draws of a calibrated model's text lie above its own error (docs/decisions.md).
+WITHOUT_INTERVAL = frozenset({"expected_calibration_error"})
+HIGHER_IS_BETTER = ("accuracy", "rank", "likelihood")  # in a metric's name; of the others, lower
 
 
 @dataclass(frozen=True)
@@ -111,6 +120,16 @@ PSEUDO = Family(
 FAMILIES = {"masked": MASKED, "pseudo": PSEUDO}
 
 
+def describe_unknown(unknown: dict[str, Any]) -> str:
+    """The unknown tokens (`unknown` of a result) in words; empty where there are none."""
+    if not unknown["tokens"]:
+        return ""
+    counts = (f"{unknown[f'{unit}s']:,} {unit}s ({unknown[f'{unit}_share']:.2%})" for unit in ("token", "character"))
+    verdict = f": too many (above {UNKNOWN_LIMIT:.1%}) for figures per word, character or byte"
+    is_lossy = unknown["character_share"] > UNKNOWN_LIMIT
+    return f"{' and '.join(counts)} are unknown to the tokenizer{verdict if is_lossy else ''}"
+
+
 def sampling_errors(totals: Columns) -> dict[str, float]:
     """Standard errors of pseudo-likelihood metrics that come from scoring n of N tokens, drawn alike.
 
@@ -122,12 +141,10 @@ def sampling_errors(totals: Columns) -> dict[str, float]:
         return {}
     variance = max(squares - total**2 / n, 0.0) / (n - 1)
     error = scorable * math.sqrt(max(1 - n / scorable, 0.0) * variance / n)
-    values = {name: float(estimator(totals)) for name, estimator in PSEUDO.estimators.items()}
+    units = (1, scorable, words, characters, size * math.log(2))
     errors = {
-        "pseudo_log_likelihood": error,
-        "pseudo_perplexity": values["pseudo_perplexity"] * error / scorable,
-        "pseudo_perplexity_per_word": values["pseudo_perplexity_per_word"] * error / words if words else math.nan,
-        "pseudo_perplexity_per_character": values["pseudo_perplexity_per_character"] * error / characters,
-        "bits_per_byte": error / size / math.log(2),
+        name: error / unit * (float(estimator(totals)) if "perplexity" in name else 1.0)
+        for (name, estimator), unit in zip(PSEUDO.estimators.items(), units, strict=True)
+        if unit
     }
     return {name: value for name, value in errors.items() if math.isfinite(value)}

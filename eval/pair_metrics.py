@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from mlmkit.eval.statistics import Metrics, bootstrap, sum_by
 from mlmkit.eval.stored import DOCUMENTS, read_blocks
 
-COUNT, CORRECT, TIE, CORRECT_PER_TOKEN, TIE_PER_TOKEN = range(5)
+COUNT, UNSCORED, CORRECT, TIE, CORRECT_PER_TOKEN, TIE_PER_TOKEN = range(6)
 ESTIMATORS = {
     "pair_accuracy": lambda totals: totals[..., CORRECT] / totals[..., COUNT],
     "pair_accuracy_per_token": lambda totals: totals[..., CORRECT_PER_TOKEN] / totals[..., COUNT],
@@ -21,7 +21,8 @@ GROUPS = {"phenomenon": "phenomena", "paradigm": "paradigms"}
 def measure_pairs(folder: Path) -> tuple[Metrics, dict[str, Any]]:
     """Metrics, and the `pairs` part of the result: counts, ties, and the accuracies of each group.
 
-    Only a strictly greater PLL is right. Sentences that the tokenizer reads alike tie, whatever the last bits say.
+    Only a strictly greater PLL is right. Sentences that the tokenizer reads alike tie, whatever the last bits say. A
+    sentence without a scored token has no PLL, so its pair is neither right nor a tie.
     """
     scores = _sentence_scores(folder)
     columns = _columns(scores)
@@ -39,7 +40,7 @@ def measure_pairs(folder: Path) -> tuple[Metrics, dict[str, Any]]:
 
 
 def pair_columns(folder: Path) -> NDArray[np.float64]:
-    """For each pair 1, right, tied, and the latter two for mean log-probabilities a token, `[pairs, 5]`."""
+    """For each pair 1, unscored, right, tied, and the latter two for mean log-probabilities a token, `[pairs, 6]`."""
     return _columns(_sentence_scores(folder))
 
 
@@ -64,27 +65,27 @@ def _columns(scores: NDArray[np.float64]) -> NDArray[np.float64]:
     count, total = scores[:, 0], scores[:, 1]
     is_same = scores[::2, 2] == 1
     mean = np.divide(total, count, out=np.zeros_like(total), where=count > 0)
-    columns = [np.ones(len(is_same))]
+    is_scored = (count[::2] > 0) & (count[1::2] > 0)
+    columns = [np.ones(len(is_same)), ~is_scored]
     for score in (total, mean):
         good, bad = score[::2], score[1::2]
-        columns += [(good > bad) & ~is_same, (good == bad) | is_same]
+        columns += [is_scored & (good > bad) & ~is_same, is_scored & ((good == bad) | is_same)]
     return np.stack(columns, axis=1).astype(np.float64)
 
 
 def _counts(columns: NDArray[np.float64]) -> dict[str, int]:
     sums = columns.sum(axis=0).astype(int).tolist()
-    return {"pairs": sums[COUNT], "ties": sums[TIE], "ties_per_token": sums[TIE_PER_TOKEN]}
+    names = {"pairs": COUNT, "ties": TIE, "ties_per_token": TIE_PER_TOKEN, "unscored": UNSCORED}
+    return {name: sums[column] for name, column in names.items()}
 
 
 def _macro(columns: NDArray[np.float64], names: NDArray[np.str_], groups: list[str]) -> Metrics:
     """The mean of the paradigms' accuracies, each counting alike."""
     membership = names[:, None] == np.array(groups)
-    sums = np.concatenate([membership, membership * columns[:, [CORRECT]]], axis=1).astype(np.float64)
-
-    def mean(totals: NDArray[np.float64]) -> NDArray[np.float64]:
-        return np.nanmean(totals[..., len(groups) :] / totals[..., : len(groups)], axis=-1)
-
-    return bootstrap(sums, {"pair_accuracy_macro": mean})
+    sums = np.concatenate([columns[:, [COUNT]], membership, membership * columns[:, [CORRECT]]], axis=1)
+    end = len(groups) + 1
+    estimators = {"pair_accuracy_macro": lambda totals: np.nanmean(totals[..., end:] / totals[..., 1:end], axis=-1)}
+    return bootstrap(sums.astype(np.float64), estimators)
 
 
 def _perplexities(scores: NDArray[np.float64]) -> Metrics:

@@ -1,14 +1,14 @@
 """What is measured: the settings of an evaluation, and the passes over the corpus that they ask for."""
 
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mlmkit.errors import UserError
 from mlmkit.eval.parts import Part
-from mlmkit.eval.plan import VARIANTS, Plan, masked_plan, pseudo_plan
+from mlmkit.eval.plan import VARIANTS, Plan, masked_plan, pseudo_plan, scorable
 from mlmkit.masking import MaskRecipe, corrupt
 from mlmkit.tokenizer import Tokenizer
 
@@ -66,27 +66,6 @@ class Settings:
         return found
 
 
-class Pass(Protocol):
-    """One way through the corpus, part by part. `name` is unique in an evaluation and fit for a file's name."""
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def metric(self) -> str: ...
-
-    @property
-    def mask_seed(self) -> int | None: ...
-
-    def cost(self, lengths: NDArray[np.int64]) -> NDArray[np.float64]:
-        """Tokens that a model reads for documents of these lengths, about."""
-        ...
-
-    def plan(self, part: Part, tokenizer: Tokenizer, capacity: int) -> Plan:
-        """What to score in a part."""
-        ...
-
-
 @dataclass(frozen=True)
 class MaskedPass:
     """Every token that mask-v1 selects at epoch 0, all of a row's at once."""
@@ -97,15 +76,14 @@ class MaskedPass:
 
     @property
     def name(self) -> str:
-        """As in the names of its part files."""
+        """Unique in an evaluation, and fit for the names of its part files."""
         return f"masked-{self.mask_seed}"
 
     def cost(self, lengths: NDArray[np.int64]) -> NDArray[np.float64]:
-        """Each token is read once."""
+        """Tokens that a model reads for documents of these lengths, about: each once."""
         return lengths.astype(np.float64)
 
     def plan(self, part: Part, tokenizer: Tokenizer, capacity: int) -> Plan:
-        """See `Pass`."""
         corpus, lengths = part.corpus, part.corpus.lengths
         corruption = corrupt(
             corpus.ids, lengths, corpus.keys, self.recipe, tokenizer.masking, seed=self.mask_seed, words=corpus.words
@@ -115,7 +93,11 @@ class MaskedPass:
 
 @dataclass(frozen=True)
 class PseudoPass:
-    """Every token alone; or the share `sample` that mask-v1 selects; or those of `chosen`, flat and ascending."""
+    """Every scorable token alone; or the share `sample` of them; or those of `chosen`, flat and ascending.
+
+    mask-v1's draws choose the sample. Its rule that an unknown token is never selected does not apply here: all
+    scorable tokens must be equally likely to be drawn, or the estimate would be biased.
+    """
 
     variant: str
     sample: float
@@ -126,11 +108,10 @@ class PseudoPass:
     name = "pseudo"
 
     def cost(self, lengths: NDArray[np.int64]) -> NDArray[np.float64]:
-        """A row a token."""
+        """Tokens that a model reads for documents of these lengths, about: a row for each."""
         return self.sample * lengths * np.minimum(lengths, TYPICAL_ROW)
 
     def plan(self, part: Part, tokenizer: Tokenizer, capacity: int) -> Plan:
-        """See `Pass`."""
         return pseudo_plan(part.corpus, tokenizer, capacity, self.variant, self._tokens(part, tokenizer))
 
     def _tokens(self, part: Part, tokenizer: Tokenizer) -> NDArray[np.int64] | None:
@@ -141,4 +122,7 @@ class PseudoPass:
         if self.sample == 1.0:
             return None
         selecting = MaskRecipe(mask_prob=self.sample)
-        return corrupt(corpus.ids, corpus.lengths, corpus.keys, selecting, tokenizer.masking, seed=self.seed).selected
+        return corrupt(corpus.ids, corpus.lengths, corpus.keys, selecting, scorable(tokenizer), seed=self.seed).selected
+
+
+Pass = MaskedPass | PseudoPass  # one way through the corpus, part by part

@@ -3,14 +3,14 @@
 Masked cross-entropy and pseudo-likelihood differ in their plan alone; `mlmkit.eval.scoring` runs either.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mlmkit.corpus import Corpus, Windows, nearest_window, overlapping_windows
 from mlmkit.errors import UserError
-from mlmkit.masking import Corruption
+from mlmkit.masking import Corruption, MaskVocabulary
 from mlmkit.tokenizer import Tokenizer
 
 VARIANTS = ("original", "within-word")
@@ -56,7 +56,7 @@ def pseudo_plan(
     variant: str = "original",
     sample: NDArray[np.int64] | None = None,
 ) -> Plan:
-    """One row a token, that token masked alone; special tokens that the text yielded are context.
+    """One row per token that `scorable` names, that token masked alone.
 
     With `variant="within-word"` the later tokens of the same word are masked too (Kauf and Ivanova 2023). `sample`
     restricts the plan to these flat tokens, ascending.
@@ -64,7 +64,7 @@ def pseudo_plan(
     if variant not in VARIANTS:
         raise UserError(f"no pseudo-likelihood variant {variant!r}: choose {' or '.join(VARIANTS)}")
     tokens = np.arange(len(corpus.ids)) if sample is None else sample
-    tokens = tokens[~tokenizer.masking.is_special[corpus.ids[tokens]]]
+    tokens = tokens[~scorable(tokenizer).is_special[corpus.ids[tokens]]]
     document, offset = _place(corpus, tokens)
     windows = overlapping_windows(corpus.lengths, capacity)
     rows = _take(windows, nearest_window(windows, document, offset))
@@ -72,6 +72,17 @@ def pseudo_plan(
     if variant == "within-word":
         hide_to = np.minimum(word_ends(corpus)[tokens] - corpus.starts[document], rows.start + rows.length)
     return Plan(rows, np.arange(len(tokens) + 1), document, offset, corpus.ids, offset, hide_to)
+
+
+def scorable(tokenizer: Tokenizer) -> MaskVocabulary:
+    """The tokenizer's vocabulary as pseudo-likelihood sees it: the unknown token is a target like any other.
+
+    mask-v1 treats it as special. The other special tokens are context for both.
+    """
+    is_special = tokenizer.masking.is_special.copy()
+    if tokenizer.unk_id is not None:
+        is_special[tokenizer.unk_id] = False
+    return replace(tokenizer.masking, is_special=is_special)
 
 
 def _place(corpus: Corpus, tokens: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

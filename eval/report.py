@@ -7,9 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from mlmkit.eval.metrics import CALIBRATION_BINS, calibration_bin
+from mlmkit.eval.metrics import CALIBRATION_BINS, calibration_bin, describe_unknown
+from mlmkit.eval.statistics import RESAMPLES
 from mlmkit.eval.stored import REPORT, Stored, load_result, read_blocks
-from mlmkit.files import atomic
+from mlmkit.files import write_text
 
 LARGEST_LOSS = 14.0
 LOSS_BINS = 28
@@ -65,9 +66,8 @@ def render(template: str, path: Path, **content: Any) -> None:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"number": number, "signed": signed, "heat": heat}
-    with atomic(path) as partial:
-        partial.write_text(environment.get_template(template).render(**content), encoding="utf-8")
+    environment.filters |= {"number": number, "signed": signed, "span": span, "p_value": p_value, "heat": heat}
+    write_text(path, environment.get_template(template).render(**content))
 
 
 def _content(stored: Stored) -> dict[str, Any]:
@@ -111,6 +111,7 @@ def _content(stored: Stored) -> dict[str, Any]:
         pairs_figure = figures.pair_bars(groups, [item for item in references if item["phenomena"]][:5])
     return {
         "result": result,
+        "unknown": describe_unknown(result["unknown"]),
         "metric": metric,
         "title": declared.get("name") or Path(result["corpus"]["source"]["location"]).name,
         "model": Path(result["model"]["path"]).name,
@@ -162,6 +163,19 @@ def number(value: float | None, form: str = "{:.4f}") -> str:
 def signed(value: float | None) -> str:
     """A difference for people, small ones by their power of ten."""
     return number(value, "{:+.1e}" if value and abs(value) < 1e-3 else "{:+.4f}")
+
+
+def span(metric: dict[str, Any], form: str = "") -> str:
+    """An interval for people, of a difference unless a form is given; a dash for one that does not exist."""
+    if metric["low"] is metric["high"] is None:
+        return "–"
+    return " to ".join(number(metric[key], form) if form else signed(metric[key]) for key in ("low", "high"))
+
+
+def p_value(value: float | None) -> str:
+    """A p-value for people. The smallest that the bootstrap's draws can give is shown as a bound."""
+    lowest = 2 / (RESAMPLES + 1)
+    return f"< {lowest:.3f}" if value == lowest else number(value, "{:.3f}")
 
 
 def heat(log_prob: float | None) -> str:

@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 RESAMPLES = 1000
 CONFIDENCE = 0.95
 CHUNK = 1 << 22
+ALL = slice(None)
 
 Estimator = Callable[[NDArray[np.float64]], NDArray[np.float64]]
 Interval = dict[str, float | None]
@@ -24,15 +25,16 @@ class Bootstrap:
 
     Fed a stretch of documents at a time: each draw's share in a stretch is binomial given what is left, and uniform
     within it, which together is the multinomial draw over all. The generator is fixed, so the same stretches give the
-    same draws; statistics of one object are paired.
+    same draws; statistics of one object are paired. `documents` counts those with a value in a column, `[columns]`.
     """
 
-    def __init__(self, documents: int, columns: int, resamples: int = RESAMPLES) -> None:
+    def __init__(self, documents: int, columns: int) -> None:
         self.totals = np.zeros(columns)
-        self.resampled = np.zeros((resamples, columns))
+        self.resampled = np.zeros((RESAMPLES, columns))
+        self.documents = np.zeros(columns, dtype=np.int64)
         self._generator = np.random.Generator(np.random.Philox(0))
         self._documents_left = documents
-        self._draws_left = np.full(resamples, documents)
+        self._draws_left = np.full(RESAMPLES, documents)
 
     def add(self, sums: NDArray[np.float64]) -> None:
         """`sums` `[documents, columns]` of the next documents."""
@@ -42,6 +44,7 @@ class Bootstrap:
         else:
             draws = self._generator.binomial(self._draws_left, size / self._documents_left)
         self.totals += sums.sum(axis=0)
+        self.documents += np.count_nonzero(sums, axis=0)
         for begin in range(0, len(draws), max(CHUNK // size, 1)):
             part = slice(begin, begin + max(CHUNK // size, 1))
             row = np.repeat(np.arange(len(draws[part])), draws[part])
@@ -50,28 +53,33 @@ class Bootstrap:
             self.resampled[part] += weights.astype(np.float64) @ sums
         self._documents_left, self._draws_left = self._documents_left - size, self._draws_left - draws
 
+    def interval(self, estimator: Estimator, columns: slice = ALL, *, bounded: bool = True) -> Interval:
+        """Value and percentile interval of a statistic of column sums (Efron and Tibshirani 1993, chapter 13).
 
-def interval(estimator: Estimator, totals: NDArray[np.float64], resampled: NDArray[np.float64]) -> Interval:
-    """Value and percentile interval of a statistic of column sums (Efron and Tibshirani 1993, chapter 13).
-
-    `estimator` maps totals `[..., columns]` to `[...]`. None where a number overflows float64 or does not exist.
-    """
-    tail = (1 - CONFIDENCE) / 2
-    with np.errstate(all="ignore"):
-        values = estimator(resampled)
-        # A resample without a scored token has no value (0 / 0), which is not the same as a perfect one. Order
-        # statistics instead of interpolation keep an overflow to infinity from becoming NaN.
-        values = values[~np.isnan(values)]
-        low, high = np.quantile(values, [tail, 1 - tail], method="nearest") if len(values) else (np.nan, np.nan)
-        value = estimator(totals)
-    return {key: finite(number) for key, number in (("value", value), ("low", low), ("high", high))}
+        `estimator` maps sums of `columns`, `[..., columns]`, to `[...]`; the first column counts what the others sum.
+        No interval if fewer than two documents have a part in it, or if not `bounded`. None where a number overflows
+        float64 or does not exist.
+        """
+        low, high = np.nan, np.nan
+        with np.errstate(all="ignore"):
+            value = estimator(self.totals[columns])
+            if bounded and self.documents[columns][0] > 1:
+                low, high = percentiles(estimator(self.resampled[:, columns]))
+        return {key: finite(number) for key, number in (("value", value), ("low", low), ("high", high))}
 
 
-def bootstrap(sums: NDArray[np.float64], estimators: dict[str, Estimator], resamples: int = RESAMPLES) -> Metrics:
+def percentiles(draws: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The bounds of the draws' middle 95 %, `[2]`. A draw without a scored token (0 / 0) is left out."""
+    tail, draws = (1 - CONFIDENCE) / 2, draws[~np.isnan(draws)]
+    # Order statistics instead of interpolation keep an overflow to infinity from becoming NaN.
+    return np.quantile(draws, [tail, 1 - tail], method="nearest") if len(draws) else np.full(2, np.nan)
+
+
+def bootstrap(sums: NDArray[np.float64], estimators: dict[str, Estimator]) -> Metrics:
     """`{name: {value, low, high}}` of statistics of `sums` `[documents, columns]`, resampling documents."""
-    draws = Bootstrap(len(sums), sums.shape[1], resamples)
+    draws = Bootstrap(len(sums), sums.shape[1])
     draws.add(sums)
-    return {name: interval(estimator, draws.totals, draws.resampled) for name, estimator in estimators.items()}
+    return {name: draws.interval(estimator) for name, estimator in estimators.items()}
 
 
 def finite(number: NDArray[np.float64] | float) -> float | None:

@@ -1,10 +1,9 @@
 """The evidence on disk: finished parts while an evaluation runs, then `tokens.parquet` and `documents.parquet`."""
 
 import json
-import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,10 +18,10 @@ from mlmkit.errors import CheckError, UserError
 from mlmkit.eval.material import Material
 from mlmkit.eval.parts import Part
 from mlmkit.eval.passes import Pass
-from mlmkit.eval.plan import Plan, pieces, shown_ids
+from mlmkit.eval.plan import Plan, pieces, scorable, shown_ids
 from mlmkit.eval.scoring import TokenScores
 from mlmkit.eval.stored import DOCUMENTS, RESULT, TOKENS, load_result
-from mlmkit.files import exclusive, new_folder, sync
+from mlmkit.files import atomic, content, exclusive, home, new_folder, replace, write_json
 from mlmkit.masking import Corruption, format_digest, mask_digest
 from mlmkit.tokenizer import Tokenizer
 
@@ -46,7 +45,7 @@ class PartFacts:
 class Store:
     """The folder of one evaluation. `result.json` comes last.
 
-    `identity` says what is measured by what: a folder that holds another evaluation is refused.
+    `identity` says what is measured by what: a folder that holds another evaluation is refused. Use it within `locked`.
     """
 
     def __init__(self, folder: Path, identity: dict[str, Any]) -> None:
@@ -59,12 +58,12 @@ class Store:
         Raises `UserError` when the folder holds something else. With `overwrite`, another evaluation or a complete one
         stays until this one is finished and takes its place; an unfinished one is gone on with.
         """
-        replacement = self.final.with_name(f".{self.final.name}.replacement")
+        replacement = home(self.final) / f".{self.final.name}.replacement"
         if not self.final.exists() and (replacement / RESULT).exists():
-            replacement.rename(self.final)  # it was killed between the two renames of `finish`
+            replacement.rename(self.final)  # killed between the two renames of `finish`
         if self.final.exists() and not self.final.is_dir():
             raise UserError(f"{self.final} exists and is not a folder: choose another --output")
-        if not self.final.is_dir() or not any(self.final.iterdir()):
+        if not self.final.is_dir() or not content(self.final):
             return None
         found = _read_json(self.final / RESULT) or _read_json(self.final / UNFINISHED)
         if found is None or "identity" not in found:
@@ -87,12 +86,14 @@ class Store:
             return found
         return None
 
+    def locked(self) -> AbstractContextManager[None]:
+        """Keep other processes out, before anything here is read or removed. Raises `UserError` if one is at work."""
+        lock = home(self.final) / f".{self.final.name}.lock"  # not within, where `finish` would replace it
+        return exclusive(lock, f"another process is evaluating into {self.final}: wait for it", temporary=True)
+
     @contextmanager
     def working(self) -> Iterator[None]:
-        """Make the folder, note what is being measured, and keep other processes out.
-
-        If nothing was finished, nothing is left behind. Raises `UserError` when another process is at it.
-        """
+        """Make the folder and note what is being measured. If no part was finished, nothing is left behind."""
         unfinished = _read_json(self.folder / UNFINISHED)
         if self.folder != self.final and (unfinished or {}).get("identity") != self.identity:
             shutil.rmtree(self.folder, ignore_errors=True)
@@ -100,14 +101,12 @@ class Store:
             with new_folder(self.folder) as building:  # whole or not at all: what is in the way of no later run
                 (building / PARTS).mkdir()
                 write_json(building / UNFINISHED, {"identity": self.identity})
-        # Two writers would remove each other's parts.
-        with exclusive(self.folder / UNFINISHED, f"another process is evaluating into {self.final}: wait for it"):
-            try:
-                yield
-            except BaseException:
-                if not any((self.folder / PARTS).glob("*.parquet")):
-                    self.discard()
-                raise
+        try:
+            yield
+        except BaseException:
+            if not any((self.folder / PARTS).glob("*.parquet")) and not (self.folder / RESULT).exists():
+                self.discard()
+            raise
 
     def discard(self) -> None:
         """Remove an evaluation that came to nothing."""
@@ -128,13 +127,10 @@ class Store:
         return True
 
     def write_part(self, name: str, index: int, table: pa.Table, facts: PartFacts) -> None:
-        """Under another name first, so that a part that is there is whole."""
-        path = self._part(name, index)
-        unfinished = path.with_suffix(f".{os.getpid()}")
+        """A part that is there is whole."""
         described = table.replace_schema_metadata({FACTS: json.dumps(asdict(facts)).encode()})
-        pq.write_table(described, unfinished, compression="zstd", write_page_checksum=True)
-        sync(unfinished)
-        unfinished.rename(path)
+        with atomic(self._part(name, index)) as partial:
+            pq.write_table(described, partial, compression="zstd", write_page_checksum=True)
 
     def part_facts(self, name: str) -> list[PartFacts]:
         """Of a pass's parts, in order."""
@@ -149,24 +145,25 @@ class Store:
 
     # ------------------------------------------------------------ the whole
 
-    def gather(self, facts: dict[str, list[PartFacts]], material: Material, is_special: NDArray[np.bool_]) -> None:
+    def gather(self, facts: dict[str, list[PartFacts]], material: Material, tokenizer: Tokenizer) -> int:
         """Write `documents.parquet`, and `tokens.parquet` with a row group a part and each token's frequency.
 
-        `facts` are those of each pass. Raises `CheckError` when a part is missing.
+        `facts` are those of each pass. Returns the count of unknown tokens. Raises `CheckError` when a part is missing.
         """
         corpus, document = material.corpus(), 0
-        frequency = np.zeros(len(is_special), dtype=np.int64)
-        with _Writer(self.folder / DOCUMENTS) as documents:
+        is_context = scorable(tokenizer).is_special
+        frequency = np.zeros(len(is_context), dtype=np.int64)
+        with _writer(self.folder / DOCUMENTS) as write:
             for block in corpus.blocks():
                 frequency += np.bincount(block.ids, minlength=len(frequency))
                 end, owner = document + len(block), np.repeat(np.arange(len(block)), block.lengths)
-                ordinary = np.bincount(owner[~is_special[block.ids]], minlength=len(block))
+                targets = np.bincount(owner[~is_context[block.ids]], minlength=len(block))
                 sizes = dict(zip(TEXT_SIZES, block.text_sizes.T, strict=True))
                 index = np.arange(document, end)
-                counts = {"document": index, "tokens": block.lengths, "ordinary": ordinary, **sizes}
-                documents.write(pa.table({**counts, **material.columns(document, end)}))
+                counts = {"document": index, "tokens": block.lengths, "scorable": targets, **sizes}
+                write(pa.table({**counts, **material.columns(document, end)}))
                 document = end
-        with _Writer(self.folder / TOKENS) as tokens:
+        with _writer(self.folder / TOKENS) as write:
             for name, parts in facts.items():
                 reached = 0
                 for part in parts:
@@ -176,47 +173,35 @@ class Store:
                 for path in self._parts(name):
                     table = _read_part(path).replace_schema_metadata(None)
                     counted = frequency[table["token_id"].to_numpy()]
-                    tokens.write(table.append_column("frequency", pa.array(counted)))
+                    write(table.append_column("frequency", pa.array(counted)))
+        return 0 if tokenizer.unk_id is None else int(frequency[tokenizer.unk_id])
 
     def finish(self, result: dict[str, Any]) -> None:
         """Write `result.json`; with it the evaluation is complete, and the parts are no longer needed."""
         write_json(self.folder / RESULT, result)
         self._clear()
         if self.folder != self.final:
-            replaced = self.final.with_name(f".{self.final.name}.replaced")
-            shutil.rmtree(replaced, ignore_errors=True)
-            self.final.rename(replaced)
-            self.folder.rename(self.final)
-            shutil.rmtree(replaced, ignore_errors=True)
+            replace(self.folder, self.final)
 
     def _clear(self) -> None:
         shutil.rmtree(self.folder / PARTS, ignore_errors=True)
-        for path in (self.folder / UNFINISHED, *self.folder.glob("result.[0-9]*")):
-            path.unlink(missing_ok=True)
+        (self.folder / UNFINISHED).unlink(missing_ok=True)
 
 
-class _Writer:
-    """A parquet file that takes tables one after the other and appears when it is complete."""
+@contextmanager
+def _writer(path: Path) -> Iterator[Callable[[pa.Table], None]]:
+    """Yield what appends a table to a parquet file, as a row group. The file appears when it is complete."""
+    with ExitStack() as stack:
+        partial, writers = stack.enter_context(atomic(path)), []
 
-    def __init__(self, path: Path) -> None:
-        self._path, self._building = path, path.with_suffix(".building")
-        self._writer: pq.ParquetWriter | None = None
+        def write(table: pa.Table) -> None:
+            if not writers:
+                writer = pq.ParquetWriter(partial, table.schema, compression="zstd", write_page_checksum=True)
+                writers.append(stack.enter_context(writer))
+            if len(table):
+                writers[0].write_table(table, row_group_size=len(table))
 
-    def __enter__(self) -> "_Writer":
-        return self
-
-    def write(self, table: pa.Table) -> None:
-        if self._writer is None:
-            self._writer = pq.ParquetWriter(self._building, table.schema, compression="zstd", write_page_checksum=True)
-        if len(table):
-            self._writer.write_table(table, row_group_size=max(len(table), 1))
-
-    def __exit__(self, kind: object, *_: object) -> None:
-        if self._writer is not None:
-            self._writer.close()
-        if kind is None and self._building.exists():
-            sync(self._building)
-            self._building.rename(self._path)
+        yield write
 
 
 def part_facts(part: Part, plan: Plan, tokenizer: Tokenizer, seconds: float) -> PartFacts:
@@ -276,14 +261,6 @@ def _read_part(path: Path) -> pa.Table:
 def _optional(values: NDArray, kind: pa.DataType, item: Pass) -> pa.Array:
     """The likeliest tokens are kept of masked passes alone."""
     return pa.array(values).cast(kind) if item.metric == "masked" else pa.nulls(len(values), kind)
-
-
-def write_json(path: Path, value: dict[str, Any]) -> None:
-    """Whole or not at all."""
-    unfinished = path.with_suffix(f".{os.getpid()}")
-    unfinished.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    sync(unfinished)
-    unfinished.rename(path)
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 
 from mlmkit.errors import UserError
 
-RESULT_FORMAT = 2  # also counts changes of the parts
+RESULT_FORMAT = 3  # also counts changes of the parts
 RESULT, TOKENS, DOCUMENTS, REPORT = "result.json", "tokens.parquet", "documents.parquet", "report.html"
 # What report and comparison rely on: a damaged file is to be called so.
 FIELDS: dict[str, dict[str, type]] = {
@@ -24,6 +24,7 @@ FIELDS: dict[str, dict[str, type]] = {
     "slices": {},
     "digests": {},
     "scored": {},
+    "unknown": {"tokens": int, "characters": int, "token_share": float, "character_share": float},
     "examples": {"worst": list, "best": list},
     "timing": {},
     "versions": {},

@@ -97,7 +97,7 @@ def _metrics(results: Sequence[dict[str, Any]]) -> str:
         name = source["set"] or Path(source["location"] or "texts").name
         run_by = f"{result['backend']['name']} on {result['backend']['device']}, {result['model']['precision']}"
         for metric, found in result["metrics"].items():
-            interval = f"{_number(found['low'])} to {_number(found['high'])}"
+            interval = "-" if found["low"] is None else f"{_number(found['low'])} to {_number(found['high'])}"
             digest = result.get("mask_digest", "")
             rows.append((name, metric.replace("_", " "), _number(found["value"]), interval, run_by, digest))
     if not rows:

@@ -4,6 +4,7 @@ import logging
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
+from os import PathLike, fspath
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -36,8 +37,8 @@ FITTED = ("fp16", "int8")  # to the ranges of values on real text
 
 
 def export(
-    checkpoint: str,
-    output: Path,
+    checkpoint: str | PathLike[str],
+    output: str | PathLike[str],
     *,
     precision: str = "fp32",
     text: ProofText | None = None,
@@ -60,7 +61,7 @@ def export(
         raise UserError(f"no precision {precision!r}: choose {', '.join(PRECISIONS)}")
     if calibration not in CALIBRATIONS:
         raise UserError(f"no calibration {calibration!r}: choose {' or '.join(CALIBRATIONS)}")
-    checkpoint = locate_model(checkpoint)
+    checkpoint, output = locate_model(fspath(checkpoint)), Path(output)
     text = text or proof_text(checkpoint)
     if precision == "int8" and text.name == FALLBACK:
         raise UserError("int8 needs scales measured on text like yours: name some with --text")

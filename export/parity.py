@@ -129,9 +129,8 @@ def check_parity(reference: Backend, engine: Backend, text: ProofText, bounds: B
     no token to score.
     """
     corpus = tokenize(text.texts, reference.tokenizer)
-    unknown = float(corpus.text_sizes[:, 3].sum() / max(corpus.text_sizes[:, 1].sum(), 1))
-    if unknown > UNKNOWN:
-        log.warning("the tokenizer does not know %.1f %% of the characters of %s", 100 * unknown, text.name)
+    if corpus.unknown_share > UNKNOWN:
+        log.warning("the tokenizer does not know %.1f%% of the characters of %s", 100 * corpus.unknown_share, text.name)
     batches = parity_batches(corpus, reference.tokenizer, reference.info.max_length, weight_bytes)
     expected, found = [], []
     with progress() as bar:
@@ -146,7 +145,7 @@ def check_parity(reference: Backend, engine: Backend, text: ProofText, bounds: B
     top_largest, top_bound = _nearest_to_bound(np.abs(its_top_log_prob - top_log_prob), top_log_prob, bounds)
     return Parity(
         text=text.name,
-        unknown_characters=unknown,
+        unknown_characters=corpus.unknown_share,
         batches=len(batches),
         masked=len(differences),
         max_log_prob_difference=largest,

@@ -48,17 +48,12 @@ class PlanOptions:
     """What one run may hold: at most `max_batch` rows of at most `max_seq` tokens, and `max_masked` positions.
 
     Larger batches are split when they run. Rows longer than `max_seq`, up to what the model takes, run one by one.
-    `version_compatible` plans also run on later TensorRT versions, `hardware_compatible` ones on Ampere and every later
-    GPU, both more slowly. With `strip_weights` the plans hold none and take them from `model.onnx` when loaded.
     `timing_cache` is a file, read and written; by default one for each TensorRT version and GPU in mlmkit's cache.
     """
 
     max_batch: int = 64
     max_seq: int = 512
     max_masked: int = 4096
-    version_compatible: bool = False
-    hardware_compatible: bool = False
-    strip_weights: bool = False
     timing_cache: Path | None = None
 
 
@@ -77,16 +72,13 @@ def build_plan(folder: Path, manifest: Manifest, options: PlanOptions | None = N
     logger = Logger()
     log.info("building %s with TensorRT %s for %s: minutes", PLAN, trt.__version__, gpu.name)
     plan = _build(folder / GRAPH, profiles, options, gpu, logger)
-    layers = _inspect(plan, options, logger)
+    layers = _inspect(plan, logger)
     (folder / PLAN).write_bytes(plan)
     (folder / LAYERS).write_text(json.dumps(layers, indent=1) + "\n", encoding="utf-8")
     return TensorRT(
         version=trt.__version__,
         compute_capability=gpu.compute_capability,
         gpu=gpu.name,
-        version_compatible=options.version_compatible,
-        hardware_compatible=options.hardware_compatible,
-        weights_stripped=options.strip_weights,
         profiles=profiles,
         layers=count_types(layers),
         parity={},
@@ -133,8 +125,6 @@ def _check_options(manifest: Manifest, options: PlanOptions) -> None:
             raise UserError(f"--{name.replace('_', '-')} must be at least 1")
     if manifest.precision == DYNAMIC_INT8:
         raise UserError("TensorRT has no dynamic int8: export with --precision int8, fp16 or bf16")
-    if options.strip_weights and options.version_compatible:
-        raise UserError("a version-compatible plan without weights is not supported: choose one of the two")
 
 
 def _build(graph: Path, profiles: list[Profile], options: PlanOptions, gpu: Gpu, logger: Logger) -> trt.IHostMemory:
@@ -148,7 +138,8 @@ def _build(graph: Path, profiles: list[Profile], options: PlanOptions, gpu: Gpu,
     if not parser.parse_from_file(str(graph)):
         raise UserError(f"{graph}: {_parser_errors(parser)}")
     config = builder.create_builder_config()
-    _configure(config, options)
+    config.clear_flag(trt.BuilderFlag.TF32)  # on by default; ten bits of mantissa would break parity
+    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # else the inspector knows names alone
     for wanted in profiles:
         _add_profile(builder, network, config, wanted)
     cache_file = options.timing_cache or _cache_file(gpu)
@@ -179,18 +170,6 @@ def _parser_errors(parser: trt.OnnxParser) -> str:
         else "cannot parse it"
     )
     return f"TensorRT {place}: {' '.join(error.desc().split())}{more}"
-
-
-def _configure(config: trt.IBuilderConfig, options: PlanOptions) -> None:
-    config.clear_flag(trt.BuilderFlag.TF32)  # on by default; ten bits of mantissa would break parity
-    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # else the inspector knows names alone
-    if options.version_compatible:
-        config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
-    if options.hardware_compatible:
-        config.hardware_compatibility_level = trt.HardwareCompatibilityLevel.AMPERE_PLUS
-    if options.strip_weights:
-        config.set_flag(trt.BuilderFlag.STRIP_PLAN)
-        config.set_flag(trt.BuilderFlag.REFIT_IDENTICAL)
 
 
 def _add_profile(
@@ -232,9 +211,9 @@ def _save_timing_cache(config: trt.IBuilderConfig, file: Path) -> None:
         log.warning("cannot keep the timing cache %s: %s", file, error.strerror)
 
 
-def _inspect(plan: trt.IHostMemory, options: PlanOptions, logger: Logger) -> dict[str, Any]:
+def _inspect(plan: trt.IHostMemory, logger: Logger) -> dict[str, Any]:
     """Load the plan once, as it will be loaded, and give the inspector's account of its layers."""
-    runtime = create_runtime(logger, host_code=options.version_compatible)
+    runtime = create_runtime(logger)
     engine: trt.ICudaEngine = runtime.deserialize_cuda_engine(plan)
     if engine is None:
         raise UserError(f"TensorRT cannot load the {PLAN} that it built: {logger.reason()}")

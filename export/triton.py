@@ -6,7 +6,6 @@ axis. The layout is that of https://github.com/triton-inference-server/server/bl
 the configuration's fields are those of model_configuration.md beside it.
 """
 
-import logging
 import math
 import re
 import shutil
@@ -20,8 +19,6 @@ from mlmkit.artifact import AGAIN, DYNAMIC_INT8, GRAPH, PLAN, Manifest, open_fil
 from mlmkit.backends.graph import INPUTS, OUTPUTS, graph_problems, read_graph
 from mlmkit.errors import UserError
 from mlmkit.files import new_folder, refuse_existing
-
-log = logging.getLogger(__name__)
 
 CONFIG = "config.pbtxt"
 MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")  # it stands in URLs
@@ -42,7 +39,7 @@ def write_repository(artifact: Path, output: Path, *, overwrite: bool = False) -
         _write_graph(artifact, folder / name / "1", manifest)
         (folder / name / CONFIG).write_text(graph_config(name, manifest), encoding="utf-8")
         models = [name]
-        if _has_plan(manifest):
+        if manifest.tensorrt is not None and PLAN in manifest.files:
             models.append(f"{name}-plan")
             (folder / models[1] / "1").mkdir(parents=True)
             shutil.copyfile(artifact / PLAN, folder / models[1] / "1" / PLAN)
@@ -211,15 +208,6 @@ def _write_graph(artifact: Path, version: Path, manifest: Manifest) -> None:
     ir.save(model, target / GRAPH)
     for name in graph.external:
         shutil.copyfile(artifact / name, target / name)
-
-
-def _has_plan(manifest: Manifest) -> bool:
-    if manifest.tensorrt is None or PLAN not in manifest.files:
-        return False
-    if manifest.tensorrt.weights_stripped:
-        log.warning("the plan holds no weights, and Triton gives it none: only the ONNX graph is offered")
-        return False
-    return True
 
 
 def _tensors(field: str, tensors: Mapping[str, tuple[str, int]], dims: Callable[[int], list[int]]) -> list[str]:

@@ -15,7 +15,7 @@ from types import NoneType, UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
 from mlmkit.errors import CheckError, UserError
-from mlmkit.files import atomic, file_sha256
+from mlmkit.files import file_sha256, write_text
 from mlmkit.tokenizer import Tokenizer
 
 MANIFEST, CARD = "mlmkit.json", "README.md"
@@ -52,16 +52,12 @@ class Profile:
 class TensorRT:
     """What the plan was built by and for: a plan is machine code, and runs on no other version and no other GPU.
 
-    `version_compatible` and `hardware_compatible` plans are the exception. `layers` counts the layers by the type that
-    they write. `parity` is the report of the plan itself. With `weights_stripped` the weights come from `model.onnx`.
+    `layers` counts the layers by the type that they write. `parity` is the report of the plan itself.
     """
 
     version: str
     compute_capability: str
     gpu: str
-    version_compatible: bool
-    hardware_compatible: bool
-    weights_stripped: bool
     profiles: list[Profile]
     layers: dict[str, int]
     parity: dict[str, Any]
@@ -113,8 +109,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
         _decode(content.encode())
     except ValueError as error:
         raise CheckError(f"the manifest cannot be written: {error}") from None
-    with atomic(folder / MANIFEST) as partial:
-        partial.write_text(content, encoding="utf-8")
+    write_text(folder / MANIFEST, content)
 
 
 @dataclass(frozen=True)
@@ -248,6 +243,8 @@ def _decode(content: bytes) -> Manifest:
         if not FILE_NAME.fullmatch(name) or name.casefold() in taken:
             raise ValueError(f"{reprlib.repr(name)} is not a plain file of the folder")
         taken.add(name.casefold())
+    if (values["tensorrt"] or {}).get("weights_stripped"):  # a field of earlier manifests; this mlmkit refits no plan
+        raise ValueError("its TensorRT plan holds no weights: build another with --trt")
     return manifest
 
 

@@ -173,6 +173,8 @@ def _list_sets(data: Path | None, as_json: bool) -> None:
 
 
 def _print_result(result: dict[str, Any], folder: Path | None) -> None:
+    from mlmkit.eval.metrics import describe_unknown
+
     corpus = result["corpus"]
     source = corpus["source"]
     click.echo(f"{source['set'] or source['location']}: {corpus['documents']} documents, {corpus['tokens']} tokens")
@@ -186,13 +188,17 @@ def _print_result(result: dict[str, Any], folder: Path | None) -> None:
                 f"  {name:32} {_number(found['mean']):>14}   sd {_number(found['standard_deviation'])} "
                 f"over {len(seeds['by_seed'])} mask seeds"
             )
-    for name, group in result.get("pairs", {}).get("phenomena", {}).items():
+    pairs = result.get("pairs", {})
+    for name, group in pairs.get("phenomena", {}).items():
         ties = f"   {group['ties']} ties" if group["ties"] else ""
         accuracy = group["pair_accuracy"]
         value = f"{_number(accuracy['value']):>14}   95 % {_range(accuracy)}"
         click.echo(f"  {name:32} {value}   {group['pairs']} pairs{ties}")
-    if result.get("pairs", {}).get("ties"):
-        click.echo(f"  {result['pairs']['ties']} of {result['pairs']['pairs']} pairs are ties, which count as wrong")
+    for name, problem in (("ties", "are ties, which"), ("unscored", "have a sentence without a scored token, and")):
+        if pairs.get(name):
+            click.echo(f"  {pairs[name]} of {pairs['pairs']} pairs {problem} count as wrong")
+    if unknown := describe_unknown(result["unknown"]):
+        click.echo(f"  {unknown}")
     if corpus["windowed_documents"]:
         click.echo(f"  {corpus['windowed_documents']} documents were longer than the model takes, and read in windows")
     if corpus["empty_texts"]:
@@ -208,7 +214,8 @@ def _number(value: float | None) -> str:
 
 
 def _range(metric: dict[str, float | None]) -> str:
-    return f"[{_number(metric['low'])}, {_number(metric['high'])}]"
+    low, high = metric["low"], metric["high"]
+    return "-" if low is high is None else f"[{_number(low)}, {_number(high)}]"
 
 
 @click.command()
@@ -276,7 +283,8 @@ def score(
 
     FILE is standard input by default; the logarithm is the natural one.
 
-    Prints a line a text: the sum, the number of tokens, the text. Lines of white space only are left out.
+    Prints a line for each text: the sum ("-" without a scored token), the number of tokens, the text. Lines of white
+    space only are left out.
     """
     from mlmkit.backends import load
     from mlmkit.documents import Source, read_documents
@@ -293,7 +301,7 @@ def score(
         return
     for item in scores:
         text = " ".join(item.text.splitlines())
-        click.echo(f"{item.pseudo_log_likelihood:.4f}\t{len(item.token_ids)}\t{text}")
+        click.echo(f"{_number(item.pseudo_log_likelihood)}\t{len(item.token_ids)}\t{text}")
         if per_token:
             for id, log_prob in zip(item.token_ids.tolist(), item.log_prob.tolist(), strict=True):
                 click.echo(f"    {log_prob:9.4f}  {loaded.tokenizer.token(id)}")

@@ -23,9 +23,6 @@ def plan_options(command: Any) -> Any:
             click.option(
                 "--max-masked", type=click.IntRange(min=1), help="Masked positions in one run. Default: 4096."
             ),
-            click.option("--version-compatible", is_flag=True, help="Plans that later TensorRT versions run too."),
-            click.option("--hardware-compatible", is_flag=True, help="Plans that other GPUs run too, from Ampere on."),
-            click.option("--strip-weights", is_flag=True, help="Plans that take their weights from model.onnx."),
         ]
     ):
         command = option(command)

@@ -76,11 +76,7 @@ def _lines(found: "Inspection") -> list[str]:
 
 
 def _tensorrt(built: "TensorRT") -> list[str]:
-    words = ("version_compatible", "hardware_compatible", "weights_stripped")
-    lines = [
-        _row("version", f"{built.version}, compute capability {built.compute_capability} ({built.gpu})"),
-        _row("options", ", ".join(word.replace("_", " ") for word in words if getattr(built, word)) or "none"),
-    ]
+    lines = [_row("version", f"{built.version}, compute capability {built.compute_capability} ({built.gpu})")]
     for profile in built.profiles:
         sizes = (f"{axis} {' / '.join(map(str, getattr(profile, axis)))}" for axis in ("batch", "seq", "masked"))
         lines.append(_row(f"profile {profile.name}", ", ".join(sizes)))

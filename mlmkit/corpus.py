@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from hashlib import blake2b, sha256
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,8 @@ log = logging.getLogger(__name__)
 CACHE_FORMAT = 6
 DOCUMENTS_PER_BLOCK = 1024
 CHARACTERS_PER_BATCH = 1 << 19  # tokenising takes some 150 bytes for each
+BLOCKS_COUNTED = 128  # about 131,000 documents, where a sample of the text is enough
+LONGEST_MEAN_WORD = 3.0  # tokens; English has 1.2 to 1.5
 GATHERED_AT_ONCE = 512  # entries; the kernel maps up to 64 KiB around each
 TEXT_SIZES = ("words", "characters", "bytes", "unknown_characters")
 _ARRAYS = ("ids", "words", "keys", "text_sizes")
@@ -69,6 +72,12 @@ class Corpus:
         """Tokens in each document, `[documents]`."""
         return np.diff(self.starts)
 
+    @property
+    def unknown_share(self) -> float:
+        """Share of the characters that the tokenizer lost to its unknown token."""
+        _, characters, _, lost = self.text_sizes.sum(axis=0).tolist()
+        return lost / max(characters, 1)
+
     def __len__(self) -> int:
         return len(self.keys)
 
@@ -88,6 +97,21 @@ class Corpus:
         """All of it in stretches of `DOCUMENTS_PER_BLOCK` documents, each copied into memory."""
         for begin in range(0, len(self), DOCUMENTS_PER_BLOCK):
             yield self.part(begin, min(begin + DOCUMENTS_PER_BLOCK, len(self)))
+
+
+def warn_of_words(corpus: Corpus) -> None:
+    """Warn where whole-word masking is no use: words of one token, or of more than three on average.
+
+    A text without spaces has either. The first documents are counted.
+    """
+    tokens = words = 0
+    for block in islice(corpus.blocks(), BLOCKS_COUNTED):
+        tokens += len(block.words)
+        words += len(np.unique(first_token_of_word(block.words, block.lengths)))
+    if tokens == words or tokens > LONGEST_MEAN_WORD * words:
+        effect = "has no effect" if tokens == words else "hides whole stretches of a document, or none of it"
+        mean, advice = tokens / max(words, 1), "leave it out, or put spaces between words"
+        log.warning("%s: %.1f tokens per word on average: whole-word masking %s: %s", corpus.name, mean, effect, advice)
 
 
 def _copy(array: NDArray, begin: int, end: int) -> NDArray:

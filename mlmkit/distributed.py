@@ -1,9 +1,11 @@
 """This process's place among those that `torchrun` started; alone, it is rank 0 of 1."""
 
+import math
 import os
+import re
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -13,7 +15,7 @@ from mlmkit.errors import EndedElsewhereError, UserError, require
 
 T = TypeVar("T")
 
-CPU_LIMIT = Path("/sys/fs/cgroup/cpu.max")
+CPU_LIMIT, MEMORY_LIMIT = Path("/sys/fs/cgroup/cpu.max"), Path("/sys/fs/cgroup/memory.max")
 TIME_TO_SPEAK = 5  # seconds
 PATIENCE = timedelta(days=7)  # a rank may wait for another one's share of a long evaluation
 
@@ -29,6 +31,15 @@ def cores() -> int:
         return min(count, max(int(quota) // int(period), 1))
     except (OSError, ValueError):  # no such file, or a quota of "max"
         return count
+
+
+def available_memory() -> float:
+    """Bytes that this process may take, at most its container's limit; infinite where the system does not say."""
+    found = [math.inf]
+    for path, pattern, unit in ((MEMORY_LIMIT, r"\d+", 1), (Path("/proc/meminfo"), r"MemAvailable: +(\d+)", 1024)):
+        with suppress(OSError):
+            found += [unit * int(number) for number in re.findall(pattern, path.read_text())]
+    return min(found)
 
 
 @dataclass(frozen=True)
@@ -81,6 +92,7 @@ class Ranks:
             return work()
         import torch.distributed as dist
 
+        self.join()
         failure: BaseException | None = None
         outcome: list = [None, False]
         if self.is_first:

@@ -48,6 +48,9 @@ class Source:
     blank_line: bool = False
     strip: bool = False
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "location", os.fspath(self.location))  # a Path will do
+
 
 def read_documents(source: Source) -> Iterator[str]:
     """The documents, in order. A text of white space only is no document.

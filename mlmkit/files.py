@@ -1,6 +1,7 @@
 """Files and folders that are written atomically, locks, and where models and the cache lie."""
 
 import hashlib
+import json
 import logging
 import os
 import secrets
@@ -29,11 +30,10 @@ def atomic(path: Path, *, folder: bool = False) -> Iterator[Path]:
     """Yield another name for a file or a `folder`; when the block ends, sync what was written and rename it to `path`.
 
     A failure or a kill leaves `path` as it was. What killed processes have left beside it is removed. The umask decides
-    who may read the result. A mount point cannot be renamed: the entries of such a folder are moved one by one.
+    who may read the result.
     """
-    home = path if folder and path.is_mount() else path.parent
-    _sweep(home)
-    partial = home / f".{path.name}.{secrets.token_hex(4)}{PARTIAL}"
+    _sweep(home(path))
+    partial = home(path) / f".{path.name}.{secrets.token_hex(4)}{PARTIAL}"
     if folder:
         partial.mkdir()
     else:
@@ -44,27 +44,52 @@ def atomic(path: Path, *, folder: bool = False) -> Iterator[Path]:
         yield partial
         for file in [*filter(Path.is_file, partial.rglob("*")), partial]:
             sync(file)
-        replaced = partial.with_suffix(REPLACED)
-        if home == path:
-            for entry in _content(path):
-                _remove(entry)
-            for entry in sorted(partial.iterdir(), key=lambda entry: entry.stat().st_mtime_ns):  # the manifest last
-                entry.rename(path / entry.name)
-        elif folder and path.exists():
-            path.rename(replaced)
-            partial.rename(path)
-        else:
-            partial.replace(path)
-        sync(home)
-        shutil.rmtree(replaced, ignore_errors=True)
+        replace(partial, path)
     finally:
         os.close(lock)
         _remove(partial)
 
 
-def _sweep(home: Path) -> None:
+def home(path: Path) -> Path:
+    """The folder to write in what is to become `path`: beside it, or in it if it is a mount point."""
+    return path if path.is_mount() else path.parent
+
+
+def replace(new: Path, path: Path) -> None:
+    """Put a file or folder in `home(path)`, synced, in the place of `path`.
+
+    A mount point cannot be renamed: entries are moved there one by one, in the order in which they were written.
+    """
+    replaced = home(path) / f".{path.name}.{secrets.token_hex(4)}{REPLACED}"
+    if path.is_mount():
+        for entry in content(path):
+            _remove(entry)
+        for entry in sorted(new.iterdir(), key=lambda entry: entry.stat().st_mtime_ns):
+            entry.rename(path / entry.name)
+        new.rmdir()
+    elif path.is_dir():
+        path.rename(replaced)
+        new.rename(path)
+    else:
+        new.replace(path)
+    sync(home(path))
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """`atomic`, in UTF-8."""
+    with atomic(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value: object) -> None:
+    """`atomic`, for people to read."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def _sweep(folder: Path) -> None:
     """Remove what killed processes have left in a folder: what is old, and no process holds the lock of."""
-    for left in home.glob(f".*{PARTIAL}"):
+    for left in folder.glob(f".*{PARTIAL}"):
         with suppress(OSError):
             lock = os.open(left, os.O_RDONLY)
             try:
@@ -72,8 +97,8 @@ def _sweep(home: Path) -> None:
                     _remove(left)
             finally:
                 os.close(lock)
-    for left in home.glob(f".*{REPLACED}"):  # killed between two renames
-        place = home / left.name[1 : -len(REPLACED) - 9]
+    for left in folder.glob(f".*{REPLACED}"):  # killed between two renames
+        place = folder / left.name[1 : -len(REPLACED) - 9]
         with suppress(OSError):
             if place.exists():
                 shutil.rmtree(left)
@@ -91,9 +116,10 @@ def _try_lock(descriptor: int) -> bool:
         return False
 
 
-def _content(folder: Path) -> list[Path]:
-    """What is in a folder, but for what we are writing there and what a file system keeps in its root."""
-    return [path for path in folder.iterdir() if path.suffix not in (PARTIAL, REPLACED) and path.name != "lost+found"]
+def content(folder: Path) -> list[Path]:
+    """What is in a folder, but for what we write in a mount point until it is done, and `lost+found`."""
+    ours = f".{folder.name}."
+    return [path for path in folder.iterdir() if not path.name.startswith(ours) and path.name != "lost+found"]
 
 
 def _remove(path: Path) -> None:
@@ -124,7 +150,7 @@ def refuse_existing(path: Path, replaces: str = "") -> None:
     """Raise `UserError` now rather than after hours of work if `new_folder` would refuse `path`."""
     if (path.exists() or path.is_symlink()) and not path.is_dir():
         raise UserError(f"{path} exists and is not a folder: choose another folder")
-    if not path.is_dir() or not _content(path) or (replaces and (path / replaces).exists()):
+    if not path.is_dir() or not content(path) or (replaces and (path / replaces).exists()):
         return
     if replaces:
         raise UserError(f"{path} holds no {replaces}, so --overwrite leaves it alone: choose another folder")
@@ -150,18 +176,31 @@ def locate_model(path: str) -> str:
 
 
 @contextmanager
-def exclusive(path: Path, taken: str) -> Iterator[None]:
+def exclusive(path: Path, taken: str, *, temporary: bool = False) -> Iterator[None]:
     """Keep others out while the block runs, by a lock on a file. It ends with the process.
 
-    Raises `UserError` saying `taken` when another holds it.
+    A `temporary` file is created for the lock and removed with it. Raises `UserError` saying `taken` when another
+    process holds the lock.
     """
-    with path.open("rb") as file:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("ab" if temporary else "rb")
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from None
+    with file:
         try:
             if fcntl is not None:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(taken) from None
-        yield
+        if not os.fstat(file.fileno()).st_nlink:  # removed by its owner since we opened it
+            raise UserError(taken)
+        try:
+            yield
+        finally:
+            if temporary:
+                with suppress(OSError):  # Windows removes no open file
+                    path.unlink()
 
 
 def cache_root() -> Path:

@@ -26,7 +26,6 @@ class Machine:
     parser_errors: list[tuple[str, str, str]] | None = None
     build_error: str = ""
     load_error: str = ""
-    refits: bool = True
     refuses: str = ""
     host_tensor: str = ""
     inspector: str = ""
@@ -55,10 +54,6 @@ class cudaMemcpyKind(IntEnum):
     cudaMemcpyDeviceToHost = 2
 
 
-class cudaStreamCaptureMode(IntEnum):
-    cudaStreamCaptureModeThreadLocal = 1
-
-
 OK = cudaError_t.cudaSuccess
 
 
@@ -71,17 +66,9 @@ class cudaDeviceProp:
 class cudaStream_t:
     def __init__(self) -> None:
         self.waiting: list[Callable[[], None]] = []
-        self.recording: list[Callable[[], None]] | None = None
 
     def __int__(self) -> int:
         return id(self)
-
-    def _put(self, work: Callable[[], None]) -> None:
-        (self.waiting if self.recording is None else self.recording).append(work)
-
-
-class cudaGraphExec_t:
-    work: list[Callable[[], None]]
 
 
 def stream_of(handle: Any) -> cudaStream_t:
@@ -157,7 +144,7 @@ def cudaMemcpyAsync(dst, src, count, kind, stream):
         check_memory(kinds[1], src, count)
         ctypes.memmove(dst, src, count)
 
-    stream_of(stream)._put(work)
+    stream_of(stream).waiting.append(work)
     return (OK,)
 
 
@@ -180,45 +167,11 @@ def cudaStreamSynchronize(stream):
     return (OK,)
 
 
-def cudaStreamBeginCapture(stream, mode):
-    assert mode == cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
-    stream_of(stream).recording = []
-    MACHINE.calls.append(("cudaStreamBeginCapture", None))
-    return (OK,)
-
-
-def cudaStreamEndCapture(stream):
-    recorded, stream_of(stream).recording = stream_of(stream).recording, None
-    return (OK, recorded) if MACHINE.refuses != "capture" else (cudaError_t.cudaErrorInvalidValue, None)
-
-
-def cudaGraphInstantiate(graph, flags):
-    executable = cudaGraphExec_t()
-    executable.work = list(graph)
-    return OK, executable
-
-
-def cudaGraphDestroy(graph):
-    return (OK,)
-
-
-def cudaGraphLaunch(graphExec, stream):
-    MACHINE.calls.append(("cudaGraphLaunch", None))
-    stream_of(stream).waiting += graphExec.work
-    return (OK,)
-
-
-def cudaGraphExecDestroy(graphExec):
-    return (OK,)
-
-
 CUDA = [
     cudaError_t,
     cudaMemcpyKind,
-    cudaStreamCaptureMode,
     cudaDeviceProp,
     cudaStream_t,
-    cudaGraphExec_t,
     cudaGetErrorString,
     cudaGetDeviceCount,
     cudaGetDeviceProperties,
@@ -230,10 +183,4 @@ CUDA = [
     cudaStreamCreateWithFlags,
     cudaStreamDestroy,
     cudaStreamSynchronize,
-    cudaStreamBeginCapture,
-    cudaStreamEndCapture,
-    cudaGraphInstantiate,
-    cudaGraphDestroy,
-    cudaGraphLaunch,
-    cudaGraphExecDestroy,
 ]

@@ -43,10 +43,10 @@ def plan(machine, folder) -> Callable[..., Path]:
     return build
 
 
-def backend(folder: Path, **options: Any) -> Any:
+def backend(folder: Path) -> Any:
     from mlmkit.backends.tensorrt import TensorRTBackend
 
-    return TensorRTBackend(str(folder), **options)
+    return TensorRTBackend(str(folder))
 
 
 def random_batch(rows: int, seq: int, masked: int) -> Batch:

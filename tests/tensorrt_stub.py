@@ -2,7 +2,7 @@
 
 ONNX Runtime computes what a plan would, so the numbers that come out of the backend went through its buffers, copies,
 splits and pads. The stand-ins do only what the C++ side would, and hold the caller to what is undefined there: memory
-must be live and large enough, a context runs one thread, a recorded graph dies with the shapes of its context. That
+must be live and large enough, a context runs one thread and stays as it is until its work is done. That
 their names and parameters are those of the real bindings is checked in test_tensorrt_api.py.
 """
 
@@ -72,11 +72,7 @@ class DataType(IntEnum):
 
 
 class BuilderFlag(IntEnum):
-    REFIT = 2
     TF32 = 5
-    VERSION_COMPATIBLE = 10
-    STRIP_PLAN = 15
-    REFIT_IDENTICAL = 16
 
 
 class NetworkDefinitionCreationFlag(IntEnum):
@@ -86,11 +82,6 @@ class NetworkDefinitionCreationFlag(IntEnum):
 class ProfilingVerbosity(IntEnum):
     LAYER_NAMES_ONLY = 0
     DETAILED = 2
-
-
-class HardwareCompatibilityLevel(IntEnum):
-    NONE = 0
-    AMPERE_PLUS = 1
 
 
 class ExecutionContextAllocationStrategy(IntEnum):
@@ -168,18 +159,8 @@ class INetworkDefinition:
     def num_inputs(self):
         return len(self._inputs)
 
-    @property
-    def num_outputs(self):
-        return len(self._outputs)
-
     def get_input(self, index):
         return self._inputs[index]
-
-    def get_output(self, index):
-        return self._outputs[index]
-
-    def unmark_output(self, tensor):
-        self._outputs.remove(tensor)
 
 
 class OnnxParser:
@@ -226,11 +207,7 @@ class IBuilderConfig:
         self._profiles: list[IOptimizationProfile] = []
         self._cache: ITimingCache | None = None
         self.profiling_verbosity = ProfilingVerbosity.LAYER_NAMES_ONLY
-        self.hardware_compatibility_level = HardwareCompatibilityLevel.NONE
         self.progress_monitor: Any = None
-
-    def set_flag(self, flag):
-        self._flags.add(flag)
 
     def clear_flag(self, flag):
         self._flags.discard(flag)
@@ -280,16 +257,13 @@ class Builder:
             return None
         for profile in config._profiles:
             assert profile._shapes.keys() == {tensor.name for tensor in network._inputs}
-        MACHINE.calls.append(("build", {"flags": set(config._flags), "level": config.hardware_compatibility_level}))
+        MACHINE.calls.append(("build", set(config._flags)))
         header = {
             "outputs": [tensor.name for tensor in network._outputs],
             "profiles": [profile._shapes for profile in config._profiles],
-            "stripped": BuilderFlag.STRIP_PLAN in config._flags,
-            "host_code": BuilderFlag.VERSION_COMPATIBLE in config._flags,
             "detailed": config.profiling_verbosity == ProfilingVerbosity.DETAILED,
         }
-        weights = b"" if header["stripped"] else network._graph
-        return IHostMemory(json.dumps(header).encode() + b"\n" + weights)
+        return IHostMemory(json.dumps(header).encode() + b"\n" + network._graph)
 
     def _progress(self, monitor: Any) -> None:
         assert monitor.started, "the base class was not initialised"
@@ -317,15 +291,13 @@ class Runtime:
         if not MACHINE.starts:
             raise TypeError("pybind11::init(): factory function returned nullptr")
         self._logger = logger
-        self.engine_host_code_allowed = False
 
     def deserialize_cuda_engine(self, serialized_engine):
         header, _, graph = bytes(serialized_engine).partition(b"\n")
-        values = json.loads(header)
-        if MACHINE.load_error or (values["host_code"] and not self.engine_host_code_allowed):
-            say(self._logger, "ERROR", MACHINE.load_error or "host code is not allowed")
+        if MACHINE.load_error:
+            say(self._logger, "ERROR", MACHINE.load_error)
             return None
-        return ICudaEngine(values, graph, self._logger)
+        return ICudaEngine(json.loads(header), graph, self._logger)
 
 
 class ICudaEngine:
@@ -361,7 +333,6 @@ class ICudaEngine:
         return EngineInspector(self)
 
     def _session(self) -> ort.InferenceSession:
-        assert self._graph, "the plan has no weights"
         if self._graph not in SESSIONS:
             SESSIONS[self._graph] = ort.InferenceSession(self._graph)
         return SESSIONS[self._graph]
@@ -385,30 +356,12 @@ class EngineInspector:
         return json.dumps({"Layers": layers, "Bindings": ["input_ids"]})
 
 
-class Refitter:
-    def __init__(self, engine, logger) -> None:
-        self._engine, self._graph = engine, b""
-
-    def refit_cuda_engine(self):
-        self._engine._graph = self._graph
-        return MACHINE.refits
-
-
-class OnnxParserRefitter:
-    def __init__(self, refitter, logger) -> None:
-        self._refitter = refitter
-
-    def refit_from_file(self, model):
-        self._refitter._graph = onnx.load(model).SerializeToString()
-        return True
-
-
 class IExecutionContext:
     def __init__(self, engine: ICudaEngine) -> None:
         self._engine, self._profile = engine, 0
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._addresses: dict[str, int] = {}
-        self._state, self._fresh, self._running = 0, True, threading.Lock()
+        self._state, self._running = 0, threading.Lock()
 
     def set_optimization_profile_async(self, profile_index, stream_handle):
         stream_of(stream_handle)
@@ -422,7 +375,7 @@ class IExecutionContext:
         ):
             say(self._engine._logger, "ERROR", f"{name} is out of\nthe profile")
             return False
-        self._shapes[name], self._state, self._fresh = tuple(shape), self._state + 1, True
+        self._shapes[name], self._state = tuple(shape), self._state + 1
         return True
 
     def set_tensor_address(self, name, memory):
@@ -440,19 +393,18 @@ class IExecutionContext:
         names = [self._engine.get_tensor_name(index) for index in range(self._engine.num_io_tensors)]
         if MACHINE.refuses == "execution" or self._addresses.keys() != set(names):
             return False
-        assert not (stream.recording is not None and self._fresh), "the first run after a new shape was recorded"
-        shapes, addresses, state, self._fresh = dict(self._shapes), dict(self._addresses), self._state, False
+        shapes, addresses, state = dict(self._shapes), dict(self._addresses), self._state
         MACHINE.calls.append(("execute", (self._profile, shapes)))
 
         def work() -> None:
-            assert self._state == state, "the context was changed under recorded or running work"
+            assert self._state == state, "the context was changed under running work"
             assert self._running.acquire(blocking=False), "two threads run one context"
             try:
                 self._compute(shapes, addresses)
             finally:
                 self._running.release()
 
-        stream._put(work)
+        stream.waiting.append(work)
         return True
 
     def _compute(self, shapes: dict[str, tuple[int, ...]], addresses: dict[str, int]) -> None:
@@ -474,7 +426,6 @@ TENSORRT = [
     BuilderFlag,
     NetworkDefinitionCreationFlag,
     ProfilingVerbosity,
-    HardwareCompatibilityLevel,
     ExecutionContextAllocationStrategy,
     TensorLocation,
     LayerInformationFormat,
@@ -493,7 +444,5 @@ TENSORRT = [
     Runtime,
     ICudaEngine,
     EngineInspector,
-    Refitter,
-    OnnxParserRefitter,
     IExecutionContext,
 ]

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import KINDS, PORTUGUESE, paragraphs
+from conftest import KINDS, PORTUGUESE, PROOF, paragraphs
 from test_cli import run
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 
@@ -27,6 +27,7 @@ from mlmkit.eval.passes import Settings
 from mlmkit.eval.plan import pseudo_plan
 from mlmkit.eval.scoring import run_plan
 from mlmkit.eval.statistics import bootstrap
+from mlmkit.export.export import export
 from mlmkit.masking import MaskRecipe, corrupt, document_key
 
 TIMES = ("seconds", "timing", "command")
@@ -84,13 +85,10 @@ def test_every_number_can_be_recomputed(
         of_metric = [row for row in rows if row["metric"] == metric]
         places = [(row["document"], row["offset"]) for row in of_metric]
         assert places == sorted(set(places))
-        ordinary = [
-            (d, i)
-            for d, ids in enumerate(documents)
-            for i, id in enumerate(ids)
-            if id not in dense.tokenizer.all_special_ids
-        ]
-        assert metric == "masked" or places == ordinary
+        context = set(dense.tokenizer.all_special_ids) - {dense.tokenizer.unk_token_id}
+        scorable = [(d, i) for d, ids in enumerate(documents) for i, id in enumerate(ids) if id not in context]
+        assert metric == "masked" or places == scorable
+        assert metric == "pseudo" or dense.tokenizer.unk_token_id not in {row["token_id"] for row in of_metric}
         shown = [list(ids) for ids in documents]
         if metric == "masked":
             for row in of_metric:
@@ -119,10 +117,23 @@ def test_every_number_can_be_recomputed(
     pseudo = [row["log_prob"] for row in rows if row["metric"] == "pseudo"]
     assert metrics["pseudo_log_likelihood"] == pytest.approx(sum(pseudo))
     assert metrics["pseudo_perplexity"] == pytest.approx(math.exp(-sum(pseudo) / len(pseudo)))
-    size = sum(len(text.encode()) for text in texts)
-    assert metrics["bits_per_byte"] == pytest.approx(-sum(pseudo) / math.log(2) / size)
-    words = sum(len(text.split()) for text in texts)
-    assert metrics["pseudo_perplexity_per_word"] == pytest.approx(math.exp(-sum(pseudo) / words))
+    words, characters, size = (
+        sum(map(len, units)) for units in ([t.split() for t in texts], texts, map(str.encode, texts))
+    )
+    per_text = {
+        "bits_per_byte": -sum(pseudo) / math.log(2) / size,
+        "pseudo_perplexity_per_word": math.exp(-sum(pseudo) / words),
+        "pseudo_perplexity_per_character": math.exp(-sum(pseudo) / characters),
+    }
+    lost = "" if kind == "roberta" else "MASKYes"  # what the WordPiece has no token for, 0.7 % of the text
+    for name, value in per_text.items():
+        assert metrics[name] == (None if lost else pytest.approx(value))
+    assert evaluation.result["unknown"] == {
+        "tokens": len(lost) and 2,
+        "characters": len(lost),
+        "token_share": (len(lost) and 2) / sum(map(len, documents)),
+        "character_share": len(lost) / characters,
+    }
     assert evaluation.result["corpus"]["windowed_documents"] == sum(len(ids) > CAPACITY for ids in documents)
 
 
@@ -282,9 +293,11 @@ def test_intervals_are_those_of_the_bootstrap():
 def test_a_resample_without_a_scored_token_has_no_value():
     """Counted as zero it would pull the interval of a rare event down to a perfect score."""
     sums = np.zeros((20, 2))
-    sums[3] = 5.0, 2.0
-    found = bootstrap(sums, {"mean": lambda totals: totals[..., 0] / totals[..., 1]})["mean"]
-    assert found == {"value": 2.5, "low": 2.5, "high": 2.5}
+    sums[[3, 7]] = 5.0, 2.0
+    mean = {"mean": lambda totals: totals[..., 0] / totals[..., 1]}
+    assert bootstrap(sums, mean)["mean"] == {"value": 2.5, "low": 2.5, "high": 2.5}
+    sums[7] = 0.0  # one document says nothing of others
+    assert bootstrap(sums, mean)["mean"] == {"value": 2.5, "low": None, "high": None}
 
 
 def test_a_number_that_overflows_is_null_in_valid_json(short_file, checkpoint, tmp_path):
@@ -301,8 +314,8 @@ def test_a_number_that_overflows_is_null_in_valid_json(short_file, checkpoint, t
 def test_a_document_without_tokens_scores_nothing(checkpoint):
     model = load(str(checkpoint("bert")))
     empty, full = pseudo_log_likelihood(model, ["\u200b", "Roma"])
-    assert (empty.pseudo_log_likelihood, len(empty.log_prob)) == (0.0, 0)
-    assert full.pseudo_log_likelihood < 0
+    assert (empty.pseudo_log_likelihood, len(empty.log_prob)) == (None, 0)
+    assert (full.pseudo_log_likelihood or 0) < 0
 
 
 def test_scores_that_are_not_finite_are_named(checkpoint):
@@ -332,6 +345,19 @@ def test_unusable_text_and_options_are_named(checkpoint, tmp_path):
         Settings(pseudo_sample=0)
     with pytest.raises(UserError, match="variant 'l2r'"):
         evaluate(model, source, metrics=("pseudo",), variant="l2r")
+
+
+@pytest.mark.parametrize("kind", [str, Path])
+def test_a_path_is_taken_wherever_text_is(kind, checkpoint, short_file, tmp_path):
+    model, texts, folder = kind(checkpoint("bert")), kind(short_file), kind(tmp_path / "result")
+    for data in (texts, Source(texts)):
+        found = evaluate(load(model), data, output=folder, overwrite=True)
+        assert json.loads((tmp_path / "result" / "result.json").read_text()) == found.result
+        assert found.result["model"]["path"] == str(model)
+        assert found.result["corpus"]["source"]["location"] == str(texts)
+    assert pseudo_log_likelihood(model, ["Roma"])[0].pseudo_log_likelihood
+    manifest = export(model, kind(tmp_path / "artifact"), text=PROOF)
+    assert load(kind(tmp_path / "artifact")).info.fingerprint == manifest.fingerprint
 
 
 def test_a_dynamically_quantized_artifact_is_refused_unless_insisted_on(capsys, artifact, short_file, tmp_path):

@@ -15,6 +15,7 @@ from conftest import paragraphs
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mlmkit import files
 from mlmkit.backends import load
 from mlmkit.corpus import Corpus
 from mlmkit.documents import Source
@@ -291,17 +292,48 @@ def test_overwriting_keeps_the_old_result_until_there_is_a_new_one(artifact, sou
     evaluate(model, source, output=folder, mask_seed=4, overwrite=True)
 
 
-def test_two_processes_do_not_write_one_folder(artifact, source, tmp_path, small_parts):
+def test_a_mount_point_takes_an_evaluation_and_its_replacement(artifact, source, tmp_path, small_parts, monkeypatch):
+    """As a container's volume is: it cannot be renamed."""
+    model, folder = load(str(artifact("bert"))), tmp_path / "volume"
+    (folder / "lost+found").mkdir(parents=True)
+    monkeypatch.setattr(Path, "is_mount", lambda self: self == folder)
+    evaluate(model, source, output=folder)
+    evaluate(model, source, output=folder, mask_seed=4, overwrite=True)
+    files = {"documents.parquet", "lost+found", "result.json", "tokens.parquet"}
+    assert {path.name for path in folder.iterdir()} == files
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_two_processes_do_not_write_one_folder(overwrite, artifact, source, tmp_path, small_parts):
     """The second is refused while the first is at it, and goes on once it is gone."""
-    model = load(str(artifact("bert")))
+    model, options = load(str(artifact("bert"))), {"output": tmp_path / "result", "overwrite": overwrite}
+    if overwrite:
+        evaluate(model, source, **options)
 
     class Nested(Interrupted):
         def score(self, batch):
-            with pytest.raises(UserError, match="another process"):
-                evaluate(model, source, output=tmp_path / "result")
+            for seed in (1, 2):  # the same evaluation, and another
+                with pytest.raises(UserError, match="another process"):
+                    evaluate(model, source, mask_seed=seed, **options)
             return super().score(batch)
 
     with pytest.raises(KeyboardInterrupt):
-        evaluate(Nested(model, 14), source, output=tmp_path / "result", batch_tokens=300)
-    assert list((tmp_path / "result" / "parts").glob("*.parquet"))
-    evaluate(model, source, output=tmp_path / "result")
+        evaluate(Nested(model, 14), source, mask_seed=1, batch_tokens=300, **options)
+    assert list(tmp_path.glob("*result*/parts/*.parquet"))
+    assert evaluate(model, source, mask_seed=1, **options).result["masking"]["seed"] == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["result", "source.txt"]
+
+
+def test_a_lock_that_its_owner_removed_meanwhile_is_none(tmp_path, monkeypatch):
+    path, flock = tmp_path / "lock", files.fcntl.flock
+    with files.exclusive(path, "taken", temporary=True):
+        assert path.exists()
+    assert not path.exists()
+
+    def late(file, operation):
+        path.unlink()
+        flock(file, operation)
+
+    monkeypatch.setattr(files.fcntl, "flock", late)
+    with pytest.raises(UserError, match="taken"), files.exclusive(path, "taken", temporary=True):
+        pass

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from mlmkit.artifact import Profile
 from mlmkit.backends import Batch
-from mlmkit.backends.fitting import bucket, fitted, pad, shape_of, split
+from mlmkit.backends.fitting import fitted, pad, shape_of, split
 
 sizes = st.integers(1, 9)
 batches = st.builds(
@@ -63,23 +63,8 @@ def test_padding_changes_no_answer(batch, more_rows, more_columns, more_position
     assert pad(batch, shape_of(batch), pad_id=-7) is batch
 
 
-@given(st.integers(1, 100_000))
-def test_buckets_are_few_and_near(size):
-    assert size <= bucket(size) <= size + max(size // 4, 0)
-    assert bucket(bucket(size)) == bucket(size)
-
-
-def test_few_buckets():
-    assert len({bucket(size) for size in range(1, 1025)}) <= 36
-
-
 @given(sizes, sizes, sizes)
 def test_the_shape_to_run_is_within_the_profile(rows, seq, masked):
     profile = Profile("only", (2, 3, 9), (3, 4, 9), (4, 4, 9))
     shape = shape_of(Batch(*[np.zeros((rows, seq), dtype=np.int64)] * 2, *[np.zeros(masked, dtype=np.int64)] * 2))
-    for bucketed in (False, True):
-        run = fitted(shape, profile, bucketed=bucketed, keep_seq=False)
-        for axis, size in run._asdict().items():
-            smallest, _, largest = getattr(profile, axis)
-            assert max(smallest, getattr(shape, axis)) <= size <= largest
-        assert fitted(shape, profile, bucketed=bucketed, keep_seq=True).seq == max(seq, 3)
+    assert fitted(shape, profile) == (max(rows, 2), max(seq, 3), max(masked, 4))

@@ -316,7 +316,7 @@ def test_settings_and_texts_from_python(checkpoint):
     assert 1 not in evaluation.tokens["document"].to_pylist()
     assert evaluation.tokens.to_pandas()["log_prob"].max() <= 0
     scores = pseudo_log_likelihood(model, (text for text in ("The statement.", "A name is bound.")))
-    total = sum(score.pseudo_log_likelihood for score in scores)
+    total = sum(score.pseudo_log_likelihood or 0 for score in scores)
     assert evaluation.metrics["pseudo_log_likelihood"]["value"] == pytest.approx(total, abs=1e-4)
     for seeds in ((), (1, 1), (-1,)):
         with pytest.raises(UserError, match="seed"):

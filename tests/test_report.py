@@ -112,7 +112,13 @@ def test_pairs_have_a_report_and_a_comparison(capsys, checkpoint, artifact, tmp_
     values = [json.loads((tmp_path / name / "result.json").read_text())["metrics"]["pair_accuracy"] for name in "ab"]
     difference = found["metrics"]["pair_accuracy"]
     assert difference["difference"] == pytest.approx(values[1]["value"] - values[0]["value"])
-    assert found["pairs"]["phenomena"]["agreement"]["pairs"] == 3
+    assert found["pairs"]["phenomena"]["agreement"]["pair_accuracy"]["pairs"] == 3
+    alone = found["pairs"]["phenomena"]["order"]["pair_accuracy"]
+    assert (alone["pairs"], alone["low"], alone["high"], alone["p_value"]) == (1, None, None, None)
+    assert (
+        json.loads((tmp_path / "a" / "result.json").read_text())["pairs"]["phenomena"]["order"]["pair_accuracy"]["low"]
+        is None
+    )
     assert (tmp_path / "page" / "compare.html").exists()
     # a plain file of pairs needs no declaration
     code, out, err = run(capsys, "eval", artifact("bert"), "--set", path, "--metric", "pairs", "--json")
@@ -148,7 +154,7 @@ def test_a_comparison_is_paired(results):
     assert found["low"] <= found["difference"] <= found["high"]
     assert 0 < found["p_value"] <= 1
     treatment = other["slices"]["masked"]["treatment"]
-    assert sum(group["tokens"] for group in treatment.values()) == len(masked[0])
+    assert sum(group["masked_cross_entropy"]["tokens"][0] for group in treatment.values()) == len(masked[0])
     largest = other["tokens"][0]
     first = [table[table.mask_seed == 0] for table in masked]
     assert abs(largest["difference"]) == pytest.approx(
@@ -159,9 +165,10 @@ def test_a_comparison_is_paired(results):
 
 def test_a_result_compared_with_itself_differs_in_nothing(results):
     (found,) = compare([results["torch"], results["torch"]])["comparisons"]
-    for difference in found["metrics"].values():
-        assert (difference["difference"], difference["low"], difference["high"]) == (0, 0, 0)
-        assert difference["p_value"] == 1
+    for name, difference in found["metrics"].items():
+        bounds = (None, None, None) if name == "expected_calibration_error" else (0, 0, 1)
+        assert difference["difference"] == 0
+        assert (difference["low"], difference["high"], difference["p_value"]) == bounds
 
 
 def test_what_cannot_be_compared_is_refused_with_the_reason(capsys, results, checkpoint, texts, tmp_path):
@@ -236,6 +243,21 @@ def test_other_tokenizers_compare_by_bytes(checkpoint, texts, tmp_path):
     assert found["tokens"] == []
 
 
+def test_tokenizers_with_the_same_counts_and_other_tokens_compare_by_bytes_too(checkpoint, texts, tmp_path):
+    """The digest covers positions and the mask's id, which they share."""
+    copy = Path(shutil.copytree(checkpoint("bert"), tmp_path / "copy"))
+    tokenizer = json.loads((copy / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    vocabulary["of"], vocabulary["is"] = vocabulary["is"], vocabulary["of"]
+    (copy / "tokenizer.json").write_text(json.dumps(tokenizer))
+    (tmp_path / "known.txt").write_text("A name is bound.\nThe value of a name.\n")
+    for name, model in (("a", checkpoint("bert")), ("b", copy)):
+        evaluate(model, tmp_path / "known.txt", metrics="pseudo", output=tmp_path / name)
+    (found,) = compare([tmp_path / "a", tmp_path / "b"])["comparisons"]
+    assert "bits_per_byte" in found["metrics"] and "pseudo_perplexity" not in found["metrics"]
+    assert found["slices"] == {} and found["tokens"] == []
+
+
 def test_an_edited_table_is_noticed(results, tmp_path, checkpoint, texts):
     evaluate(str(checkpoint("bert")), texts, metrics="masked", mask_seed=[0, 1], output=tmp_path / "edited")
     table = pq.read_table(tmp_path / "edited" / "tokens.parquet")
@@ -254,8 +276,21 @@ def test_the_comparison_as_lines_and_page(capsys, results, tmp_path):
     code, out, err = run(capsys, "compare", results["torch"], results["modern"], "--output", tmp_path, "--top", 3)
     assert code == 0, err
     lines = out.splitlines()
-    assert any(line.startswith("masked_cross_entropy ") for line in lines)
-    assert sum("document" in line and "token" in line for line in lines) == 3
+    (overall,) = (line for line in lines if line.startswith("masked_cross_entropy  "))
+    assert overall.split()[1] == "lower" and re.search(r" < 0\.002   [\d,]+ / 32$", overall)
+    assert sum(line.startswith("  '") for line in lines) == 3
     text = (tmp_path / "compare.html").read_text(encoding="utf-8")
+    assert "&lt; 0.002" in text and "(lower is better)" in text and re.search(r"\ball \(n: [\d,]+ / 32\)", text)
     assert "<b>evil" not in text
     assert "svg" in Page(text).tags
+
+
+def test_what_agrees_is_one_line(capsys, results, tmp_path):
+    """Engine and checkpoint differ in their last bits alone."""
+    code, out, err = run(capsys, "compare", results["torch"], results["onnx"], "--output", tmp_path)
+    assert code == 0, err
+    *notes, line, page = out.splitlines()
+    assert re.fullmatch(r"A and B agree to \de-\d\d in (\d+) of \1 rows", line)
+    assert all(note.startswith(("A: ", "B: ", "note: ")) for note in notes) and page.startswith("page: ")
+    assert line in (tmp_path / "compare.html").read_text(encoding="utf-8")
+    assert "agree exactly" in run(capsys, "compare", results["torch"], results["torch"])[1]

@@ -111,6 +111,7 @@ def test_score_gives_what_the_library_gives(variant, artifact, server):
             assert answer["pseudo_perplexity"] is None
         for token in answer["per_token"]:
             assert 0 <= token["start"] < token["end"] <= len(text)
+    assert found[-1]["pseudo_log_likelihood"] is None  # no token, so no score
     single = server("roberta").ask("/score", {"inputs": texts[0], "parameters": parameters}).json
     assert single["tokens"] == len(expected[0].token_ids)
     assert "per_token" not in server("roberta").ask("/score", {"inputs": "a"}).json

@@ -330,6 +330,24 @@ def test_training_a_tokenizer_twice_gives_the_same(tokenizer_folder):
         assert Tokenizer.from_transformers(again).fingerprint == load_tokenizer(str(tokenizer_folder(kind))).fingerprint
 
 
+@pytest.mark.parametrize("kind", ["wordpiece", "bpe"])
+def test_a_long_word_loses_no_character(kind):
+    """Proteins: WordPiece takes words of up to 100 characters, so longer ones are cut there."""
+    from mlmkit.train.config import TokenizerConfig
+    from mlmkit.train.tokenizer import train_tokenizer
+
+    proteins = [
+        "MKTAYIAKQRQISFVKSHFSRQLEERLGLIEVQAPILSRVGDGTQDNLSGAEKAVQVKVKALPDAQFEVV" * times for times in (1, 3, 40)
+    ]
+    trained = train_tokenizer(lambda: proteins, TokenizerConfig(kind=kind, vocab_size=300), max_length=64)
+    tokens = Tokenizer.from_transformers(trained).encode(proteins)
+    assert tokens.unknown.tolist() == [0, 0, 0]
+    words = [set(part.tolist()) for part in np.split(tokens.words, np.cumsum(tokens.lengths)[:-1])]
+    assert [len(each) for each in words] == ([1, 3, 28] if kind == "wordpiece" else [1, 1, 1])
+    spelled = [str(trained.decode(trained(text, add_special_tokens=False).input_ids)) for text in proteins]
+    assert [text.replace(" ", "") for text in spelled] == proteins
+
+
 def test_truncation_and_padding_of_the_file_are_switched_off(tokenizer_folder, tmp_path):
     for file in tokenizer_folder("wordpiece").iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())

@@ -1,23 +1,33 @@
 """Training: configuration, the loop, resuming."""
 
 import json
+import re
+import shutil
+from contextlib import nullcontext
+from dataclasses import replace
+from itertools import permutations
+from pathlib import Path
 
 import pytest
 import torch
 from training import log_lines, weights, write_config
 
 import mlmkit
-from mlmkit import corpus
+from mlmkit import corpus, evaluate
+from mlmkit.backends import load as load_backend
 from mlmkit.cli import main
 from mlmkit.distributed import Ranks
 from mlmkit.errors import CheckError, UserError
 from mlmkit.export.export import export
 from mlmkit.export.proof_text import ProofText
 from mlmkit.files import file_sha256
+from mlmkit.masking import MaskRecipe
 from mlmkit.model import MaskedLM, load_pretrained, load_tokenizer
 from mlmkit.train import loop
 from mlmkit.train.checkpoint import checkpoints
-from mlmkit.train.config import Config, load_config
+from mlmkit.train.config import Config, DataConfig, load_config
+from mlmkit.train.dry_run import dry_run
+from mlmkit.train.dry_run import lines as dry_run_lines
 from mlmkit.train.presets import PRESETS, build_config
 from mlmkit.train.start import begin_or_check
 
@@ -42,7 +52,7 @@ def config(tmp_path, text_file) -> Config:
         ("masking.mask_prob=1.5", "mask_prob must be between"),
         ("masking.mask_prob=nan", "mask_prob must be between"),
         ("masking.mask_prob=1e-300", "masking.mask_prob must be at least 0.001 and below 1, not 1e-300"),
-        ("masking.mask_prob=1", "masking.mask_prob must be at least 0.001 and below 1, not 1:"),
+        ("masking.mask_prob=1", "masking.mask_prob must be at least 0.001 and below 1, not 1.0"),
         ("train.micro_batch_tokens=8", "must hold one row"),
         ("train.global_batch_tokens=300", "multiple of"),
         ("tokenizer.kind=words", "tokenizer.kind must be one of wordpiece, bpe"),
@@ -57,11 +67,51 @@ def config(tmp_path, text_file) -> Config:
         ("optim.warmup_steps=-1", "optim.warmup_steps must be"),
         ("train.seed=-1", "train.seed must be"),
         ("train.device=tpu", "train.device must be one of auto, cpu, cuda"),
+        ("tokenizer.vocab_size=99999999999", r"tokenizer.vocab_size must be between 1 and 2\*\*24, not 99999999999"),
     ],
 )
 def test_wrong_settings_are_named(tmp_path, text_file, override, message):
     with pytest.raises(UserError, match=message):
         write_config(tmp_path, text_file, "bert-tiny", override)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ("model.init_from=x model.architecture=bert-small", "model.architecture has no effect, as model.init_from"),
+        ("model.init_from=x tokenizer.lowercase=false", "tokenizer.lowercase has no effect, as model.init_from"),
+        ("model.init_from=x tokenizer.path=y", "tokenizer.path has no effect, as model.init_from"),
+        ("tokenizer.path=y tokenizer.vocab_size=16000", "tokenizer.vocab_size has no effect, as tokenizer.path"),
+        ("optim.decay_share=0.2", "optim.decay_share has no effect, as optim.schedule"),
+        ("data.text_field=text", "data.text_field has no effect, as text files"),
+        ("data.train=a.jsonl data.blank_line=true", "data.blank_line has no effect"),
+        ("data.weights=[2.0]", "data.weights has no effect"),
+        ("data.train=['a','b'] data.weights=[0.5,0.5]", "data.weights has no effect"),
+        ("train.steps=1 masking.final_mask_prob=0.3", "masking.final_mask_prob has no effect"),
+        ("train.steps=12 optim.warmup_steps=12", r"warmup_steps \(12\) must be below train.steps \(12\)"),
+        ("model.init_from=x model.architecture=", ""),
+        ("optim.decay_share=0.2 optim.schedule=wsd", ""),
+        ("data.held_out=a.parquet data.text_field=text", ""),
+        ("data.train=a.jsonl data.blank_line=false", ""),
+        ("data.train=['a.txt','b.jsonl'] data.blank_line=true data.text_field=text data.weights=[1,1]", ""),
+    ],
+)
+def test_a_setting_without_effect_is_refused(tmp_path, settings, message):
+    (tmp_path / "config.toml").write_text('[data]\ntrain = "text.txt"\n')
+    with pytest.raises(UserError, match=message) if message else nullcontext():
+        load_config(tmp_path / "config.toml", settings.split())
+
+
+@pytest.mark.parametrize(("steps", "warmup"), [(1, 0), (4, 0), (100, 10), (101, 100), (5000, 100)])
+def test_a_short_run_warms_up_for_a_tenth_of_it(tmp_path, steps, warmup):
+    (tmp_path / "config.toml").write_text(f'[data]\ntrain = "text.txt"\n[train]\nsteps = {steps}\n')
+    assert load_config(tmp_path / "config.toml").optim.warmup_steps == warmup
+
+
+def test_the_documented_configuration_is_that_of_the_defaults(tmp_path):
+    page = (Path(__file__).parent.parent / "docs" / "training.md").read_text(encoding="utf-8")
+    (tmp_path / "config.toml").write_text(page.partition("```toml\n")[2].partition("```")[0], encoding="utf-8")
+    assert load_config(tmp_path / "config.toml") == Config(data=DataConfig(train=("corpus.txt",)))
 
 
 def test_overrides_take_values_of_their_type(tmp_path, text_file):
@@ -95,8 +145,6 @@ def test_presets_take_the_length_asked_for(name, tokenizer_folder):
 
 
 def test_training_learns_and_leaves_a_hugging_face_folder(config, tmp_path):
-    from dataclasses import replace
-
     from transformers import pipeline
 
     config = replace(config, train=replace(config.train, steps=60, save_every=60))
@@ -118,11 +166,13 @@ def test_the_folder_of_a_run_stands_for_its_model(config, tmp_path, text_file, c
     assert mlmkit.load(str(run)).info.path == str(model)
     assert load_tokenizer(str(run)).fingerprint == load_tokenizer(str(model)).fingerprint
     export(str(run), tmp_path / "artifact", text=ProofText("a text", ["The statement of the text."] * 3))
-    for command in (["fill", run, "The [MASK]"], ["score", run, text_file], ["eval", run, "--set", text_file]):
+    short = tmp_path / "short.txt"
+    short.write_text("".join(text_file.read_text().splitlines(keepends=True)[:2]))
+    for command in (["fill", run, "The [MASK]"], ["score", run, short], ["eval", run, "--set", short]):
         with pytest.raises(SystemExit) as stop:
             main([str(word) for word in command])
         assert not stop.value.code, capsys.readouterr().err
-    further = write_config(tmp_path, text_file, "bert-tiny", f"model.init_from={run}", "train.steps=1")
+    further = write_config(tmp_path, text_file, "bert-tiny", f"model.init_from={run}", "train.steps=2")
     loop.train(further, tmp_path / "further")
     assert caplog.messages.count(taken) == 1
     (run / "model").rename(tmp_path / "elsewhere")
@@ -142,8 +192,15 @@ def test_another_configuration_or_text_is_refused(config, tmp_path, text_file):
         loop.train(write_config(tmp_path, text_file, "bert-tiny", "optim.lr=0.1"), tmp_path / "run")
     other = tmp_path / "other.txt"
     other.write_text("another text\n" * 20)
-    with pytest.raises(UserError, match="begun with another"):
+    with pytest.raises(UserError, match=r"begun with another text in data\.train: choose another --output"):
         loop.train(write_config(tmp_path, other, "bert-tiny"), tmp_path / "run")
+
+
+def test_the_same_text_may_lie_elsewhere(config, tmp_path, text_file):
+    model = loop.train(config, tmp_path / "run")
+    moved = tmp_path / "moved.jsonl"
+    moved.write_text("".join(json.dumps({"body": line}) + "\n" for line in text_file.read_text().splitlines()))
+    assert loop.train(write_config(tmp_path, moved, "bert-tiny", "data.text_field=body"), tmp_path / "run") == model
 
 
 def test_a_folder_with_something_else_is_left_alone(config, tmp_path):
@@ -182,6 +239,10 @@ def test_nothing_is_written_when_training_cannot_start(tmp_path, text_file, sett
         ('{"model_type": "bert", "hidden_size": "32"}', "cannot be loaded"),
         ('{"model_type": "nothing"}', "no model_type 'nothing'"),
         ("{}", "no model_type None"),
+        (
+            '{"model_type": "bert", "hidden_size": 163840, "intermediate_size": 655360, "num_attention_heads": 16}',
+            r"takes 62,\d{3}\.\d GB of memory for 3,89\d(,\d{3}){3} parameters; \d+\.\d GB are free",
+        ),
         ("[]", "no JSON object"),
         ("{", "not a Hugging Face config.json"),
     ],
@@ -196,8 +257,6 @@ def test_an_unusable_architecture_is_named(tmp_path, text_file, content, message
 
 def test_a_half_written_checkpoint_is_not_taken(config, tmp_path):
     straight = weights(loop.train(config, tmp_path / "run"))
-    import shutil
-
     shutil.rmtree(tmp_path / "run" / "model")
     newest = checkpoints(tmp_path / "run")[-1]
     newest.rename(newest.with_name(".step-00000012.half"))
@@ -234,6 +293,128 @@ def test_training_goes_on_from_a_checkpoint(tmp_path, text_file, checkpoint):
     assert all(torch.allclose(before[name], after[name], atol=1e-6) for name in before)
 
 
+def test_positions_that_are_computed_are_extended(tmp_path, text_file, checkpoint):
+    """The checkpoint holds rows of 64 tokens."""
+    settings = ("train.steps=4", f"model.init_from={checkpoint('modernbert')}", "model.max_length=96")
+    config = write_config(tmp_path, text_file, "", *settings)
+    saved = load_backend(str(loop.train(config, tmp_path / "run")), "torch", "cpu")
+    assert (saved.info.max_length, saved.tokenizer.limit) == (96, 96)
+    _, [corpus] = begin_or_check(config, tmp_path / "run", Ranks())
+    assert corpus.folder and (corpus.folder / "windows-94").exists()
+
+
+@pytest.mark.parametrize("kind", ["bert", "roberta"])
+def test_a_table_of_positions_is_not_extended(tmp_path, text_file, checkpoint, kind):
+    config = write_config(tmp_path, text_file, "", f"model.init_from={checkpoint(kind)}", "model.max_length=65")
+    with pytest.raises(UserError, match=r"has a table of 64 positions: model\.max_length \(65\) must not exceed it"):
+        loop.train(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_given_tokenizer_takes_the_length_of_the_model(tmp_path, text_file, tokenizer_folder):
+    """It was made for 64."""
+    settings = (f"tokenizer.path={tokenizer_folder('wordpiece')}", "model.max_length=96", "train.steps=2")
+    loop.train(write_config(tmp_path, text_file, "bert-tiny", *settings), tmp_path / "run")
+    assert load_tokenizer(str(tmp_path / "run" / "model")).limit == 96
+
+
+def test_out_of_memory_says_what_can_still_be_done(config, tmp_path, monkeypatch):
+    def fails(*_: object, **__: object) -> float:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "backward", fails)
+        with pytest.raises(UserError, match=r"micro_batch_tokens = 256: lower train\.micro_batch_tokens"):
+            loop.train(config, tmp_path / "run")
+    loop.train(config, tmp_path / "run")
+    (tmp_path / "run" / "model").rename(tmp_path / "model")
+    shutil.rmtree(newest := checkpoints(tmp_path / "run")[-1])
+    monkeypatch.setattr(loop, "backward", fails)
+    with pytest.raises(UserError, match=rf"keeps its batches: .* model\.init_from = {newest.parent}/step-00000008"):
+        loop.train(config, tmp_path / "run")
+
+
+# ------------------------------------------------------------------ the texts
+
+
+@pytest.mark.parametrize(("foreign", "said"), [(0, ""), (1, "INFO"), (90, "WARNING"), (4000, "refused")])
+def test_text_that_the_tokenizer_does_not_know_is_reported(tmp_path, text_file, checkpoint, caplog, foreign, said):
+    lines = text_file.read_text(encoding="utf-8").splitlines()[:100]
+    text = tmp_path / "mixed.txt"
+    text.write_text("".join(f"{line}\n" for line in [*lines, *["ภาษาไทย ไม่มีช่องว่าง"] * foreign]), encoding="utf-8")
+    config = write_config(tmp_path, text, "", f"model.init_from={checkpoint('bert')}", f"data.held_out={text_file}")
+    caplog.set_level("INFO", logger="mlmkit")
+    if said == "refused":
+        as_held_out = replace(config.data, train=(str(text_file),), held_out=str(text))
+        for data in (config.data, as_held_out):
+            with pytest.raises(UserError, match=r"mixed\.txt: [5-9]\d\.\d+% of the characters .* \"bpe\" knows all"):
+                dry_run(replace(config, data=data))
+        return
+    found = dry_run(config)
+    share = found.unknown_characters
+    assert {"": share == 0, "INFO": 0 < share < 0.01, "WARNING": 0.01 < share < 0.5}[said]
+    assert (found.unknown_tokens > 0) == bool(said)
+    assert f"unknown ({share:.2%} of the characters)" in "\n".join(dry_run_lines(found))
+    records = [record for record in caplog.records if "are unknown" in record.message]
+    assert [record.levelname for record in records] == ([said] if said else [])
+
+
+def test_text_of_special_tokens_alone_is_refused(tmp_path, checkpoint):
+    """Most of its characters are spaces."""
+    text = tmp_path / "text.txt"
+    text.write_text("語      語      語\n" * 20, encoding="utf-8")
+    config = write_config(tmp_path, text, "", f"model.init_from={checkpoint('bert')}")
+    with pytest.raises(UserError, match=r"text\.txt: every token is a special one"):
+        loop.train(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.txt", "água".encode("latin-1"), "a.txt: line 1, byte 1 is not UTF-8"),
+        ("a.jsonl", b'{"body": "some text"}', "a.jsonl: line 1 has no field 'text'"),
+        ("a.txt", b"if\n", r"data\.held_out: the masks select no token of .*a\.txt"),
+        ("a.txt", b"\n", "a.txt: no documents in it"),
+    ],
+)
+def test_held_out_text_is_checked_before_the_first_step(tmp_path, text_file, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    config = write_config(tmp_path, text_file, "bert-tiny", f"data.held_out={tmp_path / name}")
+    for start in (dry_run, lambda config: loop.train(config, tmp_path / "run")):
+        with pytest.raises(UserError, match=message):
+            start(config)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_step_without_a_target_has_no_loss(tmp_path, text_file, caplog):
+    """0.2 targets in a step on average."""
+    settings = ("masking.mask_prob=0.002", "train.global_batch_tokens=96", "train.micro_batch_tokens=48")
+    caplog.set_level("WARNING", logger="mlmkit")
+    loop.train(write_config(tmp_path, text_file, "bert-tiny", *settings, "train.steps=20"), tmp_path / "run")
+    entries = log_lines(tmp_path / "run")
+    assert {bool(entry["masked"]) for entry in entries} == {True, False}
+    assert all(("loss" in entry) == bool(entry["masked"]) and entry.get("loss", 9) > 1 for entry in entries)
+    empty = [re.fullmatch(r"step \d+: ([12]) of the last 2 steps had nothing to predict", m) for m in caplog.messages]
+    assert 20 > sum(int(found[1]) for found in empty if found) > 8
+
+
+@pytest.mark.parametrize(("kind", "effect"), [("wordpiece", "has no effect"), ("bpe", "hides whole stretches")])
+def test_whole_word_masking_of_text_without_spaces_is_warned_of(tmp_path, caplog, kind, effect):
+    text, names = (
+        tmp_path / "text.txt",
+        ("天地玄黄宇宙洪荒", "日月盈昃辰宿列张", "寒来暑往秋收冬藏", "闰余成岁律吕调阳"),
+    )
+    text.write_text("".join(f"{''.join(each)}\n" for each in permutations(names)), encoding="utf-8")
+    settings = (f"tokenizer.kind={kind}", "tokenizer.vocab_size=300", "masking.whole_word=true", "train.steps=2")
+    config = write_config(tmp_path, text, "bert-tiny", *settings)
+    model = loop.train(config, tmp_path / "run")
+    dry_run(config)
+    evaluate(model, text, recipe=MaskRecipe(whole_word=True))
+    said = [message for message in caplog.messages if "whole-word masking " + effect in message]
+    assert len(said) == len([message for message in caplog.messages if "whole-word" in message]) == 3
+
+
 def test_held_out_text_may_be_a_dataset(tmp_path, text_file):
     """As the training text may: here a local folder that `datasets` reads."""
     folder = tmp_path / "dataset"
@@ -246,9 +427,10 @@ def test_held_out_text_may_be_a_dataset(tmp_path, text_file):
 
 def test_each_start_hashes_a_text_once(config, tmp_path, monkeypatch):
     [source], hashed = config.data.sources, []
+    monkeypatch.setenv("MLMKIT_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(corpus, "file_sha256", lambda path: hashed.append(str(path)) or file_sha256(path))
-    for _ in ("a new run", "one that is there"):
+    for times in (2, 1):  # before and after it is tokenised; once it is
         hashed.clear()
         tokenizer, [found] = begin_or_check(config, tmp_path / "run", Ranks())
-        assert hashed == [source.location]
+        assert hashed.count(source.location) == times
         assert found.folder == corpus.cache_folder(source, tokenizer)

@@ -28,7 +28,7 @@ from mlmkit.model import load_pretrained
 from mlmkit.packing import enable_packing
 from mlmkit.tokenizer import Tokenizer
 from mlmkit.train import order
-from mlmkit.train.config import MaskingConfig
+from mlmkit.train.config import Config, DataConfig, MaskingConfig, ModelConfig, RunConfig
 from mlmkit.train.data import MicroBatch, TrainingData
 from mlmkit.train.order import Cursor, Order, permute
 
@@ -111,17 +111,17 @@ def make_data(
     parts, *, masking=None, passes=(1.0, 1.0), packed=True, max_length=32, tokens=128, corpora=None, fixed=False
 ) -> TrainingData:
     model, tokenizer, both = parts
-    return TrainingData(
-        corpora or both[: len(passes)],
-        passes,
-        tokenizer,
-        masking or MaskingConfig(),
-        max_length=max_length,
-        micro_batch_tokens=tokens,
-        seed=5,
-        packed=packed,
-        position_offset=model.position_offset,
-        fixed_shapes=fixed,
+    config = make_config(passes, masking or MaskingConfig(), max_length, tokens, seed=5, compile=fixed)
+    corpora = corpora or both[: len(passes)]
+    return TrainingData(config, corpora, tokenizer, packed=packed, position_offset=model.position_offset)
+
+
+def make_config(passes: tuple[float, ...], masking: MaskingConfig, max_length: int, tokens: int, **train) -> Config:
+    return Config(
+        data=DataConfig(train=("text.txt",) * len(passes), weights=passes),
+        model=ModelConfig(max_length=max_length),
+        masking=masking,
+        train=RunConfig(global_batch_tokens=tokens, micro_batch_tokens=tokens, **train),
     )
 
 
@@ -311,16 +311,8 @@ def test_odd_documents_are_trained_on(tokenizer_folder, tmp_path, kind):
     (tmp_path / "odd.txt").write_bytes("\n".join(lines).encode())
     corpus = load_corpus(Source(str(tmp_path / "odd.txt")), tokenizer)
     assert len(corpus) == len([line for line in lines if line.strip()])
-    data = TrainingData(
-        [corpus],
-        (1.0,),
-        tokenizer,
-        MaskingConfig(whole_word=True),
-        max_length=64,
-        micro_batch_tokens=512,
-        seed=0,
-        packed=True,
-    )
+    config = make_config((1.0,), MaskingConfig(whole_word=True), 64, 512)
+    data = TrainingData(config, [corpus], tokenizer, packed=True)
     shown = Counter()
     for batch, _, rows in epoch_of(data, 0):
         assert len(batch.positions) == len(batch.targets)
@@ -395,14 +387,15 @@ if __name__ == "__main__":
     from mlmkit.corpus import load_corpus
     from mlmkit.documents import Source
     from mlmkit.tokenizer import Tokenizer
-    from mlmkit.train.config import MaskingConfig
+    from mlmkit.train.config import Config, DataConfig, ModelConfig, RunConfig
     from mlmkit.train.data import TrainingData
     from mlmkit.train.order import Cursor
 
     tokenizer = Tokenizer.from_folder(Path(sys.argv[2]))
     corpus = load_corpus(Source(sys.argv[1]), tokenizer)
-    settings = {"max_length": 32, "micro_batch_tokens": 64, "seed": 0, "packed": True}
-    data = TrainingData([corpus], (1.0,), tokenizer, MaskingConfig(), **settings)
+    run = RunConfig(global_batch_tokens=64, micro_batch_tokens=64)
+    config = Config(data=DataConfig(train=("text.txt",)), model=ModelConfig(max_length=32), train=run)
+    data = TrainingData(config, [corpus], tokenizer, packed=True)
     batches = data.batches(Cursor(), micro_batches=500, steps=10**9, workers=2)
     next(batches)
     print(*(child.pid for child in multiprocessing.active_children()), flush=True)

@@ -163,6 +163,23 @@ def test_time_within_a_pause_is_not_training_time(tmp_path, monkeypatch):
     assert read_log(tmp_path)[0]["tokens_per_second"] == pytest.approx(50)
 
 
+def test_the_first_entry_after_a_resume_counts_the_steps_before_it(tmp_path, monkeypatch):
+    """Of a second each, in two processes. The second step has no target, so it does not count in the loss."""
+    now, sums = 0.0, training_log.NO_STEPS
+    monkeypatch.setattr(training_log.time, "perf_counter", lambda: now)
+    for first in (1, 3):
+        now += 1000
+        with TrainingLog(tmp_path, make_config(log_every=4), first - 1, json.loads(json.dumps(sums))) as log:
+            for step in (first, first + 1):
+                now += 1
+                masked = 0 if step == 2 else 10
+                log.record(step, loss=float(step) if masked else 0.0, tokens=100, masked=masked, learning_rate=1)
+            sums = log.open_sums()
+    [entry] = read_log(tmp_path)
+    assert entry.pop("learning_rate") == 1
+    assert entry == {"step": 4, "loss": 8 / 3, "tokens": 400, "masked": 30, "fill": 0.1, "tokens_per_second": 100}
+
+
 def test_without_a_terminal_a_line_comes_now_and_then(tmp_path, monkeypatch, caplog):
     now, line = 0.0, ""
     monkeypatch.setattr(training_log.time, "perf_counter", lambda: now)
@@ -397,6 +414,20 @@ def test_short_and_long_runs_are_drawn(tmp_path, steps):
         alone = {"masked_cross_entropy": {"value": 2.0, "low": None, "high": None}}  # of a single document
         log.held_out(steps, {"mask_digest": DIGEST, "metrics": alone})
     assert curve.draw_loss(tmp_path)
+
+
+def test_each_held_out_text_has_a_curve(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    write_steps(tmp_path, make_config(), 1, 12)
+    with TrainingLog(tmp_path, make_config(), 12) as log:
+        for _ in ("written once", "known"):
+            log.held_out(12, held_out_result(7.0) | {"mask_digest": "0"})
+    figures = []
+    monkeypatch.setattr(curve, "save", lambda figure, path: figures.append(figure))
+    curve.draw_loss(tmp_path)
+    lines = {line.get_label(): line.get_xydata().tolist() for line in figures[0].axes[0].lines}
+    assert lines["another text, last 0.167"] == [[4, 0.5], [8, 0.25], [12, 2 / 12]]
+    assert lines["held out, 95 % interval, last 7.000"] == [[12, 7.0]]
 
 
 def test_smoothing_is_the_mean_around_a_point():

@@ -241,12 +241,6 @@ def test_a_plan_is_a_model_of_its_own(plan, tmp_path):
     assert (group["kind"], group["profile"]) == ("KIND_GPU", [str(number) for number in range(len(built.profiles))])
 
 
-def test_a_plan_without_weights_is_left_out(plan, tmp_path, caplog):
-    source = plan(strip_weights=True)
-    assert write_repository(source, tmp_path / "repository") == ["artifact"]
-    assert "holds no weights" in caplog.text
-
-
 def run(capsys, *arguments):
     with pytest.raises(SystemExit) as exit:
         main([str(argument) for argument in arguments])

@@ -5,6 +5,7 @@ Heavy imports happen in the module that is picked: running an artifact imports n
 
 import logging
 from dataclasses import dataclass
+from os import PathLike, fspath
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -138,10 +139,8 @@ def tensorrt_obstacle(manifest: Manifest) -> str | None:
     return obstacle(manifest.tensorrt)
 
 
-def load(path: str, backend: str = "auto", device: str = "auto") -> Backend:
+def load(path: str | PathLike[str], backend: str = "auto", device: str = "auto") -> Backend:
     """A checkpoint folder or hub name with torch; an artifact with TensorRT if it can be, else with ONNX Runtime.
-
-    A version-compatible plan brings host code, so it runs only where TensorRT is asked for by name.
 
     Raises `UserError` when `path` is neither, or cannot be run with what was asked for.
     """
@@ -149,7 +148,7 @@ def load(path: str, backend: str = "auto", device: str = "auto") -> Backend:
         raise UserError(f"no backend {backend!r}: choose {', '.join(BACKENDS)}")
     if device not in DEVICES:
         raise UserError(f"no device {device!r}: choose {', '.join(DEVICES)}")
-    path = locate_model(path)
+    path = locate_model(fspath(path))
     if is_artifact(Path(path)):
         if backend == "torch":
             raise UserError(f"{path} is an artifact, which torch cannot run: name the checkpoint it came from")
@@ -176,7 +175,7 @@ def _picks_tensorrt(path: str, backend: str, device: str) -> bool:
             raise UserError(f"{path}: {reason}")
         return True
     manifest = parse_manifest(Path(path))
-    if backend != "auto" or device == "cpu" or manifest.tensorrt is None or manifest.tensorrt.version_compatible:
+    if backend != "auto" or device == "cpu" or manifest.tensorrt is None:
         return False
     reason = tensorrt_obstacle(manifest)
     if reason:

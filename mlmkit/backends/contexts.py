@@ -11,7 +11,7 @@ import tensorrt as trt  # pyright: ignore[reportMissingModuleSource]
 from numpy.typing import NDArray
 
 from mlmkit.backends import Batch
-from mlmkit.backends.cuda import ALIGNMENT, Arena, Graph, Stream
+from mlmkit.backends.cuda import ALIGNMENT, Arena, Stream
 from mlmkit.backends.fitting import Shape, shape_of
 from mlmkit.errors import CheckError, UserError
 
@@ -19,9 +19,7 @@ from mlmkit.errors import CheckError, UserError
 class Lane:
     """One execution context. It keeps the profile that it was made for: a change would throw away all its shapes."""
 
-    def __init__(
-        self, engine: trt.ICudaEngine, profile: int, dtypes: dict[str, np.dtype], outputs: list[str], *, record: bool
-    ) -> None:
+    def __init__(self, engine: trt.ICudaEngine, profile: int, dtypes: dict[str, np.dtype], outputs: list[str]) -> None:
         # Memory for this profile alone, not for the largest of all.
         strategy = trt.ExecutionContextAllocationStrategy.ON_PROFILE_CHANGE
         self._context: trt.IExecutionContext = engine.create_execution_context(strategy)
@@ -29,40 +27,28 @@ class Lane:
         if self._context is None or not self._context.set_optimization_profile_async(profile, int(self._stream)):
             raise UserError("the GPU has no room for another execution context: stop what else runs on it")
         self._stream.synchronize()
-        self._dtypes, self._output_names, self._record = dtypes, outputs, record
+        self._dtypes, self._output_names = dtypes, outputs
         self._input_arena, self._output_arena = Arena(), Arena()
         self._inputs: list[_Slot] = []
         self._outputs: list[_Slot] = []
-        self._graph: Graph | None = None
-        self.shape: Shape | None = None
+        self._shape: Shape | None = None
 
     def run(self, batch: Batch) -> dict[str, NDArray[Any]]:
         """What the plan computes of a batch that its profile holds, as new arrays. Raises `CheckError`."""
-        if self.shape != shape_of(batch):
+        if self._shape != shape_of(batch):
             self._prepare(batch)
         for slot in self._inputs:
             slot.view(self._input_arena)[...] = getattr(batch, slot.name)
-        if self._graph is not None:
-            self._graph.launch(self._stream)
-        else:
-            self._enqueue()
-        self._stream.synchronize()
-        results = {slot.name: slot.view(self._output_arena).copy() for slot in self._outputs}
-        # TensorRT does what a new shape asks for in the first run after it, which must not be recorded. A recording
-        # is good only while its context stays as it is, hence one at most, dropped with the shape.
-        if self._record and self._graph is None:
-            self._graph = self._stream.capture(self._enqueue)
-        return results
-
-    def _enqueue(self) -> None:
         self._input_arena.to_device(self._inputs[-1].end, self._stream)
         if not self._context.execute_async_v3(int(self._stream)):
             raise CheckError("the execution was refused")
         self._output_arena.to_host(self._outputs[-1].end, self._stream)
+        self._stream.synchronize()
+        return {slot.name: slot.view(self._output_arena).copy() for slot in self._outputs}
 
     def _prepare(self, batch: Batch) -> None:
         """Tell the context the shapes, and then where everything lies."""
-        self.shape, self._graph = None, None
+        self._shape = None
         shapes = [(name, values.shape) for name, values in batch._asdict().items()]
         for name, shape in shapes:
             if not self._context.set_input_shape(name, shape):
@@ -74,7 +60,7 @@ class Lane:
             for slot in slots:
                 if not self._context.set_tensor_address(slot.name, arena.device + slot.offset):
                     raise CheckError(f"the address of {slot.name} was refused")
-        self.shape = shape_of(batch)
+        self._shape = shape_of(batch)
 
     def _output_shape(self, name: str) -> tuple[int, ...]:
         shape = tuple(self._context.get_tensor_shape(name))
@@ -91,41 +77,24 @@ class Lane:
 
 
 class Lanes:
-    """At most `limit` lanes of one profile, made when first needed.
+    """At most `limit` lanes of one profile, made when first needed."""
 
-    With `record` each lane stays with one shape as long as it can: a thread gets the lane that has its shape, a new
-    one, or the one that has waited longest.
-    """
-
-    def __init__(self, make: Callable[[], Lane], limit: int, *, record: bool) -> None:
-        self._make, self._limit, self._record = make, limit, record
-        self._idle: list[Lane] = []
-        self._made = 0
-        self._changed = threading.Condition()
+    def __init__(self, make: Callable[[], Lane], limit: int) -> None:
+        self._make, self._idle = make, list[Lane]()
+        self._free = threading.Semaphore(limit)
 
     @contextmanager
-    def borrow(self, shape: Shape) -> Iterator[Lane]:
+    def borrow(self) -> Iterator[Lane]:
         """A lane for this thread alone, waited for if all are lent."""
-        with self._changed:
-            while (lane := self._take(shape)) is None:
-                self._changed.wait()
-        try:
-            yield lane
-        finally:
-            with self._changed:
+        with self._free:
+            try:
+                lane = self._idle.pop()
+            except IndexError:  # all that were made are lent, and they are fewer than the limit
+                lane = self._make()
+            try:
+                yield lane
+            finally:
                 self._idle.append(lane)
-                self._changed.notify()
-
-    def _take(self, shape: Shape) -> Lane | None:
-        for lane in reversed(self._idle):
-            if lane.shape == shape or not self._record:
-                self._idle.remove(lane)
-                return lane
-        if self._made < self._limit:
-            lane = self._make()
-            self._made += 1
-            return lane
-        return self._idle.pop(0) if self._idle else None
 
 
 @dataclass(frozen=True)

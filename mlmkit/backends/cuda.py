@@ -1,8 +1,7 @@
-"""Memory, streams and graphs of the first CUDA device, through cuda-python: a plan runs without torch."""
+"""Memory and streams of the first CUDA device, through cuda-python: a plan runs without torch."""
 
 import ctypes
 import weakref
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -57,30 +56,6 @@ class Stream:
     def synchronize(self) -> None:
         """Wait for everything that was put on the stream."""
         check(cudart.cudaStreamSynchronize(self._handle))
-
-    def capture(self, enqueue: Callable[[], None]) -> "Graph":
-        """What `enqueue` puts on the stream, recorded instead of run. Its errors pass through."""
-        # Thread-local: an allocation by another thread must not spoil the recording.
-        mode = cudart.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
-        check(cudart.cudaStreamBeginCapture(self._handle, mode))
-        try:
-            enqueue()
-        finally:
-            ended = cudart.cudaStreamEndCapture(self._handle)
-        return Graph(check(ended))
-
-
-class Graph:
-    """Recorded work that is started by one call. Its addresses and shapes are those of the recording."""
-
-    def __init__(self, recorded: Any) -> None:
-        self._executable: cudart.cudaGraphExec_t = check(cudart.cudaGraphInstantiate(recorded, 0))
-        check(cudart.cudaGraphDestroy(recorded))
-        weakref.finalize(self, cudart.cudaGraphExecDestroy, self._executable)
-
-    def launch(self, stream: Stream) -> None:
-        """Put all of it on the stream."""
-        check(cudart.cudaGraphLaunch(self._executable, int(stream)))
 
 
 class Arena:

@@ -64,25 +64,9 @@ def choose(profiles: Sequence[Profile], shape: Shape) -> int:
     )
 
 
-def fitted(shape: Shape, profile: Profile, *, bucketed: bool, keep_seq: bool) -> Shape:
-    """The shape to run: no size below the profile's smallest and, if `bucketed`, few different ones.
-
-    `keep_seq` exempts the sequence from buckets, for a model whose scores change with padding.
-    """
-
-    def size(axis: str, value: int) -> int:
-        smallest, _, largest = getattr(profile, axis)
-        if bucketed and not (keep_seq and axis == "seq"):
-            value = min(bucket(value), largest)
-        return max(value, smallest)
-
-    return Shape(*(size(axis, value) for axis, value in shape._asdict().items()))
-
-
-def bucket(size: int) -> int:
-    """The next multiple of a quarter of the power of two at or below `size`: at most a quarter of it is padding."""
-    step = max((1 << size.bit_length() - 1) // 4, 1)
-    return -(-size // step) * step
+def fitted(shape: Shape, profile: Profile) -> Shape:
+    """The shape to run: no size below the profile's smallest."""
+    return Shape(*(max(size, getattr(profile, axis)[0]) for axis, size in shape._asdict().items()))
 
 
 def pad(batch: Batch, shape: Shape, pad_id: int) -> Batch:

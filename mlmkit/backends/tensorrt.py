@@ -6,10 +6,10 @@ those that it was built by and for.
 
 import hashlib
 import logging
-import re
 import threading
 from collections import deque
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ import numpy as np
 import tensorrt as trt  # pyright: ignore[reportMissingModuleSource]
 from numpy.typing import NDArray
 
-from mlmkit.artifact import GRAPH, PLAN, Manifest, TensorRT
+from mlmkit.artifact import PLAN, Manifest, TensorRT
 from mlmkit.backends import Batch, Scored, open_artifact
 from mlmkit.backends.contexts import Lane, Lanes
 from mlmkit.backends.cuda import find_gpu
@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 INPUTS = Batch._fields
 OUTPUTS = {"log_prob": np.float32, "rank": np.int64, "top_log_prob": np.float32, "top_id": np.int64}
 AGAIN = "build the plan again on this machine (mlmkit export --trt)"
-RECORDED_SHAPES = 8  # contexts that each keep one CUDA graph
+CONTEXTS = 2  # threads that run at once on each profile
 
 
 class Logger(trt.ILogger):
@@ -63,58 +63,46 @@ def obstacle(built: TensorRT) -> str | None:
         gpu = find_gpu()
     except UserError as error:
         return str(error)
-    here = trt.__version__
-    if here != built.version and not (built.version_compatible and _numbers(here) >= _numbers(built.version)):
+    if (here := trt.__version__) != built.version:
         return f"the plan is of TensorRT {built.version} and this is {here}: {AGAIN}"
-    capability = gpu.compute_capability
-    if built.hardware_compatible:
-        if _numbers(capability) < (8, 0):
-            return f"the plan needs compute capability 8.0 or later and this GPU has {capability}: {AGAIN}"
-    elif capability != built.compute_capability:
-        return f"the plan is for compute capability {built.compute_capability} and this GPU has {capability}: {AGAIN}"
+    if (here := gpu.compute_capability) != built.compute_capability:
+        return f"the plan is for compute capability {built.compute_capability} and this GPU has {here}: {AGAIN}"
     return None
 
 
-def create_runtime(logger: Logger, *, host_code: bool) -> trt.Runtime:
-    """What loads plans. `host_code` only for a version-compatible plan, which carries a runtime of its own.
-
-    Raises `UserError` where CUDA does not start.
-    """
+def create_runtime(logger: Logger) -> trt.Runtime:
+    """What loads plans; it does not allow a plan to bring host code. Raises `UserError` where CUDA does not start."""
     try:
-        runtime = trt.Runtime(logger)
+        return trt.Runtime(logger)
     except TypeError:  # how the bindings say that the library made none
         raise UserError(f"TensorRT cannot start here: {logger.reason()}") from None
-    runtime.engine_host_code_allowed = host_code
-    return runtime
 
 
 class TensorRTBackend:
     """The artifact's plan, loaded when it is first needed.
 
-    Shapes that no profile holds are split or padded here. Up to `contexts` threads run at once on each profile. With
-    `cuda_graphs`, shapes are padded to buckets on the first profile, that of small batches, and each is recorded once
-    and then started by one call; larger runs are long enough to hide their launches.
+    Shapes that no profile holds are split or padded here. Up to `CONTEXTS` threads run at once on each profile.
     Raises `UserError` when the artifact has no plan that may run here.
     """
 
     name = "tensorrt"
     device = "cuda"
 
-    def __init__(self, path: str, *, contexts: int = 2, cuda_graphs: bool = False) -> None:
+    def __init__(self, path: str) -> None:
         self.manifest, _, self.tokenizer, info = open_artifact(path)
         built = self.manifest.tensorrt
         if built is None or not built.profiles or PLAN not in self.manifest.files:
             raise UserError(f"{path} has no TensorRT plan: {AGAIN}")
         if reason := obstacle(built):
             raise UserError(f"{path}: {reason}")
-        if (gpu := find_gpu().name) != built.gpu and not built.hardware_compatible:
+        if (gpu := find_gpu().name) != built.gpu:
             log.warning("the plan was built on %s and this is %s: it may be slower than one built here", built.gpu, gpu)
         self.info = replace(info, max_length=min(info.max_length, max(p.seq[2] for p in built.profiles)))
         if info.sees_padding and any(profile.seq[0] > 1 for profile in built.profiles):
             raise UserError(f"{path}: padding changes this model's scores, and its plan would need it: {AGAIN}")
-        self.profiles, self.contexts, self.cuda_graphs = built.profiles, contexts, cuda_graphs
+        self.profiles = built.profiles
         self._logger = Logger()
-        self._runtime = create_runtime(self._logger, host_code=built.version_compatible)  # must outlive its engine
+        self._runtime = create_runtime(self._logger)  # must outlive its engine
         self._loaded: _Engine | None = None
         self._lock = threading.Lock()
 
@@ -133,16 +121,11 @@ class TensorRTBackend:
                     results[name][index] = values
         return Scored(**results)
 
-    def records(self, profile: int) -> bool:
-        """Whether runs on this profile are recorded as CUDA graphs."""
-        return self.cuda_graphs and profile == 0 and len(self.profiles) > 1
-
     def _run_part(self, engine: "_Engine", part: Batch) -> dict[str, NDArray[Any]]:
         shape = shape_of(part)
         number = choose(self.profiles, shape)
-        wanted = fitted(shape, self.profiles[number], bucketed=self.records(number), keep_seq=self.info.sees_padding)
-        inputs = pad(part, wanted, self.tokenizer.pad_id)
-        with engine.lanes[number].borrow(wanted) as lane:
+        inputs = pad(part, fitted(shape, self.profiles[number]), self.tokenizer.pad_id)
+        with engine.lanes[number].borrow() as lane:
             try:
                 found = lane.run(inputs)
             except CheckError as error:
@@ -172,7 +155,7 @@ class TensorRTBackend:
 
 
 def load_engine(runtime: trt.Runtime, logger: Logger, folder: Path, manifest: Manifest) -> trt.ICudaEngine:
-    """The plan, with its weights. Raises `UserError` for a changed plan or one that does not load."""
+    """The plan. Raises `UserError` for a changed plan or one that does not load."""
     # Hashed here too and not only when the manifest was read: these very bytes are what runs.
     content = (folder / PLAN).read_bytes()
     if hashlib.sha256(content).hexdigest() != manifest.files[PLAN]:
@@ -180,11 +163,6 @@ def load_engine(runtime: trt.Runtime, logger: Logger, folder: Path, manifest: Ma
     engine: trt.ICudaEngine = runtime.deserialize_cuda_engine(content)
     if engine is None:
         raise UserError(f"{folder}: TensorRT cannot load {PLAN}: {logger.reason()}: {AGAIN}")
-    if manifest.tensorrt is not None and manifest.tensorrt.weights_stripped:
-        refitter = trt.Refitter(engine, logger)
-        parser = trt.OnnxParserRefitter(refitter, logger)
-        if not parser.refit_from_file(str(folder / GRAPH)) or not refitter.refit_cuda_engine():
-            raise UserError(f"{folder}: {PLAN} does not take the weights of {GRAPH}: {logger.reason()}: {AGAIN}")
     return engine
 
 
@@ -203,15 +181,8 @@ class _Engine:
         dtypes = {name: np.dtype(trt.nptype(engine.get_tensor_dtype(name))) for name in names}
         lock = threading.Lock()
 
-        def lanes(profile: int, *, record: bool) -> Lanes:
-            def make() -> Lane:
-                with lock:  # contexts may run in parallel; nothing says that they may be made so
-                    return Lane(engine, profile, dtypes, list(OUTPUTS), record=record)
+        def make(profile: int) -> Lane:
+            with lock:  # contexts may run in parallel; nothing says that they may be made so
+                return Lane(engine, profile, dtypes, list(OUTPUTS))
 
-            return Lanes(make, RECORDED_SHAPES if record else backend.contexts, record=record)
-
-        self.lanes = [lanes(number, record=backend.records(number)) for number in range(len(backend.profiles))]
-
-
-def _numbers(version: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in re.findall(r"\d+", version))
+        self.lanes = [Lanes(partial(make, number), CONTEXTS) for number in range(len(backend.profiles))]

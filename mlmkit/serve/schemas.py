@@ -74,9 +74,9 @@ class ScoredToken(BaseModel):
 
 
 class ScoredText(BaseModel):
-    """One text. `pseudo_perplexity` is null for a text without tokens."""
+    """One text. Without a scored token, both figures are null."""
 
-    pseudo_log_likelihood: float = Field(description="The sum over its tokens, natural log.")
+    pseudo_log_likelihood: float | None = Field(description="The sum over its tokens, natural log.")
     pseudo_perplexity: float | None
     tokens: int
     per_token: list[ScoredToken] | None = None

@@ -60,7 +60,7 @@ def read_scores(
     for number, (text, (begin, end)) in enumerate(zip(scoring.texts, pairwise(scoring.ends), strict=True)):
         total, count = float(log_prob[begin:end].sum()), end - begin
         answer: dict[str, Any] = {
-            "pseudo_log_likelihood": total,
+            "pseudo_log_likelihood": total if count else None,
             "pseudo_perplexity": _perplexity(total, count),
             "tokens": count,
         }

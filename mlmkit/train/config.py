@@ -1,23 +1,47 @@
 """The training configuration: one TOML table a dataclass, every key with a default but the text."""
 
 import tomllib
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from difflib import get_close_matches
+from operator import attrgetter
 from pathlib import Path
 from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
 from mlmkit.backends import DEVICES
-from mlmkit.documents import Source
+from mlmkit.documents import Source, is_table
 from mlmkit.errors import UserError
 from mlmkit.masking import MaskRecipe
 
-OPTIMIZERS = ("adamw", "muon")
-SCHEDULES = ("linear", "cosine", "wsd")
-PARALLEL = ("ddp", "fsdp")
-TOKENIZERS = ("wordpiece", "bpe")
-LEAST_MASKED = 0.001  # eight tokens of a batch of 8,192
+CHOICES = {
+    "optim.name": ("adamw", "muon"),
+    "optim.schedule": ("linear", "cosine", "wsd"),
+    "train.parallel": ("ddp", "fsdp"),
+    "train.device": DEVICES,
+    "tokenizer.kind": ("wordpiece", "bpe"),
+}
+# Settings, what holds for each of their values (false for NaN), and how that is said.
+RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
+    (
+        "model.max_length train.steps train.global_batch_tokens train.micro_batch_tokens train.save_every "
+        "train.keep_checkpoints train.log_every optim.eps optim.lr optim.max_grad_norm",
+        lambda value: 0 < value < 1 << 40,
+        "positive and finite",
+    ),
+    ("optim.weight_decay optim.warmup_steps", lambda value: 0 <= value < 1 << 40, "at least 0 and finite"),
+    ("optim.beta1 optim.beta2", lambda value: 0 <= value < 1, "at least 0 and below 1"),
+    # 0.001 is eight tokens of a batch of 8,192. A model learns to tell masked tokens by those that are not.
+    ("masking.mask_prob", lambda value: 0.001 <= value < 1, "at least 0.001 and below 1"),
+    ("masking.final_mask_prob", lambda value: value is None or 0.001 <= value < 1, "at least 0.001 and below 1"),
+    ("optim.decay_share", lambda value: 0 < value <= 1, "above 0 and at most 1"),
+    ("data.weights", lambda value: 0 < value < 1 << 20, "positive and finite"),
+    ("data.workers", lambda value: 0 <= value <= 256, "between 0 and 256"),
+    ("train.seed", lambda value: 0 <= value < 1 << 63, "between 0 and 2**63 - 1"),
+    # Up to here a rank is exact (`MaskedLM.forward`). The tokenizers library aborts the process at 2**30.
+    ("tokenizer.vocab_size", lambda value: 0 < value <= 1 << 24, "between 1 and 2**24"),
+    *((name, known.__contains__, f"one of {', '.join(known)}") for name, known in CHOICES.items()),
+)
 
 
 @dataclass(frozen=True)
@@ -80,13 +104,8 @@ class MaskingConfig:
     whole_word: bool = False
 
     def __post_init__(self) -> None:
-        for name, progress in (("mask_prob", 0.0), ("final_mask_prob", 1.0)):
-            rate = self.recipe(progress).mask_prob
-            if not LEAST_MASKED <= rate < 1:
-                raise UserError(
-                    f"masking.{name} must be at least {LEAST_MASKED} and below 1, not {rate:g}: "
-                    "a model learns to tell masked tokens by those that are not"
-                )
+        for progress in (0.0, 1.0):
+            self.recipe(progress)
 
     def recipe(self, progress: float) -> MaskRecipe:
         """The recipe after a share `progress` of the run, 0 to 1. Raises `UserError` as `MaskRecipe` does."""
@@ -106,7 +125,7 @@ class OptimConfig:
     eps: float = 1e-6
     weight_decay: float = 0.01
     schedule: str = "linear"
-    warmup_steps: int = 100
+    warmup_steps: int = 100  # of a file that does not say: a tenth of the steps if they are 100 at most
     decay_share: float = 0.2  # of all steps, at the end of the schedule wsd
     max_grad_norm: float = 1.0
 
@@ -141,45 +160,18 @@ class Config:
     train: RunConfig = field(default_factory=RunConfig)
 
     def __post_init__(self) -> None:
-        positive = {
-            "model.max_length": self.model.max_length,
-            "tokenizer.vocab_size": self.tokenizer.vocab_size,
-            "train.steps": self.train.steps,
-            "train.global_batch_tokens": self.train.global_batch_tokens,
-            "train.micro_batch_tokens": self.train.micro_batch_tokens,
-            "train.save_every": self.train.save_every,
-            "train.keep_checkpoints": self.train.keep_checkpoints,
-            "train.log_every": self.train.log_every,
-            "optim.eps": self.optim.eps,
-            "optim.lr": self.optim.lr,
-            "optim.max_grad_norm": self.optim.max_grad_norm,
-        }
-        for name, value in positive.items():
-            if not 0 < value < 1 << 40:  # also false for NaN and infinity
-                raise UserError(f"{name} must be positive and finite, not {value}")
-        for name in ("beta1", "beta2"):
-            if not 0 <= getattr(self.optim, name) < 1:
-                raise UserError(f"optim.{name} must be at least 0 and below 1, not {getattr(self.optim, name)}")
-        for name in ("weight_decay", "warmup_steps"):
-            if not 0 <= getattr(self.optim, name) < 1 << 40:
-                raise UserError(f"optim.{name} must be at least 0 and finite, not {getattr(self.optim, name)}")
-        if not 0 <= self.train.seed < 1 << 63:
-            raise UserError(f"train.seed must be between 0 and 2**63 - 1, not {self.train.seed}")
-        self._check_data()
-        choices = {
-            "optim.name": (self.optim.name, OPTIMIZERS),
-            "optim.schedule": (self.optim.schedule, SCHEDULES),
-            "train.parallel": (self.train.parallel, PARALLEL),
-            "train.device": (self.train.device, DEVICES),
-            "tokenizer.kind": (self.tokenizer.kind, TOKENIZERS),
-        }
-        for name, (value, known) in choices.items():
-            if value not in known:
-                raise UserError(f"{name} must be one of {', '.join(known)}, not {value!r}")
-        if not 0 < self.optim.decay_share <= 1:
-            raise UserError(f"optim.decay_share must be above 0 and at most 1, not {self.optim.decay_share}")
-        if self.model.init_from and self.tokenizer.path:
-            raise UserError("tokenizer.path cannot go with model.init_from, which brings its own tokenizer")
+        for names, holds, rule in RANGES:
+            for name in names.split():
+                values = attrgetter(name)(self)
+                for value in values if isinstance(values, tuple) else (values,):
+                    if not holds(value):
+                        raise UserError(f"{name} must be {rule}, not {value!r}")
+        if not self.data.train:
+            raise UserError("data.train is missing: name the text to train on")
+        if self.data.weights and len(self.data.weights) != len(self.data.train):
+            raise UserError(
+                f"data.weights has {len(self.data.weights)} numbers for {len(self.data.train)} texts: give one for each"
+            )
         if self.train.micro_batch_tokens < self.model.max_length:
             raise UserError(
                 f"train.micro_batch_tokens ({self.train.micro_batch_tokens}) must hold one row of model.max_length "
@@ -188,26 +180,26 @@ class Config:
         if self.train.global_batch_tokens % self.train.micro_batch_tokens:
             raise UserError("train.global_batch_tokens must be a multiple of train.micro_batch_tokens")
 
-    def _check_data(self) -> None:
-        if not self.data.train:
-            raise UserError("data.train is missing: name the text to train on")
-        if self.data.weights and len(self.data.weights) != len(self.data.train):
-            raise UserError(
-                f"data.weights has {len(self.data.weights)} numbers for {len(self.data.train)} texts: give one for each"
-            )
-        for weight in self.data.weights:
-            if not 0 < weight < 1 << 20:
-                raise UserError(f"data.weights must be positive and finite, not {weight}")
-        if not 0 <= self.data.workers <= 256:
-            raise UserError(f"data.workers must be between 0 and 256, not {self.data.workers}")
 
-    def as_dict(self) -> dict[str, Any]:
-        """Nested plain values, as `run.json` keeps them."""
-        return asdict(self)
+def _are_tables(data: DataConfig) -> set[bool]:
+    return {is_table(location) for location in (*data.train, data.held_out) if location}
+
+
+_TRAINED = "tokenizer.kind tokenizer.vocab_size tokenizer.lowercase"
+# Settings without effect, when, and why: refused where the user gives them, which a default's value cannot tell.
+IDLE: tuple[tuple[str, Callable[[Config], object], str], ...] = (
+    (f"model.architecture tokenizer.path {_TRAINED}", lambda c: c.model.init_from, "model.init_from brings its own"),
+    (_TRAINED, lambda c: c.tokenizer.path, "tokenizer.path names a finished tokenizer"),
+    ("data.text_field", lambda c: True not in _are_tables(c.data), "text files have no fields"),
+    ("data.blank_line", lambda c: c.data.blank_line and False not in _are_tables(c.data), "there is no text file"),
+    ("data.weights", lambda c: len({*c.data.weights}) == 1 and 1.0 not in c.data.weights, "they are equal"),
+    ("masking.final_mask_prob", lambda c: c.train.steps == 1, "one step has one rate"),
+    ("optim.decay_share", lambda c: c.optim.schedule != "wsd", 'optim.schedule is not "wsd"'),
+)
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Read a TOML file and apply `table.key=value` overrides. Raises `UserError` naming the key at fault."""
+    """Read a TOML file and apply `table.key=value` overrides. Raises `UserError` naming a wrong or useless key."""
     try:
         tables = tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
@@ -223,7 +215,16 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         if not isinstance(values, dict):
             raise UserError(f"{path}: {table} must be a table, [{table}]")
         values[key] = _toml_value(value.strip())
-    return _build(Config, tables, "")
+    config = _build(Config, tables, "")
+    if (warmup := config.optim.warmup_steps) >= (steps := config.train.steps):
+        if "warmup_steps" in tables.get("optim", {}):
+            raise UserError(f"optim.warmup_steps ({warmup}) must be below train.steps ({steps}), for the rate to decay")
+        config = replace(config, optim=replace(config.optim, warmup_steps=steps // 10))
+    given = {f"{table}.{key}" for table, values in tables.items() for key in values if values[key] not in ("", [])}
+    for names, is_idle, reason in IDLE:
+        if (idle := sorted(given.intersection(names.split()))) and is_idle(config):
+            raise UserError(f"{idle[0]} has no effect, as {reason}: leave it out")
+    return config
 
 
 def _toml_value(text: str) -> Any:

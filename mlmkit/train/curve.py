@@ -1,6 +1,7 @@
 """The picture of a run: its loss, held-out and in training, and the learning rate, as `RUN/loss.png`."""
 
 import logging
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -52,7 +53,15 @@ def draw_loss(run: Path) -> Path | None:
         above, below = figure.subplots(2, sharex=True, height_ratios=(3.2, 1))
         step = np.array([entry["step"] for entry in steps])
         _training(above, step, np.array([entry["loss"] for entry in steps]))
-        _held_out(above, [entry for entry in entries if "held_out" in entry])
+        measured = [entry for entry in entries if "held_out" in entry]
+        digests = [entry["held_out"]["mask_digest"] for entry in measured]
+        for digest in dict.fromkeys(digests):  # of a text each, the last one's the run's
+            own = [entry for entry, of in zip(measured, digests, strict=True) if of == digest]
+            metrics = [entry["held_out"]["masked_cross_entropy"] for entry in own]
+            color, label = (TWO, "held out, 95 % interval") if digest == digests[-1] else (MUTED, "another text")
+            style = {"color": color, "linewidth": 0.8, "markersize": 4 if len(own) <= FEW else 2}
+            label += f", last {metrics[-1]['value']:.3f}"
+            draw_intervals(above, [entry["step"] for entry in own], metrics, label=label, **style)
         above.set_ylabel("cross-entropy, nats a masked token")
         figure.suptitle(run.resolve().name, x=0.01, ha="left", fontsize=12)
         above.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, borderaxespad=0.2, fontsize=9)
@@ -96,26 +105,14 @@ def _training(axes: "Axes", step: NDArray[np.int64], loss: NDArray[np.float64]) 
     axes.plot(step, mean, color=ONE, linewidth=1.8, label=f"smoothed, last {mean[-1]:.3f}")
 
 
-def _held_out(axes: "Axes", entries: list[dict]) -> None:
-    if not entries:
-        return
-    step = [entry["step"] for entry in entries]
-    found = [entry["held_out"]["masked_cross_entropy"] for entry in entries]
-    value = [metric["value"] for metric in found]
-    # An interval has no bounds where one document is all that there is.
-    low, high = (
-        [metric["value"] if metric[bound] is None else metric[bound] for metric in found] for bound in ("low", "high")
+def draw_intervals(axes: "Axes", places: Sequence[float], metrics: list[dict[str, Any]], **style: Any) -> None:
+    """A line through the metrics' values, each with its interval; that of a single document has no bounds."""
+    value, low, high = (
+        [metric["value"] if metric[name] is None else metric[name] for metric in metrics]
+        for name in ("value", "low", "high")
     )
-    axes.vlines(step, low, high, color=TWO, linewidth=1.2, zorder=3)
-    axes.plot(
-        step,
-        value,
-        color=TWO,
-        linewidth=0.8,
-        marker="o",
-        markersize=4 if len(step) <= FEW else 2,
-        label=f"held out, 95 % interval, last {value[-1]:.3f}",
-    )
+    axes.vlines(places, low, high, color=style["color"], linewidth=1.3, zorder=3)
+    axes.plot(places, value, marker="o", **style)
 
 
 def smooth(values: NDArray[np.float64], width: int) -> NDArray[np.float64]:

@@ -14,7 +14,7 @@ from mlmkit.batching import pad
 from mlmkit.corpus import Corpus, ranges
 from mlmkit.packing import Pack, packed_inputs, pad_pack
 from mlmkit.tokenizer import Tokenizer
-from mlmkit.train.config import MaskingConfig
+from mlmkit.train.config import Config
 from mlmkit.train.order import Cursor
 from mlmkit.train.packs import Packs, Rows
 from mlmkit.train.workers import from_processes
@@ -40,43 +40,17 @@ class MicroBatch:
 
 
 class TrainingData:
-    """Micro-batches of at most `budget` tokens of several corpora, of which an epoch shows `passes` passes each.
+    """The micro-batches of a run, which depend on its texts, its configuration and the place alone.
 
-    Order, packs and masks depend on the corpora, `seed` and the place alone. With `fixed_shapes` every packed batch has
-    `budget` tokens, the last ones padding, and as many entries in `cu_seqlens`, so that torch.compile compiles once.
-    Raises `UserError` when there is nothing to train on.
+    With `train.compile` every packed batch has `train.micro_batch_tokens` tokens, the last ones padding, and as many
+    entries in `cu_seqlens`, so that torch compiles once. Raises `UserError` when there is nothing to train on.
     """
 
     def __init__(
-        self,
-        corpora: Sequence[Corpus],
-        passes: Sequence[float],
-        tokenizer: Tokenizer,
-        masking: MaskingConfig,
-        *,
-        max_length: int,
-        micro_batch_tokens: int,
-        seed: int,
-        packed: bool,
-        position_offset: int = 0,
-        fixed_shapes: bool = False,
+        self, config: Config, corpora: Sequence[Corpus], tokenizer: Tokenizer, *, packed: bool, position_offset: int = 0
     ) -> None:
-        self.budget, self.packed, self.position_offset = micro_batch_tokens, packed, position_offset
-        self.pad_id, self.max_length = tokenizer.pad_id, max_length
-        # Packs are a sample of all lengths: on paragraphs of Wikipedia the fullest held 94 documents, 76 on average.
-        mean = np.mean([len(corpus.ids) / max(len(corpus), 1) for corpus in corpora]) + tokenizer.added_tokens
-        self.max_members = int(2 * micro_batch_tokens / min(mean, max_length)) + 8 if fixed_shapes and packed else None
-        self.packs = Packs(
-            corpora,
-            passes,
-            tokenizer,
-            masking,
-            max_length=max_length,
-            budget=micro_batch_tokens,
-            seed=seed,
-            packed=packed,
-            max_members=self.max_members,
-        )
+        self.packed, self.position_offset, self.pad_id = packed, position_offset, tokenizer.pad_id
+        self.packs = Packs(config, corpora, tokenizer, packed=packed)
 
     def batches(
         self, cursor: Cursor, *, micro_batches: int, steps: int, rank: int = 0, world: int = 1, workers: int = 0
@@ -105,10 +79,9 @@ class TrainingData:
                 torch.from_numpy(np.concatenate([[0], ends]).astype(np.int32)),
                 longest,
             )
-            if self.max_members:
-                packed = pad_pack(
-                    packed, total=self.budget, most=self.max_members, longest=self.max_length, pad_id=self.pad_id
-                )
+            if most := self.packs.max_members:
+                total, longest = self.packs.budget, self.packs.max_length
+                packed = pad_pack(packed, total=total, most=most, longest=longest, pad_id=self.pad_id)
             inputs, positions = packed_inputs(packed), rows.positions
         else:
             input_ids, attention_mask = pad(np.split(rows.input_ids, ends[:-1]), self.pad_id)

@@ -13,10 +13,12 @@ from mlmkit.distributed import Ranks
 from mlmkit.packing import enable_packing
 from mlmkit.tokenizer import Tokenizer
 from mlmkit.train.config import Config
-from mlmkit.train.data import MicroBatch
+from mlmkit.train.data import MicroBatch, TrainingData
 from mlmkit.train.estimate import Memory, Parameters, count_parameters, estimate_memory, flops_per_token
+from mlmkit.train.log import check_loggers
 from mlmkit.train.order import Cursor
-from mlmkit.train.start import begin_or_check, build_model, make_data
+from mlmkit.train.start import begin_or_check, build_model
+from mlmkit.train.texts import token_shares
 
 SAMPLED_TOKENS = 500_000  # fill and document lengths are those of so many
 SHOWN_DOCUMENTS, SHOWN_CHARACTERS = 6, 400
@@ -26,8 +28,9 @@ SHOWN_DOCUMENTS, SHOWN_CHARACTERS = 6, 400
 class DryRun:
     """`tokens` are real ones, special tokens included, padding never; `fill` is their share of the batch's size.
 
-    `memory` is bytes on one device, `flops_per_token` forward and backward. `first_batch` is the first micro-batch,
-    decoded, a text a document: `[MASK→original]`, `[random→original]`, and `[=original]` where it was left.
+    `unknown_characters` and `unknown_tokens` are shares of the text. `memory` is bytes on one device, `flops_per_token`
+    forward and backward. `first_batch` is the first micro-batch, decoded, a text a document: `[MASK→original]`,
+    `[random→original]`, and `[=original]` where it was left.
     """
 
     architecture: str
@@ -35,6 +38,8 @@ class DryRun:
     parameters: Parameters
     documents: int
     corpus_tokens: int
+    unknown_characters: float
+    unknown_tokens: float
     packed: bool
     micro_batches: int
     micro_batch_tokens: int
@@ -53,12 +58,13 @@ class DryRun:
 
 def dry_run(config: Config) -> DryRun:
     """Do all that training does before its first step, in a temporary folder. Raises `UserError` as training does."""
+    check_loggers(config.train)
     with tempfile.TemporaryDirectory() as temporary:
         tokenizer, corpora = begin_or_check(config, Path(temporary) / "run", Ranks())
         model = build_model(config, tokenizer)
     model.train()
     packed = enable_packing(model)
-    data = make_data(config, tokenizer, corpora, model, packed=packed)
+    data = TrainingData(config, corpora, tokenizer, packed=packed, position_offset=model.position_offset)
     settings = config.train
     micro_batches = settings.global_batch_tokens // settings.micro_batch_tokens
     sampled = min(settings.steps, max(1, SAMPLED_TOKENS // settings.global_batch_tokens))
@@ -70,7 +76,7 @@ def dry_run(config: Config) -> DryRun:
     masked = sum(len(micro.targets) for micro in flat) / len(batches) / tokens
     content = tokens - tokenizer.added_tokens * len(lengths) / len(batches)
     flops = flops_per_token(model, lengths, masked)
-    device = pick_device(settings.device)
+    device, sizes = pick_device(settings.device), np.sum([corpus.text_sizes.sum(axis=0) for corpus in corpora], axis=0)
     epoch_tokens = sum(len(corpus.ids) * weight for corpus, weight in zip(corpora, config.data.passes, strict=True))
     return DryRun(
         architecture=config.model.init_from or config.model.architecture,
@@ -78,6 +84,8 @@ def dry_run(config: Config) -> DryRun:
         parameters=count_parameters(model),
         documents=sum(len(corpus) for corpus in corpora),
         corpus_tokens=sum(len(corpus.ids) for corpus in corpora),
+        unknown_characters=float(sizes[3] / sizes[1]),
+        unknown_tokens=token_shares(corpora, tokenizer)[0],
         packed=packed,
         micro_batches=micro_batches,
         micro_batch_tokens=settings.micro_batch_tokens,
@@ -109,7 +117,8 @@ def lines(found: DryRun) -> list[str]:
         "model": f"{found.architecture}, vocabulary {found.vocabulary:,}",
         "parameters": f"{_short(size.total)}: embeddings {_short(size.embeddings)}, encoder {_short(size.encoder)}, "
         f"head {_short(size.head)}",
-        "text": f"{found.documents:,} documents, {found.corpus_tokens:,} tokens",
+        "text": f"{found.documents:,} documents, {found.corpus_tokens:,} tokens, {found.unknown_tokens:.2%} of them "
+        f"unknown ({found.unknown_characters:.2%} of the characters)",
         "a step": f"{found.tokens_per_step:,.0f} tokens in {found.micro_batches} × {found.micro_batch_tokens:,} "
         f"places, {'packed' if found.packed else 'padded'} to {found.fill:.1%}; {found.masked:.1%} masked",
         "the run": f"{found.steps:,} steps, {_short(found.tokens)} tokens, {found.epochs:.2f} epochs",

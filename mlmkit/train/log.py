@@ -9,17 +9,22 @@ import secrets
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Protocol
+from pkgutil import resolve_name
+from typing import Any
 
 from rich.console import Console
 
 from mlmkit.errors import UserError
+from mlmkit.files import write_text
 from mlmkit.train.config import Config, RunConfig
 
 log = logging.getLogger(__name__)
 
+# Of the steps since the last entry; `learning` are those with a target.
+NO_STEPS = {"steps": 0, "learning": 0, "tokens": 0, "masked": 0, "loss": 0.0, "seconds": 0.0}
 SECONDS_BETWEEN_LINES = 10.0  # where no bar moves: often enough to see life in a Slurm log
 
 
@@ -28,24 +33,21 @@ def check_loggers(config: RunConfig) -> None:
 
     They are imported, not looked for: the folder `wandb` that a run leaves behind looks like a package.
     """
-    try:
-        if config.tensorboard:
-            from torch.utils.tensorboard import SummaryWriter as SummaryWriter
-    except ImportError:
-        raise UserError("train.tensorboard needs tensorboard: pip install 'mlmkit[tensorboard]'") from None
-    try:
-        if config.wandb:
-            from wandb import init as init  # pyright: ignore[reportMissingImports]
-    except ImportError:
-        raise UserError("train.wandb needs Weights & Biases: pip install 'mlmkit[wandb]'") from None
+    for name, member in {"tensorboard": "torch.utils.tensorboard:SummaryWriter", "wandb": "wandb:init"}.items():
+        try:
+            if getattr(config, name):
+                resolve_name(member)
+        except (ImportError, AttributeError):
+            raise UserError(f"train.{name} needs a package: pip install 'mlmkit[{name}]'") from None
 
 
 class TrainingLog:
     """Takes every step in, and writes an entry every `train.log_every` of them: means and sums since the last one.
 
-    `step` is the one resumed from; what was written of later ones is dropped. `flops_per_token` and `peak_flops`, of
-    all GPUs together, give the share of the hardware's rate that was used (MFU); 0 where one is unknown. Only the
-    first rank writes: the others pass `is_first=False`.
+    `step` is the one resumed from, with the `sums` that were open there; what was written of later ones is dropped.
+    A step without a target has no loss: it does not count in the mean, and an entry of such steps has none, which a
+    warning says. `flops_per_token` and `peak_flops`, of all GPUs together, give the share of the hardware's rate that
+    was used (MFU); 0 where one is unknown. Only the first rank writes: the others pass `is_first=False`.
     """
 
     def __init__(
@@ -53,78 +55,72 @@ class TrainingLog:
         run: Path,
         config: Config,
         step: int,
+        sums: dict[str, float] = NO_STEPS,
         *,
         flops_per_token: float = 0.0,
         peak_flops: float = 0.0,
         is_first: bool = True,
     ) -> None:
-        self.run = run
         self.every, self.last_step = config.train.log_every, config.train.steps
         self.batch_tokens = config.train.global_batch_tokens
         self.flops_per_token, self.peak_flops = flops_per_token, peak_flops
         self.writers = _open_writers(run, config, step) if is_first else []
+        entries = read_log(run) if is_first else []
+        self.measured = {(entry["step"], entry["held_out"]["mask_digest"]) for entry in entries if "held_out" in entry}
         self.speaks = is_first and not Console(stderr=True).is_terminal  # on a terminal the bar does
         self.spoke, self.description = -SECONDS_BETWEEN_LINES, "training"
-        self._restart()
+        self._restart(sums)
 
-    def _restart(self) -> None:
-        self.since, self.tokens, self.masked, self.steps, self.loss = time.perf_counter(), 0, 0, 0, 0.0
+    def _restart(self, sums: dict[str, float]) -> None:
+        self.sums, self.since = {**sums}, time.perf_counter() - sums["seconds"]
 
-    def record(
-        self,
-        step: int,
-        *,
-        epoch: int,
-        loss: float,
-        learning_rate: float,
-        gradient_norm: float,
-        tokens: int,
-        masked: int,
-        mask_prob: float,
-    ) -> str:
-        """Take a step in, with its `tokens` and `masked` tokens of all ranks; returns the progress line."""
-        self.tokens += tokens
-        self.masked += masked
-        self.steps += 1
-        self.loss += loss
+    def open_sums(self) -> dict[str, float]:
+        """What a checkpoint keeps, so that the next entry after a resume counts all steps since the last one."""
+        return self.sums | {"seconds": time.perf_counter() - self.since}
+
+    def record(self, step: int, *, loss: float, tokens: int, masked: int, **latest: float) -> str:
+        """Take a step in, with its `tokens` and `masked` tokens of all ranks; returns the progress line.
+
+        Of `latest` (epoch, learning rate, ...) an entry has the values of its last step.
+        """
+        added = {"steps": 1, "learning": int(masked > 0), "tokens": tokens, "masked": masked, "loss": loss}
+        self.sums |= {name: self.sums[name] + value for name, value in added.items()}
         if step % self.every and step != self.last_step:
             return self.description
-        seconds = max(time.perf_counter() - self.since, 1e-9)
+        sums, seconds = self.sums, max(time.perf_counter() - self.since, 1e-9)
         entry = {
             "step": step,
-            "epoch": epoch,
-            "loss": self.loss / self.steps,
-            "learning_rate": learning_rate,
-            "gradient_norm": gradient_norm,
-            "mask_prob": mask_prob,
-            "tokens": self.tokens,
-            "masked": self.masked,
-            "fill": self.tokens / (self.steps * self.batch_tokens),
-            "tokens_per_second": self.tokens / seconds,
+            **latest,
+            **({"loss": sums["loss"] / sums["learning"]} if sums["learning"] else {}),
+            "tokens": sums["tokens"],
+            "masked": sums["masked"],
+            "fill": sums["tokens"] / (sums["steps"] * self.batch_tokens),
+            "tokens_per_second": sums["tokens"] / seconds,
         }
+        if empty := sums["steps"] - sums["learning"]:
+            log.warning("step %d: %d of the last %d steps had nothing to predict", step, empty, sums["steps"])
         if self.peak_flops:
             entry["mfu"] = self.flops_per_token * entry["tokens_per_second"] / self.peak_flops
         self._write(entry)
         self.description = f"training  {_summary(entry)}"
         if self.speaks and (step == self.last_step or time.perf_counter() - self.spoke >= SECONDS_BETWEEN_LINES):
-            left = timedelta(seconds=round((self.last_step - step) * seconds / self.steps))
+            left = timedelta(seconds=round((self.last_step - step) * seconds / sums["steps"]))
             log.info("step %d/%d  %s  %s left", step, self.last_step, _summary(entry), left)
             self.spoke = time.perf_counter()
-        self._restart()
+        self._restart(NO_STEPS)
         return self.description
 
     def held_out(self, step: int, result: dict[str, Any]) -> None:
-        """Write what is of interest in the `result.json` of a held-out evaluation: metrics and mask digest."""
-        self._write({"step": step, "held_out": {"mask_digest": result["mask_digest"], **result["metrics"]}})
-        if self.writers:
-            found = result["metrics"]["masked_cross_entropy"]
-            interval = "" if found["low"] is None else f" ({found['low']:.4f} to {found['high']:.4f})"
-            shown = f"{found['value']:.4f}{interval}"
-            log.info("step %d/%d  held-out masked cross-entropy %s", step, self.last_step, shown)
-
-    def has_held_out(self, step: int) -> bool:
-        """Whether that was done for this step, by this run or before it was interrupted."""
-        return any("held_out" in entry and entry["step"] == step for entry in read_log(self.run))
+        """Write what is of interest in the `result.json` of a held-out evaluation, metrics and mask digest, once."""
+        digest = result["mask_digest"]
+        if (step, digest) in self.measured or not self.writers:
+            return
+        self.measured.add((step, digest))
+        self._write({"step": step, "held_out": {"mask_digest": digest, **result["metrics"]}})
+        found = result["metrics"]["masked_cross_entropy"]
+        interval = "" if found["low"] is None else f" ({found['low']:.4f} to {found['high']:.4f})"
+        shown = f"{found['value']:.4f}{interval}"
+        log.info("step %d/%d  held-out masked cross-entropy %s", step, self.last_step, shown)
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -153,7 +149,8 @@ def read_log(run: Path) -> list[dict[str, Any]]:
 
 
 def _summary(entry: dict[str, Any]) -> str:
-    parts = [f"loss {entry['loss']:.3f}", f"{entry['tokens_per_second']:,.0f} tokens/s"]
+    parts = [f"loss {entry['loss']:.3f}"] if "loss" in entry else ["nothing masked"]
+    parts.append(f"{entry['tokens_per_second']:,.0f} tokens/s")
     if "mfu" in entry:
         parts.append(f"MFU {entry['mfu']:.0%}")
     return "  ".join([*parts, f"lr {entry['learning_rate']:.2e}", f"fill {entry['fill']:.1%}"])
@@ -162,14 +159,8 @@ def _summary(entry: dict[str, Any]) -> str:
 # ---------------------------------------------------------------- where entries go
 
 
-class _Writer(Protocol):
-    def write(self, entry: dict[str, Any]) -> None: ...
-
-    def close(self, *, failed: bool) -> None: ...
-
-
-def _open_writers(run: Path, config: Config, step: int) -> list[_Writer]:
-    writers: list[_Writer] = [_JsonLines(run, step)]
+def _open_writers(run: Path, config: Config, step: int) -> "list[_JsonLines | _TensorBoard | _WeightsAndBiases]":
+    writers: list[_JsonLines | _TensorBoard | _WeightsAndBiases] = [_JsonLines(run, step)]
     if config.train.tensorboard:
         writers.append(_TensorBoard(run / "tensorboard", step))
     if config.train.wandb:
@@ -181,9 +172,7 @@ class _JsonLines:
     def __init__(self, run: Path, step: int) -> None:
         path = run / "log.jsonl"
         kept = "".join(json.dumps(entry) + "\n" for entry in read_log(run) if entry["step"] <= step)
-        rewritten = path.with_name(".log.jsonl.new")  # a kill in between leaves the old one
-        rewritten.write_text(kept, encoding="utf-8")
-        rewritten.replace(path)
+        write_text(path, kept)
         self.file = path.open("a", encoding="utf-8")
 
     def write(self, entry: dict[str, Any]) -> None:
@@ -223,7 +212,7 @@ class _WeightsAndBiases:
                 id=kept.read_text(encoding="utf-8"),
                 name=run.resolve().name,
                 dir=run,
-                config=config.as_dict(),
+                config=asdict(config),
                 resume="allow",
             )
         except wandb.Error as error:

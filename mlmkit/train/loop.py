@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+import os
 import signal
 import threading
 import traceback
@@ -20,27 +21,28 @@ from mlmkit.corpus import Corpus
 from mlmkit.distributed import Ranks, said_once
 from mlmkit.distributed import ranks as find_ranks
 from mlmkit.errors import CheckError, StoppedError, UserError
+from mlmkit.files import write_json
 from mlmkit.packing import enable_packing
 from mlmkit.progress import progress
 from mlmkit.tokenizer import Tokenizer
 from mlmkit.train.checkpoint import checkpoints, copy_model, held_out_result, load_checkpoint, prune, save_checkpoint
 from mlmkit.train.config import Config
 from mlmkit.train.curve import draw_loss
-from mlmkit.train.data import MicroBatch
+from mlmkit.train.data import MicroBatch, TrainingData
 from mlmkit.train.dry_run import document_lengths
 from mlmkit.train.estimate import flops_per_token, peak_flops
-from mlmkit.train.held_out import evaluate_checkpoint
 from mlmkit.train.layers import compile_layers
-from mlmkit.train.log import TrainingLog, check_loggers
+from mlmkit.train.log import NO_STEPS, TrainingLog, check_loggers
 from mlmkit.train.optim import build_optimizers, learning_rate_factor
 from mlmkit.train.order import Cursor
 from mlmkit.train.parallel import clip_gradients, freeze_unused, parallelise, synchronised
 from mlmkit.train.presets import fit_output_bias
-from mlmkit.train.start import begin_or_check, build_model, make_data, run_lock
+from mlmkit.train.start import begin_or_check, build_model, run_lock
+from mlmkit.train.texts import evaluate_checkpoint, held_out_digest
 
 log = logging.getLogger(__name__)
 
-STOP_SIGNALS = ("SIGTERM", "SIGUSR1")
+STOP_SIGNALS = ("SIGINT", "SIGTERM", "SIGUSR1")
 
 
 def train(config: Config, run: Path) -> Path:
@@ -48,7 +50,7 @@ def train(config: Config, run: Path) -> Path:
 
     Returns the folder of the finished model, `RUN/model`. `RUN/log.jsonl` has a line every `train.log_every` steps.
     Raises `UserError` for input that cannot be trained on, too little memory, and a disk that takes no checkpoint;
-    `CheckError` when loss or gradient are no longer finite; `StoppedError` after SIGTERM or SIGUSR1, when all is saved.
+    `CheckError` when loss or gradient are no longer finite; `StoppedError` after Ctrl-C, SIGTERM or SIGUSR1.
     """
     ranks = find_ranks()
     if not ranks.is_first:
@@ -62,12 +64,13 @@ def train(config: Config, run: Path) -> Path:
     ranks.join("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     try:
         tokenizer, corpora = begin_or_check(config, run, ranks)
+        mask_digest = ranks.from_first(lambda: held_out_digest(config, tokenizer))
         # The first rank's view of the folder is that of all: a network file system may show others an older one.
-        if ranks.from_first((run / "model").exists):
+        if ranks.from_first(lambda: is_finished(run, mask_digest)):
             log.info("%s is finished: nothing to train", run)
             return run / "model"
-        with run_lock(run, ranks), stop_signals() as stop:
-            return _train(config, run, tokenizer, corpora, device, ranks, stop)
+        with run_lock(run, ranks), stop_signals(run, ranks) as stop:
+            return _train(config, run, tokenizer, corpora, mask_digest, device, ranks, stop)
     except BaseException as error:
         # DDP's reducer must be gone before its process group, or the process may hang at its end, in the destructor of
         # the last one to go (gloo, torch 2.13): the frames of the traceback would keep it.
@@ -85,6 +88,7 @@ def _train(
     run: Path,
     tokenizer: Tokenizer,
     corpora: Sequence[Corpus],
+    mask_digest: str,
     device: torch.device,
     ranks: Ranks,
     stop: list[int],
@@ -99,7 +103,7 @@ def _train(
     if not packed:
         log.warning("%s cannot be packed: training on padded batches", type(model.network).__name__)
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    data = make_data(config, tokenizer, corpora, model, packed=packed)
+    data = TrainingData(config, corpora, tokenizer, packed=packed, position_offset=model.position_offset)
     peak = ranks.world * peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else 0.0
     flops = 0.0
     if peak:
@@ -111,7 +115,9 @@ def _train(
         compile_layers(model)
     module = parallelise(model, ranks, config.train.parallel)
     optimizers = build_optimizers(model, config.optim)
-    cursor = Cursor(**load_checkpoint(saved, model, optimizers, ranks)) if saved else Cursor()
+    state = load_checkpoint(saved, model, optimizers, ranks) if saved else {}
+    sums = state.pop("log", NO_STEPS)  # which older checkpoints lack
+    cursor = Cursor(**state)
     micro_batches = config.train.global_batch_tokens // config.train.micro_batch_tokens
     batches = data.batches(
         cursor,
@@ -134,20 +140,20 @@ def _train(
     )
     with (
         TrainingLog(
-            run, config, cursor.step, flops_per_token=flops, peak_flops=peak, is_first=ranks.is_first
+            run, config, cursor.step, sums, flops_per_token=flops, peak_flops=peak, is_first=ranks.is_first
         ) as training_log,
         progress(shown=ranks.is_first) as bar,
     ):
         task = bar.add_task("training", total=config.train.steps, completed=cursor.step)
 
         def measure(checkpoint: Path) -> None:
-            if config.data.held_out:
-                held_out = config.data.held_out_source
-                training_log.held_out(cursor.step, evaluate_checkpoint(checkpoint, held_out, device.type, ranks))
+            if mask_digest:
+                result = evaluate_checkpoint(checkpoint, config, mask_digest, device.type, ranks)
+                training_log.held_out(cursor.step, result)
             ranks.from_first(lambda: prune(run, config.train.keep_checkpoints))
 
-        if saved and not ranks.from_first(lambda: training_log.has_held_out(cursor.step)):
-            measure(saved)  # which a kill prevented
+        if saved:
+            measure(saved)  # a kill may have prevented it, or the text is another
         while cursor.step < config.train.steps:
             step = cursor.step
             cursor, batch = next(batches)
@@ -162,7 +168,7 @@ def _train(
             try:
                 loss = backward(module, batch, seeds, scale=ranks.world / max(masked, 1), device=device)
             except RuntimeError as error:
-                raise _memory_error(error, config) or error from error
+                raise _memory_error(error, config, run) or error from error
             grad_norm = clip_gradients(model, config.optim.max_grad_norm)
             loss = ranks.sum(loss)[0] / ranks.world
             if not (math.isfinite(loss) and math.isfinite(grad_norm)):
@@ -181,8 +187,9 @@ def _train(
             bar.update(task, completed=cursor.step, description=description)
             finished = cursor.step == config.train.steps
             if stopping or finished or cursor.step % config.train.save_every == 0:
+                state = {**asdict(cursor), "log": training_log.open_sums()}
                 with training_log.paused():
-                    checkpoint = save_checkpoint(run, asdict(cursor), model, optimizers, ranks)
+                    checkpoint = save_checkpoint(run, state, model, optimizers, ranks)
                     if stopping and not finished:
                         raise _stopped(stop, cursor.step, config.train.steps, checkpoint)
                     measure(checkpoint)
@@ -220,18 +227,46 @@ def update(optimizers: Sequence[Optimizer], factor: float) -> None:
 
 
 @contextmanager
-def stop_signals() -> Iterator[list[int]]:
-    """Collect SIGTERM and SIGUSR1, as schedulers send them, instead of dying of them."""
+def stop_signals(run: Path, ranks: Ranks) -> Iterator[list[int]]:
+    """Collect Ctrl-C, and SIGTERM and SIGUSR1 as schedulers send them, instead of dying of them.
+
+    A second one stops at once if either was Ctrl-C (torchrun passes a second Ctrl-C on as SIGTERM): `StoppedError` says
+    what is lost.
+    """
     seen: list[int] = []
-    wanted = [getattr(signal, name) for name in STOP_SIGNALS if hasattr(signal, name)]
-    if threading.current_thread() is not threading.main_thread():  # where Python takes no handlers
-        wanted = []
-    before = {number: signal.signal(number, lambda received, _: seen.append(received)) for number in wanted}
+
+    def receive(number: int, _: object) -> None:
+        if seen and signal.SIGINT in (seen[0], number):
+            raise KeyboardInterrupt
+        seen.append(number)
+        if number == signal.SIGINT and ranks.is_first:  # past sys.stderr, which may be in the middle of a write
+            os.write(2, b"\nfinishing the step and saving it; Ctrl-C again stops at once and loses what is not saved\n")
+
+    # Outside of the main thread Python takes no handlers.
+    names = STOP_SIGNALS if threading.current_thread() is threading.main_thread() else ()
+    before = {number: signal.signal(number, receive) for name in names if (number := getattr(signal, name, None))}
     try:
         yield seen
+    except KeyboardInterrupt:
+        last = next(reversed(checkpoints(run)), None)
+        lost = f"the steps after {last} are lost: the same command goes on there" if last else "all steps are lost"
+        raise StoppedError(f"interrupted: {lost}", signal.SIGINT) from None
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def is_finished(run: Path, mask_digest: str) -> bool:
+    """Whether the run has its model, and a result on the held-out text of this digest, if there is one.
+
+    Raises `UserError` when there is no checkpoint left to measure that result on.
+    """
+    path = run / "held_out.json"
+    measured = json.loads(path.read_text())["mask_digest"] if path.exists() else ""
+    found, is_measured = (run / "model").exists(), mask_digest in ("", measured)
+    if found and not is_measured and not checkpoints(run):
+        raise UserError(f"{run} is finished and has no checkpoint to evaluate: use mlmkit eval {run / 'model'}")
+    return found and is_measured
 
 
 def finish(run: Path) -> None:
@@ -239,7 +274,7 @@ def finish(run: Path) -> None:
     last = checkpoints(run)[-1]
     if result := held_out_result(last):
         summary = {"mask_digest": result["mask_digest"], **result["metrics"]}
-        (run / "held_out.json").write_text(json.dumps(summary, indent=2) + "\n")
+        write_json(run / "held_out.json", summary)
     draw_loss(run)
     copy_model(last, run / "model")
 
@@ -250,14 +285,14 @@ def _stopped(seen: list[int], step: int, steps: int, checkpoint: Path) -> Stoppe
     return StoppedError(f"{name}: saved step {step} of {steps} in {checkpoint}: the same command goes on", number)
 
 
-def _memory_error(error: RuntimeError, config: Config) -> UserError | None:
+def _memory_error(error: RuntimeError, config: Config, run: Path) -> UserError | None:
     """What to do when there is too little memory; None if that is not what happened."""
     if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
         return None
-    return UserError(
-        f"out of memory with micro-batches of {config.train.micro_batch_tokens} tokens: lower train.micro_batch_tokens "
-        "(train.global_batch_tokens may stay: more micro-batches make up for it), or model.max_length"
-    )
+    advice = "lower train.micro_batch_tokens (train.global_batch_tokens may stay) or model.max_length"
+    if last := next(reversed(checkpoints(run)), None):
+        advice = f"a run keeps its batches: resume it with more memory, or begin one with model.init_from = {last}"
+    return UserError(f"out of memory with train.micro_batch_tokens = {config.train.micro_batch_tokens}: {advice}")
 
 
 def _not_finite(run: Path, step: int, loss: float, grad_norm: float, lr: float, batch: list[MicroBatch]) -> CheckError:

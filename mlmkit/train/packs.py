@@ -18,7 +18,7 @@ from mlmkit.corpus import Corpus, gather, ranges, window_table
 from mlmkit.errors import UserError
 from mlmkit.masking import MaskRecipe, corrupt
 from mlmkit.tokenizer import Tokenizer
-from mlmkit.train.config import MaskingConfig
+from mlmkit.train.config import Config
 from mlmkit.train.order import Cursor, Order
 
 
@@ -64,32 +64,29 @@ class Packs:
     Raises `UserError` when there is nothing to train on.
     """
 
-    def __init__(
-        self,
-        corpora: Sequence[Corpus],
-        passes: Sequence[float],
-        tokenizer: Tokenizer,
-        masking: MaskingConfig,
-        *,
-        max_length: int,
-        budget: int,
-        seed: int,
-        packed: bool,
-        max_members: int | None,
-    ) -> None:
-        self.capacity = max_length - tokenizer.added_tokens
+    def __init__(self, config: Config, corpora: Sequence[Corpus], tokenizer: Tokenizer, *, packed: bool) -> None:
+        self.max_length, self.budget = config.model.max_length, config.train.micro_batch_tokens
+        self.capacity = self.max_length - tokenizer.added_tokens
         if self.capacity < 1:
-            raise UserError(f"rows of {max_length} tokens have no room beside {tokenizer.added_tokens} special tokens")
-        self.corpora, self.masking, self.seed, self.budget = corpora, masking, seed, budget
+            raise UserError(
+                f"rows of {self.max_length} tokens have no room beside {tokenizer.added_tokens} special tokens"
+            )
+        self.corpora, self.masking, self.seed = corpora, config.masking, config.train.seed
         for corpus, windows in zip(corpora, self.windows, strict=True):
             if not len(windows):
                 raise UserError(f"the training text has no tokens: {corpus.name}")
-        self.order = Order(tuple(len(windows) for windows in self.windows), tuple(passes), seed)
+        passes = config.data.passes
+        self.order = Order(tuple(len(windows) for windows in self.windows), passes, self.seed)
         if sum(size * weight for size, weight in zip(self.order.sizes, passes, strict=True)) < 1:
             raise UserError("data.weights leave less than one document for an epoch: raise them")
         self.vocabulary, self.added = tokenizer.masking, tokenizer.added_tokens
         self.prefix, self.suffix = np.array(tokenizer.prefix, np.int64), np.array(tokenizer.suffix, np.int64)
-        self.fill = partial(pack, max_members=max_members) if packed else bucketed
+        # Packs are a sample of all lengths: on paragraphs of Wikipedia the fullest held 94 documents, 76 on average.
+        mean = np.mean([len(corpus.ids) / max(len(corpus), 1) for corpus in corpora]) + self.added
+        self.max_members = (
+            int(2 * self.budget / min(mean, self.max_length)) + 8 if config.train.compile and packed else None
+        )
+        self.fill = partial(pack, max_members=self.max_members) if packed else bucketed
 
     @cached_property
     def windows(self) -> list[NDArray[np.int64]]:

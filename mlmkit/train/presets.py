@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForMaskedLM, PreTrainedConfig
 
-from mlmkit.corpus import Corpus
+from mlmkit.corpus import BLOCKS_COUNTED, Corpus
 from mlmkit.errors import UserError
 from mlmkit.model import MaskedLM, as_user_error, refuse_other_models
 from mlmkit.tokenizer import Tokenizer
@@ -63,7 +63,6 @@ PRESETS: dict[str, dict[str, Any]] = {
     "modernbert-large": _modernbert(28, 1024, 2624),
 }
 
-BLOCKS_COUNTED = 128  # about 131,000 documents, by `fit_output_bias`
 # The CUDA kernel for packed documents has no attention dropout, so no device trains with it.
 ATTENTION_DROPOUT = ("attention_probs_dropout_prob", "attention_dropout")
 

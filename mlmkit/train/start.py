@@ -1,18 +1,22 @@
 """Beginning a run, or finding that a folder holds the same one."""
 
+import copy
 import json
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
 from itertools import chain, repeat
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoModelForMaskedLM, AutoTokenizer
+import torch
+from transformers import AutoModelForMaskedLM, AutoTokenizer, PreTrainedConfig
 
 from mlmkit import model as masked_lm
+from mlmkit.backends.torch import pick_device
 from mlmkit.corpus import Corpus, is_cached, load_corpus
-from mlmkit.distributed import Ranks
+from mlmkit.distributed import Ranks, available_memory
 from mlmkit.documents import HUB, existing_file, read_documents
 from mlmkit.errors import UserError
 from mlmkit.files import exclusive, locate_model, new_folder
@@ -20,16 +24,16 @@ from mlmkit.model import MaskedLM
 from mlmkit.tokenizer import Tokenizer
 from mlmkit.train.checkpoint import checkpoints
 from mlmkit.train.config import Config
-from mlmkit.train.data import TrainingData
+from mlmkit.train.packs import Packs
 from mlmkit.train.presets import build_config
+from mlmkit.train.texts import load_texts
 from mlmkit.train.tokenizer import train_tokenizer
 
 log = logging.getLogger(__name__)
 
-
-# What may be another in each start of a run, as it changes neither the data nor how the weights move.
+# Settings that may change on resume: they affect neither data nor weights. Texts are compared by their fingerprints.
 FREE = {
-    "data": ("held_out", "workers"),
+    "data": ("train", "held_out", "text_field", "blank_line", "workers"),
     "train": ("device", "save_every", "keep_checkpoints", "log_every", "parallel", "tensorboard", "wandb"),
 }
 
@@ -66,7 +70,7 @@ def _begin_or_check(config: Config, run: Path, ranks: Ranks) -> list[Corpus]:
         return _begin(config, run)
     before = json.loads((run / "run.json").read_text())
     tokenizer = masked_lm.load_tokenizer(str(run / "tokenizer"))
-    corpora = [load_corpus(source, tokenizer) for source in config.data.sources]
+    corpora = load_texts(config, tokenizer)
     if difference := _first_difference(before, _identity(config, tokenizer, corpora), ""):
         if checkpoints(run) or (run / "model").exists():
             raise UserError(
@@ -80,9 +84,9 @@ def _begin_or_check(config: Config, run: Path, ranks: Ranks) -> list[Corpus]:
 def _begin(config: Config, run: Path) -> list[Corpus]:
     with new_folder(run, replaces="run.json") as building:
         tokenizer = _prepare_tokenizer(config, building / "tokenizer")
-        corpora = [load_corpus(source, tokenizer) for source in config.data.sources]
-        model = build_model(config, tokenizer)
-        make_data(config, tokenizer, corpora, model, packed=True)
+        build_model(config, tokenizer)
+        corpora = load_texts(config, tokenizer)
+        Packs(config, corpora, tokenizer, packed=True)
         (building / "run.json").write_text(json.dumps(_identity(config, tokenizer, corpora), indent=2) + "\n")
     return corpora
 
@@ -101,6 +105,8 @@ def _prepare_tokenizer(config: Config, folder: Path) -> Tokenizer:
     if given := config.model.init_from or config.tokenizer.path:
         masked_lm.load_tokenizer(given)  # refuses what mlmkit cannot use
         tokenizer = masked_lm.from_pretrained(AutoTokenizer, locate_model(given))
+        known = tokenizer.model_max_length if config.model.init_from else 0
+        tokenizer.model_max_length = max(known, config.model.max_length)
     else:
         log.info("training a %s tokenizer of %d entries", config.tokenizer.kind, config.tokenizer.vocab_size)
         sources = config.data.sources
@@ -112,34 +118,42 @@ def _prepare_tokenizer(config: Config, folder: Path) -> Tokenizer:
 
 
 def build_model(config: Config, tokenizer: Tokenizer, resume_from: Path | None = None) -> MaskedLM:
-    """From the checkpoint to resume, from `model.init_from`, or with random weights."""
+    """From the checkpoint to resume, from `model.init_from`, or with random weights.
+
+    Raises `UserError` when it does not take rows of `model.max_length`, or does not fit into memory.
+    """
     if pretrained := resume_from or config.model.init_from:
-        return masked_lm.load_pretrained(str(pretrained))[0]
-    hf_config = build_config(config.model.architecture, tokenizer, config.model.max_length)
+        model = masked_lm.load_pretrained(str(pretrained))[0]
+        if config.model.max_length > model.max_length():
+            _lengthen(model, config.model.max_length, pretrained)
+        return model
+    name = config.model.architecture
+    hf_config = build_config(name, tokenizer, config.model.max_length)
+    # Weights are float32. On a CPU, gradients and AdamW's two moments come on top.
+    count, room = _parameters(hf_config), available_memory() / 1e9
+    if (needed := count / 1e9 * (16 if pick_device(config.train.device) == "cpu" else 4)) > room:
+        raise UserError(f"{name} takes {needed:,.1f} GB of memory for {count:,} parameters; {room:,.1f} GB are free")
     return MaskedLM(AutoModelForMaskedLM.from_config(hf_config))
 
 
-def make_data(
-    config: Config, tokenizer: Tokenizer, corpora: Sequence[Corpus], model: MaskedLM, *, packed: bool
-) -> TrainingData:
-    """The corpora as the model takes them. Raises `UserError` when there is nothing to train on."""
-    return TrainingData(
-        corpora,
-        config.data.passes,
-        tokenizer,
-        config.masking,
-        max_length=min(config.model.max_length, model.max_length()),
-        micro_batch_tokens=config.train.micro_batch_tokens,
-        seed=config.train.seed,
-        packed=packed,
-        position_offset=model.position_offset,
-        fixed_shapes=config.train.compile,
-    )
+def _parameters(hf_config: PreTrainedConfig) -> int:
+    with torch.device("meta"):
+        return AutoModelForMaskedLM.from_config(hf_config).num_parameters()
+
+
+def _lengthen(model: MaskedLM, length: int, name: str | Path) -> None:
+    """Let a model whose positions are not parameters take rows of `length` tokens."""
+    known, hf_config = model.max_length(), copy.deepcopy(model.network.config)
+    hf_config.get_text_config().max_position_embeddings += length - known
+    if _parameters(hf_config) != model.network.num_parameters():
+        raise UserError(f"{name} has a table of {known} positions: model.max_length ({length}) must not exceed it")
+    log.info("%s was made for rows of %d tokens; training it on %d", name, known, length)
+    model.network.config.get_text_config().max_position_embeddings += length - known
 
 
 def _identity(config: Config, tokenizer: Tokenizer, corpora: Sequence[Corpus]) -> dict[str, Any]:
     """What must not change between the start of a run and its resumption, as JSON gives it back."""
-    tables = config.as_dict()
+    tables = asdict(config)
     for table, keys in FREE.items():
         for key in keys:
             del tables[table][key]
@@ -148,6 +162,8 @@ def _identity(config: Config, tokenizer: Tokenizer, corpora: Sequence[Corpus]) -
 
 
 def _first_difference(before: object, now: object, name: str) -> str:
+    if name == "corpora" and before != now:
+        return "text in data.train"
     if isinstance(before, dict) and isinstance(now, dict):
         for key in {**before, **now}:
             if found := _first_difference(before.get(key), now.get(key), f"{name}.{key}".lstrip(".")):

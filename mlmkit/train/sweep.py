@@ -8,19 +8,17 @@ import json
 import logging
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mlmkit.distributed import ranks
 from mlmkit.errors import CheckError, UserError
+from mlmkit.files import write_json, write_text
 from mlmkit.train.config import Config, load_config
-from mlmkit.train.curve import ONE, STYLE, TWO, can_draw, save
+from mlmkit.train.curve import ONE, STYLE, TWO, can_draw, draw_intervals, save
 from mlmkit.train.loop import train
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +42,7 @@ class Trial:
     @property
     def values(self) -> dict[str, Any]:
         """The swept settings as training takes them."""
-        tables = self.config.as_dict()
+        tables = asdict(self.config)
         return {key: tables[key.partition(".")[0]][key.partition(".")[2]] for key in self.texts}
 
 
@@ -62,16 +60,15 @@ def plan(path: str | Path, overrides: Sequence[str], sweeps: Sequence[str]) -> l
         if key in settings:
             raise UserError(f"--sweep names {key} twice: give all its values at once")
         settings[key] = texts
-    trials = []
+    trials: list[Trial] = []
     for texts in product(*settings.values()):
         chosen = dict(zip(settings, texts, strict=True))
-        config = load_config(path, [*overrides, *(f"{key}={text}" for key, text in chosen.items())])
-        trials.append(Trial(chosen, config))
-    for place, trial in enumerate(trials):
+        trial = Trial(chosen, load_config(path, [*overrides, *(f"{key}={text}" for key, text in chosen.items())]))
         if not trial.config.data.held_out:
             raise UserError("a sweep compares its runs on held-out text: name it with data.held_out")
-        if any(trial.config == other.config or trial.name == other.name for other in trials[:place]):
+        if any(trial.config == other.config or trial.name == other.name for other in trials):
             raise UserError(f"--sweep: {trial.name} comes twice")
+        trials.append(trial)
     return trials
 
 
@@ -132,8 +129,8 @@ def _compare(rows: list[dict[str, Any]], trials: Sequence[Trial], output: Path) 
         "best": min(measured, key=lambda row: row[METRIC]["value"])["run"],
         "runs": rows,
     }
-    (output / "sweep.json").write_text(json.dumps(found, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    (output / "sweep.md").write_text(table(found) + "\n", encoding="utf-8")
+    write_json(output / "sweep.json", found)
+    write_text(output / "sweep.md", table(found) + "\n")
     draw(found, output / "sweep.png")
     return found
 
@@ -180,7 +177,8 @@ def draw(found: dict[str, Any], path: Path) -> None:
         colors = matplotlib.colormaps["viridis"].resampled(len(lines) + 1)
         for number, (label, rows) in enumerate(lines.items()):
             places = [place[row["values"][key]] for row in rows]
-            _line(axes, places, rows, colors(number) if others else ONE, label)
+            style = {"color": colors(number) if others else ONE, "label": label or "with 95 % intervals"}
+            draw_intervals(axes, places, [row[METRIC] for row in rows], **style)
             for x, row in zip(places, rows, strict=True):
                 if row["run"] == found["best"]:
                     axes.plot(x, row[METRIC]["value"], "o", markersize=13, mfc="none", mec=TWO, mew=1.8, label="best")
@@ -193,11 +191,3 @@ def draw(found: dict[str, Any], path: Path) -> None:
         axes.margins(x=0.08)
         axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, borderaxespad=0.2, fontsize=9)
         save(figure, path)
-
-
-def _line(axes: "Axes", places: Sequence[float], rows: list[dict[str, Any]], color: Any, label: str) -> None:
-    found = [row[METRIC] for row in rows]
-    for place, metric in zip(places, found, strict=True):
-        if metric["low"] is not None and metric["high"] is not None:
-            axes.plot([place, place], [metric["low"], metric["high"]], color=color, linewidth=1.4)
-    axes.plot(places, [metric["value"] for metric in found], "o-", color=color, label=label or "with 95 % intervals")
