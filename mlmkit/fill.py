@@ -88,17 +88,17 @@ def _masked_ids(tokenizer: Tokenizer, info: ModelInfo, text: str) -> tuple[NDArr
     return ids, masks
 
 
-def _control_ids(tokenizer: Tokenizer, info: ModelInfo, text: str) -> list[int]:
-    check_length(len(text), "characters", info.max_length * tokenizer.characters_per_token)
+def _control_ids(tokenizer: Tokenizer, info: ModelInfo, text: str, what: str = "text") -> list[int]:
+    check_length(len(text), "characters", info.max_length * tokenizer.characters_per_token, what)
     ids = tokenizer.encode_control(text).ids
-    check_length(len(ids), "tokens", info.max_length)
+    check_length(len(ids), "tokens", info.max_length, what)
     return ids
 
 
-def check_length(count: int, unit: str, most: int) -> None:
+def check_length(count: int, unit: str, most: int, what: str = "text") -> None:
     """Raise `TextTooLongError` for a text of more characters or tokens than are taken."""
     if count > most:
-        raise TextTooLongError(f"a text has {count} {unit}, and at most {most} are taken: shorten it")
+        raise TextTooLongError(f"a {what} has {count} {unit}, and at most {most} are taken: shorten it")
 
 
 def answer(tokenizer: Tokenizer, question: Question, predicted: Scored) -> list[list[Candidate]]:
@@ -145,7 +145,7 @@ def _target_ids(tokenizer: Tokenizer, info: ModelInfo, targets: Sequence[str]) -
     for target in targets:
         id = tokenizer.token_id(target)
         if id is None:
-            framed = _control_ids(tokenizer, info, target)
+            framed = _control_ids(tokenizer, info, target, "target")
             pieces = framed[len(tokenizer.prefix) : len(framed) - len(tokenizer.suffix)]
             if not pieces or pieces[0] == tokenizer.unk_id:
                 raise TargetError(f"the target {target!r} has no token in this vocabulary")

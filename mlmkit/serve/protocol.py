@@ -75,7 +75,7 @@ class Protocol(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         """A request has begun: from here on the gate watches over it."""
-        if len(self.url) + sum(len(name) + len(value) + len(":\r\n") for name, value in self.headers) > HEAD_BYTES:
+        if len(self.url) + sum(len(name) + len(value) + len(": \r\n") for name, value in self.headers) > HEAD_BYTES:
             raise ApiError(431, "head_too_large", f"the request line and headers are larger than {HEAD_BYTES} bytes")
         if self.parser.get_method() == b"CONNECT":
             raise ApiError(405, "method_not_allowed", "this server is not a proxy")
