@@ -55,7 +55,7 @@ def graphs_by_length(setting: Setting) -> Iterator[Row]:
 
 def works(texts: list[str], tokenizer: Any, budget: int, *, fixed: bool) -> Work:
     """The plan in batches of similar length; with `fixed`, the batches of a bucket have one shape."""
-    from mlmkit.backends.fitting import Shape, pad
+    from mlmkit.backends.fitting import Shape
     from mlmkit.batching import length_batches
     from mlmkit.corpus import tokenize
     from mlmkit.eval.plan import pseudo_plan
@@ -73,7 +73,7 @@ def works(texts: list[str], tokenizer: Any, budget: int, *, fixed: bool) -> Work
         width = int(columns[rows[0]])
         batch, scored = build_batch(corpus, plan, rows, tokenizer)
         count = budget // width
-        found.batches.append(pad(batch, Shape(count, width, count), tokenizer.pad_id))
+        found.batches.append(widen(batch, Shape(count, width, count), tokenizer.pad_id))
         found.scored.append(scored)
     return found
 
@@ -82,6 +82,29 @@ def bucket(size: int) -> int:
     """The next multiple of a quarter of the power of two at or below `size`: at most a quarter of it is padding."""
     step = max((1 << size.bit_length() - 1) // 4, 1)
     return -(-size // step) * step
+
+
+def widen(batch: Batch, shape: Any, pad_id: int) -> Batch:
+    """The batch with more columns, rows and positions behind its own, whose results are to be dropped.
+
+    An added row repeats the first and an added position the last: a row that is all padding gives NaN in some models.
+    """
+    (rows, seq), masked = batch.input_ids.shape, len(batch.positions)
+    row, column = np.divmod(batch.positions, seq)
+
+    def wider(values: NDArray[np.int64], filling: int) -> NDArray[np.int64]:
+        wide = np.pad(values, ((0, 0), (0, shape.seq - seq)), constant_values=filling)
+        return np.concatenate([wide, np.repeat(wide[:1], shape.batch - rows, axis=0)])
+
+    def longer(values: NDArray[np.int64]) -> NDArray[np.int64]:
+        return np.pad(values, (0, shape.masked - masked), mode="edge")
+
+    return Batch(
+        wider(batch.input_ids, pad_id),
+        wider(batch.attention_mask, 0),
+        longer(row * shape.seq + column),
+        longer(batch.targets),
+    )
 
 
 def _pass(setting: Setting, work: Work, make: Callable[[list[Any]], Callable[..., Any]], plain: Work) -> Made:

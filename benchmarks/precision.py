@@ -1,6 +1,6 @@
 """What each precision costs: its parity report on real text, the size of its graph, and its speed on this CPU.
 
-A row a precision, int8 with both calibrations, exported with the drift allowed. The bounds in `export/parity.py` come
+A row a precision, exported with the drift allowed. The bounds in `export/parity.py` come
 from trained checkpoints (`--checkpoints FOLDER ... --text FILE`); by default the weights are random, whose drift says
 little, while sizes and speeds hold. fp16 is run as it is by ONNX Runtime's CPU provider; bf16 in float32 that is
 rounded to it. Speeds are of alternating rounds over the same batch of 8 x 128 with 15 % masked.
@@ -21,11 +21,10 @@ PRECISIONS: dict[str, dict[str, Any]] = {
     "fp32": {},
     "fp16": {},
     "bf16": {},
-    "int8, percentile": {"precision": "int8", "calibration": "percentile"},
-    "int8, entropy": {"precision": "int8", "calibration": "entropy"},
+    "int8": {"precision": "int8"},
     "int8-dynamic": {},
 }
-TIMED = ("fp32", "int8, percentile", "int8-dynamic")
+TIMED = ("fp32", "int8", "int8-dynamic")
 
 
 def compare(source: str, texts: list[str], options: argparse.Namespace, folder: Path) -> tuple[list[Any], Any]:

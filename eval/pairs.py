@@ -161,11 +161,10 @@ class PairMaterial(InMemory):
         super().__init__(replace(corpus, fingerprint=fingerprint, empty_texts=len(given) - len(pairs)))
 
     def describe(self) -> dict[str, Any]:
-        """See `Material`."""
         return {**self._origin, "scoring": self.scoring}
 
     def chosen(self) -> NDArray[np.int64] | None:
-        """See `Material`: with `shared`, the tokens that the two sentences have in common.
+        """With `shared`, the tokens that the two sentences have in common.
 
         They are what `difflib.SequenceMatcher` calls equal between the two token sequences with their special tokens,
         as in the script of Nangia et al. 2020.
@@ -184,7 +183,6 @@ class PairMaterial(InMemory):
         return np.sort(ranges(begin, np.maximum(size, 0)))
 
     def columns(self, begin: int, end: int) -> dict[str, pa.Array]:
-        """See `Material`."""
         pairs = [self.pairs[document // 2] for document in range(begin, end)]
         same = [self._ids(document & ~1) == self._ids(document | 1) for document in range(begin, end)]
         return {

@@ -1,24 +1,19 @@
 """Benchmark sets, declared in TOML: a name, where its text or pairs come from, and what others have reached on it."""
 
-import math
 import os
 import re
-import tomllib
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeVar, get_type_hints
 
 from mlmkit.documents import HUB, Source, existing_file
 from mlmkit.errors import UserError
 from mlmkit.eval.material import Material, TextMaterial
 from mlmkit.eval.pairs import PairColumns, PairMaterial, keep_pairs, read_pairs
 from mlmkit.tokenizer import Tokenizer
+from mlmkit.toml import build, read_toml
 
 BUILT_IN = Path(__file__).parent / "sets"
 TASKS = ("text", "pairs")
-
-Declared = TypeVar("Declared")
 
 
 @dataclass(frozen=True)
@@ -66,11 +61,10 @@ class EvalSet:
     text: TextReading = TextReading()
     pairs: PairReading = PairReading()
     reference: tuple[Reference, ...] = ()
-    folder: str = ""  # of a user's own declaration: its `local` may lie beside it
 
     def location(self, data: Path | None) -> str:
         """Where it is read from: a local copy if there is one, the hub otherwise. Raises `UserError` for neither."""
-        if found := self._local(self.local, data):
+        if found := _local(self.local, data):
             return str(found)
         if self.hub:
             return self.hub
@@ -81,17 +75,12 @@ class EvalSet:
         """The table of pairs to keep, if the set has one. Raises `UserError` where it is missing."""
         if not self.pairs.keep:
             return None
-        if found := self._local(self.pairs.keep, data):
+        if found := _local(self.pairs.keep, data):
             return found
         raise UserError(
             f"the set {self.name} needs {self.pairs.keep} under --data-dir or $MLMKIT_DATA (made from "
             f"{self.pairs.keep_from or self.homepage})"
         )
-
-    def _local(self, name: str, data: Path | None) -> Path | None:
-        """A file beside the declaration, if it is a user's own, or in the data folder."""
-        folders = [Path(self.folder)] * bool(self.folder) + [data] * bool(data)
-        return next((folder / name for folder in folders if folder and name and (folder / name).exists()), None)
 
 
 @dataclass(frozen=True)
@@ -162,19 +151,10 @@ def data_folder(option: str | None) -> Path | None:
 
 def read_set(path: Path, *, own: bool = False) -> EvalSet:
     """A declaration. Raises `UserError` naming the key that is wrong."""
-    try:
-        values = tomllib.loads(path.read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError, RecursionError) as error:  # tomllib's own error is a ValueError
-        raise UserError(f"{path}: cannot be read as TOML: {error}") from None
-    references = values.pop("reference", [])
-    if not isinstance(references, list):
-        raise UserError(f"{path}: [[reference]] must be a list of tables")
-    nested = {
-        "text": _declared(TextReading, values.pop("text", {}), f"{path}, [text]"),
-        "pairs": _declared(PairReading, values.pop("pairs", {}), f"{path}, [pairs]"),
-        "reference": tuple(_declared(Reference, item, f"{path}, [[reference]]") for item in references),
-    }
-    found = replace(_declared(EvalSet, values, str(path)), **nested, folder=str(path.parent) if own else "")
+    found: EvalSet = build(EvalSet, read_toml(path), f"{path}: ")
+    if own:
+        pairs = replace(found.pairs, keep=_beside(path, found.pairs.keep))
+        found = replace(found, local=_beside(path, found.local), pairs=pairs)
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", found.name):
         raise UserError(f"{path}: the name {found.name!r} is not of letters, digits, '.', '-' and '_' alone")
     if found.task not in TASKS:
@@ -184,31 +164,13 @@ def read_set(path: Path, *, own: bool = False) -> EvalSet:
     return found
 
 
-def _declared(kind: type[Declared], values: Any, place: str) -> Declared:
-    if not isinstance(values, dict):
-        raise UserError(f"{place} must be a table")
-    known = get_type_hints(kind)
-    for key, value in values.items():
-        if key not in known or key == "folder":
-            raise UserError(f"{place}: unknown key {key!r} (known: {', '.join(sorted(known.keys() - {'folder'}))})")
-        expected, fits = _KINDS[known[key]]
-        if not fits(value):
-            raise UserError(f"{place}: {key} must be {expected}, not {value!r}")
-    try:
-        return kind(**values)
-    except TypeError as error:
-        raise UserError(f"{place}: {str(error).partition('() ')[2] or error}") from None
+def _beside(declaration: Path, name: str) -> str:
+    """A file that lies beside a user's own declaration, by its whole path."""
+    found = declaration.absolute().parent / name
+    return str(found) if name and found.exists() else name
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-# Of each kind of value that a declaration holds: how to call it, and what is one.
-_KINDS: dict[Any, tuple[str, Callable[[Any], bool]]] = {
-    str: ("text", lambda value: isinstance(value, str)),
-    bool: ("true or false", lambda value: isinstance(value, bool)),
-    int | str: ("text or a whole number", lambda value: isinstance(value, int | str) and not isinstance(value, bool)),
-    float | None: ("a number", _is_number),
-    dict[str, float] | None: ("a table of numbers", lambda v: isinstance(v, dict) and all(map(_is_number, v.values()))),
-}
+def _local(name: str, data: Path | None) -> Path | None:
+    """A file in the data folder, or one that lies beside its declaration."""
+    path = Path(name) if data is None else data / name
+    return path if name and (data or path.is_absolute()) and path.exists() else None

@@ -24,7 +24,6 @@ from mlmkit.export.onnx import OPSET, replace_graph, write_onnx
 from mlmkit.export.parity import BOUNDS, check_parity, parity_batches, require_parity
 from mlmkit.export.precision import convert
 from mlmkit.export.proof_text import FALLBACK, ProofText, proof_text
-from mlmkit.export.quantize import CALIBRATIONS
 from mlmkit.files import locate_model, new_folder
 from mlmkit.model import from_pretrained
 
@@ -42,7 +41,6 @@ def export(
     *,
     precision: str = "fp32",
     text: ProofText | None = None,
-    calibration: str = "percentile",
     allow_drift: bool = False,
     plans: "PlanOptions | None" = None,
     card: bool = False,
@@ -59,8 +57,6 @@ def export(
     """
     if precision not in PRECISIONS:
         raise UserError(f"no precision {precision!r}: choose {', '.join(PRECISIONS)}")
-    if calibration not in CALIBRATIONS:
-        raise UserError(f"no calibration {calibration!r}: choose {' or '.join(CALIBRATIONS)}")
     checkpoint, output = locate_model(fspath(checkpoint)), Path(output)
     text = text or proof_text(checkpoint)
     if precision == "int8" and text.name == FALLBACK:
@@ -87,7 +83,7 @@ def export(
             if fitted:
                 corpus = tokenize(fitted.texts, reference.tokenizer)
                 batches = parity_batches(corpus, reference.tokenizer, info.max_length, weight_bytes)
-            facts = convert(folder / GRAPH, precision, batches, calibration)
+            facts = convert(folder / GRAPH, precision, batches)
             manifest = Manifest(
                 format=FORMAT,
                 files=hash_files(folder),

@@ -14,7 +14,7 @@ from mlmkit.export.quantize import activation_thresholds, dynamic_int8, static_i
 from mlmkit.export.ranges import value_ranges
 
 
-def convert(graph: Path, precision: str, batches: Sequence[Batch], calibration: str) -> dict[str, Any] | None:
+def convert(graph: Path, precision: str, batches: Sequence[Batch]) -> dict[str, Any] | None:
     """Change a float32 graph file to `precision`; return what the manifest says of how.
 
     `batches` of real text are what ranges and scales are measured on.
@@ -27,8 +27,8 @@ def convert(graph: Path, precision: str, batches: Sequence[Batch], calibration: 
     measured = {"batches": len(batches), "tokens": sum(int(batch.attention_mask.sum()) for batch in batches)}
     model = ir.load(graph)
     if precision == "int8":
-        products = static_int8(model, activation_thresholds(graph, batches, calibration))
-        facts = {"method": calibration, **measured, "int8_products": products}
+        products = static_int8(model, activation_thresholds(graph, batches))
+        facts = {"method": "percentile", **measured, "int8_products": products}
     elif precision == "fp16":
         ranges = value_ranges(graph, batches)
         overflowing = [name for name, largest in ranges.items() if largest > LARGEST_FLOAT16]

@@ -23,7 +23,6 @@ from onnxruntime.quantization import (
 from mlmkit.backends import Batch
 from mlmkit.export.onnx import quiet
 
-CALIBRATIONS = {"percentile": CalibrationMethod.Percentile, "entropy": CalibrationMethod.Entropy}
 LARGEST_ACTIVATION = 127
 # Seven bits. On x86 without VNNI, ONNX Runtime adds two products of a weight with an activation from 0 to 255 in 16
 # bits: 2 * 255 * 64 fits there, 2 * 255 * 127 saturates, and scores would depend on the processor (docs/decisions.md).
@@ -115,16 +114,15 @@ def _insert(
     return output
 
 
-def activation_thresholds(graph: Path, batches: Iterable[Batch], calibration: str) -> dict[str, float]:
+def activation_thresholds(graph: Path, batches: Iterable[Batch]) -> dict[str, float]:
     """The largest magnitude worth keeping of each product's inputs and outputs on `batches`, by the value's name.
 
-    `percentile` keeps 99.999 % of a value's numbers; `entropy` loses the least information (Migacz 2017). Both are ONNX
-    Runtime's.
+    It keeps 99.999 % of a value's numbers, as ONNX Runtime finds them.
     """
     with tempfile.TemporaryDirectory() as folder, quiet():
         measured = str(Path(folder) / "measured.onnx")
         calibrator: Any = create_calibrator(
-            graph, ["MatMul"], measured, CALIBRATIONS[calibration], _has_external_data(graph)
+            graph, ["MatMul"], measured, CalibrationMethod.Percentile, _has_external_data(graph)
         )
         for batch in batches:  # one at a time: the calibrator keeps every intermediate of what it is given at once
             calibrator.collect_data(_Reader([batch]))

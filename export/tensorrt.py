@@ -48,13 +48,11 @@ class PlanOptions:
     """What one run may hold: at most `max_batch` rows of at most `max_seq` tokens, and `max_masked` positions.
 
     Larger batches are split when they run. Rows longer than `max_seq`, up to what the model takes, run one by one.
-    `timing_cache` is a file, read and written; by default one for each TensorRT version and GPU in mlmkit's cache.
     """
 
     max_batch: int = 64
     max_seq: int = 512
     max_masked: int = 4096
-    timing_cache: Path | None = None
 
 
 def build_plan(folder: Path, manifest: Manifest, options: PlanOptions | None = None) -> TensorRT:
@@ -142,8 +140,7 @@ def _build(graph: Path, profiles: list[Profile], options: PlanOptions, gpu: Gpu,
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # else the inspector knows names alone
     for wanted in profiles:
         _add_profile(builder, network, config, wanted)
-    cache_file = options.timing_cache or _cache_file(gpu)
-    _load_timing_cache(config, cache_file)
+    _load_timing_cache(config, cache_file := _cache_file(gpu))
     with progress() as bars:
         monitor = _Monitor(bars)
         config.progress_monitor = monitor

@@ -8,7 +8,7 @@ import click
 from mlmkit.cli_options import json_option, overwrite_option, print_json
 from mlmkit.errors import UserError, require
 
-PRECISIONS, CALIBRATIONS = "fp32|fp16|bf16|int8|int8-dynamic", "percentile|entropy"
+PRECISIONS = "fp32|fp16|bf16|int8|int8-dynamic"
 
 
 def plan_options(command: Any) -> Any:
@@ -34,7 +34,6 @@ def plan_options(command: Any) -> Any:
 @click.option("--output", type=click.Path(path_type=Path), help="The artifact folder to write.")
 @click.option("--precision", metavar=PRECISIONS, help="What it computes in. Default: fp32.")
 @click.option("--text", type=click.Path(), help="Prove parity on this text. Default: the run's held-out one.")
-@click.option("--calibration", metavar=CALIBRATIONS, help="How int8 is scaled. Default: percentile.")
 @click.option("--allow-drift", is_flag=True, help="Export even what differs from the checkpoint beyond the bounds.")
 @plan_options
 @click.option(
@@ -52,7 +51,6 @@ def export(
     output: Path | None,
     precision: str | None,
     text: str | None,
-    calibration: str | None,
     allow_drift: bool,
     trt: bool,
     triton: Path | None,
@@ -80,7 +78,7 @@ def export(
             raise UserError(
                 f"{checkpoint} is an artifact: name the checkpoint it came from, add plans with --trt, or say --triton"
             )
-        if precision or calibration or model_card or results:
+        if precision or model_card or results:
             raise UserError("an artifact keeps its precision and gets no card: plans and --triton are made from it")
         if not trt and (output or text or allow_drift):
             raise UserError("--triton alone reads an artifact as it is: leave out --output, --text and --allow-drift")
@@ -89,8 +87,6 @@ def export(
     artifact = output or Path(checkpoint)
     if chosen and not trt:
         raise UserError(f"--{next(iter(chosen)).replace('_', '-')} is about TensorRT plans: say --trt too")
-    if calibration and precision != "int8":
-        raise UserError("--calibration is about --precision int8")
     if results and not model_card:
         raise UserError("--result is shown on the model card: say --model-card too")
     if output:
@@ -127,7 +123,6 @@ def export(
             checkpoint,
             output,
             precision=precision or "fp32",
-            calibration=calibration or "percentile",
             card=model_card,
             results=[load_result(Path(folder)).result for folder in results],
             **common,

@@ -1,4 +1,4 @@
-"""Splitting and padding to a profile: no position is lost, none is answered by another, and all parts fit."""
+"""Splitting to a profile: no position is lost, none is answered by another, and all parts fit."""
 
 import numpy as np
 from hypothesis import given, settings
@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from mlmkit.artifact import Profile
 from mlmkit.backends import Batch
-from mlmkit.backends.fitting import fitted, pad, shape_of, split
+from mlmkit.backends.fitting import shape_of, split
 
 sizes = st.integers(1, 9)
 batches = st.builds(
@@ -48,23 +48,3 @@ def test_parts_fit_and_answer_every_position_once(batch, max_batch, max_masked):
         parts = [part for _, part in split(batch, profile)]
         if len(parts) > 1:
             assert sum(len(part.input_ids) for part in parts) == np.count_nonzero(counts)
-
-
-@settings(max_examples=300, deadline=None)
-@given(batches.filter(lambda batch: len(batch.positions)), sizes, sizes, st.integers(1, 50))
-def test_padding_changes_no_answer(batch, more_rows, more_columns, more_positions):
-    rows, seq, masked = shape_of(batch)
-    wanted = shape_of(batch)._replace(batch=rows + more_rows, seq=seq + more_columns, masked=masked + more_positions)
-    wide = pad(batch, wanted, pad_id=-7)
-    assert shape_of(wide) == wanted
-    assert (answer(wide)[:masked] == answer(batch)).all() and (wide.targets[:masked] == batch.targets).all()
-    assert (wide.input_ids[:, seq:] == -7).all() and not wide.attention_mask[:, seq:].any()
-    assert wide.attention_mask.any(axis=1).all(), "no row may be all padding"
-    assert pad(batch, shape_of(batch), pad_id=-7) is batch
-
-
-@given(sizes, sizes, sizes)
-def test_the_shape_to_run_is_within_the_profile(rows, seq, masked):
-    profile = Profile("only", (2, 3, 9), (3, 4, 9), (4, 4, 9))
-    shape = shape_of(Batch(*[np.zeros((rows, seq), dtype=np.int64)] * 2, *[np.zeros(masked, dtype=np.int64)] * 2))
-    assert fitted(shape, profile) == (max(rows, 2), max(seq, 3), max(masked, 4))

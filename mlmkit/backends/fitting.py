@@ -1,4 +1,4 @@
-"""Making any batch fit the shapes that a plan was built for: split what is too large, pad what is too small."""
+"""Making any batch fit the shapes that a plan was built for: what is too large is split."""
 
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -56,39 +56,9 @@ def widest(profiles: Sequence[Profile], seq: int) -> Profile:
 
 
 def choose(profiles: Sequence[Profile], shape: Shape) -> int:
-    """The index of the first profile that holds the shape, padded where it is too small."""
+    """The index of the first profile that holds the shape."""
     return next(
         index
         for index, profile in enumerate(profiles)
         if all(size <= getattr(profile, axis)[2] for axis, size in shape._asdict().items())
-    )
-
-
-def fitted(shape: Shape, profile: Profile) -> Shape:
-    """The shape to run: no size below the profile's smallest."""
-    return Shape(*(max(size, getattr(profile, axis)[0]) for axis, size in shape._asdict().items()))
-
-
-def pad(batch: Batch, shape: Shape, pad_id: int) -> Batch:
-    """The batch with more columns, rows and positions behind its own, whose results are to be dropped.
-
-    An added row repeats the first and an added position the last: a row that is all padding gives NaN in some models.
-    """
-    rows, seq, masked = shape_of(batch)
-    if (rows, seq, masked) == shape:
-        return batch
-    row, column = np.divmod(batch.positions, seq)
-
-    def widen(values: NDArray[np.int64], filling: int) -> NDArray[np.int64]:
-        wide = np.pad(values, ((0, 0), (0, shape.seq - seq)), constant_values=filling)
-        return np.concatenate([wide, np.repeat(wide[:1], shape.batch - rows, axis=0)])
-
-    def lengthen(values: NDArray[np.int64]) -> NDArray[np.int64]:
-        return np.pad(values, (0, shape.masked - masked), mode="edge")
-
-    return Batch(
-        widen(batch.input_ids, pad_id),
-        widen(batch.attention_mask, 0),
-        lengthen(row * shape.seq + column),
-        lengthen(batch.targets),
     )

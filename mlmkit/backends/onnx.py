@@ -39,7 +39,6 @@ class OnnxBackend:
         refuse_changes(Path(path), files)  # the session has opened weights beside the graph by their path
 
     def score(self, batch: Batch) -> Scored:
-        """See `Backend`."""
         if self.device == "cpu":
             try:
                 return Scored(*self._session.run(Scored._fields, batch._asdict()))  # pyright: ignore[reportArgumentType]

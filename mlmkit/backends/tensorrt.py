@@ -21,7 +21,7 @@ from mlmkit.artifact import PLAN, Manifest, TensorRT
 from mlmkit.backends import Batch, Scored, open_artifact
 from mlmkit.backends.contexts import Lane, Lanes
 from mlmkit.backends.cuda import find_gpu
-from mlmkit.backends.fitting import choose, fitted, pad, shape_of, split, widest
+from mlmkit.backends.fitting import choose, shape_of, split, widest
 from mlmkit.errors import CheckError, UserError
 
 log = logging.getLogger(__name__)
@@ -81,7 +81,7 @@ def create_runtime(logger: Logger) -> trt.Runtime:
 class TensorRTBackend:
     """The artifact's plan, loaded when it is first needed.
 
-    Shapes that no profile holds are split or padded here. Up to `CONTEXTS` threads run at once on each profile.
+    Batches that no profile holds are split here. Up to `CONTEXTS` threads run at once on each profile.
     Raises `UserError` when the artifact has no plan that may run here.
     """
 
@@ -98,8 +98,8 @@ class TensorRTBackend:
         if (gpu := find_gpu().name) != built.gpu:
             log.warning("the plan was built on %s and this is %s: it may be slower than one built here", built.gpu, gpu)
         self.info = replace(info, max_length=min(info.max_length, max(p.seq[2] for p in built.profiles)))
-        if info.sees_padding and any(profile.seq[0] > 1 for profile in built.profiles):
-            raise UserError(f"{path}: padding changes this model's scores, and its plan would need it: {AGAIN}")
+        if any(sizes[0] > 1 for profile in built.profiles for sizes in (profile.batch, profile.seq, profile.masked)):
+            raise UserError(f"{path}: its plan takes no batch of one token: {AGAIN}")
         self.profiles = built.profiles
         self._logger = Logger()
         self._runtime = create_runtime(self._logger)  # must outlive its engine
@@ -107,7 +107,6 @@ class TensorRTBackend:
         self._lock = threading.Lock()
 
     def score(self, batch: Batch) -> Scored:
-        """See `Backend`."""
         self._refuse(batch)
         masked = len(batch.positions)
         results: dict[str, NDArray[Any]] = {
@@ -122,18 +121,14 @@ class TensorRTBackend:
         return Scored(**results)
 
     def _run_part(self, engine: "_Engine", part: Batch) -> dict[str, NDArray[Any]]:
-        shape = shape_of(part)
-        number = choose(self.profiles, shape)
-        inputs = pad(part, fitted(shape, self.profiles[number]), self.tokenizer.pad_id)
-        with engine.lanes[number].borrow() as lane:
+        with engine.lanes[choose(self.profiles, shape_of(part))].borrow() as lane:
             try:
-                found = lane.run(inputs)
+                return lane.run(part)
             except CheckError as error:
                 raise CheckError(
-                    f"{self.info.path}: TensorRT failed on a batch of shape {inputs.input_ids.shape} with "
-                    f"{len(inputs.positions)} positions: {error} ({self._logger.reason()})"
+                    f"{self.info.path}: TensorRT failed on a batch of shape {part.input_ids.shape} with "
+                    f"{len(part.positions)} positions: {error} ({self._logger.reason()})"
                 ) from error
-        return {name: values[: shape.masked] for name, values in found.items()}
 
     def _refuse(self, batch: Batch) -> None:
         """TensorRT reads whatever lies at an index that is out of range, so none must come so far."""

@@ -29,7 +29,6 @@ class TorchBackend:
         self._lock = threading.Lock()
 
     def score(self, batch: Batch) -> Scored:
-        """See `Backend`."""
         with self._lock, _full_float32(), torch.inference_mode():
             scores = self.model(*(torch.from_numpy(array).to(self.device) for array in batch))
             return Scored(*(output.cpu().numpy() for output in scores))

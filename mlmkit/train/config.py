@@ -2,17 +2,16 @@
 
 import tomllib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields, is_dataclass, replace
-from difflib import get_close_matches
+from dataclasses import dataclass, field, replace
 from operator import attrgetter
 from pathlib import Path
-from types import UnionType
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any
 
 from mlmkit.backends import DEVICES
 from mlmkit.documents import Source, is_table
 from mlmkit.errors import UserError
 from mlmkit.masking import MaskRecipe
+from mlmkit.toml import build, read_toml
 
 CHOICES = {
     "optim.name": ("adamw", "muon"),
@@ -200,12 +199,7 @@ IDLE: tuple[tuple[str, Callable[[Config], object], str], ...] = (
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read a TOML file and apply `table.key=value` overrides. Raises `UserError` naming a wrong or useless key."""
-    try:
-        tables = tomllib.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:  # tomllib's own error is a ValueError
-        raise UserError(f"{path}: not valid TOML: {error}") from None
+    tables = read_toml(path)
     for override in overrides:
         name, equals, value = override.partition("=")
         table, dot, key = name.strip().partition(".")
@@ -215,7 +209,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         if not isinstance(values, dict):
             raise UserError(f"{path}: {table} must be a table, [{table}]")
         values[key] = _toml_value(value.strip())
-    config = _build(Config, tables, "")
+    config: Config = build(Config, tables)
     if (warmup := config.optim.warmup_steps) >= (steps := config.train.steps):
         if "warmup_steps" in tables.get("optim", {}):
             raise UserError(f"optim.warmup_steps ({warmup}) must be below train.steps ({steps}), for the rate to decay")
@@ -233,34 +227,3 @@ def _toml_value(text: str) -> Any:
         return tomllib.loads(f"value = {text}")["value"]
     except (ValueError, RecursionError):
         return text
-
-
-def _build(kind: type, values: dict[str, Any], prefix: str) -> Any:
-    hints = get_type_hints(kind)
-    known = [item.name for item in fields(kind)]
-    arguments = {}
-    for key, value in values.items():
-        name = f"{prefix}{key}"
-        if key not in known:
-            guess = get_close_matches(key, known, n=1)
-            hint = f"did you mean {prefix}{guess[0]}?" if guess else f"known are {', '.join(known)}"
-            raise UserError(f"unknown setting {name}: {hint}")
-        arguments[key] = _checked(hints[key], value, name)
-    return kind(**arguments)
-
-
-def _checked(kind: Any, value: Any, name: str) -> Any:
-    if is_dataclass(kind):
-        if not isinstance(value, dict):
-            raise UserError(f"{name} must be a table, [{name}]")
-        return _build(kind, value, f"{name}.")  # pyright: ignore[reportArgumentType]
-    if get_origin(kind) is tuple:  # a list, or one value alone
-        values = value if isinstance(value, list) else [value] if value != "" else []
-        return tuple(_checked(get_args(kind)[0], each, name) for each in values)
-    if isinstance(kind, UnionType):  # a value or None, which is not written down
-        kind = get_args(kind)[0]
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if type(value) is not kind:
-        raise UserError(f"{name} must be {kind.__name__}, not {value!r}")
-    return value

@@ -23,7 +23,6 @@ class LossModule(nn.Module):
         self.model = model
 
     def forward(self, positions: Tensor, targets: Tensor, inputs: dict[str, Any]) -> Tensor:
-        """See `MaskedLM.loss_sum`."""
         return self.model.loss_sum(positions, targets, **inputs)
 
 

@@ -1,0 +1,63 @@
+"""TOML files whose tables are dataclasses: what a key may hold is what its field is declared to be."""
+
+import math
+import tomllib
+from dataclasses import MISSING, fields, is_dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from types import NoneType
+from typing import Any, get_args, get_origin, get_type_hints
+
+from mlmkit.errors import UserError
+
+KINDS = {str: "text", bool: "true or false", int: "a whole number", float: "a number", dict: "a table of numbers"}
+
+
+def read_toml(path: str | Path) -> dict[str, Any]:
+    """The file's tables. Raises `UserError` for what is not TOML."""
+    try:
+        return tomllib.loads(Path(path).read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:  # tomllib's own error is a ValueError
+        raise UserError(f"{path}: not valid TOML: {error}") from None
+
+
+def build(kind: type, values: dict[str, Any], prefix: str = "") -> Any:
+    """The dataclass `kind` with the values of a table. Raises `UserError` naming a key that is unknown or wrong.
+
+    A tuple is a list there, or one value alone.
+    """
+    hints, arguments = get_type_hints(kind), {}
+    for key, value in values.items():
+        if key not in hints:
+            guess = get_close_matches(key, hints, n=1)
+            hint = f"did you mean {prefix}{guess[0]}?" if guess else f"known are {', '.join(hints)}"
+            raise UserError(f"unknown setting {prefix}{key}: {hint}")
+        arguments[key] = _checked(hints[key], value, f"{prefix}{key}")
+    for item in fields(kind):
+        if item.name not in arguments and item.default is item.default_factory is MISSING:
+            raise UserError(f"{prefix}{item.name} is missing")
+    return kind(**arguments)
+
+
+def _checked(kind: Any, value: Any, name: str) -> Any:
+    if is_dataclass(kind):
+        if not isinstance(value, dict):
+            raise UserError(f"{name} must be a table")
+        return build(kind, value, f"{name}.")  # pyright: ignore[reportArgumentType]
+    if get_origin(kind) is tuple:
+        values = value if isinstance(value, list) else [value] if value != "" else []
+        return tuple(_checked(get_args(kind)[0], each, name) for each in values)
+    if get_origin(kind) is dict and isinstance(value, dict):
+        return {key: _checked(get_args(kind)[1], each, f"{name}.{key}") for key, each in value.items()}
+    kinds = [each for each in get_args(kind) or (kind,) if each is not NoneType]  # None is what is not written down
+    if len(kinds) == 1 and kinds[0] is not kind:
+        return _checked(kinds[0], value, name)
+    if type(value) is int and float in kinds:
+        value = float(value)
+    if type(value) not in kinds or (type(value) is float and math.isnan(value)):
+        raise UserError(
+            f"{name} must be {' or '.join(KINDS[get_origin(each) or each] for each in kinds)}, not {value!r}"
+        )
+    return value
