@@ -17,7 +17,7 @@ BOUNDS: tuple[tuple[str, str, Any, str], ...] = (
     ("text_tokens", "--max-tokens", AT_LEAST_1, "Tokens of a text."),
     ("text_masks", "--max-masks", AT_LEAST_1, "Masks of a text."),
     ("targets", "--max-targets", AT_LEAST_1, "Targets of a request."),
-    ("candidates", "--max-candidates", AT_LEAST_1, "Candidates of an answer."),
+    ("candidates", "--max-candidates", AT_LEAST_1, "Candidates that a request asks for."),
     ("requests", "--max-requests", AT_LEAST_1, "Requests under way at once."),
     ("queue_tokens", "--max-queue-tokens", AT_LEAST_1, "Tokens that wait."),
     ("batch_tokens", "--batch-tokens", AT_LEAST_1, "Tokens of an engine call."),

@@ -33,7 +33,7 @@ class NoMaskError(UserError):
 
 
 class TextTooLongError(UserError):
-    """The text has more tokens than the model takes."""
+    """The text, or a target, has more tokens than the model takes, or more characters than so many tokens hold."""
 
 
 class TargetError(UserError):
@@ -75,19 +75,30 @@ def ask_all(
         raise UserError("a text or a target is not valid UTF-8")
     if not 1 <= top_k <= info.top_k:
         raise UserError(f"top_k must be between 1 and {info.top_k}, not {top_k}")
-    target_ids, stand_ins = _target_ids(tokenizer, targets)
+    target_ids, stand_ins = _target_ids(tokenizer, info, targets)
     return [Question(*_masked_ids(tokenizer, info, text), target_ids, top_k, stand_ins) for text in texts]
 
 
 def _masked_ids(tokenizer: Tokenizer, info: ModelInfo, text: str) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """A text's ids with special tokens, and where its masks stand."""
-    ids = np.array(tokenizer.encode_control(text).ids, dtype=np.int64)
+    ids = np.array(_control_ids(tokenizer, info, text), dtype=np.int64)
     masks = np.flatnonzero(ids == tokenizer.mask_id)
     if not len(masks):
         raise NoMaskError(f"the text has no {tokenizer.mask_token}: put it where a word is to be filled in")
-    if len(ids) > info.max_length:
-        raise TextTooLongError(f"the text has {len(ids)} tokens, and this model takes {info.max_length}: shorten it")
     return ids, masks
+
+
+def _control_ids(tokenizer: Tokenizer, info: ModelInfo, text: str, what: str = "text") -> list[int]:
+    check_length(len(text), "characters", info.max_length * tokenizer.characters_per_token, what)
+    ids = tokenizer.encode_control(text).ids
+    check_length(len(ids), "tokens", info.max_length, what)
+    return ids
+
+
+def check_length(count: int, unit: str, most: int, what: str = "text") -> None:
+    """Raise `TextTooLongError` for a text of more characters or tokens than are taken."""
+    if count > most:
+        raise TextTooLongError(f"a {what} has {count} {unit}, and at most {most} are taken: shorten it")
 
 
 def answer(tokenizer: Tokenizer, question: Question, predicted: Scored) -> list[list[Candidate]]:
@@ -127,14 +138,14 @@ def _is_unicode(text: str) -> bool:
     return text.encode("utf-8", "ignore").decode() == text
 
 
-def _target_ids(tokenizer: Tokenizer, targets: Sequence[str]) -> tuple[list[int], dict[str, str]]:
+def _target_ids(tokenizer: Tokenizer, info: ModelInfo, targets: Sequence[str]) -> tuple[list[int], dict[str, str]]:
     """Ids in the order given, each once. As in transformers' pipeline, a text's first token stands for all of it."""
     ids: list[int] = []
     stand_ins: dict[str, str] = {}
     for target in targets:
         id = tokenizer.token_id(target)
         if id is None:
-            framed = tokenizer.encode_control(target).ids
+            framed = _control_ids(tokenizer, info, target, "target")
             pieces = framed[len(tokenizer.prefix) : len(framed) - len(tokenizer.suffix)]
             if not pieces or pieces[0] == tokenizer.unk_id:
                 raise TargetError(f"the target {target!r} has no token in this vocabulary")

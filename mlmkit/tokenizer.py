@@ -173,6 +173,11 @@ class Tokenizer:
         identity += ["words begin at spaces"] if len(self._word_begins) else []
         return sha256(json.dumps(identity, sort_keys=True).encode("utf-8")).hexdigest()
 
+    @cached_property
+    def characters_per_token(self) -> int:
+        """Characters that a token may stand for, with what the normalizer drops: 100, or the longest token's own."""
+        return max(100, *map(len, self._control.get_vocab(with_added_tokens=True)))
+
     @property
     def added_tokens(self) -> int:
         """How many special tokens frame a text."""
@@ -226,7 +231,7 @@ class Tokenizer:
 
         Pieces of one character share its span.
         """
-        encoding = self._data.encode(text, add_special_tokens=False)
+        [encoding] = self._data.encode_batch([text], add_special_tokens=False)
         return [
             span
             for id, span in zip(encoding.ids, encoding.offsets, strict=True)
@@ -245,7 +250,7 @@ class Tokenizer:
 
     def encode_control(self, text: str) -> Encoding:
         """Text for `fill`: special tokens in it are control tokens, and the frame is added."""
-        return self._control.encode(text)
+        return self._control.encode_batch([text])[0]  # as a batch, because `encode` lets no other thread run meanwhile
 
     def token_id(self, token: str) -> int | None:
         """The id of a vocabulary entry, spelled as the vocabulary spells it; None if there is none."""

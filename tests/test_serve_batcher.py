@@ -49,12 +49,13 @@ def test_split_undoes_merge(given_rows):
         np.testing.assert_array_equal(again.targets, one.targets)
 
 
-def serving(backend: Any, use: Callable[[Batcher], Awaitable[Any]], **options: Any) -> Any:
+def serving(backend: Any, use: Callable[[Batcher], Awaitable[Any]], most_positions: int = 500, **options: Any) -> Any:
     """What `use` returns, with a batcher that runs."""
 
     async def main() -> Any:
         settings = {"batch_tokens": 128, "queue_tokens": 1 << 16, "max_wait": 0.0} | options
         batcher = Batcher(backend, Metrics(), **settings)
+        batcher.most_positions = most_positions
         try:
             return await use(batcher)
         finally:
@@ -63,13 +64,16 @@ def serving(backend: Any, use: Callable[[Batcher], Awaitable[Any]], **options: A
     return asyncio.run(asyncio.wait_for(main(), 60))
 
 
-@given(st.lists(rows(), min_size=1, max_size=6), st.integers(1, 400))
+@given(st.lists(rows(), min_size=1, max_size=6), st.integers(1, 400), st.sampled_from([1, 2, 3, 500]))
 @settings(deadline=None, max_examples=25)
-def test_every_row_gets_the_scores_that_it_gets_alone(backend, requests, batch_tokens):
+def test_every_row_gets_the_scores_that_it_gets_alone(backend, requests, batch_tokens, most_positions):
     async def use(batcher: Batcher) -> Any:
         return await asyncio.gather(*(batcher.score(request) for request in requests))
 
-    answers = serving(backend, use, batch_tokens=batch_tokens)
+    recorder = Recorder(backend)
+    recorder.leave.release(1000)
+    answers = serving(recorder, use, most_positions, batch_tokens=batch_tokens)
+    assert max(len(call.positions) for call in recorder.calls) <= most_positions
     for request, answer in zip(requests, answers, strict=True):
         for one, found in zip(request, answer, strict=True):
             expected = backend.score(one)

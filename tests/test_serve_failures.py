@@ -12,9 +12,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from conftest import PROOF
 from serving import Server, running
 
 from benchmarks.load import encode, run
+from mlmkit.export.export import export
+from mlmkit.tokenizer import FILES
 
 FILL = "/fill-mask"
 SHORT = encode(FILL, {"inputs": "The [MASK] is"})
@@ -242,6 +245,30 @@ def test_more_than_it_can_do_is_refused_with_429_alone_and_memory_stays(artifact
         assert set(seen["statuses"]) == {"200", "429"}, seen
         assert _resident(server) < before + 64
         assert server.metric("mlmkit_queue_tokens") == 0
+
+
+def test_memory_is_bounded_whatever_the_lengths_and_however_many_the_scores(checkpoint, tmp_path):
+    """The logits are the most that a call needs: here a request asks for 2,000 x 30,000 of them, which is 229 MiB."""
+    from transformers import AutoModelForMaskedLM
+
+    large = tmp_path / "large"
+    network = AutoModelForMaskedLM.from_pretrained(checkpoint("bert"))
+    network.resize_token_embeddings(30_000)
+    network.save_pretrained(large)
+    for name in FILES:
+        (large / name).write_bytes((checkpoint("bert") / name).read_bytes())
+    export(str(large), tmp_path / "artifact", text=PROOF)
+    with running(tmp_path / "artifact") as server:
+        before = _resident(server)
+        for length in (7, 18, 41, 64):
+            shapes = {"input_ids": [1, length], "attention_mask": [1, length], "positions": [2000], "targets": [2000]}
+            tensors = [
+                {"name": name, "shape": shape, "datatype": "INT64", "data": [1] * shape[-1]}
+                for name, shape in shapes.items()
+            ]
+            outputs = [{"name": "log_prob"}]
+            assert server.ask("/v2/models/artifact/infer", {"inputs": tensors, "outputs": outputs}).status == 200
+        assert _resident(server) < before + 256  # MiB
 
 
 def _resident(server: Server) -> float:

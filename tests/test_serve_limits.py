@@ -100,6 +100,34 @@ def test_score_refuses_too(body: Any, status: int, error_type: str, server: Serv
     assert refusal(server.ask("/score", body)) == (status, error_type)
 
 
+def test_characters_are_bounded_before_a_text_is_tokenised(server):
+    """30 tokens of 100 characters, and so no text is refused that consists of words, with some space around them."""
+    long, target = "1.!" * 1001, {"targets": ["1.!" * 1001]}
+    for path, body in (
+        (FILL, {"inputs": long}),
+        ("/score", {"inputs": long}),
+        (FILL, {"inputs": "[MASK]", "parameters": target}),
+    ):
+        answer = server.ask(path, body)
+        assert refusal(answer) == (422, "text_too_long")
+        assert "has 3003 characters, and at most 3000 are taken" in answer.json["error"]
+    unknown = "ж" * 99
+    for text in ("[MASK]" + " " * 2994, "[MASK] " + " ".join([unknown] * 27)):
+        assert server.ask(FILL, {"inputs": text}).status == 200
+
+
+def test_what_is_looked_up_is_bounded_like_what_is_answered(artifact):
+    with running(artifact("bert"), "--max-candidates", "100") as server:
+        body = {"inputs": "[MASK] " * 60, "parameters": {"top_k": 1, "targets": ["a", "b"]}}
+        assert refusal(server.ask(FILL, body)) == (413, "too_many_candidates")
+        shapes = {"input_ids": [1, 1], "attention_mask": [1, 1], "positions": [101], "targets": [101]}
+        tensors = [
+            {"name": name, "shape": shape, "datatype": "INT64", "data": [0] * shape[-1]}
+            for name, shape in shapes.items()
+        ]
+        assert refusal(server.ask("/v2/models/bert/infer", {"inputs": tensors})) == (413, "too_many_candidates")
+
+
 def test_messages_say_what_to_do_and_not_what_was_sent(server):
     body = {"inputs": ["secret", 3], "parameters": {"top_k": "secret"}}
     said = server.ask(FILL, body).json["error"]

@@ -2,6 +2,7 @@
 
 import json
 import os
+import threading
 from collections.abc import Callable, Sequence
 from functools import cache
 from hashlib import sha256
@@ -309,6 +310,25 @@ def test_text_for_fill_keeps_its_masks(tokenizer_folder):
     assert ids.count(tokenizer.mask_id) == 2
     assert ids[0] == tokenizer.prefix[0]
     assert ids[-1] == tokenizer.suffix[0]
+
+
+def test_other_threads_run_while_a_long_text_is_tokenised(tokenizer_folder):
+    tokenizer, counts, is_over = Tokenizer.from_folder(tokenizer_folder("wordpiece")), [0], threading.Event()
+
+    def count() -> None:
+        while not is_over.is_set():
+            counts[0] += 1
+
+    thread = threading.Thread(target=count)
+    thread.start()
+    try:
+        for tokenize_it in (tokenizer.encode_control, tokenizer.spans):
+            before = counts[0]
+            tokenize_it("1.!" * 100_000)
+            assert counts[0] - before > 100_000  # some 30,000 fit into the moments before and after
+    finally:
+        is_over.set()
+        thread.join()
 
 
 def test_accents_survive_lower_casing():

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 from fastapi import FastAPI, Request, Response
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, PlainTextResponse
 from starlette.exceptions import HTTPException
 
 from mlmkit import __version__
@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 
 TEXT_THREADS = 2
 SHORT_BODY, SHORT_ANSWER = 2048, 20  # bytes, candidates: some 0.1 ms of work; a thread costs 0.3 (docs/decisions.md)
-STATUSES = (400, 401, 404, 405, 408, 413, 415, 422, 429, 500, 503)
+STATUSES = (400, 401, 404, 405, 408, 413, 415, 422, 429, 431, 500, 503)
 REFUSALS: dict[int | str, dict[str, Any]] = {status: {"model": schemas.ErrorBody} for status in STATUSES}
 KINDS = {NoMaskError: "no_mask", TextTooLongError: "text_too_long", TargetError: "unknown_target"}
 
@@ -101,10 +101,8 @@ class Service:
 
     async def start(self) -> None:
         """Make the batcher and run the engine once, so that the first request does not wait for it to load."""
-        limits = self.limits
-        self.batcher = Batcher(
-            self.backend, self.metrics, limits.batch_tokens, limits.queue_tokens, limits.wait_seconds
-        )
+        bounds = self.limits.batch_tokens, self.limits.queue_tokens, self.limits.wait_seconds
+        self.batcher = Batcher(self.backend, self.metrics, *bounds)
         ids = self.backend.tokenizer.frame(np.array([self.backend.tokenizer.mask_id]))[None]
         await self.queue.score([Batch(ids, np.ones_like(ids), np.zeros(1, np.int64), np.zeros(1, np.int64))])
         self.is_ready = True
@@ -136,11 +134,8 @@ def build_app(service: Service, token: str | None = None) -> Gate:
         redirect_slashes=False,  # to an address made of the Host header, and of http behind a proxy with TLS
         responses=REFUSALS,
     )
-    app.add_exception_handler(ApiError, _refuse)
-    app.add_exception_handler(UserError, _refuse)
-    app.add_exception_handler(CheckError, _refuse)
-    app.add_exception_handler(HTTPException, _refuse)
-    app.add_exception_handler(Exception, _refuse)
+    for kind in (ApiError, UserError, CheckError, HTTPException, Exception):
+        app.add_exception_handler(kind, _refuse)
     _add_routes(app, service)
     app.include_router(kserve_router(service))
     app.include_router(page_router())
@@ -191,7 +186,7 @@ def _add_routes(app: FastAPI, service: Service) -> None:
         """What is served, and within which bounds."""
         return service.info
 
-    @app.get("/metrics", tags=["Server"])
+    @app.get("/metrics", tags=["Server"], response_class=PlainTextResponse)
     async def metrics() -> Response:
         """Figures for Prometheus."""
         return Response(service.metrics.page(), media_type=CONTENT_TYPE)

@@ -16,11 +16,11 @@ import numpy as np
 from mlmkit.backends import Backend, Batch, Scored
 from mlmkit.batching import pad
 from mlmkit.serve.errors import ApiError, overloaded, shutting_down
+from mlmkit.serve.limits import LARGEST_LOGITS
 from mlmkit.serve.metrics import Metrics
 
 log = logging.getLogger(__name__)
 
-LARGEST_LOGITS = 1 << 26  # floats: 256 MiB of logits in one call
 FREE_PADDING = 64  # tokens: a call of its own would cost a row more than that
 MEMORY = 0.2  # the weight of the last call in the mean of the engine's rate
 
@@ -62,21 +62,22 @@ class Batcher:
         self._shortest_next = False
         self._last_requests, self._last_seconds = 0, 0.0  # of the last call
         self._closing = False
-        info = self.backend.info
-        self.largest_row = max(LARGEST_LOGITS // info.vocabulary_size, 1)  # positions
+        self.most_positions = max(LARGEST_LOGITS[self.backend.device] // self.backend.info.vocabulary_size, 1)
         self._loop_task = asyncio.create_task(self._serve())
         self._loop_task.add_done_callback(self._died)
 
     async def score(self, rows: Sequence[Batch]) -> list[Scored]:
         """What the engine says of each row. Cancelled, the rows leave the queue.
 
-        Raises `ApiError` where the queue is full or closing, and what the engine raises.
+        A row with more positions than one call may have is put in several times, each with some of them. Raises
+        `ApiError` where the queue is full or closing, and what the engine raises.
         """
+        parts = [cut(row, self.most_positions) for row in rows]
+        rows = [part for row in parts for part in row]
         tokens = sum(row.input_ids.size for row in rows)
         if self._closing:
             raise shutting_down()
         self.check_size(tokens)
-        self.check_positions(max((len(row.positions) for row in rows), default=0))
         if self.tokens + tokens > self.queue_tokens:
             raise overloaded("the queue is full", self.delay())
         if not rows:
@@ -88,25 +89,16 @@ class Batcher:
         self._add_tokens(tokens)
         self._changed.set()
         try:
-            return await answer
+            scored = iter(await answer)
         finally:
             self._drop(number)
+        return [join([next(scored) for _ in row]) for row in parts]
 
     def check_size(self, tokens: int) -> None:
         """Raise `ApiError` for what no queue of this size will ever hold."""
         if tokens > self.queue_tokens:
-            raise ApiError(
-                413,
-                "too_much_work",
-                f"this request takes {tokens} tokens of the model, and the server's queue holds {self.queue_tokens}: "
-                "send fewer or shorter texts",
-            )
-
-    def check_positions(self, count: int) -> None:
-        """Raise `ApiError` for more scores than one call can give."""
-        if count > self.largest_row:
-            message = f"{count} scores are asked for, and {self.largest_row} are possible: fewer masks or targets"
-            raise ApiError(422, "too_many_positions", message)
+            message = f"this takes {tokens} tokens of the model, and the queue holds {self.queue_tokens}: send less"
+            raise ApiError(413, "too_much_work", message)
 
     @property
     def is_alive(self) -> bool:
@@ -114,10 +106,10 @@ class Batcher:
         return not self._loop_task.done()
 
     @property
-    def has_failed(self) -> bool:
-        """Whether it has died of an error."""
+    def failure(self) -> BaseException | None:
+        """The error that it has died of."""
         task = self._loop_task
-        return task.done() and not task.cancelled() and task.exception() is not None
+        return task.exception() if task.done() and not task.cancelled() else None
 
     def delay(self) -> float:
         """Seconds until the queue will have been worked off, at the rate of late."""
@@ -135,12 +127,10 @@ class Batcher:
         self._loop_task.cancel()
         self._engine.shutdown(wait=answer, cancel_futures=True)
 
-    def _died(self, task: asyncio.Task[None]) -> None:
+    def _died(self, _: asyncio.Task[None]) -> None:
         """A defect of ours: nobody is to wait for what does not come, and the process is to be started again."""
-        if not self.has_failed:
+        if (error := self.failure) is None:
             return
-        error = task.exception()
-        assert error is not None
         log.critical("the batcher has died", exc_info=error)
         self._closing = True
         for work in self.waiting.values():
@@ -202,7 +192,7 @@ class Batcher:
             works.sort(key=lambda work: work.tokens)
         self._shortest_next = not self._shortest_next
         taken: list[tuple[_Work, int, Batch]] = []
-        room = _Room(self.backend, self.batch_tokens, self.largest_row)
+        room = _Room(self.backend, self.batch_tokens, self.most_positions)
         now = time.perf_counter()
         for work in works:
             left = []
@@ -271,10 +261,19 @@ def run(backend: Backend, rows: Sequence[Batch]) -> list[Scored]:
     if len(rows) == 1:
         return [backend.score(rows[0])]
     ends = np.cumsum([len(row.positions) for row in rows])[:-1]
-    parts = zip(
-        *(np.split(values, ends) for values in backend.score(merge(rows, backend.tokenizer.pad_id))), strict=True
-    )
-    return [Scored(*part) for part in parts]
+    scored = backend.score(merge(rows, backend.tokenizer.pad_id))
+    return [Scored(*part) for part in zip(*(np.split(values, ends) for values in scored), strict=True)]
+
+
+def cut(row: Batch, most: int) -> list[Batch]:
+    """The row once for each `most` of its positions."""
+    begins = range(0, max(len(row.positions), 1), most)
+    return [row._replace(positions=row.positions[i : i + most], targets=row.targets[i : i + most]) for i in begins]
+
+
+def join(parts: Sequence[Scored]) -> Scored:
+    """The scores of all parts, in their order."""
+    return parts[0] if len(parts) == 1 else Scored(*map(np.concatenate, zip(*parts, strict=True)))
 
 
 def merge(rows: Sequence[Batch], pad_id: int) -> Batch:

@@ -5,6 +5,7 @@ import contextlib
 import hmac
 import logging
 import time
+import zlib
 from collections.abc import AsyncIterator, Awaitable
 from typing import Any
 
@@ -43,7 +44,6 @@ class Gate:
         self.is_draining = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """See ASGI."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
@@ -69,12 +69,9 @@ class Gate:
         finally:
             seconds = time.perf_counter() - begun
             self.metrics.saw_request(endpoint, answer.status, seconds, state["error_type"])
-            quiet = endpoint in PROBES or endpoint == "/metrics"
-            method = scope["method"] if scope["method"].isalpha() else "?"
-            log.log(
-                logging.DEBUG if quiet else logging.INFO,
-                "%s %s %d %.1f ms %s", method[:10], endpoint, answer.status, seconds * 1e3, state["error_type"],
-            )  # fmt: skip
+            level = logging.DEBUG if endpoint in (*PROBES, "/metrics") else logging.INFO
+            method = scope["method"][:10] if scope["method"].isalpha() else "?"
+            log.log(level, "%s %s %d %.1f ms %s", method, endpoint, answer.status, seconds * 1e3, state["error_type"])
 
     def _check_token(self, scope: Scope) -> None:
         path = scope["path"]
@@ -140,25 +137,24 @@ class Gate:
         return left
 
     async def _read(self, scope: Scope, receive: Receive) -> bytes | None:
-        """The body; None if the client left while it sent it. Raises `ApiError` for one that is too large."""
+        """The body, inflated; None if the client left while it sent it. Raises `ApiError` for what is refused."""
         limit = self.limits.body_bytes
-        said = next((value for name, value in scope["headers"] if name == b"content-length"), b"0")
-        parts, size, is_large = [], 0, int(said) > limit if said.isdigit() else False
-        while True:
+        parts, size, has_more = [], 0, True
+        while has_more and size <= DISCARDED:
             message = await receive()
             if message["type"] == "http.disconnect":
                 return None
             size += len(message.get("body", b""))
-            is_large = is_large or size > limit
-            if is_large:
-                parts.clear()
-            else:
+            if size <= limit:
                 parts.append(message.get("body", b""))
-            if not message.get("more_body") or size > DISCARDED:
-                break
-        if is_large:
+            has_more = message.get("more_body")
+        body = b"".join(parts)
+        encodings = [value.strip().lower() for name, value in scope["headers"] if name == b"content-encoding"]
+        if size <= limit and encodings not in ([], [b"identity"]):
+            body = await asyncio.to_thread(_inflate, body, encodings, limit)
+        if max(size, len(body)) > limit:
             raise ApiError(413, "body_too_large", f"the body is larger than {limit} bytes: send fewer texts at once")
-        return b"".join(parts)
+        return body
 
 
 class _Answer:
@@ -192,9 +188,28 @@ class _Answer:
         await response({"type": "http"}, _replay(b""), self.send)
 
 
+def _inflate(body: bytes, encodings: list[bytes], limit: int) -> bytes:
+    """The content of a gzip file of one member; of one that is larger, the first `limit` + 1 bytes."""
+    if encodings not in ([b"gzip"], [b"x-gzip"]):
+        raise ApiError(415, "unsupported_media_type", "send the body as it is, or with Content-Encoding: gzip")
+    inflater = zlib.decompressobj(zlib.MAX_WBITS | 16)
+    try:
+        content = inflater.decompress(body, limit + 1)
+    except zlib.error:
+        content = b""
+    if len(content) <= limit and (not inflater.eof or inflater.unused_data):
+        raise ApiError(400, "malformed_gzip", "the body is not one whole gzip file, as its Content-Encoding says")
+    return content
+
+
 async def json_body(request: Request) -> bytes:
-    """The body of what says that it is JSON: a page of another origin cannot say so without the browser asking us."""
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    """The body of a request that says it is JSON, or that names no type and comes from no web page.
+
+    A page of another origin cannot name JSON without the browser asking us first. It can leave the type out, as
+    Triton's client does, but not the header Origin.
+    """
+    kind = request.headers.get("content-type", "" if "origin" in request.headers else "application/json")
+    kind = kind.partition(";")[0].strip().lower()
     if kind != "application/json" and not kind.endswith("+json"):
         raise ApiError(415, "unsupported_media_type", "send JSON, and the header Content-Type: application/json")
     return await request.body()

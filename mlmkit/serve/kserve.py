@@ -100,7 +100,7 @@ def read_request(body: bytes, header_length: str | None) -> tuple[InferRequest, 
     """The request and its batch. Raises `ApiError` for what is not one of the protocol."""
     size = len(body)
     if header_length is not None:
-        size = int(header_length) if header_length.isascii() and header_length.isdigit() else -1
+        size = int(header_length[:20]) if header_length.isascii() and header_length.isdigit() else -1
         if not 0 <= size <= len(body):
             raise ApiError(400, "bad_header_length", f"{HEADER_LENGTH} must say how many bytes of JSON the body has")
     request = checked(InferRequest, body[:size])
@@ -129,6 +129,9 @@ def check_batch(batch: Batch, info: ModelInfo, limits: Any) -> None:
         raise _bad("attention_mask must have the shape of input_ids, and targets that of positions")
     if rows > limits.texts:
         raise ApiError(413, "too_many_texts", f"{rows} rows are more than {limits.texts}: send several requests")
+    if len(batch.positions) > limits.candidates:
+        message = f"{len(batch.positions)} positions are more than {limits.candidates}: send several requests"
+        raise ApiError(413, "too_many_candidates", message)
     if not 0 < seq <= limits.text_tokens:
         raise ApiError(422, "text_too_long", f"rows must have 1 to {limits.text_tokens} tokens, not {seq}")
     for name, values, end in (

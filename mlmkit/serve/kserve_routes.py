@@ -11,7 +11,7 @@ from mlmkit.serve.batcher import split
 from mlmkit.serve.errors import ApiError
 from mlmkit.serve.gate import json_body
 from mlmkit.serve.kserve import VERSION
-from mlmkit.serve.schemas import body_of
+from mlmkit.serve.schemas import BINARY, body_of
 
 if TYPE_CHECKING:
     from mlmkit.serve.app import Service
@@ -20,7 +20,9 @@ if TYPE_CHECKING:
 def kserve_router(service: "Service") -> APIRouter:
     """The protocol's paths over the service's one model."""
     router = APIRouter(prefix="/v2", tags=["Open Inference Protocol"])
-    extra = body_of(kserve.InferRequest, "application/octet-stream")
+    octets = "application/octet-stream"
+    extra = body_of(kserve.InferRequest, octets) | {"responses": {"200": {"content": {octets: BINARY}}}}
+    shown: dict[str, Any] = {"response_model": kserve.InferAnswer, "openapi_extra": extra}
 
     def check(name: str, version: str = VERSION) -> None:
         if name != service.name or version != VERSION:
@@ -56,12 +58,8 @@ def kserve_router(service: "Service") -> APIRouter:
         check(name, version)
         return kserve.metadata(name, service.backend.info, f"mlmkit_{service.backend.name}")
 
-    @router.post("/models/{name}/infer", response_model=kserve.InferAnswer, openapi_extra=extra)
-    @router.post(
-        "/models/{name}/versions/{version}/infer",
-        response_model=kserve.InferAnswer,
-        openapi_extra=extra,
-    )
+    @router.post("/models/{name}/infer", **shown)
+    @router.post("/models/{name}/versions/{version}/infer", **shown)
     async def infer(request: Request, name: str, version: str = VERSION) -> Response:
         """The scoring graph on a batch of rows, which may share the engine's calls with other requests' rows."""
         check(name, version)
@@ -69,7 +67,6 @@ def kserve_router(service: "Service") -> APIRouter:
         content = await json_body(request) if length is None else await request.body()
         asked, batch = await service.in_thread(kserve.read_request, content, length)
         kserve.check_batch(batch, service.backend.info, service.limits)
-        service.queue.check_positions(len(batch.positions))
         rows = {number: row for number, row in enumerate(split(batch)) if len(row.positions)}
         predicted = dict(zip(rows, await service.queue.score(list(rows.values())), strict=True))
         found = kserve.gather(batch, predicted, service.backend.info.top_k)

@@ -1,6 +1,7 @@
 """What Prometheus reads. With several workers the figures are shared through files, as prometheus_client does it."""
 
 import os
+from typing import Any
 
 from prometheus_client import (
     CollectorRegistry,
@@ -26,36 +27,19 @@ class Metrics:
     """One set of figures a process."""
 
     def __init__(self) -> None:
-        self.registry = registry = CollectorRegistry()
-        self._requests = Counter("mlmkit_requests", "Requests answered.", ["endpoint", "status"], registry=registry)
-        self._errors = Counter(
-            "mlmkit_errors", "Refusals by their name.", ["endpoint", "error_type"], registry=registry
-        )
-        self._latency = Histogram(
-            "mlmkit_request_seconds",
-            "Head of the request to the answer.",
-            ["endpoint"],
-            buckets=SECONDS,
-            registry=registry,
-        )
-        self.in_flight = Gauge(
-            "mlmkit_requests_in_flight",
-            "Being read, waiting or answered.",
-            registry=registry,
-            multiprocess_mode="livesum",
-        )
-        self.queue_tokens = Gauge(
-            "mlmkit_queue_tokens", "Tokens that wait.", registry=registry, multiprocess_mode="livesum"
-        )
-        self._waits = Histogram(
-            "mlmkit_queue_seconds", "Arrival to the engine's first call.", buckets=SECONDS, registry=registry
-        )
-        self._rows = Histogram("mlmkit_batch_rows", "Rows in a call of the engine.", buckets=ROWS, registry=registry)
-        self._fill = Histogram(
-            "mlmkit_batch_fill", "Share of a call that is no padding.", buckets=SHARES, registry=registry
-        )
-        self._tokens = Counter("mlmkit_tokens", "Tokens through the engine, without padding.", registry=registry)
-        self._engine = Counter("mlmkit_engine_seconds", "Time in the engine.", registry=registry)
+        self.registry = CollectorRegistry()
+        own: dict[str, Any] = {"registry": self.registry}
+        now: dict[str, Any] = own | {"multiprocess_mode": "livesum"}
+        self._requests = Counter("mlmkit_requests", "Requests answered.", ["endpoint", "status"], **own)
+        self._errors = Counter("mlmkit_errors", "Refusals by their name.", ["endpoint", "error_type"], **own)
+        self._latency = Histogram("mlmkit_request_seconds", "Head to answer.", ["endpoint"], buckets=SECONDS, **own)
+        self.in_flight = Gauge("mlmkit_requests_in_flight", "Being read, waiting or answered.", **now)
+        self.queue_tokens = Gauge("mlmkit_queue_tokens", "Tokens that wait.", **now)
+        self._waits = Histogram("mlmkit_queue_seconds", "Arrival to the first engine call.", buckets=SECONDS, **own)
+        self._rows = Histogram("mlmkit_batch_rows", "Rows in a call of the engine.", buckets=ROWS, **own)
+        self._fill = Histogram("mlmkit_batch_fill", "Share of a call that is no padding.", buckets=SHARES, **own)
+        self._tokens = Counter("mlmkit_tokens", "Tokens through the engine, without padding.", **own)
+        self._engine = Counter("mlmkit_engine_seconds", "Time in the engine.", **own)
 
     def saw_request(self, endpoint: str, status: int, seconds: float, error_type: str) -> None:
         """A request has been answered; `error_type` is empty unless it was refused."""

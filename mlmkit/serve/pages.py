@@ -14,7 +14,7 @@ POLICY = (
 )
 DOCS_POLICY = POLICY.replace("style-src 'self'", "style-src 'self' 'unsafe-inline'")  # Swagger's own styles
 DOCS = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>mlmkit API</title>
+<html lang="en"><head><meta charset="utf-8"><title>mlmkit API</title><link rel="icon" href="static/icon.svg">
 <link rel="stylesheet" href="static/swagger-ui.css"></head>
 <body><div id="swagger-ui"></div><script src="static/swagger-ui-bundle.js"></script>
 <script src="static/docs.js"></script></body></html>

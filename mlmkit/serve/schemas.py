@@ -10,6 +10,7 @@ from pydantic.json_schema import models_json_schema
 from mlmkit.serve.kserve import InferRequest
 
 REFERENCE = "#/components/schemas/{model}"
+BINARY = {"schema": {"type": "string", "format": "binary"}}
 
 # The first error is enough: a body may have a million, and a list of them takes seconds and a gigabyte.
 Strings = Annotated[list[StrictStr], Field(fail_fast=True)]
@@ -128,8 +129,7 @@ class ErrorBody(BaseModel):
 def body_of(model: type[BaseModel], *more_types: str) -> dict[str, Any]:
     """A route's body in the OpenAPI document. It is parsed in a thread, by the route, so FastAPI does not see it."""
     schema = {"schema": {"$ref": REFERENCE.format(model=model.__name__)}}
-    binary = {"schema": {"type": "string", "format": "binary"}}
-    content = {"application/json": schema} | dict.fromkeys(more_types, binary)
+    content = {"application/json": schema} | dict.fromkeys(more_types, BINARY)
     return {"requestBody": {"required": True, "content": content}}
 
 
@@ -137,6 +137,7 @@ def document(app: FastAPI) -> dict[str, Any]:
     """FastAPI's document, with the bodies that `body_of` names."""
     if app.openapi_schema is None:
         found = get_openapi(title=app.title, version=app.version, summary=app.summary, routes=app.routes)
+        found["servers"] = [{"url": "./"}]  # from where this document is, which a proxy may put behind a prefix
         bodies = (FillMaskRequest, ScoreRequest, InferRequest)
         _, definitions = models_json_schema([(model, "validation") for model in bodies], ref_template=REFERENCE)
         found["components"]["schemas"] |= definitions["$defs"]

@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 
 from mlmkit.backends import Backend, Batch, Scored, capacity
-from mlmkit.corpus import Corpus, tokenize
+from mlmkit.corpus import Corpus, concatenate, tokenize
 from mlmkit.errors import CheckError
 from mlmkit.eval.plan import Plan, pseudo_plan
 from mlmkit.eval.scoring import build_batch
+from mlmkit.fill import check_length
 from mlmkit.serve.batcher import split
 from mlmkit.tokenizer import Tokenizer
 
@@ -23,10 +24,6 @@ class Scoring:
     texts: list[str]
     corpus: Corpus
     plan: Plan
-
-    def lengths(self, tokenizer: Tokenizer) -> list[int]:
-        """Tokens of each text, special ones included."""
-        return (self.corpus.lengths + tokenizer.added_tokens).tolist()
 
     def rows(self, tokenizer: Tokenizer) -> list[Batch]:
         """One row a scored token, in the plan's order."""
@@ -41,9 +38,14 @@ class Scoring:
         return np.searchsorted(self.plan.document, np.arange(len(self.corpus) + 1)).tolist()
 
 
-def plan_scores(backend: Backend, texts: list[str], variant: str) -> Scoring:
-    """The plan for a few texts. Raises `UserError` for an unknown variant."""
-    corpus = tokenize(texts, backend.tokenizer)
+def plan_scores(backend: Backend, texts: list[str], variant: str, limit: int) -> Scoring:
+    """The plan for a few texts of at most `limit` tokens each. Raises `UserError` for longer ones."""
+    parts = []
+    for text in texts:  # one after the other, so that the first that is too long is the last that is tokenised
+        check_length(len(text), "characters", limit * backend.tokenizer.characters_per_token)
+        parts.append(tokenize([text], backend.tokenizer))
+        check_length(len(parts[-1].ids) + backend.tokenizer.added_tokens, "tokens", limit)
+    corpus = concatenate(parts)
     return Scoring(texts, corpus, pseudo_plan(corpus, backend.tokenizer, capacity(backend), variant))
 
 

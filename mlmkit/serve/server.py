@@ -101,7 +101,7 @@ class _Server(uvicorn.Server):
     @property
     def has_failed(self) -> bool:
         """Whether the batcher has died: then the process ends, and whoever watches over it starts another."""
-        return self._service.batcher is not None and self._service.batcher.has_failed
+        return self._service.batcher is not None and self._service.batcher.failure is not None
 
     async def on_tick(self, counter: int) -> bool:
         """Whether to stop, asked ten times a second."""

@@ -3,7 +3,7 @@
 import json
 import logging
 import threading
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from mlmkit.backends import Batch, Scored
@@ -36,8 +36,8 @@ class Filling:
 
     @property
     def candidates(self) -> int:
-        """How many the answer holds at most."""
-        return sum(len(question.masks) * question.top_k for question in self.questions)
+        """How many the answer holds, or are looked up for it, at most."""
+        return sum(len(question.masks) * max(question.top_k, len(question.targets)) for question in self.questions)
 
     @property
     def stand_ins(self) -> set[str]:
@@ -54,15 +54,15 @@ def read_filling(service: "Service", body: bytes) -> Filling:
     top_k = 5 if parameters.top_k is None else parameters.top_k
     if len(targets) > limits.targets:
         raise ApiError(422, "too_many_targets", f"{len(targets)} targets are more than {limits.targets}")
-    questions = ask_all(backend.tokenizer, backend.info, texts, top_k=top_k, targets=targets)
+    info = replace(backend.info, max_length=limits.text_tokens)
+    questions = ask_all(backend.tokenizer, info, texts, top_k=top_k, targets=targets)
     for question in questions:
-        _check_length(service, len(question.ids))
         if len(question.masks) > limits.text_masks:
             message = f"a text has {len(question.masks)} masks, and this server takes {limits.text_masks}"
             raise ApiError(422, "too_many_masks", message)
     filling = Filling(questions, isinstance(request.inputs, str) or len(texts) == 1)  # a list of one, as the pipeline
     if filling.candidates > limits.candidates:
-        message = f"the answer would hold {filling.candidates} candidates, more than {limits.candidates}: ask for fewer"
+        message = f"{filling.candidates} candidates (top_k or targets, for each mask) are more than {limits.candidates}"
         raise ApiError(413, "too_many_candidates", message)
     return filling
 
@@ -96,9 +96,7 @@ def read_scores_request(service: "Service", body: bytes) -> Scores:
     if not texts:
         raise ApiError(422, "invalid_request", "inputs: there is no text in it")
     tokenizer = service.backend.tokenizer
-    scoring = plan_scores(service.backend, texts, parameters.pll or "original")
-    for length in scoring.lengths(tokenizer):
-        _check_length(service, length)
+    scoring = plan_scores(service.backend, texts, parameters.pll or "original", service.limits.text_tokens)
     service.queue.check_size(int((scoring.plan.rows.length + tokenizer.added_tokens).sum()))  # before they are made
     return Scores(scoring, scoring.rows(tokenizer), bool(parameters.per_token), isinstance(request.inputs, str))
 
@@ -116,12 +114,6 @@ def _texts(service: "Service", inputs: str | list[str]) -> list[str]:
     if service.log_texts:
         log.info("texts %s", json.dumps(texts))
     return texts
-
-
-def _check_length(service: "Service", length: int) -> None:
-    if length > service.limits.text_tokens:
-        message = f"a text has {length} tokens, and this server takes {service.limits.text_tokens}: shorten it"
-        raise ApiError(422, "text_too_long", message)
 
 
 def _json(value: Any) -> bytes:

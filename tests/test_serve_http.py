@@ -1,0 +1,240 @@
+"""HTTP as clients speak it, over raw sockets: upgrades, heads and bodies of all sizes, clients that half-close."""
+
+import gzip
+import json
+import socket
+import time
+import zlib
+from collections.abc import Callable, Iterator
+from http.client import HTTPResponse
+from pathlib import Path
+from typing import Any
+
+import pytest
+from serving import Server, running
+
+FILL = {"inputs": "The [MASK] is"}
+JSON = b"application/json"
+BODY = json.dumps(FILL).encode()
+LONG = json.dumps({"inputs": ["a " * 62] * 4}).encode()  # 248 rows
+HEALTH = b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"
+SMUGGLED = b"GET /info HTTP/1.1\r\nHost: x\r\n\r\n"
+H2C = b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAEAAEAAAAIAAAABAAMAAABk\r\n"
+WEBSOCKET = b"Connection: keep-alive, upgrade\r\nupgrade: websocket\r\nSec-WebSocket-Key: x\r\n"
+
+
+@pytest.fixture(scope="module")
+def server(artifact: Callable[[str], Path]) -> Iterator[Server]:
+    with running(artifact("bert"), "--max-body-bytes", "20000") as server:
+        yield server
+
+
+def post(
+    body: bytes = BODY, *, path: str = "/fill-mask", more: bytes = b"", kind: bytes = b"application/json"
+) -> bytes:
+    """A request with `more` headers, and without a type where `kind` is empty."""
+    kind = b"Content-Type: %s\r\n" % kind if kind else b""
+    head = b"POST %s HTTP/1.1\r\nHost: x\r\n%s%s" % (path.encode(), kind, more)
+    return b"%sContent-Length: %d\r\n\r\n%s" % (head, len(body), body)
+
+
+def chunked(body: bytes, *, more: bytes = b"") -> bytes:
+    head = b"POST /fill-mask HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n" + more
+    half = len(body) // 2
+    chunks = b"".join(b"%x\r\n%s\r\n" % (len(part), part) for part in (body[:half], body[half:], b""))
+    return head + b"Transfer-Encoding: chunked\r\n\r\n" + chunks
+
+
+def exchange(server: Server, *parts: bytes, count: int = 1, half_closes: bool = False) -> list[tuple[int, Any]]:
+    """Status and JSON of `count` answers, and of whatever else comes before the server closes or falls silent."""
+    with socket.create_connection(("127.0.0.1", server.port), 30) as client:
+        client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        for part in parts:
+            client.sendall(part)
+            time.sleep(0.002 if len(parts) > 1 else 0)
+        if half_closes:
+            client.shutdown(socket.SHUT_WR)
+        file, answers = client.makefile("rb"), []
+        while True:
+            answer = HTTPResponse(_Reader(file))  # pyright: ignore[reportArgumentType]
+            try:
+                answer.begin()
+            except (ConnectionError, TimeoutError):
+                return answers
+            content = answer.read()
+            is_json = answer.headers.get_content_type() == "application/json"
+            answers.append((answer.status, json.loads(content) if is_json else content))
+            if len(answers) == count:
+                client.settimeout(0.1)
+
+
+class _Reader:
+    """A socket, as `HTTPResponse` wants one: it closes its file, and the next answer is read from the same."""
+
+    def __init__(self, file: Any) -> None:
+        self.file = file
+
+    def makefile(self, _: str) -> Any:
+        return self
+
+    def close(self) -> None: ...
+
+    def flush(self) -> None: ...
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.file, name)
+
+
+# ---------------------------------------------------------------- upgrades
+
+
+@pytest.mark.parametrize("offer", [H2C, WEBSOCKET], ids=["h2c", "websocket"])
+@pytest.mark.parametrize("frame", ["whole", "chunked"])
+@pytest.mark.parametrize("piece", [10_000, 7])
+def test_an_offer_to_upgrade_is_ignored_and_a_body_is_never_a_second_request(offer, frame, piece, server):
+    """RFC 9110, 7.8; CWE-444."""
+    [(_, expected)] = exchange(server, post())
+    for body, first in ((BODY, (200, expected)), (SMUGGLED, (400, "malformed_json"))):
+        sent = (post if frame == "whole" else chunked)(body, more=offer) + HEALTH.replace(
+            b"\r\n\r\n", b"\r\n" + offer + b"\r\n"
+        )
+        parts = [sent[begin : begin + piece] for begin in range(0, len(sent), piece)]
+        (status, answer), *others = exchange(server, *parts, count=2)
+        assert (status, answer["error_type"] if status == 400 else answer) == first
+        assert others == [(200, {"status": "ok"})]
+
+
+def test_a_tunnel_is_refused_and_nothing_in_it_is_read(server):
+    [(status, answer)] = exchange(server, b"CONNECT x:80 HTTP/1.1\r\nHost: x:80\r\n\r\n" + SMUGGLED)
+    assert (status, answer["error_type"]) == (405, "method_not_allowed")
+
+
+@pytest.mark.parametrize("rest", [b"nonsense\r\n\r\n", b"GET / HTTP/1.1\r\nX: " + b"a" * 70_000 + b"\r\n\r\n"])
+def test_what_is_refused_takes_no_other_requests_place(rest, server):
+    slow = post(json.dumps({"inputs": "a " * 60}).encode(), path="/score")
+    [(status, answer)] = exchange(server, slow + rest)
+    assert (status, answer["tokens"]) == (200, 60)
+
+
+def test_fields_after_a_chunked_body_change_nothing(server):
+    trailer = b"0\r\nAuthorization: x\r\nContent-Encoding: gzip\r\nUpgrade: h2c\r\nConnection: upgrade\r\n\r\n"
+    sent = chunked(BODY).removesuffix(b"0\r\n\r\n") + trailer
+    for parts in ([sent], [sent[:-40], sent[-40:]]):
+        assert [status for status, _ in exchange(server, *parts)] == [200]
+
+
+# ---------------------------------------------------------------- heads
+
+
+@pytest.mark.parametrize(("size", "status"), [(65_000, 200), (65_600, 431), (120_000, 431), (200_000, 431)])
+@pytest.mark.parametrize("piece", [1 << 20, 30_000])
+@pytest.mark.parametrize("header", ["one", "many"])
+def test_a_head_of_more_than_64_kib_is_refused_however_it_comes(size, status, piece, header, server):
+    lines = b"X: " + b"a" * (size - 60) if header == "one" else b"\r\n".join([b"X: " + b"a" * 20] * ((size - 60) // 25))
+    sent = post(more=lines + b"\r\n")
+    [(found, answer)] = exchange(server, *[sent[begin : begin + piece] for begin in range(0, len(sent), piece)])
+    assert found == status
+    assert status == 200 or answer["error_type"] == "head_too_large"
+
+
+@pytest.mark.parametrize("digits", ["9" * 4301, "0" * 4301, "9" * 20, "-1", "٣", "1_0"])
+def test_a_length_of_any_digits_is_no_fault_of_the_server(digits, server):
+    header = f"Inference-Header-Content-Length: {digits}\r\n".encode()
+    [(status, answer)] = exchange(server, post(path="/v2/models/bert/infer", more=header))
+    assert (status, answer["error_type"]) in [(400, "bad_header_length"), (400, "malformed_json")]
+    if digits.strip("0"):
+        sent = post().replace(b"Content-Length: %d" % len(BODY), f"Content-Length: {digits}".encode())
+        [(status, answer)] = exchange(server, sent)
+        assert (status, answer["error_type"]) == (400, "malformed_http")
+
+
+# ---------------------------------------------------------------- bodies
+
+
+@pytest.mark.parametrize("path", ["/fill-mask", "/", "/v2/models/bert/infer"])
+def test_a_body_without_a_type_is_json_unless_it_comes_from_a_web_page(path, server):
+    """Triton's own client sends none with JSON tensors. A page of another origin must not be able to do so."""
+    shapes = {"input_ids": [1, 1], "attention_mask": [1, 1], "positions": [1], "targets": [1]}
+    common = {"datatype": "INT64", "data": [0]}
+    tensors = {"inputs": [{"name": name, "shape": shape} | common for name, shape in shapes.items()]}
+    body = json.dumps(tensors if path.startswith("/v2") else FILL).encode()
+    assert [status for status, _ in exchange(server, post(body, path=path, kind=b""))] == [200]
+    for more, kind in ((b"Origin: https://other.example\r\n", b""), (b"Origin: null\r\n", b""), (b"", b"text/plain")):
+        [(status, answer)] = exchange(server, post(body, path=path, more=more, kind=kind))
+        assert (status, answer["error_type"]) == (415, "unsupported_media_type")
+
+
+GZIPPED = gzip.compress(BODY)
+
+
+@pytest.mark.parametrize(
+    ("body", "encoding", "status", "error_type"),
+    [
+        (GZIPPED, b"gzip", 200, None),
+        (GZIPPED, b"GZip ", 200, None),
+        (BODY, b"identity", 200, None),
+        (b" " * (20_000 - len(BODY)) + BODY, b"gzip", 200, None),
+        (b" " * (20_001 - len(BODY)) + BODY, b"gzip", 413, "body_too_large"),
+        (b" " * 50_000_000, b"gzip", 413, "body_too_large"),
+        (GZIPPED[:-1], b"gzip", 400, "malformed_gzip"),
+        (GZIPPED + b"x", b"gzip", 400, "malformed_gzip"),
+        (GZIPPED + GZIPPED, b"gzip", 400, "malformed_gzip"),
+        (GZIPPED[:-8] + bytes(8), b"gzip", 400, "malformed_gzip"),
+        (BODY, b"gzip", 400, "malformed_gzip"),
+        (b"", b"gzip", 400, "malformed_gzip"),
+        (gzip.compress(b"{"), b"gzip", 400, "malformed_json"),
+        (zlib.compress(BODY), b"deflate", 415, "unsupported_media_type"),
+        (gzip.compress(GZIPPED), b"gzip, gzip", 415, "unsupported_media_type"),
+        (gzip.compress(GZIPPED), b"gzip\r\nContent-Encoding: gzip", 415, "unsupported_media_type"),
+    ],
+)  # fmt: skip
+def test_gzip_is_read_within_the_limit_of_what_it_holds(body, encoding, status, error_type, server):
+    if len(body) > 1000:
+        body = gzip.compress(body)
+    [(found, answer)] = exchange(server, post(body, more=b"Content-Encoding: %s\r\n" % encoding))
+    assert (found, None if found == 200 else answer["error_type"]) == (status, error_type)
+    if status == 200:
+        assert answer == server.ask("/fill-mask", FILL).json
+    elif status == 415:
+        assert "gzip" in answer["error"]
+
+
+# ---------------------------------------------------------------- half-closed connections
+
+
+@pytest.mark.parametrize(
+    "requests",
+    [
+        [post()],
+        [HEALTH],
+        [chunked(BODY)],
+        [post(LONG, path="/score")],
+        [post(LONG, path="/score").replace(b"HTTP/1.1", b"HTTP/1.0")],
+        [post(LONG, path="/score"), post(), HEALTH],
+        [post(LONG, path="/score", more=H2C)],
+        [post(LONG, path="/score"), b"GET /hea"],
+    ],
+)  # fmt: skip
+def test_a_client_that_half_closes_gets_its_answers(requests, server):
+    answers = exchange(server, b"".join(requests), count=len(requests), half_closes=True)
+    assert [status for status, _ in answers] == [200] * sum(b"\r\n\r\n" in request for request in requests)
+
+
+def test_a_body_that_ends_too_soon_gets_none(server):
+    assert exchange(server, post()[:-1], half_closes=True) == []
+
+
+# ---------------------------------------------------------------- the OpenAPI document
+
+
+def test_the_document_names_types_as_they_are_and_works_behind_a_prefix(server):
+    document = server.ask("/openapi.json").json
+    assert document["servers"] == [{"url": "./"}]
+    for path, kinds in (("/metrics", {"text/plain"}), ("/info", {"application/json"})):
+        assert set(document["paths"][path]["get"]["responses"]["200"]["content"]) == kinds
+    infer = document["paths"]["/v2/models/{name}/infer"]["post"]
+    assert set(infer["responses"]["200"]["content"]) == {"application/json", "application/octet-stream"}
+    for page in ("/", "/docs", "/static/docs.js", "/static/api.js", "/static/model.js", "/static/app.js"):
+        text = server.ask(page).body.decode()
+        assert '"/' not in text.replace('"/>', "")
+        assert "'/" not in text
