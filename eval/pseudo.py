@@ -1,18 +1,17 @@
 """Pseudo-log-likelihood of single texts: `mlmkit score`."""
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mlmkit.backends import Backend, capacity
-from mlmkit.corpus import tokenize
+from mlmkit.corpus import Corpus, tokenize
 from mlmkit.documents import checked_text
-from mlmkit.eval.plan import pseudo_plan
+from mlmkit.eval.plan import Plan, pseudo_plan
 from mlmkit.eval.scoring import refuse_batch_coupling, run_plan
-from mlmkit.eval.statistics import sum_by
 from mlmkit.progress import progress
 
 log = logging.getLogger(__name__)
@@ -20,14 +19,16 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class TextScore:
-    """One text: `token_ids` int64 and `log_prob` float32, both `[scored]`, and their sum in float64, natural log.
+    """One text: `token_ids` and `offset` int64 and `log_prob` float32, all `[scored]`; its sum in float64, natural log.
 
-    A text without a scored token has no pseudo-log-likelihood: it is None, as 0 would mean certainty.
+    A token's offset counts the text's tokens before it. A text without a scored token has no pseudo-log-likelihood: it
+    is None, as 0 would mean certainty.
     """
 
     text: str
     pseudo_log_likelihood: float | None
     token_ids: NDArray[np.int64]
+    offset: NDArray[np.int64]
     log_prob: NDArray[np.float32]
 
 
@@ -53,12 +54,19 @@ def score_texts(
     with progress() as bar:
         task = bar.add_task("scoring, documents", total=len(corpus))
         scored = run_plan(backend, corpus, plan, batch_tokens, lambda documents: bar.advance(task, documents))
+    scores = text_scores(texts, corpus, plan, scored.log_prob)
+    if unknown := sum(int((score.token_ids == backend.tokenizer.unk_id).sum()) for score in scores):
+        log.warning("%d of %d tokens are unknown to the tokenizer, and scored as its unknown token", unknown, len(plan))
+    return scores
+
+
+def text_scores(texts: Sequence[str], corpus: Corpus, plan: Plan, log_prob: NDArray[np.float32]) -> list[TextScore]:
+    """The scores `[scored]` of a `pseudo_plan` by text."""
     ids = corpus.ids[corpus.starts[plan.document] + plan.offset].astype(np.int64)
-    if unknown := int((ids == backend.tokenizer.unk_id).sum()):
-        log.warning("%d of %d tokens are unknown to the tokenizer, and scored as its unknown token", unknown, len(ids))
-    sums = sum_by(scored.log_prob, plan.document, len(corpus))
     ends = np.searchsorted(plan.document, np.arange(len(corpus) + 1))
-    return [
-        TextScore(text, float(sums[index]) if begin < end else None, ids[begin:end], scored.log_prob[begin:end])
-        for index, (text, begin, end) in enumerate(zip(texts, ends, ends[1:], strict=False))
-    ]
+    found = []
+    for text, begin, end in zip(texts, ends, ends[1:], strict=False):
+        own = log_prob[begin:end]
+        total = float(own.sum(dtype=np.float64)) if len(own) else None
+        found.append(TextScore(text, total, ids[begin:end], plan.offset[begin:end], own))
+    return found

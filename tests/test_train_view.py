@@ -15,12 +15,11 @@ from transformers import AutoConfig, AutoModelForMaskedLM
 
 from mlmkit.errors import UserError
 from mlmkit.model import MaskedLM, load_pretrained
-from mlmkit.packing import enable_packing
 from mlmkit.train import curve
 from mlmkit.train import log as training_log
 from mlmkit.train.config import Config, DataConfig, OptimConfig, RunConfig, load_config
 from mlmkit.train.dry_run import dry_run, lines
-from mlmkit.train.estimate import count_parameters, estimate_memory, flops_per_token, peak_flops
+from mlmkit.train.estimate import count_parameters, flops_per_token, peak_flops, state_bytes
 from mlmkit.train.log import TrainingLog, check_loggers, read_log
 from mlmkit.train.loop import train
 
@@ -316,33 +315,11 @@ def test_peak_rates_are_found_by_name(gpu, tflops):
     assert peak_flops(gpu) == tflops * 1e12
 
 
-@pytest.mark.parametrize("packed", [False, True])
-def test_memory_grows_with_the_batch_as_autograd_shows(checkpoint, packed):
-    model, _ = load_pretrained(str(checkpoint("bert")))
-    assert not packed or enable_packing(model)
-    found = {
-        (tokens, bf16): estimate_memory(model, OptimConfig(), micro_batch_tokens=tokens, mask_prob=0.15, bf16=bf16)
-        for tokens in (512, 1024)
-        for bf16 in (False, True)
-    }
-    total = count_parameters(model).total
-    assert (found[512, False].weights, found[512, False].optimizer) == (4 * total, 8 * total)
-    # Kept of a layer at least: what goes into each of its matrices, float32.
-    layers, hidden, intermediate = 2, 32, 48
-    least = 4 * layers * (6 * hidden + 2 * intermediate)
-    grown = (found[1024, False].activations - found[512, False].activations) / 512
-    assert least < grown < 4 * least
-    assert found[1024, True].activations < found[1024, False].activations
-    assert found[1024, False].total - found[512, False].total > 512 * grown
-
-
 def test_muon_keeps_one_number_of_a_hidden_weight(checkpoint):
     model, _ = load_pretrained(str(checkpoint("bert")))
-    adamw, muon = (
-        estimate_memory(model, OptimConfig(name=name), micro_batch_tokens=512, mask_prob=0.15, bf16=False)
-        for name in ("adamw", "muon")
-    )
-    assert adamw.optimizer - muon.optimizer == 4 * 2 * (4 * 32 * 32 + 2 * 32 * 48)
+    adamw, muon = (state_bytes(model, OptimConfig(name=name)) for name in ("adamw", "muon"))
+    assert adamw == 16 * count_parameters(model).total
+    assert adamw - muon == 4 * 2 * (4 * 32 * 32 + 2 * 32 * 48)
 
 
 # ------------------------------------------------------------------ the dry run
@@ -358,7 +335,7 @@ def test_a_dry_run_shows_the_batch_and_leaves_nothing(tmp_path, text_file, monke
     assert found.epochs == pytest.approx(12 * found.tokens_per_step / found.corpus_tokens, rel=0.2)
     assert 0.2 < found.masked < 0.3
     assert found.flops == pytest.approx(found.flops_per_token * found.tokens)
-    assert found.memory.total > 16 * found.parameters.total
+    assert found.state_bytes == 16 * found.parameters.total
     text = " ".join(found.first_batch)
     marks = re.findall(r"\[([^\[\]]*)(→|=)([^\]]*)\]", text)
     shares = [

@@ -69,10 +69,10 @@ class Arena:
         self.host = self.device = 0
         self._release: list[weakref.finalize] = []
 
-    def reserve(self, size: int) -> bool:
-        """Have room for `size` bytes; whether the addresses changed. Nothing may be under way on the memory."""
+    def reserve(self, size: int) -> None:
+        """Have room for `size` bytes. Nothing may be under way on the memory."""
         if size <= self.size:
-            return False
+            return
         for release in self._release:
             release()
         self._release, self.size = [], 0
@@ -82,7 +82,6 @@ class Arena:
         self.device = int(check(cudart.cudaMalloc(grown)))
         self._release.append(weakref.finalize(self, cudart.cudaFree, self.device))
         self.size = grown
-        return True
 
     def view(self, offset: int, shape: tuple[int, ...], dtype: np.dtype) -> NDArray[Any]:
         """The pinned memory at `offset` as an array, no copy: valid until the arena grows."""

@@ -61,14 +61,9 @@ class Service:
         """What `/info` shows."""
         info, manifest = self.backend.info, self.backend.manifest
         return schemas.Info(
+            **asdict(info),
             name=self.name,
             version=__version__,
-            architecture=info.architecture,
-            vocabulary_size=info.vocabulary_size,
-            max_length=info.max_length,
-            precision=info.precision,
-            top_k=info.top_k,
-            fingerprint=info.fingerprint,
             mask_token=self.backend.tokenizer.mask_token,
             backend=self.backend.name,
             device=self.backend.device,

@@ -2,7 +2,6 @@
 
 import math
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -11,6 +10,7 @@ from mlmkit.backends import Backend, Batch, Scored, capacity
 from mlmkit.corpus import Corpus, concatenate, tokenize
 from mlmkit.errors import CheckError
 from mlmkit.eval.plan import Plan, pseudo_plan
+from mlmkit.eval.pseudo import TextScore, text_scores
 from mlmkit.eval.scoring import build_batch
 from mlmkit.fill import check_length
 from mlmkit.serve.batcher import split
@@ -28,14 +28,9 @@ class Scoring:
     def rows(self, tokenizer: Tokenizer) -> list[Batch]:
         """One row a scored token, in the plan's order."""
         # The windows of a text have one length, so its rows make a batch without padding.
-        texts = (np.arange(begin, end) for begin, end in pairwise(self.ends) if begin < end)
-        batches = (build_batch(self.corpus, self.plan, rows, tokenizer)[0] for rows in texts)
+        texts = np.split(np.arange(len(self.plan)), np.flatnonzero(np.diff(self.plan.document)) + 1)
+        batches = (build_batch(self.corpus, self.plan, rows, tokenizer)[0] for rows in texts if len(rows))
         return [row for batch in batches for row in split(batch)]
-
-    @property
-    def ends(self) -> list[int]:
-        """Where the rows of each text begin, and the last end, `[texts + 1]`."""
-        return np.searchsorted(self.plan.document, np.arange(len(self.corpus) + 1)).tolist()
 
 
 def plan_scores(backend: Backend, texts: list[str], variant: str, limit: int) -> Scoring:
@@ -53,32 +48,30 @@ def read_scores(
     tokenizer: Tokenizer, scoring: Scoring, predicted: list[Scored], *, per_token: bool
 ) -> list[dict[str, Any]]:
     """What `ScoredText` holds, for each text. Sums in float64. Raises `CheckError` for scores that are not finite."""
-    log_prob = np.array([row.log_prob[0] for row in predicted], dtype=np.float64)
+    log_prob = np.array([row.log_prob[0] for row in predicted], dtype=np.float32)
     if not np.isfinite(log_prob).all():
         raise CheckError("the model gives scores that are not finite: its weights or activations are not")
-    corpus, plan, answers = scoring.corpus, scoring.plan, []
-    for number, (text, (begin, end)) in enumerate(zip(scoring.texts, pairwise(scoring.ends), strict=True)):
-        total, count = float(log_prob[begin:end].sum()), end - begin
-        answer: dict[str, Any] = {
-            "pseudo_log_likelihood": total if count else None,
-            "pseudo_perplexity": _perplexity(total, count),
-            "tokens": count,
-        }
-        if per_token:
-            spans = tokenizer.spans(text)
-            ids = corpus.ids[int(corpus.starts[number]) : int(corpus.starts[number + 1])].tolist()
-            answer["per_token"] = [
-                {
-                    "token": ids[offset],
-                    "token_str": tokenizer.readable(ids[offset]),
-                    "start": spans[offset][0],
-                    "end": spans[offset][1],
-                    "log_prob": value,
-                }
-                for offset, value in zip(plan.offset[begin:end].tolist(), log_prob[begin:end].tolist(), strict=True)
-            ]
-        answers.append(answer)
-    return answers
+    scores = text_scores(scoring.texts, scoring.corpus, scoring.plan, log_prob)
+    return [_answer(tokenizer, score, per_token) for score in scores]
+
+
+def _answer(tokenizer: Tokenizer, score: TextScore, per_token: bool) -> dict[str, Any]:
+    total, count = score.pseudo_log_likelihood, len(score.token_ids)
+    answer = {"pseudo_log_likelihood": total, "pseudo_perplexity": _perplexity(total or 0.0, count), "tokens": count}
+    if per_token:
+        spans = tokenizer.spans(score.text)
+        rows = zip(score.token_ids.tolist(), score.offset.tolist(), score.log_prob.tolist(), strict=True)
+        answer["per_token"] = [
+            {
+                "token": id,
+                "token_str": tokenizer.readable(id),
+                "start": spans[offset][0],
+                "end": spans[offset][1],
+                "log_prob": value,
+            }
+            for id, offset, value in rows
+        ]
+    return answer
 
 
 def _perplexity(total: float, count: int) -> float | None:

@@ -14,7 +14,7 @@ from mlmkit.packing import enable_packing
 from mlmkit.tokenizer import Tokenizer
 from mlmkit.train.config import Config
 from mlmkit.train.data import MicroBatch, TrainingData
-from mlmkit.train.estimate import Memory, Parameters, count_parameters, estimate_memory, flops_per_token
+from mlmkit.train.estimate import Parameters, count_parameters, flops_per_token, state_bytes
 from mlmkit.train.log import check_loggers
 from mlmkit.train.order import Cursor
 from mlmkit.train.start import begin_or_check, build_model
@@ -28,9 +28,9 @@ SHOWN_DOCUMENTS, SHOWN_CHARACTERS = 6, 400
 class DryRun:
     """`tokens` are real ones, special tokens included, padding never; `fill` is their share of the batch's size.
 
-    `unknown_characters` and `unknown_tokens` are shares of the text. `memory` is bytes on one device, `flops_per_token`
-    forward and backward. `first_batch` is the first micro-batch, decoded, a text a document: `[MASK→original]`,
-    `[random→original]`, and `[=original]` where it was left.
+    `unknown_characters` and `unknown_tokens` are shares of the text. `flops_per_token` counts forward and backward,
+    `state_bytes` weights, gradients and the optimizer's moments. `first_batch` is the first micro-batch, decoded, a
+    text a document: `[MASK→original]`, `[random→original]`, and `[=original]` where it was left.
     """
 
     architecture: str
@@ -52,7 +52,7 @@ class DryRun:
     flops_per_token: float
     flops: float
     device: str
-    memory: Memory
+    state_bytes: int
     first_batch: list[str]
 
 
@@ -98,21 +98,14 @@ def dry_run(config: Config) -> DryRun:
         flops_per_token=flops,
         flops=flops * tokens * settings.steps,
         device=device,
-        memory=estimate_memory(
-            model,
-            config.optim,
-            micro_batch_tokens=settings.micro_batch_tokens,
-            mask_prob=masked,
-            bf16=device.startswith("cuda"),
-        ),
+        state_bytes=state_bytes(model, config.optim),
         first_batch=decode(tokenizer, flat[0]),
     )
 
 
 def lines(found: DryRun) -> list[str]:
     """For a console."""
-    size, memory = found.parameters, found.memory
-    parts = ("weights", "gradients", "optimizer", "activations", "logits")
+    size = found.parameters
     rows = {
         "model": f"{found.architecture}, vocabulary {found.vocabulary:,}",
         "parameters": f"{_short(size.total)}: embeddings {_short(size.embeddings)}, encoder {_short(size.encoder)}, "
@@ -123,8 +116,7 @@ def lines(found: DryRun) -> list[str]:
         f"places, {'packed' if found.packed else 'padded'} to {found.fill:.1%}; {found.masked:.1%} masked",
         "the run": f"{found.steps:,} steps, {_short(found.tokens)} tokens, {found.epochs:.2f} epochs",
         "operations": f"{_short(found.flops_per_token)}FLOP a token, {_short(found.flops)}FLOP in all",
-        "memory": f"about {_short(memory.total)}B on {found.device}: "
-        + ", ".join(f"{name} {_short(getattr(memory, name))}B" for name in parts),
+        "memory": f"{_short(found.state_bytes)}B on {found.device} for weights, gradients and optimizer",
     }
     texts = found.first_batch[:SHOWN_DOCUMENTS]
     more = len(found.first_batch) - len(texts)

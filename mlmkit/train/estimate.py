@@ -4,14 +4,13 @@ Where an architecture matters it is run on a few tokens and watched, so there ar
 """
 
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from mlmkit.model import MaskedLM, probe_inputs
@@ -120,73 +119,15 @@ def _attended(lengths: NDArray[np.int64], window: int | None) -> float:
 # ---------------------------------------------------------------- memory
 
 
-@dataclass(frozen=True)
-class Memory:
-    """Bytes at the peak of a training step on one device."""
+def state_bytes(model: MaskedLM, optim: OptimConfig) -> int:
+    """Bytes of what training keeps from step to step, in float32.
 
-    weights: int
-    gradients: int
-    optimizer: int
-    activations: int
-    logits: int
-
-    @property
-    def total(self) -> int:
-        """All of it. What the framework itself takes comes on top."""
-        return self.weights + self.gradients + self.optimizer + self.activations + self.logits
-
-
-def estimate_memory(
-    model: MaskedLM, optim: OptimConfig, *, micro_batch_tokens: int, mask_prob: float, bf16: bool
-) -> Memory:
-    """With P parameters, in float32: weights 4 P, gradients 4 P, AdamW 8 P (Muon 4 for each of its own).
-
-    Activations: what autograd keeps for the backward pass, `a + b · micro_batch_tokens`, where a and b are found by
-    watching it over two short rows; with `bf16`, under that autocast, whose copies of the weights are in a. Logits:
-    `2 · 4 · masked · vocabulary`, the logits and their gradient, which autograd does not keep.
-
-    The model must be on the CPU. Attention is taken to keep nothing that grows with the square of the length.
+    With P parameters: weights 4 P, gradients 4 P, AdamW's moments 8 P; Muon keeps 4 for each of its own. What a forward
+    pass keeps for the backward pass comes on top, and grows with `train.micro_batch_tokens`.
     """
-    parameters = count_parameters(model)
     tables = {id(table.weight) for table in _tables(model)}
     hidden = sum(p.numel() for p in model.network.base_model.parameters() if p.ndim == 2 and id(p) not in tables)
-    state = 8 * parameters.total - (4 * hidden if optim.name == "muon" else 0)
-    longer = min(128, model.max_length())
-    shorter = longer // 2
-    few, many = (_kept_for_backward(model, tokens, mask_prob, bf16) for tokens in (shorter, longer))
-    slope = (many - few) / (longer - shorter)
-    return Memory(
-        weights=4 * parameters.total,
-        gradients=4 * parameters.total,
-        optimizer=state,
-        activations=round(few + slope * (micro_batch_tokens - shorter)),
-        logits=round(8 * mask_prob * micro_batch_tokens) * model.vocabulary_size,
-    )
-
-
-def _kept_for_backward(model: MaskedLM, tokens: int, mask_prob: float, bf16: bool) -> int:
-    """Bytes that autograd keeps of one forward, the parameters themselves left out."""
-    inputs = _row(model, tokens)
-    positions = torch.arange(round(mask_prob * tokens))
-    targets = inputs["input_ids"].flatten()[positions]
-    own = {parameter.untyped_storage().data_ptr() for parameter in model.network.parameters()}
-    kept: dict[int, int] = {}
-
-    def keep(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    unchanged: Callable[[Tensor], Tensor] = lambda tensor: tensor  # noqa: E731
-    with (
-        torch.enable_grad(),
-        torch.autograd.graph.saved_tensors_hooks(keep, unchanged),
-        torch.autocast("cpu", torch.bfloat16, enabled=bf16),
-    ):
-        loss = model.loss_sum(positions, targets, **inputs)
-    del loss
-    return sum(kept.values())
+    return 16 * count_parameters(model).total - (4 * hidden if optim.name == "muon" else 0)
 
 
 def _row(model: MaskedLM, tokens: int) -> dict[str, Any]:
