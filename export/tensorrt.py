@@ -69,7 +69,7 @@ def build_plan(folder: Path, manifest: Manifest, options: PlanOptions | None = N
     profiles = make_profiles(options, manifest.max_length)
     logger = Logger()
     log.info("building %s with TensorRT %s for %s: minutes", PLAN, trt.__version__, gpu.name)
-    plan = _build(folder / GRAPH, profiles, options, gpu, logger)
+    plan = _build(folder / GRAPH, profiles, gpu, logger)
     layers = _inspect(plan, logger)
     (folder / PLAN).write_bytes(plan)
     (folder / LAYERS).write_text(json.dumps(layers, indent=1) + "\n", encoding="utf-8")
@@ -125,7 +125,7 @@ def _check_options(manifest: Manifest, options: PlanOptions) -> None:
         raise UserError("TensorRT has no dynamic int8: export with --precision int8, fp16 or bf16")
 
 
-def _build(graph: Path, profiles: list[Profile], options: PlanOptions, gpu: Gpu, logger: Logger) -> trt.IHostMemory:
+def _build(graph: Path, profiles: list[Profile], gpu: Gpu, logger: Logger) -> trt.IHostMemory:
     try:
         builder = trt.Builder(logger)
     except TypeError:  # how the bindings say that the library made none

@@ -11,31 +11,16 @@ from mlmkit.errors import UserError, require
 PRECISIONS = "fp32|fp16|bf16|int8|int8-dynamic"
 
 
-def plan_options(command: Any) -> Any:
-    """What TensorRT plans hold."""
-    for option in reversed(
-        [
-            click.option("--trt", is_flag=True, help="Build TensorRT plans too, for this machine."),
-            click.option(
-                "--max-batch", type=click.IntRange(min=1), help="Rows that the plans take in one run. Default: 64."
-            ),
-            click.option("--max-seq", type=click.IntRange(min=1), help="Tokens a row, in a full batch. Default: 512."),
-            click.option(
-                "--max-masked", type=click.IntRange(min=1), help="Masked positions in one run. Default: 4096."
-            ),
-        ]
-    ):
-        command = option(command)
-    return command
-
-
 @click.command()
 @click.argument("checkpoint")
 @click.option("--output", type=click.Path(path_type=Path), help="The artifact folder to write.")
 @click.option("--precision", metavar=PRECISIONS, help="What it computes in. Default: fp32.")
 @click.option("--text", type=click.Path(), help="Prove parity on this text. Default: the run's held-out one.")
 @click.option("--allow-drift", is_flag=True, help="Export even what differs from the checkpoint beyond the bounds.")
-@plan_options
+@click.option("--trt", is_flag=True, help="Build TensorRT plans too, for this machine.")
+@click.option("--max-batch", type=click.IntRange(1), help="Rows that the plans take in one run. Default: 64.")
+@click.option("--max-seq", type=click.IntRange(1), help="Tokens a row, in a full batch. Default: 512.")
+@click.option("--max-masked", type=click.IntRange(1), help="Masked positions in one run. Default: 4096.")
 @click.option(
     "--triton",
     type=click.Path(path_type=Path),

@@ -1,8 +1,6 @@
-"""Execution contexts of a loaded TensorRT plan: each with its own stream and memory, lent to one thread at a time."""
+"""Execution contexts of a loaded TensorRT plan: each with its own stream and memory, used by one thread at a time."""
 
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,9 +30,14 @@ class Lane:
         self._inputs: list[_Slot] = []
         self._outputs: list[_Slot] = []
         self._shape: Shape | None = None
+        self._lock = threading.Lock()
 
     def run(self, batch: Batch) -> dict[str, NDArray[Any]]:
         """What the plan computes of a batch that its profile holds, as new arrays. Raises `CheckError`."""
+        with self._lock:
+            return self._run(batch)
+
+    def _run(self, batch: Batch) -> dict[str, NDArray[Any]]:
         if self._shape != shape_of(batch):
             self._prepare(batch)
         for slot in self._inputs:
@@ -74,27 +77,6 @@ class Lane:
             slots.append(_Slot(name, offset, shape, self._dtypes[name]))
             offset = -(-slots[-1].end // ALIGNMENT) * ALIGNMENT
         return slots
-
-
-class Lanes:
-    """At most `limit` lanes of one profile, made when first needed."""
-
-    def __init__(self, make: Callable[[], Lane], limit: int) -> None:
-        self._make, self._idle = make, list[Lane]()
-        self._free = threading.Semaphore(limit)
-
-    @contextmanager
-    def borrow(self) -> Iterator[Lane]:
-        """A lane for this thread alone, waited for if all are lent."""
-        with self._free:
-            try:
-                lane = self._idle.pop()
-            except IndexError:  # all that were made are lent, and they are fewer than the limit
-                lane = self._make()
-            try:
-                yield lane
-            finally:
-                self._idle.append(lane)
 
 
 @dataclass(frozen=True)

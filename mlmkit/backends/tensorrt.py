@@ -9,7 +9,6 @@ import logging
 import threading
 from collections import deque
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from numpy.typing import NDArray
 
 from mlmkit.artifact import PLAN, Manifest, TensorRT
 from mlmkit.backends import Batch, Scored, open_artifact
-from mlmkit.backends.contexts import Lane, Lanes
+from mlmkit.backends.contexts import Lane
 from mlmkit.backends.cuda import find_gpu
 from mlmkit.backends.fitting import choose, shape_of, split, widest
 from mlmkit.errors import CheckError, UserError
@@ -29,7 +28,6 @@ log = logging.getLogger(__name__)
 INPUTS = Batch._fields
 OUTPUTS = {"log_prob": np.float32, "rank": np.int64, "top_log_prob": np.float32, "top_id": np.int64}
 AGAIN = "build the plan again on this machine (mlmkit export --trt)"
-CONTEXTS = 2  # threads that run at once on each profile
 
 
 class Logger(trt.ILogger):
@@ -81,7 +79,7 @@ def create_runtime(logger: Logger) -> trt.Runtime:
 class TensorRTBackend:
     """The artifact's plan, loaded when it is first needed.
 
-    Batches that no profile holds are split here. Up to `CONTEXTS` threads run at once on each profile.
+    Batches that no profile holds are split here. One thread runs at once on each profile.
     Raises `UserError` when the artifact has no plan that may run here.
     """
 
@@ -121,14 +119,14 @@ class TensorRTBackend:
         return Scored(**results)
 
     def _run_part(self, engine: "_Engine", part: Batch) -> dict[str, NDArray[Any]]:
-        with engine.lanes[choose(self.profiles, shape_of(part))].borrow() as lane:
-            try:
-                return lane.run(part)
-            except CheckError as error:
-                raise CheckError(
-                    f"{self.info.path}: TensorRT failed on a batch of shape {part.input_ids.shape} with "
-                    f"{len(part.positions)} positions: {error} ({self._logger.reason()})"
-                ) from error
+        lane = engine.lane(choose(self.profiles, shape_of(part)))
+        try:
+            return lane.run(part)
+        except CheckError as error:
+            raise CheckError(
+                f"{self.info.path}: TensorRT failed on a batch of shape {part.input_ids.shape} with "
+                f"{len(part.positions)} positions: {error} ({self._logger.reason()})"
+            ) from error
 
     def _refuse(self, batch: Batch) -> None:
         """TensorRT reads whatever lies at an index that is out of range, so none must come so far."""
@@ -162,7 +160,7 @@ def load_engine(runtime: trt.Runtime, logger: Logger, folder: Path, manifest: Ma
 
 
 class _Engine:
-    """A loaded plan: `lanes` are those of each profile."""
+    """A loaded plan, with a lane for each profile."""
 
     def __init__(self, engine: trt.ICudaEngine, backend: TensorRTBackend) -> None:
         names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
@@ -173,11 +171,12 @@ class _Engine:
         k = backend.info.top_k
         if engine.get_tensor_shape("top_id")[1] != k:
             raise UserError(f"the plan gives {engine.get_tensor_shape('top_id')[1]} candidates, not {k}: {AGAIN}")
-        dtypes = {name: np.dtype(trt.nptype(engine.get_tensor_dtype(name))) for name in names}
-        lock = threading.Lock()
+        self._engine, self._lanes, self._lock = engine, dict[int, Lane](), threading.Lock()
+        self._dtypes = {name: np.dtype(trt.nptype(engine.get_tensor_dtype(name))) for name in names}
 
-        def make(profile: int) -> Lane:
-            with lock:  # contexts may run in parallel; nothing says that they may be made so
-                return Lane(engine, profile, dtypes, list(OUTPUTS))
-
-        self.lanes = [Lanes(partial(make, number), CONTEXTS) for number in range(len(backend.profiles))]
+    def lane(self, profile: int) -> Lane:
+        """The profile's, made when it is first needed."""
+        with self._lock:
+            if profile not in self._lanes:
+                self._lanes[profile] = Lane(self._engine, profile, self._dtypes, list(OUTPUTS))
+            return self._lanes[profile]
