@@ -307,6 +307,7 @@ def test_a_worker_that_dies_is_replaced_and_figures_are_of_all(artifact):
         children = _children(server.process.pid)
         assert len(children) == 2
         asyncio.run(run(server.port, [SHORT], 8, 1.0, patience=0.1))
+        wait_until(lambda: server.metric("mlmkit_requests_in_flight") == 0)
         counts = {server.metric("mlmkit_batch_rows_count") for _ in range(8)}
         assert len(counts) == 1  # whichever worker is asked
         os.kill(children[0], signal.SIGKILL)
