@@ -57,7 +57,7 @@ def test_imports_run_one_way():
     """cli, demo → serve, train → eval, export → backends → model → the rest: docs/architecture.md."""
     layers = [
         {"errors", "files", "masking", "progress", "pydocs", "distributed", "loss"},
-        {"tokenizer", "documents"},
+        {"tokenizer", "documents", "toml"},
         {"corpus", "batching", "artifact"},
         {"model"},
         {"packing", "backends"},
