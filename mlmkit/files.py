@@ -20,7 +20,7 @@ except ImportError:  # Windows
     fcntl = None
 
 PARTIAL, REPLACED = ".mlmkit-partial", ".mlmkit-replaced"
-YOUNG = 60  # seconds in which a file may not yet have been locked by the process that made it
+YOUNG = 60.0  # seconds in which a file may not yet have been locked by the process that made it
 
 _say_once = cache(logging.getLogger(__name__).info)
 
@@ -32,7 +32,7 @@ def atomic(path: Path, *, folder: bool = False) -> Iterator[Path]:
     A failure or a kill leaves `path` as it was. What killed processes have left beside it is removed. The umask decides
     who may read the result.
     """
-    _sweep(home(path))
+    sweep(home(path))
     partial = home(path) / f".{path.name}.{secrets.token_hex(4)}{PARTIAL}"
     if folder:
         partial.mkdir()
@@ -87,13 +87,13 @@ def write_json(path: Path, value: object) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
-def _sweep(folder: Path) -> None:
-    """Remove what killed processes have left in a folder: what is old, and no process holds the lock of."""
+def sweep(folder: Path, *, age: float = YOUNG) -> None:
+    """Remove what killed processes have left in a folder: what is `age` seconds old and no process has locked."""
     for left in folder.glob(f".*{PARTIAL}"):
         with suppress(OSError):
             lock = os.open(left, os.O_RDONLY)
             try:
-                if time.time() - left.stat().st_mtime > YOUNG and _try_lock(lock):
+                if time.time() - left.stat().st_mtime >= age and _try_lock(lock):
                     _remove(left)
             finally:
                 os.close(lock)

@@ -129,7 +129,7 @@ def test_a_damaged_part_is_not_taken_for_a_whole_one(artifact, source, tmp_path,
 def test_kill_minus_nine(artifact, tmp_path):
     """The real thing: SIGKILL as soon as there is a part, then the same command."""
     text = tmp_path / "text.txt"
-    text.write_text("".join(f"{number} {line}\n" for number in range(40) for line in paragraphs()), encoding="utf-8")
+    text.write_text("".join(f"{number} {line}\n" for number in range(10) for line in paragraphs()), encoding="utf-8")
     command = [sys.executable, "-m", "mlmkit", "eval", str(artifact("bert")), "--set", str(text), "--metric", "masked"]
     command += ["--mask-seeds", "0,1", "--batch-tokens", "300"]
     killed = tmp_path / "killed"
@@ -153,7 +153,7 @@ def test_kill_minus_nine(artifact, tmp_path):
 @pytest.mark.parametrize("kind", ["checkpoint", "artifact"])
 def test_two_ranks_give_what_one_gives(kind, checkpoint, artifact, tmp_path):
     text = tmp_path / "text.txt"
-    text.write_text("".join(f"{number} {line}\n" for number in range(20) for line in paragraphs()), encoding="utf-8")
+    text.write_text("".join(f"{number} {line}\n" for number in range(10) for line in paragraphs()), encoding="utf-8")
     model = checkpoint("bert") if kind == "checkpoint" else artifact("bert")
     arguments = ["-m", "mlmkit", "eval", str(model), "--set", str(text), "--json", "--metric", "masked"]
     arguments += ["--metric", "pseudo", "--pseudo-sample", "0.05", "--output"]

@@ -19,7 +19,7 @@ from mlmkit.corpus import Corpus, is_cached, load_corpus
 from mlmkit.distributed import Ranks, available_memory
 from mlmkit.documents import HUB, existing_file, read_documents
 from mlmkit.errors import UserError
-from mlmkit.files import exclusive, locate_model, new_folder
+from mlmkit.files import exclusive, locate_model, new_folder, sweep
 from mlmkit.model import MaskedLM
 from mlmkit.tokenizer import Tokenizer
 from mlmkit.train.checkpoint import checkpoints
@@ -93,10 +93,11 @@ def _begin(config: Config, run: Path) -> list[Corpus]:
 
 @contextmanager
 def run_lock(run: Path, ranks: Ranks) -> Iterator[None]:
-    """Keep a second training out of the run's folder."""
+    """Keep a second training out of the run's folder, and remove what one that was killed has left there."""
     taken = f"another process is training in {run}: wait for it"
     with ExitStack() as stack:
         ranks.from_first(lambda: stack.enter_context(exclusive(run / "run.json", taken)))
+        ranks.from_first(lambda: [sweep(folder, age=0) for folder in (run, run / "checkpoints")])
         yield
 
 
