@@ -78,12 +78,12 @@ def _compare(a: Stored, b: Stored, top: int) -> dict[str, Any]:
             )
         other_tokens = True
     found: dict[str, Any] = {"metrics": {}, "slices": {}, "tokens": []}
-    if "pairs" in one:
-        found["metrics"], found["pairs"] = _compare_pairs(a, b)
-        return found
     unknown = max(one["unknown"], two["unknown"], key=lambda side: side["character_share"])
     if other_tokens and unknown["character_share"] > UNKNOWN_LIMIT:
         raise UserError(f"{a.folder}, {b.folder}: their tokenizers differ, and in one {describe_unknown(unknown)}")
+    if "pairs" in one:
+        found["metrics"], found["pairs"] = _compare_pairs(a, b)
+        return found
     for metric, wanted in seeds.items():
         names = set(TOKENIZER_FREE if other_tokens else FAMILIES[metric].estimators)
         names -= set(PER_TEXT if unknown["character_share"] > UNKNOWN_LIMIT else ())

@@ -122,10 +122,10 @@ FAMILIES = {"masked": MASKED, "pseudo": PSEUDO}
 
 def describe_unknown(unknown: dict[str, Any]) -> str:
     """The unknown tokens (`unknown` of a result) in words; empty where there are none."""
-    if not unknown["tokens"]:
+    if not unknown["characters"]:
         return ""
     counts = (f"{unknown[f'{unit}s']:,} {unit}s ({unknown[f'{unit}_share']:.2%})" for unit in ("token", "character"))
-    verdict = f": too many (above {UNKNOWN_LIMIT:.1%}) for figures per word, character or byte"
+    verdict = f": too many (above {UNKNOWN_LIMIT:.1%}) for figures per unit of text, and to compare tokenizers"
     is_lossy = unknown["character_share"] > UNKNOWN_LIMIT
     return f"{' and '.join(counts)} are unknown to the tokenizer{verdict if is_lossy else ''}"
 

@@ -55,8 +55,8 @@ def score_texts(
         task = bar.add_task("scoring, documents", total=len(corpus))
         scored = run_plan(backend, corpus, plan, batch_tokens, lambda documents: bar.advance(task, documents))
     scores = text_scores(texts, corpus, plan, scored.log_prob)
-    if unknown := sum(int((score.token_ids == backend.tokenizer.unk_id).sum()) for score in scores):
-        log.warning("%d of %d tokens are unknown to the tokenizer, and scored as its unknown token", unknown, len(plan))
+    if unknown := int(corpus.text_sizes[:, 3].sum()):
+        log.warning("%d characters are unknown to the tokenizer: scored as its unknown token, or not at all", unknown)
     return scores
 
 

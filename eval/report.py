@@ -157,7 +157,7 @@ def _shapes(stored: Stored, metric: str) -> dict[str, Any]:
 
 def number(value: float | None, form: str = "{:.4f}") -> str:
     """A metric for people; a dash for one that does not exist."""
-    return "–" if value is None else form.format(value)
+    return "–" if value is None else (form if abs(value) < 1e6 else form.replace(".4f", ".3e")).format(value)
 
 
 def signed(value: float | None) -> str:

@@ -10,7 +10,7 @@ import threading
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,19 +28,7 @@ log = logging.getLogger(__name__)
 
 LAYERS = "layers.json"
 # What the engine inspector calls the types, in lower case: "Half", "Row major linear FP16 format", "Float", ...
-TYPE_NAMES = {
-    "bfloat16": "bf16",
-    "bf16": "bf16",
-    "half": "fp16",
-    "fp16": "fp16",
-    "float": "fp32",
-    "fp32": "fp32",
-    "fp8": "fp8",
-    "int8": "int8",
-    "int32": "int32",
-    "int64": "int64",
-    "bool": "bool",
-}
+TYPES = ("bf16", "fp16", "fp32", "fp8", "int8", "int32", "int64", "bool")
 
 
 @dataclass(frozen=True)
@@ -54,6 +42,11 @@ class PlanOptions:
     max_seq: int = 512
     max_masked: int = 4096
 
+    def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            if value < 1:
+                raise UserError(f"--{name.replace('_', '-')} must be at least 1")
+
 
 def build_plan(folder: Path, manifest: Manifest, options: PlanOptions | None = None) -> TensorRT:
     """Build `model.plan` from the folder's `model.onnx`.
@@ -64,7 +57,8 @@ def build_plan(folder: Path, manifest: Manifest, options: PlanOptions | None = N
     build that fails and a GPU that is too small.
     """
     options = options or PlanOptions()
-    _check_options(manifest, options)
+    if manifest.precision == DYNAMIC_INT8:
+        raise UserError("TensorRT has no dynamic int8: export with --precision int8, fp16 or bf16")
     gpu = find_gpu()
     profiles = make_profiles(options, manifest.max_length)
     logger = Logger()
@@ -113,16 +107,8 @@ def count_types(information: dict[str, Any]) -> dict[str, int]:
 
 
 def _type_name(described: str) -> str:
-    lowered = described.lower()
-    return next((short for name, short in TYPE_NAMES.items() if name in lowered), described or "unknown")
-
-
-def _check_options(manifest: Manifest, options: PlanOptions) -> None:
-    for name in ("max_batch", "max_seq", "max_masked"):
-        if getattr(options, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} must be at least 1")
-    if manifest.precision == DYNAMIC_INT8:
-        raise UserError("TensorRT has no dynamic int8: export with --precision int8, fp16 or bf16")
+    lowered = described.lower().replace("bfloat16", "bf16").replace("half", "fp16").replace("float", "fp32")
+    return next((name for name in TYPES if name in lowered), described or "unknown")
 
 
 def _build(graph: Path, profiles: list[Profile], gpu: Gpu, logger: Logger) -> trt.IHostMemory:

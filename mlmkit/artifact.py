@@ -243,8 +243,6 @@ def _decode(content: bytes) -> Manifest:
         if not FILE_NAME.fullmatch(name) or name.casefold() in taken:
             raise ValueError(f"{reprlib.repr(name)} is not a plain file of the folder")
         taken.add(name.casefold())
-    if (values["tensorrt"] or {}).get("weights_stripped"):  # a field of earlier manifests; this mlmkit refits no plan
-        raise ValueError("its TensorRT plan holds no weights: build another with --trt")
     return manifest
 
 

@@ -27,9 +27,9 @@ from mlmkit.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 
-CACHE_FORMAT = 6
+CACHE_FORMAT = 7
 DOCUMENTS_PER_BLOCK = 1024
-CHARACTERS_PER_BATCH = 1 << 19  # tokenising takes some 150 bytes for each
+CHARACTERS_PER_BATCH = 1 << 19  # tokenising takes up to 190 bytes for each
 BLOCKS_COUNTED = 128  # about 131,000 documents, where a sample of the text is enough
 LONGEST_MEAN_WORD = 3.0  # tokens; English has 1.2 to 1.5
 GATHERED_AT_ONCE = 512  # entries; the kernel maps up to 64 KiB around each
@@ -267,11 +267,10 @@ def _tokenize_into(folder: Path, source: Source, tokenizer: Tokenizer) -> Iterat
             raise UserError(f"{source.location} was changed while it was being read: run the same command again")
         for file in files.values():
             file.flush()
-        hashes = {name: file_sha256(partial / name) for name in files}
-        meta = {
-            "dtypes": dtypes, "fingerprint": fingerprint.hexdigest(), "empty_texts": texts.empty, "sha256": hashes
-        }  # fmt: skip
+        meta = {"dtypes": dtypes, "fingerprint": fingerprint.hexdigest(), "empty_texts": texts.empty}
         (partial / "meta.json").write_text(json.dumps(meta))
+        hashes = {name: file_sha256(partial / name) for name in (*files, "meta.json")}
+        (partial / "sha256.json").write_text(json.dumps(hashes))
 
 
 class _Counter:
@@ -302,10 +301,10 @@ def _cache_errors(folder: Path) -> Iterator[None]:
 
 def _map_corpus(folder: Path, location: str, *, check: bool = False) -> Corpus:
     """Raises `ValueError`, `KeyError` or `TypeError` for damage; with `check`, every file is compared with its hash."""
-    meta = json.loads((folder / "meta.json").read_text())
-    for name, expected in meta["sha256"].items() if check else ():
+    for name, expected in json.loads((folder / "sha256.json").read_text()).items() if check else ():
         if file_sha256(folder / name) != expected:
             raise ValueError(f"{name} is damaged")
+    meta = json.loads((folder / "meta.json").read_text())
     starts = np.memmap(folder / "starts", "<i8", "r")
     documents, tokens = len(starts) - 1, int(starts[-1])
     shapes = {"ids": (tokens,), "words": (tokens,), "keys": (documents,), "text_sizes": (documents, len(TEXT_SIZES))}

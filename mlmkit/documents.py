@@ -23,7 +23,7 @@ NO_UTF8 = (
     (rb"BZh[1-9]1AY", "bzip2", "unpack it (bzip2 -dc FILE > TEXT)"),
     (rb"\xfd7zXZ", "xz", "unpack it (xz -dc FILE > TEXT)"),
     (rb"\x28\xb5\x2f\xfd", "zstd", "unpack it (zstd -dc FILE > TEXT)"),
-    (rb"PK\x03\x04", "a zip archive", "unpack it (unzip FILE)"),
+    (rb"PK(\x03\x04|\x05\x06)", "a zip archive", "unpack it (unzip FILE)"),
     (rb"%PDF-\d", "a PDF", "extract its text (pdftotext FILE)"),
     (rb"PAR1\x15", "parquet", "give it the suffix .parquet"),
     (rb"ARROW1\0|\xff{4}", "an Arrow file", "put it in a folder of its own and name hub:FOLDER"),

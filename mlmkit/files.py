@@ -38,11 +38,13 @@ def atomic(path: Path, *, folder: bool = False) -> Iterator[Path]:
         partial.mkdir()
     else:
         partial.touch(exist_ok=False)
-    lock = os.open(partial, os.O_RDONLY)
+    lock, mode = os.open(partial, os.O_RDONLY), partial.stat().st_mode & 0o666  # as the umask has it
     try:
         _try_lock(lock)
         yield partial
         for file in [*filter(Path.is_file, partial.rglob("*")), partial]:
+            if file.is_file():
+                file.chmod(mode)  # safetensors makes its files private
             sync(file)
         replace(partial, path)
     finally:

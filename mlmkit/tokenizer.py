@@ -68,6 +68,8 @@ class Tokenizer:
         self._control.encode_special_tokens = False
 
         self.named = {name: _content(config[name]) for name in NAMED_TOKENS if config.get(name)}
+        if (spelled := _unknown_of(json.loads(self._serialized)["model"])) and rust.token_to_id(spelled) is not None:
+            self.named.setdefault("unk_token", spelled)
         if "mask_token" not in self.named:
             raise UserError("the tokenizer has no mask token: a masked model's names it in tokenizer_config.json")
         limit = config.get(LIMIT)  # transformers writes 1e30 for "none"
@@ -79,6 +81,7 @@ class Tokenizer:
         self.pad_id = self._id_of("pad_token") if "pad_token" in self.named else 0
         self.prefix, self.suffix = self._frame()
         self._word_begins = self._find_word_begins()
+        self._drops = any(not self._data.encode(char, add_special_tokens=False).ids for char in "𒀀日é.-0")
         does_harm = isinstance(rust.model, BPE) and not config.get(CLEAN_UP_BPE)
         self._cleans_up = bool(config.get(CLEAN_UP)) and not does_harm
 
@@ -216,14 +219,21 @@ class Tokenizer:
         )
 
     def _unknown_characters(self, text: str, encoding: Encoding) -> int:
-        """Characters under unknown tokens, each once; white space at the edges of a token's span does not count."""
-        if self.unk_id not in encoding.ids:
+        """Characters under unknown tokens, each once; white space at the edges of a token's span does not count.
+
+        Where a tokenizer drops what it cannot spell, characters under no token count too.
+        """
+        if self.unk_id not in encoding.ids and not self._drops:
             return 0
-        count = reached = 0
-        for id, (begin, end) in zip(encoding.ids, encoding.offsets, strict=True):
-            if id == self.unk_id:
+        count = reached = covered = 0
+        for id, (begin, end) in zip([*encoding.ids, None], [*encoding.offsets, (len(text), len(text))], strict=True):
+            if self._drops and (gap := text[covered:begin].strip()):
+                kept = self._data.normalizer.normalize_str(gap) if self._data.normalizer else gap
+                count += min(len(gap), len("".join(kept.split())))  # not what the normalizer leaves out
+            if id is not None and id == self.unk_id:
                 count += len(text[max(begin, reached) : end].strip())
                 reached = max(reached, end)
+            covered = max(covered, end)
         return count
 
     def spans(self, text: str) -> list[tuple[int, int]]:
@@ -272,6 +282,11 @@ class Tokenizer:
             for spaced in CLEANED_UP:
                 text = text.replace(spaced, spaced.strip())
         return text
+
+
+def _unknown_of(model: dict[str, Any]) -> str | None:
+    """The unknown token that the model in a `tokenizer.json` names."""
+    return model["vocab"][model["unk_id"]][0] if isinstance(model.get("unk_id"), int) else model.get("unk_token")
 
 
 def _content(token: Any) -> str:

@@ -106,10 +106,6 @@ def test_without_tensorrt_the_reason_is_one_line(machine, plan, monkeypatch):
             lambda machine, folder: setattr(machine, "load_error", "magic tag"),
             "cannot load model.plan: magic tag: build",
         ),
-        (
-            lambda machine, folder: change(folder, weights_stripped=True),
-            "plan holds no weights: build another with --trt",
-        ),
         (lambda machine, folder: setattr(machine, "host_tensor", "positions"), "tensor in host memory"),
         (lambda machine, folder: swap(folder), "has tensors input_ids, .*, log_prob, rank and is not the one"),
         (lambda machine, folder: change(folder, profiles=[]), "has no TensorRT plan"),

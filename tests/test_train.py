@@ -387,6 +387,19 @@ def test_held_out_text_is_checked_before_the_first_step(tmp_path, text_file, nam
     assert not (tmp_path / "run").exists()
 
 
+def test_a_run_without_a_target_ends_without_a_model(tmp_path, text_file):
+    settings = ("masking.mask_prob=0.001", "train.global_batch_tokens=48", "train.micro_batch_tokens=48")
+    with pytest.raises(CheckError, match=r"no step of .*run had a token to predict"):
+        loop.train(write_config(tmp_path, text_file, "bert-tiny", *settings, "train.steps=2"), tmp_path / "run")
+    assert not (tmp_path / "run" / "model").exists()
+
+
+def test_another_number_of_steps_is_named_before_what_follows_from_it(tmp_path, text_file):
+    loop.train(write_config(tmp_path, text_file, "bert-tiny", "train.steps=2"), tmp_path / "run")
+    with pytest.raises(UserError, match=r"another config\.train\.steps \(2, now 40\)"):
+        loop.train(write_config(tmp_path, text_file, "bert-tiny", "train.steps=40"), tmp_path / "run")
+
+
 def test_a_step_without_a_target_has_no_loss(tmp_path, text_file, caplog):
     """0.2 targets in a step on average."""
     settings = ("masking.mask_prob=0.002", "train.global_batch_tokens=96", "train.micro_batch_tokens=48")

@@ -1,6 +1,7 @@
 """Text that the tokenizer has no token for: scored as its unknown token, counted, and never free."""
 
 import json
+import shutil
 from math import floor
 
 import numpy as np
@@ -8,6 +9,11 @@ import pytest
 from conftest import paragraphs
 from test_cli import run
 from test_eval import Dense
+from tokenizers import Tokenizer as RustTokenizer
+from tokenizers.models import BPE
+from tokenizers.normalizers import BertNormalizer
+from tokenizers.pre_tokenizers import Whitespace
+from tokenizers.trainers import BpeTrainer
 
 from mlmkit.backends import load
 from mlmkit.corpus import tokenize
@@ -15,7 +21,9 @@ from mlmkit.errors import UserError
 from mlmkit.eval.api import evaluate, pseudo_log_likelihood
 from mlmkit.eval.compare import compare
 from mlmkit.eval.plan import VARIANTS
+from mlmkit.eval.sets import find_set
 from mlmkit.masking import random_words
+from mlmkit.tokenizer import Tokenizer
 
 UNKNOWN = "日本語 日本語"  # six unknown tokens of the WordPiece
 NOTHING = "\u200b"  # no token at all
@@ -83,6 +91,38 @@ def test_tokenizers_are_not_compared_where_one_loses_text(checkpoint, tmp_path):
     for order in (("bert", "roberta"), ("roberta", "bert")):
         with pytest.raises(UserError, match=r"tokenizers differ, .* 6 tokens .*too many"):
             compare([tmp_path / name for name in order])
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text(json.dumps({"sentence_good": "The end.", "sentence_bad": f"The {UNKNOWN}."}), encoding="utf-8")
+    for name in ("bert", "roberta"):
+        evaluate(checkpoint(name), find_set(str(pairs), pairs=True), output=tmp_path / f"pairs-{name}")
+    with pytest.raises(UserError, match=r"tokenizers differ, .*too many"):
+        compare([tmp_path / "pairs-bert", tmp_path / "pairs-roberta"])
+
+
+def test_the_unknown_token_need_not_be_named(tokenizer_folder, tmp_path):
+    named = Tokenizer.from_folder(tokenizer_folder("wordpiece"))
+    folder = shutil.copytree(tokenizer_folder("wordpiece"), tmp_path / "tokenizer")
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    del config["unk_token"]
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    found, expected = (each.encode([f"The {UNKNOWN} is."]) for each in (Tokenizer.from_folder(folder), named))
+    assert found.ids.tolist() == expected.ids.tolist()
+    assert found.unknown.tolist() == expected.unknown.tolist() == [6]
+
+
+@pytest.mark.parametrize("normalizer", [None, BertNormalizer(lowercase=True)])
+def test_characters_that_a_tokenizer_drops_are_unknown(normalizer):
+    """BPE without bytes and without an unknown token has nothing for them, and says nothing."""
+    rust = RustTokenizer(BPE())
+    if normalizer:
+        rust.normalizer = normalizer
+    rust.pre_tokenizer = Whitespace()
+    trainer = BpeTrainer(special_tokens=["[MASK]"], initial_alphabet=list("the cat"), show_progress=False)
+    rust.train_from_iterator(["the cat", "eat the tea"], trainer)
+    tokenizer = Tokenizer(rust, {"mask_token": "[MASK]"})
+    texts = ["the cat", "the 日本 cat 語", "日本語", " the\u200a", "the cat\u0301"]
+    accent = 0 if normalizer else 1  # which the normalizer leaves out
+    assert tokenizer.encode(texts).unknown.tolist() == [0, 3, 3, 0, accent]
 
 
 def test_a_text_without_a_scored_token_has_no_score(capsys, caplog, checkpoint, tmp_path):

@@ -30,14 +30,10 @@ class Lane:
         self._inputs: list[_Slot] = []
         self._outputs: list[_Slot] = []
         self._shape: Shape | None = None
-        self._lock = threading.Lock()
+        self.lock = threading.Lock()
 
     def run(self, batch: Batch) -> dict[str, NDArray[Any]]:
-        """What the plan computes of a batch that its profile holds, as new arrays. Raises `CheckError`."""
-        with self._lock:
-            return self._run(batch)
-
-    def _run(self, batch: Batch) -> dict[str, NDArray[Any]]:
+        """What the plan computes of a batch that its profile holds, as new arrays. Hold `lock`. Raises `CheckError`."""
         if self._shape != shape_of(batch):
             self._prepare(batch)
         for slot in self._inputs:

@@ -121,7 +121,8 @@ class TensorRTBackend:
     def _run_part(self, engine: "_Engine", part: Batch) -> dict[str, NDArray[Any]]:
         lane = engine.lane(choose(self.profiles, shape_of(part)))
         try:
-            return lane.run(part)
+            with lane.lock:
+                return lane.run(part)
         except CheckError as error:
             raise CheckError(
                 f"{self.info.path}: TensorRT failed on a batch of shape {part.input_ids.shape} with "

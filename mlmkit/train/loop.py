@@ -32,7 +32,7 @@ from mlmkit.train.data import MicroBatch, TrainingData
 from mlmkit.train.dry_run import document_lengths
 from mlmkit.train.estimate import flops_per_token, peak_flops
 from mlmkit.train.layers import compile_layers
-from mlmkit.train.log import NO_STEPS, TrainingLog, check_loggers
+from mlmkit.train.log import NO_STEPS, TrainingLog, check_loggers, read_log
 from mlmkit.train.optim import build_optimizers, learning_rate_factor
 from mlmkit.train.order import Cursor
 from mlmkit.train.parallel import clip_gradients, freeze_unused, parallelise, synchronised
@@ -272,6 +272,8 @@ def is_finished(run: Path, mask_digest: str) -> bool:
 def finish(run: Path) -> None:
     """`RUN/model` from the last checkpoint, its held-out result and the loss curve beside it."""
     last = checkpoints(run)[-1]
+    if not any("loss" in entry for entry in read_log(run)):
+        raise CheckError(f"no step of {run} had a token to predict: raise masking.mask_prob, or the batch")
     if result := held_out_result(last):
         summary = {"mask_digest": result["mask_digest"], **result["metrics"]}
         write_json(run / "held_out.json", summary)

@@ -154,7 +154,7 @@ def _lengthen(model: MaskedLM, length: int, name: str | Path) -> None:
 
 def _identity(config: Config, tokenizer: Tokenizer, corpora: Sequence[Corpus]) -> dict[str, Any]:
     """What must not change between the start of a run and its resumption, as JSON gives it back."""
-    tables = asdict(config)
+    tables = {"train": {}, **asdict(config)}  # first, as other settings follow from its steps
     for table, keys in FREE.items():
         for key in keys:
             del tables[table][key]
