@@ -74,7 +74,7 @@ def test_figures_per_unit_of_text_need_text_that_is_spelled(capsys, checkpoint, 
         for name in names:
             assert (result["metrics"][name]["value"] is not None) == is_spelled
         assert result["metrics"]["pseudo_perplexity"]["value"] > 0
-        reason = "too many (above 0.1%) for figures per word, character or byte"
+        reason = "too many (above 0.1%) for figures per unit of text"
         for text in (out, (folder / "report.html").read_text(encoding="utf-8")):
             assert f"{lost} characters (0.1" in text
             assert (reason in text) != is_spelled
