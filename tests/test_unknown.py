@@ -129,7 +129,7 @@ def test_a_text_without_a_scored_token_has_no_score(capsys, caplog, checkpoint, 
     (tmp_path / "a.txt").write_text(f"{NOTHING}\n{UNKNOWN}\n", encoding="utf-8")
     code, out, _ = run(capsys, "score", checkpoint("bert"), tmp_path / "a.txt")
     assert (code, out.split("\n")[0]) == (0, f"-\t0\t{NOTHING}")
-    assert "6 of 6 tokens are unknown" in caplog.text
+    assert "6 characters are unknown" in caplog.text
     _, out, _ = run(capsys, "score", checkpoint("bert"), tmp_path / "a.txt", "--json")
     nothing, unknown = json.loads(out)["texts"]
     assert (nothing["pseudo_log_likelihood"], nothing["tokens"]) == (None, 0)
