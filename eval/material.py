@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from mlmkit.corpus import Corpus, cache_folder, is_cached, load_corpus, stream_corpus, tokenize
+from mlmkit.corpus import Corpus, cache_folder, load_corpus, stream_corpus, tokenize
 from mlmkit.documents import Source, checked_text
 from mlmkit.tokenizer import Tokenizer
 
@@ -64,7 +64,7 @@ class TextMaterial(Material):
         return load_corpus(self.source, self.tokenizer, self._folder)
 
     def blocks(self) -> Iterator[Corpus]:
-        if is_cached(self._folder):
+        if self._folder.exists():
             return self._corpus.blocks()
         return stream_corpus(self.source, self.tokenizer, self._folder)
 
@@ -72,7 +72,7 @@ class TextMaterial(Material):
         return self._corpus
 
     def known_size(self) -> int | None:
-        return len(self._corpus) if is_cached(self._folder) else None
+        return len(self._corpus) if self._folder.exists() else None
 
     def identity(self) -> str:
         return self._folder.name

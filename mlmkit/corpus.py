@@ -194,25 +194,14 @@ def load_corpus(source: Source, tokenizer: Tokenizer, folder: Path | None = None
     `folder` is its `cache_folder`, where the caller knows it already.
     """
     folder = folder or cache_folder(source, tokenizer)
-    if corpus := cached_corpus(folder, source.location):
+    if corpus := _cached_corpus(folder, source.location):
         return corpus
-    for _ in _tokenize_into(folder, source, tokenizer):
+    for _ in stream_corpus(source, tokenizer, folder):
         pass
     return _map_corpus(folder, source.location)
 
 
-def stream_corpus(source: Source, tokenizer: Tokenizer, folder: Path) -> Iterator[Corpus]:
-    """The corpus in blocks of documents, tokenised as they are asked for; at the end it is in the cache at `folder`."""
-    corpus = cached_corpus(folder, source.location)
-    yield from corpus.blocks() if corpus else _tokenize_into(folder, source, tokenizer)
-
-
-def is_cached(folder: Path) -> bool:
-    """Whether a corpus lies there, damaged or not."""
-    return (folder / "meta.json").exists()
-
-
-def cached_corpus(folder: Path, location: str) -> Corpus | None:
+def _cached_corpus(folder: Path, location: str) -> Corpus | None:
     """The corpus in the cache, every file compared with its hash; None if there is none.
 
     One that is damaged is removed, with a line in the log. Raises `UserError` for one that cannot be read.
@@ -245,8 +234,11 @@ def cache_folder(source: Source, tokenizer: Tokenizer) -> Path:
     return cache_root() / "tokens" / sha256(identity.encode()).hexdigest()[:32]
 
 
-def _tokenize_into(folder: Path, source: Source, tokenizer: Tokenizer) -> Iterator[Corpus]:
-    """Tokenise block by block, appending to flat files, so that memory does not grow with the corpus."""
+def stream_corpus(source: Source, tokenizer: Tokenizer, folder: Path) -> Iterator[Corpus]:
+    """The corpus in blocks of documents, tokenised as they are asked for; at the end it is in the cache at `folder`.
+
+    It is appended to flat files, so that memory does not grow with the corpus.
+    """
     fingerprint, tokens, dtypes, texts = blake2b(digest_size=16), 0, {}, _Counter(read_texts(source))
     with _cache_errors(folder), ExitStack() as stack:
         folder.parent.mkdir(parents=True, exist_ok=True)

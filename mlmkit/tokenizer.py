@@ -68,8 +68,8 @@ class Tokenizer:
         self._control.encode_special_tokens = False
 
         self.named = {name: _content(config[name]) for name in NAMED_TOKENS if config.get(name)}
-        if (spelled := _unknown_of(json.loads(self._serialized)["model"])) and rust.token_to_id(spelled) is not None:
-            self.named.setdefault("unk_token", spelled)
+        if "unk_token" not in self.named and (spelled := _unknown_of(json.loads(self._serialized)["model"])):
+            self.named |= {"unk_token": spelled} if rust.token_to_id(spelled) is not None else {}
         if "mask_token" not in self.named:
             raise UserError("the tokenizer has no mask token: a masked model's names it in tokenizer_config.json")
         limit = config.get(LIMIT)  # transformers writes 1e30 for "none"

@@ -15,7 +15,7 @@ from transformers import AutoModelForMaskedLM, AutoTokenizer, PreTrainedConfig
 
 from mlmkit import model as masked_lm
 from mlmkit.backends.torch import pick_device
-from mlmkit.corpus import Corpus, is_cached, load_corpus
+from mlmkit.corpus import Corpus, load_corpus
 from mlmkit.distributed import Ranks, available_memory
 from mlmkit.documents import HUB, existing_file, read_documents
 from mlmkit.errors import UserError
@@ -45,12 +45,20 @@ def begin_or_check(config: Config, run: Path, ranks: Ranks) -> tuple[Tokenizer, 
     was begun with another configuration, text or tokenizer is refused: `UserError` names the first difference. If it
     has no checkpoint yet, nothing is lost: it begins anew.
     """
-    checked = ranks.from_first(lambda: [corpus.folder for corpus in _begin_or_check(config, run, ranks)])
+    corpora: list[Corpus] = []
+
+    def check() -> list[Path | None]:
+        corpora.extend(_begin_or_check(config, run, ranks))
+        return [corpus.folder for corpus in corpora]
+
+    checked = ranks.from_first(check)
     tokenizer = masked_lm.load_tokenizer(str(run / "tokenizer"))
-    # The first rank has hashed the texts, which takes long where they are large. A machine that does not share its
-    # token cache hashes its own copies.
-    folders = [folder if folder and is_cached(folder) else None for folder in checked]
-    return tokenizer, list(map(load_corpus, config.data.sources, repeat(tokenizer), folders))
+    if not corpora:
+        # The first rank has hashed the texts, which takes long where they are large. A machine that does not share its
+        # token cache hashes its own copies.
+        folders = [folder if folder and folder.exists() else None for folder in checked]
+        corpora = list(map(load_corpus, config.data.sources, repeat(tokenizer), folders))
+    return tokenizer, corpora
 
 
 def _begin_or_check(config: Config, run: Path, ranks: Ranks) -> list[Corpus]:

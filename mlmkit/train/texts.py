@@ -48,7 +48,7 @@ def load_texts(config: Config, tokenizer: Tokenizer) -> list[Corpus]:
     if config.masking.whole_word:
         for corpus in corpora:
             warn_of_words(corpus)
-    held_out_digest(config, tokenizer)
+    held_out_digest(config, tokenizer, *held_out)
     return corpora
 
 
@@ -62,15 +62,15 @@ def token_shares(corpora: Sequence[Corpus], tokenizer: Tokenizer) -> tuple[float
     return float(counts[unknown].sum()), float(counts[sorted(tokenizer.special_ids)].sum())
 
 
-def held_out_digest(config: Config, tokenizer: Tokenizer) -> str:
+def held_out_digest(config: Config, tokenizer: Tokenizer, corpus: Corpus | None = None) -> str:
     """The mask digest of every evaluation of the held-out text, which identifies it; empty if there is none.
 
-    Raises `UserError` when the masks select no token.
+    `corpus` is that text where it has been loaded already. Raises `UserError` when the masks select no token.
     """
     if not config.data.held_out:
         return ""
     digest = targets = 0
-    for block in load_corpus(config.data.held_out_source, tokenizer).blocks():
+    for block in (corpus or load_corpus(config.data.held_out_source, tokenizer)).blocks():
         text, seed = (block.ids, block.lengths, block.keys), SETTINGS.mask_seeds[0]
         corruption = corrupt(*text, SETTINGS.recipe, tokenizer.masking, seed=seed)
         digest += mask_digest(corruption, *text[1:])
