@@ -150,8 +150,8 @@ def skewed(amount: float, relative: float = 0.0, field: str = "log_prob") -> Cal
         (skewed(0.9e-4), []),
         (skewed(0.8e-4, 1e-5), ["mean |Δ log P|", "|Δ cross-entropy|"]),
         (skewed(1e-5, 1e-3), ["mean |Δ log P|", "largest", "|Δ cross-entropy|"]),
-        (skewed(0.9e-4, 1e-5, "top_log_prob"), []),
-        (skewed(1.5e-4, 1e-5, "top_log_prob"), ["largest of a candidate"]),
+        (skewed(0.9e-4, 4.5e-5, "top_log_prob"), []),
+        (skewed(1.1e-4, 5.5e-5, "top_log_prob"), ["largest of a candidate"]),
     ],
 )
 def test_a_proof_shows_each_figure_beside_its_bound(artifact, skew, beyond):
