@@ -54,7 +54,7 @@ def environment(package: str, folder: Path) -> Iterator[Path]:
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
     python = folder / "bin" / "python"
     command = [sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--retries", "1"]
-    command += ["--constraint", ROOT / "constraints.txt", package]
+    command += ["--no-compile", "--constraint", ROOT / "constraints.txt", package]
     done = subprocess.run(command, capture_output=True, text=True, env=without_path())
     if done.returncode and any(word in done.stderr for word in ("Retrying (", "Connection", "timed out")):
         pytest.skip("pip reaches no registry to install the base dependencies from")
