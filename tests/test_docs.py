@@ -16,7 +16,6 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -184,20 +183,11 @@ def shell() -> None:
         pytest.skip("bash and curl are not both here")
 
 
-@pytest.fixture(scope="module")
-def runs(request, shell, material, tmp_path_factory) -> Iterator[dict[str, Future[subprocess.CompletedProcess[str]]]]:
-    """The pages that were asked for, two at a time: most of what they do keeps one core busy."""
-    items = [item for item in request.session.items if item.originalname == "test_the_commands_run"]
-    pages: list[Page] = [item.callspec.params["page"] for item in items]
-    with ThreadPoolExecutor(max_workers=2) as pool:
-        yield {page.name: pool.submit(run_page, page, material, tmp_path_factory.mktemp("page")) for page in pages}
-
-
 @pytest.mark.parametrize(
     "page", [page for page in PAGES.values() if any(block.runs for block in page.blocks())], ids=lambda page: page.name
 )
-def test_the_commands_run(page: Page, runs):
-    done = runs[page.name].result()
+def test_the_commands_run(page: Page, shell, material, tmp_path):
+    done = run_page(page, material, tmp_path)
     assert done.returncode == 0, done.stdout[-3000:]
 
 
@@ -234,7 +224,7 @@ def run_bash(script: str, folder: Path, variables: dict[str, str]) -> subprocess
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=240,
+        timeout=600,
     )
 
 
@@ -260,7 +250,7 @@ def site(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("site")
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)]
     environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     return folder
 

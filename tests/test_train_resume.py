@@ -13,10 +13,11 @@ import pytest
 import torch
 from training import Ranks, log_lines, same_weights, weights, write_config
 
-from mlmkit.errors import UserError
+from mlmkit.distributed import ranks as find_ranks
+from mlmkit.errors import StoppedError, UserError
 from mlmkit.train.checkpoint import HELD_OUT, checkpoints
 from mlmkit.train.config import Config
-from mlmkit.train.loop import train
+from mlmkit.train.loop import stop_signals, train
 
 
 @pytest.fixture
@@ -95,6 +96,17 @@ def test_a_second_interrupt_stops_at_once(config, tmp_path, world, second):
     ranks.signal(second)
     assert ranks.wait() == [130] * world, ranks.messages()
     assert ranks.messages()[0] == "interrupted: all steps are lost"
+
+
+def test_an_interrupt_that_python_ignores_comes_again(tmp_path):
+    class Interrupted:
+        def __del__(self) -> None:
+            signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(StoppedError, match="all steps are lost"), stop_signals(tmp_path, find_ranks()):
+        signal.raise_signal(signal.SIGINT)
+        Interrupted()
+        time.sleep(60)
 
 
 def last_step(run: Path) -> int:

@@ -5,6 +5,7 @@ import logging
 import math
 import os
 import signal
+import sys
 import threading
 import traceback
 from collections.abc import Iterator, Sequence
@@ -102,7 +103,6 @@ def _train(
     packed = enable_packing(model)
     if not packed:
         log.warning("%s cannot be packed: training on padded batches", type(model.network).__name__)
-    parameters = sum(parameter.numel() for parameter in model.parameters())
     data = TrainingData(config, corpora, tokenizer, packed=packed, position_offset=model.position_offset)
     peak = ranks.world * peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else 0.0
     flops = 0.0
@@ -119,20 +119,16 @@ def _train(
     sums = state.pop("log", NO_STEPS)  # which older checkpoints lack
     cursor = Cursor(**state)
     micro_batches = config.train.global_batch_tokens // config.train.micro_batch_tokens
+    steps, workers = config.train.steps, config.data.workers
     batches = data.batches(
-        cursor,
-        micro_batches=micro_batches,
-        steps=config.train.steps,
-        rank=ranks.rank,
-        world=ranks.world,
-        workers=config.data.workers,
+        cursor, micro_batches=micro_batches, steps=steps, rank=ranks.rank, world=ranks.world, workers=workers
     )
     if saved:
         log.info("resuming %s after step %d", run, cursor.step)
     log.info(
         "%s, %.1f M parameters, vocabulary %d; %d documents, %d tokens; %s",
         config.model.init_from or config.model.architecture,
-        parameters / 1e6,
+        sum(parameter.numel() for parameter in model.parameters()) / 1e6,
         tokenizer.vocabulary_size,
         sum(len(corpus) for corpus in corpora),
         sum(len(corpus.ids) for corpus in corpora),
@@ -144,7 +140,7 @@ def _train(
         ) as training_log,
         progress(shown=ranks.is_first) as bar,
     ):
-        task = bar.add_task("training", total=config.train.steps, completed=cursor.step)
+        task = bar.add_task("training", total=steps, completed=cursor.step)
 
         def measure(checkpoint: Path) -> None:
             if mask_digest:
@@ -154,13 +150,13 @@ def _train(
 
         if saved:
             measure(saved)  # a kill may have prevented it, or the text is another
-        while cursor.step < config.train.steps:
+        while cursor.step < steps:
             step = cursor.step
             cursor, batch = next(batches)
             masked, tokens, stopping = ranks.sum(
                 sum(len(micro.targets) for micro in batch), sum(micro.tokens for micro in batch), len(stop)
             )
-            factor = learning_rate_factor(step, config.train.steps, config.optim)
+            factor = learning_rate_factor(step, steps, config.optim)
             lr = factor * config.optim.lr
             # Dropout depends on the micro-batch: there is no generator's state to resume, and ranks change nothing.
             seeds = range(config.train.seed + step * micro_batches, config.train.seed + (step + 1) * micro_batches)
@@ -182,16 +178,16 @@ def _train(
                 gradient_norm=grad_norm,
                 tokens=int(tokens),
                 masked=int(masked),
-                mask_prob=config.masking.recipe(step / max(config.train.steps - 1, 1)).mask_prob,
+                mask_prob=config.masking.recipe(step / max(steps - 1, 1)).mask_prob,
             )
             bar.update(task, completed=cursor.step, description=description)
-            finished = cursor.step == config.train.steps
+            finished = cursor.step == steps
             if stopping or finished or cursor.step % config.train.save_every == 0:
                 state = {**asdict(cursor), "log": training_log.open_sums()}
                 with training_log.paused():
                     checkpoint = save_checkpoint(run, state, model, optimizers, ranks)
                     if stopping and not finished:
-                        raise _stopped(stop, cursor.step, config.train.steps, checkpoint)
+                        raise _stopped(stop, cursor.step, steps, checkpoint)
                     measure(checkpoint)
     ranks.from_first(lambda: finish(run))
     return run / "model"
@@ -242,6 +238,12 @@ def stop_signals(run: Path, ranks: Ranks) -> Iterator[list[int]]:
         if number == signal.SIGINT and ranks.is_first:  # past sys.stderr, which may be in the middle of a write
             os.write(2, b"\nfinishing the step and saving it; Ctrl-C again stops at once and loses what is not saved\n")
 
+    def again(ignored: "sys.UnraisableHookArgs") -> None:  # Python ignores what is raised while in a `__del__`
+        if ignored.exc_type is not KeyboardInterrupt:
+            return hook(ignored)
+        return threading.Timer(0.1, os.kill, [os.getpid(), signal.SIGINT]).start()
+
+    hook, sys.unraisablehook = sys.unraisablehook, again
     # Outside of the main thread Python takes no handlers.
     names = STOP_SIGNALS if threading.current_thread() is threading.main_thread() else ()
     before = {number: signal.signal(number, receive) for name in names if (number := getattr(signal, name, None))}
@@ -252,6 +254,7 @@ def stop_signals(run: Path, ranks: Ranks) -> Iterator[list[int]]:
         lost = f"the steps after {last} are lost: the same command goes on there" if last else "all steps are lost"
         raise StoppedError(f"interrupted: {lost}", signal.SIGINT) from None
     finally:
+        sys.unraisablehook = hook
         for number, handler in before.items():
             signal.signal(number, handler)
 
@@ -275,8 +278,7 @@ def finish(run: Path) -> None:
     if not any("loss" in entry for entry in read_log(run)):
         raise CheckError(f"no step of {run} had a token to predict: raise masking.mask_prob, or the batch")
     if result := held_out_result(last):
-        summary = {"mask_digest": result["mask_digest"], **result["metrics"]}
-        write_json(run / "held_out.json", summary)
+        write_json(run / "held_out.json", {"mask_digest": result["mask_digest"], **result["metrics"]})
     draw_loss(run)
     copy_model(last, run / "model")
 
