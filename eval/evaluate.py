@@ -24,10 +24,12 @@ from mlmkit.eval.pairs import PairMaterial
 from mlmkit.eval.parts import Part, cut_parts
 from mlmkit.eval.passes import Pass, Settings
 from mlmkit.eval.plan import Plan
+from mlmkit.eval.report import write_report
 from mlmkit.eval.scoring import refuse_batch_coupling, score_parts
 from mlmkit.eval.sets import EvalSet
 from mlmkit.eval.store import PartFacts, Store, part_facts, token_table
 from mlmkit.eval.stored import RESULT_FORMAT
+from mlmkit.files import locked
 from mlmkit.masking import DIGEST_MODULUS, format_digest
 from mlmkit.progress import progress
 
@@ -44,11 +46,13 @@ def evaluate(
     batch_tokens: int = 0,
     allow_batch_coupling: bool = False,
     overwrite: bool = False,
+    report: bool = False,
     ranks: Ranks | None = None,
 ) -> dict[str, Any]:
     """Measure a model into `folder` and return its `result.json`; on other ranks than the first, nothing.
 
-    What an interrupted call with the same arguments left in `folder` is not done again. Raises `UserError` for unusable
+    What an interrupted call with the same arguments left in `folder` is not done again. With `report`, the page is
+    written too. Raises `UserError` for unusable
     text, options or another evaluation there, and `CheckError` when a score is not finite.
     """
     ranks = ranks or Ranks()
@@ -57,9 +61,11 @@ def evaluate(
     passes = settings.passes(material.chosen())
     store = Store(folder, _identity(backend, material, settings))
     with ExitStack() as stack:
-        ranks.from_first(lambda: stack.enter_context(store.locked()))
+        ranks.from_first(lambda: stack.enter_context(locked(folder)))
         finished, store.folder = ranks.from_first(lambda: (store.finished(overwrite=overwrite), store.folder))
         if finished:
+            if report and ranks.is_first:
+                write_report(store.final)
             return finished
         if ranks.is_first:
             stack.enter_context(store.working())
@@ -89,7 +95,9 @@ def evaluate(
         if unknown["character_share"] > UNKNOWN_LIMIT:
             nothing = {"value": None, "low": None, "high": None}
             result["metrics"] |= {name: nothing for name in PER_TEXT if name in result["metrics"]}
-        store.finish(result)
+        result = store.finish(result)
+        if report:
+            write_report(store.final)
         return result
 
 

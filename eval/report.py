@@ -1,6 +1,8 @@
 """`report.html`: one page without a network, from a finished evaluation's stored files alone."""
 
+import logging
 import math
+import os
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,8 @@ from mlmkit.eval.metrics import CALIBRATION_BINS, calibration_bin, describe_unkn
 from mlmkit.eval.statistics import RESAMPLES
 from mlmkit.eval.stored import REPORT, Stored, load_result, read_blocks
 from mlmkit.files import write_text
+
+log = logging.getLogger(__name__)
 
 LARGEST_LOSS = 14.0
 LOSS_BINS = 28
@@ -51,6 +55,9 @@ def write_report(folder: Path) -> bool:
     if find_spec("jinja2") is None or find_spec("matplotlib") is None:
         return False
     stored = load_result(folder)
+    if not os.access(folder, os.W_OK):
+        log.warning("%s is read-only: %s stays as it is", folder, REPORT)
+        return False
     render("report.html.jinja", folder / REPORT, **_content(stored))
     return True
 

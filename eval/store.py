@@ -1,9 +1,10 @@
 """The evidence on disk: finished parts while an evaluation runs, then `tokens.parquet` and `documents.parquet`."""
 
 import json
+import logging
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,19 +15,22 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from mlmkit.corpus import TEXT_SIZES
-from mlmkit.errors import CheckError, UserError
+from mlmkit.errors import CheckError, DamagedError, UserError
 from mlmkit.eval.material import Material
 from mlmkit.eval.parts import Part
 from mlmkit.eval.passes import Pass
 from mlmkit.eval.plan import Plan, pieces, scorable, shown_ids
 from mlmkit.eval.scoring import TokenScores
-from mlmkit.eval.stored import DOCUMENTS, RESULT, TOKENS, load_result
-from mlmkit.files import atomic, content, exclusive, home, new_folder, replace, write_json
+from mlmkit.eval.stored import AGAIN, DOCUMENTS, RESULT, TOKENS, load_result
+from mlmkit.files import atomic, content, file_sha256, home, read_record, replace, sealed, unsealed, write_record
 from mlmkit.masking import Corruption, format_digest, mask_digest
 from mlmkit.tokenizer import Tokenizer
 
 UNFINISHED, PARTS = "unfinished.json", "parts"
 FACTS = b"mlmkit"
+DAMAGE = (OSError, pa.ArrowException, ValueError, LookupError, TypeError)  # what a damaged part raises
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -45,7 +49,8 @@ class PartFacts:
 class Store:
     """The folder of one evaluation. `result.json` comes last.
 
-    `identity` says what is measured by what: a folder that holds another evaluation is refused. Use it within `locked`.
+    `identity` says what is measured by what: a folder that holds another evaluation is refused. Use it within
+    `files.locked`.
     """
 
     def __init__(self, folder: Path, identity: dict[str, Any]) -> None:
@@ -59,22 +64,29 @@ class Store:
         stays until this one is finished and takes its place; an unfinished one is gone on with.
         """
         replacement = home(self.final) / f".{self.final.name}.replacement"
-        if not self.final.exists() and (replacement / RESULT).exists():
-            replacement.rename(self.final)  # killed between the two renames of `finish`
+        if was_killed := (replacement / RESULT).exists():  # before it could take its place
+            self._clear(replacement)
+            replace(replacement, self.final)
         if self.final.exists() and not self.final.is_dir():
             raise UserError(f"{self.final} exists and is not a folder: choose another --output")
         if not self.final.is_dir() or not content(self.final):
             return None
-        found = _read_json(self.final / RESULT) or _read_json(self.final / UNFINISHED)
-        if found is None or "identity" not in found:
+        record = next((path for name in (RESULT, UNFINISHED) if (path := self.final / name).exists()), None)
+        if record is None:
             spared = ", so --overwrite leaves it alone" if overwrite else ""
             raise UserError(f"{self.final} exists and holds no evaluation{spared}: choose another --output")
-        is_same, is_complete = found["identity"] == self.identity, "metrics" in found
-        if overwrite and (is_complete or not is_same):
+        try:
+            found = read_record(record, AGAIN)
+        except DamagedError:
+            if not overwrite:
+                raise
+            found = {}
+        known = found.get("identity") or {}
+        is_same, is_complete = known == self.identity, record.name == RESULT
+        if overwrite and not (is_same and (was_killed or not is_complete)):
             self.folder = replacement
             return None
         if not is_same:
-            known = found["identity"] if isinstance(found["identity"], dict) else {}
             changed = [key for key in self.identity if known.get(key) != self.identity[key]]
             raise UserError(
                 f"{self.final} holds an evaluation with another {' and '.join(changed) or 'version of mlmkit'}: "
@@ -82,25 +94,19 @@ class Store:
             )
         if is_complete:
             load_result(self.final)
-            self._clear()
+            self._clear(self.final)
             return found
         return None
-
-    def locked(self) -> AbstractContextManager[None]:
-        """Keep other processes out, before anything here is read or removed. Raises `UserError` if one is at work."""
-        lock = home(self.final) / f".{self.final.name}.lock"  # not within, where `finish` would replace it
-        return exclusive(lock, f"another process is evaluating into {self.final}: wait for it", temporary=True)
 
     @contextmanager
     def working(self) -> Iterator[None]:
         """Make the folder and note what is being measured. If no part was finished, nothing is left behind."""
-        unfinished = _read_json(self.folder / UNFINISHED)
-        if self.folder != self.final and (unfinished or {}).get("identity") != self.identity:
+        if self.folder != self.final and _identity(self.folder) != self.identity:
             shutil.rmtree(self.folder, ignore_errors=True)
         if not (self.folder / UNFINISHED).exists():
-            with new_folder(self.folder) as building:  # whole or not at all: what is in the way of no later run
-                (building / PARTS).mkdir()
-                write_json(building / UNFINISHED, {"identity": self.identity})
+            with atomic(self.folder, folder=True) as building:  # so a crash here cannot block a later run
+                write_record(building / UNFINISHED, {"identity": self.identity})
+        (self.folder / PARTS).mkdir(exist_ok=True)
         try:
             yield
         except BaseException:
@@ -110,32 +116,48 @@ class Store:
 
     def discard(self) -> None:
         """Remove an evaluation that came to nothing."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        for entry in content(self.folder):
+            if entry.name != UNFINISHED:  # which comes last, so that a crash here cannot block a later run
+                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+        (self.folder / UNFINISHED).unlink(missing_ok=True)
+        if not self.folder.is_mount():
+            self.folder.rmdir()
 
     # ------------------------------------------------------------ parts
 
     def has(self, name: str, index: int) -> bool:
-        """Whether a pass's part is done, and can be read: a power cut may leave one that cannot."""
+        """Whether a pass's part is done. One that cannot be read, or is not of this evaluation, is removed."""
         path = self._part(name, index)
         try:
-            pq.read_schema(path)
+            self._facts(path)
         except FileNotFoundError:
             return False
-        except (OSError, pa.ArrowException):
+        except DAMAGE as error:
+            if getattr(error, "errno", None):  # of the system: the file itself may be good
+                raise
+            log.warning("%s is damaged, or another's: scoring it again", path)
             path.unlink()
             return False
         return True
 
     def write_part(self, name: str, index: int, table: pa.Table, facts: PartFacts) -> None:
-        """A part that is there is whole."""
-        described = table.replace_schema_metadata({FACTS: json.dumps(asdict(facts)).encode()})
-        with atomic(self._part(name, index)) as partial:
-            pq.write_table(described, partial, compression="zstd", write_page_checksum=True)
+        """A part that is there is complete."""
+        path = self._part(name, index)
+        described = sealed({"part": path.name, "identity": self.identity, "facts": asdict(facts)})
+        table = table.replace_schema_metadata({FACTS: json.dumps(described).encode()})
+        with atomic(path) as partial:
+            pq.write_table(table, partial, compression="zstd", write_page_checksum=True)
 
     def part_facts(self, name: str) -> list[PartFacts]:
         """Of a pass's parts, in order."""
-        schemas = (pq.read_schema(path) for path in self._parts(name))
-        return [PartFacts(**json.loads((schema.metadata or {})[FACTS])) for schema in schemas]
+        return [self._facts(path) for path in self._parts(name)]
+
+    def _facts(self, path: Path) -> PartFacts:
+        """Raises one of `DAMAGE` for a file that is not this part of this evaluation."""
+        described = unsealed(json.loads((pq.read_schema(path).metadata or {})[FACTS]))
+        if (described["part"], described["identity"]) != (path.name, self.identity):
+            raise ValueError("another part")
+        return PartFacts(**described["facts"])
 
     def _part(self, name: str, index: int) -> Path:
         return self.folder / PARTS / f"{name}-{index:07d}.parquet"
@@ -176,16 +198,19 @@ class Store:
                     write(table.append_column("frequency", pa.array(counted)))
         return 0 if tokenizer.unk_id is None else int(frequency[tokenizer.unk_id])
 
-    def finish(self, result: dict[str, Any]) -> None:
-        """Write `result.json`; with it the evaluation is complete, and the parts are no longer needed."""
-        write_json(self.folder / RESULT, result)
-        self._clear()
+    def finish(self, result: dict[str, Any]) -> dict[str, Any]:
+        """Write `result.json`, which completes the evaluation, and return it. The parts are no longer needed."""
+        result = {**result, "files": {name: file_sha256(self.folder / name) for name in (TOKENS, DOCUMENTS)}}
+        write_record(self.folder / RESULT, result)
+        self._clear(self.folder)
         if self.folder != self.final:
             replace(self.folder, self.final)
+        return result
 
-    def _clear(self) -> None:
-        shutil.rmtree(self.folder / PARTS, ignore_errors=True)
-        (self.folder / UNFINISHED).unlink(missing_ok=True)
+    def _clear(self, folder: Path) -> None:
+        shutil.rmtree(folder / PARTS, ignore_errors=True)
+        if (folder / UNFINISHED).exists():
+            (folder / UNFINISHED).unlink()
 
 
 @contextmanager
@@ -253,7 +278,9 @@ def token_table(item: Pass, part: Part, plan: Plan, scores: TokenScores, tokeniz
 def _read_part(path: Path) -> pa.Table:
     try:
         return pq.read_table(path, partitioning=None, page_checksum_verification=True)
-    except (OSError, pa.ArrowException):
+    except (OSError, pa.ArrowException) as error:
+        if getattr(error, "errno", None):
+            raise
         path.unlink(missing_ok=True)
         raise CheckError(f"{path} is damaged and was removed: run the same command again") from None
 
@@ -263,9 +290,7 @@ def _optional(values: NDArray, kind: pa.DataType, item: Pass) -> pa.Array:
     return pa.array(values).cast(kind) if item.metric == "masked" else pa.nulls(len(values), kind)
 
 
-def _read_json(path: Path) -> dict[str, Any] | None:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return None
-    return value if isinstance(value, dict) else None
+def _identity(folder: Path) -> object:
+    """What is being measured into a folder; None if it does not say."""
+    with suppress(DamagedError):
+        return read_record(folder / UNFINISHED, AGAIN)["identity"]

@@ -25,7 +25,7 @@ from mlmkit.export.parity import BOUNDS, check_parity, parity_batches, require_p
 from mlmkit.export.precision import convert
 from mlmkit.export.proof_text import FALLBACK, ProofText, proof_text
 from mlmkit.files import locate_model, new_folder
-from mlmkit.model import from_pretrained
+from mlmkit.model import from_pretrained, save_tokenizer
 
 if TYPE_CHECKING:
     from mlmkit.export.tensorrt import PlanOptions
@@ -67,7 +67,7 @@ def export(
         info = reference.info
         log.info("writing the ONNX graph")
         write_onnx(reference.model, folder / GRAPH)
-        from_pretrained(AutoTokenizer, checkpoint).save_pretrained(folder)
+        save_tokenizer(from_pretrained(AutoTokenizer, checkpoint), folder)
         reference.model.network.config.save_pretrained(folder)
 
         fitted, proven = text.split() if precision in FITTED else (None, text)

@@ -1,6 +1,5 @@
 """The text that an export is proven on: the user's, the training run's held-out text, or Python's documentation."""
 
-import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,7 +7,8 @@ from itertools import islice
 from pathlib import Path
 
 from mlmkit.documents import Source, read_documents
-from mlmkit.errors import UserError
+from mlmkit.errors import DamagedError, UserError
+from mlmkit.files import read_record
 from mlmkit.pydocs import topics
 
 log = logging.getLogger(__name__)
@@ -49,10 +49,11 @@ def _held_out(checkpoint: Path) -> Source | None:
     for run in (checkpoint, checkpoint.parent, checkpoint.parent.parent):
         for result in sorted(run.glob("checkpoints/*/held-out/result.json"), reverse=True):
             try:
-                found = json.loads(result.read_text(encoding="utf-8"))["corpus"]["source"]
-                source = Source(**{name: value for name, value in found.items() if name != "set"})
-            except (OSError, ValueError, LookupError, TypeError):
+                found = read_record(result, "it does not count")["corpus"]["source"]
+            except DamagedError as error:
+                log.warning("%s", error)
                 continue
+            source = Source(**{name: value for name, value in found.items() if name != "set"})
             if Path(source.location).is_file():
                 return source
             log.warning("the run's held-out text %s is not there", source.location)

@@ -15,11 +15,11 @@ from types import NoneType, UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
 from mlmkit.errors import CheckError, UserError
-from mlmkit.files import file_sha256, write_text
+from mlmkit.files import file_sha256, read_record, write_record
 from mlmkit.tokenizer import Tokenizer
 
 MANIFEST, CARD = "mlmkit.json", "README.md"
-FORMAT = 2
+FORMAT = 3
 GRAPH, PLAN = "model.onnx", "model.plan"
 NEEDED = (GRAPH, "tokenizer.json", "tokenizer_config.json", "config.json")
 # Files of one folder, on any system: no separators, no drives, no streams, no devices of Windows, nothing hidden.
@@ -32,7 +32,7 @@ STATES = {
     "not a plain file": "is not a plain file of the folder (if it is a link, copy what it leads to: cp -rL)",
     "unreadable": "cannot be read",
 }
-LARGEST_MANIFEST, DEEPEST = 4 << 20, 16  # bytes; objects within objects
+DEEPEST = 16  # objects within objects
 AGAIN = "export the checkpoint again (mlmkit export CHECKPOINT --output ARTIFACT)"
 DYNAMIC_INT8 = "int8-dynamic"
 PRECISIONS = ("fp32", "fp16", "bf16", "int8", DYNAMIC_INT8)
@@ -104,12 +104,12 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 
     Raises `CheckError` for one that `parse_manifest` would refuse, such as one with a figure that is not finite.
     """
-    content = json.dumps(asdict(manifest), indent=2) + "\n"
+    values = json.loads(json.dumps(asdict(manifest)))
     try:
-        _decode(content.encode())
+        _decode(values)
     except ValueError as error:
         raise CheckError(f"the manifest cannot be written: {error}") from None
-    write_text(folder / MANIFEST, content)
+    write_record(folder / MANIFEST, values)
 
 
 @dataclass(frozen=True)
@@ -155,11 +155,8 @@ def refuse_changes(folder: Path, files: Mapping[str, CheckedFile]) -> None:
 def parse_manifest(folder: Path) -> Manifest:
     """The manifest alone, its files unchecked. Raises `UserError` for what is not one of this format."""
     try:
-        with (folder / MANIFEST).open("rb") as file:
-            return _decode(file.read(LARGEST_MANIFEST + 1))
-    except OSError as error:
-        raise UserError(f"{folder}/{MANIFEST} cannot be read: {error.strerror}: {AGAIN}") from None
-    except (ValueError, RecursionError) as error:
+        return _decode(read_record(folder / MANIFEST, AGAIN))
+    except ValueError as error:
         raise UserError(f"{folder}/{MANIFEST}: {error}: {AGAIN}") from None
 
 
@@ -224,14 +221,10 @@ def report_rows(report: dict[str, Any]) -> list[tuple[str, str]]:
     return rows
 
 
-def _decode(content: bytes) -> Manifest:
-    """The manifest in a file's content. Raises `ValueError` in words, `RecursionError` for endless nesting."""
-    if len(content) > LARGEST_MANIFEST:
-        raise ValueError(f"larger than {LARGEST_MANIFEST >> 20} MiB, which no manifest is")
-    values = json.loads(content.decode(), object_pairs_hook=_without_duplicates)
-    found = values.get("format") if isinstance(values, dict) else values
-    if not isinstance(values, dict) or found != FORMAT:
-        raise ValueError(f"of format {reprlib.repr(found)[:100]}, and this mlmkit reads {FORMAT}")
+def _decode(values: dict[str, Any]) -> Manifest:
+    """The manifest in a file's values. Raises `ValueError` in words."""
+    if values.get("format") != FORMAT:
+        raise ValueError(f"of format {reprlib.repr(values.get('format'))[:100]}, and this mlmkit reads {FORMAT}")
     _check_plain(values, DEEPEST)
     manifest: Manifest = _parse(Manifest, values, "")
     if manifest.precision not in PRECISIONS:
@@ -244,13 +237,6 @@ def _decode(content: bytes) -> Manifest:
             raise ValueError(f"{reprlib.repr(name)} is not a plain file of the folder")
         taken.add(name.casefold())
     return manifest
-
-
-def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    values = dict(pairs)
-    if len(values) < len(pairs):
-        raise ValueError("an object names a key twice")
-    return values
 
 
 def _check_plain(value: Any, levels: int) -> None:

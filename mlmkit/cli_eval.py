@@ -80,7 +80,6 @@ def evaluate(
     from mlmkit.distributed import ranks as find_ranks
     from mlmkit.eval.evaluate import evaluate as run_evaluation
     from mlmkit.eval.passes import Settings
-    from mlmkit.eval.report import write_report
     from mlmkit.masking import MaskRecipe
 
     ranks = find_ranks()
@@ -111,12 +110,11 @@ def evaluate(
                 batch_tokens=batch_tokens,
                 allow_batch_coupling=allow_batch_coupling,
                 overwrite=overwrite,
+                report=output is not None,
                 ranks=ranks,
             )
             if not ranks.is_first:
                 continue
-            if output:
-                write_report(folder)
             results.append(result)
             if not as_json:
                 _print_result(result, folder if output else None)

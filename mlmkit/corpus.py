@@ -7,7 +7,6 @@ together.
 import json
 import logging
 import mmap
-import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, fields, replace
@@ -20,14 +19,24 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mlmkit.documents import HUB, Source, existing_file, load_hub, read_texts
-from mlmkit.errors import UserError
-from mlmkit.files import atomic, cache_root, file_sha256
+from mlmkit.errors import DamagedError, UserError
+from mlmkit.files import (
+    atomic,
+    cache_root,
+    changed_file,
+    file_sha256,
+    hash_tree,
+    locked,
+    read_record,
+    remove,
+    write_record,
+)
 from mlmkit.masking import document_key, first_token_of_word
 from mlmkit.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 
-CACHE_FORMAT = 7
+CACHE_FORMAT = 8
 DOCUMENTS_PER_BLOCK = 1024
 CHARACTERS_PER_BATCH = 1 << 19  # tokenising takes up to 190 bytes for each
 BLOCKS_COUNTED = 128  # about 131,000 documents, where a sample of the text is enough
@@ -35,6 +44,8 @@ LONGEST_MEAN_WORD = 3.0  # tokens; English has 1.2 to 1.5
 GATHERED_AT_ONCE = 512  # entries; the kernel maps up to 64 KiB around each
 TEXT_SIZES = ("words", "characters", "bytes", "unknown_characters")
 _ARRAYS = ("ids", "words", "keys", "text_sizes")
+META = "meta.json"
+DAMAGE = (FileNotFoundError, DamagedError, ValueError)  # what a damaged cache raises
 
 
 # ---------------------------------------------------------------- documents → token ids
@@ -206,15 +217,17 @@ def _cached_corpus(folder: Path, location: str) -> Corpus | None:
 
     One that is damaged is removed, with a line in the log. Raises `UserError` for one that cannot be read.
     """
-    if not folder.exists():
-        return None
-    try:
-        with _cache_errors(folder):
-            return _map_corpus(folder, location, check=True)
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
-        log.warning("the token cache %s is damaged: tokenising %s again", folder, location)
-        shutil.rmtree(folder, ignore_errors=True)
-        return None
+    with _cache_errors(folder):
+        try:
+            return _map_corpus(folder, location, check=True) if folder.exists() else None
+        except DAMAGE:
+            with locked(folder, wait=True):  # another process may have made it again meanwhile
+                try:
+                    return _map_corpus(folder, location, check=True)
+                except DAMAGE:
+                    log.warning("the token cache %s is damaged: tokenising %s again", folder, location)
+                    remove(folder)
+    return None
 
 
 def cache_folder(source: Source, tokenizer: Tokenizer) -> Path:
@@ -242,7 +255,7 @@ def stream_corpus(source: Source, tokenizer: Tokenizer, folder: Path) -> Iterato
     fingerprint, tokens, dtypes, texts = blake2b(digest_size=16), 0, {}, _Counter(read_texts(source))
     with _cache_errors(folder), ExitStack() as stack:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        partial = stack.enter_context(atomic(folder, folder=True))
+        partial = stack.enter_context(atomic(folder, folder=True, keep=True))
         files = {name: stack.enter_context((partial / name).open("wb")) for name in ("starts", *_ARRAYS)}
         for block in _encode(texts, tokenizer):
             for name in _ARRAYS:
@@ -260,9 +273,7 @@ def stream_corpus(source: Source, tokenizer: Tokenizer, folder: Path) -> Iterato
         for file in files.values():
             file.flush()
         meta = {"dtypes": dtypes, "fingerprint": fingerprint.hexdigest(), "empty_texts": texts.empty}
-        (partial / "meta.json").write_text(json.dumps(meta))
-        hashes = {name: file_sha256(partial / name) for name in (*files, "meta.json")}
-        (partial / "sha256.json").write_text(json.dumps(hashes))
+        write_record(partial / META, {**meta, "files": hash_tree(partial)})
 
 
 class _Counter:
@@ -292,11 +303,10 @@ def _cache_errors(folder: Path) -> Iterator[None]:
 
 
 def _map_corpus(folder: Path, location: str, *, check: bool = False) -> Corpus:
-    """Raises `ValueError`, `KeyError` or `TypeError` for damage; with `check`, every file is compared with its hash."""
-    for name, expected in json.loads((folder / "sha256.json").read_text()).items() if check else ():
-        if file_sha256(folder / name) != expected:
-            raise ValueError(f"{name} is damaged")
-    meta = json.loads((folder / "meta.json").read_text())
+    """Raises one of `DAMAGE`; with `check`, every file is compared with its hash."""
+    meta = read_record(folder / META, "it is made again")
+    if check and (name := changed_file(folder, meta["files"])):
+        raise DamagedError(f"{name} is damaged")
     starts = np.memmap(folder / "starts", "<i8", "r")
     documents, tokens = len(starts) - 1, int(starts[-1])
     shapes = {"ids": (tokens,), "words": (tokens,), "keys": (documents,), "text_sizes": (documents, len(TEXT_SIZES))}
@@ -357,8 +367,8 @@ def window_table(corpus: Corpus, capacity: int) -> NDArray[np.int64]:
         return _window_rows(corpus, 0, len(corpus), capacity)
     folder = corpus.folder / f"windows-{capacity}"
     rows, hashed = folder / "rows", folder / "sha256"
-    with _cache_errors(corpus.folder):
-        if not (rows.exists() and hashed.exists() and file_sha256(rows) == hashed.read_text()):
+    with _cache_errors(corpus.folder), locked(folder, wait=True):
+        if not (rows.exists() and hashed.exists() and file_sha256(rows).encode() == hashed.read_bytes()):
             if folder.exists():
                 log.warning("the token cache %s is damaged: making it again", folder)
             with atomic(folder, folder=True) as partial:

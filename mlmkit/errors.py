@@ -9,6 +9,10 @@ class UserError(Exception):
     exit_code = 2
 
 
+class DamagedError(UserError):
+    """A file of mlmkit's own is not what was written: says which command makes it again."""
+
+
 class CheckError(Exception):
     """A check that mlmkit made for the user did not hold (parity, a tampered file). Exit code 1."""
 

@@ -1,5 +1,7 @@
-"""Files and folders that are written atomically, locks, and where models and the cache lie."""
+"""Files and folders that are written atomically, locks, checksums, and where models and the cache lie."""
 
+import errno
+import glob
 import hashlib
 import json
 import logging
@@ -11,29 +13,38 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
+from typing import Any
 
-from mlmkit.errors import UserError
+from mlmkit.errors import DamagedError, UserError
 
 try:
     import fcntl
 except ImportError:  # Windows
     fcntl = None
 
-PARTIAL, REPLACED = ".mlmkit-partial", ".mlmkit-replaced"
-YOUNG = 60.0  # seconds in which a file may not yet have been locked by the process that made it
+log = logging.getLogger(__name__)
 
-_say_once = cache(logging.getLogger(__name__).info)
+# Hidden names beside a path: what is not finished or to be deleted, the old folder while the new one takes its place,
+# and the new content of a mount point before and after the old one was deleted.
+PARTIAL, REPLACED, READY, MOVING = (f".mlmkit-{state}" for state in ("partial", "replaced", "ready", "moving"))
+RUN = "run.json"  # what a training run's folder holds from its beginning
+YOUNG = 60.0  # seconds in which a file may not yet have been locked by the process that made it
+CHECKSUM = "checksum"
+LARGEST_RECORD = 64 << 20  # bytes; a result.json of many slices and paradigms has 0.2 MB
+
+_say_once = cache(log.info)
 
 
 @contextmanager
-def atomic(path: Path, *, folder: bool = False) -> Iterator[Path]:
+def atomic(path: Path, *, folder: bool = False, keep: bool = False) -> Iterator[Path]:
     """Yield another name for a file or a `folder`; when the block ends, sync what was written and rename it to `path`.
 
     A failure or a kill leaves `path` as it was. What killed processes have left beside it is removed. The umask decides
-    who may read the result.
+    who may read the result. A folder is replaced only within `locked`; with `keep`, one that another process has put
+    there meanwhile stays.
     """
     sweep(home(path))
-    partial = home(path) / f".{path.name}.{secrets.token_hex(4)}{PARTIAL}"
+    partial = _beside(path, PARTIAL)
     if folder:
         partial.mkdir()
     else:
@@ -46,7 +57,7 @@ def atomic(path: Path, *, folder: bool = False) -> Iterator[Path]:
             if file.is_file():
                 file.chmod(mode)  # safetensors makes its files private
             sync(file)
-        replace(partial, path)
+        replace(partial, path, keep=keep)
     finally:
         os.close(lock)
         _remove(partial)
@@ -57,25 +68,48 @@ def home(path: Path) -> Path:
     return path if path.is_mount() else path.parent
 
 
-def replace(new: Path, path: Path) -> None:
-    """Put a file or folder in `home(path)`, synced, in the place of `path`.
+def replace(new: Path, path: Path, *, keep: bool = False) -> None:
+    """Put a file or folder in `home(path)`, synced, in the place of `path`. What a kill interrupts, `locked` finishes.
 
-    A mount point cannot be renamed: entries are moved there one by one, in the order in which they were written.
+    A mount point cannot be renamed: its content is deleted, and the new one moved there.
     """
-    replaced = home(path) / f".{path.name}.{secrets.token_hex(4)}{REPLACED}"
     if path.is_mount():
-        for entry in content(path):
-            _remove(entry)
-        for entry in sorted(new.iterdir(), key=lambda entry: entry.stat().st_mtime_ns):
-            entry.rename(path / entry.name)
-        new.rmdir()
-    elif path.is_dir():
-        path.rename(replaced)
+        new.rename(_beside(path, READY))
+        sync(home(path))
+    elif path.is_dir() and not keep:
+        path.rename(_beside(path, REPLACED))
         new.rename(path)
     else:
-        new.replace(path)
+        try:
+            new.replace(path)
+        except OSError:
+            if not (keep and path.is_dir()):
+                raise
+    _finish_replacing(path)
     sync(home(path))
-    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _finish_replacing(path: Path) -> None:
+    def left(suffix: str) -> Iterator[Path]:
+        return home(path).glob(f".{glob.escape(path.name)}.*{suffix}")
+
+    for old in left(REPLACED):
+        if path.exists():
+            shutil.rmtree(old, ignore_errors=True)
+        else:  # killed between two renames
+            old.rename(path)
+    for new in left(READY):
+        for entry in content(path):
+            _remove(entry)
+        new.rename(new.with_suffix(MOVING))
+    for new in left(MOVING):
+        for entry in sorted(new.iterdir(), key=lambda entry: entry.stat().st_mtime_ns):  # a manifest is written last
+            entry.rename(path / entry.name)
+        new.rmdir()
+
+
+def _beside(path: Path, suffix: str) -> Path:
+    return home(path) / f".{path.name}.{secrets.token_hex(4)}{suffix}"
 
 
 def write_text(path: Path, text: str) -> None:
@@ -99,13 +133,6 @@ def sweep(folder: Path, *, age: float = YOUNG) -> None:
                     _remove(left)
             finally:
                 os.close(lock)
-    for left in folder.glob(f".*{REPLACED}"):  # killed between two renames
-        place = folder / left.name[1 : -len(REPLACED) - 9]
-        with suppress(OSError):
-            if place.exists():
-                shutil.rmtree(left)
-            else:
-                left.rename(place)
 
 
 def _try_lock(descriptor: int) -> bool:
@@ -124,6 +151,13 @@ def content(folder: Path) -> list[Path]:
     return [path for path in folder.iterdir() if not path.name.startswith(ours) and path.name != "lost+found"]
 
 
+def remove(folder: Path) -> None:
+    """Delete a folder, which is gone at once and as a whole even if the process is killed meanwhile."""
+    with suppress(FileNotFoundError):
+        doomed = folder.rename(_beside(folder, PARTIAL))
+        shutil.rmtree(doomed, ignore_errors=True)
+
+
 def _remove(path: Path) -> None:
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
@@ -133,17 +167,17 @@ def _remove(path: Path) -> None:
 
 @contextmanager
 def new_folder(path: Path, *, replaces: str = "") -> Iterator[Path]:
-    """`atomic` for a folder that the user named, with its parents.
+    """`atomic` for a folder that the user named, with its parents, `locked` until the block ends.
 
     A folder that holds the file `replaces` may be replaced. Raises `UserError` when `path` is another one that is not
     empty, or cannot be written.
     """
-    refuse_existing(path, replaces)
     path = path.resolve()
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic(path, folder=True) as partial:
-            yield partial
+        with locked(path):
+            refuse_existing(path, replaces)
+            with atomic(path, folder=True) as partial:
+                yield partial
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}") from error
 
@@ -169,7 +203,7 @@ def locate_model(path: str) -> str:
         raise UserError(f"{path}: no such folder")
     if folder.is_file():
         raise UserError(f"{path} is a file: name the folder of the model or tokenizer that it belongs to")
-    if not (folder / "run.json").exists():
+    if not (folder / RUN).exists():
         return path
     if not (folder / "model").exists():
         raise UserError(f"{path} is an unfinished training run: train on, or name a folder in {path}/checkpoints")
@@ -177,32 +211,98 @@ def locate_model(path: str) -> str:
     return f"{path}/model"
 
 
-@contextmanager
-def exclusive(path: Path, taken: str, *, temporary: bool = False) -> Iterator[None]:
-    """Keep others out while the block runs, by a lock on a file. It ends with the process.
+# ---------------------------------------------------------------- locks
 
-    A `temporary` file is created for the lock and removed with it. Raises `UserError` saying `taken` when another
-    process holds the lock.
+
+@contextmanager
+def locked(path: Path, *, wait: bool = False) -> Iterator[None]:
+    """Keep other processes out of a folder that is looked at, made or replaced in the block; with its parents.
+
+    The lock ends with the process. It is on a file beside the folder, as the folder itself may be replaced; where
+    nobody may write there, nobody can replace the folder, and the lock is on itself. What a killed process was
+    replacing is put in order first. Raises `UserError` if another process has the lock, or `wait`s for it.
     """
+    path = path.resolve()
+    lock = home(path) / f".{path.name}.lock"
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = path.open("ab" if temporary else "rb")
+        descriptor = _acquire(lock, path, wait=wait)
+    except BlockingIOError:
+        raise UserError(f"another process is at work in {path}: wait for it") from None
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}") from None
-    with file:
+        raise UserError(f"cannot write {lock}: {error.strerror}") from None
+    try:
+        _finish_replacing(path)
+        yield
+    finally:
+        with suppress(OSError):  # Windows removes no open file
+            lock.unlink()
+        os.close(descriptor)
+
+
+def _acquire(lock: Path, path: Path, *, wait: bool) -> int:
+    """A descriptor that holds the lock. Raises `BlockingIOError` if another process does."""
+    while True:
+        try:
+            lock.parent.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS) or not path.is_dir():
+                raise
+            descriptor = os.open(path, os.O_RDONLY)
         try:
             if fcntl is not None:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
-            raise UserError(taken) from None
-        if not os.fstat(file.fileno()).st_nlink:  # removed by its owner since we opened it
-            raise UserError(taken)
-        try:
-            yield
-        finally:
-            if temporary:
-                with suppress(OSError):  # Windows removes no open file
-                    path.unlink()
+            os.close(descriptor)
+            raise
+        except OSError as error:
+            log.warning("%s: no locks on this file system (%s): run one process at a time", path, error.strerror)
+        if os.fstat(descriptor).st_nlink:
+            return descriptor
+        os.close(descriptor)  # removed by its owner since we opened it
+
+
+# ---------------------------------------------------------------- records
+
+
+def write_record(path: Path, values: dict[str, Any]) -> None:
+    """Write a JSON object with a checksum, atomically."""
+    write_json(path, sealed(values))
+
+
+def read_record(path: Path, remedy: str) -> dict[str, Any]:
+    """What `write_record` wrote there. Raises `DamagedError`, which ends with the `remedy`, for anything else."""
+    try:
+        with path.open("rb") as file:
+            content = file.read(LARGEST_RECORD + 1)
+        return unsealed(json.loads(content.decode()) if len(content) <= LARGEST_RECORD else None)
+    except (FileNotFoundError, IsADirectoryError) as error:
+        raise DamagedError(f"{path} is damaged ({error.strerror}): {remedy}") from None
+    except (ValueError, RecursionError) as error:
+        raise DamagedError(f"{path} is damaged ({error}): {remedy}") from None
+
+
+def sealed(values: dict[str, Any]) -> dict[str, Any]:
+    """The values with a checksum of them, for JSON."""
+    values = json.loads(json.dumps(values))  # as they will be read: keys are text
+    return {**values, CHECKSUM: _checksum(values)}
+
+
+def unsealed(values: object) -> dict[str, Any]:
+    """The values without their checksum. Raises `ValueError` if there is none, or it is that of other values."""
+    if not isinstance(values, dict) or CHECKSUM not in values:
+        raise ValueError("it has no checksum, as files of mlmkit have")
+    values = {**values}
+    if values.pop(CHECKSUM) != _checksum(values):
+        raise ValueError("its checksum is that of another content")
+    return values
+
+
+def _checksum(values: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+# ---------------------------------------------------------------- places
 
 
 def cache_root() -> Path:
@@ -214,6 +314,18 @@ def file_sha256(path: Path) -> str:
     """SHA-256 of a file's bytes, hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def hash_tree(folder: Path) -> dict[str, str]:
+    """SHA-256 of each file in a folder, by its path there."""
+    files = filter(Path.is_file, sorted(folder.rglob("*")))
+    return {path.relative_to(folder).as_posix(): file_sha256(path) for path in files}
+
+
+def changed_file(folder: Path, hashes: dict[str, str]) -> str:
+    """The first file that is missing or has another SHA-256; "" if there is none."""
+    paths = ((name, folder / name, sha256) for name, sha256 in hashes.items())
+    return next((name for name, path, sha256 in paths if not path.is_file() or file_sha256(path) != sha256), "")
 
 
 def sync(path: Path) -> None:

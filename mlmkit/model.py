@@ -122,7 +122,7 @@ class MaskedLM(nn.Module):
                 if not _close(self._dense_logits(**inputs), dense, bound):
                     raise UserError(f"this {kind} model gives other logits each time: there is nothing to evaluate")
         except PROBE_ERRORS as error:
-            raise UserError(f"a {kind} model cannot score token ids alone: {_first_line(error)}") from error
+            raise UserError(f"a {kind} model cannot score token ids alone: {first_line(error)}") from error
         finally:
             network.train(training)
         log.info("the head of %s needs every position: it runs at all of them", kind)
@@ -288,6 +288,14 @@ def load_tokenizer(path: str) -> Tokenizer:
     return tokenizer
 
 
+def save_tokenizer(tokenizer: Any, folder: Path) -> None:
+    """`save_pretrained` of transformers. Raises `OSError` also for what the tokenizers library cannot write."""
+    try:
+        tokenizer.save_pretrained(folder)
+    except Exception as error:  # of no other type
+        raise error if isinstance(error, OSError) else OSError(f"cannot write {folder}: {first_line(error)}") from error
+
+
 def from_pretrained(kind: Any, path: str, **options: Any) -> Any:
     """`kind.from_pretrained(path)`, which never runs code of the folder's own and never asks whether it may.
 
@@ -308,11 +316,12 @@ class as_user_error:  # noqa: N801  (a context manager)
 
     def __exit__(self, _kind: object, error: BaseException | None, _traceback: object) -> None:
         if isinstance(error, Exception):
-            cause = error if isinstance(error, UserError) else f"cannot be loaded: {_first_line(error)}"
+            cause = error if isinstance(error, UserError) else f"cannot be loaded: {first_line(error)}"
             raise UserError(f"{self.path}: {OWN_CODE if 'trust_remote_code' in str(error) else cause}") from error
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
+    """What an error of a library says, in one line."""
     first = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
     return " ".join(str(error).split()) if first.endswith(":") else first  # it announces what follows
 

@@ -1,8 +1,10 @@
 """Tiny random models on small real text: the documentation that Python carries, and two Portuguese sentences."""
 
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,6 +15,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # these models are so small that a second t
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 
 from mlmkit.export.proof_text import ProofText
+from mlmkit.files import CHECKSUM, sealed
 from mlmkit.pydocs import topics
 from mlmkit.tokenizer import Tokenizer
 
@@ -27,6 +30,13 @@ def paragraphs() -> list[str]:
 
 
 PROOF = ProofText("paragraphs", paragraphs())
+
+
+def edit_record(path: Path, **changes: Any) -> None:
+    """Change a file of mlmkit's own as somebody would who can make its checksum too."""
+    values = json.loads(path.read_text())
+    values.pop(CHECKSUM, None)
+    path.write_text(json.dumps(sealed(values | changes)))
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import edit_record
 from serving import running
 from test_export import random_batch
 
@@ -83,8 +84,7 @@ def test_special_ids_beyond_the_vocabulary_are_refused(artifact, tmp_path):
     tokenizer = json.loads((folder / "tokenizer.json").read_text())
     tokenizer["post_processor"]["special_tokens"]["[CLS]"]["ids"] = [600]
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
-    manifest = json.loads((folder / "mlmkit.json").read_text())
-    (folder / "mlmkit.json").write_text(json.dumps(manifest | {"files": hash_files(folder)}))
+    edit_record(folder / "mlmkit.json", files=hash_files(folder))
     with pytest.raises(UserError, match="the tokenizer has ids up to 600 but the model's vocabulary has 600"):
         load(str(folder), device="cpu")
 

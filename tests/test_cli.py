@@ -15,6 +15,7 @@ from conftest import PORTUGUESE, PROOF
 
 from mlmkit.backends import load
 from mlmkit.cli import main
+from mlmkit.files import read_record
 from mlmkit.fill import fill
 
 ROOT = Path(__file__).parent.parent
@@ -109,7 +110,7 @@ def test_portuguese_sentences_are_scored_and_evaluated(capsys, kind, artifact, t
     code, out, err = run(capsys, "eval", artifact(kind), "--set", path, "--json", "--output", tmp_path / "result")
     assert code == 0, err
     result = json.loads(out)
-    assert result == json.loads((tmp_path / "result" / "result.json").read_text())
+    assert result == read_record(tmp_path / "result" / "result.json", "")
     table = pq.read_table(tmp_path / "result" / "tokens.parquet")
     assert table.column_names == [
         "document", "offset", "token_id", "input_id", "word", "log_prob", "rank", "metric",

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from mlmkit.errors import UserError
-from mlmkit.files import PARTIAL, REPLACED, atomic, new_folder
+from mlmkit.files import PARTIAL, REPLACED, atomic, locked, new_folder
 
 OLD = time.time() - 1000
 
@@ -67,9 +67,10 @@ def test_a_folder_is_put_back_if_the_process_was_killed_between_the_two_renames(
     for path in (lost, done, tmp_path / "done"):
         path.mkdir()
         (path / "file").write_text(path.name)
-    with atomic(tmp_path / "another"):
-        pass
-    assert names(tmp_path) == ["another", "done", "file", "file", "lost"]
+    for name in ("lost", "done"):
+        with locked(tmp_path / name):
+            pass
+    assert names(tmp_path) == ["done", "file", "file", "lost"]
     assert (tmp_path / "done" / "file").read_text() == "done"
 
 

@@ -9,6 +9,7 @@ import pytest
 from test_cli import run
 
 from mlmkit.artifact import Profile, TensorRT, hash_files, read_manifest, write_manifest
+from mlmkit.files import read_record
 from mlmkit.inspection import inspect
 
 PLANS = TensorRT(
@@ -45,7 +46,7 @@ def test_as_json_it_is_one_object(capsys, artifact):
     found = json.loads(out)
     assert found["sound"]
     assert found["problems"] == []
-    assert found["manifest"] == json.loads((artifact("roberta") / "mlmkit.json").read_text())
+    assert found["manifest"] == read_record(artifact("roberta") / "mlmkit.json", "")
     assert set(found["files"].values()) == {"ok"}
     assert found["graph"]["inputs"]["positions"] == {"type": "int64", "shape": [None]}
     assert found["graph"]["outputs"]["top_id"]["shape"] == [None, 100]

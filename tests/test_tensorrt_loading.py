@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import tensorrt_stub
+from conftest import edit_record
 from tensorrt_fixtures import backend, folder, machine, plan, random_batch
 
 from mlmkit.artifact import hash_files, parse_manifest, read_manifest, write_manifest
@@ -21,9 +22,8 @@ from mlmkit.errors import UserError
 
 def change(folder: Path, **values: Any) -> None:
     """Change what the manifest says of the plans."""
-    manifest = json.loads((folder / "mlmkit.json").read_text())
-    manifest["tensorrt"].update(values)
-    (folder / "mlmkit.json").write_text(json.dumps(manifest))
+    built = json.loads((folder / "mlmkit.json").read_text())["tensorrt"]
+    edit_record(folder / "mlmkit.json", tensorrt=built | values)
 
 
 def test_a_changed_plan_is_refused_before_it_is_loaded(machine, plan):

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import KINDS, paragraphs
+from conftest import KINDS, edit_record, paragraphs
 
 import mlmkit
 from mlmkit.artifact import hash_files, parse_manifest, read_manifest, write_manifest
@@ -166,8 +166,7 @@ def test_a_plan_of_another_version_or_gpu_is_refused(planned, tmp_path):
     folder = Path(shutil.copytree(planned(), tmp_path / "copy"))
     manifest = json.loads((folder / "mlmkit.json").read_text())
     for name, value in (("version", "10.0.0.1"), ("compute_capability", "5.0")):
-        changed = {**manifest, "tensorrt": {**manifest["tensorrt"], name: value}}
-        (folder / "mlmkit.json").write_text(json.dumps(changed))
+        edit_record(folder / "mlmkit.json", tensorrt={**manifest["tensorrt"], name: value})
         with pytest.raises(UserError, match="build the plan again"):
             load(str(folder), backend="tensorrt")
 

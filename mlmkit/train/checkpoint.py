@@ -5,11 +5,12 @@ Face tool loads, `optimizer/`, written by `torch.distributed.checkpoint` as safe
 `trainer.json`, the cursor and the open sums of the log. `held-out/`, the evaluation of these weights, joins it later.
 """
 
-import json
+import errno
+import logging
 import shutil
 import warnings
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,16 +28,18 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from torch.optim import Optimizer
 
 from mlmkit.distributed import Ranks
-from mlmkit.errors import UserError
-from mlmkit.files import new_folder
-from mlmkit.model import MaskedLM
+from mlmkit.errors import DamagedError, EndedElsewhereError, UserError
+from mlmkit.files import changed_file, hash_tree, new_folder, read_record, remove, write_record
+from mlmkit.model import MaskedLM, first_line
 from mlmkit.train.parallel import whole_weights
 
 # torch.distributed.checkpoint warns on every save and load of a single process, which most runs are.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")
 
 FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
-CURSOR, OPTIMIZER, HELD_OUT = "trainer.json", "optimizer", "held-out"
+CURSOR, OPTIMIZER, HELD_OUT, HELD_OUT_METRICS = "trainer.json", "optimizer", "held-out", "held_out.json"
+
+log = logging.getLogger(__name__)
 
 
 def save_checkpoint(
@@ -56,18 +59,24 @@ def save_checkpoint(
             save_model(model, run / "tokenizer", folder, ranks)
 
             def commit() -> None:
-                (folder / CURSOR).write_text(json.dumps(state))
+                write_record(folder / CURSOR, {**state, "files": hash_tree(folder)})
                 stack.close()
 
             ranks.from_first(commit)
     except (UserError, SafetensorError, CheckpointException) as error:
-        cause = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
-        if isinstance(cause, KeyboardInterrupt):
-            raise cause from error
+        cause = _cause(error)
         last = next(reversed(checkpoints(run)), None)
         go_on = f"the same command goes on from {last}" if last else "there is no earlier checkpoint"
         raise UserError(f"{_one_line(final, cause)}: make room or mend the folder, then {go_on}") from error
     return final
+
+
+def _cause(error: BaseException) -> BaseException:
+    """What a rank failed of. Raises `KeyboardInterrupt` if it was that."""
+    cause = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
+    if isinstance(cause, KeyboardInterrupt):
+        raise cause from error
+    return cause
 
 
 def _one_line(final: Path, cause: BaseException) -> str:
@@ -94,17 +103,41 @@ def copy_model(checkpoint: Path, folder: Path) -> None:
 
 
 def checkpoints(run: Path) -> list[Path]:
-    """Complete checkpoints, oldest first."""
-    return sorted(path.parent for path in (run / "checkpoints").glob(f"step-*/{CURSOR}"))
+    """The checkpoints, oldest first. Each is complete, as it appears and goes at once."""
+    return sorted((run / "checkpoints").glob(f"step-{'[0-9]' * 8}"))
 
 
-def load_checkpoint(folder: Path, model: MaskedLM, optimizers: Sequence[Optimizer], ranks: Ranks) -> dict[str, Any]:
-    """Restore the optimisers' state, whatever the number of ranks that wrote it; returns what `trainer.json` holds."""
+@contextmanager
+def resuming(checkpoint: Path | None) -> Iterator[None]:
+    """Raise `UserError` that says what to do when a checkpoint, if there is one, cannot be resumed."""
+    try:
+        yield
+    except (Exception, CheckpointException) as error:
+        cause = _cause(error)
+        is_of_system = isinstance(cause, OSError) and cause.errno not in (None, errno.ENOENT)
+        is_of_memory = isinstance(cause, MemoryError) or "allocate memory" in str(cause)
+        if checkpoint is None or is_of_system or is_of_memory or isinstance(cause, EndedElsewhereError):
+            raise
+        earlier = [other for other in checkpoints(checkpoint.parent.parent) if other < checkpoint]
+        go_on = f"goes on from {earlier[-1]}" if earlier else "begins anew"
+        advice = f"delete it if it is damaged, and the same command {go_on}"
+        raise UserError(f"{checkpoint} cannot be resumed: {first_line(cause)}: {advice}") from error
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """The state that `save_checkpoint` was given. Raises `DamagedError` if a file of the checkpoint has changed."""
+    state = read_record(folder / CURSOR, "the place in the text is lost")
+    if name := changed_file(folder, state.pop("files")):
+        raise DamagedError(f"{name} is not what was saved")
+    return state
+
+
+def load_optimizers(folder: Path, model: MaskedLM, optimizers: Sequence[Optimizer], ranks: Ranks) -> None:
+    """Restore the optimisers' state, whatever the number of ranks that wrote it."""
     state = get_optimizer_state_dict(model, list(optimizers), options=FLAT)
     tensors = _tensors(state)
     load(tensors, storage_reader=HuggingFaceStorageReader(str(folder / OPTIMIZER)), no_dist=ranks.world == 1)
     set_optimizer_state_dict(model, list(optimizers), {**state, **tensors}, options=FLAT)
-    return json.loads((folder / CURSOR).read_text())
 
 
 def prune(run: Path, keep: int) -> None:
@@ -112,19 +145,27 @@ def prune(run: Path, keep: int) -> None:
     found, losses = checkpoints(run), {}
     for checkpoint in found:
         for path in checkpoint.glob(f"{HELD_OUT}*/result.json"):
-            result = json.loads(path.read_text())
-            loss = result["metrics"]["masked_cross_entropy"]["value"], checkpoint
-            losses[result["mask_digest"]] = min(loss, losses.get(result["mask_digest"], loss))
+            if result := recall(path):
+                loss = result["metrics"]["masked_cross_entropy"]["value"], checkpoint
+                losses[result["mask_digest"]] = min(loss, losses.get(result["mask_digest"], loss))
     best = {checkpoint for _, checkpoint in losses.values()}
     for old in found[:-keep]:
         if old not in best:
-            shutil.rmtree(old, ignore_errors=True)
+            remove(old)
 
 
 def held_out_result(checkpoint: Path) -> dict[str, Any] | None:
     """`result.json` of the checkpoint's held-out evaluation, if there is one."""
-    path = checkpoint / HELD_OUT / "result.json"
-    return json.loads(path.read_text()) if path.exists() else None
+    return recall(checkpoint / HELD_OUT / "result.json")
+
+
+def recall(path: Path) -> dict[str, Any] | None:
+    """A record that can be made again: None, with a warning, if it is damaged; None if it is missing."""
+    try:
+        return read_record(path, "it does not count") if path.exists() else None
+    except DamagedError as error:
+        log.warning("%s", error)
+        return None
 
 
 def _tensors(state: dict[str, Any]) -> dict[str, Any]:

@@ -142,10 +142,31 @@ class TrainingLog:
 
 
 def read_log(run: Path) -> list[dict[str, Any]]:
-    """The entries of `log.jsonl` that are whole: a kill may have cut the last one."""
-    path = run / "log.jsonl"
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("}\n")]
+    """The entries of `log.jsonl` that are complete: a kill may have cut the last one. A warning names damaged ones."""
+    path, entries = run / "log.jsonl", []
+    lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+    for number, line in enumerate(lines, 1):
+        entry = _entry(line)
+        if entry:
+            entries.append(entry)
+        elif number < len(lines) or line.endswith(b"}"):
+            log.warning("%s: line %d is damaged and left out", path, number)
+    return entries
+
+
+def _entry(line: bytes) -> dict[str, Any] | None:
+    """The entry in a line, unless it lacks what resuming and drawing need."""
+    try:
+        entry = json.loads(line)
+        if held_out := entry.get("held_out"):
+            metric = held_out["masked_cross_entropy"]
+            needed = [metric["value"], metric["low"] or 0.0, metric["high"] or 0.0, int(held_out["mask_digest"], 16)]
+        else:
+            needed = [entry["learning_rate"], entry.get("loss", 0.0)]
+        is_sound = type(entry["step"]) is int and all(isinstance(value, int | float) for value in needed)
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        return None
+    return entry if is_sound else None
 
 
 def _summary(entry: dict[str, Any]) -> str:

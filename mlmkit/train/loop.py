@@ -1,6 +1,5 @@
 """The training loop, top to bottom."""
 
-import json
 import logging
 import math
 import os
@@ -22,11 +21,22 @@ from mlmkit.corpus import Corpus
 from mlmkit.distributed import Ranks, said_once
 from mlmkit.distributed import ranks as find_ranks
 from mlmkit.errors import CheckError, StoppedError, UserError
-from mlmkit.files import write_json
+from mlmkit.files import write_record
 from mlmkit.packing import enable_packing
 from mlmkit.progress import progress
 from mlmkit.tokenizer import Tokenizer
-from mlmkit.train.checkpoint import checkpoints, copy_model, held_out_result, load_checkpoint, prune, save_checkpoint
+from mlmkit.train.checkpoint import (
+    HELD_OUT_METRICS,
+    checkpoints,
+    copy_model,
+    held_out_result,
+    load_optimizers,
+    prune,
+    read_state,
+    recall,
+    resuming,
+    save_checkpoint,
+)
 from mlmkit.train.config import Config
 from mlmkit.train.curve import draw_loss
 from mlmkit.train.data import MicroBatch, TrainingData
@@ -64,14 +74,15 @@ def train(config: Config, run: Path) -> Path:
         torch.cuda.set_device(device)
     ranks.join("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     try:
-        tokenizer, corpora = begin_or_check(config, run, ranks)
-        mask_digest = ranks.from_first(lambda: held_out_digest(config, tokenizer))
-        # The first rank's view of the folder is that of all: a network file system may show others an older one.
-        if ranks.from_first(lambda: is_finished(run, mask_digest)):
-            log.info("%s is finished: nothing to train", run)
-            return run / "model"
-        with run_lock(run, ranks), stop_signals(run, ranks) as stop:
-            return _train(config, run, tokenizer, corpora, mask_digest, device, ranks, stop)
+        with run_lock(run, ranks):
+            tokenizer, corpora = begin_or_check(config, run, ranks)
+            mask_digest = ranks.from_first(lambda: held_out_digest(config, tokenizer))
+            # The first rank's view of the folder is that of all: a network file system may show others an older one.
+            if ranks.from_first(lambda: is_finished(run, mask_digest)):
+                log.info("%s is finished: nothing to train", run)
+                return run / "model"
+            with stop_signals(run, ranks) as stop:
+                return _train(config, run, tokenizer, corpora, mask_digest, device, ranks, stop)
     except BaseException as error:
         # DDP's reducer must be gone before its process group, or the process may hang at its end, in the destructor of
         # the last one to go (gloo, torch 2.13): the frames of the traceback would keep it.
@@ -96,7 +107,9 @@ def _train(
 ) -> Path:
     saved = ranks.from_first(lambda: next(reversed(checkpoints(run)), None))
     torch.manual_seed(config.train.seed)
-    model = build_model(config, tokenizer, resume_from=saved)
+    with resuming(saved):
+        state = ranks.from_first(lambda: read_state(saved)) if saved else {"log": NO_STEPS}
+        model = build_model(config, tokenizer, resume_from=saved)
     if not (saved or config.model.init_from):
         fit_output_bias(model, corpora, config.data.passes)
     freeze_unused(model)
@@ -115,8 +128,10 @@ def _train(
         compile_layers(model)
     module = parallelise(model, ranks, config.train.parallel)
     optimizers = build_optimizers(model, config.optim)
-    state = load_checkpoint(saved, model, optimizers, ranks) if saved else {}
-    sums = state.pop("log", NO_STEPS)  # which older checkpoints lack
+    with resuming(saved):
+        if saved:
+            load_optimizers(saved, model, optimizers, ranks)
+    sums = state.pop("log")
     cursor = Cursor(**state)
     micro_batches = config.train.global_batch_tokens // config.train.micro_batch_tokens
     steps, workers = config.train.steps, config.data.workers
@@ -264,8 +279,7 @@ def is_finished(run: Path, mask_digest: str) -> bool:
 
     Raises `UserError` when there is no checkpoint left to measure that result on.
     """
-    path = run / "held_out.json"
-    measured = json.loads(path.read_text())["mask_digest"] if path.exists() else ""
+    measured = (recall(run / HELD_OUT_METRICS) or {"mask_digest": ""})["mask_digest"]
     found, is_measured = (run / "model").exists(), mask_digest in ("", measured)
     if found and not is_measured and not checkpoints(run):
         raise UserError(f"{run} is finished and has no checkpoint to evaluate: use mlmkit eval {run / 'model'}")
@@ -278,7 +292,7 @@ def finish(run: Path) -> None:
     if not any("loss" in entry for entry in read_log(run)):
         raise CheckError(f"no step of {run} had a token to predict: raise masking.mask_prob, or the batch")
     if result := held_out_result(last):
-        write_json(run / "held_out.json", {"mask_digest": result["mask_digest"], **result["metrics"]})
+        write_record(run / HELD_OUT_METRICS, {"mask_digest": result["mask_digest"], **result["metrics"]})
     draw_loss(run)
     copy_model(last, run / "model")
 

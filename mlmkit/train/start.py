@@ -19,8 +19,8 @@ from mlmkit.corpus import Corpus, load_corpus
 from mlmkit.distributed import Ranks, available_memory
 from mlmkit.documents import HUB, existing_file, read_documents
 from mlmkit.errors import UserError
-from mlmkit.files import exclusive, locate_model, new_folder, sweep
-from mlmkit.model import MaskedLM
+from mlmkit.files import RUN, atomic, content, locate_model, locked, read_record, sweep, write_record
+from mlmkit.model import MaskedLM, save_tokenizer
 from mlmkit.tokenizer import Tokenizer
 from mlmkit.train.checkpoint import checkpoints
 from mlmkit.train.config import Config
@@ -70,13 +70,14 @@ def _begin_or_check(config: Config, run: Path, ranks: Ranks) -> list[Corpus]:
         )
     if config.data.held_out and not config.data.held_out.startswith(HUB):
         existing_file(config.data.held_out)
-    if not (run / "run.json").exists():
+    if not (run / RUN).exists():
         if run.exists() and not run.is_dir():
             raise UserError(f"{run} is not a folder: choose another --output")
-        if run.is_dir() and any(run.iterdir()):
+        if run.is_dir() and content(run):
             raise UserError(f"{run} holds something else than a training run: choose another --output")
         return _begin(config, run)
-    before = json.loads((run / "run.json").read_text())
+    remedy = "delete that folder, or choose another --output and set model.init_from to a checkpoint of this run"
+    before = read_record(run / RUN, remedy)
     tokenizer = masked_lm.load_tokenizer(str(run / "tokenizer"))
     corpora = load_texts(config, tokenizer)
     if difference := _first_difference(before, _identity(config, tokenizer, corpora), ""):
@@ -90,21 +91,20 @@ def _begin_or_check(config: Config, run: Path, ranks: Ranks) -> list[Corpus]:
 
 
 def _begin(config: Config, run: Path) -> list[Corpus]:
-    with new_folder(run, replaces="run.json") as building:
+    with atomic(run, folder=True) as building:
         tokenizer = _prepare_tokenizer(config, building / "tokenizer")
         build_model(config, tokenizer)
         corpora = load_texts(config, tokenizer)
         Packs(config, corpora, tokenizer, packed=True)
-        (building / "run.json").write_text(json.dumps(_identity(config, tokenizer, corpora), indent=2) + "\n")
+        write_record(building / RUN, _identity(config, tokenizer, corpora))
     return corpora
 
 
 @contextmanager
 def run_lock(run: Path, ranks: Ranks) -> Iterator[None]:
     """Keep a second training out of the run's folder, and remove what one that was killed has left there."""
-    taken = f"another process is training in {run}: wait for it"
     with ExitStack() as stack:
-        ranks.from_first(lambda: stack.enter_context(exclusive(run / "run.json", taken)))
+        ranks.from_first(lambda: stack.enter_context(locked(run)))
         ranks.from_first(lambda: [sweep(folder, age=0) for folder in (run, run / "checkpoints")])
         yield
 
@@ -122,7 +122,7 @@ def _prepare_tokenizer(config: Config, folder: Path) -> Tokenizer:
         tokenizer = train_tokenizer(
             lambda: chain.from_iterable(map(read_documents, sources)), config.tokenizer, config.model.max_length
         )
-    tokenizer.save_pretrained(folder)
+    save_tokenizer(tokenizer, folder)
     return masked_lm.load_tokenizer(str(folder))
 
 

@@ -4,18 +4,19 @@ Plain runs of `train`, so each can be resumed, and a finished one is kept. How a
 change how it is measured: the masks of the held-out text are mask-v1's default recipe.
 """
 
-import json
 import logging
 import re
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
 from typing import Any
 
-from mlmkit.distributed import ranks
+from mlmkit.distributed import Ranks, ranks
 from mlmkit.errors import CheckError, UserError
-from mlmkit.files import write_json, write_text
+from mlmkit.files import RUN, locked, read_record, write_json, write_text
+from mlmkit.train.checkpoint import HELD_OUT_METRICS
 from mlmkit.train.config import Config, load_config
 from mlmkit.train.curve import ONE, STYLE, TWO, can_draw, draw_intervals, save
 from mlmkit.train.loop import train
@@ -78,9 +79,17 @@ def sweep(trials: Sequence[Trial], output: Path) -> dict[str, Any]:
     A run that fails is listed with its `error`, and the others go on. Raises the first error if all fail, and
     `CheckError` if two were measured on different masks.
     """
-    if (output / "run.json").exists() or (output.exists() and not output.is_dir()):
+    if (output / RUN).exists() or (output.exists() and not output.is_dir()):
         raise UserError(f"{output} is not the folder of a sweep: choose another --output")
-    place, rows, errors = ranks(), [], []
+    place = ranks()
+    with ExitStack() as stack:
+        place.from_first(lambda: stack.enter_context(locked(output)))
+        place.close()  # each run joins again, by what its device needs
+        return _sweep(trials, output, place)
+
+
+def _sweep(trials: Sequence[Trial], output: Path, place: Ranks) -> dict[str, Any]:
+    rows, errors = [], []
     for number, trial in enumerate(trials, 1):
         if place.is_first:
             log.info("run %d of %d: %s", number, len(trials), trial.name)
@@ -107,10 +116,7 @@ def check(found: dict[str, Any]) -> None:
 
 def _held_out(run: Path) -> dict[str, Any]:
     """What the trainer measured at the end of a run."""
-    try:
-        return json.loads((run / "held_out.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        raise UserError(f"{run} holds no result on data.held_out: delete that folder and run again") from None
+    return read_record(run / HELD_OUT_METRICS, f"delete {run} and run again")
 
 
 def _compare(rows: list[dict[str, Any]], trials: Sequence[Trial], output: Path) -> dict[str, Any]:

@@ -1,0 +1,204 @@
+"""Two processes in one folder, and kills at any file operation: one of them works, and what it left is taken up."""
+
+import json
+import os
+import random
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+from conftest import PROOF, paragraphs
+from interruptions import at_operation, killed, names
+from test_eval_resume import without_times
+from training import same_weights, write_config
+
+from mlmkit.artifact import read_manifest
+from mlmkit.backends import load
+from mlmkit.documents import Source
+from mlmkit.errors import UserError
+from mlmkit.eval.api import evaluate
+from mlmkit.export.export import export
+from mlmkit.files import PARTIAL, locked, new_folder
+from mlmkit.train.log import read_log
+from mlmkit.train.loop import train
+
+KILLS = int(os.environ.get("MLMKIT_KILLS", "4"))  # points of each command; a round of 200 takes ten minutes
+
+
+def points(operations: int, count: int = KILLS) -> list[int]:
+    """Some of a command's file operations, spread over all of them."""
+    chosen = random.Random(0).sample(range(operations), min(count, operations))
+    return sorted(chosen)
+
+
+# ---------------------------------------------------------------- two processes
+
+
+def put(path: Path, content: str, *, overwrite: bool) -> bool:
+    """Whether the folder could be written; as exports write theirs."""
+    try:
+        with new_folder(path, replaces="manifest" if overwrite else "") as folder:
+            for name in ("weights", "manifest"):
+                (folder / name).write_text(content)
+    except UserError:
+        return False
+    return True
+
+
+def operations(work: Callable[..., object], *arguments: Any, **options: Any) -> int:
+    """How many file operations something takes."""
+    with at_operation(-1, lambda: None) as count:
+        work(*arguments, **options)
+    return count[0]
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("before", [False, True])
+def test_of_two_that_write_one_folder_one_does(tmp_path, overwrite, before):
+    """At every operation of the first, the second tries: what lies there is of one of them, and was allowed."""
+    for operation in range(operations(put, tmp_path / "counted", "first", overwrite=False)):
+        path, second = tmp_path / str(operation) / "folder", []
+        if before:
+            put(path, "old", overwrite=False)
+        with at_operation(operation, lambda: second.append(put(path, "second", overwrite=overwrite))):  # noqa: B023
+            first = put(path, "first", overwrite=overwrite)
+        assert (first or second == [True]) if overwrite else [first, *second].count(True) == (not before)
+        expected = "first" if first else "second" if True in second else "old"
+        assert {file.read_text() for file in path.iterdir()} == {expected}
+        assert (names(path), names(path.parent)) == ({"weights", "manifest"}, {"folder"})
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_two_evaluations_into_one_folder(artifact, tmp_path, overwrite):
+    """The tables are always those of the result, and whoever is told that it is done finds its own."""
+    model, source = load(str(artifact("bert"))), tmp_path / "text.txt"
+    source.write_text("\n".join(paragraphs()[:3]))
+
+    def run(seed: int, folder: Path) -> bool:
+        try:
+            evaluate(model, source, mask_seed=seed, output=folder, overwrite=overwrite)
+        except UserError as error:
+            assert "another process" in str(error) or (not overwrite and "another masking" in str(error)), error
+            return False
+        return True
+
+    for operation in points(operations(run, 1, tmp_path / "counted"), 12):
+        folder, second = tmp_path / str(operation) / "result", []
+        with at_operation(operation, lambda: second.append(run(2, folder))):  # noqa: B023
+            first = run(1, folder)
+        assert first or second == [True]
+        result = json.loads((folder / "result.json").read_text())
+        assert result["masking"]["seed"] == (1 if first else 2)
+        assert set(pq.read_table(folder / "tokens.parquet")["mask_seed"].to_pylist()) == {result["masking"]["seed"]}
+        assert names(folder.parent) == {"result"}
+        evaluate(model, source, mask_seed=result["masking"]["seed"], output=folder)  # not damaged
+
+
+def test_two_trainings_into_one_folder(text_file, tmp_path):
+    """What `run.json` says is what the weights were trained with."""
+    config = write_config(tmp_path, text_file, "bert-tiny", "train.steps=2", "train.save_every=2")
+    configs = {lr: replace(config, optim=replace(config.optim, lr=lr)) for lr in (1e-3, 2e-3)}
+    for lr, each in configs.items():
+        train(each, tmp_path / f"alone-{lr}")
+
+    def run(lr: float, folder: Path) -> bool:
+        try:
+            train(configs[lr], folder)
+        except UserError as error:
+            assert "another process" in str(error) or "was begun with another optim.lr" in str(error), error
+            return False
+        return True
+
+    for operation in points(operations(run, 1e-3, tmp_path / "counted"), 8):
+        folder, second = tmp_path / str(operation), []
+        with at_operation(operation, lambda: second.append(run(2e-3, folder))):  # noqa: B023
+            first = run(1e-3, folder)
+        lr = json.loads((folder / "run.json").read_text())["config"]["optim"]["lr"]
+        assert lr == (1e-3 if first else 2e-3)
+        assert first != (second == [True])
+        assert same_weights(folder / "model", tmp_path / f"alone-{lr}" / "model")
+
+
+def test_a_lock_whose_file_was_removed_while_it_was_awaited_is_taken_anew(tmp_path):
+    lock = tmp_path / ".folder.lock"
+    with at_operation(2, lock.unlink), locked(tmp_path / "folder"):  # between opening and locking it
+        assert lock.exists()
+        with (
+            pytest.raises(UserError, match=r"another process is at work in .*folder: wait"),
+            locked(tmp_path / "folder"),
+        ):
+            pass
+    assert names(tmp_path) == set()
+
+
+# ---------------------------------------------------------------- kills
+
+
+def left(folder: Path) -> set[str]:
+    """What is there, but for what is too young for a later command to be sure that it is nobody's."""
+    return {name for name in names(folder) if not name.endswith(PARTIAL)}
+
+
+def test_a_folder_after_a_kill(tmp_path):
+    put(tmp_path / "counted", "old", overwrite=False)
+    for operation in points(operations(put, tmp_path / "counted", "new", overwrite=True), 2 * KILLS):
+        path = tmp_path / str(operation) / "folder"
+        put(path, "old", overwrite=False)
+        assert killed(operation, put, path, "new", overwrite=True)
+        assert not path.exists() or {file.read_text() for file in path.iterdir()} <= {"old", "new"}
+        assert put(path, "newest", overwrite=True)
+        assert {file.read_text() for file in path.iterdir()} == {"newest"}
+        assert left(path.parent) == {"folder"}
+
+
+def measure(model: Path, source: Path, folder: Path, seed: int) -> None:
+    evaluate(model, Source(str(source)), mask_seed=seed, output=folder, overwrite=seed > 0)
+
+
+def test_an_evaluation_after_a_kill(artifact, tmp_path):
+    """One that overwrites another: the old result or the new one is there, and the same command ends with the new."""
+    source = tmp_path / "text.txt"
+    source.write_text("\n".join(paragraphs()[:3]))
+    command = artifact("bert"), source
+    for seed in (0, 1):
+        count = operations(measure, *command, tmp_path / "whole" / "result", seed)
+    whole = without_times(tmp_path / "whole" / "result")
+    for operation in points(count):
+        folder = tmp_path / str(operation) / "result"
+        measure(*command, folder, 0)
+        if killed(operation, measure, *command, folder, 1):
+            measure(*command, folder, 1)
+        assert without_times(folder) == whole, operation
+        assert (left(folder.parent), left(folder)) == ({"result"}, left(tmp_path / "whole" / "result")), operation
+
+
+def test_a_training_after_a_kill(text_file, tmp_path):
+    overrides = ["train.steps=4", "train.save_every=2", "train.log_every=1", f"data.held_out={str(text_file)!r}"]
+    config = write_config(tmp_path, text_file, "bert-tiny", *overrides)
+    count = operations(train, config, tmp_path / "whole" / "run")
+    timeless = [
+        (entry["step"], entry.get("loss"), entry.get("held_out")) for entry in read_log(tmp_path / "whole" / "run")
+    ]
+    for operation in points(count):
+        run = tmp_path / str(operation) / "run"
+        if killed(operation, train, config, run):
+            train(config, run)
+        assert same_weights(run / "model", tmp_path / "whole" / "run" / "model"), operation
+        found = [(entry["step"], entry.get("loss"), entry.get("held_out")) for entry in read_log(run)]
+        assert found == timeless, operation
+        assert (left(run.parent), left(run)) == ({"run"}, left(tmp_path / "whole" / "run")), operation
+
+
+@pytest.mark.skipif("MLMKIT_KILLS" not in os.environ, reason="half a minute for each kill: set MLMKIT_KILLS")
+def test_an_export_after_a_kill(checkpoint, tmp_path):
+    whole = export(checkpoint("bert"), tmp_path / "artifact", text=PROOF)
+    count = operations(export, checkpoint("bert"), tmp_path / "artifact", text=PROOF, overwrite=True)
+    for operation in points(count):
+        if killed(operation, export, checkpoint("bert"), tmp_path / "artifact", text=PROOF, overwrite=True):
+            assert read_manifest(tmp_path / "artifact") == whole
+            export(checkpoint("bert"), tmp_path / "artifact", text=PROOF, overwrite=True)
+        assert read_manifest(tmp_path / "artifact") == whole
+        assert left(tmp_path) == {"artifact"}
