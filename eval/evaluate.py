@@ -77,7 +77,7 @@ def evaluate(
         ranks.barrier()
         if not ranks.is_first:
             return {}
-        facts = {item.name: store.part_facts(item.name) for item in passes}
+        facts = {item.name: store.parts(item.name) for item in passes}
         _require_tokens(passes, facts, material, store)
         if settings.recipe.whole_word and "masked" in settings.metrics:
             warn_of_words(material.corpus())
@@ -107,7 +107,7 @@ def _score(backend: Backend, material: Material, item: Pass, store: Store, batch
 
     def work(parts: Iterator[Part]) -> Iterator[tuple[Part, Plan]]:
         for part in parts:
-            if part.index % ranks.world != ranks.rank or store.has(item.name, part.index):
+            if part.index % ranks.world != ranks.rank or store.part(item.name, part.index):
                 bar.advance(task, len(part.corpus))
             else:
                 yield part, item.plan(part, tokenizer, room)

@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
+from itertools import count, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -125,20 +126,21 @@ class Store:
 
     # ------------------------------------------------------------ parts
 
-    def has(self, name: str, index: int) -> bool:
-        """Whether a pass's part is done. One that cannot be read, or is not of this evaluation, is removed."""
+    def part(self, name: str, index: int) -> PartFacts | None:
+        """A pass's part, if it is done. One that cannot be read, or is not of this evaluation, is removed."""
         path = self._part(name, index)
         try:
-            self._facts(path)
+            described = unsealed(json.loads((pq.read_schema(path).metadata or {})[FACTS]))
+            if (described["part"], described["identity"]) == (path.name, self.identity):
+                return PartFacts(**described["facts"])
         except FileNotFoundError:
-            return False
+            return None
         except DAMAGE as error:
             if getattr(error, "errno", None):  # of the system: the file itself may be good
                 raise
-            log.warning("%s is damaged, or another's: scoring it again", path)
-            path.unlink()
-            return False
-        return True
+        log.warning("%s is damaged, or another's: scoring it again", path)
+        path.unlink()
+        return None
 
     def write_part(self, name: str, index: int, table: pa.Table, facts: PartFacts) -> None:
         """A part that is there is complete."""
@@ -148,22 +150,13 @@ class Store:
         with atomic(path) as partial:
             pq.write_table(table, partial, compression="zstd", write_page_checksum=True)
 
-    def part_facts(self, name: str) -> list[PartFacts]:
-        """Of a pass's parts, in order."""
-        return [self._facts(path) for path in self._parts(name)]
-
-    def _facts(self, path: Path) -> PartFacts:
-        """Raises one of `DAMAGE` for a file that is not this part of this evaluation."""
-        described = unsealed(json.loads((pq.read_schema(path).metadata or {})[FACTS]))
-        if (described["part"], described["identity"]) != (path.name, self.identity):
-            raise ValueError("another part")
-        return PartFacts(**described["facts"])
+    def parts(self, name: str) -> list[PartFacts]:
+        """A pass's parts, in order, up to the first that is missing."""
+        parts = (self.part(name, index) for index in count())
+        return [part for part in takewhile(bool, parts) if part]
 
     def _part(self, name: str, index: int) -> Path:
         return self.folder / PARTS / f"{name}-{index:07d}.parquet"
-
-    def _parts(self, name: str) -> list[Path]:
-        return sorted((self.folder / PARTS).glob(f"{name}-{'[0-9]' * 7}.parquet"))
 
     # ------------------------------------------------------------ the whole
 
@@ -192,8 +185,8 @@ class Store:
                     reached = part.end_document if part.first_document == reached else -1
                 if reached != len(corpus):
                     raise CheckError(f"{self.folder}: parts of {name} are missing: run the same command again")
-                for path in self._parts(name):
-                    table = _read_part(path).replace_schema_metadata(None)
+                for index in range(len(parts)):
+                    table = _read_part(self._part(name, index)).replace_schema_metadata(None)
                     counted = frequency[table["token_id"].to_numpy()]
                     write(table.append_column("frequency", pa.array(counted)))
         return 0 if tokenizer.unk_id is None else int(frequency[tokenizer.unk_id])

@@ -292,8 +292,10 @@ def save_tokenizer(tokenizer: Any, folder: Path) -> None:
     """`save_pretrained` of transformers. Raises `OSError` also for what the tokenizers library cannot write."""
     try:
         tokenizer.save_pretrained(folder)
-    except Exception as error:  # of no other type
-        raise error if isinstance(error, OSError) else OSError(f"cannot write {folder}: {first_line(error)}") from error
+    except OSError:
+        raise
+    except Exception as error:  # it has no type of its own
+        raise OSError(f"cannot write {folder}: {first_line(error)}") from error
 
 
 def from_pretrained(kind: Any, path: str, **options: Any) -> Any:

@@ -231,8 +231,8 @@ def test_a_part_that_went_missing_is_noticed(artifact, source, tmp_path, small_p
     from mlmkit.eval.store import Store
 
     model = load(str(artifact("bert")))
-    has = Store.has
-    monkeypatch.setattr(Store, "has", lambda self, name, index: index == 2 or has(self, name, index))
+    write = Store.write_part
+    monkeypatch.setattr(Store, "write_part", lambda self, *part: part[1] == 2 or write(self, *part))
     with pytest.raises(CheckError, match="parts of masked-0 are missing"):
         evaluate(model, source, output=tmp_path / "result")
 

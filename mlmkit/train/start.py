@@ -91,13 +91,16 @@ def _begin_or_check(config: Config, run: Path, ranks: Ranks) -> list[Corpus]:
 
 
 def _begin(config: Config, run: Path) -> list[Corpus]:
-    with atomic(run, folder=True) as building:
-        tokenizer = _prepare_tokenizer(config, building / "tokenizer")
-        build_model(config, tokenizer)
-        corpora = load_texts(config, tokenizer)
-        Packs(config, corpora, tokenizer, packed=True)
-        write_record(building / RUN, _identity(config, tokenizer, corpora))
-    return corpora
+    try:
+        with atomic(run, folder=True) as building:
+            tokenizer = _prepare_tokenizer(config, building / "tokenizer")
+            build_model(config, tokenizer)
+            corpora = load_texts(config, tokenizer)
+            Packs(config, corpora, tokenizer, packed=True)
+            write_record(building / RUN, _identity(config, tokenizer, corpora))
+        return corpora
+    except OSError as error:
+        raise UserError(f"cannot write {run}: {error.strerror or error}") from error
 
 
 @contextmanager

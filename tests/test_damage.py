@@ -1,0 +1,208 @@
+"""Files of mlmkit's own that are cut, flipped, missing or another's: one line says which, and what to do."""
+
+import json
+import os
+import random
+import resource
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+from conftest import paragraphs
+from test_cli import run
+from test_eval_resume import Interrupted
+from training import Ranks, same_weights, write_config
+
+from mlmkit.backends import load
+from mlmkit.corpus import load_corpus
+from mlmkit.documents import Source
+from mlmkit.eval import parts
+from mlmkit.eval.api import evaluate
+from mlmkit.eval.stored import load_result
+from mlmkit.files import write_json
+from mlmkit.tokenizer import Tokenizer
+from mlmkit.train.loop import train
+
+DAMAGE: dict[str, Callable[[Path, random.Random], object]] = {
+    "flipped": lambda path, rng: path.write_bytes(flipped(path.read_bytes(), rng)),
+    "cut": lambda path, rng: path.write_bytes(path.read_bytes()[: rng.randrange(path.stat().st_size)]),
+    "emptied": lambda path, _: path.write_bytes(b""),
+    "removed": lambda path, _: path.unlink(),
+    "a folder": lambda path, _: (path.unlink(), path.mkdir()),
+    "of another": lambda path, _: write_json(path, {"mask_digest": "00", "identity": {}, "metrics": {}}),
+}
+
+
+def flipped(content: bytes, rng: random.Random) -> bytes:
+    """With one bit turned in a byte that is no space between values."""
+    place = rng.choice([place for place, byte in enumerate(content) if byte not in b" \n"])
+    return content[:place] + bytes([content[place] ^ 1 << rng.randrange(8)]) + content[place + 1 :]
+
+
+# ---------------------------------------------------------------- runs
+
+
+@pytest.fixture(scope="module")
+def half(tmp_path_factory, text_file) -> tuple[Path, Path]:
+    """The configuration of a run and its folder, with checkpoints of steps 2, 4 and 6 of 6 and no model yet."""
+    folder = tmp_path_factory.mktemp("half")
+    overrides = ["train.steps=6", "train.save_every=2", f"data.held_out={str(text_file)!r}"]
+    train(write_config(folder, text_file, "bert-tiny", *overrides), folder / "run")
+    shutil.copytree(folder / "run" / "model", folder / "model")
+    shutil.rmtree(folder / "run" / "model")
+    (folder / "run" / "held_out.json").unlink()
+    return folder / "config.toml", folder / "run"
+
+
+LAST = "checkpoints/step-00000006"
+SHARD = "shard-00001-model-00001-of-00001.safetensors"
+
+
+@pytest.mark.parametrize(
+    "name", ["run.json", f"{LAST}/trainer.json", f"{LAST}/config.json", f"{LAST}/optimizer/{SHARD}"]
+)
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_a_damaged_run_is_named_with_what_to_do(capsys, half, tmp_path, text_file, name, kind):
+    if (name, kind) == ("run.json", "removed"):
+        pytest.skip("a folder without run.json is none of a run")
+    config, folder = half
+    copy = Path(shutil.copytree(folder, tmp_path / "run"))
+    DAMAGE[kind](copy / name, random.Random(name + kind))
+    command = ["train", config, "--set", "train.steps=6", "--set", "train.save_every=2"]
+    command += ["--set", f"data.held_out={str(text_file)!r}", "--output", copy]
+    code, out, err = run(capsys, *command)
+    [line] = [line for line in err.splitlines() if line.startswith("mlmkit: ")]
+    assert (code, out, "Traceback" in err) == (2, "", False), err
+    assert name.rpartition("/")[2] in line and ("delete" in line) and (LAST in line) == name.startswith(LAST)
+    if name.startswith(LAST) and kind == "removed":  # what the line says
+        shutil.rmtree(copy / LAST)
+        assert f"{copy}/checkpoints/step-00000004" in line
+        code, _, err = run(capsys, *command)
+        assert code == 0, err
+        assert same_weights(copy / "model", folder.parent / "model")
+
+
+def test_a_damaged_log_or_held_out_result_is_made_good_and_said(capsys, caplog, half, tmp_path, text_file):
+    config, folder = half
+    copy = Path(shutil.copytree(folder, tmp_path / "run"))
+    log = copy / "log.jsonl"
+    lines = log.read_text().splitlines(keepends=True)
+    steps = [number for number, line in enumerate(lines) if '"loss"' in line]
+    broken = dict(zip(steps, ("[" * 100_000, "\x00\xff", '{"step": "2"}', "[1]"), strict=False))
+    log.write_text("".join(f"{broken[number]}\n" if number in broken else line for number, line in enumerate(lines)))
+    DAMAGE["flipped"](copy / LAST / "held-out" / "result.json", random.Random(0))
+    command = ["train", config, "--set", "train.steps=6", "--set", "train.save_every=2"]
+    code, _, err = run(capsys, *command, "--set", f"data.held_out={str(text_file)!r}", "--output", copy)
+    # the only entries with a loss are gone, so the run cannot say that it learned
+    assert "result.json is damaged" in caplog.text
+    for number in broken:
+        assert f"log.jsonl: line {number + 1} is damaged and left out" in caplog.text
+    assert (code, "had a token to predict" in err) == ((1, True) if len(broken) == len(steps) else (0, False)), err
+    assert load_result(copy / LAST / "held-out").result["mask_digest"]
+
+
+def test_a_full_disk_when_a_run_begins(text_file, tmp_path):
+    ranks = Ranks(
+        write_config(tmp_path, text_file, "bert-tiny"), tmp_path / "run", limits=((resource.RLIMIT_FSIZE, 99),)
+    )
+    assert ranks.wait() == [2]
+    [message] = ranks.messages()
+    assert "File too large" in message and "\n" not in message
+    assert not (tmp_path / "run").exists()
+
+
+# ---------------------------------------------------------------- evaluations
+
+
+@pytest.fixture(scope="module")
+def result(artifact, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("evaluation")
+    (folder / "text.txt").write_text("\n".join(paragraphs()[:8]))
+    evaluate(str(artifact("bert")), folder / "text.txt", output=folder / "result")
+    return folder / "result"
+
+
+@pytest.mark.parametrize("name", ["result.json", "tokens.parquet", "documents.parquet"])
+def test_a_result_is_what_was_written_or_named(capsys, result, artifact, tmp_path, name):
+    """Whatever bit is flipped; and measured again where the line says so."""
+    copy, rng = Path(shutil.copytree(result, tmp_path / "copy")), random.Random(name)
+    content = (copy / name).read_bytes()
+    kinds = [*DAMAGE] if name == "result.json" else [*DAMAGE][:-1]
+    for kind in kinds + 40 * ["flipped"]:
+        (copy / name).write_bytes(content)
+        DAMAGE[kind](copy / name, rng)
+        code, out, err = run(capsys, "report", copy)
+        assert (code, out, len(err.splitlines())) == (2, "", 1), (kind, err)
+        assert name in err
+        if (copy / name).is_dir():
+            (copy / name).rmdir()
+    assert run(capsys, "compare", result, copy)[0] == 2
+    command = ["eval", artifact("bert"), "--set", result.parent / "text.txt", "--output", copy]
+    code, _, err = run(capsys, *command)
+    assert (code, "--overwrite" in err) == (2, True)
+    assert run(capsys, *command, "--overwrite")[0] == 0
+    assert load_result(copy).result["metrics"] == load_result(result).result["metrics"]
+
+
+def test_a_part_of_another_evaluation_is_scored_again(artifact, tmp_path, monkeypatch, caplog):
+    """And one under another's name: neither was noticed."""
+    monkeypatch.setattr(parts.cut_parts, "__defaults__", (600.0,))
+    (tmp_path / "text.txt").write_text("\n".join(paragraphs()[:30]))
+    model, source = load(str(artifact("bert"))), tmp_path / "text.txt"
+    for name, seed in (("one", 0), ("other", 1)):
+        with pytest.raises(KeyboardInterrupt):
+            evaluate(Interrupted(model, 9), source, mask_seed=seed, output=tmp_path / name, batch_tokens=300)
+    first, second, *_ = sorted((tmp_path / "one" / "parts").iterdir())
+    shutil.copy(first, second)
+    shutil.copy(tmp_path / "other" / "parts" / first.name, first)
+    evaluate(model, source, output=tmp_path / "one")
+    assert caplog.text.count("is damaged, or another's: scoring it again") == 2
+    evaluate(model, source, output=tmp_path / "whole")
+    tables = [pq.read_table(tmp_path / name / "tokens.parquet") for name in ("one", "whole")]
+    assert tables[0].equals(tables[1])
+
+
+@pytest.mark.skipif(not hasattr(os, "getuid") or os.getuid() != 0, reason="mounting needs root")
+def test_a_finished_result_on_a_read_only_mount_is_printed(capsys, caplog, result, artifact, tmp_path):
+    mount = Path(shutil.copytree(result.parent, tmp_path / "mount"))
+    commands = (["mount", "--bind", mount, mount], ["mount", "-o", "remount,bind,ro", mount])
+    if any(subprocess.run(command, capture_output=True).returncode for command in commands):
+        pytest.skip("this system lets nobody mount")
+    try:
+        command = ["eval", artifact("bert"), "--set", mount / "text.txt", "--json", "--output", mount / "result"]
+        code, out, err = run(capsys, *command)
+        assert (code, json.loads(out)["metrics"]) == (0, load_result(result).result["metrics"]), err
+        assert "is read-only: report.html stays as it is" in caplog.text
+        code, _, err = run(capsys, *command, "--overwrite")
+        assert (code, "Read-only file system" in err) == (2, True)
+    finally:
+        subprocess.run(["umount", mount], check=True)
+
+
+# ---------------------------------------------------------------- the system
+
+
+def test_too_many_open_files_are_no_damage(tokenizer_folder, tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv("MLMKIT_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "text.txt").write_text("one two\nthree\n")
+    tokenizer, source = Tokenizer.from_folder(tokenizer_folder("wordpiece")), Source(str(tmp_path / "text.txt"))
+    load_corpus(source, tokenizer)
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*")}
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    for spare in range(4):
+        opened = [os.open(os.devnull, os.O_RDONLY)]
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (opened[0] + 1 + spare, hard))
+            with pytest.raises(Exception, match="Too many open files"):
+                while True:
+                    load_corpus(source, tokenizer)
+                    opened.append(os.open(os.devnull, os.O_RDONLY))
+        finally:
+            for descriptor in opened:
+                os.close(descriptor)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*")} == before
+    assert not caplog.records
