@@ -19,6 +19,7 @@ from mlmkit.errors import CheckError, UserError
 from mlmkit.eval.api import Evaluation, evaluate
 from mlmkit.eval.report import write_report
 from mlmkit.export.export import export
+from mlmkit.files import write_text
 from mlmkit.fill import fill
 from mlmkit.masking import document_key
 from mlmkit.pydocs import python_documentation
@@ -114,11 +115,11 @@ def prepare_text(output: Path, text: str | None) -> tuple[Path, Path]:
     train_text, heldout_text = output / "train.txt", output / "heldout.txt"
     for path, wanted in ((train_text, False), (heldout_text, True)):
         lines = [line for line, held_out in zip(documents, is_held_out, strict=True) if held_out == wanted]
-        content = "".join(f"{line}\n" for line in lines).encode()
-        if path.exists() and path.read_bytes() != content:
+        content = "".join(f"{line}\n" for line in lines)
+        if path.exists() and path.read_bytes() != content.encode():
             raise UserError(f"{output} holds a demo on another text: choose another --output, or delete that folder")
         output.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content)
+        write_text(path, content)
     return train_text, heldout_text
 
 

@@ -150,14 +150,14 @@ def test_a_result_is_what_was_written_or_named(capsys, result, artifact, tmp_pat
 def test_a_part_of_another_evaluation_is_scored_again(artifact, tmp_path, monkeypatch, caplog):
     """And one under another's name: neither was noticed."""
     monkeypatch.setattr(parts.cut_parts, "__defaults__", (600.0,))
-    (tmp_path / "text.txt").write_text("\n".join(paragraphs()[:30]))
+    (tmp_path / "text.txt").write_text("\n".join(paragraphs()[:60]))
     model, source = load(str(artifact("bert"))), tmp_path / "text.txt"
     for name, seed in (("one", 0), ("other", 1)):
         with pytest.raises(KeyboardInterrupt):
-            evaluate(Interrupted(model, 9), source, mask_seed=seed, output=tmp_path / name, batch_tokens=300)
+            evaluate(Interrupted(model, 12), source, mask_seed=seed, output=tmp_path / name, batch_tokens=300)
     first, second, *_ = sorted((tmp_path / "one" / "parts").iterdir())
     shutil.copy(first, second)
-    shutil.copy(tmp_path / "other" / "parts" / first.name, first)
+    shutil.copy(next((tmp_path / "other").glob("parts/*.parquet")), first)
     evaluate(model, source, output=tmp_path / "one")
     assert caplog.text.count("is damaged, or another's: scoring it again") == 2
     evaluate(model, source, output=tmp_path / "whole")

@@ -226,7 +226,7 @@ class _WeightsAndBiases:
 
         kept = run / "wandb-id.txt"
         if not kept.exists():
-            kept.write_text(secrets.token_hex(4), encoding="utf-8")
+            write_text(kept, secrets.token_hex(4))
         try:
             self.run = wandb.init(
                 project=config.train.wandb,
