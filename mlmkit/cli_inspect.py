@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mlmkit.cli_options import json_option, print_json, printable
+from mlmkit.cli_options import json_option, print_json, printable, say
 from mlmkit.errors import CheckError
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ def inspect(artifact: Path, as_json: bool) -> None:
         print_json(_as_json(artifact, found))
     else:
         for line in _lines(found):
-            click.echo(printable(line))
+            say(line)
     if found.problems:
         raise CheckError(f"{artifact} is damaged ({len(found.problems)} problems): export the checkpoint again")
 

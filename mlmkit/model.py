@@ -5,13 +5,18 @@ before the vocabulary head runs. Nearly every masked-LM head works on each posit
 the masked share. Whether this one does is found out when it is wrapped; otherwise the logits are gathered behind it.
 """
 
+import copy
+import json
 import logging
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -21,12 +26,14 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers.utils.generic import ModelOutput
+from transformers.utils.hub import cached_files
 
 from mlmkit.artifact import is_artifact
+from mlmkit.bounds import check_folder, check_tokenizer, weight_names
 from mlmkit.errors import UserError, require
 from mlmkit.files import locate_model
 from mlmkit.loss import linear_cross_entropy_sum
-from mlmkit.tokenizer import Tokenizer
+from mlmkit.tokenizer import PANIC, Tokenizer
 
 log = logging.getLogger(__name__)
 
@@ -36,6 +43,10 @@ OWN_CODE = (
     "it needs Python code of its own (auto_map), and mlmkit never runs a model's code: use a model whose architecture "
     "and tokenizer are part of transformers"
 )
+# What is fetched of a hub's model, and checked, before transformers reads it; and before it reads the weights.
+CHECKED = ("config.json", "tokenizer_config.json", "adapter_config.json")
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
+FLOOR = 4 << 20  # weights, 16 MiB: not worth counting
 # What a network raises when it is asked for what it cannot do.
 PROBE_ERRORS = (ValueError, TypeError, RuntimeError, AttributeError, LookupError, AssertionError)
 
@@ -294,25 +305,54 @@ def from_pretrained(kind: Any, path: str, **options: Any) -> Any:
     Raises `UserError` for what cannot be loaded so.
     """
     with as_user_error(path):
+        present = _fetch(path, CHECKED)
+        folder = present[0].parent if present else Path(path)
+        config = check_folder(folder) if folder.is_dir() else {}
+        if kind is AutoTokenizer:
+            for file in _fetch(path, ["tokenizer.json"]):
+                check_tokenizer(json.loads(file.read_bytes()))
+        if kind is AutoModelForMaskedLM:
+            _fetch(path, WEIGHTS)
+            _refuse_unheld(options["config"], _fetch(path, weight_names(folder, config)))
         return kind.from_pretrained(path, trust_remote_code=False, **options)
 
 
-class as_user_error:  # noqa: N801  (a context manager)
+def _fetch(path: str, names: Sequence[str]) -> list[Path]:
+    """Where those files of a model's folder that there are lie, once fetched if it is the hub's."""
+    silent: Any = {f"_raise_exceptions_for_{kind}": False for kind in ("missing_entries", "connection_errors")}
+    return [Path(file) for name in names for file in cached_files(path, [name], **silent) or ()]
+
+
+def _refuse_unheld(config: PreTrainedConfig, files: Sequence[Path]) -> None:
+    """Raise `UserError` if the weight files hold much less than what the configuration asks memory for."""
+    held = 0
+    for file in files:
+        with safe_open(file, "pt") as tensors:
+            held += sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())  # noqa: SIM118
+    text, most = config.get_text_config(), 2 * held + FLOOR
+    # A table of sines is in no file, and is filled by a loop of Python.
+    asked = max(text.vocab_size, getattr(text, "max_position_embeddings", 0) * getattr(text, "hidden_size", 0) // 2)
+    if asked <= most:
+        with torch.device("meta"):
+            network = AutoModelForMaskedLM.from_config(copy.deepcopy(config), trust_remote_code=False)
+        asked = sum(tensor.numel() for tensor in (*network.parameters(), *network.buffers()))
+    if asked > most:
+        raise UserError(f"its configuration asks for {asked:,} weights, and its files hold {held:,}")
+
+
+@contextmanager
+def as_user_error(path: str) -> Iterator[None]:
     """transformers raises OSError or ValueError with pages of advice: keep the first line."""
-
-    def __init__(self, path: str) -> None:
-        self.path = path
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, _kind: object, error: BaseException | None, _traceback: object) -> None:
-        if isinstance(error, Exception):
-            cause = error if isinstance(error, UserError) else f"cannot be loaded: {_first_line(error)}"
-            raise UserError(f"{self.path}: {OWN_CODE if 'trust_remote_code' in str(error) else cause}") from error
+    try:
+        yield
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != PANIC:
+            raise
+        cause = error if isinstance(error, UserError) else f"cannot be loaded: {_first_line(error)}"
+        raise UserError(f"{path}: {OWN_CODE if 'trust_remote_code' in str(error) else cause}") from error
 
 
-def _first_line(error: Exception) -> str:
+def _first_line(error: BaseException) -> str:
     first = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
     return " ".join(str(error).split()) if first.endswith(":") else first  # it announces what follows
 
