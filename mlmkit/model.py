@@ -43,9 +43,6 @@ OWN_CODE = (
     "it needs Python code of its own (auto_map), and mlmkit never runs a model's code: use a model whose architecture "
     "and tokenizer are part of transformers"
 )
-# What is fetched of a hub's model, and checked, before transformers reads it; and before it reads the weights.
-CHECKED = ("config.json", "tokenizer_config.json", "adapter_config.json")
-WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 FLOOR = 4 << 20  # weights, 16 MiB: not worth counting
 # What a network raises when it is asked for what it cannot do.
 PROBE_ERRORS = (ValueError, TypeError, RuntimeError, AttributeError, LookupError, AssertionError)
@@ -113,10 +110,8 @@ class MaskedLM(nn.Module):
         ids = (self.vocabulary_size - 1 - places % (self.vocabulary_size // 2 or 1)).view(2, seq)
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         positions = places.flip(0)[::3]
-        training = network.training
-        network.eval()
         try:
-            with torch.no_grad():
+            with _probing(network):
                 dense = self._dense_logits(**inputs)
                 if dense.shape != (2, seq, self.vocabulary_size):
                     raise UserError(f"a {kind} model gives no logits for each token: mlmkit cannot score with it")
@@ -134,8 +129,6 @@ class MaskedLM(nn.Module):
                     raise UserError(f"this {kind} model gives other logits each time: there is nothing to evaluate")
         except PROBE_ERRORS as error:
             raise UserError(f"a {kind} model cannot score token ids alone: {_first_line(error)}") from error
-        finally:
-            network.train(training)
         log.info("the head of %s needs every position: it runs at all of them", kind)
         return False
 
@@ -145,10 +138,8 @@ class MaskedLM(nn.Module):
         if not (self.gathers_before_head and isinstance(decoder, nn.Linear)):
             return False
         inputs = probe_inputs(self, [max(min(5, self.max_length()), 1)])
-        training = self.network.training
-        self.network.eval()
         try:
-            with torch.no_grad():
+            with _probing(self.network):
                 expected = self.logits(**inputs)
                 found = F.linear(self._decoder_input(decoder, **inputs), decoder.weight, decoder.bias)
             # Tight: whatever a head does besides, a soft cap for example, may hardly show on random weights.
@@ -157,8 +148,6 @@ class MaskedLM(nn.Module):
         except PROBE_ERRORS as error:
             log.debug("the head is more than its matrix: %s", error)
             return False
-        finally:
-            self.network.train(training)
 
     def _decoder_input(self, decoder: nn.Linear, positions: Tensor, **inputs: Any) -> Tensor:
         """The states `[masked, width]` that the vocabulary's matrix would be multiplied with."""
@@ -305,14 +294,14 @@ def from_pretrained(kind: Any, path: str, **options: Any) -> Any:
     Raises `UserError` for what cannot be loaded so.
     """
     with as_user_error(path):
-        present = _fetch(path, CHECKED)
+        present = _fetch(path, ("config.json", "tokenizer_config.json", "adapter_config.json"))
         folder = present[0].parent if present else Path(path)
         config = check_folder(folder) if folder.is_dir() else {}
         if kind is AutoTokenizer:
             for file in _fetch(path, ["tokenizer.json"]):
                 check_tokenizer(json.loads(file.read_bytes()))
         if kind is AutoModelForMaskedLM:
-            _fetch(path, WEIGHTS)
+            _fetch(path, ("model.safetensors", "model.safetensors.index.json"))
             _refuse_unheld(options["config"], _fetch(path, weight_names(folder, config)))
         return kind.from_pretrained(path, trust_remote_code=False, **options)
 
@@ -364,6 +353,18 @@ def _close(found: Tensor, expected: Tensor, bound: float) -> bool:
 # ---------------------------------------------------------------- probes
 
 
+@contextmanager
+def _probing(network: PreTrainedModel) -> Iterator[None]:
+    """Without dropout and gradients, and in the mode that it had afterwards."""
+    training = network.training
+    try:
+        with torch.no_grad():
+            network.eval()
+            yield
+    finally:
+        network.train(training)
+
+
 def sees_context(model: MaskedLM) -> bool:
     """Whether what a model on the CPU predicts for a token changes with the others, found by a probe.
 
@@ -372,11 +373,8 @@ def sees_context(model: MaskedLM) -> bool:
     inputs = probe_inputs(model, [5])
     others = inputs | {"input_ids": inputs["input_ids"].flip(1)}
     middle = torch.tensor([2])
-    training = model.network.training
-    model.network.eval()
-    with torch.no_grad():
+    with _probing(model.network):
         before, after = (model.logits(**(each | {"positions": middle})) for each in (inputs, others))
-    model.network.train(training)
     return not torch.equal(before, after)
 
 
@@ -390,11 +388,8 @@ def sees_padding(model: MaskedLM, pad_id: int) -> bool:
     padded = {
         name: F.pad(inputs[name], (0, 4), value=fill) for name, fill in (("input_ids", pad_id), ("attention_mask", 0))
     }
-    training = model.network.training
-    model.network.eval()
-    with torch.no_grad():
+    with _probing(model.network):
         alone, behind = model.logits(**inputs), model.logits(inputs["positions"], **padded)
-    model.network.train(training)
     return not torch.allclose(alone, behind, atol=2e-5, rtol=1e-5)
 
 

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,7 @@ AUTO_MAP = {
 }
 
 
-def test_no_answer_in_a_text_runs_a_folders_code(copies, text_file, tmp_path):
+def test_no_answer_in_a_text_runs_a_folders_code(capsys, monkeypatch, copies, text_file, tmp_path):
     folder, canary, home = copies["checkpoint"], tmp_path / "canary", tmp_path / "home"
     (folder / "evil.py").write_text(EVIL.format(canary=str(canary)))
     change(folder, "config.json", auto_map=AUTO_MAP, model_type="evil")
@@ -75,9 +76,13 @@ def test_no_answer_in_a_text_runs_a_folders_code(copies, text_file, tmp_path):
         [*train, f"model.init_from={folder}"],
         [*train, f"tokenizer.path={folder}"],
     ):
-        ended = process(*command, input="1\ny\n" * 9, env=os.environ | {"HF_HOME": str(home)})
-        assert (ended.returncode, "never runs a model's code" in ended.stderr) == (2, True), command
-        assert ended.stdout == ""
+        if command[0] == "score" or "tokenizer.path" in str(command[-1]):
+            ended = process(*command, input="1\ny\n" * 9, env=os.environ | {"HF_HOME": str(home)})
+            code, out, err = ended.returncode, ended.stdout, ended.stderr
+        else:
+            monkeypatch.setattr("sys.stdin", StringIO("1\ny\n" * 9))
+            code, out, err = run(capsys, *command)
+        assert (code, out, "never runs a model's code" in err) == (2, "", True), command
     assert not canary.exists()
     assert not home.exists()
 
@@ -255,10 +260,10 @@ def test_a_tokenizer_that_multiplies_a_text_is_refused(capsys, copies, name):
             tokens = json.loads((folder / "tokenizer.json").read_text())["added_tokens"]
             values["added_tokens"] = [*tokens, {"id": 600, "content": "c" * 300_000, **ADDED}]
         change(folder, "tokenizer.json", **values)
-    with pytest.raises(UserError, match="no tokenizer known to us comes near that"):
+    with pytest.raises(UserError, match="characters of one, beside"):
         load(copies["checkpoint"])
     code, out, err = run(capsys, "inspect", copies["artifact"])
-    assert (code, len(err.splitlines()), "comes near that" in out) == (1, 1, True)
+    assert (code, len(err.splitlines()), "characters of one, beside" in out) == (1, 1, True)
 
 
 def test_a_pattern_that_gives_up_is_one_line(capsys, copies, tmp_path):
@@ -282,7 +287,7 @@ def test_ids_far_beyond_any_vocabulary_are_refused(copies):
 # ------------------------------------------------------------------ max_length
 
 
-@pytest.mark.parametrize("kind", ["bert", "roberta", "modernbert"])
+@pytest.mark.parametrize("kind", ["bert", "roberta"])
 def test_a_manifest_that_promises_longer_rows_is_refused(capsys, artifact, tmp_path, kind):
     folder = Path(shutil.copytree(artifact(kind), tmp_path / kind))
     code, *_ = run(capsys, "inspect", folder)
@@ -327,3 +332,6 @@ def test_no_text_or_name_steers_the_terminal(capsys, artifact, tmp_path):
             assert not set(STEERING) - set("gnpx]0;2J") & {*out, *err} - {"\n"}
             assert REAL in out or not shown
             assert not as_json or json.loads(out)
+    ended = process("fill", folder, "The [MASK]", "--targets", f"the{STEERING}")
+    assert (ended.returncode, "stands for it" in ended.stderr) == (0, True)
+    assert all(map(str.isprintable, ended.stderr.splitlines()))
