@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import zipfile
 from collections.abc import Callable
 from io import StringIO
 from pathlib import Path
@@ -17,6 +18,7 @@ from test_cli import process, run
 from mlmkit.backends import load
 from mlmkit.cli_options import printable
 from mlmkit.errors import UserError
+from mlmkit.eval.pairs import PairColumns, read_pairs
 
 BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
 ADDED = {"special": False, "normalized": True, "single_word": False, "lstrip": False, "rstrip": False}
@@ -335,3 +337,15 @@ def test_no_text_or_name_steers_the_terminal(capsys, artifact, tmp_path):
     ended = process("fill", folder, "The [MASK]", "--targets", f"the{STEERING}")
     assert (ended.returncode, "stands for it" in ended.stderr) == (0, True)
     assert all(map(str.isprintable, ended.stderr.splitlines()))
+
+
+# ------------------------------------------------------------------ archives
+
+
+def test_a_small_zip_that_unpacks_to_much_is_not_unpacked(tmp_path):
+    path = tmp_path / "bomb.zip"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive, archive.open("a.jsonl", "w") as member:
+        for _ in range(257):
+            member.write(b" " * (1 << 20))
+    with pytest.raises(UserError, match="more than 256 MiB when unpacked"):
+        read_pairs(str(path), PairColumns())
