@@ -11,12 +11,14 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file
 from test_artifact import rehash
 from test_cli import process, run
 
 from mlmkit.backends import load
 from mlmkit.cli_options import printable
+from mlmkit.demo import show_fill
 from mlmkit.errors import UserError
 from mlmkit.eval.pairs import PairColumns, read_pairs
 
@@ -334,6 +336,10 @@ def test_no_text_or_name_steers_the_terminal(capsys, artifact, tmp_path):
             assert not set(STEERING) - set("gnpx]0;2J") & {*out, *err} - {"\n"}
             assert REAL in out or not shown
             assert not as_json or json.loads(out)
+    show_fill(Console(), load(folder), f"The [MASK] {STEERING}{REAL}")
+    out = capsys.readouterr().out
+    assert REAL in out
+    assert not set(STEERING) - set("gnpx]0;2J") & {*out}
     ended = process("fill", folder, "The [MASK]", "--targets", f"the{STEERING}")
     assert (ended.returncode, "stands for it" in ended.stderr) == (0, True)
     assert all(map(str.isprintable, ended.stderr.splitlines()))

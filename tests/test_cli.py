@@ -56,14 +56,14 @@ def test_an_artifact_runs_without_torch_and_transformers(artifact, tmp_path):
 def test_imports_run_one_way():
     """cli, demo → serve, train → eval, export → backends → model → the rest: docs/architecture.md."""
     layers = [
-        {"errors", "files", "bounds", "masking", "progress", "pydocs", "distributed", "loss"},
+        {"errors", "files", "bounds", "masking", "progress", "pydocs", "distributed", "loss", "cli_options"},
         {"tokenizer", "documents", "toml"},
         {"corpus", "batching", "artifact"},
         {"model"},
         {"packing", "backends"},
         {"fill", "eval", "export", "inspection"},
         {"train", "serve"},
-        {"demo", "cli_options"},
+        {"demo"},
         {"cli_eval", "cli_export", "cli_inspect", "cli_serve", "cli_train"},
         {"cli"},
         {"__main__"},
