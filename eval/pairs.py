@@ -26,6 +26,7 @@ from mlmkit.eval.material import InMemory
 from mlmkit.tokenizer import Tokenizer
 
 SCORINGS = ("all", "shared")
+LARGEST_UNPACKED = 256 << 20  # bytes, of a zip; BLiMP has 27 MB
 
 
 @dataclass(frozen=True)
@@ -131,6 +132,8 @@ def _rows(location: str) -> Iterator[tuple[str, dict[str, Any]]]:
 def _zip_rows(location: str) -> Iterator[tuple[str, dict[str, Any]]]:
     try:
         with zipfile.ZipFile(location) as archive:
+            if sum(member.file_size for member in archive.infolist()) > LARGEST_UNPACKED:
+                raise ValueError(f"more than {LARGEST_UNPACKED >> 20} MiB when unpacked")
             for name in sorted(archive.namelist()):
                 if name.lower().endswith(".jsonl") and not name.startswith("__MACOSX"):
                     with io.TextIOWrapper(archive.open(name), encoding="utf-8-sig", newline="\n") as lines:

@@ -14,6 +14,7 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
+from mlmkit.bounds import largest_file
 from mlmkit.errors import CheckError, UserError
 from mlmkit.files import file_sha256, read_record, write_record
 from mlmkit.tokenizer import Tokenizer
@@ -31,8 +32,10 @@ STATES = {
     "missing": "is missing",
     "not a plain file": "is not a plain file of the folder (if it is a link, copy what it leads to: cp -rL)",
     "unreadable": "cannot be read",
+    "too large": "is larger than any such file that we know",
 }
 DEEPEST = 16  # objects within objects
+LARGEST_GRAPH = 2 << 30  # bytes, as protobuf itself has it
 AGAIN = "export the checkpoint again (mlmkit export CHECKPOINT --output ARTIFACT)"
 DYNAMIC_INT8 = "int8-dynamic"
 PRECISIONS = ("fp32", "fp16", "bf16", "int8", DYNAMIC_INT8)
@@ -173,6 +176,8 @@ def _check(path: Path, expected: str) -> CheckedFile:
     try:
         with path.open("rb") as file:
             stamp = _stamp(os.fstat(file.fileno()))
+            if path.name in NEEDED and stamp[2] > (LARGEST_GRAPH if path.name == GRAPH else largest_file(path.name)):
+                return CheckedFile("too large")
             content = file.read() if path.name in NEEDED else b""
             digest = hashlib.sha256(content) if path.name in NEEDED else hashlib.file_digest(file, "sha256")
     except OSError:
@@ -201,6 +206,12 @@ def read_tokenizer(folder: Path, manifest: Manifest, files: Mapping[str, Checked
     if found != size:
         raise UserError(
             f"{folder}: config.json says a vocabulary of {reprlib.repr(found)}, the model has {size}: {AGAIN}"
+        )
+    # Of RoBERTa's table of 514 rows 512 are for tokens, which its tokenizer says.
+    limits = (tokenizer.limit, config.get("max_position_embeddings"))
+    if (most := min(limit for limit in (*limits, 1 << 31) if type(limit) is int)) < manifest.max_length:
+        raise UserError(
+            f"{folder}: {MANIFEST} says rows of {manifest.max_length} tokens, and the model takes {most}: {AGAIN}"
         )
     return tokenizer
 

@@ -13,12 +13,19 @@ from mlmkit import __version__
 from mlmkit.cli_eval import compare, evaluate, report, score
 from mlmkit.cli_export import export
 from mlmkit.cli_inspect import inspect
-from mlmkit.cli_options import json_option, model_options, print_json, printable
+from mlmkit.cli_options import json_option, model_options, print_json, printable, say
 from mlmkit.cli_serve import serve
 from mlmkit.cli_train import train
 from mlmkit.errors import CheckError, EndedElsewhereError, StoppedError, UserError, require
 
 INTERRUPTED, TERMINATED = 130, 143
+
+
+class _Printable(logging.Formatter):
+    """Messages quote names and texts of strangers. Tracebacks, which --verbose shows, keep their lines."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802
+        return printable(super().formatMessage(record))
 
 
 class _HelpfulGroup(click.Group):
@@ -36,7 +43,9 @@ def cli(verbose: bool) -> None:
     MODEL is a Hugging Face checkpoint (a folder or a hub name), the folder of a finished training run, or an artifact
     that `mlmkit export` wrote. Results go to standard output; progress and messages go to standard error.
     """
-    logging.basicConfig(level=logging.DEBUG if verbose else logging.WARNING, format="%(message)s", stream=sys.stderr)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_Printable())
+    logging.basicConfig(level=logging.DEBUG if verbose else logging.WARNING, handlers=[handler])
     logging.getLogger("mlmkit").setLevel(logging.DEBUG if verbose else logging.INFO)
     if not verbose:
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -121,9 +130,9 @@ def fill(model: str, text: str, top_k: int, targets: tuple[str, ...], backend: s
         return
     for number, row in enumerate(candidates, start=1):
         if len(candidates) > 1:
-            click.echo(f"mask {number}")
+            say(f"mask {number}")
         for candidate in row:
-            click.echo(f"{candidate['score']:8.4f}  {candidate['token_str']:16}  {candidate['sequence']}")
+            say(f"{candidate['score']:8.4f}  {candidate['token_str']:16}  {candidate['sequence']}")
 
 
 cli.add_command(serve)

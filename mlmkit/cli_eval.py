@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from mlmkit.cli_options import json_option, model_options, overwrite_option, print_json, text_options
+from mlmkit.cli_options import json_option, model_options, overwrite_option, print_json, say, text_options
 from mlmkit.errors import UserError
 
 PAIRS = "pairs"
@@ -167,7 +167,7 @@ def _list_sets(data: Path | None, as_json: bool) -> None:
         print_json({"sets": rows})
         return
     for row in rows:
-        click.echo(f"{row['name']:17} {row['task']:6} {row['language']:3} {row['available']:8} {row['description']}")
+        say(f"{row['name']:17} {row['task']:6} {row['language']:3} {row['available']:8} {row['description']}")
 
 
 def _print_result(result: dict[str, Any], folder: Path | None) -> None:
@@ -175,14 +175,14 @@ def _print_result(result: dict[str, Any], folder: Path | None) -> None:
 
     corpus = result["corpus"]
     source = corpus["source"]
-    click.echo(f"{source['set'] or source['location']}: {corpus['documents']} documents, {corpus['tokens']} tokens")
+    say(f"{source['set'] or source['location']}: {corpus['documents']} documents, {corpus['tokens']} tokens")
     for name, metric in result["metrics"].items():
         error = f"   standard error {_number(metric['standard_error'])}" if metric.get("standard_error") else ""
-        click.echo(f"  {name:32} {_number(metric['value']):>14}   95 % {_range(metric)}{error}")
+        say(f"  {name:32} {_number(metric['value']):>14}   95 % {_range(metric)}{error}")
     if "mask_seeds" in result:
         seeds = result["mask_seeds"]
         for name, found in seeds["spread"].items():
-            click.echo(
+            say(
                 f"  {name:32} {_number(found['mean']):>14}   sd {_number(found['standard_deviation'])} "
                 f"over {len(seeds['by_seed'])} mask seeds"
             )
@@ -191,20 +191,20 @@ def _print_result(result: dict[str, Any], folder: Path | None) -> None:
         ties = f"   {group['ties']} ties" if group["ties"] else ""
         accuracy = group["pair_accuracy"]
         value = f"{_number(accuracy['value']):>14}   95 % {_range(accuracy)}"
-        click.echo(f"  {name:32} {value}   {group['pairs']} pairs{ties}")
+        say(f"  {name:32} {value}   {group['pairs']} pairs{ties}")
     for name, problem in (("ties", "are ties, which"), ("unscored", "have a sentence without a scored token, and")):
         if pairs.get(name):
-            click.echo(f"  {pairs[name]} of {pairs['pairs']} pairs {problem} count as wrong")
+            say(f"  {pairs[name]} of {pairs['pairs']} pairs {problem} count as wrong")
     if unknown := describe_unknown(result["unknown"]):
-        click.echo(f"  {unknown}")
+        say(f"  {unknown}")
     if corpus["windowed_documents"]:
-        click.echo(f"  {corpus['windowed_documents']} documents were longer than the model takes, and read in windows")
+        say(f"  {corpus['windowed_documents']} documents were longer than the model takes, and read in windows")
     if corpus["empty_texts"]:
-        click.echo(f"  {corpus['empty_texts']} empty texts were left out")
+        say(f"  {corpus['empty_texts']} empty texts were left out")
     if "mask_digest" in result:
-        click.echo(f"  {'mask_digest':32} {result['mask_digest']}")
+        say(f"  {'mask_digest':32} {result['mask_digest']}")
     if folder:
-        click.echo(f"result: {folder}")
+        say(f"result: {folder}")
 
 
 def _number(value: float | None) -> str:
@@ -239,9 +239,9 @@ def compare(results: tuple[str, ...], output: Path | None, top: int, as_json: bo
         print_json(comparison)
         return
     for line in print_lines(comparison):
-        click.echo(line)
+        say(line)
     if output:
-        click.echo(f"page: {output / 'compare.html'}")
+        say(f"page: {output / 'compare.html'}")
 
 
 @click.command()
@@ -253,7 +253,7 @@ def report(result: Path) -> None:
 
     require("report", "jinja2", "matplotlib")
     write_report(result)
-    click.echo(result / "report.html")
+    say(result / "report.html")
 
 
 @click.command()
@@ -299,10 +299,10 @@ def score(
         return
     for item in scores:
         text = " ".join(item.text.splitlines())
-        click.echo(f"{_number(item.pseudo_log_likelihood)}\t{len(item.token_ids)}\t{text}")
+        say(f"{_number(item.pseudo_log_likelihood)}\t{len(item.token_ids)}\t{text}")
         if per_token:
             for id, log_prob in zip(item.token_ids.tolist(), item.log_prob.tolist(), strict=True):
-                click.echo(f"    {log_prob:9.4f}  {loaded.tokenizer.token(id)}")
+                say(f"    {log_prob:9.4f}  {loaded.tokenizer.token(id)}")
 
 
 def _score_json(loaded: Any, item: Any, per_token: bool) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from mlmkit.cli_options import json_option, overwrite_option, print_json
+from mlmkit.cli_options import json_option, overwrite_option, print_json, say
 from mlmkit.errors import UserError, require
 
 PRECISIONS = "fp32|fp16|bf16|int8|int8-dynamic"
@@ -133,9 +133,9 @@ def export(
     from mlmkit.export.parity import parity_line
 
     if output:
-        click.echo(f"parity {parity_line(manifest.parity)}")
+        say(f"parity {parity_line(manifest.parity)}")
     if output and manifest.tensorrt:
-        click.echo(f"TensorRT's {parity_line(manifest.tensorrt.parity)}")
-    click.echo(f"artifact: {artifact}")
+        say(f"TensorRT's {parity_line(manifest.tensorrt.parity)}")
+    say(f"artifact: {artifact}")
     if models:
-        click.echo(f"Triton's model repository: {triton}, with {' and '.join(models)}")
+        say(f"Triton's model repository: {triton}, with {' and '.join(models)}")

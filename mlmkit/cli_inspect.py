@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mlmkit.cli_options import json_option, print_json, printable
+from mlmkit.cli_options import json_option, print_json, printable, say
 from mlmkit.errors import CheckError
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ def inspect(artifact: Path, as_json: bool) -> None:
         print_json(_as_json(artifact, found))
     else:
         for line in _lines(found):
-            click.echo(printable(line))
+            say(line)
     if found.problems:
         raise CheckError(f"{artifact} is damaged ({len(found.problems)} problems): export the checkpoint again")
 
@@ -37,11 +37,11 @@ def inspect(artifact: Path, as_json: bool) -> None:
 def _as_json(artifact: Path, found: "Inspection") -> dict[str, Any]:
     graph = found.graph and asdict(found.graph) | {"external": sorted(found.graph.external)}
     return {
-        "artifact": printable(str(artifact)),
+        "artifact": str(artifact),
         "sound": not found.problems,
-        "problems": [printable(problem) for problem in found.problems],
+        "problems": found.problems,
         "manifest": asdict(found.manifest),
-        "files": {printable(name): state for name, state in found.files.items()},
+        "files": found.files,
         "graph": graph,
         "tokens": found.tokens,
         "engines": [asdict(engine) | {"runs": not engine.reason} for engine in found.engines],

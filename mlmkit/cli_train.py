@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from mlmkit.cli_options import json_option, print_json, printable
+from mlmkit.cli_options import json_option, print_json, say
 from mlmkit.errors import UserError, require
 
 
@@ -49,7 +49,7 @@ def train(
             print_json(asdict(found))
         else:
             for line in lines(found):
-                click.echo(printable(line))
+                say(line)
     elif output is not None and sweeps:
         from mlmkit.train.sweep import check, plan, sweep, table
 
@@ -59,7 +59,8 @@ def train(
             if as_json:
                 print_json(results)
             else:
-                click.echo(table(results))
+                for line in table(results).splitlines():
+                    say(line)
             check(results)
     elif output is not None:
         from mlmkit.train.log import read_log
@@ -72,4 +73,4 @@ def train(
             last = [entry for entry in read_log(output) if "loss" in entry][-1:]
             print_json({"model": str(model), "last_log_entry": last[0] if last else None})
         else:
-            click.echo(f"model: {model}")
+            say(f"model: {model}")

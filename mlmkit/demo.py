@@ -13,6 +13,7 @@ from rich.table import Table
 
 from mlmkit.artifact import read_manifest
 from mlmkit.backends import Backend, load
+from mlmkit.cli_options import printable
 from mlmkit.corpus import load_corpus
 from mlmkit.documents import Source, read_documents
 from mlmkit.errors import CheckError, UserError
@@ -95,8 +96,9 @@ def run_demo(output: Path, text: str | None) -> None:
         ("eval-checkpoint/report.html", "the measurement on one page; result.json and the tokens lie beside it"),
     ):
         console.print(f"  {output / name}  {what}", soft_wrap=True)
+    console.print()
     command = "mlmkit" if shutil.which("mlmkit") else os.path.relpath(Path(sys.executable).with_name("mlmkit"))
-    console.print(f'\nGo on:  {command} fill {artifact} "{sentences[0]}"', soft_wrap=True, markup=False)
+    console.print(printable(f'Go on:  {command} fill {artifact} "{sentences[0]}"'), soft_wrap=True, markup=False)
 
 
 def prepare_text(output: Path, text: str | None) -> tuple[Path, Path]:
@@ -169,9 +171,9 @@ def fillable_sentences(tokenizer: Tokenizer, heldout_text: Path, *, own_text: bo
 
 def show_fill(console: Console, model: Backend, sentence: str) -> None:
     """The sentence and, for each mask, its candidates."""
-    console.print(f"  {sentence}", markup=False, soft_wrap=True)
+    console.print(printable(f"  {sentence}"), markup=False, soft_wrap=True)
     for row in fill(model, sentence, top_k=4):
-        console.print("      " + "   ".join(f"{c['token_str']} {c['score']:.2f}" for c in row), markup=False)
+        console.print(printable("      " + "   ".join(f"{c['token_str']} {c['score']:.2f}" for c in row)), markup=False)
 
 
 def result_table(evaluations: dict[str, Evaluation], entropy: float) -> Table:

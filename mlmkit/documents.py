@@ -13,7 +13,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from mlmkit.errors import UserError, require
+from mlmkit.errors import UserError, first_line, require
 
 HUB = "hub:"
 TABLES = (".jsonl", ".json", ".ndjson", ".csv", ".tsv", ".parquet")
@@ -229,8 +229,7 @@ def _hub_errors(location: str) -> Iterator[None]:
         yield
     except Exception as error:
         cause = error.__cause__ or error
-        first_line = next(iter(str(cause).splitlines()), "")
-        raise UserError(f"{location}: cannot be loaded: {type(cause).__name__}: {first_line}") from None
+        raise UserError(f"{location}: cannot be loaded: {type(cause).__name__}: {first_line(cause)}") from None
 
 
 def checked_text(value: object, place: str) -> str:

@@ -36,3 +36,9 @@ def require(extra: str, *modules: str) -> None:
     missing = [module for module in modules if find_spec(module) is None]
     if missing:
         raise UserError(f"this needs {', '.join(missing)}: pip install 'mlmkit[{extra}]'")
+
+
+def first_line(error: BaseException) -> str:
+    """What an error of a library says, in one line: its first, or all of it where that announces a list."""
+    first = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return " ".join(str(error).split()) if first.endswith(":") else first

@@ -5,13 +5,18 @@ before the vocabulary head runs. Nearly every masked-LM head works on each posit
 the masked share. Whether this one does is found out when it is wrapped; otherwise the logits are gathered behind it.
 """
 
+import copy
+import json
 import logging
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -21,12 +26,14 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers.utils.generic import ModelOutput
+from transformers.utils.hub import cached_files
 
 from mlmkit.artifact import is_artifact
-from mlmkit.errors import UserError, require
+from mlmkit.bounds import check_folder, check_tokenizer, weight_names
+from mlmkit.errors import UserError, first_line, require
 from mlmkit.files import locate_model
 from mlmkit.loss import linear_cross_entropy_sum
-from mlmkit.tokenizer import Tokenizer
+from mlmkit.tokenizer import PANIC, Tokenizer
 
 log = logging.getLogger(__name__)
 
@@ -36,6 +43,7 @@ OWN_CODE = (
     "it needs Python code of its own (auto_map), and mlmkit never runs a model's code: use a model whose architecture "
     "and tokenizer are part of transformers"
 )
+FLOOR = 4 << 20  # weights, 16 MiB: not worth counting
 # What a network raises when it is asked for what it cannot do.
 PROBE_ERRORS = (ValueError, TypeError, RuntimeError, AttributeError, LookupError, AssertionError)
 
@@ -102,10 +110,8 @@ class MaskedLM(nn.Module):
         ids = (self.vocabulary_size - 1 - places % (self.vocabulary_size // 2 or 1)).view(2, seq)
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         positions = places.flip(0)[::3]
-        training = network.training
-        network.eval()
         try:
-            with torch.no_grad():
+            with _probing(network):
                 dense = self._dense_logits(**inputs)
                 if dense.shape != (2, seq, self.vocabulary_size):
                     raise UserError(f"a {kind} model gives no logits for each token: mlmkit cannot score with it")
@@ -123,8 +129,6 @@ class MaskedLM(nn.Module):
                     raise UserError(f"this {kind} model gives other logits each time: there is nothing to evaluate")
         except PROBE_ERRORS as error:
             raise UserError(f"a {kind} model cannot score token ids alone: {first_line(error)}") from error
-        finally:
-            network.train(training)
         log.info("the head of %s needs every position: it runs at all of them", kind)
         return False
 
@@ -134,10 +138,8 @@ class MaskedLM(nn.Module):
         if not (self.gathers_before_head and isinstance(decoder, nn.Linear)):
             return False
         inputs = probe_inputs(self, [max(min(5, self.max_length()), 1)])
-        training = self.network.training
-        self.network.eval()
         try:
-            with torch.no_grad():
+            with _probing(self.network):
                 expected = self.logits(**inputs)
                 found = F.linear(self._decoder_input(decoder, **inputs), decoder.weight, decoder.bias)
             # Tight: whatever a head does besides, a soft cap for example, may hardly show on random weights.
@@ -146,8 +148,6 @@ class MaskedLM(nn.Module):
         except PROBE_ERRORS as error:
             log.debug("the head is more than its matrix: %s", error)
             return False
-        finally:
-            self.network.train(training)
 
     def _decoder_input(self, decoder: nn.Linear, positions: Tensor, **inputs: Any) -> Tensor:
         """The states `[masked, width]` that the vocabulary's matrix would be multiplied with."""
@@ -304,28 +304,51 @@ def from_pretrained(kind: Any, path: str, **options: Any) -> Any:
     Raises `UserError` for what cannot be loaded so.
     """
     with as_user_error(path):
+        present = _fetch(path, ("config.json", "tokenizer_config.json", "adapter_config.json"))
+        folder = present[0].parent if present else Path(path)
+        config = check_folder(folder) if folder.is_dir() else {}
+        if kind is AutoTokenizer:
+            for file in _fetch(path, ["tokenizer.json"]):
+                check_tokenizer(json.loads(file.read_bytes()))
+        if kind is AutoModelForMaskedLM:
+            _fetch(path, ("model.safetensors", "model.safetensors.index.json"))
+            _refuse_unheld(options["config"], _fetch(path, weight_names(folder, config)))
         return kind.from_pretrained(path, trust_remote_code=False, **options)
 
 
-class as_user_error:  # noqa: N801  (a context manager)
+def _fetch(path: str, names: Sequence[str]) -> list[Path]:
+    """Where those files of a model's folder that there are lie, once fetched if it is the hub's."""
+    silent: Any = {f"_raise_exceptions_for_{kind}": False for kind in ("missing_entries", "connection_errors")}
+    return [Path(file) for name in names for file in cached_files(path, [name], **silent) or ()]
+
+
+def _refuse_unheld(config: PreTrainedConfig, files: Sequence[Path]) -> None:
+    """Raise `UserError` if the weight files hold much less than what the configuration asks memory for."""
+    held = 0
+    for file in files:
+        with safe_open(file, "pt") as tensors:
+            held += sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())  # noqa: SIM118
+    text, most = config.get_text_config(), 2 * held + FLOOR
+    # A table of sines is in no file, and is filled by a loop of Python.
+    asked = max(text.vocab_size, getattr(text, "max_position_embeddings", 0) * getattr(text, "hidden_size", 0) // 2)
+    if asked <= most:
+        with torch.device("meta"):
+            network = AutoModelForMaskedLM.from_config(copy.deepcopy(config), trust_remote_code=False)
+        asked = sum(tensor.numel() for tensor in (*network.parameters(), *network.buffers()))
+    if asked > most:
+        raise UserError(f"its configuration asks for {asked:,} weights, and its files hold {held:,}")
+
+
+@contextmanager
+def as_user_error(path: str) -> Iterator[None]:
     """transformers raises OSError or ValueError with pages of advice: keep the first line."""
-
-    def __init__(self, path: str) -> None:
-        self.path = path
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, _kind: object, error: BaseException | None, _traceback: object) -> None:
-        if isinstance(error, Exception):
-            cause = error if isinstance(error, UserError) else f"cannot be loaded: {first_line(error)}"
-            raise UserError(f"{self.path}: {OWN_CODE if 'trust_remote_code' in str(error) else cause}") from error
-
-
-def first_line(error: BaseException) -> str:
-    """What an error of a library says, in one line."""
-    first = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-    return " ".join(str(error).split()) if first.endswith(":") else first  # it announces what follows
+    try:
+        yield
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != PANIC:
+            raise
+        cause = error if isinstance(error, UserError) else f"cannot be loaded: {first_line(error)}"
+        raise UserError(f"{path}: {OWN_CODE if 'trust_remote_code' in str(error) else cause}") from error
 
 
 def _close(found: Tensor, expected: Tensor, bound: float) -> bool:
@@ -333,6 +356,18 @@ def _close(found: Tensor, expected: Tensor, bound: float) -> bool:
 
 
 # ---------------------------------------------------------------- probes
+
+
+@contextmanager
+def _probing(network: PreTrainedModel) -> Iterator[None]:
+    """Without dropout and gradients, and in the mode that it had afterwards."""
+    training = network.training
+    try:
+        with torch.no_grad():
+            network.eval()
+            yield
+    finally:
+        network.train(training)
 
 
 def sees_context(model: MaskedLM) -> bool:
@@ -343,11 +378,8 @@ def sees_context(model: MaskedLM) -> bool:
     inputs = probe_inputs(model, [5])
     others = inputs | {"input_ids": inputs["input_ids"].flip(1)}
     middle = torch.tensor([2])
-    training = model.network.training
-    model.network.eval()
-    with torch.no_grad():
+    with _probing(model.network):
         before, after = (model.logits(**(each | {"positions": middle})) for each in (inputs, others))
-    model.network.train(training)
     return not torch.equal(before, after)
 
 
@@ -361,11 +393,8 @@ def sees_padding(model: MaskedLM, pad_id: int) -> bool:
     padded = {
         name: F.pad(inputs[name], (0, 4), value=fill) for name, fill in (("input_ids", pad_id), ("attention_mask", 0))
     }
-    training = model.network.training
-    model.network.eval()
-    with torch.no_grad():
+    with _probing(model.network):
         alone, behind = model.logits(**inputs), model.logits(inputs["positions"], **padded)
-    model.network.train(training)
     return not torch.allclose(alone, behind, atol=2e-5, rtol=1e-5)
 
 

@@ -18,12 +18,14 @@ from tokenizers import Encoding
 from tokenizers import Tokenizer as RustTokenizer
 from tokenizers.models import BPE, WordLevel
 
+from mlmkit.bounds import check_tokenizer
 from mlmkit.errors import UserError
 from mlmkit.masking import MaskVocabulary, first_token_of_word
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+PANIC = "PanicException"  # of Rust; no Exception, and in no module
 FILES = ("tokenizer.json", "tokenizer_config.json")
 CLEAN_UP = "clean_up_tokenization_spaces"
 CLEAN_UP_BPE = f"{CLEAN_UP}_for_bpe_even_though_it_will_corrupt_output"
@@ -60,6 +62,8 @@ class Tokenizer:
         rust.no_truncation()
         rust.no_padding()
         self._serialized = rust.to_str()
+        parsed = json.loads(self._serialized)
+        check_tokenizer(parsed)
         # Two copies, as the switch is part of the object's state: text of a corpus is data, and a "[MASK]" in it is
         # four ordinary pieces; text for `fill` holds real mask tokens.
         self._data = RustTokenizer.from_str(self._serialized)
@@ -68,13 +72,13 @@ class Tokenizer:
         self._control.encode_special_tokens = False
 
         self.named = {name: _content(config[name]) for name in NAMED_TOKENS if config.get(name)}
-        if "unk_token" not in self.named and (spelled := _unknown_of(json.loads(self._serialized)["model"])):
+        if "unk_token" not in self.named and (spelled := _unknown_of(parsed["model"])):
             self.named |= {"unk_token": spelled} if rust.token_to_id(spelled) is not None else {}
         if "mask_token" not in self.named:
             raise UserError("the tokenizer has no mask token: a masked model's names it in tokenizer_config.json")
         limit = config.get(LIMIT)  # transformers writes 1e30 for "none"
         self.limit = int(limit) if isinstance(limit, int | float) and 0 < limit < 1 << 30 else None
-        self.special_ids = self._find_special_ids(config)
+        self.special_ids = self._find_special_ids(config, parsed["model"])
         self.mask_token = self.named["mask_token"]
         self.mask_id = self._id_of("mask_token")
         self.unk_id = self._id_of("unk_token") if "unk_token" in self.named else None
@@ -91,14 +95,14 @@ class Tokenizer:
             raise UserError(f"the tokenizer's {name} {self.named[name]!r} is not in its vocabulary")
         return id
 
-    def _find_special_ids(self, config: dict[str, Any]) -> frozenset[int]:
+    def _find_special_ids(self, config: dict[str, Any], model: dict[str, Any]) -> frozenset[int]:
         extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
         extra = map(_content, extra.values() if isinstance(extra, dict) else extra)
         by_name = map(self.token_id, (*self.named.values(), *extra))
         found = {id for id, token in self._control.get_added_tokens_decoder().items() if token.special}
         found |= {id for id in by_name if id is not None}
         spelling = {id for id in found if re.fullmatch("<0x[0-9A-F]{2}>", self.token(id))}
-        if spelling and json.loads(self._serialized)["model"].get("byte_fallback"):
+        if spelling and model.get("byte_fallback"):
             found -= spelling  # these are the bytes of a text, whatever they are marked as
         return frozenset(found)
 
@@ -136,6 +140,7 @@ class Tokenizer:
         """
         try:
             files = contents or {name: (folder / name).read_bytes() for name in FILES}
+            check_tokenizer(json.loads(files["tokenizer.json"]))
             rust = RustTokenizer.from_buffer(files["tokenizer.json"])
             return cls(rust, json.loads(files["tokenizer_config.json"]))
         except OSError as error:
@@ -143,7 +148,7 @@ class Tokenizer:
         except UserError as error:
             raise UserError(f"{folder}: {error}") from None
         except BaseException as error:  # JSON may hold anything; Rust raises bare Exception, and panics beside it
-            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            if not isinstance(error, Exception) and type(error).__name__ != PANIC:
                 raise
             raise UserError(f"{folder}: the tokenizer cannot be read: {error}") from None
 
@@ -188,7 +193,7 @@ class Tokenizer:
 
     def encode(self, texts: Sequence[str]) -> Tokens:
         """Corpus text to ids: no special tokens added, and none yielded by the text but the unknown token."""
-        encodings = self._data.encode_batch(list(texts), add_special_tokens=False)
+        encodings = _encode(self._data, texts, add_special_tokens=False)
         ids = np.array([id for encoding in encodings for id in encoding.ids], dtype=np.int64)
         words = np.array([-1 if w is None else w for encoding in encodings for w in encoding.word_ids], dtype=np.int32)
         lengths = np.array([len(encoding) for encoding in encodings], dtype=np.int64)
@@ -241,7 +246,7 @@ class Tokenizer:
 
         Pieces of one character share its span.
         """
-        [encoding] = self._data.encode_batch([text], add_special_tokens=False)
+        [encoding] = _encode(self._data, [text], add_special_tokens=False)
         return [
             span
             for id, span in zip(encoding.ids, encoding.offsets, strict=True)
@@ -260,7 +265,7 @@ class Tokenizer:
 
     def encode_control(self, text: str) -> Encoding:
         """Text for `fill`: special tokens in it are control tokens, and the frame is added."""
-        return self._control.encode_batch([text])[0]  # as a batch, because `encode` lets no other thread run meanwhile
+        return _encode(self._control, [text])[0]
 
     def token_id(self, token: str) -> int | None:
         """The id of a vocabulary entry, spelled as the vocabulary spells it; None if there is none."""
@@ -282,6 +287,16 @@ class Tokenizer:
             for spaced in CLEANED_UP:
                 text = text.replace(spaced, spaced.strip())
         return text
+
+
+def _encode(rust: RustTokenizer, texts: Sequence[str], **options: Any) -> list[Encoding]:
+    """As a batch, because `encode` lets no other thread run meanwhile. Raises `UserError` where a pattern gives up."""
+    try:
+        return rust.encode_batch(list(texts), **options)
+    except BaseException as error:
+        if type(error).__name__ != PANIC:
+            raise
+        raise UserError(f"the tokenizer cannot read a text: {error}") from None
 
 
 def _unknown_of(model: dict[str, Any]) -> str | None:

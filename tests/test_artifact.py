@@ -98,6 +98,10 @@ def test_a_manifest_that_promises_too_much_is_refused(copy):
     change(copy, top_k=200)
     with pytest.raises(UserError, match="gives 100 candidates"):
         load(str(copy)).score(random_batch(1, 5, 1))
+    for name, key in (("config.json", "max_position_embeddings"), ("tokenizer_config.json", "model_max_length")):
+        values = json.loads((copy / name).read_text())
+        (copy / name).write_text(json.dumps({known: value for known, value in values.items() if known != key}))
+    rehash(copy)
     change(copy, top_k=100, max_length=128)
     with pytest.raises(CheckError, match=r"ONNX Runtime failed on a batch of shape \(1, 100\)"):
         load(str(copy)).score(random_batch(1, 100, 1))

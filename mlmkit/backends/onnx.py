@@ -13,7 +13,7 @@ from mlmkit.artifact import AGAIN, GRAPH, refuse_changes
 from mlmkit.backends import Batch, Scored, open_artifact
 from mlmkit.backends.graph import graph_problems, read_graph
 from mlmkit.distributed import cores
-from mlmkit.errors import CheckError, UserError
+from mlmkit.errors import CheckError, UserError, first_line
 
 NO_BF16 = "it has no bf16 on the CPU: use --device cuda, or export with --precision fp32"
 
@@ -39,23 +39,23 @@ class OnnxBackend:
         refuse_changes(Path(path), files)  # the session has opened weights beside the graph by their path
 
     def score(self, batch: Batch) -> Scored:
-        if self.device == "cpu":
-            try:
+        try:
+            if self.device == "cpu":
                 return Scored(*self._session.run(Scored._fields, batch._asdict()))  # pyright: ignore[reportArgumentType]
-            except Exception as error:  # onnxruntime's own exceptions share no public base
-                raise CheckError(
-                    f"{self.info.path}: ONNX Runtime failed on a batch of shape {batch.input_ids.shape}, in a model "
-                    f"of {self.info.max_length} tokens and {self.info.vocabulary_size} ids: {_first_line(error)}"
-                ) from error
-        # Binding lets the inputs go to the device in one step each and keeps every intermediate there; the outputs
-        # are a few numbers a masked position.
-        binding = self._session.io_binding()
-        for name, values in batch._asdict().items():
-            binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(_contiguous(values), "cuda", 0))
-        for name in Scored._fields:
-            binding.bind_output(name, "cpu")
-        self._session.run_with_iobinding(binding)
-        return Scored(*binding.copy_outputs_to_cpu())
+            # Binding lets the inputs go to the device in one step each and keeps every intermediate there; the outputs
+            # are a few numbers a masked position.
+            binding = self._session.io_binding()
+            for name, values in batch._asdict().items():
+                binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(_contiguous(values), "cuda", 0))
+            for name in Scored._fields:
+                binding.bind_output(name, "cpu")
+            self._session.run_with_iobinding(binding)
+            return Scored(*binding.copy_outputs_to_cpu())
+        except Exception as error:  # onnxruntime's own exceptions share no public base
+            raise CheckError(
+                f"{self.info.path}: ONNX Runtime failed on a batch of shape {batch.input_ids.shape}, in a model "
+                f"of {self.info.max_length} tokens and {self.info.vocabulary_size} ids: {first_line(error)}"
+            ) from error
 
     def _open(self, folder: Path, graph: bytes) -> ort.InferenceSession:
         # The optimizer would merge the quantizers that query, key and value have each, and a product whose input others
@@ -64,21 +64,21 @@ class OnnxBackend:
         try:
             session = ort.InferenceSession(
                 graph,
-                _options(folder),
+                _options(folder, self.device),
                 providers=_providers(self.device),
                 disabled_optimizers=without,
                 enable_fallback=False,  # it would print to standard output, and change the device unasked
             )
         except Exception as error:  # onnxruntime's own exceptions share no public base
-            raise UserError(f"{folder}/{GRAPH}: ONNX Runtime cannot load it: {_first_line(error)}") from None
+            raise UserError(f"{folder}/{GRAPH}: ONNX Runtime cannot load it: {first_line(error)}") from None
         if self.device == "cuda" and session.get_providers()[0] != "CUDAExecutionProvider":
             raise UserError("ONNX Runtime could not start CUDA (its messages are above): use --device cpu")
         return session
 
 
-def _options(folder: Path) -> ort.SessionOptions:
+def _options(folder: Path, device: str) -> ort.SessionOptions:
     options = ort.SessionOptions()
-    options.log_severity_level = 3
+    options.log_severity_level = 3 if device == "cuda" else 4  # its exceptions say the same, but for why CUDA fails
     sharing = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # as torchrun sets it
     options.intra_op_num_threads = max(cores() // sharing, 1)
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder.absolute()))
@@ -115,10 +115,6 @@ def _pick_device(device: str) -> str:
         raise UserError(f"{reason}: use --device cpu")
     ort.preload_dlls()
     return "cuda"
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def _contiguous(array: NDArray[np.int64]) -> NDArray[np.int64]:

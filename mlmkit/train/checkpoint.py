@@ -28,9 +28,9 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from torch.optim import Optimizer
 
 from mlmkit.distributed import Ranks
-from mlmkit.errors import DamagedError, EndedElsewhereError, UserError
+from mlmkit.errors import DamagedError, EndedElsewhereError, UserError, first_line
 from mlmkit.files import changed_file, hash_tree, new_folder, read_record, remove, write_record
-from mlmkit.model import MaskedLM, first_line
+from mlmkit.model import MaskedLM
 from mlmkit.train.parallel import whole_weights
 
 # torch.distributed.checkpoint warns on every save and load of a single process, which most runs are.

@@ -4,7 +4,6 @@ bert-tiny to bert-small: Turc et al. 2019; bert-base, -large: Devlin et al. 2019
 distilbert: Sanh et al. 2019; modernbert-base, -large: Warner et al. 2024.
 """
 
-import json
 from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
@@ -14,6 +13,7 @@ import numpy as np
 import torch
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForMaskedLM, PreTrainedConfig
 
+from mlmkit.bounds import read_config
 from mlmkit.corpus import BLOCKS_COUNTED, Corpus
 from mlmkit.errors import UserError
 from mlmkit.model import MaskedLM, as_user_error, refuse_other_models
@@ -110,13 +110,13 @@ def fit_output_bias(model: MaskedLM, corpora: Sequence[Corpus], weights: Sequenc
 
 def _read_config(path: str) -> dict[str, Any]:
     try:
-        values = json.loads(Path(path).read_text(encoding="utf-8"))
+        values = read_config(Path(path))
     except OSError:
         raise UserError(
             f"model.architecture: {path!r} is neither a preset ({', '.join(PRESETS)}) nor a config.json"
         ) from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not a Hugging Face config.json: {error}") from None
+    except (UserError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not a Hugging Face config.json for mlmkit: {error}") from None
     if not isinstance(values, dict):
         raise UserError(f"{path}: not a Hugging Face config.json: no JSON object")
     return values
