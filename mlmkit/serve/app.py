@@ -32,7 +32,9 @@ from mlmkit.serve.texts import read_filling, read_scores_request, write_filling,
 log = logging.getLogger(__name__)
 
 TEXT_THREADS = 2
-SHORT_BODY, SHORT_ANSWER = 2048, 20  # bytes, candidates: some 0.1 ms of work; a thread costs 0.3 (docs/decisions.md)
+# Bytes, quotes, candidates: some 0.1 ms of work, and a thread costs 0.3 (docs/decisions.md). Hundreds of short texts
+# or targets are 10 ms in 2 KB, and as many requests may come at once.
+SHORT_BODY, SHORT_QUOTES, SHORT_ANSWER = 2048, 20, 20
 STATUSES = (400, 401, 404, 405, 408, 413, 415, 422, 429, 431, 500, 503)
 REFUSALS: dict[int | str, dict[str, Any]] = {status: {"model": schemas.ErrorBody} for status in STATUSES}
 KINDS = {NoMaskError: "no_mask", TextTooLongError: "text_too_long", TargetError: "unknown_target"}
@@ -146,7 +148,8 @@ def _add_routes(app: FastAPI, service: Service) -> None:
     async def fill_mask(request: Request) -> Response:
         """The likeliest tokens for each mask, as Hugging Face's pipeline and Inference API give them."""
         body = await json_body(request)
-        filling = await service.in_thread(read_filling, service, body, is_short=len(body) <= SHORT_BODY)
+        is_short = len(body) <= SHORT_BODY and body.count(b'"') <= SHORT_QUOTES
+        filling = await service.in_thread(read_filling, service, body, is_short=is_short)
         predicted, is_short = await service.queue.score(filling.rows), filling.candidates <= SHORT_ANSWER
         try:
             body = await service.in_thread(write_filling, service, filling, predicted, is_short=is_short)
