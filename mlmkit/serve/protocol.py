@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import socket
+from typing import Any
 
 import httptools
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
@@ -27,9 +28,14 @@ class Protocol(HttpToolsProtocol):
     _is_in_head = _is_in_message = _is_over = False
     _received = 0  # bytes of a head
 
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        # What came at once is handed on as one: 40,000 chunks of a byte would be copied 40,000 times.
+        self._pieces: list[bytes] = []
+        self.on_body = self._pieces.append
+        super().__init__(*arguments, **options)
+
     def connection_made(self, transport: asyncio.Transport) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         super().connection_made(transport)
-        self._pieces: list[bytes] = []
         self._arm()
 
     def data_received(self, data: bytes) -> None:
@@ -78,14 +84,10 @@ class Protocol(HttpToolsProtocol):
             if len(self.headers) > HEAD_FIELDS:
                 raise ApiError(431, "head_too_large", f"the request has more than {HEAD_FIELDS} header fields")
 
-    def on_body(self, body: bytes) -> None:
-        """Kept until all that came at once is read: 40,000 chunks of a byte each would be copied 40,000 times."""
-        self._pieces.append(body)
-
     def _flush(self) -> None:
         if self._pieces:
             super().on_body(b"".join(self._pieces))
-            self._pieces = []
+            self._pieces.clear()
 
     def on_headers_complete(self) -> None:
         """A request has begun: from here on the gate watches over it."""

@@ -33,6 +33,7 @@ log = logging.getLogger(__name__)
 BACKLOG = 2048
 KEEP_ALIVE = 75  # seconds: longer than load balancers keep a connection, so that they close it, not we
 FAREWELL = 0.5  # seconds from the signal to the closed socket, so that clients with open connections hear of it
+SWITCH = 0.0005  # seconds, a tenth of Python's: the event loop waits so long for the text threads at each read and write
 AGAIN = 1.0  # seconds before a worker that died is started again
 
 
@@ -185,6 +186,7 @@ def _run(serving: Serving, listener: socket.socket, on_ready: Any) -> None:
         timeout_graceful_shutdown=int(service.limits.drain_seconds) + 1,
     )
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
+    sys.setswitchinterval(SWITCH)
     server = _Server(config, service, gate, on_ready)
     server.run([listener])
     if not server.started or server.has_failed:
