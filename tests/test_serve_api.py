@@ -218,7 +218,7 @@ def change(name: str, /, **values: Any) -> Callable[[list[dict[str, Any]]], None
         (change("positions", data=[0.5, 1, 2]), "must be whole numbers"),
         (change("positions", data=[[1], [2, 3]]), "must be whole numbers"),
         (change("input_ids", shape=[2, 5], data=[2**80] * 10), "must be whole numbers"),
-        (change("positions", data=["1" * 900_000] + ["1"] * 180_000), "must be whole numbers"),
+        (change("positions", data=["1" * 900_000] + ["1"] * 9_000), "must be whole numbers"),
         (change("input_ids", shape=[0, 1 << 62], data=[]), "Input should be less than"),
         (change("targets", shape=[3, 1]), "targets has 1 axes, not 2"),
         (change("targets", parameters={"binary_data_size": 80}), "binary_data_size must be the bytes"),

@@ -25,7 +25,7 @@ from mlmkit.fill import NoMaskError, TargetError, TextTooLongError
 from mlmkit.serve import schemas
 from mlmkit.serve.batcher import Batcher
 from mlmkit.serve.errors import ApiError, error_response
-from mlmkit.serve.gate import Gate, json_body
+from mlmkit.serve.gate import Gate, Hosts, json_body
 from mlmkit.serve.kserve_routes import kserve_router
 from mlmkit.serve.limits import Limits
 from mlmkit.serve.metrics import CONTENT_TYPE, Metrics
@@ -39,7 +39,7 @@ TRIM_SECONDS = 5.0
 # Bytes, quotes, candidates: some 0.1 ms of work, and a thread costs 0.3 (docs/decisions.md). Hundreds of short texts
 # or targets are 10 ms in 2 KB, and as many requests may come at once.
 SHORT_BODY, SHORT_QUOTES, SHORT_ANSWER = 2048, 20, 20
-STATUSES = (400, 401, 404, 405, 408, 413, 415, 422, 429, 431, 500, 503)
+STATUSES = (400, 401, 403, 404, 405, 408, 413, 415, 422, 429, 431, 500, 503)
 REFUSALS: dict[int | str, dict[str, Any]] = {status: {"model": schemas.ErrorBody} for status in STATUSES}
 KINDS = {NoMaskError: "no_mask", TextTooLongError: "text_too_long", TargetError: "unknown_target"}
 
@@ -117,7 +117,7 @@ class Service:
         self.threads.shutdown()
 
 
-def build_app(service: Service, token: str | None = None) -> Gate:
+def build_app(service: Service, token: str | None, hosts: Hosts) -> Gate:
     """The application behind its gate."""
 
     @contextlib.asynccontextmanager
@@ -144,7 +144,7 @@ def build_app(service: Service, token: str | None = None) -> Gate:
     app.include_router(kserve_router(service))
     app.include_router(page_router())
     app.openapi = lambda: schemas.document(app)
-    return Gate(app, service.limits, service.metrics, token)
+    return Gate(app, service.limits, service.metrics, token, hosts)
 
 
 async def _give_memory_back(service: Service) -> None:

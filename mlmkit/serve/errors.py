@@ -15,7 +15,7 @@ from starlette.responses import Response
 Model = TypeVar("Model", bound=BaseModel)
 
 LONGEST_WAIT = 60  # seconds that a client is told to wait, at most
-# pydantic holds the interpreter's lock while it parses: 2 MB of lists or of strings stopped the event loop for a second.
+# pydantic holds the interpreter's lock while it parses: 2 MB of lists or strings stopped the event loop for a second.
 MOST_VALUES = 10_000  # strings and lists and objects of a body, or commas between its values: some 5 ms
 STRING = re.compile(rb'"(?:[^"\\]++|\\.)*+(?:"|\\?\Z)', re.DOTALL)
 

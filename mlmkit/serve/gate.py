@@ -3,10 +3,13 @@
 import asyncio
 import contextlib
 import hmac
+import ipaddress
 import logging
+import re
 import time
 import zlib
 from collections.abc import AsyncIterator, Awaitable
+from dataclasses import dataclass
 from typing import Any
 
 from starlette.requests import Request
@@ -32,14 +35,50 @@ HEADERS = (
 )
 
 
+@dataclass(frozen=True)
+class Hosts:
+    """Whom a request may name as its Host and its Origin: `names`, and where `is_local` this machine's own alone.
+
+    Otherwise a web page whose owner points its name at 127.0.0.1 is one of this server's own, to a browser.
+    """
+
+    names: frozenset[str]
+    is_local: bool
+
+    def check(self, scope: Scope) -> None:
+        """Raise `ApiError` for other ones."""
+        hosts = [value.decode("latin-1").lower() for name, value in scope["headers"] if name == b"host"]
+        if len(hosts) != 1 and (hosts or scope["http_version"] == "1.1"):
+            raise ApiError(400, "malformed_http", "a request of HTTP/1.1 has the header Host once")
+        refused = [host for host in hosts if self.is_local and not self._knows(host)]
+        for name, value in scope["headers"]:
+            origin = value.decode("latin-1").lower()
+            if name == b"origin" and (not hosts or origin.partition("://")[1:] != ("://", hosts[0])):
+                refused += [] if _name_of(origin) in self.names else [origin]
+        if refused:
+            message = f"{refused[0][:100]!a} may not use this server: if it may, start it with --allow-host NAME"
+            raise ApiError(403, "host_not_allowed", message)
+
+    def _knows(self, host: str) -> bool:
+        name = _name_of(host)
+        with contextlib.suppress(ValueError):
+            return name in self.names or ipaddress.ip_address(name.strip("[]")).is_loopback
+        return name == "localhost" or name.endswith(".localhost")
+
+
+def _name_of(host: str) -> str:
+    """The name or address in a Host or an Origin, without what is around it."""
+    return re.sub(r"^[a-z]+://|:\d*$", "", host).removesuffix(".")
+
+
 class Gate:
     """ASGI middleware. A POST's body is read here, whole, before the application runs.
 
     The application's task is cancelled when its client leaves or the deadline passes, so endpoints need not look.
     """
 
-    def __init__(self, app: ASGIApp, limits: Limits, metrics: Metrics, token: str | None) -> None:
-        self.app, self.limits, self.metrics = app, limits, metrics
+    def __init__(self, app: ASGIApp, limits: Limits, metrics: Metrics, token: str | None, hosts: Hosts) -> None:
+        self.app, self.limits, self.metrics, self.hosts = app, limits, metrics, hosts
         self.token = token.encode() if token else None
         self.in_flight = self._begun = 0
         self.is_draining = False
@@ -56,6 +95,7 @@ class Gate:
         endpoint = endpoint_of(scope["path"])
         begun = time.perf_counter()
         try:
+            self.hosts.check(scope)
             self._check_token(scope)
             if endpoint not in PROBES:
                 await self._turn()
@@ -213,12 +253,8 @@ def _inflate(body: bytes, encodings: list[bytes], limit: int) -> bytes:
 
 
 async def json_body(request: Request) -> bytes:
-    """The body of a request that says it is JSON, or that names no type and comes from no web page.
-
-    A page of another origin cannot name JSON without the browser asking us first. It can leave the type out, as
-    Triton's client does, but not the header Origin.
-    """
-    kind = request.headers.get("content-type", "" if "origin" in request.headers else "application/json")
+    """The body of a request that says it is JSON, or that names no type, as Triton's client."""
+    kind = request.headers.get("content-type", "application/json")
     kind = kind.partition(";")[0].strip().lower()
     if kind != "application/json" and not kind.endswith("+json"):
         raise ApiError(415, "unsupported_media_type", "send JSON, and the header Content-Type: application/json")
