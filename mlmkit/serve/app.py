@@ -2,10 +2,8 @@
 
 import asyncio
 import contextlib
-import ctypes
 import gc
 import logging
-import os
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
@@ -35,7 +33,7 @@ from mlmkit.serve.texts import read_filling, read_scores_request, write_filling,
 log = logging.getLogger(__name__)
 
 TEXT_THREADS = 2
-TRIM_SECONDS = 5.0
+SHRINK_SECONDS = 5.0
 # Bytes, quotes, candidates: some 0.1 ms of work, and a thread costs 0.3 (docs/decisions.md). Hundreds of short texts
 # or targets are 10 ms in 2 KB, and as many requests may come at once.
 SHORT_BODY, SHORT_QUOTES, SHORT_ANSWER = 2048, 20, 20
@@ -123,9 +121,9 @@ def build_app(service: Service, token: str | None, hosts: Hosts) -> Gate:
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         await service.start()
-        trimming = asyncio.create_task(_give_memory_back(service))
+        shrinking = asyncio.create_task(_shrink(service))
         yield
-        trimming.cancel()
+        shrinking.cancel()
         await service.stop()
 
     app = FastAPI(
@@ -147,16 +145,14 @@ def build_app(service: Service, token: str | None, hosts: Hosts) -> Gate:
     return Gate(app, service.limits, service.metrics, token, hosts)
 
 
-async def _give_memory_back(service: Service) -> None:
-    """Make ONNX Runtime and glibc return what is free, now and then: they kept 400 MiB after answers of 63 MB."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", int) if os.name == "posix" else int
+async def _shrink(service: Service) -> None:
+    """Make ONNX Runtime return what earlier calls took: a call of 2^23 logits leaves 120 MiB."""
     rate, shrink = 0.0, getattr(service.backend, "shrink", int)
     while True:
-        await asyncio.sleep(TRIM_SECONDS)
+        await asyncio.sleep(SHRINK_SECONDS)
         if service.queue.rate != rate:  # there was a call
             rate = service.queue.rate
             await asyncio.to_thread(shrink)
-        await asyncio.to_thread(trim, 0)
 
 
 def _add_routes(app: FastAPI, service: Service) -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import ctypes
 import ipaddress
 import logging
 import multiprocessing
@@ -34,6 +35,7 @@ BACKLOG = 2048
 SPREADS = sys.platform == "linux"  # whether the kernel spreads connections over sockets of one port (SO_REUSEPORT)
 KEEP_ALIVE = 75  # seconds: longer than load balancers keep a connection, so that they close it, not we
 FAREWELL = 0.5  # seconds from the signal to the closed socket, so that clients with open connections hear of it
+M_MMAP_THRESHOLD, LARGE = -3, 1 << 20  # bytes: what is larger goes back at once; glibc by itself kept 300 MiB
 SWITCH = (
     0.0005  # seconds, a tenth of Python's: the event loop waits so long for the text threads at each read and write
 )
@@ -196,6 +198,8 @@ def _run(serving: Serving, listener: socket.socket, on_ready: Any) -> None:
     )
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
     sys.setswitchinterval(SWITCH)
+    with contextlib.suppress(AttributeError, TypeError):  # not glibc
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, LARGE)
     server = _Server(config, service, gate, on_ready)
     server.run([listener])
     if not server.started or server.has_failed:
