@@ -1,23 +1,35 @@
 """This process's place among those that `torchrun` started; alone, it is rank 0 of 1."""
 
+import atexit
+import itertools
+import logging
 import math
 import os
 import re
+import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from mlmkit.errors import EndedElsewhereError, UserError, require
 
 T = TypeVar("T")
 
+log = logging.getLogger(__name__)
+
 CPU_LIMIT, MEMORY_LIMIT = Path("/sys/fs/cgroup/cpu.max"), Path("/sys/fs/cgroup/memory.max")
 TIME_TO_SPEAK = 5  # seconds
 PATIENCE = timedelta(days=7)  # a rank may wait for another one's share of a long evaluation
+BEAT_SECONDS, BEATS = 5.0, 12  # a rank that does not count for a minute is dead; one that works, or waits, counts
+RESUME = "Start all ranks again with the same command: it resumes from what was saved last"
+LEFT = 1 << 40  # more than any count: that rank needs no other any more
+_pulses: list[tuple[threading.Event, threading.Thread, Any]] = []
+_meetings = itertools.count()
 
 
 def cores() -> int:
@@ -63,6 +75,32 @@ class Ranks:
 
             if not dist.is_initialized():
                 dist.init_process_group(backend, timeout=PATIENCE)
+                address, over = (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])), threading.Event()
+                meeting = f"{os.environ.get('TORCHELASTIC_RESTART_COUNT')} {next(_meetings)}"
+                store = dist.PrefixStore(f"mlmkit {meeting}", dist.TCPStore(*address, is_master=False))
+                thread = threading.Thread(target=self._beat, args=(store, over), daemon=True, name="beat")
+                _pulses.append((over, thread, store))
+                atexit.register(over.set)
+                thread.start()
+
+    def _beat(self, store: Any, over: threading.Event) -> None:
+        """Count, and end this process once another does not: a collective would wait for that one for days.
+
+        The first rank watches all, and the others the first, which also holds the store.
+        """
+        watched = range(1, self.world) if self.is_first else [0]
+        seen, missed = dict.fromkeys(watched, 0), dict.fromkeys(watched, 0)
+        while not over.wait(BEAT_SECONDS):
+            for rank in watched:
+                count = seen[rank]
+                with suppress(RuntimeError):  # the store has gone
+                    store.add(str(self.rank), 1)
+                    count = store.add(str(rank), 0)
+                missed[rank] = missed[rank] + 1 if seen[rank] == count < LEFT else 0
+                seen[rank] = count
+                if missed[rank] == BEATS:
+                    log.error("mlmkit: rank %d does not answer. %s", rank, RESUME)
+                    os._exit(1)  # the main thread waits in C++
 
     def barrier(self) -> None:
         """Wait until every rank is here."""
@@ -113,6 +151,12 @@ class Ranks:
             import torch.distributed as dist
 
             if dist.is_initialized():
+                over, thread, store = _pulses.pop()
+                over.set()
+                thread.join(BEAT_SECONDS)  # it may wait for a store that has gone
+                if sys.exc_info()[0] is None:  # else others may wait for this one, and are to hear that it has gone
+                    with suppress(RuntimeError):
+                        store.add(str(self.rank), LEFT)
                 dist.destroy_process_group()
 
 
