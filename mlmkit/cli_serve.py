@@ -49,11 +49,7 @@ def _default(field: str) -> str:
 @click.option("--workers", type=AT_LEAST_1, default=1, show_default=True, help="Processes, each with its own model.")
 @click.option("--token", envvar="MLMKIT_TOKEN", help="Ask for this bearer token. Default: $MLMKIT_TOKEN.")
 @click.option(
-    "--allow-host",
-    "allowed_hosts",
-    metavar="NAME",
-    multiple=True,
-    help="Answer to this name too, in Host and Origin: one that a proxy passes on, say. Repeatable.",
+    "--allow-host", "names", metavar="NAME", multiple=True, help="A proxy's name for this server. Repeatable."
 )
 @limit_options
 @click.option("--log-texts", is_flag=True, help="Write the texts to the log.")
@@ -64,7 +60,7 @@ def serve(
     port: int,
     workers: int,
     token: str | None,
-    allowed_hosts: tuple[str, ...],
+    names: tuple[str, ...],
     log_texts: bool,
     backend: str,
     device: str,
@@ -84,8 +80,8 @@ def serve(
             raise UserError(f"{name} must be a number, not {limits[field]}")
     if token is not None and not token.strip():
         raise UserError("the token is blank: set one, or unset MLMKIT_TOKEN")
-    for name in allowed_hosts:
+    for name in names:
         if not re.fullmatch(r"[\w.-]+|\[[\da-fA-F:]+\]", name):
             raise UserError(f"--allow-host {name}: a host's name is wanted, without https:// and port")
     token = token and token.strip()  # a secret from a file may end in a newline
-    serve(Serving(model, backend, device, host, port, token, allowed_hosts, workers, log_texts, limits))
+    serve(Serving(model, backend, device, host, port, token, names, workers, log_texts, limits))

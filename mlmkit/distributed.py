@@ -72,12 +72,13 @@ class Ranks:
         """Meet the other ranks, if there are any and that has not been done."""
         if self.world > 1:
             import torch.distributed as dist
+            from torch._C._distributed_c10d import PrefixStore, TCPStore
 
             if not dist.is_initialized():
                 dist.init_process_group(backend, timeout=PATIENCE)
                 address, over = (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])), threading.Event()
                 meeting = f"{os.environ.get('TORCHELASTIC_RESTART_COUNT')} {next(_meetings)}"
-                store = dist.PrefixStore(f"mlmkit {meeting}", dist.TCPStore(*address, is_master=False))
+                store = PrefixStore(f"mlmkit {meeting}", TCPStore(*address, is_master=False))
                 thread = threading.Thread(target=self._beat, args=(store, over), daemon=True, name="beat")
                 _pulses.append((over, thread, store))
                 atexit.register(over.set)

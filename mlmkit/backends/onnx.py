@@ -57,13 +57,11 @@ class OnnxBackend:
         self._session.run_with_iobinding(binding)
         return Scored(*binding.copy_outputs_to_cpu())
 
-    def shrink(self) -> None:
-        """Return what the CPU's arena keeps of earlier calls, by a call of one token that asks for it."""
-        if self.device != "cpu":
-            return
-        options, one = ort.RunOptions(), np.zeros(1, np.int64)
+    def shrink(self, batch: Batch) -> None:
+        """Return what the CPU's arena keeps of earlier calls, behind a call on a small batch."""
+        options = ort.RunOptions()
         options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
-        self._session.run(None, Batch(one[None], one[None] + 1, one, one)._asdict(), options)
+        self._session.run(None, batch._asdict(), options)
 
     def _open(self, folder: Path, graph: bytes) -> ort.InferenceSession:
         # The optimizer would merge the quantizers that query, key and value have each, and a product whose input others

@@ -103,13 +103,25 @@ class Service:
         bounds = self.limits.batch_tokens, self.limits.queue_tokens, self.limits.wait_seconds
         self.batcher = Batcher(self.backend, self.metrics, *bounds)
         ids = self.backend.tokenizer.frame(np.array([self.backend.tokenizer.mask_id]))[None]
-        await self.queue.score([Batch(ids, np.ones_like(ids), np.zeros(1, np.int64), np.zeros(1, np.int64))])
+        batch = Batch(ids, np.ones_like(ids), np.zeros(1, np.int64), np.zeros(1, np.int64))
+        await self.queue.score([batch])
+        self.shrinking = asyncio.create_task(self._shrink(batch))
         gc.freeze()  # what is here stays: looking through it again took 40 to 200 ms, while nothing else ran
         self.is_ready = True
+
+    async def _shrink(self, batch: Batch) -> None:
+        """Make ONNX Runtime return what earlier calls took: one of 2^23 logits leaves 120 MiB."""
+        rate = self.queue.rate
+        while self.backend.name == "onnx" and self.backend.device == "cpu":
+            await asyncio.sleep(SHRINK_SECONDS)
+            if self.queue.rate != rate:  # there was a call
+                rate = self.queue.rate
+                await asyncio.to_thread(self.backend.shrink, batch)  # pyright: ignore[reportAttributeAccessIssue]
 
     async def stop(self) -> None:
         """Answer what waits, and take no more."""
         self.is_ready = False
+        self.shrinking.cancel()
         if self.batcher:
             await self.batcher.close()
         self.threads.shutdown()
@@ -121,9 +133,7 @@ def build_app(service: Service, token: str | None, hosts: Hosts) -> Gate:
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         await service.start()
-        shrinking = asyncio.create_task(_shrink(service))
         yield
-        shrinking.cancel()
         await service.stop()
 
     app = FastAPI(
@@ -143,16 +153,6 @@ def build_app(service: Service, token: str | None, hosts: Hosts) -> Gate:
     app.include_router(page_router())
     app.openapi = lambda: schemas.document(app)
     return Gate(app, service.limits, service.metrics, token, hosts)
-
-
-async def _shrink(service: Service) -> None:
-    """Make ONNX Runtime return what earlier calls took: a call of 2^23 logits leaves 120 MiB."""
-    rate, shrink = 0.0, getattr(service.backend, "shrink", int)
-    while True:
-        await asyncio.sleep(SHRINK_SECONDS)
-        if service.queue.rate != rate:  # there was a call
-            rate = service.queue.rate
-            await asyncio.to_thread(shrink)
 
 
 def _add_routes(app: FastAPI, service: Service) -> None:

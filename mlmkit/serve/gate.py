@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import hmac
-import ipaddress
 import logging
 import re
 import time
@@ -25,6 +24,7 @@ PROBES = ("/health", "/ready", "/v2/health/live", "/v2/health/ready")
 PAGES = ("/", "/docs", "/openapi.json", "/favicon.ico")
 COUNTED = (*PROBES, *PAGES, "/fill-mask", "/score", "/info", "/metrics")
 ROUND = 16  # requests begun in one turn of the event loop, some 5 ms: probes wait for no more of them
+LOCAL = r"([\w-]+\.)*localhost|127(\.\d+){3}|\[::1\]"
 CLIENT_LEFT = 499  # as nginx writes it
 DISCARDED = 32 << 20  # bytes of a body that are read and dropped, so that the client hears why
 HEADERS = (
@@ -42,33 +42,24 @@ class Hosts:
     Otherwise a web page whose owner points its name at 127.0.0.1 is one of this server's own, to a browser.
     """
 
-    names: frozenset[str]
+    names: tuple[str, ...]
     is_local: bool
 
     def check(self, scope: Scope) -> None:
         """Raise `ApiError` for other ones."""
-        hosts = [value.decode("latin-1").lower() for name, value in scope["headers"] if name == b"host"]
+        hosts, origins = (
+            [value.decode("latin-1").lower() for name, value in scope["headers"] if name == wanted]
+            for wanted in (b"host", b"origin")
+        )
         if len(hosts) != 1 and (hosts or scope["http_version"] == "1.1"):
             raise ApiError(400, "malformed_http", "a request of HTTP/1.1 has the header Host once")
-        refused = [host for host in hosts if self.is_local and not self._knows(host)]
-        for name, value in scope["headers"]:
-            origin = value.decode("latin-1").lower()
-            if name == b"origin" and (not hosts or origin.partition("://")[1:] != ("://", hosts[0])):
-                refused += [] if _name_of(origin) in self.names else [origin]
+        named = "|".join(map(re.escape, self.names)).lower() or "(?!)"
+        own, known = [f"{scheme}://{host}" for host in hosts for scheme in ("http", "https")], f"{LOCAL}|{named}"
+        refused = [host for host in hosts if self.is_local and not re.fullmatch(rf"({known})\.?(:\d*)?", host)]
+        refused += [it for it in origins if it not in own and not re.fullmatch(rf"https?://({named})\.?(:\d*)?", it)]
         if refused:
             message = f"{refused[0][:100]!a} may not use this server: if it may, start it with --allow-host NAME"
             raise ApiError(403, "host_not_allowed", message)
-
-    def _knows(self, host: str) -> bool:
-        name = _name_of(host)
-        with contextlib.suppress(ValueError):
-            return name in self.names or ipaddress.ip_address(name.strip("[]")).is_loopback
-        return name == "localhost" or name.endswith(".localhost")
-
-
-def _name_of(host: str) -> str:
-    """The name or address in a Host or an Origin, without what is around it."""
-    return re.sub(r"^[a-z]+://|:\d*$", "", host).removesuffix(".")
 
 
 class Gate:

@@ -31,7 +31,7 @@ class Protocol(HttpToolsProtocol):
     def __init__(self, *arguments: Any, **options: Any) -> None:
         # What came at once is handed on as one: 40,000 chunks of a byte would be copied 40,000 times.
         self._pieces: list[bytes] = []
-        self.on_body = self._pieces.append
+        self.on_body = self._pieces.append  # pyright: ignore[reportAttributeAccessIssue]
         super().__init__(*arguments, **options)
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]

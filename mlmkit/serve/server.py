@@ -36,9 +36,7 @@ SPREADS = sys.platform == "linux"  # whether the kernel spreads connections over
 KEEP_ALIVE = 75  # seconds: longer than load balancers keep a connection, so that they close it, not we
 FAREWELL = 0.5  # seconds from the signal to the closed socket, so that clients with open connections hear of it
 M_MMAP_THRESHOLD, LARGE = -3, 1 << 20  # bytes: what is larger goes back at once; glibc by itself kept 300 MiB
-SWITCH = (
-    0.0005  # seconds, a tenth of Python's: the event loop waits so long for the text threads at each read and write
-)
+SWITCH = 0.0005  # seconds, a tenth of Python's: so long may a text thread keep the event loop waiting, at each write
 AGAIN = 1.0  # seconds before a worker that died is started again
 
 
@@ -52,7 +50,7 @@ class Serving:
     host: str
     port: int
     token: str | None
-    allowed_hosts: tuple[str, ...]
+    names: tuple[str, ...]  # that it answers to, beside those of this machine
     workers: int
     log_texts: bool
     limits: dict[str, Any]
@@ -177,12 +175,10 @@ class _Server(uvicorn.Server):
 def _run(serving: Serving, listener: socket.socket, on_ready: Any) -> None:
     backend = load(serving.model, serving.backend, serving.device)
     if serving.workers > 1 and SPREADS:
-        listener = socket.create_server(
-            listener.getsockname()[:2], family=listener.family, backlog=BACKLOG, reuse_port=True
-        )
+        address, family = listener.getsockname()[:2], listener.family
+        listener = socket.create_server(address, family=family, backlog=BACKLOG, reuse_port=True)
     service = Service(backend, limits_for(backend, serving.limits), Metrics(), serving.log_texts)
-    hosts = Hosts(frozenset(map(str.lower, serving.allowed_hosts)), _is_loopback(listener))
-    gate = build_app(service, serving.token, hosts)
+    gate = build_app(service, serving.token, Hosts(serving.names, _is_loopback(listener)))
     config = uvicorn.Config(
         gate,
         http=Protocol,
