@@ -152,12 +152,12 @@ class Ranks:
             import torch.distributed as dist
 
             if dist.is_initialized():
-                over, thread, store = _pulses.pop()
-                over.set()
-                thread.join(BEAT_SECONDS)  # it may wait for a store that has gone
-                if sys.exc_info()[0] is None:  # else others may wait for this one, and are to hear that it has gone
-                    with suppress(RuntimeError):
-                        store.add(str(self.rank), LEFT)
+                for over, thread, store in _pulses:
+                    over.set()
+                    thread.join(BEAT_SECONDS)  # it may wait for a store that has gone
+                    with suppress(RuntimeError):  # after an error others may wait for this one, and are to hear of it
+                        store.add(str(self.rank), LEFT if sys.exc_info()[0] is None else 0)
+                _pulses.clear()
                 dist.destroy_process_group()
 
 
