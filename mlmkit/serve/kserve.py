@@ -108,7 +108,7 @@ def read_request(body: bytes, header_length: str | None, limits: Limits) -> tupl
         size = int(header_length[:20]) if header_length.isascii() and header_length.isdigit() else -1
         if not 0 <= size <= len(body):
             raise ApiError(400, "bad_header_length", f"{HEADER_LENGTH} must say how many bytes of JSON the body has")
-    numbers = 2 * (limits.texts * limits.text_tokens + limits.candidates)
+    numbers = 2 * (min(limits.texts * limits.text_tokens, limits.queue_tokens) + limits.candidates)
     request = checked(InferRequest, body[:size], numbers)
     arrays, rest = {}, body[size:]
     for tensor in request.inputs:
