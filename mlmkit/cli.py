@@ -16,6 +16,7 @@ from mlmkit.cli_inspect import inspect
 from mlmkit.cli_options import json_option, model_options, print_json, printable, say
 from mlmkit.cli_serve import serve
 from mlmkit.cli_train import train
+from mlmkit.distributed import RESUME
 from mlmkit.errors import CheckError, EndedElsewhereError, StoppedError, UserError, require
 
 INTERRUPTED, TERMINATED = 130, 143
@@ -50,6 +51,7 @@ def cli(verbose: bool) -> None:
     if not verbose:
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # when a rank has died: 30 lines for each look at it
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -71,6 +73,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if logging.getLogger("mlmkit").level == logging.DEBUG:
             raise
         code = _fail(str(error), error.exit_code)
+    except RuntimeError as error:
+        if "/gloo/" not in str(error):
+            raise
+        code = _fail(f"another rank does not answer. {RESUME}", 1)
     except (KeyboardInterrupt, click.Abort):
         code = _fail("interrupted", INTERRUPTED)
     except OSError as error:  # a full disk, a name too long, a folder that went away

@@ -1,6 +1,7 @@
 """The command that serves."""
 
 import math
+import re
 from typing import Any
 
 import click
@@ -47,6 +48,9 @@ def _default(field: str) -> str:
 @click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0 takes a free one.")
 @click.option("--workers", type=AT_LEAST_1, default=1, show_default=True, help="Processes, each with its own model.")
 @click.option("--token", envvar="MLMKIT_TOKEN", help="Ask for this bearer token. Default: $MLMKIT_TOKEN.")
+@click.option(
+    "--allow-host", "names", metavar="NAME", multiple=True, help="A proxy's name for this server. Repeatable."
+)
 @limit_options
 @click.option("--log-texts", is_flag=True, help="Write the texts to the log.")
 @model_options
@@ -56,6 +60,7 @@ def serve(
     port: int,
     workers: int,
     token: str | None,
+    names: tuple[str, ...],
     log_texts: bool,
     backend: str,
     device: str,
@@ -75,5 +80,8 @@ def serve(
             raise UserError(f"{name} must be a number, not {limits[field]}")
     if token is not None and not token.strip():
         raise UserError("the token is blank: set one, or unset MLMKIT_TOKEN")
+    for name in names:
+        if not re.fullmatch(r"[\w.-]+|\[[\da-fA-F:]+\]", name):
+            raise UserError(f"--allow-host {name}: a host's name is wanted, without https:// and port")
     token = token and token.strip()  # a secret from a file may end in a newline
-    serve(Serving(model, backend, device, host, port, token, workers, log_texts, limits))
+    serve(Serving(model, backend, device, host, port, token, names, workers, log_texts, limits))

@@ -1,23 +1,35 @@
 """This process's place among those that `torchrun` started; alone, it is rank 0 of 1."""
 
+import atexit
+import itertools
+import logging
 import math
 import os
 import re
+import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from mlmkit.errors import EndedElsewhereError, UserError, require
 
 T = TypeVar("T")
 
+log = logging.getLogger(__name__)
+
 CPU_LIMIT, MEMORY_LIMIT = Path("/sys/fs/cgroup/cpu.max"), Path("/sys/fs/cgroup/memory.max")
 TIME_TO_SPEAK = 5  # seconds
 PATIENCE = timedelta(days=7)  # a rank may wait for another one's share of a long evaluation
+BEAT_SECONDS, BEATS = 5.0, 12  # a rank that does not count for a minute is dead; one that works, or waits, counts
+RESUME = "Start all ranks again with the same command: it resumes from what was saved last"
+LEFT = 1 << 40  # more than any count: that rank needs no other any more
+_pulses: list[tuple[threading.Event, threading.Thread, Any]] = []
+_meetings = itertools.count()
 
 
 def cores() -> int:
@@ -60,9 +72,36 @@ class Ranks:
         """Meet the other ranks, if there are any and that has not been done."""
         if self.world > 1:
             import torch.distributed as dist
+            from torch._C._distributed_c10d import PrefixStore, TCPStore
 
             if not dist.is_initialized():
                 dist.init_process_group(backend, timeout=PATIENCE)
+                address, over = (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])), threading.Event()
+                meeting = f"{os.environ.get('TORCHELASTIC_RESTART_COUNT')} {next(_meetings)}"
+                store = PrefixStore(f"mlmkit {meeting}", TCPStore(*address, is_master=False))
+                thread = threading.Thread(target=self._beat, args=(store, over), daemon=True, name="beat")
+                _pulses.append((over, thread, store))
+                atexit.register(over.set)
+                thread.start()
+
+    def _beat(self, store: Any, over: threading.Event) -> None:
+        """Count, and end this process once another does not: a collective would wait for that one for days.
+
+        The first rank watches all, and the others the first, which also holds the store.
+        """
+        watched = range(1, self.world) if self.is_first else [0]
+        seen, missed = dict.fromkeys(watched, 0), dict.fromkeys(watched, 0)
+        while not over.wait(BEAT_SECONDS):
+            for rank in watched:
+                count = seen[rank]
+                with suppress(RuntimeError):  # the store has gone
+                    store.add(str(self.rank), 1)
+                    count = store.add(str(rank), 0)
+                missed[rank] = missed[rank] + 1 if seen[rank] == count < LEFT else 0
+                seen[rank] = count
+                if missed[rank] == BEATS:
+                    log.error("mlmkit: rank %d does not answer. %s", rank, RESUME)
+                    os._exit(1)  # the main thread waits in C++
 
     def barrier(self) -> None:
         """Wait until every rank is here."""
@@ -113,6 +152,12 @@ class Ranks:
             import torch.distributed as dist
 
             if dist.is_initialized():
+                for over, thread, store in _pulses:
+                    over.set()
+                    thread.join(BEAT_SECONDS)  # it may wait for a store that has gone
+                    with suppress(RuntimeError):  # after an error others may wait for this one, and are to hear of it
+                        store.add(str(self.rank), LEFT if sys.exc_info()[0] is None else 0)
+                _pulses.clear()
                 dist.destroy_process_group()
 
 

@@ -90,9 +90,9 @@ def _masked_ids(tokenizer: Tokenizer, info: ModelInfo, text: str) -> tuple[NDArr
 
 def _control_ids(tokenizer: Tokenizer, info: ModelInfo, text: str, what: str = "text") -> list[int]:
     check_length(len(text), "characters", info.max_length * tokenizer.characters_per_token, what)
-    ids = tokenizer.encode_control(text).ids
-    check_length(len(ids), "tokens", info.max_length, what)
-    return ids
+    encoding = tokenizer.encode_control(text)
+    check_length(len(encoding), "tokens", info.max_length, what)
+    return encoding.ids
 
 
 def check_length(count: int, unit: str, most: int, what: str = "text") -> None:

@@ -98,7 +98,7 @@ def running(
 def _port(process: subprocess.Popen[bytes], said: Path) -> int:
     until = time.monotonic() + STARTING
     while time.monotonic() < until and process.poll() is None:
-        if found := re.search(r"on http://127\.0\.0\.1:(\d+)", said.read_text()):
+        if found := re.search(r"on http://(?:127\.0\.0\.1|0\.0\.0\.0):(\d+)", said.read_text()):
             return int(found[1])
         time.sleep(0.02)
     raise AssertionError(f"the server did not start: {said.read_text()}")

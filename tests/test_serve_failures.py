@@ -1,11 +1,14 @@
 """What a server meets in production: SIGTERM under load, clients that are slow, leave, or come all at once."""
 
 import asyncio
+import contextlib
 import json
 import os
 import resource
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -134,7 +137,7 @@ def test_slow_heads_and_slow_bodies_are_ended(artifact):
     with running(artifact("bert"), "--deadline", "1", before=patient) as server:
         clients = [connect(server) for _ in range(50)]
         for client in clients[:25]:
-            client.sendall(b"POST /fill-mask HTTP/1.1\r\nHost: x\r\n")
+            client.sendall(b"POST /fill-mask HTTP/1.1\r\nHost: localhost\r\n")
         body = connect(server)
         body.sendall(SHORT[:-5])
         for _ in range(12):  # a byte now and then buys no time
@@ -175,7 +178,7 @@ def test_a_large_body_hears_why_it_is_refused(artifact):
                 client.sendall(request)
                 assert read_status(client) == 401
                 client.sendall(body)
-                client.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+                client.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
                 assert client.makefile("rb").read().count(b"HTTP/1.1 200") == 1
 
 
@@ -271,6 +274,26 @@ def test_memory_is_bounded_whatever_the_lengths_and_however_many_the_scores(chec
         assert _resident(server) < before + 256  # MiB
 
 
+def test_memory_goes_back_when_all_is_answered(artifact):
+    """Answers of 63 MB: glibc, ONNX Runtime and the batcher kept 400 MiB of what these had taken."""
+    shapes = {"input_ids": [64, 64], "attention_mask": [64, 64], "positions": [25_000], "targets": [25_000]}
+    tensors = [
+        {
+            "name": name,
+            "shape": shape,
+            "datatype": "INT64",
+            "data": [1] * (shape[0] * shape[-1] if len(shape) > 1 else shape[0]),
+        }
+        for name, shape in shapes.items()
+    ]
+    with running(artifact("bert"), before="import mlmkit.serve.app as a; a.SHRINK_SECONDS = 0.5") as server:
+        server.ask(FILL, {"inputs": "The [MASK]"})
+        before = _resident(server)
+        for _ in range(2):
+            assert len(server.ask("/v2/models/bert/infer", {"inputs": tensors}).body) > 50_000_000
+        wait_until(lambda: _resident(server) < before + 64)
+
+
 def _resident(server: Server) -> float:
     text = Path(f"/proc/{server.process.pid}/status").read_text()
     return int(text.split("VmRSS:")[1].split()[0]) / 1024
@@ -300,6 +323,33 @@ def test_a_batcher_that_has_died_ends_the_process(artifact):
 
 
 # ---------------------------------------------------------------- several workers
+
+
+def test_connections_are_spread_over_the_workers(artifact):
+    """With one socket for both, 61 of 64 went to the worker that woke first."""
+    with running(artifact("bert"), "--workers", "2") as server, contextlib.ExitStack() as stack:
+        workers = _children(server.process.pid)
+        before = [_sockets(worker) for worker in workers]
+        for _ in range(64):
+            client = stack.enter_context(connect(server))
+            client.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            assert read_status(client) == 200
+        shares = [_sockets(worker) - count for worker, count in zip(workers, before, strict=True)]
+        assert sum(shares) == 64
+        assert min(shares) >= 16, shares  # half of 64 each, four standard deviations
+
+
+def test_a_port_where_workers_listen_is_taken(artifact):
+    with running(artifact("bert"), "--workers", "2") as server:
+        for workers in ("1", "2"):
+            command = [sys.executable, "-m", "mlmkit", "serve", str(artifact("bert")), "--port", str(server.port)]
+            found = subprocess.run([*command, "--workers", workers], capture_output=True, text=True, timeout=120)
+            assert found.returncode == 2
+            assert found.stderr.endswith(f"port {server.port}: Address already in use\n")
+
+
+def _sockets(process: int) -> int:
+    return sum("socket:" in str(file.readlink()) for file in Path(f"/proc/{process}/fd").iterdir())
 
 
 def test_a_worker_that_dies_is_replaced_and_figures_are_of_all(artifact):

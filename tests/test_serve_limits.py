@@ -128,6 +128,23 @@ def test_what_is_looked_up_is_bounded_like_what_is_answered(artifact):
         assert refusal(server.ask("/v2/models/bert/infer", {"inputs": tensors})) == (413, "too_many_candidates")
 
 
+@pytest.mark.parametrize("value", ["[],", '"",', '{"a": 0},', "0,", "[0],"])
+def test_values_are_bounded_before_a_body_is_parsed(value, artifact):
+    """Each was an object, made while nothing else ran: 2 MB of lists held up everyone for a second."""
+    many = f"[{value * 40_000}{value[:-1]}]"
+    fills = [
+        f'{{"inputs": "[MASK]", "options": {{"a": {many}}}}}',
+        f'{{"inputs": {many}}}',
+        f'{{"inputs": "a", "x": {many}}}',
+    ]
+    tensor = f'{{"inputs": [{{"name": "input_ids", "shape": [1, 1], "datatype": "INT64", "data": {many}}}]}}'
+    with running(artifact("bert"), "--max-candidates", "5000") as server:
+        for path, body in [(FILL, fill) for fill in fills] + [("/score", fills[1]), ("/v2/models/bert/infer", tensor)]:
+            assert refusal(server.ask(path, body.encode())) == (413, "too_many_values")
+        texts = [(f'\\"{value}' * 6000)[:6000]] * 40  # what a text holds does not count
+        assert refusal(server.ask("/score", {"inputs": texts})) == (422, "text_too_long")
+
+
 def test_messages_say_what_to_do_and_not_what_was_sent(server):
     body = {"inputs": ["secret", 3], "parameters": {"top_k": "secret"}}
     said = server.ask(FILL, body).json["error"]
@@ -152,7 +169,7 @@ def test_of_a_million_errors_the_first_is_enough(read):
 def test_monitors_may_ask_with_head(server):
     for path in ("/", "/health", "/ready", "/metrics"):
         with socket.create_connection(("127.0.0.1", server.port), 30) as client:
-            client.sendall(f"HEAD {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n".encode())
+            client.sendall(f"HEAD {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode())
             head, _, body = client.makefile("rb").read().partition(b"\r\n\r\n")
         assert head.startswith(b"HTTP/1.1 200 ")
         assert body == b""
@@ -181,7 +198,7 @@ def test_no_text_and_null_parameters_are_the_defaults(server):
 
 def test_a_chunked_body_is_bounded_too(server):
     with socket.create_connection(("127.0.0.1", server.port), 30) as client:
-        client.sendall(b"POST /fill-mask HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n")
+        client.sendall(b"POST /fill-mask HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n")
         for _ in range(30):
             client.sendall(b"400\r\n" + b"a" * 1024 + b"\r\n")
         client.sendall(b"0\r\n\r\n")
@@ -244,6 +261,7 @@ def test_logs_hold_no_texts_unless_asked(artifact):
         (["--deadline", "nan"], "--deadline must be a number, not nan"),
         (["--drain", "inf"], "--drain must be a number, not inf"),
         (["--token", " "], "the token is blank"),
+        (["--allow-host", "https://a"], "--allow-host https://a: a host's name is wanted, without https:// and port"),
         (["--backend", "torch"], "is an artifact, which torch cannot run"),
     ],
     ids=str,

@@ -338,7 +338,7 @@ def test_the_token_is_asked_for_and_load_is_said_kindly(open_page: Open, servers
     card = page.text_content("#model-card")
     assert TOKEN not in card and "$MLMKIT_TOKEN" in card
 
-    half = f"POST /score HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {TOKEN}\r\nContent-Length: 99\r\n\r\n{{"
+    half = f"POST /score HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {TOKEN}\r\nContent-Length: 99\r\n\r\n{{"
     with socket.create_connection(("127.0.0.1", servers["guarded"].port)) as slow:
         slow.sendall(half.encode())  # the only place is taken while its body is awaited
         page.click("#fill-button")

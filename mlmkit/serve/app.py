@@ -2,6 +2,8 @@
 
 import asyncio
 import contextlib
+import ctypes
+import gc
 import logging
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -22,7 +24,7 @@ from mlmkit.fill import NoMaskError, TargetError, TextTooLongError
 from mlmkit.serve import schemas
 from mlmkit.serve.batcher import Batcher
 from mlmkit.serve.errors import ApiError, error_response
-from mlmkit.serve.gate import Gate, json_body
+from mlmkit.serve.gate import Gate, Hosts, json_body
 from mlmkit.serve.kserve_routes import kserve_router
 from mlmkit.serve.limits import Limits
 from mlmkit.serve.metrics import CONTENT_TYPE, Metrics
@@ -32,8 +34,11 @@ from mlmkit.serve.texts import read_filling, read_scores_request, write_filling,
 log = logging.getLogger(__name__)
 
 TEXT_THREADS = 2
-SHORT_BODY, SHORT_ANSWER = 2048, 20  # bytes, candidates: some 0.1 ms of work; a thread costs 0.3 (docs/decisions.md)
-STATUSES = (400, 401, 404, 405, 408, 413, 415, 422, 429, 431, 500, 503)
+SHRINK_SECONDS = 5.0
+# Bytes, quotes, candidates: some 0.1 ms of work, and a thread costs 0.3 (docs/decisions.md). Hundreds of short texts
+# or targets are 10 ms in 2 KB, and as many requests may come at once.
+SHORT_BODY, SHORT_QUOTES, SHORT_ANSWER = 2048, 20, 20
+STATUSES = (400, 401, 403, 404, 405, 408, 413, 415, 422, 429, 431, 500, 503)
 REFUSALS: dict[int | str, dict[str, Any]] = {status: {"model": schemas.ErrorBody} for status in STATUSES}
 KINDS = {NoMaskError: "no_mask", TextTooLongError: "text_too_long", TargetError: "unknown_target"}
 
@@ -99,18 +104,33 @@ class Service:
         bounds = self.limits.batch_tokens, self.limits.queue_tokens, self.limits.wait_seconds
         self.batcher = Batcher(self.backend, self.metrics, *bounds)
         ids = self.backend.tokenizer.frame(np.array([self.backend.tokenizer.mask_id]))[None]
-        await self.queue.score([Batch(ids, np.ones_like(ids), np.zeros(1, np.int64), np.zeros(1, np.int64))])
+        batch = Batch(ids, np.ones_like(ids), np.zeros(1, np.int64), np.zeros(1, np.int64))
+        await self.queue.score([batch])
+        self.shrinking = asyncio.create_task(self._shrink(batch))
+        gc.freeze()  # what is here stays: looking through it again took 40 to 200 ms, while nothing else ran
         self.is_ready = True
+
+    async def _shrink(self, batch: Batch) -> None:
+        """Make ONNX Runtime return what earlier calls took, and glibc what long texts did: both keep 100s of MiB."""
+        rate = self.queue.rate
+        while True:
+            await asyncio.sleep(SHRINK_SECONDS)
+            if self.queue.rate != rate and self.backend.name == "onnx" and self.backend.device == "cpu":
+                rate = self.queue.rate
+                await asyncio.to_thread(self.backend.shrink, batch)  # pyright: ignore[reportAttributeAccessIssue]
+            with contextlib.suppress(AttributeError, TypeError):  # not glibc
+                await asyncio.to_thread(ctypes.CDLL(None).malloc_trim, 0)
 
     async def stop(self) -> None:
         """Answer what waits, and take no more."""
         self.is_ready = False
+        self.shrinking.cancel()
         if self.batcher:
             await self.batcher.close()
         self.threads.shutdown()
 
 
-def build_app(service: Service, token: str | None = None) -> Gate:
+def build_app(service: Service, token: str | None, hosts: Hosts) -> Gate:
     """The application behind its gate."""
 
     @contextlib.asynccontextmanager
@@ -135,7 +155,7 @@ def build_app(service: Service, token: str | None = None) -> Gate:
     app.include_router(kserve_router(service))
     app.include_router(page_router())
     app.openapi = lambda: schemas.document(app)
-    return Gate(app, service.limits, service.metrics, token)
+    return Gate(app, service.limits, service.metrics, token, hosts)
 
 
 def _add_routes(app: FastAPI, service: Service) -> None:
@@ -146,7 +166,8 @@ def _add_routes(app: FastAPI, service: Service) -> None:
     async def fill_mask(request: Request) -> Response:
         """The likeliest tokens for each mask, as Hugging Face's pipeline and Inference API give them."""
         body = await json_body(request)
-        filling = await service.in_thread(read_filling, service, body, is_short=len(body) <= SHORT_BODY)
+        is_short = len(body) <= SHORT_BODY and body.count(b'"') <= SHORT_QUOTES
+        filling = await service.in_thread(read_filling, service, body, is_short=is_short)
         predicted, is_short = await service.queue.score(filling.rows), filling.candidates <= SHORT_ANSWER
         try:
             body = await service.in_thread(write_filling, service, filling, predicted, is_short=is_short)

@@ -140,28 +140,29 @@ class Batcher:
     # ------------------------------------------------------------ one call after another
 
     async def _serve(self) -> None:
-        loop = asyncio.get_running_loop()
         while True:
             await self._gather()
-            taken = self._take()
-            if not taken:  # they have left while they waited for company
-                continue
-            begun = time.perf_counter()
-            try:
-                results = await loop.run_in_executor(self._engine, run, self.backend, [row for _, _, row in taken])
-            except Exception as error:
-                for work in {work for work, _, _ in taken}:
-                    if not work.answer.done():
-                        work.answer.set_exception(error)
-                continue
-            seconds = self._last_seconds = time.perf_counter() - begun
-            for (work, place, _), result in zip(taken, results, strict=True):
-                work.results[place] = result
+            if taken := self._take():  # or they have left while they waited for company
+                await self._call(taken)
+            del taken  # tens of megabytes, until the next call
+
+    async def _call(self, taken: list[tuple[_Work, int, Batch]]) -> None:
+        loop, begun = asyncio.get_running_loop(), time.perf_counter()
+        try:
+            results = await loop.run_in_executor(self._engine, run, self.backend, [row for _, _, row in taken])
+        except Exception as error:
             for work in {work for work, _, _ in taken}:
-                done = [result for result in work.results if result is not None]
-                if len(done) == len(work.results) and not work.answer.done():
-                    work.answer.set_result(done)
-            loop.call_soon(self._count, [row for _, _, row in taken], seconds)  # behind those who have their answers
+                if not work.answer.done():
+                    work.answer.set_exception(error)
+            return
+        seconds = self._last_seconds = time.perf_counter() - begun
+        for (work, place, _), result in zip(taken, results, strict=True):
+            work.results[place] = result
+        for work in {work for work, _, _ in taken}:
+            done = [result for result in work.results if result is not None]
+            if len(done) == len(work.results) and not work.answer.done():
+                work.answer.set_result(done)
+        loop.call_soon(self._count, [row for _, _, row in taken], seconds)  # behind those who have their answers
 
     def _count(self, rows: Sequence[Batch], seconds: float) -> None:
         padded = len(rows) * max(row.input_ids.shape[1] for row in rows)

@@ -4,9 +4,11 @@ import asyncio
 import contextlib
 import hmac
 import logging
+import re
 import time
 import zlib
 from collections.abc import AsyncIterator, Awaitable
+from dataclasses import dataclass
 from typing import Any
 
 from starlette.requests import Request
@@ -21,6 +23,8 @@ log = logging.getLogger(__name__)
 PROBES = ("/health", "/ready", "/v2/health/live", "/v2/health/ready")
 PAGES = ("/", "/docs", "/openapi.json", "/favicon.ico")
 COUNTED = (*PROBES, *PAGES, "/fill-mask", "/score", "/info", "/metrics")
+ROUND = 16  # requests begun in one turn of the event loop, some 5 ms: probes wait for no more of them
+LOCAL = r"([\w-]+\.)*localhost|127(\.\d+){3}|\[::1\]"
 CLIENT_LEFT = 499  # as nginx writes it
 DISCARDED = 32 << 20  # bytes of a body that are read and dropped, so that the client hears why
 HEADERS = (
@@ -31,16 +35,43 @@ HEADERS = (
 )
 
 
+@dataclass(frozen=True)
+class Hosts:
+    """Whom a request may name as its Host and its Origin: `names`, and where `is_local` this machine's own alone.
+
+    Otherwise a web page whose owner points its name at 127.0.0.1 is one of this server's own, to a browser.
+    """
+
+    names: tuple[str, ...]
+    is_local: bool
+
+    def check(self, scope: Scope) -> None:
+        """Raise `ApiError` for other ones."""
+        hosts, origins = (
+            [value.decode("latin-1").lower() for name, value in scope["headers"] if name == wanted]
+            for wanted in (b"host", b"origin")
+        )
+        if len(hosts) != 1 and (hosts or scope["http_version"] == "1.1"):
+            raise ApiError(400, "malformed_http", "a request of HTTP/1.1 has the header Host once")
+        named = "|".join(map(re.escape, self.names)).lower() or "(?!)"
+        own, known = [f"{scheme}://{host}" for host in hosts for scheme in ("http", "https")], f"{LOCAL}|{named}"
+        refused = [host for host in hosts if self.is_local and not re.fullmatch(rf"({known})\.?(:\d*)?", host)]
+        refused += [it for it in origins if it not in own and not re.fullmatch(rf"https?://({named})\.?(:\d*)?", it)]
+        if refused:
+            message = f"{refused[0][:100]!a} may not use this server: if it may, start it with --allow-host NAME"
+            raise ApiError(403, "host_not_allowed", message)
+
+
 class Gate:
     """ASGI middleware. A POST's body is read here, whole, before the application runs.
 
     The application's task is cancelled when its client leaves or the deadline passes, so endpoints need not look.
     """
 
-    def __init__(self, app: ASGIApp, limits: Limits, metrics: Metrics, token: str | None) -> None:
-        self.app, self.limits, self.metrics = app, limits, metrics
+    def __init__(self, app: ASGIApp, limits: Limits, metrics: Metrics, token: str | None, hosts: Hosts) -> None:
+        self.app, self.limits, self.metrics, self.hosts = app, limits, metrics, hosts
         self.token = token.encode() if token else None
-        self.in_flight = 0
+        self.in_flight = self._begun = 0
         self.is_draining = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -55,7 +86,10 @@ class Gate:
         endpoint = endpoint_of(scope["path"])
         begun = time.perf_counter()
         try:
+            self.hosts.check(scope)
             self._check_token(scope)
+            if endpoint not in PROBES:
+                await self._turn()
             if scope["method"] in ("POST", "PUT", "PATCH"):
                 async with self._place():
                     await self._answer_in_time(scope, receive, answer)
@@ -72,6 +106,13 @@ class Gate:
             level = logging.DEBUG if endpoint in (*PROBES, "/metrics") else logging.INFO
             method = scope["method"][:10] if scope["method"].isalpha() else "?"
             log.log(level, "%s %s %d %.1f ms %s", method, endpoint, answer.status, seconds * 1e3, state["error_type"])
+
+    async def _turn(self) -> None:
+        while self._begun >= ROUND:
+            await asyncio.sleep(0)
+        if not self._begun:
+            asyncio.get_running_loop().call_soon(setattr, self, "_begun", 0)
+        self._begun += 1
 
     def _check_token(self, scope: Scope) -> None:
         path = scope["path"]
@@ -203,12 +244,8 @@ def _inflate(body: bytes, encodings: list[bytes], limit: int) -> bytes:
 
 
 async def json_body(request: Request) -> bytes:
-    """The body of a request that says it is JSON, or that names no type and comes from no web page.
-
-    A page of another origin cannot name JSON without the browser asking us first. It can leave the type out, as
-    Triton's client does, but not the header Origin.
-    """
-    kind = request.headers.get("content-type", "" if "origin" in request.headers else "application/json")
+    """The body of a request that says it is JSON, or that names no type, as Triton's client."""
+    kind = request.headers.get("content-type", "application/json")
     kind = kind.partition(";")[0].strip().lower()
     if kind != "application/json" and not kind.endswith("+json"):
         raise ApiError(415, "unsupported_media_type", "send JSON, and the header Content-Type: application/json")

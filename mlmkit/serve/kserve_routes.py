@@ -65,11 +65,11 @@ def kserve_router(service: "Service") -> APIRouter:
         check(name, version)
         length = request.headers.get(kserve.HEADER_LENGTH)
         content = await json_body(request) if length is None else await request.body()
-        asked, batch = await service.in_thread(kserve.read_request, content, length)
+        asked, batch = await service.in_thread(kserve.read_request, content, length, service.limits)
         kserve.check_batch(batch, service.backend.info, service.limits)
         rows = {number: row for number, row in enumerate(split(batch)) if len(row.positions)}
         predicted = dict(zip(rows, await service.queue.score(list(rows.values())), strict=True))
-        found = kserve.gather(batch, predicted, service.backend.info.top_k)
+        found = await service.in_thread(kserve.gather, batch, predicted, service.backend.info.top_k)
         answer, headers = await service.in_thread(kserve.write_answer, name, asked, found)
         return Response(answer, headers=headers)
 

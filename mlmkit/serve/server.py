@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import ctypes
 import ipaddress
 import logging
 import multiprocessing
@@ -23,7 +24,7 @@ from mlmkit.backends import Backend, load
 from mlmkit.distributed import cores
 from mlmkit.errors import CheckError, EndedElsewhereError, UserError
 from mlmkit.serve.app import Service, build_app
-from mlmkit.serve.gate import Gate
+from mlmkit.serve.gate import Gate, Hosts
 from mlmkit.serve.limits import BATCH_TOKENS, QUEUE_TOKENS, Limits
 from mlmkit.serve.metrics import SHARED, Metrics
 from mlmkit.serve.protocol import Protocol
@@ -31,8 +32,11 @@ from mlmkit.serve.protocol import Protocol
 log = logging.getLogger(__name__)
 
 BACKLOG = 2048
+SPREADS = sys.platform == "linux"  # whether the kernel spreads connections over sockets of one port (SO_REUSEPORT)
 KEEP_ALIVE = 75  # seconds: longer than load balancers keep a connection, so that they close it, not we
 FAREWELL = 0.5  # seconds from the signal to the closed socket, so that clients with open connections hear of it
+M_MMAP_THRESHOLD, LARGE = -3, 1 << 20  # bytes: what is larger goes back at once; glibc by itself kept 300 MiB
+SWITCH = 0.0005  # seconds, a tenth of Python's: so long may a text thread keep the event loop waiting, at each write
 AGAIN = 1.0  # seconds before a worker that died is started again
 
 
@@ -46,6 +50,7 @@ class Serving:
     host: str
     port: int
     token: str | None
+    names: tuple[str, ...]  # that it answers to, beside those of this machine
     workers: int
     log_texts: bool
     limits: dict[str, Any]
@@ -57,7 +62,7 @@ def serve(serving: Serving) -> None:
     Raises `UserError` for an address that cannot be had, a model that cannot be loaded, or bounds that do not fit it.
     """
     _raise_file_limit()
-    with _listen(serving.host, serving.port) as listener:
+    with _listen(serving) as listener:
         if serving.token is None and not _is_loopback(listener):
             log.warning("anyone who reaches this port may use it: set a token (MLMKIT_TOKEN)")
         if serving.workers == 1:
@@ -169,8 +174,11 @@ class _Server(uvicorn.Server):
 
 def _run(serving: Serving, listener: socket.socket, on_ready: Any) -> None:
     backend = load(serving.model, serving.backend, serving.device)
+    if serving.workers > 1 and SPREADS:
+        address, family = listener.getsockname()[:2], listener.family
+        listener = socket.create_server(address, family=family, backlog=BACKLOG, reuse_port=True)
     service = Service(backend, limits_for(backend, serving.limits), Metrics(), serving.log_texts)
-    gate = build_app(service, serving.token)
+    gate = build_app(service, serving.token, Hosts(serving.names, _is_loopback(listener)))
     config = uvicorn.Config(
         gate,
         http=Protocol,
@@ -185,6 +193,9 @@ def _run(serving: Serving, listener: socket.socket, on_ready: Any) -> None:
         timeout_graceful_shutdown=int(service.limits.drain_seconds) + 1,
     )
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
+    sys.setswitchinterval(SWITCH)
+    with contextlib.suppress(AttributeError, TypeError):  # not glibc
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, LARGE)
     server = _Server(config, service, gate, on_ready)
     server.run([listener])
     if not server.started or server.has_failed:
@@ -208,7 +219,7 @@ class _Worker:
 
 
 def _run_workers(serving: Serving, listener: socket.socket) -> None:
-    """Workers share the socket, each with its own model and its part of the cores; one that dies is replaced.
+    """Workers share the port, each with its own model and its part of the cores; one that dies is replaced.
 
     The first starts alone, so that what keeps them all from starting is said once.
     """
@@ -291,11 +302,19 @@ def _worker(serving: Serving, listener: socket.socket, ready: Any, level: int) -
 # ---------------------------------------------------------------- the socket
 
 
-def _listen(host: str, port: int) -> socket.socket:
+def _listen(serving: Serving) -> socket.socket:
+    """The socket, or one that holds the port for those of the workers: the first to wake took all from a shared one."""
+    host, port = serving.host, serving.port
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
         family, _, _, _, address = found[0]
-        listener = socket.create_server(address[:2], family=family, backlog=BACKLOG)
+        if serving.workers == 1 or not SPREADS:
+            listener = socket.create_server(address[:2], family=family, backlog=BACKLOG)
+        else:
+            listener = socket.socket(family, socket.SOCK_STREAM)
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(address)  # fails where another server listens, which it would not after the next line
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
     except OSError as error:
         reason = os.strerror(error.errno) if error.errno and error.errno > 0 else error.strerror
         raise UserError(f"cannot listen on {host}, port {port}: {reason}") from None

@@ -70,13 +70,13 @@ def read_filling(service: "Service", body: bytes) -> Filling:
 def write_filling(service: "Service", filling: Filling, predicted: list[Scored]) -> bytes:
     """The answer, in Hugging Face's form."""
     tokenizer = service.backend.tokenizer
-    filled = []
+    texts = []
     for pair in zip(filling.questions, predicted, strict=True):
         if filling.given_up.is_set():
             return b""
-        filled.append(answer(tokenizer, *pair))
-    texts = [masks[0] if len(masks) == 1 else masks for masks in filled]
-    return _json(texts[0] if filling.is_single else texts)
+        masks = answer(tokenizer, *pair)
+        texts.append(_json(masks[0] if len(masks) == 1 else masks))  # one by one: nothing else runs meanwhile
+    return texts[0] if filling.is_single else b"[%s]" % b", ".join(texts)
 
 
 @dataclass(frozen=True)
