@@ -75,7 +75,6 @@ def replace(new: Path, path: Path, *, keep: bool = False) -> None:
     """
     if path.is_mount():
         new.rename(_beside(path, READY))
-        sync(home(path))
     elif path.is_dir() and not keep:
         path.rename(_beside(path, REPLACED))
         new.rename(path)
@@ -85,13 +84,14 @@ def replace(new: Path, path: Path, *, keep: bool = False) -> None:
         except OSError:
             if not (keep and path.is_dir()):
                 raise
-    _finish_replacing(path)
     sync(home(path))
+    if path.is_dir():
+        _finish_replacing(path)
 
 
 def _finish_replacing(path: Path) -> None:
-    def left(suffix: str) -> Iterator[Path]:
-        return home(path).glob(f".{glob.escape(path.name)}.*{suffix}")
+    def left(suffix: str) -> Iterator[Path]:  # of this name alone: "run" is no beginning of "run.2" here
+        return home(path).glob(f".{glob.escape(path.name)}.{'[0-9a-f]' * 8}{suffix}")
 
     for old in left(REPLACED):
         if path.exists():
@@ -106,6 +106,7 @@ def _finish_replacing(path: Path) -> None:
         for entry in sorted(new.iterdir(), key=lambda entry: entry.stat().st_mtime_ns):  # a manifest is written last
             entry.rename(path / entry.name)
         new.rmdir()
+        sync(path)
 
 
 def _beside(path: Path, suffix: str) -> Path:

@@ -63,15 +63,15 @@ with atomic(Path(sys.argv[1]) / "killed", folder={folder}) as partial:
 
 
 def test_a_folder_is_put_back_if_the_process_was_killed_between_the_two_renames(tmp_path):
-    lost, done = (tmp_path / f".{name}.0123abcd{REPLACED}" for name in ("lost", "done"))
-    for path in (lost, done, tmp_path / "done"):
+    lost, done, longer = (tmp_path / f".{name}.0123abcd{REPLACED}" for name in ("lost[1]", "done", "done.2"))
+    for path in (lost, done, longer, tmp_path / "done"):
         path.mkdir()
         (path / "file").write_text(path.name)
-    for name in ("lost", "done"):
+    for name in ("lost[1]", "done"):
         with locked(tmp_path / name):
             pass
-    assert names(tmp_path) == ["done", "file", "file", "lost"]
-    assert (tmp_path / "done" / "file").read_text() == "done"
+    assert {path.name for path in tmp_path.iterdir()} == {"done", "lost[1]", longer.name}
+    assert [(tmp_path / name / "file").read_text() for name in ("done", "lost[1]")] == ["done", lost.name]
 
 
 def test_a_mount_point_is_filled_where_it_is(tmp_path, monkeypatch):
