@@ -21,6 +21,7 @@ from mlmkit.eval.pseudo import TextScore, score_texts
 from mlmkit.eval.sets import Request, data_folder, find_set
 from mlmkit.eval.statistics import Metrics
 from mlmkit.eval.stored import DOCUMENTS, TOKENS
+from mlmkit.files import changed_file
 from mlmkit.masking import MaskRecipe
 
 
@@ -104,7 +105,10 @@ def evaluate(
             allow_batch_coupling=allow_batch_coupling,
             overwrite=overwrite,
         )
-        return Evaluation(result, pq.read_table(folder / TOKENS), pq.read_table(folder / DOCUMENTS))
+        tables = [pq.read_table(folder / name) for name in (TOKENS, DOCUMENTS)]
+        if changed_file(folder, result["files"]):
+            raise UserError(f"another process has written to {folder} meanwhile: choose another output")
+        return Evaluation(result, *tables)
 
 
 def pseudo_log_likelihood(

@@ -1,6 +1,5 @@
 """The evidence on disk: finished parts while an evaluation runs, then `tokens.parquet` and `documents.parquet`."""
 
-import json
 import logging
 import shutil
 from collections.abc import Callable, Iterator
@@ -23,13 +22,12 @@ from mlmkit.eval.passes import Pass
 from mlmkit.eval.plan import Plan, pieces, scorable, shown_ids
 from mlmkit.eval.scoring import TokenScores
 from mlmkit.eval.stored import AGAIN, DOCUMENTS, RESULT, TOKENS, load_result
-from mlmkit.files import atomic, content, file_sha256, home, read_record, replace, sealed, unsealed, write_record
+from mlmkit.files import atomic, changed_file, content, file_sha256, home, read_record, replace, write_record
 from mlmkit.masking import Corruption, format_digest, mask_digest
 from mlmkit.tokenizer import Tokenizer
 
 UNFINISHED, PARTS = "unfinished.json", "parts"
-FACTS = b"mlmkit"
-DAMAGE = (OSError, pa.ArrowException, ValueError, LookupError, TypeError)  # what a damaged part raises
+FACTS = ".json"  # suffix of what describes a part
 
 log = logging.getLogger(__name__)
 
@@ -72,8 +70,8 @@ class Store:
             raise UserError(f"{self.final} exists and is not a folder: choose another --output")
         if not self.final.is_dir() or not content(self.final):
             return None
-        record = next((path for name in (RESULT, UNFINISHED) if (path := self.final / name).exists()), None)
-        if record is None:
+        record = self.final / (RESULT if (self.final / RESULT).exists() else UNFINISHED)
+        if not any((self.final / name).exists() for name in (RESULT, UNFINISHED, TOKENS, PARTS)):
             spared = ", so --overwrite leaves it alone" if overwrite else ""
             raise UserError(f"{self.final} exists and holds no evaluation{spared}: choose another --output")
         try:
@@ -111,44 +109,42 @@ class Store:
         try:
             yield
         except BaseException:
-            if not any((self.folder / PARTS).glob("*.parquet")) and not (self.folder / RESULT).exists():
+            if not any((self.folder / PARTS).glob(f"*{FACTS}")) and not (self.folder / RESULT).exists():
                 self.discard()
             raise
 
     def discard(self) -> None:
         """Remove an evaluation that came to nothing."""
-        for entry in content(self.folder):
+        for entry in content(self.folder) if self.folder.exists() else ():
             if entry.name != UNFINISHED:  # which comes last, so that a crash here cannot block a later run
                 shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
         (self.folder / UNFINISHED).unlink(missing_ok=True)
-        if not self.folder.is_mount():
+        if self.folder.exists() and not self.folder.is_mount():
             self.folder.rmdir()
 
     # ------------------------------------------------------------ parts
 
     def part(self, name: str, index: int) -> PartFacts | None:
-        """A pass's part, if it is done. One that cannot be read, or is not of this evaluation, is removed."""
+        """A pass's part, if it is done. One that is damaged, or of another evaluation, is to be scored again."""
         path = self._part(name, index)
-        try:
-            described = unsealed(json.loads((pq.read_schema(path).metadata or {})[FACTS]))
-            if (described["part"], described["identity"]) == (path.name, self.identity):
-                return PartFacts(**described["facts"])
-        except FileNotFoundError:
+        if not path.with_suffix(FACTS).exists():
             return None
-        except DAMAGE as error:
-            if getattr(error, "errno", None):  # of the system: the file itself may be good
-                raise
+        with suppress(DamagedError):
+            described = read_record(path.with_suffix(FACTS), "it is scored again")
+            known = described.get("identity") == self.identity and path.name in described.get("files", {})
+            if known and not changed_file(path.parent, described["files"]):
+                return PartFacts(**described["facts"])
         log.warning("%s is damaged, or another's: scoring it again", path)
-        path.unlink()
+        path.with_suffix(FACTS).unlink()
         return None
 
     def write_part(self, name: str, index: int, table: pa.Table, facts: PartFacts) -> None:
-        """A part that is there is complete."""
+        """A part is done once what describes it lies beside its table."""
         path = self._part(name, index)
-        described = sealed({"part": path.name, "identity": self.identity, "facts": asdict(facts)})
-        table = table.replace_schema_metadata({FACTS: json.dumps(described).encode()})
         with atomic(path) as partial:
-            pq.write_table(table, partial, compression="zstd", write_page_checksum=True)
+            pq.write_table(table, partial, compression="zstd")
+        files = {path.name: file_sha256(path)}
+        write_record(path.with_suffix(FACTS), {"identity": self.identity, "files": files, "facts": asdict(facts)})
 
     def parts(self, name: str) -> list[PartFacts]:
         """A pass's parts, in order, up to the first that is missing."""
@@ -186,7 +182,7 @@ class Store:
                 if reached != len(corpus):
                     raise CheckError(f"{self.folder}: parts of {name} are missing: run the same command again")
                 for index in range(len(parts)):
-                    table = _read_part(self._part(name, index)).replace_schema_metadata(None)
+                    table = pq.read_table(self._part(name, index), partitioning=None)
                     counted = frequency[table["token_id"].to_numpy()]
                     write(table.append_column("frequency", pa.array(counted)))
         return 0 if tokenizer.unk_id is None else int(frequency[tokenizer.unk_id])
@@ -266,16 +262,6 @@ def token_table(item: Pass, part: Part, plan: Plan, scores: TokenScores, tokeniz
             "length": corpus.lengths[plan.document].astype(np.int32),
         }
     )
-
-
-def _read_part(path: Path) -> pa.Table:
-    try:
-        return pq.read_table(path, partitioning=None, page_checksum_verification=True)
-    except (OSError, pa.ArrowException) as error:
-        if getattr(error, "errno", None):
-            raise
-        path.unlink(missing_ok=True)
-        raise CheckError(f"{path} is damaged and was removed: run the same command again") from None
 
 
 def _optional(values: NDArray, kind: pa.DataType, item: Pass) -> pa.Array:

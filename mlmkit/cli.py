@@ -73,12 +73,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if logging.getLogger("mlmkit").level == logging.DEBUG:
             raise
         code = _fail(str(error), error.exit_code)
+    except (KeyboardInterrupt, click.Abort):
+        code = _fail("interrupted", INTERRUPTED)
     except RuntimeError as error:
         if "/gloo/" not in str(error):
             raise
         code = _fail(f"another rank does not answer. {RESUME}", 1)
-    except (KeyboardInterrupt, click.Abort):
-        code = _fail("interrupted", INTERRUPTED)
     except OSError as error:  # a full disk, a name too long, a folder that went away
         if isinstance(error, BrokenPipeError):  # the reader of our output has left: `mlmkit ... | head`
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -252,7 +252,8 @@ def report(result: Path) -> None:
     from mlmkit.eval.report import write_report
 
     require("report", "jinja2", "matplotlib")
-    write_report(result)
+    if not write_report(result):
+        raise UserError(f"{result} is read-only: copy it to where its report may be written")
     say(result / "report.html")
 
 

@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import NoReturn, TypeVar
 
 from mlmkit.errors import EndedElsewhereError, UserError, require
 
@@ -28,7 +28,7 @@ PATIENCE = timedelta(days=7)  # a rank may wait for another one's share of a lon
 BEAT_SECONDS, BEATS = 5.0, 12  # a rank that does not count for a minute is dead; one that works, or waits, counts
 RESUME = "Start all ranks again with the same command: it resumes from what was saved last"
 LEFT = 1 << 40  # more than any count: that rank needs no other any more
-_pulses: list[tuple[threading.Event, threading.Thread, Any]] = []
+MEETING_BEATS = 120  # a rank may start ten minutes after another: imports, or a cluster's queue
 _meetings = itertools.count()
 
 
@@ -72,36 +72,11 @@ class Ranks:
         """Meet the other ranks, if there are any and that has not been done."""
         if self.world > 1:
             import torch.distributed as dist
-            from torch._C._distributed_c10d import PrefixStore, TCPStore
 
             if not dist.is_initialized():
+                _pulses.append(_Pulse(self.rank, self.world))
+                _pulses[-1].start()
                 dist.init_process_group(backend, timeout=PATIENCE)
-                address, over = (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])), threading.Event()
-                meeting = f"{os.environ.get('TORCHELASTIC_RESTART_COUNT')} {next(_meetings)}"
-                store = PrefixStore(f"mlmkit {meeting}", TCPStore(*address, is_master=False))
-                thread = threading.Thread(target=self._beat, args=(store, over), daemon=True, name="beat")
-                _pulses.append((over, thread, store))
-                atexit.register(over.set)
-                thread.start()
-
-    def _beat(self, store: Any, over: threading.Event) -> None:
-        """Count, and end this process once another does not: a collective would wait for that one for days.
-
-        The first rank watches all, and the others the first, which also holds the store.
-        """
-        watched = range(1, self.world) if self.is_first else [0]
-        seen, missed = dict.fromkeys(watched, 0), dict.fromkeys(watched, 0)
-        while not over.wait(BEAT_SECONDS):
-            for rank in watched:
-                count = seen[rank]
-                with suppress(RuntimeError):  # the store has gone
-                    store.add(str(self.rank), 1)
-                    count = store.add(str(rank), 0)
-                missed[rank] = missed[rank] + 1 if seen[rank] == count < LEFT else 0
-                seen[rank] = count
-                if missed[rank] == BEATS:
-                    log.error("mlmkit: rank %d does not answer. %s", rank, RESUME)
-                    os._exit(1)  # the main thread waits in C++
 
     def barrier(self) -> None:
         """Wait until every rank is here."""
@@ -152,13 +127,58 @@ class Ranks:
             import torch.distributed as dist
 
             if dist.is_initialized():
-                for over, thread, store in _pulses:
-                    over.set()
-                    thread.join(BEAT_SECONDS)  # it may wait for a store that has gone
-                    with suppress(RuntimeError):  # after an error others may wait for this one, and are to hear of it
-                        store.add(str(self.rank), LEFT if sys.exc_info()[0] is None else 0)
-                _pulses.clear()
+                while _pulses:
+                    _pulses.pop().stop(is_done=sys.exc_info()[0] is None)
                 dist.destroy_process_group()
+
+
+class _Pulse(threading.Thread):
+    """Counts in the store of a group, and ends this process once another rank does not: a collective waits for days.
+
+    The first rank watches all, and the others the first, which also holds the store.
+    """
+
+    def __init__(self, rank: int, world: int) -> None:
+        super().__init__(daemon=True, name="pulse")
+        self.rank, self.watched = rank, range(1, world) if rank == 0 else range(1)
+        self.meeting = f"mlmkit {os.environ.get('TORCHELASTIC_RESTART_COUNT')} {next(_meetings)}"
+        self.is_over, self.is_done = threading.Event(), False
+        atexit.register(self.is_over.set)
+
+    def run(self) -> None:
+        from torch._C._distributed_c10d import PrefixStore, TCPStore
+
+        address, wait = (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])), MEETING_BEATS * BEAT_SECONDS
+        try:
+            store = PrefixStore(self.meeting, TCPStore(*address, is_master=False, timeout=timedelta(seconds=wait)))
+        except RuntimeError:
+            self._give_up(0)
+        seen, missed = dict.fromkeys(self.watched, 0), dict.fromkeys(self.watched, 0)
+        while not self.is_over.wait(BEAT_SECONDS):
+            for rank in self.watched:
+                count = seen[rank]
+                with suppress(RuntimeError):  # the store has gone
+                    store.add(str(self.rank), 1)
+                    count = store.add(str(rank), 0)
+                missed[rank] = missed[rank] + 1 if seen[rank] == count < LEFT else 0
+                seen[rank] = count
+                if missed[rank] == (BEATS if count else MEETING_BEATS):
+                    self._give_up(rank)
+        with suppress(RuntimeError):  # after an error others may wait for this one, and are to hear of it
+            store.add(str(self.rank), LEFT if self.is_done else 0)
+
+    def _give_up(self, rank: int) -> NoReturn:
+        log.error("mlmkit: rank %d does not answer. %s", rank, RESUME)
+        os._exit(1)  # the main thread waits in C++
+
+    def stop(self, *, is_done: bool) -> None:
+        """Count no more; a rank that `is_done` is no longer waited for."""
+        self.is_done = is_done
+        self.is_over.set()
+        self.join(BEAT_SECONDS)  # it may wait for a store that has gone
+
+
+_pulses: list[_Pulse] = []
 
 
 @contextmanager

@@ -255,7 +255,7 @@ def load_config(path: str) -> PreTrainedConfig:
         raise UserError(f"{path} is an artifact: name the checkpoint that it came from")
     if folder.is_dir() and not (folder / "config.json").exists():
         raise UserError(f"{path} holds no config.json: it is neither a checkpoint nor an artifact")
-    if folder.is_dir() and not any(folder.glob("*.safetensors")):
+    if folder.is_dir() and not any(folder.glob("*.safetensors*")):
         raise UserError(f"{path} holds no model.safetensors: if it has a pytorch_model.bin, run in it {CONVERT}")
     config = from_pretrained(AutoConfig, path)
     refuse_other_models(config, path)

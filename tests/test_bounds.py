@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import edit_record
 from rich.console import Console
 from safetensors.torch import load_file
 from test_artifact import rehash
@@ -296,8 +297,7 @@ def test_a_manifest_that_promises_longer_rows_is_refused(capsys, artifact, tmp_p
     folder = Path(shutil.copytree(artifact(kind), tmp_path / kind))
     code, *_ = run(capsys, "inspect", folder)
     assert code == 0
-    manifest = json.loads((folder / "mlmkit.json").read_text())
-    (folder / "mlmkit.json").write_text(json.dumps(manifest | {"max_length": 65}))
+    edit_record(folder / "mlmkit.json", max_length=65)
     with pytest.raises(UserError, match="says rows of 65 tokens, and the model takes 64"):
         load(folder)
     code, out, _ = run(capsys, "inspect", folder)

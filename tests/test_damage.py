@@ -106,7 +106,7 @@ def test_a_damaged_log_or_held_out_result_is_made_good_and_said(capsys, caplog, 
 
 def test_a_full_disk_when_a_run_begins(text_file, tmp_path):
     ranks = Ranks(
-        write_config(tmp_path, text_file, "bert-tiny"), tmp_path / "run", limits=((resource.RLIMIT_FSIZE, 99),)
+        write_config(tmp_path, text_file, "bert-tiny"), tmp_path / "run", limits=((resource.RLIMIT_FSIZE, 999),)
     )
     assert ranks.wait() == [2]
     [message] = ranks.messages()
@@ -140,6 +140,8 @@ def test_a_result_is_what_was_written_or_named(capsys, result, artifact, tmp_pat
         if (copy / name).is_dir():
             (copy / name).rmdir()
     assert run(capsys, "compare", result, copy)[0] == 2
+    if name == "result.json":
+        (copy / name).unlink()  # the tables say that this was an evaluation
     command = ["eval", artifact("bert"), "--set", result.parent / "text.txt", "--output", copy]
     code, _, err = run(capsys, *command)
     assert (code, "--overwrite" in err) == (2, True)
@@ -147,19 +149,26 @@ def test_a_result_is_what_was_written_or_named(capsys, result, artifact, tmp_pat
     assert load_result(copy).result["metrics"] == load_result(result).result["metrics"]
 
 
-def test_a_part_of_another_evaluation_is_scored_again(artifact, tmp_path, monkeypatch, caplog):
-    """And one under another's name: neither was noticed."""
+def test_parts_that_are_damaged_or_of_another_evaluation_are_scored_again(artifact, tmp_path, monkeypatch, caplog):
+    """Flipped anywhere, in a footer too; another's; one under another's name. No figure is read from any of them."""
     monkeypatch.setattr(parts.cut_parts, "__defaults__", (600.0,))
     (tmp_path / "text.txt").write_text("\n".join(paragraphs()[:60]))
-    model, source = load(str(artifact("bert"))), tmp_path / "text.txt"
+    model, source, rng = load(str(artifact("bert"))), tmp_path / "text.txt", random.Random(0)
     for name, seed in (("one", 0), ("other", 1)):
         with pytest.raises(KeyboardInterrupt):
             evaluate(Interrupted(model, 12), source, mask_seed=seed, output=tmp_path / name, batch_tokens=300)
-    first, second, *_ = sorted((tmp_path / "one" / "parts").iterdir())
-    shutil.copy(first, second)
-    shutil.copy(next((tmp_path / "other").glob("parts/*.parquet")), first)
+    first, second, third, *_ = sorted((tmp_path / "one").glob("parts/*.parquet"))
+    footer = bytearray(first.read_bytes())
+    footer[footer.rindex(b"piece")] ^= 4  # the name of a column
+    first.write_bytes(footer)
+    for suffix in (".json", ".parquet"):
+        shutil.copy(third.with_suffix(suffix), second.with_suffix(suffix))
+        shutil.copy(next((tmp_path / "other").glob(f"parts/*{suffix}")), third.with_suffix(suffix))
     evaluate(model, source, output=tmp_path / "one")
-    assert caplog.text.count("is damaged, or another's: scoring it again") == 2
+    assert caplog.text.count("is damaged, or another's: scoring it again") == 3
+    DAMAGE["flipped"](next((tmp_path / "other").glob("parts/*.parquet")), rng)
+    evaluate(model, source, mask_seed=1, output=tmp_path / "other")
+    assert caplog.text.count("is damaged, or another's: scoring it again") == 4
     evaluate(model, source, output=tmp_path / "whole")
     tables = [pq.read_table(tmp_path / name / "tokens.parquet") for name in ("one", "whole")]
     assert tables[0].equals(tables[1])

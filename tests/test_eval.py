@@ -28,6 +28,7 @@ from mlmkit.eval.plan import pseudo_plan
 from mlmkit.eval.scoring import run_plan
 from mlmkit.eval.statistics import bootstrap
 from mlmkit.export.export import export
+from mlmkit.files import read_record
 from mlmkit.masking import MaskRecipe, corrupt, document_key
 
 TIMES = ("seconds", "timing", "command")
@@ -351,7 +352,7 @@ def test_a_path_is_taken_wherever_text_is(checkpoint, short_file, tmp_path):
     model, texts, folder = Path(checkpoint("bert")), Path(short_file), tmp_path / "result"
     for data in (texts, Source(texts)):  # pyright: ignore[reportArgumentType]
         found = evaluate(load(model), data, output=folder, overwrite=True)
-        assert json.loads((tmp_path / "result" / "result.json").read_text()) == found.result
+        assert read_record(folder / "result.json", "") == found.result
         assert found.result["model"]["path"] == str(model)
         assert found.result["corpus"]["source"]["location"] == str(texts)
     assert pseudo_log_likelihood(model, ["Roma"])[0].pseudo_log_likelihood

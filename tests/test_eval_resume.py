@@ -264,8 +264,6 @@ def test_a_part_that_cannot_be_read_is_scored_again(artifact, source, tmp_path, 
     content = bytearray(part.read_bytes())
     content[40:60] = bytes(20)  # its body damaged: noticed by its checksum
     part.write_bytes(content)
-    with pytest.raises(CheckError, match="damaged and was removed"):
-        evaluate(model, source, output=tmp_path / "cut")
     evaluate(model, source, output=tmp_path / "cut")
     evaluate(model, source, output=tmp_path / "whole")
     assert without_times(tmp_path / "cut") == without_times(tmp_path / "whole")

@@ -18,6 +18,7 @@ from mlmkit.errors import CheckError, UserError
 from mlmkit.export import export as exporting
 from mlmkit.export.parity import BOUNDS, Parity, check_parity, parity_batches, parity_line, require_parity
 from mlmkit.export.proof_text import proof_text
+from mlmkit.files import write_record
 
 
 def random_batch(batch: int, seq: int, masked: int, vocabulary: int = 600) -> Batch:
@@ -190,7 +191,7 @@ def test_the_proof_of_a_runs_model_is_made_on_its_held_out_text(tmp_path, text_f
         folder = run / "checkpoints" / f"step-{step:08d}" / "held-out"
         folder.mkdir(parents=True)
         source = {"set": None, **asdict(Source(location))}
-        (folder / "result.json").write_text(json.dumps({"corpus": {"source": source}}))
+        write_record(folder / "result.json", {"corpus": {"source": source}})
     for checkpoint in (run / "model", run / "checkpoints" / "step-00000001"):
         found = proof_text(str(checkpoint))
         assert found.name == f"the run's held-out text ({text_file})"

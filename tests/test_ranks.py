@@ -13,7 +13,7 @@ import pytest
 from conftest import ARCHITECTURES, paragraphs
 from training import CONFIG
 
-SHORT = "import mlmkit.distributed as d; d.BEAT_SECONDS, d.BEATS = 0.1, 20"
+SHORT = "import mlmkit.distributed as d; d.BEAT_SECONDS, d.BEATS, d.MEETING_BEATS = 0.1, 20, 600"
 SAID = "does not answer. Start all ranks again with the same command: it resumes from what was saved last\n"
 
 
@@ -66,6 +66,18 @@ def test_a_rank_that_is_killed_ends_the_other(
     last = (tmp_path / str(1 - victim)).read_text().splitlines(True)[-1]
     assert last in (f"mlmkit: rank {victim} {SAID}", f"mlmkit: another rank {SAID}")
     assert "Traceback" not in (tmp_path / str(1 - victim)).read_text()
+
+
+def test_a_rank_that_dies_before_they_meet_ends_the_other(text, checkpoint, tmp_path) -> None:
+    """The first one waited for a week, without a word."""
+    arguments = ["eval", str(checkpoint("bert")), "--set", str(text), "--output", str(tmp_path / "output")]
+    first, second = start(arguments, tmp_path, SHORT.replace("600", "30"))
+    second.kill()
+    try:
+        assert first.wait(60) == 1
+    finally:
+        first.kill()
+    assert (tmp_path / "0").read_text() == f"mlmkit: rank 1 {SAID}"
 
 
 def test_a_rank_that_is_done_is_not_taken_for_dead(

@@ -66,7 +66,7 @@ def save_checkpoint(
     except (UserError, SafetensorError, CheckpointException) as error:
         cause = _cause(error)
         last = next(reversed(checkpoints(run)), None)
-        go_on = f"the same command goes on from {last}" if last else "there is no earlier checkpoint"
+        go_on = f"the same command goes on from {last}" if last else "the same command begins anew"
         raise UserError(f"{_one_line(final, cause)}: make room or mend the folder, then {go_on}") from error
     return final
 

@@ -70,7 +70,7 @@ def _begin_or_check(config: Config, run: Path, ranks: Ranks) -> list[Corpus]:
         )
     if config.data.held_out and not config.data.held_out.startswith(HUB):
         existing_file(config.data.held_out)
-    if not (run / RUN).exists():
+    if not (run / RUN).exists() and not checkpoints(run):
         if run.exists() and not run.is_dir():
             raise UserError(f"{run} is not a folder: choose another --output")
         if run.is_dir() and content(run):
@@ -78,7 +78,10 @@ def _begin_or_check(config: Config, run: Path, ranks: Ranks) -> list[Corpus]:
         return _begin(config, run)
     remedy = "delete that folder, or choose another --output and set model.init_from to a checkpoint of this run"
     before = read_record(run / RUN, remedy)
-    tokenizer = masked_lm.load_tokenizer(str(run / "tokenizer"))
+    try:
+        tokenizer = masked_lm.load_tokenizer(str(run / "tokenizer"))
+    except UserError as error:
+        raise UserError(f"{error}: copy the tokenizer's files there from a checkpoint of the run") from None
     corpora = load_texts(config, tokenizer)
     if difference := _first_difference(before, _identity(config, tokenizer, corpora), ""):
         if checkpoints(run) or (run / "model").exists():
