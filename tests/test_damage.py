@@ -152,11 +152,11 @@ def test_a_result_is_what_was_written_or_named(capsys, result, artifact, tmp_pat
 def test_parts_that_are_damaged_or_of_another_evaluation_are_scored_again(artifact, tmp_path, monkeypatch, caplog):
     """Flipped anywhere, in a footer too; another's; one under another's name. No figure is read from any of them."""
     monkeypatch.setattr(parts.cut_parts, "__defaults__", (600.0,))
-    (tmp_path / "text.txt").write_text("\n".join(paragraphs()[:60]))
+    (tmp_path / "text.txt").write_text("\n".join(paragraphs()[:100]))
     model, source, rng = load(str(artifact("bert"))), tmp_path / "text.txt", random.Random(0)
     for name, seed in (("one", 0), ("other", 1)):
         with pytest.raises(KeyboardInterrupt):
-            evaluate(Interrupted(model, 12), source, mask_seed=seed, output=tmp_path / name, batch_tokens=300)
+            evaluate(Interrupted(model, 20), source, mask_seed=seed, output=tmp_path / name, batch_tokens=300)
     first, second, third, *_ = sorted((tmp_path / "one").glob("parts/*.parquet"))
     footer = bytearray(first.read_bytes())
     footer[footer.rindex(b"piece")] ^= 4  # the name of a column
