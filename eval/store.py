@@ -71,7 +71,8 @@ class Store:
         if not self.final.is_dir() or not content(self.final):
             return None
         record = self.final / (RESULT if (self.final / RESULT).exists() else UNFINISHED)
-        if not any((self.final / name).exists() for name in (RESULT, UNFINISHED, TOKENS, PARTS)):
+        signs = (RESULT, UNFINISHED, TOKENS, f"{PARTS}/*-{'[0-9]' * 7}.parquet")
+        if not any(any(self.final.glob(sign)) for sign in signs):
             spared = ", so --overwrite leaves it alone" if overwrite else ""
             raise UserError(f"{self.final} exists and holds no evaluation{spared}: choose another --output")
         try:

@@ -14,7 +14,8 @@ from mlmkit.errors import UserError
 
 READ = re.compile(r"tokenizer.*|.*(config|vocab|merges|special_tokens|added_tokens).*|.*\.(index\.json|model|jinja)")
 # Nothing trained has more than some 200 layers or 22,000 labels; each costs time and memory before a weight is read.
-MOST = ((re.compile("layer|group|block|expert|network|stage"), 1000), (re.compile("labels"), 1 << 20))
+COUNT = re.compile("(^n_|.*num).*(layer|group|block|expert|network|stage)|.*layers$")
+MOST = ((COUNT, 1000), (re.compile(".*labels"), 1 << 20))
 # They make transformers read other files, or run other code, than what is checked.
 REFUSED = re.compile("quantization_config|configuration_files|fast_tokenizer_files")
 # Steps that lengthen no text beyond what Unicode does to a character; others not known here may double it.
@@ -39,7 +40,7 @@ def check_folder(folder: Path) -> dict[str, Any]:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """What a configuration of transformers holds. Raises `OSError` and `ValueError` for what cannot be read."""
+    """What a configuration of transformers holds. Raises `OSError` and `ValueError` too, for what cannot be read."""
     with path.open("rb") as file:
         content, entries = file.read(largest_file("config") + 1), []
     if len(content) > largest_file("config"):
@@ -48,7 +49,7 @@ def read_config(path: Path) -> dict[str, Any]:
     for key, value in entries:
         if (REFUSED.fullmatch(key) and value) or (key.endswith("_implementation") and "/" in str(value)):
             raise UserError(f"its configuration has {key}, which mlmkit does not take: save the model without it")
-        if isinstance(value, int) and any(pattern.search(key) and value > most for pattern, most in MOST):
+        if isinstance(value, int) and any(pattern.match(key) and value > most for pattern, most in MOST):
             raise UserError(f"its configuration asks for {value} {key}, more than any model known to us has")
     return config
 

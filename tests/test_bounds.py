@@ -18,6 +18,7 @@ from test_artifact import rehash
 from test_cli import process, run
 
 from mlmkit.backends import load
+from mlmkit.bounds import read_config
 from mlmkit.cli_options import printable
 from mlmkit.demo import show_fill
 from mlmkit.errors import UserError
@@ -225,6 +226,12 @@ def test_a_configuration_asks_for_no_more_than_the_weights_hold(copies, values, 
     change(copies["checkpoint"], "config.json", **values)
     with pytest.raises(UserError, match=message):
         load(copies["checkpoint"])
+
+
+def test_sizes_and_names_of_labels_are_no_counts(tmp_path):
+    values = {"expert_intermediate_size": 4096, "hidden_layer_size": 4096, "label2id": {"group theory": 5012}}
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    assert read_config(tmp_path / "config.json") == values
 
 
 # ------------------------------------------------------------------ tokenizers

@@ -149,6 +149,15 @@ def test_a_result_is_what_was_written_or_named(capsys, result, artifact, tmp_pat
     assert load_result(copy).result["metrics"] == load_result(result).result["metrics"]
 
 
+def test_a_folder_of_parts_of_something_else_is_left_alone(capsys, result, artifact, tmp_path):
+    (tmp_path / "parts").mkdir()
+    (tmp_path / "parts" / "screws.csv").touch()
+    command = ["eval", artifact("bert"), "--set", result.parent / "text.txt", "--output", tmp_path, "--overwrite"]
+    code, _, err = run(capsys, *command)
+    assert (code, "so --overwrite leaves it alone" in err) == (2, True)
+    assert (tmp_path / "parts" / "screws.csv").exists()
+
+
 def test_parts_that_are_damaged_or_of_another_evaluation_are_scored_again(artifact, tmp_path, monkeypatch, caplog):
     """Flipped anywhere, in a footer too; another's; one under another's name. No figure is read from any of them."""
     monkeypatch.setattr(parts.cut_parts, "__defaults__", (600.0,))
