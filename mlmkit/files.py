@@ -27,6 +27,7 @@ log = logging.getLogger(__name__)
 # Hidden names beside a path: what is not finished or to be deleted, the old folder while the new one takes its place,
 # and the new content of a mount point before and after the old one was deleted.
 PARTIAL, REPLACED, READY, MOVING = (f".mlmkit-{state}" for state in ("partial", "replaced", "ready", "moving"))
+LOCK = ".mlmkit-lock"
 RUN = "run.json"  # what a training run's folder holds from its beginning
 YOUNG = 60.0  # seconds in which a file may not yet have been locked by the process that made it
 CHECKSUM = "checksum"
@@ -126,7 +127,7 @@ def write_json(path: Path, value: object) -> None:
 
 def sweep(folder: Path, *, age: float = YOUNG) -> None:
     """Remove what killed processes have left in a folder: what is `age` seconds old and no process has locked."""
-    for left in folder.glob(f".*{PARTIAL}"):
+    for left in (*folder.glob(f".*{PARTIAL}"), *folder.glob(f".*{LOCK}")):
         with suppress(OSError):
             lock = os.open(left, os.O_RDONLY)
             try:
@@ -224,7 +225,7 @@ def locked(path: Path, *, wait: bool = False) -> Iterator[None]:
     replacing is put in order first. Raises `UserError` if another process has the lock, or `wait`s for it.
     """
     path = path.resolve()
-    lock = home(path) / f".{path.name}.lock"
+    lock = home(path) / f".{path.name}{LOCK}"
     try:
         descriptor = _acquire(lock, path, wait=wait)
     except BlockingIOError:

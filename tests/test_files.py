@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from mlmkit.errors import UserError
-from mlmkit.files import PARTIAL, REPLACED, atomic, locked, new_folder
+from mlmkit.files import LOCK, PARTIAL, REPLACED, atomic, locked, new_folder
 
 OLD = time.time() - 1000
 
@@ -60,6 +60,16 @@ with atomic(Path(sys.argv[1]) / "killed", folder={folder}) as partial:
             os.utime(path, (OLD, OLD))
         with atomic(tmp_path / "two"):
             assert (left.exists(), busy.exists()) == (False, True)
+
+
+def test_a_lock_that_nobody_holds_is_removed(tmp_path):
+    stale, held = tmp_path / f".stale{LOCK}", tmp_path / f".held{LOCK}"
+    stale.touch()
+    with locked(tmp_path / "held"):
+        for path in (stale, held):
+            os.utime(path, (OLD, OLD))
+        with atomic(tmp_path / "file"):
+            assert (stale.exists(), held.exists()) == (False, True)
 
 
 def test_a_folder_is_put_back_if_the_process_was_killed_between_the_two_renames(tmp_path):

@@ -123,7 +123,7 @@ def test_two_trainings_into_one_folder(text_file, tmp_path):
 
 
 def test_a_lock_whose_file_was_removed_while_it_was_awaited_is_taken_anew(tmp_path):
-    lock = tmp_path / ".folder.lock"
+    lock = tmp_path / ".folder.mlmkit-lock"
     with at_operation(2, lock.unlink), locked(tmp_path / "folder"):  # between opening and locking it
         assert lock.exists()
         with (

@@ -111,7 +111,7 @@ def run_lock(run: Path, ranks: Ranks) -> Iterator[None]:
     """Keep a second training out of the run's folder, and remove what one that was killed has left there."""
     with ExitStack() as stack:
         ranks.from_first(lambda: stack.enter_context(locked(run)))
-        ranks.from_first(lambda: [sweep(folder, age=0) for folder in (run, run / "checkpoints")])
+        ranks.from_first(lambda: [sweep(folder, age=0) for folder in (run, run / "checkpoints", *checkpoints(run))])
         yield
 
 
