@@ -106,7 +106,7 @@ def evaluate(
             overwrite=overwrite,
         )
         tables = [pq.read_table(folder / name) for name in (TOKENS, DOCUMENTS)]
-        if changed_file(folder, result["files"]):
+        if output and changed_file(folder, result["files"]):
             raise UserError(f"another process has written to {folder} meanwhile: choose another output")
         return Evaluation(result, *tables)
 

@@ -28,7 +28,7 @@ from mlmkit.eval.report import write_report
 from mlmkit.eval.scoring import refuse_batch_coupling, score_parts
 from mlmkit.eval.sets import EvalSet
 from mlmkit.eval.store import PartFacts, Store, part_facts, token_table
-from mlmkit.eval.stored import RESULT_FORMAT
+from mlmkit.eval.stored import RESULT_FORMAT, Stored
 from mlmkit.files import locked
 from mlmkit.masking import DIGEST_MODULUS, format_digest
 from mlmkit.progress import progress
@@ -52,8 +52,8 @@ def evaluate(
     """Measure a model into `folder` and return its `result.json`; on other ranks than the first, nothing.
 
     What an interrupted call with the same arguments left in `folder` is not done again. With `report`, the page is
-    written too. Raises `UserError` for unusable
-    text, options or another evaluation there, and `CheckError` when a score is not finite.
+    written too. Raises `UserError` for unusable text, options or another evaluation there, and `CheckError` when a
+    score is not finite.
     """
     ranks = ranks or Ranks()
     began = time.perf_counter()
@@ -65,7 +65,7 @@ def evaluate(
         finished, store.folder = ranks.from_first(lambda: (store.finished(overwrite=overwrite), store.folder))
         if finished:
             if report and ranks.is_first:
-                write_report(store.final)
+                write_report(Stored(store.final, finished))
             return finished
         if ranks.is_first:
             stack.enter_context(store.working())
@@ -97,7 +97,7 @@ def evaluate(
             result["metrics"] |= {name: nothing for name in PER_TEXT if name in result["metrics"]}
         result = store.finish(result)
         if report:
-            write_report(store.final)
+            write_report(Stored(store.final, result))
         return result
 
 

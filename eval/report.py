@@ -11,7 +11,7 @@ import numpy as np
 
 from mlmkit.eval.metrics import CALIBRATION_BINS, calibration_bin, describe_unknown
 from mlmkit.eval.statistics import RESAMPLES
-from mlmkit.eval.stored import REPORT, Stored, load_result, read_blocks
+from mlmkit.eval.stored import REPORT, Stored, read_blocks
 from mlmkit.files import write_text
 
 log = logging.getLogger(__name__)
@@ -47,18 +47,17 @@ SPLITS = {
 }
 
 
-def write_report(folder: Path) -> bool:
-    """Write the page into an evaluation's folder; say whether what it needs (`mlmkit[report]`) is installed.
+def write_report(stored: Stored) -> bool:
+    """Write the page into an evaluation's folder, if what it needs (`mlmkit[report]`) is installed; whether it did.
 
-    Raises `UserError` when `folder` holds no finished evaluation.
+    A read-only folder is left as it is, with a warning.
     """
     if find_spec("jinja2") is None or find_spec("matplotlib") is None:
         return False
-    stored = load_result(folder)
-    if not os.access(folder, os.W_OK):
-        log.warning("%s is read-only: %s stays as it is", folder, REPORT)
+    if not os.access(stored.folder, os.W_OK):
+        log.warning("%s is read-only: %s stays as it is", stored.folder, REPORT)
         return False
-    render("report.html.jinja", folder / REPORT, **_content(stored))
+    render("report.html.jinja", stored.folder / REPORT, **_content(stored))
     return True
 
 

@@ -5,7 +5,6 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
-from itertools import count, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +63,7 @@ class Store:
         """
         replacement = home(self.final) / f".{self.final.name}.replacement"
         if was_killed := (replacement / RESULT).exists():  # before it could take its place
-            self._clear(replacement)
+            _clear(replacement)
             replace(replacement, self.final)
         if self.final.exists() and not self.final.is_dir():
             raise UserError(f"{self.final} exists and is not a folder: choose another --output")
@@ -94,7 +93,7 @@ class Store:
             )
         if is_complete:
             load_result(self.final)
-            self._clear(self.final)
+            _clear(self.final)
             return found
         return None
 
@@ -149,8 +148,10 @@ class Store:
 
     def parts(self, name: str) -> list[PartFacts]:
         """A pass's parts, in order, up to the first that is missing."""
-        parts = (self.part(name, index) for index in count())
-        return [part for part in takewhile(bool, parts) if part]
+        parts: list[PartFacts] = []
+        while part := self.part(name, len(parts)):
+            parts.append(part)
+        return parts
 
     def _part(self, name: str, index: int) -> Path:
         return self.folder / PARTS / f"{name}-{index:07d}.parquet"
@@ -192,15 +193,16 @@ class Store:
         """Write `result.json`, which completes the evaluation, and return it. The parts are no longer needed."""
         result = {**result, "files": {name: file_sha256(self.folder / name) for name in (TOKENS, DOCUMENTS)}}
         write_record(self.folder / RESULT, result)
-        self._clear(self.folder)
+        _clear(self.folder)
         if self.folder != self.final:
             replace(self.folder, self.final)
         return result
 
-    def _clear(self, folder: Path) -> None:
-        shutil.rmtree(folder / PARTS, ignore_errors=True)
-        if (folder / UNFINISHED).exists():
-            (folder / UNFINISHED).unlink()
+
+def _clear(folder: Path) -> None:
+    shutil.rmtree(folder / PARTS, ignore_errors=True)
+    if (folder / UNFINISHED).exists():  # a read-only file system refuses even what there is not
+        (folder / UNFINISHED).unlink()
 
 
 @contextmanager

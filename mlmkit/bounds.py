@@ -35,16 +35,18 @@ def check_folder(folder: Path) -> dict[str, Any]:
             )
     if (folder / "adapter_config.json").exists():
         raise UserError("it holds an adapter (adapter_config.json): merge it into the model, and save that")
-    files = (folder / "tokenizer_config.json", folder / "config.json")
-    return [read_config(path) if path.is_file() else {} for path in files][1]
+    if (folder / "tokenizer_config.json").is_file():
+        read_config(folder / "tokenizer_config.json")
+    return read_config(folder / "config.json") if (folder / "config.json").is_file() else {}
 
 
 def read_config(path: Path) -> dict[str, Any]:
     """What a configuration of transformers holds. Raises `OSError` and `ValueError` too, for what cannot be read."""
+    most, entries = largest_file("config"), []
     with path.open("rb") as file:
-        content, entries = file.read(largest_file("config") + 1), []
-    if len(content) > largest_file("config"):
-        raise UserError(f"{path.name} has more than {largest_file('config') >> 20} MiB, which no configuration has")
+        content = file.read(most + 1)
+    if len(content) > most:
+        raise UserError(f"{path.name} has more than {most >> 20} MiB, which no configuration has")
     config = json.loads(content, object_pairs_hook=lambda pairs: entries.extend(pairs) or dict(pairs))
     for key, value in entries:
         if (REFUSED.fullmatch(key) and value) or (key.endswith("_implementation") and "/" in str(value)):

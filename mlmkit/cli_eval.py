@@ -250,9 +250,10 @@ def report(result: Path) -> None:
     """Write RESULT/report.html again, from what is stored there."""
     from mlmkit.errors import require
     from mlmkit.eval.report import write_report
+    from mlmkit.eval.stored import load_result
 
     require("report", "jinja2", "matplotlib")
-    if not write_report(result):
+    if not write_report(load_result(result)):
         raise UserError(f"{result} is read-only: copy it to where its report may be written")
     say(result / "report.html")
 

@@ -19,6 +19,7 @@ from mlmkit.documents import Source, read_documents
 from mlmkit.errors import CheckError, UserError
 from mlmkit.eval.api import Evaluation, evaluate
 from mlmkit.eval.report import write_report
+from mlmkit.eval.stored import load_result
 from mlmkit.export.export import export
 from mlmkit.files import write_text
 from mlmkit.fill import fill
@@ -71,7 +72,7 @@ def run_demo(output: Path, text: str | None) -> None:
     models = {"checkpoint": load(str(checkpoint)), "artifact": load(str(artifact))}
     evaluations = {name: measure(model, heldout_text, output / f"eval-{name}") for name, model in models.items()}
     for name in models:
-        write_report(output / f"eval-{name}")
+        write_report(load_result(output / f"eval-{name}"))
     difference = check_agreement(evaluations)
 
     log.info("4/4 filling masks")

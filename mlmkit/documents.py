@@ -178,7 +178,7 @@ def _parquet_rows(path: Path, column: str) -> Iterator[tuple[str, dict[str, Any]
         rows = (row for batch in batches for row in batch.to_pylist())
         yield from ((f"{path}: row {number}", row) for number, row in enumerate(rows))
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read as parquet: {str(error).splitlines()[0]}") from None
+        raise UserError(f"{path}: cannot be read as parquet: {first_line(error)}") from None
 
 
 def _hub_rows(location: str, column: str) -> Iterator[tuple[str, dict[str, Any]]]:

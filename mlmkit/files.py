@@ -127,7 +127,7 @@ def write_json(path: Path, value: object) -> None:
 
 def sweep(folder: Path, *, age: float = YOUNG) -> None:
     """Remove what killed processes have left in a folder: what is `age` seconds old and no process has locked."""
-    for left in (*folder.glob(f".*{PARTIAL}"), *folder.glob(f".*{LOCK}")):
+    for left in (path for path in folder.glob(".*") if path.name.endswith((PARTIAL, LOCK))):  # the folder read once
         with suppress(OSError):
             lock = os.open(left, os.O_RDONLY)
             try:

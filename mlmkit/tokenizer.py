@@ -62,8 +62,6 @@ class Tokenizer:
         rust.no_truncation()
         rust.no_padding()
         self._serialized = rust.to_str()
-        parsed = json.loads(self._serialized)
-        check_tokenizer(parsed)
         # Two copies, as the switch is part of the object's state: text of a corpus is data, and a "[MASK]" in it is
         # four ordinary pieces; text for `fill` holds real mask tokens.
         self._data = RustTokenizer.from_str(self._serialized)
@@ -72,13 +70,13 @@ class Tokenizer:
         self._control.encode_special_tokens = False
 
         self.named = {name: _content(config[name]) for name in NAMED_TOKENS if config.get(name)}
-        if "unk_token" not in self.named and (spelled := _unknown_of(parsed["model"])):
+        if "unk_token" not in self.named and (spelled := _unknown_of(json.loads(self._serialized)["model"])):
             self.named |= {"unk_token": spelled} if rust.token_to_id(spelled) is not None else {}
         if "mask_token" not in self.named:
             raise UserError("the tokenizer has no mask token: a masked model's names it in tokenizer_config.json")
         limit = config.get(LIMIT)  # transformers writes 1e30 for "none"
         self.limit = int(limit) if isinstance(limit, int | float) and 0 < limit < 1 << 30 else None
-        self.special_ids = self._find_special_ids(config, parsed["model"])
+        self.special_ids = self._find_special_ids(config)
         self.mask_token = self.named["mask_token"]
         self.mask_id = self._id_of("mask_token")
         self.unk_id = self._id_of("unk_token") if "unk_token" in self.named else None
@@ -95,14 +93,14 @@ class Tokenizer:
             raise UserError(f"the tokenizer's {name} {self.named[name]!r} is not in its vocabulary")
         return id
 
-    def _find_special_ids(self, config: dict[str, Any], model: dict[str, Any]) -> frozenset[int]:
+    def _find_special_ids(self, config: dict[str, Any]) -> frozenset[int]:
         extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
         extra = map(_content, extra.values() if isinstance(extra, dict) else extra)
         by_name = map(self.token_id, (*self.named.values(), *extra))
         found = {id for id, token in self._control.get_added_tokens_decoder().items() if token.special}
         found |= {id for id in by_name if id is not None}
         spelling = {id for id in found if re.fullmatch("<0x[0-9A-F]{2}>", self.token(id))}
-        if spelling and model.get("byte_fallback"):
+        if spelling and json.loads(self._serialized)["model"].get("byte_fallback"):
             found -= spelling  # these are the bytes of a text, whatever they are marked as
         return frozenset(found)
 
@@ -160,7 +158,9 @@ class Tokenizer:
             raise UserError(f"{type(tokenizer).__name__} has no fast version (tokenizer.json), which mlmkit needs")
         config = {name: getattr(tokenizer, name, None) for name in (*NAMED_TOKENS, LIMIT, CLEAN_UP, CLEAN_UP_BPE)}
         config["extra_special_tokens"] = tokenizer.all_special_tokens
-        return cls(RustTokenizer.from_str(rust.to_str()), config)
+        serialized = rust.to_str()  # which need not be a file of the folder's: others are converted
+        check_tokenizer(json.loads(serialized))
+        return cls(RustTokenizer.from_str(serialized), config)
 
     @cached_property
     def vocabulary_size(self) -> int:

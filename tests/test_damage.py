@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+import torch
 from conftest import paragraphs
 from test_cli import run
 from test_eval_resume import Interrupted
@@ -24,6 +25,7 @@ from mlmkit.eval.api import evaluate
 from mlmkit.eval.stored import load_result
 from mlmkit.files import write_json
 from mlmkit.tokenizer import Tokenizer
+from mlmkit.train.checkpoint import resuming
 from mlmkit.train.loop import train
 
 DAMAGE: dict[str, Callable[[Path, random.Random], object]] = {
@@ -66,8 +68,6 @@ SHARD = "shard-00001-model-00001-of-00001.safetensors"
 )
 @pytest.mark.parametrize("kind", DAMAGE)
 def test_a_damaged_run_is_named_with_what_to_do(capsys, half, tmp_path, text_file, name, kind):
-    if (name, kind) == ("run.json", "removed"):
-        pytest.skip("a folder without run.json is none of a run")
     config, folder = half
     copy = Path(shutil.copytree(folder, tmp_path / "run"))
     DAMAGE[kind](copy / name, random.Random(name + kind))
@@ -102,6 +102,15 @@ def test_a_damaged_log_or_held_out_result_is_made_good_and_said(capsys, caplog, 
         assert f"log.jsonl: line {number + 1} is damaged and left out" in caplog.text
     assert (code, "had a token to predict" in err) == ((1, True) if len(broken) == len(steps) else (0, False)), err
     assert load_result(copy / LAST / "held-out").result["mask_digest"]
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), MemoryError()]
+)
+def test_too_little_memory_is_no_damage(error, tmp_path):
+    """Nobody is told to delete a good checkpoint."""
+    with pytest.raises(type(error)), resuming(tmp_path / "checkpoints" / "step-00000002"):
+        raise error
 
 
 def test_a_full_disk_when_a_run_begins(text_file, tmp_path):

@@ -243,6 +243,10 @@ def test_nothing_is_written_when_training_cannot_start(tmp_path, text_file, sett
             '{"model_type": "bert", "hidden_size": 163840, "intermediate_size": 655360, "num_attention_heads": 16}',
             r"takes 62,\d{3}\.\d GB of memory for 3,89\d(,\d{3}){3} parameters; \d+\.\d GB are free",
         ),
+        (
+            '{"model_type": "bert", "num_hidden_layers": 1000000000}',
+            r"architecture.json: .* asks for 1000000000 num_hidden",
+        ),
         ("[]", "no JSON object"),
         ("{", "not a Hugging Face config.json"),
     ],

@@ -14,6 +14,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
@@ -80,7 +81,7 @@ def _cause(error: BaseException) -> BaseException:
 
 
 def _one_line(final: Path, cause: BaseException) -> str:
-    text = str(cause).splitlines()[0]
+    text = first_line(cause)
     return text if str(final) in text else f"cannot write {final}: {text}"
 
 
@@ -115,13 +116,17 @@ def resuming(checkpoint: Path | None) -> Iterator[None]:
     except (Exception, CheckpointException) as error:
         cause = _cause(error)
         is_of_system = isinstance(cause, OSError) and cause.errno not in (None, errno.ENOENT)
-        is_of_memory = isinstance(cause, MemoryError) or "allocate memory" in str(cause)
-        if checkpoint is None or is_of_system or is_of_memory or isinstance(cause, EndedElsewhereError):
+        if checkpoint is None or is_of_system or is_out_of_memory(cause) or isinstance(cause, EndedElsewhereError):
             raise
         earlier = [other for other in checkpoints(checkpoint.parent.parent) if other < checkpoint]
         go_on = f"goes on from {earlier[-1]}" if earlier else "begins anew"
         advice = f"delete it if it is damaged, and the same command {go_on}"
         raise UserError(f"{checkpoint} cannot be resumed: {first_line(cause)}: {advice}") from error
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error of torch or Python says that there is too little memory, on a GPU or not."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "allocate memory" in str(error)
 
 
 def read_state(folder: Path) -> dict[str, Any]:

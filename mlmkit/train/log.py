@@ -17,7 +17,7 @@ from typing import Any
 
 from rich.console import Console
 
-from mlmkit.errors import UserError
+from mlmkit.errors import UserError, first_line
 from mlmkit.files import write_text
 from mlmkit.train.config import Config, RunConfig
 
@@ -237,8 +237,7 @@ class _WeightsAndBiases:
                 resume="allow",
             )
         except wandb.Error as error:
-            reason = str(error).splitlines()[0]
-            raise UserError(f"train.wandb: {reason} Or set WANDB_MODE=offline.") from error
+            raise UserError(f"train.wandb: {first_line(error)} Or set WANDB_MODE=offline.") from error
 
     def write(self, entry: dict[str, Any]) -> None:
         self.run.log(_scalars(entry), step=entry["step"])

@@ -30,6 +30,7 @@ from mlmkit.train.checkpoint import (
     checkpoints,
     copy_model,
     held_out_result,
+    is_out_of_memory,
     load_optimizers,
     prune,
     read_state,
@@ -279,7 +280,7 @@ def is_finished(run: Path, mask_digest: str) -> bool:
 
     Raises `UserError` when there is no checkpoint left to measure that result on.
     """
-    measured = (recall(run / HELD_OUT_METRICS) or {"mask_digest": ""})["mask_digest"]
+    measured = (recall(run / HELD_OUT_METRICS) or {}).get("mask_digest", "")
     found, is_measured = (run / "model").exists(), mask_digest in ("", measured)
     if found and not is_measured and not checkpoints(run):
         raise UserError(f"{run} is finished and has no checkpoint to evaluate: use mlmkit eval {run / 'model'}")
@@ -305,7 +306,7 @@ def _stopped(seen: list[int], step: int, steps: int, checkpoint: Path) -> Stoppe
 
 def _memory_error(error: RuntimeError, config: Config, run: Path) -> UserError | None:
     """What to do when there is too little memory; None if that is not what happened."""
-    if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
+    if not is_out_of_memory(error):
         return None
     advice = "lower train.micro_batch_tokens (train.global_batch_tokens may stay) or model.max_length"
     if last := next(reversed(checkpoints(run)), None):

@@ -115,8 +115,10 @@ def _read_config(path: str) -> dict[str, Any]:
         raise UserError(
             f"model.architecture: {path!r} is neither a preset ({', '.join(PRESETS)}) nor a config.json"
         ) from None
-    except (UserError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not a Hugging Face config.json for mlmkit: {error}") from None
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not a Hugging Face config.json: {error}") from None
     if not isinstance(values, dict):
         raise UserError(f"{path}: not a Hugging Face config.json: no JSON object")
     return values
