@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mlmkit.artifact import CARD, MANIFEST, Manifest, report_rows
+from mlmkit.artifact import CARD, FLAVOURS, MANIFEST, Manifest, report_rows
 from mlmkit.errors import UserError
 from mlmkit.tokenizer import Tokenizer
 
@@ -58,7 +58,7 @@ def write_card(folder: Path, manifest: Manifest, *, checkpoint: str, results: Se
         architecture=manifest.architecture,
         precision=manifest.precision,
         source=f", exported from [{base}](https://huggingface.co/{base})" if base else "",
-        tensorrt=f", and TensorRT plans for {manifest.tensorrt.gpu}" if manifest.tensorrt else "",
+        tensorrt=f", and a plan of {FLAVOURS[manifest.tensorrt.flavour]}" if manifest.tensorrt else "",
         max_length=manifest.max_length,
         vocabulary_size=manifest.vocabulary_size,
         mask=Tokenizer.from_folder(folder).mask_token,

@@ -1,13 +1,12 @@
 """The export command's work, in order: load, write, change precision, prove, build plans, describe."""
 
 import logging
-import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from os import PathLike, fspath
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import onnx_ir as ir
 from transformers import AutoTokenizer
@@ -19,20 +18,17 @@ from mlmkit.backends.torch import TorchBackend
 from mlmkit.corpus import tokenize
 from mlmkit.errors import CheckError, UserError
 from mlmkit.export.card import write_card
+from mlmkit.export.graph_files import copy_artifact
 from mlmkit.export.lowering import lower
-from mlmkit.export.onnx import OPSET, replace_graph, write_onnx
+from mlmkit.export.onnx import OPSET, write_onnx
 from mlmkit.export.parity import BOUNDS, check_parity, parity_batches, require_parity
 from mlmkit.export.precision import convert
+from mlmkit.export.profiles import PlanOptions, check_buildable
 from mlmkit.export.proof_text import FALLBACK, ProofText, proof_text
 from mlmkit.files import locate_model, new_folder
 from mlmkit.model import from_pretrained, save_tokenizer
 
-if TYPE_CHECKING:
-    from mlmkit.export.tensorrt import PlanOptions
-
 log = logging.getLogger(__name__)
-
-FITTED = ("fp16", "int8")  # to the ranges of values on real text
 
 
 def export(
@@ -42,7 +38,7 @@ def export(
     precision: str = "fp32",
     text: ProofText | None = None,
     allow_drift: bool = False,
-    plans: "PlanOptions | None" = None,
+    plans: PlanOptions | None = None,
     card: bool = False,
     results: Sequence[dict[str, Any]] = (),
     overwrite: bool = False,
@@ -50,10 +46,10 @@ def export(
     """Write the artifact folder `output` for a checkpoint folder or hub name, and return its manifest.
 
     `text` is what parity is proven on, by default what `proof_text` finds. A precision that is fitted to text takes
-    every other document for that, and is proven on the rest. With `plans`, TensorRT plans are built too. With `card`
-    a model card is written, which shows `results` (`result.json`s) too. Nothing appears at `output` unless the proof
-    holds, or the drift is allowed. Raises `UserError` for an unusable checkpoint and `CheckError` when parity does not
-    hold.
+    every other document for that, and is proven on the rest. With `plans`, a TensorRT plan is built too, and proven
+    where this machine can run it. With `card` a model card is written, which shows `results` (`result.json`s) too.
+    Nothing appears at `output` unless the proof holds, or the drift is allowed. Raises `UserError` for an
+    unusable checkpoint and `CheckError` when parity does not hold.
     """
     if precision not in PRECISIONS:
         raise UserError(f"no precision {precision!r}: choose {', '.join(PRECISIONS)}")
@@ -65,18 +61,21 @@ def export(
         log.info("loading %s", checkpoint)
         reference = TorchBackend(checkpoint, "cpu")
         info = reference.info
+        if plans is not None:
+            check_buildable(info.architecture, precision, plans)
         log.info("writing the ONNX graph")
         write_onnx(reference.model, folder / GRAPH)
         save_tokenizer(from_pretrained(AutoTokenizer, checkpoint), folder)
         reference.model.network.config.save_pretrained(folder)
 
-        fitted, proven = text.split() if precision in FITTED else (None, text)
+        fitted, proven = text.split(precision)
         weight_bytes = sum(file.stat().st_size for file in folder.glob(f"{GRAPH}*"))
         with TemporaryDirectory() as temporary:
             engine_folder = folder
             if precision == "bf16":  # ONNX Runtime's CPU provider has no bfloat16: float32 that is rounded stands in
-                engine_folder = Path(temporary) / "rounded"
-                _write_rounded(folder, engine_folder, precision)
+                rounded, engine_folder = ir.load(folder / GRAPH), Path(temporary) / "rounded"
+                lower(rounded, precision, emulate=True)
+                copy_artifact(folder, engine_folder, rounded)
             if precision != "fp32":
                 log.info("changing it to %s", precision)
             batches = []
@@ -114,17 +113,9 @@ def export(
         manifest = replace(manifest, parity=parity.as_dict(), drift_allowed=not parity.passed)
         write_manifest(folder, manifest)
         if plans is not None:
-            from mlmkit.export.plans import with_plans  # needs tensorrt
+            from mlmkit.export.plans import with_plans  # needs TensorRT
 
-            manifest = with_plans(folder, manifest, plans, reference, proven, allow_drift=allow_drift)
+            manifest = with_plans(folder, manifest, plans, reference, text, allow_drift=allow_drift)
         if card:
             write_card(folder, manifest, checkpoint=checkpoint, results=results)
     return manifest
-
-
-def _write_rounded(folder: Path, target: Path, precision: str) -> None:
-    """A copy of the unfinished artifact whose graph computes in float32 and rounds to `precision`."""
-    shutil.copytree(folder, target)
-    model = ir.load(folder / GRAPH)
-    lower(model, precision, emulate=True)
-    replace_graph(model, target / GRAPH)

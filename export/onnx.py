@@ -3,23 +3,19 @@
 import contextlib
 import io
 import logging
-import tempfile
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
-import onnx_ir as ir
 import torch
-from onnx_ir.passes.common import ClearMetadataAndDocStringPass, RemoveUnusedNodesPass
 
 from mlmkit.backends import Batch, Scored
 from mlmkit.errors import UserError
 from mlmkit.export.attention import exported_attention
+from mlmkit.export.graph_files import save_graph
 from mlmkit.model import MaskedLM
 
 OPSET = 20  # at 23 ModernBERT's graph fails at run time and a fully masked row is off by 4e-3 (docs/decisions.md)
-# Larger weights go to a file of their own, which the runtime maps instead of parsing; protobuf itself ends at 2 GB.
-EXTERNAL_DATA_BYTES = 64 << 20
 
 
 def write_onnx(model: MaskedLM, path: Path, *, opset: int = OPSET) -> None:
@@ -53,30 +49,6 @@ def write_onnx(model: MaskedLM, path: Path, *, opset: int = OPSET) -> None:
     if fixed := [name for name, value in inputs if any(isinstance(size, int) for size in value.shape or ())]:
         raise UserError(f"torch can export a {kind} model for one shape only: it fixed {', '.join(fixed)}")
     save_graph(program.model, path)
-
-
-def save_graph(model: ir.Model, path: Path) -> None:
-    """Write a graph, its weights beside it in `model.onnx.data` if they are large.
-
-    Without weights that nothing reads any more, and without the exporter's notes: they hold stack traces with paths of
-    this machine, and make up two thirds of a small graph.
-    """
-    RemoveUnusedNodesPass()(model)
-    ClearMetadataAndDocStringPass()(model)
-    size = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None)
-    if size > EXTERNAL_DATA_BYTES:
-        ir.save(model, path, external_data=f"{path.name}.data")
-    else:  # what was read from a file beside another graph would stay there
-        ir.save(ir.external_data.load_to_model(model), path)
-
-
-def replace_graph(model: ir.Model, path: Path) -> None:
-    """Write a graph over the file that it was read from, whose weights it may still be reading."""
-    with tempfile.TemporaryDirectory(dir=path.parent) as building:
-        save_graph(model, Path(building) / path.name)
-        path.with_name(f"{path.name}.data").unlink(missing_ok=True)
-        for file in Path(building).iterdir():
-            file.replace(path.parent / file.name)
 
 
 def _first_cause(error: BaseException) -> str:

@@ -83,7 +83,7 @@ class Parity:
     def passed(self) -> bool:
         """Whether every figure is a number, and within its bound."""
         numbers = [value for value in asdict(self).values() if isinstance(value, float)]
-        return bool(np.isfinite(numbers).all()) and all(value <= bound for _, value, bound in _figures(self.as_dict()))
+        return bool(np.isfinite(numbers).all()) and is_within(self.as_dict())
 
     def as_dict(self) -> dict[str, Any]:
         """As the manifest carries it."""
@@ -99,6 +99,11 @@ def _figures(report: Mapping[str, Any]) -> list[tuple[str, float, float]]:
         ("largest of a candidate", report["max_top_log_prob_difference"], report["max_top_log_prob_bound"]),
         ("|Δ cross-entropy|", abs(report["cross_entropy_difference"]), bounds["cross_entropy"]),
     ]
+
+
+def is_within(report: Mapping[str, Any]) -> bool:
+    """Whether the figures of a report as the manifest carries it are within their bounds."""
+    return all(value <= bound for _, value, bound in _figures(report))
 
 
 def parity_line(report: Mapping[str, Any]) -> str:
@@ -119,8 +124,8 @@ def require_parity(parity: Parity, allow_drift: bool) -> None:
         return
     beyond = f"parity does not hold {parity_line(parity.as_dict())}"
     if not allow_drift:
-        raise CheckError(f"{beyond}; nothing was exported. --allow-drift exports it all the same")
-    log.warning("%s; exported all the same, and the manifest says so", beyond)
+        raise CheckError(f"{beyond}; nothing was written. --allow-drift writes it all the same")
+    log.warning("%s; written all the same, and the manifest says so", beyond)
 
 
 def check_parity(reference: Backend, engine: Backend, text: ProofText, bounds: Bounds, weight_bytes: int) -> Parity:

@@ -2,17 +2,27 @@
 
 import logging
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import onnx_ir as ir
 
 from mlmkit.artifact import GRAPH, MANIFEST, PLAN, Manifest, hash_files, open_files, refuse_changes, write_manifest
-from mlmkit.backends import Backend
+from mlmkit.backends import Backend, tensorrt_obstacle
 from mlmkit.backends.onnx import OnnxBackend
-from mlmkit.backends.tensorrt import TensorRTBackend
-from mlmkit.export.parity import BOUNDS, check_parity, require_parity
+from mlmkit.corpus import tokenize
+from mlmkit.export.graph_files import copy_artifact, save_graph
+from mlmkit.export.lowering import LARGEST_FLOAT16, lower
+from mlmkit.export.parity import BOUNDS, check_parity, is_within, parity_batches, parity_line, require_parity
+from mlmkit.export.plan_graph import plan_graph
+from mlmkit.export.profiles import PlanOptions, check_buildable
 from mlmkit.export.proof_text import ProofText, proof_text
-from mlmkit.export.tensorrt import LAYERS, PlanOptions, build_plan
-from mlmkit.files import new_folder
+from mlmkit.export.ranges import value_ranges
+from mlmkit.export.tensorrt import LAYERS, build_plan
+from mlmkit.files import locked, new_folder
 
 log = logging.getLogger(__name__)
 
@@ -26,42 +36,110 @@ def add_plans(
     allow_drift: bool = False,
     overwrite: bool = False,
 ) -> Manifest:
-    """Write a copy of an artifact with plans for this machine to `output`, and return its manifest.
+    """Write a copy of an artifact with plans to `output`, and return its manifest.
 
     The plans are held to the artifact's own graph on ONNX Runtime. Raises as `mlmkit.export.export.export` does.
     """
     manifest, files = open_files(artifact)
+    check_buildable(manifest.architecture, manifest.precision, plans)
     with new_folder(output, replaces=MANIFEST if overwrite else "") as folder:
         for name in manifest.files.keys() - {PLAN, LAYERS}:
             shutil.copyfile(artifact / name, folder / name)
         refuse_changes(artifact, files)
-        reference = OnnxBackend(str(artifact))
-        manifest = replace(manifest, tensorrt=None)
-        text = text or proof_text(str(artifact))
-        return with_plans(folder, manifest, plans, reference, text, allow_drift=allow_drift)
+        manifest = replace(manifest, files=hash_files(folder), tensorrt=None)
+        write_manifest(folder, manifest)
+        return with_plans(folder, manifest, plans, None, text or proof_text(str(artifact)), allow_drift=allow_drift)
 
 
 def with_plans(
     folder: Path,
     manifest: Manifest,
     options: PlanOptions,
-    reference: Backend,
+    reference: Backend | None,
     text: ProofText,
     *,
     allow_drift: bool,
 ) -> Manifest:
-    """Build the plans of the graph in `folder` and prove them against `reference`; the manifest that says so."""
-    built = build_plan(folder, manifest, options)
-    manifest = replace(manifest, files=hash_files(folder), tensorrt=built)
+    """Build the plans of the graph in `folder`, and prove them where this machine can run them.
+
+    They are held to `reference`, by default the graph on ONNX Runtime. Writes the manifest, and returns it.
+    """
+    with _plan_graph(folder, manifest, reference, text, allow_drift=allow_drift) as (graph, drifts):
+        built = build_plan(folder, manifest, options, graph)
+    drift_allowed = manifest.drift_allowed or drifts
+    manifest = replace(manifest, files=hash_files(folder), tensorrt=built, drift_allowed=drift_allowed)
     write_manifest(folder, manifest)  # the plans are loaded as a user will load them
+    if reason := tensorrt_obstacle(manifest):
+        log.info("the plan is unproven: %s", reason)
+        return manifest
+    return _prove(folder, manifest, reference, text, allow_drift=allow_drift)
+
+
+def prove(artifact: Path, *, text: ProofText | None = None, allow_drift: bool = False) -> Manifest:
+    """Run an artifact's plan beside its graph on ONNX Runtime, and write the report into its manifest.
+
+    Raises `UserError` where the plan cannot run and `CheckError` when parity does not hold; the manifest then stays.
+    """
+    with locked(artifact):
+        manifest, _ = open_files(artifact)
+        return _prove(artifact, manifest, None, text or proof_text(str(artifact)), allow_drift=allow_drift)
+
+
+def _prove(
+    folder: Path, manifest: Manifest, reference: Backend | None, text: ProofText, *, allow_drift: bool
+) -> Manifest:
+    from mlmkit.backends.tensorrt import TensorRTBackend  # needs cuda-python
+
+    engine = TensorRTBackend(str(folder))
     log.info("checking parity with TensorRT on real text")
-    weight_bytes = sum(file.stat().st_size for file in folder.glob(f"{GRAPH}*"))
-    parity = check_parity(reference, TensorRTBackend(str(folder)), text, BOUNDS[manifest.precision], weight_bytes)
+    _, proven = text.split(manifest.precision)
+    reference = reference or OnnxBackend(str(folder))
+    parity = check_parity(reference, engine, proven, BOUNDS[manifest.precision], _weight_bytes(folder))
     require_parity(parity, allow_drift)
+    assert manifest.tensorrt is not None  # or the backend had refused
     manifest = replace(
         manifest,
-        tensorrt=replace(built, parity=parity.as_dict()),
-        drift_allowed=manifest.drift_allowed or not parity.passed,
+        tensorrt=replace(manifest.tensorrt, gpu=engine.gpu, parity=parity.as_dict()),
+        drift_allowed=not (parity.passed and is_within(manifest.parity)),
     )
     write_manifest(folder, manifest)
     return manifest
+
+
+@contextmanager
+def _plan_graph(
+    folder: Path, manifest: Manifest, reference: Backend | None, text: ProofText, *, allow_drift: bool
+) -> Iterator[tuple[Path, bool]]:
+    """The graph that TensorRT is given, and whether it drifts: the artifact's own, in TensorRT's terms.
+
+    What is float32 in an int8 graph becomes float16: attention is fused in it and not in float32 (docs/decisions.md).
+    Its numbers are held to the reference on ONNX Runtime, as any graph's are.
+    """
+    model, drifts = ir.load(folder / GRAPH), False
+    with TemporaryDirectory() as temporary:
+        graph = Path(temporary) / "plan" / GRAPH
+        if manifest.precision != "int8":
+            plan_graph(model)
+            graph.parent.mkdir()
+            save_graph(model, graph)
+        else:
+            reference = reference or OnnxBackend(str(folder), "cpu")
+            fitted, proven = text.split(manifest.precision)
+            weight_bytes = _weight_bytes(folder)
+            corpus = tokenize((fitted or text).texts, reference.tokenizer)
+            batches = parity_batches(corpus, reference.tokenizer, manifest.max_length, weight_bytes)
+            ranges = value_ranges(folder / GRAPH, batches)
+            lower(model, "fp16", [name for name, largest in ranges.items() if largest > LARGEST_FLOAT16])
+            plan_graph(model)
+            copy_artifact(folder, graph.parent, model)
+            write_manifest(graph.parent, replace(manifest, files=hash_files(graph.parent)))
+            engine = OnnxBackend(str(graph.parent), "cpu")
+            parity = check_parity(reference, engine, proven, BOUNDS["int8"], weight_bytes)
+            log.info("int8 with float16 on ONNX Runtime: parity %s", parity_line(parity.as_dict()))
+            require_parity(parity, allow_drift)
+            drifts = not parity.passed
+        yield graph, drifts
+
+
+def _weight_bytes(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.glob(f"{GRAPH}*"))

@@ -8,8 +8,8 @@ import onnx_ir as ir
 
 from mlmkit.artifact import DYNAMIC_INT8
 from mlmkit.backends import Batch
+from mlmkit.export.graph_files import replace_graph
 from mlmkit.export.lowering import LARGEST_FLOAT16, lower
-from mlmkit.export.onnx import replace_graph
 from mlmkit.export.quantize import activation_thresholds, dynamic_int8, static_int8
 from mlmkit.export.ranges import value_ranges
 

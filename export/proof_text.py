@@ -14,6 +14,7 @@ from mlmkit.pydocs import topics
 log = logging.getLogger(__name__)
 
 FALLBACK = "Python's documentation"
+FITTED = ("fp16", "int8")  # precisions that depend on the ranges of values on real text
 DOCUMENTS = 1024  # half to fit a precision to, half to prove it on
 
 
@@ -24,8 +25,10 @@ class ProofText:
     name: str
     texts: Sequence[str]
 
-    def split(self) -> tuple["ProofText", "ProofText"]:
-        """What to fit a precision to and what to prove it on: every other text, so that both are like the whole."""
+    def split(self, precision: str) -> tuple["ProofText | None", "ProofText"]:
+        """What to fit a precision to, if it is fitted, and what to prove it on: every other text, or all of them."""
+        if precision not in FITTED:
+            return None, self
         fitted, proven = (self.texts[1::2], self.texts[::2]) if len(self.texts) > 1 else (self.texts, self.texts)
         return ProofText(self.name, fitted), ProofText(self.name, proven)
 

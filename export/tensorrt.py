@@ -1,109 +1,96 @@
-"""An artifact's graph → a TensorRT plan, on the machine that will run it. Needs neither torch nor transformers.
+"""An artifact's graph → a TensorRT plan. Needs neither torch nor transformers.
 
 The network is strongly typed: every layer computes in the type that the graph says, and TensorRT chooses none. That is
-the only kind that TensorRT 11 has.
+the only kind that TensorRT 11 has. TensorRT builds on the GPU that will run the plan; TensorRT for RTX builds ahead of
+time, without a GPU, for all cards.
 """
 
 import json
 import logging
+import re
 import threading
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import tensorrt as trt  # pyright: ignore[reportMissingModuleSource]
 from rich.progress import Progress, TaskID
 
-from mlmkit.artifact import DYNAMIC_INT8, GRAPH, PLAN, Manifest, Profile, TensorRT
-from mlmkit.backends.cuda import Gpu, find_gpu
-from mlmkit.backends.tensorrt import Logger, create_runtime
+from mlmkit.artifact import GRAPH, PLAN, Manifest, Profile, TensorRT
+from mlmkit.backends.trt import FLAVOUR, LOGGER, NAME, RTX, create_runtime, trt
 from mlmkit.errors import UserError
-from mlmkit.files import atomic, cache_root
+from mlmkit.export.profiles import PORTABLE, TARGETS, PlanOptions, check_buildable, make_profiles
 from mlmkit.progress import progress
 
 log = logging.getLogger(__name__)
 
 LAYERS = "layers.json"
-# What the engine inspector calls the types, in lower case: "Half", "Row major linear FP16 format", "Float", ...
+# What TensorRT calls the types, in lower case: "Half", "Row major linear FP16 format", "Float", ...
 TYPES = ("bf16", "fp16", "fp32", "fp8", "int8", "int32", "int64", "bool")
+FUSED_ATTENTION = "_gemm_mha"  # how the tactic's name of a layer begins that computes all of an attention
+SEE_ARCHITECTURES = "docs/architectures.md lists the architectures that build"
+# A layer in the verbose log of TensorRT for RTX, whose engine inspector would need a driver.
+LAYER = re.compile(
+    r"^Name: (?P<Name>.*?), LayerType: (?P<LayerType>\w*), Inputs: .*?, Outputs: \[(?P<Outputs>.*)\], "
+    r"TacticName: (?P<TacticName>.*?), StreamId: \d+, Metadata: (?P<Metadata>.*)$",
+    re.MULTILINE,
+)
 
 
-@dataclass(frozen=True)
-class PlanOptions:
-    """What one run may hold: at most `max_batch` rows of at most `max_seq` tokens, and `max_masked` positions.
-
-    Larger batches are split when they run. Rows longer than `max_seq`, up to what the model takes, run one by one.
-    """
-
-    max_batch: int = 64
-    max_seq: int = 512
-    max_masked: int = 4096
-
-    def __post_init__(self) -> None:
-        for name, value in asdict(self).items():
-            if value < 1:
-                raise UserError(f"--{name.replace('_', '-')} must be at least 1")
-
-
-def build_plan(folder: Path, manifest: Manifest, options: PlanOptions | None = None) -> TensorRT:
-    """Build `model.plan` from the folder's `model.onnx`.
+def build_plan(folder: Path, manifest: Manifest, options: PlanOptions, graph: Path | None = None) -> TensorRT:
+    """Build `model.plan` from `graph`, by default the folder's `model.onnx`.
 
     Writes it and `layers.json`, what each of its layers computes in, into the folder, and returns what the manifest is
     to say, without parity. The caller hashes the files, checks parity and writes the manifest.
-    Raises `UserError` for options that do not fit, where no GPU answers, for a graph that TensorRT does not take, a
-    build that fails and a GPU that is too small.
+    Raises `UserError` for options that do not fit, for a graph that TensorRT does not take and a build that fails. With
+    TensorRT, not for RTX, also where no GPU answers, and for a GPU that is too small.
     """
-    options = options or PlanOptions()
-    if manifest.precision == DYNAMIC_INT8:
-        raise UserError("TensorRT has no dynamic int8: export with --precision int8, fp16 or bf16")
-    gpu = find_gpu()
+    check_buildable(manifest.architecture, manifest.precision, options)
+    if RTX:
+        targets = [TARGETS[options.target]] if options.target else PORTABLE
+    else:
+        from mlmkit.backends.cuda import find_gpu
+
+        targets = [find_gpu().compute_capability]
+        if options.target:
+            raise UserError("--target is for TensorRT for RTX; TensorRT builds for the GPU of this machine")
     profiles = make_profiles(options, manifest.max_length)
-    logger = Logger()
-    log.info("building %s with TensorRT %s for %s: minutes", PLAN, trt.__version__, gpu.name)
-    plan = _build(folder / GRAPH, profiles, gpu, logger)
-    layers = _inspect(plan, logger)
+    log.info("building %s with %s %s for compute capability %s", PLAN, NAME, trt.__version__, ", ".join(targets))
+    plan = _build(graph or folder / GRAPH, profiles, options.target)
+    information, scratch = _read_log() if RTX else _inspect(plan)
     (folder / PLAN).write_bytes(plan)
-    (folder / LAYERS).write_text(json.dumps(layers, indent=1) + "\n", encoding="utf-8")
+    (folder / LAYERS).write_text(json.dumps(information, indent=1) + "\n", encoding="utf-8")
+    names = [profile.name for profile in profiles]
+    layers, fused = count_layers(information, names)
     return TensorRT(
+        flavour=FLAVOUR,
         version=trt.__version__,
-        compute_capability=gpu.compute_capability,
-        gpu=gpu.name,
+        targets=targets,
         profiles=profiles,
-        layers=count_types(layers),
-        parity={},
+        layers=layers,
+        fused_attention=fused,
+        scratch_mib={name: round(size / 2**20, 1) for name, size in zip(names, scratch, strict=False)},
+        gpu=None,
+        parity=None,
     )
 
 
-def make_profiles(options: PlanOptions, max_length: int) -> list[Profile]:
-    """One for few short texts, one for full batches and, if the model takes longer rows than those, one for such a row.
+def count_layers(information: dict[str, Any], profiles: list[str]) -> tuple[dict[str, dict[str, int]], dict[str, int]]:
+    """By profile: how many layers write each type, and how many are a fused attention; none is left out.
 
-    A profile's memory is that of its largest batch times its longest row, so that many rows and long ones must not
-    share one. What they are tuned for has not been measured yet.
+    `information` is the engine inspector's. Layers that write nothing are not counted.
     """
-    batch, seq, masked = options.max_batch, min(options.max_seq, max_length), options.max_masked
-    usual_rows, usual_length = -(-batch // 2), min(128, seq)
-    usual_masked = min(max(usual_rows * usual_length * 15 // 100, 1), masked)  # mask-v1's default share
-    profiles = [
-        Profile("latency", (1, 1, min(4, batch)), (1, min(32, seq), seq), (1, min(4, masked), min(64, masked))),
-        Profile("throughput", (1, usual_rows, batch), (1, usual_length, seq), (1, usual_masked, masked)),
-    ]
-    if seq < max_length:
-        usual_masked = min(max(max_length * 15 // 100, 1), masked)
-        profiles.append(Profile("long", (1, 1, 1), (1, max_length, max_length), (1, usual_masked, masked)))
-    return profiles
-
-
-def count_types(information: dict[str, Any]) -> dict[str, int]:
-    """How many layers write each type, from the engine inspector's account. Layers that write nothing are left out."""
-    counts = Counter()
+    layers, fused = {name: Counter[str]() for name in profiles}, Counter[str]()
     for layer in information.get("Layers", []):
-        outputs = layer.get("Outputs", []) if isinstance(layer, dict) else []
-        for written in {_type_name(str(output.get("Format/Datatype", ""))) for output in outputs}:
-            counts[written] += 1
-    return dict(sorted(counts.items()))
+        if not isinstance(layer, dict):  # names alone
+            continue
+        number = re.search(r"_myl(\d+)_\d+$|\[profile (\d+)\]", str(layer.get("Name", "")))
+        profile = profiles[int(number[1] or number[2]) if number else 0]
+        for kind in {_type_name(str(output.get("Format/Datatype", ""))) for output in layer.get("Outputs", [])}:
+            layers[profile][kind] += 1
+        fused[profile] += str(layer.get("TacticName", "")).startswith(FUSED_ATTENTION)
+    return {name: dict(sorted(counts.items())) for name, counts in layers.items()}, dict(+fused)
 
 
 def _type_name(described: str) -> str:
@@ -111,22 +98,26 @@ def _type_name(described: str) -> str:
     return next((name for name in TYPES if name in lowered), described or "unknown")
 
 
-def _build(graph: Path, profiles: list[Profile], gpu: Gpu, logger: Logger) -> trt.IHostMemory:
+def _build(graph: Path, profiles: list[Profile], target: str | None) -> trt.IHostMemory:
     try:
-        builder = trt.Builder(logger)
+        builder = trt.Builder(LOGGER)
     except TypeError:  # how the bindings say that the library made none
-        raise UserError(f"TensorRT cannot start here: {logger.reason()}") from None
+        raise UserError(f"{NAME} cannot start here: {LOGGER.reason()}") from None
     # In TensorRT 11 the flag does nothing and every network is so.
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
-    parser = trt.OnnxParser(network, logger)  # it owns the weights, so it must live until the plan is built
+    parser = trt.OnnxParser(network, LOGGER)  # it owns the weights, so it must live until the plan is built
     if not parser.parse_from_file(str(graph)):
-        raise UserError(f"{graph}: {_parser_errors(parser)}")
+        raise UserError(f"{graph.name}: {_parser_errors(parser)}")
     config = builder.create_builder_config()
     config.clear_flag(trt.BuilderFlag.TF32)  # on by default; ten bits of mantissa would break parity
-    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # else the inspector knows names alone
+    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # else layers are described by their names alone
+    if target:
+        from mlmkit.backends.rtx import set_target
+
+        set_target(config, target)
     for wanted in profiles:
         _add_profile(builder, network, config, wanted)
-    _load_timing_cache(config, cache_file := _cache_file(gpu))
+    LOGGER.layers, LOGGER.scratch = "", []
     with progress() as bars:
         monitor = _Monitor(bars)
         config.progress_monitor = monitor
@@ -134,25 +125,24 @@ def _build(graph: Path, profiles: list[Profile], gpu: Gpu, logger: Logger) -> tr
     if monitor.interrupted:
         raise KeyboardInterrupt
     if plan is None:
-        raise UserError(
-            f"{graph}: TensorRT cannot build the plan: {logger.reason()}: a smaller --max-batch, --max-seq or "
-            "--max-masked needs less memory"
-        )
-    _save_timing_cache(config, cache_file)
+        reason = LOGGER.reason()
+        hint = ": a smaller --max-batch, --max-seq or --max-masked needs less" if "out of memory" in reason else ""
+        raise UserError(f"{NAME} cannot build a plan of {graph.name}: {reason}{hint}")
     return plan
 
 
 def _parser_errors(parser: trt.OnnxParser) -> str:
+    """What the parser says of the first node that it does not take. Its descriptions are assertions of its own code."""
     if not parser.num_errors:
-        return "TensorRT cannot parse it and gives no reason"
+        return f"{NAME} cannot parse it and gives no reason"
     error: trt.ParserError = parser.get_error(0)
+    kind = error.code().name.lower().replace("_", " ")
     more = f" (and {parser.num_errors - 1} more)" if parser.num_errors > 1 else ""
-    place = (
-        f"does not take node {error.node_name()!r} ({error.node_operator()})"
-        if error.node_name()
-        else "cannot parse it"
+    if not error.node_operator():
+        return f"{NAME} cannot parse it: {kind}{more}"
+    return (
+        f"{NAME} does not take {error.node_operator()} (node {error.node_name()!r}: {kind}{more}): {SEE_ARCHITECTURES}"
     )
-    return f"TensorRT {place}: {' '.join(error.desc().split())}{more}"
 
 
 def _add_profile(
@@ -165,48 +155,34 @@ def _add_profile(
         smallest, usual, largest = rows if len(tensor.shape) == 2 else positions
         profile.set_shape(tensor.name, smallest, usual, largest)
     if config.add_optimization_profile(profile) < 0:
-        raise UserError(f"TensorRT refuses the profile {wanted}")
+        raise UserError(f"{NAME} refuses the profile {wanted}")
 
 
-def _cache_file(gpu: Gpu) -> Path:
-    name = "".join(letter if letter.isalnum() else "-" for letter in gpu.name)
-    return cache_root() / "tensorrt" / f"timing-{trt.__version__}-{name}.cache"
+def _read_log() -> tuple[dict[str, Any], list[int]]:
+    """The layers of the last plan that was built, in the inspector's form, and each profile's bytes of scratch."""
+    layers = []
+    for match in LAYER.finditer(LOGGER.layers):
+        types = re.findall(r"Datatype: (\w+)", match["Outputs"])
+        layers.append(match.groupdict() | {"Outputs": [{"Format/Datatype": name} for name in types]})
+    if not layers:
+        log.warning("%s %s describes no layers of %s in a form that is known here", NAME, trt.__version__, PLAN)
+    return {"Layers": layers}, LOGGER.scratch
 
 
-def _load_timing_cache(config: trt.IBuilderConfig, file: Path) -> None:
-    """Attach the timings of earlier builds; a cache that is broken or of another GPU gives way to a new one."""
-    content = file.read_bytes() if file.is_file() else b""
-    cache: trt.ITimingCache = config.create_timing_cache(content)
-    if content and (cache is None or not config.set_timing_cache(cache, False)):
-        log.info("the timing cache %s is not of this TensorRT and GPU: starting a new one", file)
-        content = b""
-        cache = config.create_timing_cache(content)
-    if not content:
-        config.set_timing_cache(cache, False)
-
-
-def _save_timing_cache(config: trt.IBuilderConfig, file: Path) -> None:
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with atomic(file) as partial:
-            partial.write_bytes(config.get_timing_cache().serialize())
-    except OSError as error:
-        log.warning("cannot keep the timing cache %s: %s", file, error.strerror)
-
-
-def _inspect(plan: trt.IHostMemory, logger: Logger) -> dict[str, Any]:
-    """Load the plan once, as it will be loaded, and give the inspector's account of its layers."""
-    runtime = create_runtime(logger)
+def _inspect(plan: trt.IHostMemory) -> tuple[dict[str, Any], list[int]]:
+    """Load the plan once, as it will be loaded: the inspector's account of its layers, and bytes of scratch."""
+    runtime = create_runtime()
     engine: trt.ICudaEngine = runtime.deserialize_cuda_engine(plan)
     if engine is None:
-        raise UserError(f"TensorRT cannot load the {PLAN} that it built: {logger.reason()}")
+        raise UserError(f"{NAME} cannot load the {PLAN} that it built: {LOGGER.reason()}")
+    scratch = [engine.get_device_memory_size_for_profile_v2(i) for i in range(engine.num_optimization_profiles)]
     inspector = engine.create_engine_inspector()
     text = inspector.get_engine_information(trt.LayerInformationFormat.JSON)
     try:
-        return json.loads(text)
+        return json.loads(text), scratch
     except ValueError as error:  # a report, not worth the plan
         log.warning("TensorRT's account of %s is no JSON: %s", PLAN, error)
-        return {}
+        return {}, scratch
 
 
 class _Monitor(trt.IProgressMonitor):

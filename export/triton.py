@@ -6,6 +6,7 @@ axis. The layout is that of https://github.com/triton-inference-server/server/bl
 the configuration's fields are those of model_configuration.md beside it.
 """
 
+import logging
 import math
 import re
 import shutil
@@ -15,10 +16,12 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
-from mlmkit.artifact import AGAIN, DYNAMIC_INT8, GRAPH, PLAN, Manifest, open_files, refuse_changes
+from mlmkit.artifact import AGAIN, DYNAMIC_INT8, FLAVOURS, GRAPH, PLAN, Manifest, open_files, refuse_changes
 from mlmkit.backends.graph import INPUTS, OUTPUTS, graph_problems, read_graph
 from mlmkit.errors import UserError
 from mlmkit.files import new_folder, refuse_existing
+
+log = logging.getLogger(__name__)
 
 CONFIG = "config.pbtxt"
 MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")  # it stands in URLs
@@ -30,7 +33,8 @@ def write_repository(artifact: Path, output: Path, *, overwrite: bool = False) -
     """Write the model repository `output` for an artifact, and return the names of the models in it.
 
     The first is the graph, named after the artifact's folder; an artifact with a TensorRT plan gives a second one, with
-    `-plan` behind the name. Raises `UserError` for an artifact that is not whole and as `check_repository` does.
+    `-plan` behind the name, unless it is of TensorRT for RTX, which Triton does not load. Raises `UserError` for an
+    artifact that is not whole and as `check_repository` does.
     """
     name = artifact.resolve().name
     check_repository(name, output, overwrite=overwrite)
@@ -39,7 +43,9 @@ def write_repository(artifact: Path, output: Path, *, overwrite: bool = False) -
         _write_graph(artifact, folder / name / "1", manifest)
         (folder / name / CONFIG).write_text(graph_config(name, manifest), encoding="utf-8")
         models = [name]
-        if manifest.tensorrt is not None and PLAN in manifest.files:
+        if manifest.tensorrt is not None and manifest.tensorrt.flavour != "tensorrt":
+            log.warning("Triton loads no plan of %s: the repository holds the graph alone", FLAVOURS["tensorrt_rtx"])
+        elif manifest.tensorrt is not None and PLAN in manifest.files:
             models.append(f"{name}-plan")
             (folder / models[1] / "1").mkdir(parents=True)
             shutil.copyfile(artifact / PLAN, folder / models[1] / "1" / PLAN)

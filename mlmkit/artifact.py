@@ -39,6 +39,8 @@ LARGEST_GRAPH = 2 << 30  # bytes, as protobuf itself has it
 AGAIN = "export the checkpoint again (mlmkit export CHECKPOINT --output ARTIFACT)"
 DYNAMIC_INT8 = "int8-dynamic"
 PRECISIONS = ("fp32", "fp16", "bf16", "int8", DYNAMIC_INT8)
+CAPABILITY = re.compile(r"[0-9]{1,2}\.[0-9]\+?")
+FLAVOURS = {"tensorrt": "TensorRT", "tensorrt_rtx": "TensorRT for RTX"}
 
 
 @dataclass(frozen=True)
@@ -53,17 +55,23 @@ class Profile:
 
 @dataclass(frozen=True)
 class TensorRT:
-    """What the plan was built by and for: a plan is machine code, and runs on no other version and no other GPU.
+    """What the plan was built by and for: a plan is machine code, and runs on no other version.
 
-    `layers` counts the layers by the type that they write. `parity` is the report of the plan itself.
+    `flavour` is a key of `FLAVOURS`. `targets` are compute capabilities: "9.0", or "12.0+" for that and later ones. By
+    profile: `layers` counts the layers by the type that they write, `fused_attention` those that compute all of an
+    attention, and `scratch_mib` is the memory that a context takes beside the weights. `parity` is the report of the
+    plan itself, made on `gpu`; both are None until a GPU has run it.
     """
 
+    flavour: str
     version: str
-    compute_capability: str
-    gpu: str
+    targets: list[str]
     profiles: list[Profile]
-    layers: dict[str, int]
-    parity: dict[str, Any]
+    layers: dict[str, dict[str, int]]
+    fused_attention: dict[str, int]
+    scratch_mib: dict[str, float]
+    gpu: str | None
+    parity: dict[str, Any] | None
 
 
 @dataclass(frozen=True)
@@ -240,6 +248,10 @@ def _decode(values: dict[str, Any]) -> Manifest:
     manifest: Manifest = _parse(Manifest, values, "")
     if manifest.precision not in PRECISIONS:
         raise ValueError(f"no precision {reprlib.repr(manifest.precision)}")
+    if (built := manifest.tensorrt) and built.flavour not in FLAVOURS:
+        raise ValueError(f"no flavour of TensorRT {reprlib.repr(built.flavour)}")
+    if built and (wrong := [text for text in built.targets if not CAPABILITY.fullmatch(text)]):
+        raise ValueError(f"no compute capability {reprlib.repr(wrong[0])}")
     if missing := [name for name in NEEDED if name not in manifest.files]:
         raise ValueError(f"does not list {missing[0]}")
     taken = {MANIFEST}  # names that differ in case alone are one file on some systems

@@ -76,12 +76,20 @@ def _lines(found: "Inspection") -> list[str]:
 
 
 def _tensorrt(built: "TensorRT") -> list[str]:
-    lines = [_row("version", f"{built.version}, compute capability {built.compute_capability} ({built.gpu})")]
+    from mlmkit.artifact import FLAVOURS
+
+    lines = [_row("version", f"{FLAVOURS[built.flavour]} {built.version}")]
+    lines.append(_row("compute capability", ", ".join(built.targets)))
     for profile in built.profiles:
         sizes = (f"{axis} {' / '.join(map(str, getattr(profile, axis)))}" for axis in ("batch", "seq", "masked"))
         lines.append(_row(f"profile {profile.name}", ", ".join(sizes)))
-    lines.append(_row("layers", ", ".join(f"{count} {kind}" for kind, count in built.layers.items())))
-    return lines + _report(built.parity)
+        types = ", ".join(f"{count} {kind}" for kind, count in built.layers.get(profile.name, {}).items())
+        fused = built.fused_attention.get(profile.name, "no")
+        scratch = f"{built.scratch_mib.get(profile.name, 0):,.0f} MiB"
+        lines.append(_row("", f"layers: {types or 'unknown'}; {fused} fused attention; scratch memory: {scratch}"))
+    if built.parity is None:
+        return [*lines, "unproven: no GPU has run it"]
+    return [*lines, _row("proven on", str(built.gpu)), *_report(built.parity)]
 
 
 def _report(values: dict[str, Any]) -> list[str]:

@@ -15,7 +15,7 @@ from mlmkit.artifact import (
     parse_manifest,
     read_tokenizer,
 )
-from mlmkit.backends import tensorrt_obstacle
+from mlmkit.backends import tensorrt_obstacle, unproven
 from mlmkit.backends.graph import Graph, graph_problems, read_graph
 from mlmkit.errors import UserError
 
@@ -69,15 +69,15 @@ def inspect(folder: Path) -> Inspection:
             tokens = read_tokenizer(folder, manifest, checked).vocabulary_size
         except UserError as error:
             problems.append(str(error).removeprefix(f"{folder}: ").removesuffix(f": {AGAIN}"))
-    return Inspection(manifest, files, graph, tokens, problems, _engines(manifest, damaged=bool(problems)))
+    return Inspection(manifest, files, graph, tokens, problems, _engines(folder, manifest, damaged=bool(problems)))
 
 
-def _engines(manifest: Manifest, *, damaged: bool) -> list[Engine]:
+def _engines(folder: Path, manifest: Manifest, *, damaged: bool) -> list[Engine]:
     from mlmkit.backends.onnx import NO_BF16, why_no_cuda
 
     reasons = {
         ("onnx", "cpu"): NO_BF16 if manifest.precision == "bf16" else "",
         ("onnx", "cuda"): why_no_cuda(),
-        ("tensorrt", "cuda"): tensorrt_obstacle(manifest) or "",
+        ("tensorrt", "cuda"): tensorrt_obstacle(manifest) or unproven(folder, manifest) or "",
     }
     return [Engine(*where, "the artifact is damaged" if damaged else reason) for where, reason in reasons.items()]

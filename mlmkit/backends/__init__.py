@@ -27,6 +27,7 @@ from mlmkit.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 
+INSTALL_TENSORRT = "pip install 'mlmkit[rtx]' (RTX cards) or 'mlmkit[trt]' (data-centre GPUs)"
 BACKENDS = ("auto", "torch", "onnx", "tensorrt")
 DEVICES = ("auto", "cpu", "cuda")
 
@@ -135,8 +136,15 @@ def tensorrt_obstacle(manifest: Manifest) -> str | None:
     try:
         from mlmkit.backends.tensorrt import obstacle
     except (ImportError, OSError) as error:  # OSError: a library that the bindings want
-        return f"TensorRT cannot be imported ({error}): pip install 'mlmkit[trt]'"
+        return f"TensorRT or cuda-python cannot be imported ({error}): {INSTALL_TENSORRT}"
     return obstacle(manifest.tensorrt)
+
+
+def unproven(path: str | Path, manifest: Manifest) -> str | None:
+    """Why `auto` does not pick the artifact's TensorRT plan although it may run here, or None if it does."""
+    if manifest.tensorrt is None or manifest.tensorrt.parity is not None:
+        return None
+    return f"no GPU has run its TensorRT plan yet: mlmkit export {path} --prove compares it with the graph"
 
 
 def load(path: str | PathLike[str], backend: str = "auto", device: str = "auto") -> Backend:
@@ -168,16 +176,18 @@ def load(path: str | PathLike[str], backend: str = "auto", device: str = "auto")
 
 
 def _picks_tensorrt(path: str, backend: str, device: str) -> bool:
-    if backend == "tensorrt":
-        if device == "cpu":
-            raise UserError("TensorRT runs on CUDA only: use --backend onnx for the CPU")
-        if reason := tensorrt_obstacle(parse_manifest(Path(path))):
-            raise UserError(f"{path}: {reason}")
-        return True
-    manifest = parse_manifest(Path(path))
-    if backend != "auto" or device == "cpu" or manifest.tensorrt is None:
+    if backend == "onnx" or (backend == "auto" and device == "cpu"):
         return False
-    reason = tensorrt_obstacle(manifest)
-    if reason:
-        log.info("not using the TensorRT plan of %s: %s", path, reason)
-    return reason is None
+    if device == "cpu":
+        raise UserError("TensorRT runs on CUDA only: use --backend onnx for the CPU")
+    manifest = parse_manifest(Path(path))
+    reason, doubt = tensorrt_obstacle(manifest), unproven(path, manifest)
+    if backend == "tensorrt":
+        if reason:
+            raise UserError(f"{path}: {reason}")
+        if doubt:
+            log.warning("%s", doubt)
+        return True
+    if manifest.tensorrt and (reason or doubt):
+        log.info("not using the TensorRT plan of %s: %s", path, reason or doubt)
+    return not reason and not doubt

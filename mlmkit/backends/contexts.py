@@ -5,23 +5,22 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import tensorrt as trt  # pyright: ignore[reportMissingModuleSource]
 from numpy.typing import NDArray
 
 from mlmkit.backends import Batch
 from mlmkit.backends.cuda import ALIGNMENT, Arena, Stream
 from mlmkit.backends.fitting import Shape, shape_of
+from mlmkit.backends.trt import trt
 from mlmkit.errors import CheckError, UserError
 
 
 class Lane:
     """One execution context. It keeps the profile that it was made for: a change would throw away all its shapes."""
 
-    def __init__(self, engine: trt.ICudaEngine, profile: int, dtypes: dict[str, np.dtype], outputs: list[str]) -> None:
-        # Memory for this profile alone, not for the largest of all.
-        strategy = trt.ExecutionContextAllocationStrategy.ON_PROFILE_CHANGE
-        self._context: trt.IExecutionContext = engine.create_execution_context(strategy)
-        self._stream = Stream()
+    def __init__(
+        self, context: trt.IExecutionContext, profile: int, dtypes: dict[str, np.dtype], outputs: list[str]
+    ) -> None:
+        self._context, self._stream = context, Stream()
         if self._context is None or not self._context.set_optimization_profile_async(profile, int(self._stream)):
             raise UserError("the GPU has no room for another execution context: stop what else runs on it")
         self._stream.synchronize()

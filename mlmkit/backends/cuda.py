@@ -5,7 +5,7 @@ import weakref
 from typing import Any, NamedTuple
 
 import numpy as np
-from cuda.bindings import runtime as cudart  # pyright: ignore[reportMissingImports]
+from cuda.bindings import runtime as cudart  # pyright: ignore[reportMissingImports, reportAttributeAccessIssue]
 from numpy.typing import NDArray
 
 from mlmkit.errors import CheckError, UserError

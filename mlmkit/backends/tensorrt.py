@@ -1,4 +1,4 @@
-"""An artifact's TensorRT plan on the GPU: TensorRT 10.13 and later, 11 too.
+"""An artifact's TensorRT plan on the GPU: TensorRT 10.13 and later, 11 too, or TensorRT for RTX.
 
 A plan is machine code. It is loaded only if its bytes have the hash that the manifest says and TensorRT and the GPU are
 those that it was built by and for.
@@ -7,20 +7,19 @@ those that it was built by and for.
 import hashlib
 import logging
 import threading
-from collections import deque
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import tensorrt as trt  # pyright: ignore[reportMissingModuleSource]
 from numpy.typing import NDArray
 
-from mlmkit.artifact import PLAN, Manifest, TensorRT
+from mlmkit.artifact import FLAVOURS, PLAN, Manifest, TensorRT
 from mlmkit.backends import Batch, Scored, open_artifact
 from mlmkit.backends.contexts import Lane
 from mlmkit.backends.cuda import find_gpu
 from mlmkit.backends.fitting import choose, shape_of, split, widest
+from mlmkit.backends.trt import FLAVOUR, LOGGER, NAME, RTX, create_runtime, trt
 from mlmkit.errors import CheckError, UserError
 
 log = logging.getLogger(__name__)
@@ -30,50 +29,25 @@ OUTPUTS = {"log_prob": np.float32, "rank": np.int64, "top_log_prob": np.float32,
 AGAIN = "build the plan again on this machine (mlmkit export --trt)"
 
 
-class Logger(trt.ILogger):
-    """TensorRT's messages: errors are kept for the exception that follows, the rest goes to Python's logging."""
-
-    def __init__(self) -> None:
-        trt.ILogger.__init__(self)
-        self._errors: deque[str] = deque(maxlen=20)
-
-    def log(self, severity: trt.ILogger.Severity, msg: str) -> None:
-        """Called by TensorRT, from any thread."""
-        if severity in (trt.ILogger.Severity.ERROR, trt.ILogger.Severity.INTERNAL_ERROR):
-            self._errors.append(msg)
-        elif severity == trt.ILogger.Severity.WARNING:
-            log.info("TensorRT: %s", msg)
-        else:
-            log.debug("TensorRT: %s", msg)
-
-    def reason(self) -> str:
-        """The last error in one line, and none of them again."""
-        errors = list(self._errors)
-        self._errors.clear()
-        last = " ".join(errors[-1].split()) if errors else "TensorRT gives no reason"
-        starved = any("out of memory" in error.lower() or "outofmemory" in error.lower() for error in errors)
-        return f"the GPU is out of memory ({last})" if starved else last
-
-
 def obstacle(built: TensorRT) -> str | None:
-    """Why this machine cannot run plans that were built so, or None if it can."""
+    """Why this machine cannot run a plan that was built so, or None if it can."""
     try:
         gpu = find_gpu()
     except UserError as error:
         return str(error)
+    if built.flavour != FLAVOUR:
+        return f"the plan is of {FLAVOURS[built.flavour]} and {NAME} is what is installed here: {AGAIN}"
     if (here := trt.__version__) != built.version:
-        return f"the plan is of TensorRT {built.version} and this is {here}: {AGAIN}"
-    if (here := gpu.compute_capability) != built.compute_capability:
-        return f"the plan is for compute capability {built.compute_capability} and this GPU has {here}: {AGAIN}"
+        return f"the plan is of {NAME} {built.version} and this is {here}: {AGAIN}"
+    if not any(_reaches(target, gpu.compute_capability) for target in built.targets):
+        targets, here = ", ".join(built.targets), gpu.compute_capability
+        return f"the plan is for compute capability {targets} and this GPU has {here}: {AGAIN}"
     return None
 
 
-def create_runtime(logger: Logger) -> trt.Runtime:
-    """What loads plans; it does not allow a plan to bring host code. Raises `UserError` where CUDA does not start."""
-    try:
-        return trt.Runtime(logger)
-    except TypeError:  # how the bindings say that the library made none
-        raise UserError(f"TensorRT cannot start here: {logger.reason()}") from None
+def _reaches(target: str, capability: str) -> bool:
+    least, here = (tuple(map(int, text.rstrip("+").split("."))) for text in (target, capability))
+    return here == least or (target.endswith("+") and here > least)
 
 
 class TensorRTBackend:
@@ -93,14 +67,14 @@ class TensorRTBackend:
             raise UserError(f"{path} has no TensorRT plan: {AGAIN}")
         if reason := obstacle(built):
             raise UserError(f"{path}: {reason}")
-        if (gpu := find_gpu().name) != built.gpu:
-            log.warning("the plan was built on %s and this is %s: it may be slower than one built here", built.gpu, gpu)
+        self.gpu = find_gpu().name
+        if built.gpu not in (None, self.gpu):
+            log.warning("the plan was proven on %s and this is %s", built.gpu, self.gpu)
         self.info = replace(info, max_length=min(info.max_length, max(p.seq[2] for p in built.profiles)))
         if any(sizes[0] > 1 for profile in built.profiles for sizes in (profile.batch, profile.seq, profile.masked)):
             raise UserError(f"{path}: its plan takes no batch of one token: {AGAIN}")
         self.profiles = built.profiles
-        self._logger = Logger()
-        self._runtime = create_runtime(self._logger)  # must outlive its engine
+        self._runtime = create_runtime()  # must outlive its engine
         self._loaded: _Engine | None = None
         self._lock = threading.Lock()
 
@@ -126,7 +100,7 @@ class TensorRTBackend:
         except CheckError as error:
             raise CheckError(
                 f"{self.info.path}: TensorRT failed on a batch of shape {part.input_ids.shape} with "
-                f"{len(part.positions)} positions: {error} ({self._logger.reason()})"
+                f"{len(part.positions)} positions: {error} ({LOGGER.reason()})"
             ) from error
 
     def _refuse(self, batch: Batch) -> None:
@@ -143,20 +117,25 @@ class TensorRTBackend:
     def _engine(self) -> "_Engine":
         with self._lock:
             if self._loaded is None:
-                engine = load_engine(self._runtime, self._logger, Path(self.info.path), self.manifest)
+                engine = load_engine(self._runtime, Path(self.info.path), self.manifest)
                 self._loaded = _Engine(engine, self)
             return self._loaded
 
 
-def load_engine(runtime: trt.Runtime, logger: Logger, folder: Path, manifest: Manifest) -> trt.ICudaEngine:
+def load_engine(runtime: trt.Runtime, folder: Path, manifest: Manifest) -> trt.ICudaEngine:
     """The plan. Raises `UserError` for a changed plan or one that does not load."""
     # Hashed here too and not only when the manifest was read: these very bytes are what runs.
     content = (folder / PLAN).read_bytes()
     if hashlib.sha256(content).hexdigest() != manifest.files[PLAN]:
         raise UserError(f"{folder}: {PLAN} is not the file that was built (its SHA-256 differs): {AGAIN}")
+    if RTX:
+        from mlmkit.backends.rtx import invalidity
+
+        if reason := invalidity(runtime, content):
+            raise UserError(f"{folder}: {NAME} cannot run {PLAN} here ({reason}): {AGAIN}")
     engine: trt.ICudaEngine = runtime.deserialize_cuda_engine(content)
     if engine is None:
-        raise UserError(f"{folder}: TensorRT cannot load {PLAN}: {logger.reason()}: {AGAIN}")
+        raise UserError(f"{folder}: {NAME} cannot load {PLAN}: {LOGGER.reason()}: {AGAIN}")
     return engine
 
 
@@ -172,12 +151,20 @@ class _Engine:
         k = backend.info.top_k
         if engine.get_tensor_shape("top_id")[1] != k:
             raise UserError(f"the plan gives {engine.get_tensor_shape('top_id')[1]} candidates, not {k}: {AGAIN}")
-        self._engine, self._lanes, self._lock = engine, dict[int, Lane](), threading.Lock()
+        self._engine, self._gpu, self._lanes, self._lock = engine, backend.gpu, dict[int, Lane](), threading.Lock()
         self._dtypes = {name: np.dtype(trt.nptype(engine.get_tensor_dtype(name))) for name in names}
 
     def lane(self, profile: int) -> Lane:
         """The profile's, made when it is first needed."""
         with self._lock:
             if profile not in self._lanes:
-                self._lanes[profile] = Lane(self._engine, profile, self._dtypes, list(OUTPUTS))
+                self._lanes[profile] = Lane(self._create_context(), profile, self._dtypes, list(OUTPUTS))
             return self._lanes[profile]
+
+    def _create_context(self) -> trt.IExecutionContext:
+        strategy = trt.ExecutionContextAllocationStrategy.ON_PROFILE_CHANGE  # memory for one profile, not the largest
+        if RTX:
+            from mlmkit.backends.rtx import create_context
+
+            return create_context(self._engine, strategy, self._gpu)
+        return self._engine.create_execution_context(strategy)

@@ -1,0 +1,67 @@
+"""TensorRT's bindings: `tensorrt` (data-centre GPUs) if it is installed, else `tensorrt_rtx` (RTX cards).
+
+Imports neither cuda-python nor a driver, as TensorRT for RTX builds plans without a GPU.
+"""
+
+import logging
+from collections import deque
+from importlib.util import find_spec
+
+if find_spec("tensorrt"):
+    import tensorrt as trt  # pyright: ignore[reportMissingModuleSource]
+else:
+    import tensorrt_rtx as trt  # pyright: ignore[reportMissingImports]
+
+from mlmkit.artifact import FLAVOURS
+from mlmkit.errors import UserError
+
+log = logging.getLogger(__name__)
+
+RTX = hasattr(trt, "ComputeCapability")
+FLAVOUR = "tensorrt_rtx" if RTX else "tensorrt"
+NAME = FLAVOURS[FLAVOUR]
+NO_DRIVER = "cudaError 35"  # TensorRT for RTX reports it beside every other error of a machine without a driver
+LAYERS, SCRATCH = "Layers:\n", "Total Activation Memory: "
+
+
+class Logger(trt.ILogger):
+    """TensorRT's messages: errors are kept for the exception that follows, the rest goes to Python's logging.
+
+    TensorRT keeps the first logger that a process hands it, so there is only one: `LOGGER`.
+    `layers` is the verbose description of the last plan that was built, `scratch` the bytes of each of its profiles.
+    """
+
+    def __init__(self) -> None:
+        trt.ILogger.__init__(self)
+        self._errors: deque[str] = deque(maxlen=20)
+        self.layers, self.scratch = "", list[int]()
+
+    def log(self, severity: trt.ILogger.Severity, msg: str) -> None:
+        """Called by TensorRT, from any thread."""
+        if severity in (trt.ILogger.Severity.ERROR, trt.ILogger.Severity.INTERNAL_ERROR):
+            self._errors.append(" ".join(msg.split()))
+        elif severity == trt.ILogger.Severity.WARNING and not msg.endswith("has Int64 binding."):
+            log.info("TensorRT: %s", msg)
+        elif msg.startswith(LAYERS):
+            self.layers = msg
+        elif msg.startswith(SCRATCH):
+            self.scratch.append(int(msg.removeprefix(SCRATCH).split()[0]))
+
+    def reason(self) -> str:
+        """The first error, in one line, that is not about a missing driver. Forgets all of them."""
+        errors = list(self._errors)
+        self._errors.clear()
+        first = next((error for error in errors if NO_DRIVER not in error), *errors[:1] or ["TensorRT gives no reason"])
+        starved = any("out of memory" in error.lower() or "outofmemory" in error.lower() for error in errors)
+        return f"out of memory ({first})" if starved else first
+
+
+LOGGER = Logger()
+
+
+def create_runtime() -> trt.Runtime:
+    """What loads plans; it does not allow a plan to bring host code. Raises `UserError` where CUDA does not start."""
+    try:
+        return trt.Runtime(LOGGER)
+    except TypeError:  # how the bindings say that the library made none
+        raise UserError(f"{NAME} cannot start here: {LOGGER.reason()}") from None

@@ -1,0 +1,4 @@
+# The bindings' own stubs lack most names. What mlmkit uses of the real module is checked by tests/test_tensorrt_api.py.
+from typing import Any
+
+def __getattr__(name: str) -> Any: ...
