@@ -25,6 +25,7 @@ from mlmkit.export.parity import BOUNDS, check_parity, parity_batches, require_p
 from mlmkit.export.precision import convert
 from mlmkit.export.profiles import PlanOptions, check_buildable
 from mlmkit.export.proof_text import FALLBACK, ProofText, proof_text
+from mlmkit.export.prove import weight_bytes
 from mlmkit.files import locate_model, new_folder
 from mlmkit.model import from_pretrained, save_tokenizer
 
@@ -69,7 +70,7 @@ def export(
         reference.model.network.config.save_pretrained(folder)
 
         fitted, proven = text.split(precision)
-        weight_bytes = sum(file.stat().st_size for file in folder.glob(f"{GRAPH}*"))
+        size = weight_bytes(folder)
         with TemporaryDirectory() as temporary:
             engine_folder = folder
             if precision == "bf16":  # ONNX Runtime's CPU provider has no bfloat16: float32 that is rounded stands in
@@ -81,7 +82,7 @@ def export(
             batches = []
             if fitted:
                 corpus = tokenize(fitted.texts, reference.tokenizer)
-                batches = parity_batches(corpus, reference.tokenizer, info.max_length, weight_bytes)
+                batches = parity_batches(corpus, reference.tokenizer, info.max_length, size)
             facts = convert(folder / GRAPH, precision, batches)
             manifest = Manifest(
                 format=FORMAT,
@@ -108,7 +109,7 @@ def export(
             engine = OnnxBackend(str(engine_folder), "cpu")
             if engine.tokenizer.fingerprint != reference.tokenizer.fingerprint:
                 raise CheckError("the saved tokenizer is not the one that was loaded; nothing was exported")
-            parity = check_parity(reference, engine, proven, BOUNDS[precision], weight_bytes)
+            parity = check_parity(reference, engine, proven, BOUNDS[precision], size)
         require_parity(parity, allow_drift)
         manifest = replace(manifest, parity=parity.as_dict(), drift_allowed=not parity.passed)
         write_manifest(folder, manifest)

@@ -16,13 +16,14 @@ from mlmkit.backends.onnx import OnnxBackend
 from mlmkit.corpus import tokenize
 from mlmkit.export.graph_files import copy_artifact, save_graph
 from mlmkit.export.lowering import LARGEST_FLOAT16, lower
-from mlmkit.export.parity import BOUNDS, check_parity, is_within, parity_batches, parity_line, require_parity
+from mlmkit.export.parity import BOUNDS, check_parity, parity_batches, parity_line, require_parity
 from mlmkit.export.plan_graph import plan_graph
 from mlmkit.export.profiles import PlanOptions, check_buildable
 from mlmkit.export.proof_text import ProofText, proof_text
+from mlmkit.export.prove import prove_plan, weight_bytes
 from mlmkit.export.ranges import value_ranges
 from mlmkit.export.tensorrt import LAYERS, build_plan
-from mlmkit.files import locked, new_folder
+from mlmkit.files import new_folder
 
 log = logging.getLogger(__name__)
 
@@ -72,38 +73,7 @@ def with_plans(
     if reason := tensorrt_obstacle(manifest):
         log.info("the plan is unproven: %s", reason)
         return manifest
-    return _prove(folder, manifest, reference, text, allow_drift=allow_drift)
-
-
-def prove(artifact: Path, *, text: ProofText | None = None, allow_drift: bool = False) -> Manifest:
-    """Run an artifact's plan beside its graph on ONNX Runtime, and write the report into its manifest.
-
-    Raises `UserError` where the plan cannot run and `CheckError` when parity does not hold; the manifest then stays.
-    """
-    with locked(artifact):
-        manifest, _ = open_files(artifact)
-        return _prove(artifact, manifest, None, text or proof_text(str(artifact)), allow_drift=allow_drift)
-
-
-def _prove(
-    folder: Path, manifest: Manifest, reference: Backend | None, text: ProofText, *, allow_drift: bool
-) -> Manifest:
-    from mlmkit.backends.tensorrt import TensorRTBackend  # needs cuda-python
-
-    engine = TensorRTBackend(str(folder))
-    log.info("checking parity with TensorRT on real text")
-    _, proven = text.split(manifest.precision)
-    reference = reference or OnnxBackend(str(folder))
-    parity = check_parity(reference, engine, proven, BOUNDS[manifest.precision], _weight_bytes(folder))
-    require_parity(parity, allow_drift)
-    assert manifest.tensorrt is not None  # or the backend had refused
-    manifest = replace(
-        manifest,
-        tensorrt=replace(manifest.tensorrt, gpu=engine.gpu, parity=parity.as_dict()),
-        drift_allowed=not (parity.passed and is_within(manifest.parity)),
-    )
-    write_manifest(folder, manifest)
-    return manifest
+    return prove_plan(folder, manifest, reference, text, allow_drift=allow_drift)
 
 
 @contextmanager
@@ -125,21 +95,17 @@ def _plan_graph(
         else:
             reference = reference or OnnxBackend(str(folder), "cpu")
             fitted, proven = text.split(manifest.precision)
-            weight_bytes = _weight_bytes(folder)
+            size = weight_bytes(folder)
             corpus = tokenize((fitted or text).texts, reference.tokenizer)
-            batches = parity_batches(corpus, reference.tokenizer, manifest.max_length, weight_bytes)
+            batches = parity_batches(corpus, reference.tokenizer, manifest.max_length, size)
             ranges = value_ranges(folder / GRAPH, batches)
             lower(model, "fp16", [name for name, largest in ranges.items() if largest > LARGEST_FLOAT16])
             plan_graph(model)
             copy_artifact(folder, graph.parent, model)
             write_manifest(graph.parent, replace(manifest, files=hash_files(graph.parent)))
             engine = OnnxBackend(str(graph.parent), "cpu")
-            parity = check_parity(reference, engine, proven, BOUNDS["int8"], weight_bytes)
+            parity = check_parity(reference, engine, proven, BOUNDS["int8"], size)
             log.info("int8 with float16 on ONNX Runtime: parity %s", parity_line(parity.as_dict()))
             require_parity(parity, allow_drift)
             drifts = not parity.passed
         yield graph, drifts
-
-
-def _weight_bytes(folder: Path) -> int:
-    return sum(file.stat().st_size for file in folder.glob(f"{GRAPH}*"))

@@ -136,7 +136,7 @@ def _parser_errors(parser: trt.OnnxParser) -> str:
     if not parser.num_errors:
         return f"{NAME} cannot parse it and gives no reason"
     error: trt.ParserError = parser.get_error(0)
-    kind = error.code().name.lower().replace("_", " ")
+    kind = str(error.code()).rpartition(".")[2].lower().replace("_", " ")
     more = f" (and {parser.num_errors - 1} more)" if parser.num_errors > 1 else ""
     if not error.node_operator():
         return f"{NAME} cannot parse it: {kind}{more}"

@@ -114,7 +114,7 @@ def export(
 
         common["plans"] = PlanOptions(**chosen)
     if prove:
-        from mlmkit.export.plans import prove as run_proof
+        from mlmkit.export.prove import prove as run_proof
 
         manifest = run_proof(artifact, text=common["text"], allow_drift=allow_drift)
     elif output is None:
@@ -176,7 +176,7 @@ def _plan_lines(artifact: Path, built: "TensorRT") -> list[str]:
     cards = ", ".join(built.targets).replace("+", " and later")
     built_line = (
         f"plan: {FLAVOURS[built.flavour]} {built.version}, for GPUs of compute capability {cards}; {layers} layers, "
-        f"{fused} fused attention, {max(built.scratch_mib.values(), default=0):,.0f} MiB of scratch memory"
+        f"{fused or 'no'} fused attention, {max(built.scratch_mib.values(), default=0):,.0f} MiB of scratch memory"
     )
     if built.parity:
         return [built_line, f"proven on {built.gpu}: {parity_line(built.parity)}"]

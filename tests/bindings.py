@@ -38,7 +38,16 @@ class UnavailableError(Exception):
 
 
 def describe(name: str, cache: Path) -> dict[str, Any]:
-    """What the bindings of `WHEELS[name]` hold, as describe_bindings.py prints it. Raises `UnavailableError`."""
+    """What the bindings of `WHEELS[name]` hold, as describe_bindings.py prints it. Raises `UnavailableError`.
+
+    TensorRT for RTX ("tensorrt-rtx") has its libraries, and is the one that is installed for the tests.
+    """
+    script = Path(__file__).with_name("describe_bindings.py")
+    if name == "tensorrt-rtx":
+        done = subprocess.run([sys.executable, str(script), "tensorrt_rtx_bindings"], capture_output=True, text=True)
+        if done.returncode:
+            raise UnavailableError(f"TensorRT for RTX does not import: {done.stderr.strip().splitlines()[-1]}")
+        return json.loads(done.stdout)
     folder = cache / name
     install(WHEELS[name], folder)
     paths, module = [folder], "cuda.bindings.runtime"
@@ -50,7 +59,6 @@ def describe(name: str, cache: Path) -> dict[str, Any]:
     else:
         install("cuda-pathfinder", cache / "cuda-pathfinder")
         paths.append(cache / "cuda-pathfinder")
-    script = Path(__file__).with_name("describe_bindings.py")
     command = [sys.executable, str(script), module, *map(str, paths)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, f"{name} does not import: {done.stderr}"

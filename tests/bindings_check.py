@@ -9,6 +9,7 @@ import ast
 import ctypes
 import hashlib
 import logging
+import re
 import threading
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -19,7 +20,7 @@ import numpy as np
 from rich.progress import Progress
 
 PYTHON = (str, bytes, int, float, list, dict, set, tuple, Path, np.ndarray, np.dtype, np, np.ctypeslib, Progress)
-PYTHON += (logging.Logger, threading.Condition, OSError, type(ctypes.c_uint8), hashlib.sha256())
+PYTHON += (logging.Logger, threading.Condition, OSError, type(ctypes.c_uint8), hashlib.sha256(), re.Pattern, re.Match)
 MODULES = {"ast", "ctypes", "hashlib", "json", "logging", "np", "re", "threading", "weakref"}
 
 
@@ -116,6 +117,8 @@ class Checker:
             return Type("class", base.module, f"{base.name}.{node.attr}")
         if described is None:
             return None  # an int, a str: not of the bindings
+        if node.attr == "__members__" and described["members"]:
+            return None
         if node.attr in described["members"]:
             return Type("value", base.module, base.name)
         if node.attr in described["methods"]:

@@ -23,13 +23,10 @@ class Machine:
     starts: bool = True
     memory: int = 1 << 30
     indices: str = "INT64"
-    parser_errors: list[tuple[str, str, str]] | None = None
-    build_error: str = ""
     load_error: str = ""
     refuses: str = ""
     host_tensor: str = ""
-    inspector: str = ""
-    interrupts: bool = False
+    validity: tuple[str, int] = ("VALID", 0)
     allocations: dict[int, tuple[str, int]] = field(default_factory=dict)
     streams: dict[int, "cudaStream_t"] = field(default_factory=dict)
     calls: list[tuple[str, Any]] = field(default_factory=list)

@@ -31,7 +31,8 @@ def split_arguments(text: str) -> list[str]:
 
 def short(kind: str) -> str:
     """A type's own name; C++ names say nothing here."""
-    return "" if "::" in kind else kind.replace("tensorrt_bindings.tensorrt.", "").strip()
+    kind = re.sub(r"\btensorrt(_rtx)?_bindings\.tensorrt(_rtx)?\.", "", kind)
+    return "" if "::" in kind else kind.strip()
 
 
 def parse(text: str, returns: str) -> dict[str, Any]:

@@ -16,30 +16,25 @@ from importlib.machinery import ModuleSpec
 from typing import Any
 
 import numpy as np
-import onnx
 import onnxruntime as ort
 from cuda_stub import CUDA, MACHINE, Machine, check_alignment, check_memory, stream_of
 
-OURS = (
-    "mlmkit.backends.cuda",
-    "mlmkit.backends.contexts",
-    "mlmkit.backends.tensorrt",
-    "mlmkit.export.tensorrt",
-    "mlmkit.export.plans",
-)
+OURS = tuple(f"mlmkit.backends.{name}" for name in ("cuda", "contexts", "rtx", "tensorrt", "trt"))
 SESSIONS: dict[bytes, ort.InferenceSession] = {}
 
 
-def install(monkeypatch: Any) -> Machine:
+def install(monkeypatch: Any, flavour: str = "tensorrt") -> Machine:
     """A fresh machine, its modules importable, and mlmkit's that import them not imported yet."""
     MACHINE.__init__()
-    for name in ("cuda", "cuda.bindings", "cuda.bindings.runtime", "tensorrt"):
+    for name in ("tensorrt", "tensorrt_rtx"):
+        monkeypatch.setitem(sys.modules, name, None)
+    for name in ("cuda", "cuda.bindings", "cuda.bindings.runtime", flavour):
         module = types.ModuleType(name)
         module.__spec__ = ModuleSpec(name, None)
         monkeypatch.setitem(sys.modules, name, module)
-    publish(sys.modules["tensorrt"], TENSORRT)
+    publish(sys.modules[flavour], [*TENSORRT, *(RTX if flavour == "tensorrt_rtx" else ())])
     publish(sys.modules["cuda.bindings.runtime"], CUDA)
-    sys.modules["tensorrt"].__version__ = MACHINE.version  # type: ignore[attr-defined]
+    sys.modules[flavour].__version__ = MACHINE.version  # type: ignore[attr-defined]
     sys.modules["cuda"].bindings = sys.modules["cuda.bindings"]  # type: ignore[attr-defined]
     sys.modules["cuda.bindings"].runtime = sys.modules["cuda.bindings.runtime"]  # type: ignore[attr-defined]
     for name in OURS:
@@ -56,7 +51,7 @@ def forget() -> None:
 def publish(module: types.ModuleType, names: list[Any]) -> None:
     for item in names:
         setattr(module, item.__name__, item)
-    if module.__name__ == "tensorrt":
+    if module.__name__.startswith("tensorrt"):
         module.float32, module.int32, module.int64 = DataType.FLOAT, DataType.INT32, DataType.INT64  # type: ignore
     else:
         module.cudaStreamNonBlocking = 1  # type: ignore[attr-defined]
@@ -71,19 +66,6 @@ class DataType(IntEnum):
     INT64 = 8
 
 
-class BuilderFlag(IntEnum):
-    TF32 = 5
-
-
-class NetworkDefinitionCreationFlag(IntEnum):
-    STRONGLY_TYPED = 1
-
-
-class ProfilingVerbosity(IntEnum):
-    LAYER_NAMES_ONLY = 0
-    DETAILED = 2
-
-
 class ExecutionContextAllocationStrategy(IntEnum):
     STATIC = 0
     ON_PROFILE_CHANGE = 1
@@ -92,10 +74,6 @@ class ExecutionContextAllocationStrategy(IntEnum):
 class TensorLocation(IntEnum):
     DEVICE = 0
     HOST = 1
-
-
-class LayerInformationFormat(IntEnum):
-    JSON = 1
 
 
 def nptype(trt_type):
@@ -119,174 +97,12 @@ def say(logger: Any, severity: str, text: str) -> None:
     logger.log(ILogger.Severity[severity], text)
 
 
-class IProgressMonitor:
-    def __init__(self) -> None:
-        self.started = True
-
-
-class IHostMemory(bytes):
-    pass
-
-
-class ITensor:
-    def __init__(self, value: Any) -> None:
-        self.name = value.name
-        self.shape = tuple(axis.dim_value or -1 for axis in value.type.tensor_type.shape.dim)
-
-
-class ParserError:
-    def __init__(self, name: str, operator: str, text: str) -> None:
-        self._values = name, operator, text
-
-    def node_name(self):
-        return self._values[0]
-
-    def node_operator(self):
-        return self._values[1]
-
-    def desc(self):
-        return self._values[2]
-
-
-# ------------------------------------------------------------------ tensorrt: building
-
-
-class INetworkDefinition:
-    def __init__(self) -> None:
-        self._graph, self._inputs, self._outputs = b"", [], []
-
-    @property
-    def num_inputs(self):
-        return len(self._inputs)
-
-    def get_input(self, index):
-        return self._inputs[index]
-
-
-class OnnxParser:
-    def __init__(self, network, logger) -> None:
-        self._network = network
-
-    @property
-    def num_errors(self):
-        return len(MACHINE.parser_errors or [])
-
-    def get_error(self, index):
-        return ParserError(*(MACHINE.parser_errors or [])[index])
-
-    def parse_from_file(self, model):
-        if MACHINE.parser_errors is not None:
-            return False
-        loaded = onnx.load(model)
-        self._network._graph = loaded.SerializeToString()
-        self._network._inputs = [ITensor(value) for value in loaded.graph.input]
-        self._network._outputs = [ITensor(value) for value in loaded.graph.output]
-        return True
-
-
-class IOptimizationProfile:
-    def __init__(self) -> None:
-        self._shapes: dict[str, Any] = {}
-
-    def set_shape(self, input, min, opt, max):
-        assert all(0 <= a <= b <= c for a, b, c in zip(min, opt, max, strict=True))
-        self._shapes[input] = [tuple(min), tuple(opt), tuple(max)]
-
-
-class ITimingCache:
-    def __init__(self, content: bytes) -> None:
-        self._content = content
-
-    def serialize(self):
-        return IHostMemory(self._content)
-
-
-class IBuilderConfig:
-    def __init__(self) -> None:
-        self._flags = {BuilderFlag.TF32}
-        self._profiles: list[IOptimizationProfile] = []
-        self._cache: ITimingCache | None = None
-        self.profiling_verbosity = ProfilingVerbosity.LAYER_NAMES_ONLY
-        self.progress_monitor: Any = None
-
-    def clear_flag(self, flag):
-        self._flags.discard(flag)
-
-    def add_optimization_profile(self, profile):
-        self._profiles.append(profile)
-        return -1 if MACHINE.refuses == "profile" else len(self._profiles) - 1
-
-    def create_timing_cache(self, serialized_timing_cache):
-        return None if serialized_timing_cache == b"broken" else ITimingCache(serialized_timing_cache)
-
-    def set_timing_cache(self, cache, ignore_mismatch):
-        assert cache is not None and not ignore_mismatch
-        MACHINE.calls.append(("set_timing_cache", cache._content))
-        if cache._content == b"of another GPU":
-            return False
-        self._cache = cache
-        return True
-
-    def get_timing_cache(self):
-        assert self._cache is not None
-        return ITimingCache(self._cache._content + b"timed;")
-
-
-class Builder:
-    def __init__(self, logger) -> None:
-        if not MACHINE.starts:
-            raise TypeError("pybind11::init(): factory function returned nullptr")
-        self._logger = logger
-
-    def create_network(self, flags):
-        assert flags == 1 << NetworkDefinitionCreationFlag.STRONGLY_TYPED
-        return INetworkDefinition()
-
-    def create_builder_config(self):
-        return IBuilderConfig()
-
-    def create_optimization_profile(self):
-        return IOptimizationProfile()
-
-    def build_serialized_network(self, network, config):
-        say(self._logger, "WARNING", "a warning")
-        say(self._logger, "INFO", "a note")
-        self._progress(config.progress_monitor)
-        if MACHINE.build_error or config.progress_monitor.interrupted:
-            say(self._logger, "ERROR", MACHINE.build_error or "cancelled")
-            return None
-        for profile in config._profiles:
-            assert profile._shapes.keys() == {tensor.name for tensor in network._inputs}
-        MACHINE.calls.append(("build", set(config._flags)))
-        header = {
-            "outputs": [tensor.name for tensor in network._outputs],
-            "profiles": [profile._shapes for profile in config._profiles],
-            "detailed": config.profiling_verbosity == ProfilingVerbosity.DETAILED,
-        }
-        return IHostMemory(json.dumps(header).encode() + b"\n" + network._graph)
-
-    def _progress(self, monitor: Any) -> None:
-        assert monitor.started, "the base class was not initialised"
-
-        def phases() -> None:
-            monitor.phase_start("Building", None, 2)
-            monitor.phase_start("Timing", "Building", 3)
-            if all(monitor.step_complete("Timing", step) for step in range(3)):
-                monitor.step_complete("Building", 0)
-            monitor.phase_finish("Timing")
-            monitor.step_complete("Timing", 3)  # late calls must do no harm: an exception would end the process
-            monitor.phase_finish("Timing")
-            monitor.phase_finish("Building")
-
-        thread = threading.Thread(target=phases)
-        thread.start()
-        thread.join()
-
-
 # ------------------------------------------------------------------ tensorrt: running
 
 
 class Runtime:
+    engine: Any
+
     def __init__(self, logger) -> None:
         if not MACHINE.starts:
             raise TypeError("pybind11::init(): factory function returned nullptr")
@@ -297,7 +113,7 @@ class Runtime:
         if MACHINE.load_error:
             say(self._logger, "ERROR", MACHINE.load_error)
             return None
-        return ICudaEngine(json.loads(header), graph, self._logger)
+        return self.engine(json.loads(header), graph, self._logger)
 
 
 class ICudaEngine:
@@ -329,31 +145,10 @@ class ICudaEngine:
         assert strategy == ExecutionContextAllocationStrategy.ON_PROFILE_CHANGE
         return None if MACHINE.refuses == "context" else IExecutionContext(self)
 
-    def create_engine_inspector(self):
-        return EngineInspector(self)
-
     def _session(self) -> ort.InferenceSession:
         if self._graph not in SESSIONS:
             SESSIONS[self._graph] = ort.InferenceSession(self._graph)
         return SESSIONS[self._graph]
-
-
-class EngineInspector:
-    def __init__(self, engine: ICudaEngine) -> None:
-        self._engine = engine
-
-    def get_engine_information(self, format):
-        assert format == LayerInformationFormat.JSON
-        if MACHINE.inspector or not self._engine._values["detailed"]:
-            return MACHINE.inspector or '{"Layers": ["only", "names"]}'
-        layers = [
-            {"Name": "embeddings", "LayerType": "gather", "Outputs": [{"Format/Datatype": "Float"}]},
-            {"Name": "attention", "Outputs": [{"Format/Datatype": "Row major linear FP16 format"}]},
-            {"Name": "head", "Outputs": [{"Format/Datatype": "Float"}, {"Format/Datatype": "Int64"}]},
-            {"Name": "odd", "Outputs": [{"Format/Datatype": "E8M0"}]},
-            {"Name": "shape", "LayerType": "shape"},
-        ]
-        return json.dumps({"Layers": layers, "Bindings": ["input_ids"]})
 
 
 class IExecutionContext:
@@ -421,28 +216,101 @@ class IExecutionContext:
         return np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(address)).view(dtype).reshape(shape)
 
 
+Runtime.engine = ICudaEngine
+
+
+# ------------------------------------------------------------------ tensorrt_rtx: what it has beside that
+
+
+class ComputeCapability(IntEnum):
+    """By which the bindings are known."""
+
+
+class IBuilderConfig:
+    """Named in an annotation."""
+
+
+class EngineValidity(IntEnum):
+    VALID = 0
+    SUBOPTIMAL = 1
+    INVALID = 2
+
+
+class EngineInvalidityDiagnostics(IntEnum):
+    VERSION_MISMATCH = 1
+    UNSUPPORTED_CC = 2
+    OLD_CUDA_DRIVER = 4
+
+
+class IRuntimeCache:
+    """Its content is one byte for each context that was made with it, behind the name of the GPU."""
+
+    def __init__(self) -> None:
+        self.content = b""
+
+    def deserialize(self, blob):
+        if not blob.startswith(MACHINE.gpu.encode()):
+            return False
+        self.content = blob
+        return True
+
+    def serialize(self):
+        return self.content
+
+
+class IRuntimeConfig:
+    def __init__(self) -> None:
+        self._strategy: Any = ExecutionContextAllocationStrategy.STATIC
+        self._cache: IRuntimeCache | None = None
+
+    def set_execution_context_allocation_strategy(self, strategy):
+        self._strategy = strategy
+
+    def create_runtime_cache(self):
+        return IRuntimeCache()
+
+    def set_runtime_cache(self, cache):
+        self._cache = cache
+        return True
+
+
+class RtxEngine(ICudaEngine):
+    def create_runtime_config(self):
+        return IRuntimeConfig()
+
+    def create_execution_context(self, runtime_config):
+        cache = runtime_config._cache
+        MACHINE.calls.append(("kernels", cache.content))
+        cache.content = (cache.content or MACHINE.gpu.encode()) + b"."
+        return super().create_execution_context(runtime_config._strategy)
+
+
+class RtxRuntime(Runtime):
+    engine = RtxEngine
+
+    def get_engine_validity(self, buffer):
+        assert bytes(buffer).startswith(b"{")
+        return EngineValidity[MACHINE.validity[0]], MACHINE.validity[1]
+
+
+RtxEngine.__name__, RtxRuntime.__name__ = "ICudaEngine", "Runtime"
+RTX = [
+    ComputeCapability,
+    IBuilderConfig,
+    EngineValidity,
+    EngineInvalidityDiagnostics,
+    IRuntimeCache,
+    IRuntimeConfig,
+    RtxEngine,
+    RtxRuntime,
+]
 TENSORRT = [
     DataType,
-    BuilderFlag,
-    NetworkDefinitionCreationFlag,
-    ProfilingVerbosity,
     ExecutionContextAllocationStrategy,
     TensorLocation,
-    LayerInformationFormat,
     nptype,
     ILogger,
-    IProgressMonitor,
-    IHostMemory,
-    ITensor,
-    ParserError,
-    INetworkDefinition,
-    OnnxParser,
-    IOptimizationProfile,
-    ITimingCache,
-    IBuilderConfig,
-    Builder,
     Runtime,
     ICudaEngine,
-    EngineInspector,
     IExecutionContext,
 ]

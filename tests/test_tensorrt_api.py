@@ -1,7 +1,8 @@
 """Every class, member, method and argument of TensorRT and CUDA that mlmkit names, against the real bindings.
 
-The bindings come from the registry (once; pytest's cache keeps them) and import on empty libraries. Both majors of each
-are held to the same code, so a typo, or a name that TensorRT 11 has lost, fails here.
+The bindings come from the registry (once; pytest's cache keeps them) and import on empty libraries, but for TensorRT for
+RTX, which is installed. Both majors of each are held to the same code, so a typo, or a name that TensorRT 11 has lost,
+fails here.
 """
 
 import ast
@@ -22,10 +23,17 @@ SOURCES = [
     ROOT / "mlmkit" / "backends" / "cuda.py",
     ROOT / "mlmkit" / "backends" / "contexts.py",
     ROOT / "mlmkit" / "backends" / "tensorrt.py",
+    ROOT / "mlmkit" / "backends" / "trt.py",
     ROOT / "export" / "tensorrt.py",
 ]
-OTHERS = [*ROOT.glob("mlmkit/*.py"), ROOT / "mlmkit/backends/__init__.py", ROOT / "mlmkit/backends/fitting.py"]
-PAIRS = list(product(("tensorrt-11", "tensorrt-10"), ("cuda-13", "cuda-12")))
+RTX_SOURCES = [*SOURCES, ROOT / "mlmkit" / "backends" / "rtx.py"]
+OTHERS = [
+    *ROOT.glob("mlmkit/*.py"),
+    ROOT / "mlmkit/backends/__init__.py",
+    ROOT / "mlmkit/backends/fitting.py",
+    ROOT / "export/profiles.py",
+]
+PAIRS = list(product(("tensorrt-11", "tensorrt-10", "tensorrt-rtx"), ("cuda-13", "cuda-12")))
 
 
 @pytest.fixture(scope="session")
@@ -48,12 +56,13 @@ def api(request: pytest.FixtureRequest) -> Any:
 
 def check(api: Any, pair: tuple[str, str], change: tuple[str, str] | None = None) -> Checker:
     """Check the sources, with `change` made to them: what stands there and what to put instead."""
-    sources = [path.read_text(encoding="utf-8") for path in SOURCES]
+    paths = RTX_SOURCES if pair[0] == "tensorrt-rtx" else SOURCES
+    sources = [path.read_text(encoding="utf-8") for path in paths]
     if change:
         assert any(change[0] in source for source in sources), f"{change[0]!r} is not in the sources"
         sources = [source.replace(*change) for source in sources]
     trees = [ast.parse(source) for source in sources]
-    return check_sources(trees, {"trt": api(pair[0]), "cudart": api(pair[1])}, attributes([*SOURCES, *OTHERS]))
+    return check_sources(trees, {"trt": api(pair[0]), "cudart": api(pair[1])}, attributes([*RTX_SOURCES, *OTHERS]))
 
 
 @pytest.mark.parametrize("pair", PAIRS)
@@ -79,10 +88,13 @@ def test_every_name_and_argument_exists(api, pair):
         (("inspector.get_engine_information(", "inspector.get_engine_info("), "has no get_engine_info"),
         (("self._context.execute_async_v3(", "self._context.execute_async_v2("), "has no execute_async_v2"),
         (("get_engine_information(trt", "get_engine_information(form=trt"), "has no argument form"),
-        (("set_timing_cache(cache, False)", "set_timing_cache(cache)"), "lacks the argument ignore_mismatch"),
-        (("trt.OnnxParser(network, logger)", "trt.OnnxParser(network, logger, config)"), "takes 2 arguments, not 3"),
         (
-            ("trt.OnnxParser(network, logger)", "trt.OnnxParser(builder, logger)"),
+            ("profile.set_shape(tensor.name, smallest, usual, largest)", "profile.set_shape(tensor.name, smallest)"),
+            "lacks the argument",
+        ),
+        (("trt.OnnxParser(network, LOGGER)", "trt.OnnxParser(network, LOGGER, config)"), "takes 2 arguments, not 3"),
+        (
+            ("trt.OnnxParser(network, LOGGER)", "trt.OnnxParser(builder, LOGGER)"),
             "wants a INetworkDefinition as network",
         ),
         (
@@ -113,9 +125,9 @@ def test_a_wrong_name_is_found(api, change, problem):
 
 def test_any_renamed_use_is_found(api):
     """Not some but each use of the bindings in turn."""
-    apis = {"trt": api("tensorrt-11"), "cudart": api("cuda-13")}
-    own = attributes([*SOURCES, *OTHERS])
-    trees = [ast.parse(path.read_text(encoding="utf-8")) for path in SOURCES]
+    apis = {"trt": api("tensorrt-rtx"), "cudart": api("cuda-13")}
+    own = attributes([*RTX_SOURCES, *OTHERS])
+    trees = [ast.parse(path.read_text(encoding="utf-8")) for path in RTX_SOURCES]
     checker, missed = check_sources(trees, apis, own), []
     assert not checker.problems
     for node in checker.uses:
@@ -142,7 +154,8 @@ def test_names_of_tensorrt_10_alone_are_found(api):
 @pytest.mark.parametrize("name", bindings.WHEELS)
 def test_stand_ins_have_no_name_that_the_bindings_lack(api, name):
     real = api(name)
-    for item in tensorrt_stub.TENSORRT if name.startswith("tensorrt") else cuda_stub.CUDA:
+    of_tensorrt = [*tensorrt_stub.TENSORRT, *(tensorrt_stub.RTX if name == "tensorrt-rtx" else ())]
+    for item in of_tensorrt if name.startswith("tensorrt") else cuda_stub.CUDA:
         if not inspect.isclass(item):
             assert_fits(item.__name__, item, real["functions"][item.__name__], bound=False)
             continue

@@ -1,12 +1,11 @@
 # ruff: noqa: F401, F811 (fixtures are imported)
-"""The control flow of building and running TensorRT plans, on stand-ins (tensorrt_stub.py).
+"""The control flow of running TensorRT plans, on stand-ins (tensorrt_stub.py).
 
-This proves buffers, splits, pads, order, pooling and every error's message. It proves nothing about TensorRT or a GPU:
-what the calls are named is checked in test_tensorrt_api.py, and only test_tensorrt_real.py runs them.
+This proves buffers, splits, order, pooling and every error's message. It proves nothing about TensorRT or a GPU: what
+the calls are named is checked in test_tensorrt_api.py, and only test_tensorrt_real.py runs them. Plans are built for
+real in test_tensorrt_build.py.
 """
 
-import json
-import logging
 import threading
 from dataclasses import replace
 from types import SimpleNamespace
@@ -18,132 +17,6 @@ from tensorrt_fixtures import SHAPES, SMALL, assert_equal, backend, folder, mach
 from mlmkit.artifact import hash_files, parse_manifest, read_manifest, write_manifest
 from mlmkit.backends.onnx import OnnxBackend
 from mlmkit.errors import CheckError, UserError
-
-# ------------------------------------------------------------------ building
-
-
-def test_what_a_build_asks_for(machine, plan):
-    folder = plan()
-    assert machine.called("build") == [set()], "TF32 is on unless cleared"
-    header = json.loads((folder / "model.plan").read_bytes().partition(b"\n")[0])
-    assert header["outputs"] == ["log_prob", "rank", "top_log_prob", "top_id"]
-    throughput = header["profiles"][1]
-    assert throughput["input_ids"] == throughput["attention_mask"] == [[1, 1], [2, 64], [4, 64]]
-    assert throughput["positions"] == throughput["targets"] == [[1], [16], [16]]
-    built = read_manifest(folder).tensorrt
-    assert built is not None
-    assert (built.version, built.compute_capability, built.gpu) == ("11.4.0.106", "9.0", "Stand-in GPU")
-    assert [profile.name for profile in built.profiles] == ["latency", "throughput"]
-    assert built.layers == {"E8M0": 1, "fp16": 1, "fp32": 2, "int64": 1}
-    assert json.loads((folder / "layers.json").read_text())["Layers"][0]["Name"] == "embeddings"
-
-
-def test_profiles_hold_any_sizes(machine):
-    from mlmkit.export.tensorrt import PlanOptions, make_profiles
-
-    for sizes in [(1, 1, 1), (1, 512, 1), (64, 512, 4096), (3, 7, 2), (1000, 8192, 10)]:
-        for profile in make_profiles(PlanOptions(*sizes), max_length=512):
-            for axis in (profile.batch, profile.seq, profile.masked):
-                assert 1 <= axis[0] <= axis[1] <= axis[2]
-            assert profile.seq[2] == (512 if profile.name == "long" else min(sizes[1], 512))
-
-
-def test_timings_are_kept_between_builds(machine, plan, tmp_path, caplog, monkeypatch):
-    monkeypatch.setenv("MLMKIT_CACHE", str(tmp_path / "cache"))
-    plan()
-    (cache,) = (tmp_path / "cache" / "tensorrt").iterdir()
-    assert cache.name == "timing-11.4.0.106-Stand-in-GPU.cache"
-    plan()
-    assert cache.read_bytes() == b"timed;timed;"
-    assert machine.called("set_timing_cache") == [b"", b"timed;"]
-    for useless in (b"broken", b"of another GPU"):
-        cache.write_bytes(useless)
-        plan()
-        assert cache.read_bytes() == b"timed;"
-    (tmp_path / "file").write_text("")
-    monkeypatch.setenv("MLMKIT_CACHE", str(tmp_path / "file"))
-    with caplog.at_level(logging.WARNING):
-        plan()
-    assert "cannot keep the timing cache" in caplog.text
-
-
-@pytest.mark.parametrize(
-    ("what", "message"),
-    [
-        ({"driver": False}, "no CUDA driver or no GPU"),
-        ({"starts": False}, "TensorRT cannot start here: TensorRT gives no reason"),
-        ({"parser_errors": []}, "cannot parse it and gives no reason"),
-        ({"parser_errors": [("", "", "model is\nnot readable")]}, "TensorRT cannot parse it: model is not readable$"),
-        (
-            {"parser_errors": [("node_7", "NonZero", "not supported"), ("node_9", "Loop", "no")]},
-            r"model.onnx: TensorRT does not take node 'node_7' \(NonZero\): not supported \(and 1 more\)$",
-        ),
-        ({"refuses": "profile"}, "refuses the profile"),
-        (
-            {"build_error": "no kernel\nfor node_3"},
-            "cannot build the plan: no kernel for node_3: a smaller --max-batch",
-        ),
-        (
-            {"build_error": "Error Code 2: OutOfMemory (Requested size"},
-            r"the GPU is out of memory \(Error Code 2.*\): a smaller --max-batch",
-        ),
-        ({"load_error": "version tag"}, "cannot load the model.plan that it built: version tag"),
-    ],
-)
-def test_a_build_that_fails_says_why(machine, plan, what, message):
-    for name, value in what.items():
-        setattr(machine, name, value)
-    with pytest.raises(UserError, match=message) as caught:
-        plan()
-    assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"max_batch": 0}, "--max-batch must be at least 1"),
-        ({"max_masked": -1}, "--max-masked must be"),
-    ],
-)
-def test_options_that_do_not_fit(plan, options, message):
-    with pytest.raises(UserError, match=message):
-        plan(**options)
-
-
-def test_dynamic_int8_is_refused(machine, folder):
-    from mlmkit.export.tensorrt import build_plan
-
-    with pytest.raises(UserError, match="no dynamic int8"):
-        build_plan(folder, replace(read_manifest(folder), precision="int8-dynamic"))
-
-
-def test_a_report_that_is_no_json_does_not_cost_the_plan(machine, plan, caplog):
-    machine.inspector = "{broken"
-    with caplog.at_level(logging.WARNING):
-        folder = plan()
-    assert "is no JSON" in caplog.text
-    assert read_manifest(folder).tensorrt.layers == {}  # type: ignore[union-attr]
-
-
-def test_names_alone_count_as_no_layers(machine):
-    from mlmkit.export.tensorrt import count_types
-
-    assert count_types({"Layers": ["embeddings", "head"]}) == {}
-    assert count_types({"Layers": [{"Outputs": [{"Format/Datatype": "BFloat16"}, {}]}]}) == {"bf16": 1, "unknown": 1}
-
-
-def test_an_interrupt_cancels_the_build(plan, monkeypatch):
-    import rich.progress
-
-    def interrupt(*_: Any, **__: Any) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(rich.progress.Progress, "update", interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        plan()
-
-
-# ------------------------------------------------------------------ running
 
 
 @pytest.mark.parametrize("indices", ["INT64", "INT32"])

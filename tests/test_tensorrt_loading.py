@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import tensorrt_stub
 from conftest import edit_record
-from tensorrt_fixtures import backend, folder, machine, plan, random_batch
+from tensorrt_fixtures import add_plan, assert_equal, backend, folder, machine, plan, random_batch, rtx, rtx_plan
 
 from mlmkit.artifact import hash_files, parse_manifest, read_manifest, write_manifest
 from mlmkit.backends import load, tensorrt_obstacle
@@ -65,7 +65,71 @@ def test_a_plan_runs_only_where_it_was_built_for(machine, plan, caplog, here, me
         assert reason is None
         with caplog.at_level(logging.WARNING):
             assert load(str(folder), backend="tensorrt").score(random_batch(1, 9, 1)).log_prob.shape == (1,)
-        assert ("may be slower" in caplog.text) == ("gpu" in here)
+        assert ("was proven on Stand-in GPU and this is Another GPU" in caplog.text) == ("gpu" in here)
+
+
+@pytest.mark.parametrize(
+    ("capability", "runs"), [((7, 5), False), ((8, 0), True), ((8, 7), False), ((9, 0), False), ((12, 1), True)]
+)
+def test_a_plan_for_all_cards_runs_on_those_that_it_reaches(rtx, rtx_plan, capability, runs):
+    rtx.capability = capability
+    reason = tensorrt_obstacle(read_manifest(rtx_plan()))
+    assert (reason is None) == runs
+    assert runs or "is for compute capability 8.0, 8.6, 8.9, 12.0+ and this GPU has" in str(reason)
+
+
+def test_a_plan_of_the_other_flavour_is_refused(machine, folder):
+    assert "is of TensorRT for RTX and TensorRT is what is installed" in str(
+        tensorrt_obstacle(read_manifest(add_plan(folder, "tensorrt_rtx")))
+    )
+
+
+def test_an_unproven_plan_runs_only_if_asked_for(rtx, rtx_plan, caplog):
+    folder = rtx_plan(proven=False)
+    with caplog.at_level(logging.INFO):
+        assert load(str(folder)).name == "onnx"
+    assert f"no GPU has run its TensorRT plan yet: mlmkit export {folder} --prove" in caplog.text
+    caplog.clear()
+    with caplog.at_level(logging.WARNING):
+        assert load(str(folder), backend="tensorrt").name == "tensorrt"
+    assert "no GPU has run its TensorRT plan yet" in caplog.text
+
+
+def test_compiled_kernels_are_kept_for_each_gpu(rtx, rtx_plan, tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv("MLMKIT_CACHE", str(tmp_path / "cache"))
+    folder = rtx_plan()
+    for expected in (b"", b"Stand-in GPU."):
+        backend(folder).score(random_batch(1, 9, 1))
+        assert rtx.called("kernels")[-1] == expected
+    (file,) = (tmp_path / "cache" / "tensorrt").iterdir()
+    assert file.name == "kernels-11.4.0.106-Stand-in-GPU.cache"
+    file.write_bytes(b"of another driver")
+    with caplog.at_level(logging.INFO):
+        backend(folder).score(random_batch(1, 9, 1))
+    assert (rtx.called("kernels")[-1], file.read_bytes()) == (b"", b"Stand-in GPU.")
+    assert "compiling them anew" in caplog.text
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("MLMKIT_CACHE", str(tmp_path / "file"))
+    backend(folder).score(random_batch(1, 9, 1))
+    assert "cannot keep the compiled kernels" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("validity", "message"),
+    [
+        (("INVALID", 5), r"cannot run model.plan here \(VERSION_MISMATCH, OLD_CUDA_DRIVER\): build"),
+        (("INVALID", 0), r"cannot run model.plan here \(no reason given\)"),
+        (("SUBOPTIMAL", 2), None),
+    ],
+)
+def test_tensorrt_for_rtx_is_asked_whether_a_plan_is_valid(rtx, rtx_plan, caplog, validity, message):
+    folder, rtx.validity = rtx_plan(), validity
+    if message:
+        with pytest.raises(UserError, match=message):
+            backend(folder).score(random_batch(1, 9, 1))
+    else:
+        assert_equal(backend(folder).score(random_batch(1, 9, 1)), load(folder, "onnx").score(random_batch(1, 9, 1)))
+        assert "not at its best: UNSUPPORTED_CC" in caplog.text
 
 
 def test_the_best_backend_is_picked(machine, plan, folder):
@@ -91,9 +155,8 @@ def test_a_checkpoint_has_no_plan(checkpoint):
 def test_without_tensorrt_the_reason_is_one_line(machine, plan, monkeypatch):
     folder = plan()
     monkeypatch.setitem(sys.modules, "tensorrt", None)
-    for name in [name for name in sys.modules if name.startswith(("mlmkit.backends.tensorrt", "mlmkit.backends.cont"))]:
-        monkeypatch.delitem(sys.modules, name)
-    with pytest.raises(UserError, match=r"TensorRT cannot be imported .*: pip install 'mlmkit\[trt\]'$"):
+    tensorrt_stub.forget()
+    with pytest.raises(UserError, match=r"cannot be imported .*: pip install 'mlmkit\[rtx\]' .* or 'mlmkit\[trt\]'"):
         load(str(folder), backend="tensorrt")
     assert load(str(folder)).name == "onnx"
 
@@ -146,13 +209,20 @@ def test_a_manifest_that_promises_too_many_candidates_is_refused(plan):
 
 
 def test_errors_of_tensorrt_are_said_once(machine):
-    from mlmkit.backends.tensorrt import Logger
+    from mlmkit.backends.trt import LOGGER
 
-    logger = Logger()
-    for severity in ("ERROR", "INTERNAL_ERROR"):
-        tensorrt_stub.say(logger, severity, f"{severity}\nin two lines")
-    assert logger.reason() == "INTERNAL_ERROR in two lines"
-    assert logger.reason() == "TensorRT gives no reason"
+    for severity, text in [
+        ("ERROR", "no driver (cudaError 35: CUDA driver version is insufficient)"),
+        ("ERROR", "the cause\nin two lines"),
+        ("INTERNAL_ERROR", "what follows from it"),
+    ]:
+        tensorrt_stub.say(LOGGER, severity, text)
+    assert LOGGER.reason() == "the cause in two lines"
+    assert LOGGER.reason() == "TensorRT gives no reason"
+    tensorrt_stub.say(LOGGER, "ERROR", "cudaError 35")
+    assert LOGGER.reason() == "cudaError 35"
+    tensorrt_stub.say(LOGGER, "ERROR", "Error Code 2: OutOfMemory (Requested size")
+    assert LOGGER.reason().startswith("out of memory (Error Code 2")
 
 
 def test_neither_torch_nor_transformers_is_needed(plan):
@@ -166,14 +236,13 @@ from pathlib import Path
 import pytest, tensorrt_stub
 with pytest.MonkeyPatch.context() as patch:
     tensorrt_stub.install(patch)
-    from mlmkit.artifact import read_manifest
     from mlmkit.backends import load
-    from mlmkit.export.tensorrt import build_plan
+    from mlmkit.export.prove import prove
     from mlmkit.fill import fill
     folder = Path(sys.argv[1])
     backend = load(str(folder))
     assert backend.name == "tensorrt" and fill(backend, "O rato [MASK] a roupa.")
-    build_plan(folder, read_manifest(folder))
+    assert prove(folder).tensorrt.parity["masked"] > 300
 """
     command = [sys.executable, "-c", code, str(folder), str(Path(__file__).parent)]
     done = subprocess.run(command, capture_output=True, text=True)
