@@ -2,7 +2,7 @@
 
 import logging
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -11,12 +11,12 @@ from tempfile import TemporaryDirectory
 import onnx_ir as ir
 
 from mlmkit.artifact import GRAPH, MANIFEST, PLAN, Manifest, hash_files, open_files, refuse_changes, write_manifest
-from mlmkit.backends import Backend, tensorrt_obstacle
+from mlmkit.backends import Backend, Batch, tensorrt_obstacle
 from mlmkit.backends.onnx import OnnxBackend
 from mlmkit.corpus import tokenize
 from mlmkit.export.graph_files import copy_artifact, save_graph
 from mlmkit.export.lowering import LARGEST_FLOAT16, lower
-from mlmkit.export.parity import BOUNDS, check_parity, parity_batches, parity_line, require_parity
+from mlmkit.export.parity import BOUNDS, check_parity, parity_batches, require_parity
 from mlmkit.export.plan_graph import plan_graph
 from mlmkit.export.profiles import PlanOptions, check_buildable
 from mlmkit.export.proof_text import ProofText, proof_text
@@ -80,32 +80,36 @@ def with_plans(
 def _plan_graph(
     folder: Path, manifest: Manifest, reference: Backend | None, text: ProofText, *, allow_drift: bool
 ) -> Iterator[tuple[Path, bool]]:
-    """The graph that TensorRT is given, and whether it drifts: the artifact's own, in TensorRT's terms.
-
-    What is float32 in an int8 graph becomes float16: attention is fused in it and not in float32 (docs/decisions.md).
-    Its numbers are held to the reference on ONNX Runtime, as any graph's are.
-    """
-    model, drifts = ir.load(folder / GRAPH), False
+    """The graph that TensorRT is given, and whether it drifts. That of an int8 artifact is proven like any other."""
     with TemporaryDirectory() as temporary:
         graph = Path(temporary) / "plan" / GRAPH
         if manifest.precision != "int8":
-            plan_graph(model)
             graph.parent.mkdir()
-            save_graph(model, graph)
-        else:
-            reference = reference or OnnxBackend(str(folder), "cpu")
-            fitted, proven = text.split(manifest.precision)
-            size = weight_bytes(folder)
-            corpus = tokenize((fitted or text).texts, reference.tokenizer)
-            batches = parity_batches(corpus, reference.tokenizer, manifest.max_length, size)
-            ranges = value_ranges(folder / GRAPH, batches)
-            lower(model, "fp16", [name for name, largest in ranges.items() if largest > LARGEST_FLOAT16])
-            plan_graph(model)
-            copy_artifact(folder, graph.parent, model)
-            write_manifest(graph.parent, replace(manifest, files=hash_files(graph.parent)))
-            engine = OnnxBackend(str(graph.parent), "cpu")
-            parity = check_parity(reference, engine, proven, BOUNDS["int8"], size)
-            log.info("int8 with float16 on ONNX Runtime: parity %s", parity_line(parity.as_dict()))
-            require_parity(parity, allow_drift)
-            drifts = not parity.passed
-        yield graph, drifts
+            save_graph(plan_model(folder / GRAPH, manifest.precision), graph)
+            yield graph, False
+            return
+        reference = reference or OnnxBackend(str(folder), "cpu")
+        (fitted, proven), size = text.split(manifest.precision), weight_bytes(folder)
+        corpus = tokenize((fitted or text).texts, reference.tokenizer)
+        batches = parity_batches(corpus, reference.tokenizer, manifest.max_length, size)
+        copy_artifact(folder, graph.parent, plan_model(folder / GRAPH, manifest.precision, batches))
+        write_manifest(graph.parent, replace(manifest, files=hash_files(graph.parent)))
+        log.info("checking parity of int8 with float16, as TensorRT will compute it, with ONNX Runtime")
+        engine = OnnxBackend(str(graph.parent), "cpu")
+        parity = check_parity(reference, engine, proven, BOUNDS[manifest.precision], size)
+        require_parity(parity, allow_drift)
+        yield graph, not parity.passed
+
+
+def plan_model(graph: Path, precision: str, batches: Sequence[Batch] = ()) -> ir.Model:
+    """An artifact's graph in the form that TensorRT builds best; ONNX Runtime keeps the artifact's own.
+
+    What an int8 graph leaves in float32 becomes float16, unless it overflows on `batches`: in float32 attention is not
+    fused (docs/decisions.md).
+    """
+    model = ir.load(graph)
+    if precision == "int8":
+        ranges = value_ranges(graph, batches)
+        lower(model, "fp16", [name for name, largest in ranges.items() if largest > LARGEST_FLOAT16])
+    plan_graph(model)
+    return model

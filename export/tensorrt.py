@@ -99,6 +99,7 @@ def _type_name(described: str) -> str:
 
 
 def _build(graph: Path, profiles: list[Profile], target: str | None) -> trt.IHostMemory:
+    LOGGER.clear()
     try:
         builder = trt.Builder(LOGGER)
     except TypeError:  # how the bindings say that the library made none
@@ -117,7 +118,6 @@ def _build(graph: Path, profiles: list[Profile], target: str | None) -> trt.IHos
         set_target(config, target)
     for wanted in profiles:
         _add_profile(builder, network, config, wanted)
-    LOGGER.layers, LOGGER.scratch = "", []
     with progress() as bars:
         monitor = _Monitor(bars)
         config.progress_monitor = monitor

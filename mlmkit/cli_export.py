@@ -96,7 +96,7 @@ def export(
     if (trt or prove) and not (find_spec("tensorrt") or find_spec("tensorrt_rtx")):
         raise UserError(f"this needs TensorRT: {INSTALL_TENSORRT}")
     if trt:
-        require("rtx", "onnx_ir")
+        require("rtx", "onnx", "onnx_ir")
     if not from_artifact:
         require("train", "torch", "transformers", "onnx", "onnxscript", "safetensors")
     if triton:

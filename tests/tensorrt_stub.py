@@ -278,7 +278,7 @@ class RtxEngine(ICudaEngine):
     def create_runtime_config(self):
         return IRuntimeConfig()
 
-    def create_execution_context(self, runtime_config):
+    def create_execution_context(self, runtime_config):  # pyright: ignore[reportIncompatibleMethodOverride]
         cache = runtime_config._cache
         MACHINE.calls.append(("kernels", cache.content))
         cache.content = (cache.content or MACHINE.gpu.encode()) + b"."

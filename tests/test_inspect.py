@@ -13,11 +13,14 @@ from mlmkit.files import read_record
 from mlmkit.inspection import inspect
 
 PLANS = TensorRT(
+    flavour="tensorrt",
     version="11.4.0",
-    compute_capability="9.0",
-    gpu="NVIDIA H100",
+    targets=["9.0"],
     profiles=[Profile("latency", (1, 1, 4), (1, 64, 512), (1, 8, 64))],
-    layers={"FLOAT": 12},
+    layers={"latency": {"fp16": 30, "fp32": 12}},
+    fused_attention={"latency": 12},
+    scratch_mib={"latency": 1601.25},
+    gpu="NVIDIA H100",
     parity={"bound": 1e-4},
 )
 
@@ -118,7 +121,8 @@ def test_plans_are_shown_with_what_keeps_them_from_running(capsys, copy):
     write_manifest(copy, replace(read_manifest(copy), tensorrt=PLANS, files=hash_files(copy)))
     code, out, _ = run(capsys, "inspect", copy)
     assert code == 0
-    assert "11.4.0, compute capability 9.0 (NVIDIA H100)" in out
+    assert "TensorRT 11.4.0\n" in out and "9.0\n" in out and "NVIDIA H100" in out
+    assert "layers: 30 fp16, 12 fp32; 12 fused attention; scratch memory: 1,601 MiB" in out
     assert "batch 1 / 1 / 4, seq 1 / 64 / 512, masked 1 / 8 / 64" in out
     code, out, _ = run(capsys, "inspect", copy, "--json")
     assert json.loads(out)["manifest"]["tensorrt"] == json.loads(json.dumps(asdict(PLANS)))

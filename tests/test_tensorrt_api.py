@@ -1,8 +1,7 @@
 """Every class, member, method and argument of TensorRT and CUDA that mlmkit names, against the real bindings.
 
-The bindings come from the registry (once; pytest's cache keeps them) and import on empty libraries, but for TensorRT for
-RTX, which is installed. Both majors of each are held to the same code, so a typo, or a name that TensorRT 11 has lost,
-fails here.
+The bindings come from the registry (once; pytest's cache keeps them) and import on empty libraries; TensorRT for RTX is
+installed. Both majors of each are held to the same code, so a typo, or a name that TensorRT 11 has lost, fails here.
 """
 
 import ast

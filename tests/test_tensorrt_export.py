@@ -1,15 +1,17 @@
 # ruff: noqa: F401, F811 (fixtures are imported)
-"""`mlmkit export --trt`, from a checkpoint and from an artifact: on stand-ins, as in test_tensorrt_flow.py."""
+"""`mlmkit export --trt` with TensorRT for RTX itself, and `--prove` on stand-ins, as in test_tensorrt_flow.py."""
 
 import json
+import sys
+from dataclasses import replace
 
-import numpy as np
 import pytest
-from tensorrt_fixtures import SMALL, assert_equal, folder, machine, random_batch
+from tensorrt_fixtures import SMALL, add_plan, assert_equal, folder, machine, plan, random_batch, rtx, rtx_plan
 
 from mlmkit.artifact import PLAN, read_manifest
 from mlmkit.backends import load
 from mlmkit.cli import main
+from mlmkit.export.parity import BOUNDS
 
 SIZES = [text for name, value in SMALL.items() for text in (f"--{name.replace('_', '-')}", str(value))]
 
@@ -21,44 +23,133 @@ def run(capsys, *arguments):
     return exit.value.code, out, err
 
 
-@pytest.mark.parametrize("source", ["checkpoint", "artifact", "artifact with plans"])
-def test_plans_are_built_and_proven(machine, checkpoint, folder, tmp_path, text_file, capsys, source):
-    given = checkpoint("bert") if source == "checkpoint" else folder
-    if source == "artifact with plans":
-        assert run(capsys, "export", folder, "--output", tmp_path / "before", "--trt", *SIZES)[0] == 0
-        given = tmp_path / "before"
-    command = ["export", given, "--output", tmp_path / "planned", "--text", text_file, "--trt", *SIZES, "--json"]
-    code, out, err = run(capsys, *command)
+@pytest.fixture
+def installed() -> None:
+    pytest.importorskip("tensorrt_rtx", reason="no wheels for this machine", exc_type=ImportError)
+
+
+# ------------------------------------------------------------------ building
+
+
+@pytest.mark.parametrize("source", ["checkpoint", "artifact"])
+def test_a_plan_is_built_without_a_gpu(installed, checkpoint, folder, tmp_path, text_file, capsys, source):
+    given, planned = checkpoint("bert") if source == "checkpoint" else folder, tmp_path / "planned"
+    before = {path.name: path.read_bytes() for path in given.iterdir()}
+    code, out, err = run(capsys, "export", given, "--output", planned, "--text", text_file, "--trt", *SIZES)
     assert code == 0, err
-    manifest = read_manifest(tmp_path / "planned")  # which checks every file
+    built_line, unproven_line = out.splitlines()[-2:]
+    assert built_line.startswith("plan: TensorRT for RTX 1.")
+    assert "for GPUs of compute capability 8.0, 8.6, 8.9, 12.0 and later; " in built_line
+    assert unproven_line.startswith(f"unproven until a GPU has run it: mlmkit export {planned} --prove")
+    assert {path.name: path.read_bytes() for path in given.iterdir()} == before
+    manifest = read_manifest(planned)  # which checks every file
     assert {PLAN, "layers.json"} <= manifest.files.keys()
-    assert manifest.tensorrt is not None
+    assert manifest.tensorrt is not None and manifest.tensorrt.parity is None and not manifest.drift_allowed
     assert manifest.tensorrt.profiles[-1].batch[2] == SMALL["max_batch"]
-    parity = json.loads(out)["tensorrt_parity"]
-    assert parity == manifest.tensorrt.parity
-    assert parity["masked"] > 300
-    assert 0 < parity["max_log_prob_difference"] <= parity["bounds"]["max_log_prob"] == 1e-4 or source != "checkpoint"
-    engine = load(str(tmp_path / "planned"))
+    assert load(planned).name == "onnx"
+    code, out, _ = run(capsys, "inspect", planned)
+    assert code == 0 and "unproven: no GPU has run it" in out
+    assert "layers: " in out and "scratch memory: " in out
+    # again, from the artifact that has a plan
+    command = ["export", planned, "--output", planned.with_name("again"), "--trt", *SIZES, "--json"]
+    code, out, _ = run(capsys, *command)
+    assert (code, json.loads(out)["tensorrt"]["parity"]) == (0, None)
+    assert read_manifest(planned.with_name("again")).files.keys() == manifest.files.keys()
+
+
+def test_an_int8_plan_computes_in_float16_too_and_is_held_to_the_bounds(
+    installed, lowered, tmp_path, text_file, capsys, monkeypatch
+):
+    command = ["export", lowered("bert", "int8"), "--text", text_file, "--trt", *SIZES, "--output"]
+    code, _, err = run(capsys, *command, tmp_path / "planned")
+    assert code == 0, err
+    manifest = read_manifest(tmp_path / "planned")
+    assert manifest.tensorrt is not None and not manifest.drift_allowed
+    for counts in manifest.tensorrt.layers.values():
+        assert counts["int8"] > 1 and counts["fp16"] > counts["fp32"]
+    monkeypatch.setitem(BOUNDS, "int8", BOUNDS["int8"]._replace(mean_log_prob=0.0))
+    code, _, err = run(capsys, *command, tmp_path / "drifting")
+    assert (code, "parity does not hold" in err, (tmp_path / "drifting").exists()) == (1, True, False)
+    assert run(capsys, *command, tmp_path / "drifting", "--allow-drift")[0] == 0
+    assert read_manifest(tmp_path / "drifting").drift_allowed
+
+
+def test_triton_gets_no_plan_that_it_cannot_load(folder, tmp_path, capsys, caplog):
+    add_plan(folder, "tensorrt_rtx")
+    assert run(capsys, "export", folder, "--triton", tmp_path / "repository")[0] == 0
+    assert "Triton loads no plan of TensorRT for RTX" in caplog.text
+    assert [path.name for path in (tmp_path / "repository").iterdir()] == ["artifact"]
+
+
+# ------------------------------------------------------------------ proving
+
+
+@pytest.mark.parametrize("flavour", ["tensorrt", "tensorrt_rtx"])
+def test_a_plan_is_proven_where_it_runs(request, folder, text_file, capsys, flavour):
+    request.getfixturevalue("machine" if flavour == "tensorrt" else "rtx")
+    add_plan(folder, flavour, proven=False)
+    before = read_manifest(folder)
+    assert load(folder).name == "onnx"
+    code, out, err = run(capsys, "export", folder, "--prove", "--text", text_file, "--json")
+    assert code == 0, err
+    manifest = read_manifest(folder)
+    parity = json.loads(out)["tensorrt"]["parity"]
+    assert manifest.tensorrt is not None and before.tensorrt is not None and parity["masked"] > 300
+    assert manifest == replace(before, tensorrt=replace(before.tensorrt, gpu="Stand-in GPU", parity=parity))
+    engine, batch = load(folder), random_batch(5, 9, 7)
     assert engine.name == "tensorrt"
-    batch = random_batch(5, 9, 7)
-    assert_equal(engine.score(batch), load(str(folder), "onnx").score(batch))
+    assert_equal(engine.score(batch), load(folder, "onnx").score(batch))
+    code, out, _ = run(capsys, "export", folder, "--prove", "--text", text_file)
+    assert (code, out.splitlines()[-1].startswith("proven on Stand-in GPU: over ")) == (0, True)
+    code, out, _ = run(capsys, "inspect", folder)
+    assert (code, "Stand-in GPU" in out) == (0, True)
 
 
-def test_an_artifact_is_left_as_it_is(machine, folder, tmp_path, capsys):
-    before = {path.name: path.read_bytes() for path in folder.iterdir()}
-    assert run(capsys, "export", folder, "--output", tmp_path / "planned", "--trt", *SIZES)[0] == 0
-    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
-    assert not read_manifest(tmp_path / "planned").drift_allowed
+def test_a_plan_that_drifts_stays_unproven(rtx, rtx_plan, capsys, monkeypatch):
+    folder, bounds = rtx_plan(proven=False), BOUNDS["fp32"]
+    before = (folder / "mlmkit.json").read_bytes()
+    monkeypatch.setitem(BOUNDS, "fp32", bounds._replace(max_log_prob=-1.0))
+    code, _, err = run(capsys, "export", folder, "--prove")
+    assert (code, "parity does not hold" in err) == (1, True)
+    assert (folder / "mlmkit.json").read_bytes() == before
+    assert run(capsys, "export", folder, "--prove", "--allow-drift")[0] == 0
+    assert read_manifest(folder).drift_allowed
+    monkeypatch.setitem(BOUNDS, "fp32", bounds)
+    assert run(capsys, "export", folder, "--prove")[0] == 0
+    assert not read_manifest(folder).drift_allowed, "the plan was proven again"
 
 
-def test_a_plan_that_drifts_is_refused(machine, folder, tmp_path, capsys, monkeypatch):
-    from mlmkit.export.parity import BOUNDS
+# ------------------------------------------------------------------ refusals
 
-    monkeypatch.setitem(BOUNDS, "fp32", BOUNDS["fp32"]._replace(max_log_prob=-1.0))
-    code, _, err = run(capsys, "export", folder, "--output", tmp_path / "planned", "--trt", *SIZES)
-    assert code == 1
-    assert "parity does not hold" in err
-    assert not (tmp_path / "planned").exists()
-    command = ["export", folder, "--output", tmp_path / "planned", "--trt", *SIZES, "--allow-drift"]
-    assert run(capsys, *command)[0] == 0
-    assert read_manifest(tmp_path / "planned").drift_allowed
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--prove"], "has no TensorRT plan"),
+        (["--prove", "--output", "x"], "--prove goes with --text, --allow-drift and --json only"),
+        (["--prove", "--trt"], "--prove goes with"),
+        (["--target", "sm75", "--output", "x"], "name the checkpoint"),
+        (["--trt", "--target", "sm90", "--output", "x"], "no target 'sm90': choose sm75, sm121"),
+        (["--trt"], "say where the artifact goes"),
+    ],
+)
+def test_options_that_do_not_fit(rtx, folder, tmp_path, monkeypatch, capsys, options, message):
+    monkeypatch.chdir(tmp_path)
+    code, out, err = run(capsys, "export", folder, *options)
+    assert (code, out) == (2, "")
+    assert message in err.splitlines()[-1]
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_checkpoint_has_nothing_to_prove(checkpoint, capsys):
+    code, _, err = run(capsys, "export", checkpoint("bert"), "--prove")
+    assert (code, "is no artifact: --prove runs the plan of one" in err) == (2, True)
+
+
+@pytest.mark.parametrize("option", ["--trt", "--prove"])
+def test_without_tensorrt_the_hint_says_what_to_install(folder, tmp_path, monkeypatch, capsys, option):
+    for name in ("tensorrt", "tensorrt_rtx"):
+        monkeypatch.setitem(sys.modules, name, None)
+    more = ["--output", tmp_path / "x"] if option == "--trt" else []
+    code, _, err = run(capsys, "export", folder, option, *more)
+    assert (code, "this needs TensorRT: pip install 'mlmkit[rtx]'" in err) == (2, True)

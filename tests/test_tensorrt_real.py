@@ -8,6 +8,7 @@ import json
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -20,7 +21,7 @@ import pytest
 from conftest import KINDS, edit_record, paragraphs
 
 import mlmkit
-from mlmkit.artifact import hash_files, parse_manifest, read_manifest, write_manifest
+from mlmkit.artifact import GRAPH, hash_files, parse_manifest, read_manifest, write_manifest
 from mlmkit.backends import Backend, Batch, load
 from mlmkit.errors import UserError
 from mlmkit.export.parity import BOUNDS
@@ -34,11 +35,10 @@ SHAPES = [(1, 1, 1), (1, 64, 5), (17, 13, 300), (3, 31, 1), (5, 7, 0)]
 def gpu() -> Any:
     """Skips, with the reason, where nothing can run."""
     try:
-        import tensorrt  # pyright: ignore[reportMissingModuleSource]
-
         from mlmkit.backends.cuda import find_gpu
+        from mlmkit.backends.trt import NAME, trt
 
-        return tensorrt.__version__, find_gpu()
+        return f"{NAME} {trt.__version__}", find_gpu()
     except (ImportError, OSError) as error:
         pytest.skip(f"TensorRT cannot be imported: {error}")
     except UserError as error:
@@ -69,10 +69,17 @@ def export(checkpoint: Path, folder: Path, precision: str, text: Path) -> None:
 
 
 def add_plans(folder: Path, **options: Any) -> None:
-    from mlmkit.export.tensorrt import PlanOptions, build_plan
+    from mlmkit.export.graph_files import save_graph
+    from mlmkit.export.plans import plan_model
+    from mlmkit.export.profiles import PlanOptions
+    from mlmkit.export.tensorrt import build_plan
 
     manifest = read_manifest(folder)
-    built = build_plan(folder, manifest, PlanOptions(**options))
+    with tempfile.TemporaryDirectory() as temporary:
+        save_graph(plan_model(folder / GRAPH, manifest.precision), graph := Path(temporary) / GRAPH)
+        built = build_plan(folder, manifest, PlanOptions(**options), graph)
+    # As if it had been proven, as each test does that for itself.
+    built = replace(built, gpu="here", parity=manifest.parity)
     write_manifest(folder, replace(manifest, files=hash_files(folder), tensorrt=built))
 
 
@@ -120,7 +127,9 @@ def test_parity_with_torch(planned, checkpoint, kind, precision):
     assert built is not None
     print(f"\n{kind} {precision}: log P differs by at most {largest:.1e} nats; layers {built.layers}")  # noqa: T201
     if precision != "fp32":
-        assert built.layers.get(precision, 0) > 0, "no layer computes in the type that was asked for"
+        assert all(counts.get(precision, 0) > 0 for counts in built.layers.values()), (
+            "no layer computes in the type that was asked for"
+        )
 
 
 def test_the_plan_is_picked_and_its_profiles_hold(planned):
@@ -165,7 +174,7 @@ def test_threads_change_nothing(planned):
 def test_a_plan_of_another_version_or_gpu_is_refused(planned, tmp_path):
     folder = Path(shutil.copytree(planned(), tmp_path / "copy"))
     manifest = json.loads((folder / "mlmkit.json").read_text())
-    for name, value in (("version", "10.0.0.1"), ("compute_capability", "5.0")):
+    for name, value in (("version", "10.0.0.1"), ("targets", ["5.0"])):
         edit_record(folder / "mlmkit.json", tensorrt={**manifest["tensorrt"], name: value})
         with pytest.raises(UserError, match="build the plan again"):
             load(str(folder), backend="tensorrt")
@@ -174,10 +183,23 @@ def test_a_plan_of_another_version_or_gpu_is_refused(planned, tmp_path):
 def test_a_graph_that_is_none_is_refused_with_a_reason(planned, tmp_path):
     folder = Path(shutil.copytree(planned(), tmp_path / "copy"))
     (folder / "model.onnx").write_bytes(b"no graph")
+    from mlmkit.export.profiles import PlanOptions
     from mlmkit.export.tensorrt import build_plan
 
     with pytest.raises(UserError, match="cannot parse it"):
-        build_plan(folder, parse_manifest(folder))
+        build_plan(folder, parse_manifest(folder), PlanOptions())
+
+
+def test_a_plan_is_proven_by_the_command(planned, tmp_path):
+    from mlmkit.export.prove import prove
+
+    folder = Path(shutil.copytree(planned(), tmp_path / "copy"))
+    built = read_manifest(folder).tensorrt
+    assert built is not None
+    write_manifest(folder, replace(read_manifest(folder), tensorrt=replace(built, gpu=None, parity=None)))
+    assert load(str(folder)).name == "onnx"
+    prove(folder)
+    assert load(str(folder)).name == "tensorrt"
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])

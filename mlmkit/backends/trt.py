@@ -34,6 +34,11 @@ class Logger(trt.ILogger):
     def __init__(self) -> None:
         trt.ILogger.__init__(self)
         self._errors: deque[str] = deque(maxlen=20)
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget what an earlier build has said."""
+        self._errors.clear()
         self.layers, self.scratch = "", list[int]()
 
     def log(self, severity: trt.ILogger.Severity, msg: str) -> None:
