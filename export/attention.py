@@ -1,7 +1,7 @@
 """Attention as exported graphs have it, for every architecture that uses transformers' attention interface."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask
 
+from mlmkit.export.standard_forms import use_standard_forms
 from mlmkit.model import PROBE_ERRORS, MaskedLM
 
 EXPORTED_ATTENTION = "mlmkit_exported"
@@ -43,26 +44,26 @@ def _attention(
 
 @contextmanager
 def exported_attention(model: MaskedLM) -> Iterator[None]:
-    """Within the block the model computes attention so, if that gives its logits; otherwise it stays as it is."""
+    """Within the block the model computes attention so, and in standard forms, if that gives its logits."""
     network, before = model.network, model.network.config._attn_implementation
     ids = torch.arange(1, 19).remainder(model.vocabulary_size).view(2, 9)
     attention_mask = torch.ones_like(ids)
     attention_mask[1, 4:] = 0
     inputs = {"positions": torch.tensor([0, 5, 8, 9, 12]), "input_ids": ids, "attention_mask": attention_mask}
-    try:
-        with torch.no_grad():
-            own = model.logits(**inputs)
-            network.set_attn_implementation(EXPORTED_ATTENTION)
-            works = torch.allclose(model.logits(**inputs), own, atol=BOUND, rtol=BOUND)
-    except PROBE_ERRORS:
-        works = False
-    if not works and before:
-        network.set_attn_implementation(before)
-    try:
+    with ExitStack() as undo:
+        try:
+            with torch.no_grad():
+                own = model.logits(**inputs)
+                if before:
+                    undo.callback(network.set_attn_implementation, before)
+                network.set_attn_implementation(EXPORTED_ATTENTION)
+                use_standard_forms(network, undo)
+                works = torch.allclose(model.logits(**inputs), own, atol=BOUND, rtol=BOUND)
+        except PROBE_ERRORS:
+            works = False
+        if not works:
+            undo.close()
         yield
-    finally:
-        if before:
-            network.set_attn_implementation(before)
 
 
 AttentionInterface.register(EXPORTED_ATTENTION, _attention)

@@ -6,7 +6,9 @@ Strongly typed engines do what the graph says, so the graph has to say it. A nod
 - it makes a log-probability: log-softmax and what follows it, to the graph's outputs,
 - it makes an angle or an index, where a rounded position is another position: whatever leads to Sin, Cos or a cast to
   integers (rotary embeddings, buckets of relative distance),
-- a constant of it would become zero or infinite (the epsilon of a layer normalisation written out), or
+- it is part of a normalisation that is written out (RMSNorm): its mean, its squares, and what they normalise. Squares
+  overflow float16 from 256 on, and in bfloat16 a whole row would be scaled by a mean of eight bits,
+- a constant of it would become zero or infinite, or
 - a value that it reads or writes left float16's range on real text (`mlmkit.export.ranges`): LayerNormalization and
   Softmax among them where they overflow.
 """
@@ -140,9 +142,15 @@ def _survives(value: ir.Value, kind: ir.DataType) -> bool:
 
 
 def _exact_nodes(graph: ir.Graph) -> set[ir.Node]:
-    """Nodes that make log-probabilities, angles and indices."""
+    """Nodes that make log-probabilities, normalisations, angles and indices."""
+    nodes = [node for node in graph if node.op_type == "ReduceMean"]
+    found = {node for mean in nodes for node in mean.predecessors() if node.op_type in ("Pow", "Mul")}
+    while nodes:  # what follows a mean, as long as it is one number a row, and what that number is applied to
+        found.add(node := nodes.pop())
+        if list(node.outputs[0].shape or ())[-1:] == [1]:
+            nodes.extend(node.successors())
     nodes = [node for node in graph if node.op_type == "LogSoftmax"]
-    found = set(nodes)
+    found.update(nodes)
     while nodes:  # what follows a log-softmax
         for successor in nodes.pop().successors():
             if successor not in found:

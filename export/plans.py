@@ -2,7 +2,7 @@
 
 import logging
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -10,18 +10,27 @@ from tempfile import TemporaryDirectory
 
 import onnx_ir as ir
 
-from mlmkit.artifact import GRAPH, MANIFEST, PLAN, Manifest, hash_files, open_files, refuse_changes, write_manifest
-from mlmkit.backends import Backend, Batch, tensorrt_obstacle
+from mlmkit.artifact import (
+    AGAIN,
+    GRAPH,
+    MANIFEST,
+    PLAN,
+    Manifest,
+    hash_files,
+    open_files,
+    refuse_changes,
+    write_manifest,
+)
+from mlmkit.backends import Backend, tensorrt_obstacle
 from mlmkit.backends.onnx import OnnxBackend
-from mlmkit.corpus import tokenize
+from mlmkit.errors import UserError
 from mlmkit.export.graph_files import copy_artifact, save_graph
-from mlmkit.export.lowering import LARGEST_FLOAT16, lower
-from mlmkit.export.parity import BOUNDS, check_parity, parity_batches, require_parity
+from mlmkit.export.lowering import lower
+from mlmkit.export.parity import BOUNDS, check_parity, require_parity
 from mlmkit.export.plan_graph import plan_graph
 from mlmkit.export.profiles import PlanOptions, check_buildable
 from mlmkit.export.proof_text import ProofText, proof_text
 from mlmkit.export.prove import prove_plan, weight_bytes
-from mlmkit.export.ranges import value_ranges
 from mlmkit.export.tensorrt import LAYERS, build_plan
 from mlmkit.files import new_folder
 
@@ -81,35 +90,35 @@ def _plan_graph(
     folder: Path, manifest: Manifest, reference: Backend | None, text: ProofText, *, allow_drift: bool
 ) -> Iterator[tuple[Path, bool]]:
     """The graph that TensorRT is given, and whether it drifts. That of an int8 artifact is proven like any other."""
+    overflowing = (manifest.calibration or {}).get("overflowing", [])
+    if not isinstance(overflowing, list):
+        raise UserError(f"{folder}/{MANIFEST}: calibration.overflowing is no list: {AGAIN}")
+    model = plan_model(folder / GRAPH, manifest.precision, overflowing)
     with TemporaryDirectory() as temporary:
         graph = Path(temporary) / "plan" / GRAPH
         if manifest.precision != "int8":
             graph.parent.mkdir()
-            save_graph(plan_model(folder / GRAPH, manifest.precision), graph)
+            save_graph(model, graph)
             yield graph, False
             return
-        reference = reference or OnnxBackend(str(folder), "cpu")
-        (fitted, proven), size = text.split(manifest.precision), weight_bytes(folder)
-        corpus = tokenize((fitted or text).texts, reference.tokenizer)
-        batches = parity_batches(corpus, reference.tokenizer, manifest.max_length, size)
-        copy_artifact(folder, graph.parent, plan_model(folder / GRAPH, manifest.precision, batches))
+        copy_artifact(folder, graph.parent, model)
         write_manifest(graph.parent, replace(manifest, files=hash_files(graph.parent)))
         log.info("checking parity of int8 with float16, as TensorRT will compute it, with ONNX Runtime")
-        engine = OnnxBackend(str(graph.parent), "cpu")
-        parity = check_parity(reference, engine, proven, BOUNDS[manifest.precision], size)
+        reference, engine = reference or OnnxBackend(str(folder), "cpu"), OnnxBackend(str(graph.parent), "cpu")
+        _, proven = text.split(manifest.precision)
+        parity = check_parity(reference, engine, proven, BOUNDS[manifest.precision], weight_bytes(folder))
         require_parity(parity, allow_drift)
         yield graph, not parity.passed
 
 
-def plan_model(graph: Path, precision: str, batches: Sequence[Batch] = ()) -> ir.Model:
+def plan_model(graph: Path, precision: str, overflowing: Collection[str] = ()) -> ir.Model:
     """An artifact's graph in the form that TensorRT builds best; ONNX Runtime keeps the artifact's own.
 
-    What an int8 graph leaves in float32 becomes float16, unless it overflows on `batches`: in float32 attention is not
-    fused (docs/decisions.md).
+    What an int8 graph leaves in float32 becomes float16, but for values that are `overflowing`: in float32 attention is
+    not fused (docs/decisions.md).
     """
     model = ir.load(graph)
     if precision == "int8":
-        ranges = value_ranges(graph, batches)
-        lower(model, "fp16", [name for name, largest in ranges.items() if largest > LARGEST_FLOAT16])
+        lower(model, "fp16", overflowing)
     plan_graph(model)
     return model

@@ -25,16 +25,15 @@ def convert(graph: Path, precision: str, batches: Sequence[Batch]) -> dict[str, 
         replace_graph(dynamic_int8(graph), graph)
         return None
     measured = {"batches": len(batches), "tokens": sum(int(batch.attention_mask.sum()) for batch in batches)}
-    model = ir.load(graph)
+    model, facts, overflowing = ir.load(graph), dict[str, Any](), list[str]()
     if precision == "int8":
         products = static_int8(model, activation_thresholds(graph, batches))
         facts = {"method": "percentile", **measured, "int8_products": products}
-    elif precision == "fp16":
-        ranges = value_ranges(graph, batches)
-        overflowing = [name for name, largest in ranges.items() if largest > LARGEST_FLOAT16]
-        kept = lower(model, precision, overflowing)
-        facts = {"method": "range", **measured, "float32_nodes": kept, "overflowing": overflowing}
-    else:
-        facts = {"float32_nodes": lower(model, precision)}
-    replace_graph(model, graph)
+        replace_graph(model, graph)
+    if precision != "bf16":  # what is not int8, TensorRT computes in float16
+        overflowing = [name for name, largest in value_ranges(graph, batches).items() if largest > LARGEST_FLOAT16]
+        facts = {"method": "range", **measured, **facts, "overflowing": overflowing}
+    if precision != "int8":
+        facts["float32_nodes"] = lower(model, precision, overflowing)
+        replace_graph(model, graph)
     return facts

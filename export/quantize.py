@@ -27,6 +27,9 @@ LARGEST_ACTIVATION = 127
 # Seven bits. On x86 without VNNI, ONNX Runtime adds two products of a weight with an activation from 0 to 255 in 16
 # bits: 2 * 255 * 64 fits there, 2 * 255 * 127 saturates, and scores would depend on the processor (docs/decisions.md).
 LARGEST_WEIGHT = 64
+SMALLEST_SCALE = np.finfo(
+    np.float16
+).smallest_subnormal  # TensorRT takes no scale of 0, not of a column of zeros either
 
 
 def static_int8(model: ir.Model, thresholds: dict[str, float]) -> int:
@@ -39,21 +42,21 @@ def static_int8(model: ir.Model, thresholds: dict[str, float]) -> int:
         activation, weight = node.inputs
         assert activation is not None and weight is not None
         numbers, scales = quantize_weight(_numbers(weight))
-        step = np.float32(thresholds[str(activation.name)] / LARGEST_ACTIVATION)
-        scale = _constant(graph, f"{activation.name}_scale", step)
+        step = np.maximum(np.float32(thresholds[str(activation.name)] / LARGEST_ACTIVATION), SMALLEST_SCALE)
+        scale = add_constant(graph, f"{activation.name}_scale", step)
         # Query, key and value read the same activation, and each quantizes it: ONNX Runtime fuses a product into one
         # kernel only if no other reads its int8 input.
         values = _insert(node, "QuantizeLinear", activation, scale, ir.DataType.INT8)
         node.replace_input_with(0, _insert(node, "DequantizeLinear", values, scale, ir.DataType.FLOAT))
-        values = _constant(graph, f"{weight.name}_int8", numbers)
-        scale = _constant(graph, f"{weight.name}_scale", scales)
+        values = add_constant(graph, f"{weight.name}_int8", numbers)
+        scale = add_constant(graph, f"{weight.name}_scale", scales)
         node.replace_input_with(1, _insert(node, "DequantizeLinear", values, scale, ir.DataType.FLOAT, axis=1))
     return len(nodes)
 
 
 def quantize_weight(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """A weight `[in, out]` in int8 and its scales `[out]` float32: a column's largest becomes `LARGEST_WEIGHT`."""
-    scales = np.maximum(np.abs(weight).max(axis=0), np.finfo(np.float32).tiny) / LARGEST_WEIGHT
+    scales = np.maximum(np.abs(weight).max(axis=0) / LARGEST_WEIGHT, SMALLEST_SCALE)
     return np.rint(weight / scales).astype(np.int8), scales.astype(np.float32)
 
 
@@ -93,7 +96,7 @@ def _numbers(value: ir.Value) -> np.ndarray:
     return value.const_value.numpy()
 
 
-def _constant(graph: ir.Graph, name: str, numbers: Any) -> ir.Value:
+def add_constant(graph: ir.Graph, name: str, numbers: Any) -> ir.Value:
     if name in graph.initializers:
         return graph.initializers[name]
     value = ir.Value(name=name, const_value=ir.tensor(np.asarray(numbers), name=name))
@@ -106,7 +109,7 @@ def _insert(
 ) -> ir.Value:
     """The output of a new node with a zero point of zero."""
     assert before.graph is not None
-    zero = _constant(before.graph, f"{scale.name}_zero", np.zeros_like(_numbers(scale), np.int8))  # pyright: ignore[reportArgumentType]
+    zero = add_constant(before.graph, f"{scale.name}_zero", np.zeros_like(_numbers(scale), np.int8))  # pyright: ignore[reportArgumentType]
     node = ir.node(operator, [value, scale, zero], attributes)
     (output,) = node.outputs
     output.dtype, output.shape = kind, value.shape

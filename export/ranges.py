@@ -10,6 +10,7 @@ import onnxruntime as ort
 
 from mlmkit.backends import Batch
 from mlmkit.export.lowering import SENTINEL
+from mlmkit.export.quantize import add_constant
 
 
 def value_ranges(graph: Path, batches: Iterable[Batch]) -> dict[str, float]:
@@ -20,7 +21,10 @@ def value_ranges(graph: Path, batches: Iterable[Batch]) -> dict[str, float]:
     model = ir.load(graph)
     measured = [value for node in model.graph for value in node.outputs if value.dtype == ir.DataType.FLOAT]
     model.graph.outputs.clear()
-    constants = {name: _scalar(model.graph, name, number) for name, number in (("ceiling", SENTINEL), ("zero", 0.0))}
+    constants = {
+        name: add_constant(model.graph, name, np.float32(number))
+        for name, number in (("ceiling", SENTINEL), ("zero", 0.0))
+    }
     for value in measured:
         magnitude = _append(model.graph, "Abs", value)
         is_measurement = _append(model.graph, "Less", magnitude, constants["ceiling"], kind=ir.DataType.BOOL)
@@ -33,12 +37,6 @@ def value_ranges(graph: Path, batches: Iterable[Batch]) -> dict[str, float]:
     for batch in batches:
         largest = np.maximum(largest, [float(found) for found in session.run(None, batch._asdict())])  # pyright: ignore[reportArgumentType]
     return {str(value.name): float(found) for value, found in zip(measured, largest, strict=True)}
-
-
-def _scalar(graph: ir.Graph, name: str, number: float) -> ir.Value:
-    value = ir.Value(name=name, const_value=ir.tensor(np.array(number, np.float32), name=name))
-    graph.register_initializer(value)
-    return value
 
 
 def _append(

@@ -7,21 +7,25 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime
 import pytest
+import torch
 from conftest import PROOF, paragraphs
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from test_export import random_batch
 
+from benchmarks.architectures import build
 from mlmkit.artifact import PRECISIONS, read_manifest
 from mlmkit.backends import load
 from mlmkit.corpus import tokenize
 from mlmkit.errors import CheckError, UserError
 from mlmkit.export.export import export
-from mlmkit.export.lowering import LARGEST_FLOAT16, lower, lowered_numbers
+from mlmkit.export.lowering import LARGEST_FLOAT16, TYPES, lower, lowered_numbers
+from mlmkit.export.onnx import write_onnx
 from mlmkit.export.parity import BOUNDS, parity_batches
 from mlmkit.export.quantize import quantize_weight
 from mlmkit.export.ranges import value_ranges
+from mlmkit.model import MaskedLM
 
 LOWER = [name for name in PRECISIONS if name != "fp32"]
 
@@ -140,6 +144,52 @@ def test_what_overflows_float16_stays_float32(checkpoint, tmp_path):
     graph = graph_of(tmp_path / "fp16")
     assert types_of(graph, "LayerNormalization") == {"FLOAT", "FLOAT16"}  # only where it overflows
     assert types_of(graph, "Softmax") == {"FLOAT16"}
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+@pytest.mark.parametrize(
+    ("name", "operators"), [("eurobert", "Pow ReduceMean Sqrt"), ("deberta", "Pow ReduceMean Div")]
+)
+def test_a_written_out_normalisation_stays_float32(name, operators, precision, tmp_path):
+    """Its squares leave float16's range from 256 on, and eight bits are few for what a whole row is scaled by."""
+    network = build(name)
+    with torch.no_grad():
+        network.get_input_embeddings().weight.mul_(3000)
+    write_onnx(MaskedLM(network), tmp_path / "model.onnx")
+    batch = random_batch(3, 9, 5, vocabulary=200)._asdict()
+    scores = []
+    for change in (lambda model: None, lambda model: lower(model, precision, emulate=True)):
+        change(model := ir.load(tmp_path / "model.onnx"))
+        session = onnxruntime.InferenceSession(
+            ir.to_proto(model).SerializeToString(), providers=["CPUExecutionProvider"]
+        )
+        scores.append(session.run(["log_prob"], batch)[0])
+    np.testing.assert_allclose(scores[1], scores[0], atol=BOUNDS[precision].max_log_prob, rtol=0)
+    lower(model := ir.load(tmp_path / "model.onnx"), precision)
+    assert [types_of(model.graph, operator) for operator in operators.split()] == [{"FLOAT"}] * 3
+    assert types_of(model.graph, "Gelu" if name == "deberta" else "Sigmoid") == {TYPES[precision].name}
+
+
+@pytest.mark.parametrize("kind", ["bert", "modernbert"])
+def test_what_int8_leaves_can_be_float16(kind, checkpoint, lowered, tmp_path):
+    """As TensorRT computes it: a scale has the type of what it scales, and the numbers keep int8's bounds."""
+    model = ir.load(lowered(kind, "int8") / "model.onnx")
+    lower(model, "fp16", (read_manifest(lowered(kind, "int8")).calibration or {})["overflowing"])
+    assert types_of(model.graph, "QuantizeLinear") == {"INT8"}
+    assert types_of(model.graph, "DequantizeLinear") == types_of(model.graph, "Softmax") == {"FLOAT16"}
+    session = onnxruntime.InferenceSession(ir.to_proto(model).SerializeToString(), providers=["CPUExecutionProvider"])
+    reference = load(str(checkpoint(kind)))
+    for shape in [(1, 64, 5), (17, 13, 300)]:
+        expected = reference.score(batch := random_batch(*shape)).log_prob
+        found = session.run(["log_prob"], batch._asdict())[0]
+        np.testing.assert_allclose(found, expected, atol=BOUNDS["int8"].max_log_prob, rtol=0)
+
+
+def test_a_column_of_zeros_has_a_scale():
+    """TensorRT takes no scale of zero, in float16 either."""
+    numbers, scales = quantize_weight(np.zeros((4, 3), np.float32))
+    assert not numbers.any()
+    assert (scales.astype(np.float16) > 0).all()
 
 
 def test_static_int8_is_not_coupled_by_its_batch(checkpoint, tmp_path):
