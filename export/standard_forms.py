@@ -22,8 +22,7 @@ def use_standard_forms(network: PreTrainedModel, undo: ExitStack) -> None:
 def _fourier(_module: Any, _config: Any, states: Tensor) -> tuple[Tensor]:
     """The real part of the Fourier transform of `[batch, seq, width]` over seq and width."""
     (cosines, sines), (width_cosines, width_sines) = map(_waves, states.shape[1:])
-    turned = states.mT  # constants to the left, where int8 takes them for no weights; each is its own transpose
-    return (cosines @ (width_cosines @ turned).mT - sines @ (width_sines @ turned).mT,)
+    return (cosines @ (states @ width_cosines) - sines @ (states @ width_sines),)
 
 
 def _waves(length: int) -> tuple[Tensor, Tensor]:
