@@ -2,6 +2,7 @@
 
 import re
 from functools import cache
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -22,9 +23,14 @@ from mlmkit.model import MaskedLM
 
 trt = pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX has wheels for Linux on x86-64 alone")
 
-SIZES = {"vocab_size": 200, "hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}  # heads of 64
+SIZES: dict[str, Any] = {
+    "vocab_size": 200,
+    "hidden_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+}  # heads of 64
 SIZES |= {"intermediate_size": 256, "max_position_embeddings": 64}
-SPECIALS = {f"{name}_token_id": 0 for name in ("pad", "bos", "eos", "cls", "sep")}
+SPECIALS: dict[str, Any] = {f"{name}_token_id": 0 for name in ("pad", "bos", "eos", "cls", "sep")}
 CONFIGS = {
     "bert": lambda: T.BertConfig(**SIZES),
     "modernbert": lambda: T.ModernBertConfig(**SIZES, **SPECIALS, local_attention=16, global_attn_every_n_layers=2),
