@@ -99,7 +99,8 @@ def _numbers(value: ir.Value) -> np.ndarray:
 def add_constant(graph: ir.Graph, name: str, numbers: Any) -> ir.Value:
     if name in graph.initializers:
         return graph.initializers[name]
-    value = ir.Value(name=name, const_value=ir.tensor(np.asarray(numbers), name=name))
+    tensor = ir.tensor(np.asarray(numbers), name=name)
+    value = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=tensor.shape, const_value=tensor)
     graph.register_initializer(value)
     return value
 
