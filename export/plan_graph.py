@@ -35,5 +35,7 @@ def _is_column_of_ones(value: ir.Value) -> bool:
 
 
 def _scales(node: ir.Node) -> bool:
-    factor = node.inputs[-1]
-    return node.op_type in ("Mul", "Div") and factor is not None and getattr(factor.const_value, "size", 0) == 1
+    if node.op_type not in ("Mul", "Div"):
+        return False
+    factor = node.inputs[1]
+    return factor is not None and getattr(factor.const_value, "size", 0) == 1

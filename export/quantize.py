@@ -27,9 +27,8 @@ LARGEST_ACTIVATION = 127
 # Seven bits. On x86 without VNNI, ONNX Runtime adds two products of a weight with an activation from 0 to 255 in 16
 # bits: 2 * 255 * 64 fits there, 2 * 255 * 127 saturates, and scores would depend on the processor (docs/decisions.md).
 LARGEST_WEIGHT = 64
-SMALLEST_SCALE = np.finfo(
-    np.float16
-).smallest_subnormal  # TensorRT takes no scale of 0, not of a column of zeros either
+# TensorRT takes no scale of zero, not for a column of zeros either, and computes with scales in float16.
+SMALLEST_SCALE = np.finfo(np.float16).smallest_subnormal
 
 
 def static_int8(model: ir.Model, thresholds: dict[str, float]) -> int:

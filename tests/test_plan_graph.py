@@ -15,25 +15,23 @@ from test_export import random_batch
 from benchmarks.architectures import build, check
 from mlmkit.artifact import read_manifest
 from mlmkit.backends import Scored
+from mlmkit.export.graph_files import save_graph
 from mlmkit.export.lowering import lower
-from mlmkit.export.onnx import save_graph, write_onnx
+from mlmkit.export.onnx import write_onnx
 from mlmkit.export.plan_graph import plan_graph
 from mlmkit.export.standard_forms import FORMS
 from mlmkit.model import MaskedLM
 
 trt = pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX has wheels for Linux on x86-64 alone")
 
-SIZES: dict[str, Any] = {
-    "vocab_size": 200,
-    "hidden_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-}  # heads of 64
+# Heads of 64.
+SIZES: dict[str, Any] = {"vocab_size": 200, "hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
 SIZES |= {"intermediate_size": 256, "max_position_embeddings": 64}
 SPECIALS: dict[str, Any] = {f"{name}_token_id": 0 for name in ("pad", "bos", "eos", "cls", "sep")}
+MODERN: dict[str, Any] = SPECIALS | {"local_attention": 16, "global_attn_every_n_layers": 2}
 CONFIGS = {
     "bert": lambda: T.BertConfig(**SIZES),
-    "modernbert": lambda: T.ModernBertConfig(**SIZES, **SPECIALS, local_attention=16, global_attn_every_n_layers=2),
+    "modernbert": lambda: T.ModernBertConfig(**SIZES, **MODERN),
     "eurobert": lambda: T.EuroBertConfig(**SIZES, pad_token_id=0, bos_token_id=1, eos_token_id=2, mask_token_id=4),
     "deberta-v2": lambda: T.DebertaV2Config(**SIZES, relative_attention=True, pos_att_type=["p2c", "c2p"]),
 }
