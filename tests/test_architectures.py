@@ -45,8 +45,8 @@ def test_plans_are_built_in_each_precision_and_what_is_fused_is_counted(tmp_path
     assert all("ScatterElements" in str(reason) for reason in refused.plans.values())
 
     figures = measured_build(tmp_path, "bert", "fp32", 64)
-    assert figures["profiles"] == list(figures["layers"]) == list(figures["scratch_mib"]) == ["latency", "throughput"]
-    assert all(sum(figures["types"][name].values()) >= 20 <= layers for name, layers in figures["layers"].items())
+    assert figures["profiles"] == list(figures["fused_attention"]) == list(figures["scratch_mib"])
+    assert figures["layers"] >= 40
     assert all(figures[name] > 0 for name in ("seconds", "peak_mib", "plan_mib"))
     assert len(["bert", "fp32", *row(figures)]) == len(HEADER)
 

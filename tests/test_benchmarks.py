@@ -169,6 +169,14 @@ def test_a_table_replaces_what_stands_between_its_markers_on_a_page(tmp_path):
         assert "| BERT-base | 225 |" in lines and "an old table" not in lines
 
 
+def test_the_committed_table_of_plans_is_that_of_the_committed_figures():
+    found = json.loads((ROOT / "benchmarks" / "results" / "plans-cpu.json").read_text(encoding="utf-8"))
+    page = (ROOT / "docs" / "tensorrt.md").read_text(encoding="utf-8")
+    _, _, rest = page.partition(f"{BEGIN}\n")
+    assert Table(**found["tables"][0]).markdown() in rest.partition(END)[0]
+    assert all(f"TensorRT for RTX {found['versions']['tensorrt_rtx']}" in text for text in (rest, *found["notes"]))
+
+
 def test_what_a_change_cost_is_seen_beside_the_run_before():
     def ran(**headlines: float) -> dict[str, object]:
         return {
