@@ -1,42 +1,46 @@
 """Every masked LM of transformers, tiny and random: exported, and run at shapes that the export never saw.
 
+Where TensorRT for RTX is installed, each exported graph is also built into plans in four precisions; none of them runs.
 Each architecture has a process of its own, two at a time, so a crash or a hang costs one row. With `--kept FILE` rows
-are kept as they come, and those found there are not measured again; `--page docs/architectures.md` writes that page.
+are kept as they come, and those found there are not measured again unless `--only` names them; `--page
+docs/architectures.md` writes that page.
 """
 
 import argparse
 import json
 import os
-import platform
+import shutil
 import subprocess
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
-from datetime import date
-from importlib.metadata import version
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from architectures_page import BOUND, LONGEST, NO_PLANS, PLANS_NOTE, UNBOUNDED, Row, line, plan_cells, write_page
 from harness import Report, Table, main, say
+from plans import PRECISIONS, builder_name, random_batches, write_plan_graph
+from plans import build as build_plan
+
+from mlmkit.export.profiles import PlanOptions
 
 HERE = "--here"  # an argument: this is the process of its own
 TIMEOUT = 600  # seconds an architecture
-BOUND = 1e-4  # nats, the export's own
-LONGEST = 64  # what the configurations are told
-UNBOUNDED = 100  # the longest row tried where an architecture names no limit
 # (batch, longest row, masked positions), 0 for the longest row there is; the export sees 2 x 7 with 3 masked.
 SHAPES = ((1, 0, 5), (17, 13, 300), (3, 31, 1), (5, 7, 0), (1, 9, 300), (17, 0, 40), (2, 16, 8), (1, 1, 1))
+PLAN_OPTIONS = PlanOptions(max_batch=4, max_seq=LONGEST, max_masked=16)  # two profiles
 
 # Small values for every name that configurations use for a size; each class takes those that it has.
 SIZES: dict[str, Any] = {
     **dict.fromkeys(("vocab_size",), 200),
-    **dict.fromkeys(("hidden_size", "d_model", "dim", "emb_dim", "d_latents"), 32),
+    **dict.fromkeys(("hidden_size", "d_model", "dim", "emb_dim", "d_latents"), 128),
     **dict.fromkeys(("num_hidden_layers", "n_layers", "encoder_layers", "decoder_layers", "num_decoder_layers"), 2),
-    **dict.fromkeys(("num_attention_heads", "num_key_value_heads", "n_heads", "n_head"), 4),
-    **dict.fromkeys(("encoder_attention_heads", "decoder_attention_heads"), 4),
-    **dict.fromkeys(("d_head", "head_dim", "attention_head_size"), 8),
+    **dict.fromkeys(("num_attention_heads", "num_key_value_heads", "n_heads", "n_head"), 2),
+    **dict.fromkeys(("encoder_attention_heads", "decoder_attention_heads"), 2),
+    **dict.fromkeys(("num_self_attention_heads", "num_cross_attention_heads"), 2),
+    **dict.fromkeys(("d_head", "head_dim", "attention_head_size"), 64),  # as most published models, for TensorRT
     **dict.fromkeys(("intermediate_size", "hidden_dim", "encoder_ffn_dim", "decoder_ffn_dim", "d_inner"), 64),
     **dict.fromkeys(("embedding_size", "input_embedding_size", "entity_emb_size", "embedding_rank"), 16),
     **dict.fromkeys(("pronunciation_embed_dim", "shape_embed_dim", "intra_bottleneck_size"), 16),
@@ -52,71 +56,21 @@ EXTRAS: dict[str, dict[str, Any]] = {
     "esm": {"pad_token_id": 1, "mask_token_id": 4},
     "funnel": {"block_sizes": [1, 1]},
     "luke": {"entity_vocab_size": 20},
-    "neomme": {"head_dim": 16, "num_key_value_heads": 2},
+    "mobilebert": {"intra_bottleneck_size": 64},
+    "neomme": {"num_key_value_heads": 1},
     "reformer": {
         "attn_layers": ["local", "lsh"],
         "axial_pos_shape": [8, 8],
-        "axial_pos_embds_dim": [8, 24],
+        "axial_pos_embds_dim": [32, 96],
         "feed_forward_size": 64,
         "local_attn_chunk_length": 8,
         "lsh_attn_chunk_length": 8,
         "is_decoder": False,
     },
     "rembert": {"output_embedding_size": 48},
-    "squeezebert": {"embedding_size": 32},
+    "squeezebert": {"embedding_size": 128},
     "xmod": {"default_language": "en_XX"},
 }
-# What stands behind a failure, or behind a success that is not the whole story: read from transformers' sources.
-IMAGES = "Text alone: images and the like are no input of the scoring graph."
-SHIFTED = "Encoder and decoder: the decoder reads the corrupted text again, shifted by one, as transformers has it."
-NOTES = {
-    "bart": SHIFTED,
-    "big_bird": "Always with full attention: transformers switches block-sparse attention off for good at the first "
-    "short row, and mlmkit's probes are short.",
-    "funnel": "Its pooling takes the row's length as a number, and the exporter fixes it.",
-    "layoutlm": "Text alone: every box is at the origin.",
-    "longformer": "The exporter cannot follow its sliding chunks, whose number is computed as a tensor from the "
-    "row's length.",
-    "luke": "Text alone, without entities.",
-    "mbart": SHIFTED + " Its `shift_tokens_right` squeezes the batch away where it is 1; the parity check stops the "
-    "export.",
-    "mobilebert": "The padding's vector is zero here; where it is not, padding is seen by its neighbours. mlmkit asks "
-    "each checkpoint anew.",
-    "modernvbert": IMAGES,
-    "mra": "Its attention is a CUDA kernel; without it transformers takes zeros for the result and says nothing. "
-    "mlmkit refuses the checkpoint.",
-    "mvp": SHIFTED,
-    "neomme": IMAGES,
-    "nystromformer": "With as many landmarks as segments, as in its default configuration, which is full attention.",
-    "perceiver": "Its head reads all hidden states from places of its own, so it runs at every position.",
-    "reformer": "Its chunks and hashes take the row's length as a number, and the exporter fixes it.",
-    "roc_bert": "Without the shapes and sounds of its characters.",
-    "tapas": "Text alone, without a table's rows and columns.",
-    "ultravbert": IMAGES,
-    "xmod": "For its default language.",
-    "yoso": "In evaluation it takes the expectation, not random hashes.",
-}
-
-
-@dataclass
-class Row:
-    """What became of one architecture. `reason` is empty where the graph was written and agrees with torch."""
-
-    name: str
-    reason: str = ""
-    max_log_prob_difference: float | None = None
-    rank_agreement: float | None = None
-    top_1_agreement: float | None = None
-    torch_fails_at: list[str] = field(default_factory=list)
-    gathers_before_head: bool | None = None
-    packs: bool | None = None
-    sees_padding: bool | None = None
-    max_length: int | None = None
-    runs_at_max_length: bool | None = None
-    fails_beyond: bool | None = None
-    operators: list[str] = field(default_factory=list)
-
-
 # ---------------------------------------------------------------- one architecture
 
 
@@ -177,6 +131,25 @@ def check(name: str, folder: Path) -> Row:
     except Exception as error:
         row.reason = f"{stage}: {next(iter(str(error).strip().splitlines()), type(error).__name__)}"[:300]
     return row
+
+
+def add_plans(row: Row, folder: Path) -> None:
+    """Build a plan in each precision of the graph that `check` has left in `folder`; fills the row."""
+    from mlmkit.export.tensorrt import SEE_ARCHITECTURES
+
+    assert row.max_length is not None
+    batches = random_batches(SIZES["vocab_size"], 4, 32)
+    for precision in PRECISIONS:
+        with tempfile.TemporaryDirectory() as temporary:
+            copy = Path(temporary) / "plan"
+            shutil.copytree(folder, copy)
+            try:
+                write_plan_graph(copy / "model.onnx", precision, batches)
+                built = build_plan(copy, row.name, precision, row.max_length, PLAN_OPTIONS)
+                row.plans[precision] = min(built.fused_attention.get(profile.name, 0) for profile in built.profiles)
+            except Exception as error:
+                reason = str(error).removeprefix("model.onnx: ").removesuffix(f": {SEE_ARCHITECTURES}")
+                row.plans[precision] = next(iter(reason.splitlines()), type(error).__name__)[:300]
 
 
 def compare(model: Any, path: Path, longest: int, row: Row) -> None:
@@ -264,104 +237,40 @@ def check_apart(name: str) -> Row:
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, __file__, HERE, name]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, env=environment, check=True)
-        return Row(**json.loads(done.stdout.splitlines()[-1]))
+        done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, env=environment)
     except subprocess.TimeoutExpired:
         return Row(name, f"no answer within {TIMEOUT} s")
-    except subprocess.CalledProcessError as error:
-        return Row(name, f"the process ended with code {error.returncode}")
-
-
-def write_page(path: Path, rows: list[Row]) -> None:
-    """`docs/architectures.md`, whole."""
-    good = [row for row in rows if not row.reason]
-    failed = [row for row in rows if row.reason]
-    versions = ", ".join(f"{name} {version(name)}" for name in ("transformers", "torch", "onnx", "onnxscript"))
-    worst = max(row.max_log_prob_difference or 0 for row in good)
-    lines = [
-        "# Architectures",
-        "",
-        f"*Written by `python benchmarks/architectures.py --page docs/architectures.md` on {date.today()}: {versions}, "
-        f"{ort_name()}, Python {platform.python_version()}.*",
-        "",
-        f"transformers knows {len(rows)} architectures with a masked LM. Each was built tiny from its configuration "
-        "class, with random weights, exported with the scoring graph ([architecture.md](architecture.md)) and run on "
-        "ONNX Runtime's CPU beside torch in float32 at shapes that the export never saw: batches of 1 to 17 ragged "
-        "rows, 1 token to the longest row, 0 to 300 masked positions.",
-        "",
-        f"**{len(good)} of {len(rows)} export and agree**: no log-probability, of targets or of the 100 best, is off "
-        f"by more than {worst:.1e} nats (bound {BOUND:.0e}). {len(failed)} do not; the reasons are below.",
-        "",
-        "| architecture | max \\|Δ log P\\| | rank, best agree | head sees | packs | sees padding | longest row | |",
-        "|---|---|---|---|---|---|---|---|",
-        *map(line, rows),
-        "",
-        "- *rank, best agree*: the share of targets with the same rank, and of positions with the same best candidate.",
-        "- *head sees*: the masked positions alone, or all of them where the head cannot work on gathered rows. Found "
-        "by a probe whenever a model is wrapped; the numbers are right either way.",
-        "- *packs*: whether training lays documents end to end in one row; otherwise batches are padded.",
-        "- *sees padding*: a row's scores change with the padding behind it, so batches hold rows of one length.",
-        f"- *longest row*: what mlmkit lets through, of {LONGEST} in the configuration. It ran in torch. One token "
-        "more fails there (*table*), or runs as well, and the limit is the configuration's word (*configured*).",
-        "",
-        "## Not exported",
-        "",
-        *(f"- **{row.name}**: {NOTES.get(row.name, 'Not looked into.')} (`{row.reason[:120]}`)" for row in failed),
-        "",
-        "## Worth knowing",
-        "",
-        *(f"- **{row.name}**: {NOTES[row.name]}" for row in good if row.name in NOTES),
-        "",
-    ]
-    path.write_text("\n".join(lines), encoding="utf-8")
-
-
-def line(row: Row) -> str:
-    """A row of the table."""
-    yes = {True: "yes", False: "no", None: ""}
-    length = "" if row.max_length is None else "no limit" if row.max_length > UNBOUNDED else str(row.max_length)
-    if length.isdigit():
-        length += ", table" if row.fails_beyond else ", configured"
-    if length and not row.runs_at_max_length:
-        length += ", **fails**"
-    numbers = ["", ""]
-    if row.max_log_prob_difference is not None:
-        numbers = [f"{row.max_log_prob_difference:.1e}", f"{row.rank_agreement:.4g}, {row.top_1_agreement:.4g}"]
-    head = {True: "masked", False: "all", None: ""}[row.gathers_before_head]
-    cells = [row.name, *numbers, head, yes[row.packs], yes[row.sees_padding], length]
-    failing = f"torch fails at {', '.join(row.torch_fails_at)}" if row.torch_fails_at else ""
-    return f"| {' | '.join([*cells, '**not exported**' if row.reason else failing])} |"
-
-
-def ort_name() -> str:
-    """The package that provides ONNX Runtime, with its version."""
-    import onnxruntime
-
-    return f"onnxruntime {onnxruntime.__version__}"
+    ended = f"the process ended with code {done.returncode}"
+    if not done.stdout:
+        return Row(name, ended)
+    row = Row(**json.loads(done.stdout.splitlines()[-1]))  # the first is printed before any plan is built
+    if done.returncode:
+        row.plans = dict.fromkeys(PRECISIONS, ended)
+    return row
 
 
 def measure(options: argparse.Namespace) -> Report:
     """All, or those that are named."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
-    names = [name for name in options.only if name] or list(MODEL_FOR_MASKED_LM_MAPPING_NAMES)
+    known, named = list(MODEL_FOR_MASKED_LM_MAPPING_NAMES), [name for name in options.only if name]
     kept = Path(options.kept) if options.kept else None
     stored = json.loads(kept.read_text()) if kept and kept.exists() else []
     rows = {row["name"]: Row(**row) for row in stored}
     with ThreadPoolExecutor(2) as pool:
-        for row in pool.map(check_apart, [name for name in names if name not in rows]):
+        for row in pool.map(check_apart, named or [name for name in known if name not in rows]):
             rows[row.name] = row
-            say(f"{line(row)} {row.reason}")
+            say(f"{line(row)} {row.reason} {row.plans}")
             if kept:
                 kept.write_text(json.dumps([asdict(row) for row in rows.values()], indent=1))
-    found = [rows[name] for name in names]
+    found = [rows[name] for name in known if name in rows]
     if options.page:
         write_page(Path(options.page), found)
     good = sum(not row.reason for row in found)
-    cells = [[row.name, row.reason or f"{row.max_log_prob_difference:.1e}"] for row in found]
+    cells = [[row.name, row.reason or f"{row.max_log_prob_difference:.1e}", *plan_cells(row)] for row in found]
     return Report(
-        [Table("", ["architecture", "max Δ log P, or why it is not exported"], cells)],
-        [f"{good} of {len(found)} export and agree."],
+        [Table("", ["architecture", "max Δ log P, or why it is not exported", *PRECISIONS], cells)],
+        [f"{good} of {len(found)} export and agree. {PLANS_NOTE if builder_name() else NO_PLANS}"],
         {"architectures_exported": good, "architectures_known": len(found)},
         figures=[asdict(row) for row in found],
     )
@@ -370,6 +279,10 @@ def measure(options: argparse.Namespace) -> Report:
 if __name__ == "__main__":
     if sys.argv[1:2] == [HERE]:
         with tempfile.TemporaryDirectory() as folder:
-            print(json.dumps(asdict(check(sys.argv[2], Path(folder)))))  # noqa: T201
+            found = check(sys.argv[2], Path(folder))
+            print(json.dumps(asdict(found)), flush=True)  # noqa: T201
+            if builder_name() and not found.reason:
+                add_plans(found, Path(folder))
+                print(json.dumps(asdict(found)))  # noqa: T201
     else:
         main(__doc__, measure, only=(("",), ("bert", "roberta")), kept=("", ""), page=("", ""))

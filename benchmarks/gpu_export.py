@@ -6,7 +6,8 @@ own, take turns, from numpy inputs to numpy log-probabilities:
 - torch with mlmkit's gathered head: float32, bfloat16, and bfloat16 compiled, without and with CUDA graphs,
 - `mlmkit export --precision ...` on ONNX Runtime: through mlmkit's backend, which binds inputs and outputs, and with a
   CUDA graph for each shape (`enable_cuda_graph`, buffers that stay where they are),
-- the same artifact's TensorRT plans (`--trt`) where tensorrt is installed.
+- the same artifact's TensorRT plans (`--trt`) where tensorrt or tensorrt_rtx is installed. TensorRT for RTX builds
+  everywhere but does not run on every GPU (not on H100 and H200): there the plan is shown with the reason.
 
 For each: parity with torch in float32 on the CPU in the terms of the export's report; the largest |Δ log P| on a batch
 that a CUDA graph was not captured with; tokens a second, the ratio to torch's compiled bfloat16 with CUDA graphs, and
@@ -149,8 +150,8 @@ def runtimes(setting: Setting, *, whole: bool = False) -> Iterator[Row]:
     In part: fp16 alone, beside torch's reference and `PEER`, at the smallest and largest of `SHAPES`. Raises
     `SkippedError` without a runtime.
     """
-    if setting.device == "cuda" and not (find_spec("tensorrt") or isolated(has_cuda_provider)):
-        raise SkippedError("onnxruntime has no CUDA provider here, and tensorrt is not installed")
+    if setting.device == "cuda" and not (has_tensorrt() or isolated(has_cuda_provider)):
+        raise SkippedError("onnxruntime has no CUDA provider here, and TensorRT is not installed")
     path = setting.checkpoint("bert-base")
     lower = "fp16" if setting.device == "cuda" else "fp32"  # a CPU works fp16 out the long way
     artifacts, failed = export_all(setting, tuple(DTYPES) if whole and not setting.quick else (lower,))
@@ -204,6 +205,11 @@ def has_cuda_provider() -> bool:
     return "CUDAExecutionProvider" in onnxruntime.get_available_providers()
 
 
+def has_tensorrt() -> bool:
+    """Whether one of its two kinds is installed."""
+    return any(map(find_spec, ("tensorrt", "tensorrt_rtx")))
+
+
 def export_all(setting: Setting, precisions: tuple[str, ...]) -> tuple[dict[str, Path], dict[str, Figures]]:
     """The artifacts by precision, with TensorRT plans where those can be built; and what failed."""
     artifacts: dict[str, Path] = {}
@@ -211,7 +217,7 @@ def export_all(setting: Setting, precisions: tuple[str, ...]) -> tuple[dict[str,
     changes = TINY if setting.quick else {}
     for precision in precisions:
         flags = ["--precision", precision, *(["--allow-drift"] if precision != "fp32" else [])]
-        for more in [["--trt"], []] if find_spec("tensorrt") else [[]]:
+        for more in [["--trt"], []] if has_tensorrt() else [[]]:
             name, made = attempt(
                 f"tensorrt, {precision}" if more else f"export, {precision}",
                 lambda flags=[*flags, *more]: artifact("bert-base", *flags, **changes),
@@ -235,7 +241,7 @@ def start(
     for precision, folder in artifacts.items():
         contestants[f"onnx, {precision}"] = Contestant(run_backend, str(folder), "onnx", device)
         contestants[f"onnx, {precision}, CUDA graphs"] = Contestant(run_recorded, folder, device)
-        if find_spec("tensorrt") and f"tensorrt, {precision}" not in failed:
+        if has_tensorrt() and f"tensorrt, {precision}" not in failed:
             contestants[f"tensorrt, {precision}"] = Contestant(run_backend, str(folder), "tensorrt", device)
     return contestants
 

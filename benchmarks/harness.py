@@ -25,8 +25,8 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 PACKAGES = (
-    *("torch", "transformers", "accelerate", "onnxruntime-gpu", "onnxruntime", "tensorrt", "onnx", "tokenizers"),
-    *("numpy", "fastapi"),
+    *("torch", "transformers", "accelerate", "onnxruntime-gpu", "onnxruntime", "tensorrt", "tensorrt_rtx", "onnx"),
+    *("tokenizers", "numpy", "fastapi"),
 )
 ROOT = Path(__file__).resolve().parent.parent
 

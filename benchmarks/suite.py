@@ -47,6 +47,7 @@ STUDIES = {
     "architectures": "Every architecture (docs/architectures.md)",
     "demo_recipe": "Variants of the demo's recipe (docs/decisions.md)",
     "optimisers": "Optimisers (docs/decisions.md)",
+    "plans": "TensorRT plans (docs/tensorrt.md)",
 }
 TIMEOUT = 1200  # seconds a script
 

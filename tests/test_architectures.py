@@ -1,11 +1,15 @@
 """Architectures beyond the three of the other tests, through the function that writes docs/architectures.md."""
 
 import shutil
+from importlib.util import find_spec
+from typing import Any
 
 import pytest
 import torch
 
-from benchmarks.architectures import SHAPES, Row, build, check, compare
+from benchmarks.architectures import SHAPES, Row, add_plans, build, check, compare
+from benchmarks.architectures_page import NO_PLANS, plan_cells, write_page
+from benchmarks.plans import HEADER, measured_build, row
 from mlmkit.errors import UserError
 from mlmkit.export.onnx import write_onnx
 from mlmkit.model import MaskedLM, load_pretrained, sees_context
@@ -25,6 +29,54 @@ def test_engine_equals_torch_at_unseen_shapes(name, tmp_path):
     assert row.runs_at_max_length
     assert row.fails_beyond
     assert {"LogSoftmax", "TopK"} <= set(row.operators)
+
+
+@pytest.mark.skipif(not find_spec("tensorrt_rtx"), reason="TensorRT for RTX is not installed")
+def test_plans_are_built_in_each_precision_and_what_is_fused_is_counted(tmp_path):
+    found = check("bert", tmp_path)
+    files = {path.name for path in tmp_path.iterdir()}
+    add_plans(found, tmp_path)
+    assert found.plans == {"fp32": 0, "fp16": 2, "bf16": 2, "int8": 2}
+    assert {path.name for path in tmp_path.iterdir()} == files
+
+    refused = Row("tapas", max_length=64)  # refused by its name, whatever the graph
+    add_plans(refused, tmp_path)
+    assert plan_cells(refused) == ["no"] * 4
+    assert all("ScatterElements" in str(reason) for reason in refused.plans.values())
+
+    figures = measured_build(tmp_path, "bert", "fp32", 64)
+    assert figures["profiles"] == list(figures["fused_attention"]) == list(figures["scratch_mib"])
+    assert figures["layers"] >= 40
+    assert all(figures[name] > 0 for name in ("seconds", "peak_mib", "plan_mib"))
+    assert len(["bert", "fp32", *row(figures)]) == len(HEADER)
+
+
+def test_the_page_says_what_builds_what_is_fused_and_why_the_rest_is_not_built(tmp_path):
+    agrees: dict[str, Any] = {"max_log_prob_difference": 1e-6, "rank_agreement": 1.0, "top_1_agreement": 1.0}
+    rows = [
+        Row("bert", **agrees, plans={"fp32": 0, "fp16": 2, "bf16": 2, "int8": 2}),
+        Row("fnet", **agrees, plans=dict.fromkeys(("fp32", "fp16", "bf16", "int8"), "no DFT")),
+        Row("xlm", **agrees, plans={"fp32": 0, "fp16": "A", "bf16": 0, "int8": "A"}),
+        Row("mra", reason="torch: zeros"),
+    ]
+    write_page(tmp_path / "page.md", rows)
+    page = (tmp_path / "page.md").read_text()
+    for said in (
+        "**3 of 4 export and agree**",
+        "**6 of 12 build.**",
+        "| bert | yes | 2 fused | 2 fused | 2 fused |",
+        "| fnet | no | no | no | no |",
+        "- **fnet**: `no DFT`",
+        "- **xlm**: in fp16, int8: `A`",
+    ):
+        assert said in page, said
+    assert "| mra | no" not in page
+    assert NO_PLANS not in page
+
+    write_page(tmp_path / "page.md", [Row("bert", **agrees), Row("mra", reason="torch: zeros")])
+    page = (tmp_path / "page.md").read_text()
+    assert NO_PLANS in page
+    assert "fused" not in page
 
 
 def test_what_torch_cannot_export_is_refused_in_one_line(tmp_path):

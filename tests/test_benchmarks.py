@@ -6,12 +6,15 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
-from benchmarks.harness import Bars, Contestant, ContestantError, Report, Table, alternate, isolated, ratios
+from benchmarks.gpu_export import has_tensorrt
+from benchmarks.harness import Bars, Contestant, ContestantError, Report, Table, alternate, isolated, machine, ratios
 from benchmarks.page import HEADLINES, changes, figure, headlines_of, render, write_page
+from benchmarks.plans import BEGIN, END, write_table
 from benchmarks.suite import SCRIPTS, STUDIES
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -84,6 +87,13 @@ def test_a_gpu_benchmark_without_a_gpu_says_so():
     assert "GPU" in done.stderr
 
 
+def test_a_machine_with_tensorrt_for_rtx_alone_has_tensorrt():
+    if not find_spec("tensorrt_rtx"):
+        pytest.skip("TensorRT for RTX is not installed")
+    assert has_tensorrt()
+    assert re.match(r"1\.\d", machine()["versions"]["tensorrt_rtx"])
+
+
 # ---------------------------------------------------------------- the suite and its page
 
 
@@ -146,6 +156,25 @@ def test_the_page_has_tables_plots_and_what_did_not_run(tmp_path):
     ):
         assert said in page
     assert "<svg" in (tmp_path / "images" / "results-pll_vs_peers.svg").read_text()
+
+
+def test_a_table_replaces_what_stands_between_its_markers_on_a_page(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text(f"# Page\n\n{BEGIN}\nan old table\n{END}\n\nThe rest.\n")
+    report = Report([Table("", ["model", "MiB"], [["BERT-base", 225]])])
+    for _ in range(2):
+        write_table(page, report, "TensorRT for RTX 1.7.1")
+        lines = page.read_text().splitlines()
+        assert (lines[0], lines[2], lines[-3], lines[-1]) == ("# Page", BEGIN, END, "The rest.")
+        assert "| BERT-base | 225 |" in lines and "an old table" not in lines
+
+
+def test_the_committed_table_of_plans_is_that_of_the_committed_figures():
+    found = json.loads((ROOT / "benchmarks" / "results" / "plans-cpu.json").read_text(encoding="utf-8"))
+    page = (ROOT / "docs" / "tensorrt.md").read_text(encoding="utf-8")
+    _, _, rest = page.partition(f"{BEGIN}\n")
+    assert Table(**found["tables"][0]).markdown() in rest.partition(END)[0]
+    assert all(f"TensorRT for RTX {found['versions']['tensorrt_rtx']}" in text for text in (rest, *found["notes"]))
 
 
 def test_what_a_change_cost_is_seen_beside_the_run_before():

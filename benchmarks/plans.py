@@ -1,0 +1,197 @@
+"""What a TensorRT plan costs to build, and what is in it: BERT-base and ModernBERT-base shapes, without a GPU.
+
+A row per model and precision, with random weights and the profiles that `mlmkit export --trt` takes by default. The
+graph goes the way that it goes there; the ranges and scales of fp16 and int8 come from random tokens, which is enough
+to count layers and says nothing about scores. Each build has a process of its own, so its memory is that of the build.
+How fast a plan runs is not measured: that takes a GPU. `--page docs/tensorrt.md` replaces the table on that page.
+"""
+
+import argparse
+import json
+import shutil
+import tempfile
+import time
+from collections.abc import Sequence
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from harness import Report, SkippedError, Table, isolated, main, memory_mib, processor, say
+from inputs import TINY
+
+from mlmkit.artifact import FORMAT, Manifest, TensorRT
+from mlmkit.backends import Batch
+from mlmkit.export.profiles import PlanOptions
+
+PRECISIONS = ("fp32", "fp16", "bf16", "int8")
+MODELS = {"bert": ("BERT-base", PRECISIONS), "modernbert": ("ModernBERT-base", ("fp16", "bf16"))}
+HEADER = (
+    *("model", "precision", "build, processor s", "peak MiB", "plan MiB"),
+    *("layers", "fused attentions", "scratch MiB"),
+)
+BY_PROFILE = ("fused_attention", "scratch_mib")
+BY_PROFILE_NOTE = (
+    "*Layers* are those of all profiles. The last two columns have a figure for each profile: latency, throughput and, "
+    "for ModernBERT, long. *Peak* is the resident memory of the process that builds; *scratch* is what an execution "
+    "context takes beside the weights. Int8 plans compute the rest in float16. Ranges and scales come from random "
+    "tokens: enough to count layers."
+)
+BEGIN, END = "<!-- plans.py: begin -->", "<!-- plans.py: end -->"  # where its table stands on a page
+
+
+# ---------------------------------------------------------------- the export's way to a plan
+
+
+def random_batches(vocabulary_size: int, rows: int, length: int) -> list[Batch]:
+    """Two full batches of ordinary ids, as special ones are in the lower half, every third position scored."""
+    generator = np.random.default_rng(0)
+    batches = []
+    for _ in range(2):
+        input_ids = generator.integers(vocabulary_size // 2, vocabulary_size, (rows, length))
+        positions = np.arange(0, rows * length, 3)
+        targets = input_ids.reshape(-1)[positions]
+        batches.append(Batch(input_ids, np.ones_like(input_ids), positions, targets))
+    return batches
+
+
+def write_plan_graph(graph: Path, precision: str, batches: Sequence[Batch]) -> None:
+    """Change a float32 graph file to what `mlmkit export --trt` hands to TensorRT in that precision."""
+    import onnx_ir as ir
+
+    from mlmkit.export.graph_files import replace_graph
+    from mlmkit.export.lowering import LARGEST_FLOAT16, lower
+    from mlmkit.export.plan_graph import plan_graph
+    from mlmkit.export.precision import convert
+    from mlmkit.export.ranges import value_ranges
+
+    convert(graph, precision, batches)
+    model = ir.load(graph)
+    if precision == "int8":  # as `mlmkit.export.plans` does: what is float32 in an int8 graph becomes float16
+        ranges = value_ranges(graph, batches)
+        lower(model, "fp16", [name for name, largest in ranges.items() if largest > LARGEST_FLOAT16])
+    plan_graph(model)
+    replace_graph(model, graph)
+
+
+def build(folder: Path, architecture: str, precision: str, max_length: int, options: PlanOptions) -> TensorRT:
+    """Build the plan of the folder's graph; return what the manifest would say of it.
+
+    Raises `UserError` where there is no plan.
+    """
+    from mlmkit.export.tensorrt import build_plan
+
+    manifest = Manifest(
+        format=FORMAT,
+        files={},
+        fingerprint="",
+        architecture=architecture,
+        vocabulary_size=0,
+        max_length=max_length,
+        precision=precision,
+        opset=0,
+        top_k=0,
+        sees_padding=False,
+        parity={},
+        drift_allowed=False,
+        calibration=None,
+        tensorrt=None,
+        mlmkit_version="",
+    )
+    return build_plan(folder, manifest, options)
+
+
+def builder_name() -> str:
+    """TensorRT for RTX with its version, or nothing where it is not installed: no other builds without a GPU."""
+    try:
+        from mlmkit.backends.trt import NAME, RTX, trt
+    except (ImportError, OSError):  # OSError: a library that the bindings want
+        return ""
+    return f"{NAME} {trt.__version__}" if RTX else ""
+
+
+# ---------------------------------------------------------------- the benchmark
+
+
+def write_graph(folder: Path, architecture: str, quick: bool) -> tuple[int, int]:
+    """The graph of transformers' default configuration; its vocabulary's size, and its longest row."""
+    import torch
+    from transformers import CONFIG_MAPPING, AutoModelForMaskedLM
+
+    from mlmkit.export.onnx import write_onnx
+    from mlmkit.model import MaskedLM
+
+    torch.manual_seed(0)
+    changes: dict[str, Any] = TINY if quick else {}
+    config = CONFIG_MAPPING[architecture](**changes)
+    model = MaskedLM(AutoModelForMaskedLM.from_config(config).eval())
+    write_onnx(model, folder / "model.onnx")
+    return model.vocabulary_size, model.max_length()
+
+
+def measured_build(folder: Path, architecture: str, precision: str, max_length: int) -> dict[str, Any]:
+    """Build in this process, which does nothing else; the figures of a row."""
+    began = time.process_time()
+    built = build(folder, architecture, precision, max_length, PlanOptions())
+    seconds = time.process_time() - began
+    names = [profile.name for profile in built.profiles]
+    described = json.loads((folder / "layers.json").read_text(encoding="utf-8"))
+    return {
+        "profiles": names,
+        "seconds": seconds,
+        "peak_mib": memory_mib(),
+        "plan_mib": (folder / "model.plan").stat().st_size / 2**20,
+        "layers": len(described["Layers"]),
+        "fused_attention": {name: built.fused_attention.get(name, 0) for name in names},
+        "scratch_mib": built.scratch_mib,
+        "types": built.layers,
+    }
+
+
+def row(found: dict[str, Any]) -> list[str]:
+    """Cells as they are shown, behind model and precision."""
+    by_profile = [", ".join(f"{value:,.0f}" for value in found[name].values()) for name in BY_PROFILE]
+    sizes = f"{found['seconds']:.1f}", f"{found['peak_mib']:,.0f}", f"{found['plan_mib']:,.0f}"
+    return [*sizes, str(found["layers"]), *by_profile]
+
+
+def measure(options: argparse.Namespace) -> Report:
+    """Model by model, one build after another."""
+    if not (builder := builder_name()):
+        raise SkippedError("TensorRT for RTX is not installed: pip install tensorrt_rtx")
+    if options.page and not {BEGIN, END} <= {*Path(options.page).read_text(encoding="utf-8").splitlines()}:
+        raise SkippedError(f"{options.page} has no place for the table: lines with {BEGIN} and {END}")
+    rows, figures = list[list[str]](), dict[str, Any]()
+    for architecture in options.models:
+        title, precisions = MODELS[architecture]
+        with tempfile.TemporaryDirectory() as temporary:
+            source = Path(temporary) / "fp32"
+            source.mkdir()
+            vocabulary_size, max_length = isolated(write_graph, source, architecture, options.quick)
+            batches = random_batches(vocabulary_size, 2, 32)
+            for precision in [name for name in precisions if name in options.precisions]:
+                folder = Path(temporary) / "typed"
+                shutil.copytree(source, folder)
+                isolated(write_plan_graph, folder / "model.onnx", precision, batches)
+                found = isolated(measured_build, folder, architecture, precision, max_length)
+                shutil.rmtree(folder)
+                figures[f"{architecture}, {precision}"] = found
+                rows.append([title, precision, *row(found)])
+                say(" ".join(rows[-1]))
+    report = Report([Table("", HEADER, rows)], [f"Built by {builder}. {BY_PROFILE_NOTE}"], figures=figures)
+    if options.page:
+        write_table(Path(options.page), report, builder)
+    return report
+
+
+def write_table(page: Path, report: Report, builder: str) -> None:
+    """Replace what stands between the page's two markers."""
+    written = f"*Written by `python benchmarks/plans.py --page docs/tensorrt.md` on {date.today()}: {builder}; "
+    lines = ["", f"{written}{processor()}.*", "", report.tables[0].markdown(), "", BY_PROFILE_NOTE, ""]
+    before, _, rest = page.read_text(encoding="utf-8").partition(BEGIN)
+    after = rest.partition(END)[2]
+    page.write_text("\n".join([f"{before}{BEGIN}", *lines, f"{END}{after}"]), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(__doc__, measure, models=(tuple(MODELS), ("bert",)), precisions=(PRECISIONS, ("int8",)), page=("", ""))
