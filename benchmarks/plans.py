@@ -57,21 +57,12 @@ def random_batches(vocabulary_size: int, rows: int, length: int) -> list[Batch]:
 
 def write_plan_graph(graph: Path, precision: str, batches: Sequence[Batch]) -> None:
     """Change a float32 graph file to what `mlmkit export --trt` hands to TensorRT in that precision."""
-    import onnx_ir as ir
-
     from mlmkit.export.graph_files import replace_graph
-    from mlmkit.export.lowering import LARGEST_FLOAT16, lower
-    from mlmkit.export.plan_graph import plan_graph
+    from mlmkit.export.plans import plan_model
     from mlmkit.export.precision import convert
-    from mlmkit.export.ranges import value_ranges
 
-    convert(graph, precision, batches)
-    model = ir.load(graph)
-    if precision == "int8":  # as `mlmkit.export.plans` does: what is float32 in an int8 graph becomes float16
-        ranges = value_ranges(graph, batches)
-        lower(model, "fp16", [name for name, largest in ranges.items() if largest > LARGEST_FLOAT16])
-    plan_graph(model)
-    replace_graph(model, graph)
+    facts = convert(graph, precision, batches) or {}
+    replace_graph(plan_model(graph, precision, facts.get("overflowing", ())), graph)
 
 
 def build(folder: Path, architecture: str, precision: str, max_length: int, options: PlanOptions) -> TensorRT:

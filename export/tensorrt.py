@@ -30,6 +30,7 @@ LAYERS = "layers.json"
 TYPES = ("bf16", "fp16", "fp32", "fp8", "int8", "int32", "int64", "bool")
 FUSED_ATTENTION = "_gemm_mha"  # how the tactic's name of a layer begins that computes all of an attention
 SEE_ARCHITECTURES = "docs/architectures.md lists the architectures that build"
+PROFILE, COMPILED = re.compile(r"\[profile (\d+)\]"), re.compile(r"_myl(\d+)_\d+$")  # in the names of layers
 # A layer in the verbose log of TensorRT for RTX, whose engine inspector would need a driver.
 LAYER = re.compile(
     r"^Name: (?P<Name>.*?), LayerType: (?P<LayerType>\w*), Inputs: .*?, Outputs: \[(?P<Outputs>.*)\], "
@@ -81,16 +82,17 @@ def count_layers(information: dict[str, Any], profiles: list[str]) -> tuple[dict
 
     `information` is the engine inspector's. Layers that write nothing are not counted.
     """
-    layers, fused = {name: Counter[str]() for name in profiles}, Counter[str]()
-    for layer in information.get("Layers", []):
-        if not isinstance(layer, dict):  # names alone
-            continue
-        number = re.search(r"_myl(\d+)_\d+$|\[profile (\d+)\]", str(layer.get("Name", "")))
-        profile = profiles[int(number[1] or number[2]) if number else 0]
+    counts, fused = {name: Counter[str]() for name in profiles}, Counter[str]()
+    layers = [layer for layer in information.get("Layers", []) if isinstance(layer, dict)]  # else names alone
+    # A layer of another profile than the first says so in its name, or another layer of its compiled graph does.
+    places = [(PROFILE.search(layer["Name"]), COMPILED.search(layer["Name"])) for layer in layers]
+    graphs = {graph[1]: int(profile[1]) for profile, graph in places if profile and graph}
+    for layer, (own, graph) in zip(layers, places, strict=True):
+        profile = profiles[int(own[1]) if own else graphs.get(graph[1], 0) if graph else 0]
         for kind in {_type_name(str(output.get("Format/Datatype", ""))) for output in layer.get("Outputs", [])}:
-            layers[profile][kind] += 1
+            counts[profile][kind] += 1
         fused[profile] += str(layer.get("TacticName", "")).startswith(FUSED_ATTENTION)
-    return {name: dict(sorted(counts.items())) for name, counts in layers.items()}, dict(+fused)
+    return {name: dict(sorted(types.items())) for name, types in counts.items()}, dict(+fused)
 
 
 def _type_name(described: str) -> str:

@@ -235,9 +235,9 @@ def test_layers_are_counted_by_profile():
             "Name": "b [profile 1]",
             "Outputs": [{"Format/Datatype": "Row major linear FP32"}, {"Format/Datatype": "Int64"}],
         },
-        {"Name": "c_myl1_7", "Outputs": [{"Format/Datatype": "BFloat16"}], "TacticName": "_gemm_mha_v2_0x1"},
+        {"Name": "c_myl3_7", "Outputs": [{"Format/Datatype": "BFloat16"}], "TacticName": "_gemm_mha_v2_0x1"},
+        {"Name": "c2 [profile 1]+c3_myl3_9", "Outputs": []},
         {"Name": "d", "Outputs": [{}]},
-        {"Name": "e_myl1_8", "Outputs": []},
     ]
     counts, fused = count_layers({"Layers": layers}, ["latency", "throughput"])
     assert counts == {"latency": {"fp16": 1, "unknown": 1}, "throughput": {"bf16": 1, "fp32": 1, "int64": 1}}
