@@ -175,7 +175,7 @@ def _plan_lines(artifact: Path, built: "TensorRT") -> list[str]:
     )
     cards = ", ".join(built.targets).replace("+", " and later")
     built_line = (
-        f"plan: {FLAVOURS[built.flavour]} {built.version}, for GPUs of compute capability {cards}; {layers} layers, "
+        f"plan: {FLAVOURS[built.flavour]} {built.version}, for GPUs of compute capability {cards}; {layers} layers per profile, "
         f"{fused or 'no'} fused attention, {max(built.scratch_mib.values(), default=0):,.0f} MiB of scratch memory"
     )
     if built.parity:

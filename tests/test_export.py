@@ -69,7 +69,7 @@ def test_parity_is_proven_on_many_shapes_and_a_budget_of_work(artifact, weight_b
 
 
 def test_weights_beside_the_graph(checkpoint, artifact, tmp_path, monkeypatch):
-    monkeypatch.setattr("mlmkit.export.onnx.EXTERNAL_DATA_BYTES", 1000)
+    monkeypatch.setattr("mlmkit.export.graph_files.EXTERNAL_DATA_BYTES", 1000)
     exporting.export(str(checkpoint("bert")), tmp_path / "external", text=PROOF)
     assert (tmp_path / "external" / "model.onnx.data").exists()
     moved = tmp_path / "elsewhere"

@@ -123,7 +123,7 @@ def test_a_position_outside_its_row_reads_no_other_row(repository):
 def test_large_weights_stay_in_a_file_beside_the_graph(checkpoint, artifact, tmp_path, monkeypatch):
     from mlmkit.export.export import export
 
-    monkeypatch.setattr("mlmkit.export.onnx.EXTERNAL_DATA_BYTES", 1000)
+    monkeypatch.setattr("mlmkit.export.graph_files.EXTERNAL_DATA_BYTES", 1000)
     export(str(checkpoint("bert")), tmp_path / "external", text=PROOF)
     write_repository(tmp_path / "external", tmp_path / "repository")
     shutil.move(tmp_path / "external", tmp_path / "elsewhere")  # what is written stands alone

@@ -39,7 +39,7 @@ def create_context(
     cache: trt.IRuntimeCache = config.create_runtime_cache()
     name = "".join(letter if letter.isalnum() else "-" for letter in gpu)
     file = cache_root() / "tensorrt" / f"kernels-{trt.__version__}-{name}.cache"
-    kept = _read(file)
+    kept = file.read_bytes() if file.is_file() else b""
     if kept and not cache.deserialize(kept):
         log.info("the compiled kernels in %s are not for this GPU and driver: compiling them anew", file)
     config.set_runtime_cache(cache)
@@ -48,13 +48,6 @@ def create_context(
     if kernels != kept:
         _write(file, kernels)
     return context
-
-
-def _read(file: Path) -> bytes:
-    try:
-        return file.read_bytes()
-    except OSError:
-        return b""
 
 
 def _write(file: Path, kernels: bytes) -> None:
