@@ -63,7 +63,10 @@ def export(
         reference = TorchBackend(checkpoint, "cpu")
         info = reference.info
         if plans is not None:
+            from mlmkit.export.tensorrt import plan_targets  # needs TensorRT
+
             check_buildable(info.architecture, precision, plans)
+            plan_targets(plans)
         log.info("writing the ONNX graph")
         write_onnx(reference.model, folder / GRAPH)
         save_tokenizer(from_pretrained(AutoTokenizer, checkpoint), folder)

@@ -102,12 +102,22 @@ def _figures(report: Mapping[str, Any]) -> list[tuple[str, float, float]]:
 
 
 def is_within(report: Mapping[str, Any]) -> bool:
-    """Whether the figures of a report as the manifest carries it are within their bounds."""
-    return all(value <= bound for _, value, bound in _figures(report))
+    """Whether the figures of a report as the manifest carries it are there, and within their bounds."""
+    try:
+        return all(value <= bound for _, value, bound in _figures(report))
+    except (KeyError, TypeError):
+        return False
 
 
 def parity_line(report: Mapping[str, Any]) -> str:
     """A report as the manifest carries it, in words: each figure beside its bound, those beyond it named."""
+    try:
+        return _parity_line(report)
+    except (KeyError, TypeError, ValueError):  # of a stranger's manifest
+        return "in a report that cannot be read"
+
+
+def _parity_line(report: Mapping[str, Any]) -> str:
     figures = (
         f"{name} {value:.1e} ({'bound' if value <= bound else 'BEYOND its bound of'} {bound:.1e})"
         for name, value, bound in _figures(report)

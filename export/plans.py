@@ -31,7 +31,7 @@ from mlmkit.export.plan_graph import plan_graph
 from mlmkit.export.profiles import PlanOptions, check_buildable
 from mlmkit.export.proof_text import ProofText, proof_text
 from mlmkit.export.prove import prove_plan, weight_bytes
-from mlmkit.export.tensorrt import LAYERS, build_plan
+from mlmkit.export.tensorrt import LAYERS, build_plan, plan_targets
 from mlmkit.files import new_folder
 
 log = logging.getLogger(__name__)
@@ -52,6 +52,7 @@ def add_plans(
     """
     manifest, files = open_files(artifact)
     check_buildable(manifest.architecture, manifest.precision, plans)
+    plan_targets(plans)
     with new_folder(output, replaces=MANIFEST if overwrite else "") as folder:
         for name in manifest.files.keys() - {PLAN, LAYERS}:
             shutil.copyfile(artifact / name, folder / name)
@@ -90,9 +91,11 @@ def _plan_graph(
     folder: Path, manifest: Manifest, reference: Backend | None, text: ProofText, *, allow_drift: bool
 ) -> Iterator[tuple[Path, bool]]:
     """The graph that TensorRT is given, and whether it drifts. That of an int8 artifact is proven like any other."""
-    overflowing = (manifest.calibration or {}).get("overflowing", [])
-    if not isinstance(overflowing, list):
-        raise UserError(f"{folder}/{MANIFEST}: calibration.overflowing is no list: {AGAIN}")
+    overflowing = (manifest.calibration or {}).get("overflowing")
+    if manifest.precision != "int8":
+        overflowing = []
+    elif not isinstance(overflowing, list) or not all(isinstance(name, str) for name in overflowing):
+        raise UserError(f"{MANIFEST} does not say what overflows float16 (calibration.overflowing): {AGAIN}")
     model = plan_model(folder / GRAPH, manifest.precision, overflowing)
     with TemporaryDirectory() as temporary:
         graph = Path(temporary) / "plan" / GRAPH

@@ -24,8 +24,8 @@ class PlanOptions:
 
     def __post_init__(self) -> None:
         for name in ("max_batch", "max_seq", "max_masked"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name.replace('_', '-')} must be at least 1")
+            if not 1 <= getattr(self, name) < 1 << 31:  # as TensorRT has sizes
+                raise UserError(f"--{name.replace('_', '-')} must be between 1 and {(1 << 31) - 1}")
         if self.target not in (None, *TARGETS):
             raise UserError(f"no target {self.target!r}: choose {', '.join(TARGETS)}")
 

@@ -1,12 +1,14 @@
 """Proof that a TensorRT plan computes what the graph does, on the GPU that runs it. Needs no torch."""
 
 import logging
+import os
 from dataclasses import replace
 from pathlib import Path
 
-from mlmkit.artifact import GRAPH, Manifest, read_manifest, write_manifest
-from mlmkit.backends import Backend
+from mlmkit.artifact import GRAPH, MANIFEST, Manifest, read_manifest, write_manifest
+from mlmkit.backends import Backend, tensorrt_obstacle
 from mlmkit.backends.onnx import OnnxBackend
+from mlmkit.errors import UserError
 from mlmkit.export.parity import BOUNDS, check_parity, is_within, require_parity
 from mlmkit.export.proof_text import ProofText, proof_text
 from mlmkit.files import locked
@@ -20,7 +22,12 @@ def prove(artifact: Path, *, text: ProofText | None = None, allow_drift: bool = 
     Raises `UserError` where the plan cannot run, and `CheckError` when parity does not hold; the manifest then stays.
     """
     with locked(artifact):
-        manifest, text = read_manifest(artifact), text or proof_text(str(artifact))
+        manifest = read_manifest(artifact)
+        if reason := tensorrt_obstacle(manifest):
+            raise UserError(f"{artifact}: {reason}")
+        if not os.access(artifact, os.W_OK):
+            raise UserError(f"{artifact} cannot be written, and the proof is kept in its {MANIFEST}")
+        text = text or proof_text(str(artifact))
         return prove_plan(artifact, manifest, None, text, allow_drift=allow_drift)
 
 

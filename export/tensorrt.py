@@ -8,6 +8,7 @@ time, without a GPU, for all cards.
 import json
 import logging
 import re
+import signal
 import threading
 from collections import Counter
 from collections.abc import Iterator
@@ -26,6 +27,7 @@ from mlmkit.progress import progress
 log = logging.getLogger(__name__)
 
 LAYERS = "layers.json"
+BUILDING = threading.Lock()  # one build at a time: TensorRT logs those of a process to one logger
 # What TensorRT calls the types, in lower case: "Half", "Row major linear FP16 format", "Float", ...
 TYPES = ("bf16", "fp16", "fp32", "fp8", "int8", "int32", "int64", "bool")
 FUSED_ATTENTION = "_gemm_mha"  # how the tactic's name of a layer begins that computes all of an attention
@@ -48,18 +50,14 @@ def build_plan(folder: Path, manifest: Manifest, options: PlanOptions, graph: Pa
     TensorRT, not for RTX, also where no GPU answers, and for a GPU that is too small.
     """
     check_buildable(manifest.architecture, manifest.precision, options)
-    if RTX:
-        targets = [TARGETS[options.target]] if options.target else PORTABLE
-    else:
-        from mlmkit.backends.cuda import find_gpu
-
-        targets = [find_gpu().compute_capability]
-        if options.target:
-            raise UserError("--target is for TensorRT for RTX; TensorRT builds for the GPU of this machine")
+    targets = plan_targets(options)
     profiles = make_profiles(options, manifest.max_length)
     log.info("building %s with %s %s for compute capability %s", PLAN, NAME, trt.__version__, ", ".join(targets))
-    plan = _build(graph or folder / GRAPH, profiles, options.target)
-    information, scratch = _read_log() if RTX else _inspect(plan)
+    with BUILDING:
+        plan = _build(graph or folder / GRAPH, profiles, options.target)
+        information, scratch = _read_log() if RTX else _inspect(plan)
+    if not information.get("Layers") or len(scratch) != len(profiles):
+        log.warning("%s %s describes %s in a form that is not known here", NAME, trt.__version__, PLAN)
     (folder / PLAN).write_bytes(plan)
     (folder / LAYERS).write_text(json.dumps(information, indent=1) + "\n", encoding="utf-8")
     names = [profile.name for profile in profiles]
@@ -75,6 +73,17 @@ def build_plan(folder: Path, manifest: Manifest, options: PlanOptions, graph: Pa
         gpu=None,
         parity=None,
     )
+
+
+def plan_targets(options: PlanOptions) -> list[str]:
+    """The compute capabilities that a plan would be for. Raises `UserError` where TensorRT (not for RTX) has no GPU."""
+    if RTX:
+        return [TARGETS[options.target]] if options.target else PORTABLE
+    from mlmkit.backends.cuda import find_gpu
+
+    if options.target:
+        raise UserError("--target is for TensorRT for RTX; TensorRT builds for the GPU of this machine")
+    return [find_gpu().compute_capability]
 
 
 def count_layers(information: dict[str, Any], profiles: list[str]) -> tuple[dict[str, dict[str, int]], dict[str, int]]:
@@ -120,12 +129,9 @@ def _build(graph: Path, profiles: list[Profile], target: str | None) -> trt.IHos
         set_target(config, target)
     for wanted in profiles:
         _add_profile(builder, network, config, wanted)
-    with progress() as bars:
-        monitor = _Monitor(bars)
+    with progress() as bars, _signals_kept(monitor := _Monitor(bars)):
         config.progress_monitor = monitor
         plan: trt.IHostMemory = builder.build_serialized_network(network, config)
-    if monitor.interrupted:
-        raise KeyboardInterrupt
     if plan is None:
         reason = LOGGER.reason()
         hint = ": a smaller --max-batch, --max-seq or --max-masked needs less" if "out of memory" in reason else ""
@@ -166,8 +172,6 @@ def _read_log() -> tuple[dict[str, Any], list[int]]:
     for match in LAYER.finditer(LOGGER.layers):
         types = re.findall(r"Datatype: (\w+)", match["Outputs"])
         layers.append(match.groupdict() | {"Outputs": [{"Format/Datatype": name} for name in types]})
-    if not layers:
-        log.warning("%s %s describes no layers of %s in a form that is known here", NAME, trt.__version__, PLAN)
     return {"Layers": layers}, LOGGER.scratch
 
 
@@ -190,34 +194,50 @@ def _inspect(plan: trt.IHostMemory) -> tuple[dict[str, Any], list[int]]:
 class _Monitor(trt.IProgressMonitor):
     """Bars for the phases of a build, nested as TensorRT nests them. Called from threads of TensorRT's own.
 
-    An exception must not leave these calls, so an interrupt becomes a cancelled build.
+    `cancelled` is the number of the signal that ends the build, or 0.
     """
 
     def __init__(self, bars: Progress) -> None:
         trt.IProgressMonitor.__init__(self)
         self._bars, self._tasks, self._lock = bars, dict[str, TaskID](), threading.Lock()
-        self.interrupted = False
+        self.cancelled = 0
+
+    def cancel(self, number: int, _frame: Any) -> None:
+        """End the build at its next step: a handler of signals."""
+        self.cancelled = number
 
     def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
-        with self._guard():
+        with self._lock:
             description = f"  {phase_name}" if parent_phase else phase_name
             self._tasks[phase_name] = self._bars.add_task(description, total=num_steps)
 
     def phase_finish(self, phase_name: str) -> None:
-        with self._guard():
+        with self._lock:
             if phase_name in self._tasks:
                 self._bars.remove_task(self._tasks.pop(phase_name))
 
     def step_complete(self, phase_name: str, step: int) -> bool:
-        with self._guard():
+        with self._lock:
             if phase_name in self._tasks:
                 self._bars.update(self._tasks[phase_name], completed=step + 1)
-        return not self.interrupted
+        return not self.cancelled
 
-    @contextmanager
-    def _guard(self) -> Iterator[None]:
-        try:
-            with self._lock:
-                yield
-        except KeyboardInterrupt:
-            self.interrupted = True
+
+@contextmanager
+def _signals_kept(monitor: _Monitor) -> Iterator[None]:
+    """Let Ctrl-C and SIGTERM cancel the build, and raise them behind it.
+
+    Python runs a handler in whatever runs next: during a build that is a call of TensorRT's, such as `Logger.log`, and
+    the bindings swallow the exception.
+    """
+    if threading.current_thread() is not threading.main_thread():  # which alone may set handlers, and gets signals
+        yield
+        return
+    handlers = {number: signal.signal(number, monitor.cancel) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        if monitor.cancelled:
+            signal.raise_signal(monitor.cancelled)

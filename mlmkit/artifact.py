@@ -250,6 +250,10 @@ def _decode(values: dict[str, Any]) -> Manifest:
         raise ValueError(f"no precision {reprlib.repr(manifest.precision)}")
     if (built := manifest.tensorrt) and built.flavour not in FLAVOURS:
         raise ValueError(f"no flavour of TensorRT {reprlib.repr(built.flavour)}")
+    if built and not (PLAN in manifest.files and built.profiles and built.targets):
+        raise ValueError(f"tensorrt without {PLAN}, profiles or targets")
+    if built and (built.gpu is None) != (built.parity is None):
+        raise ValueError("tensorrt.gpu and tensorrt.parity are not both there or both null")
     if built and (wrong := [text for text in built.targets if not CAPABILITY.fullmatch(text)]):
         raise ValueError(f"no compute capability {reprlib.repr(wrong[0])}")
     if missing := [name for name in NEEDED if name not in manifest.files]:

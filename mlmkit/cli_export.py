@@ -1,5 +1,6 @@
 """The command that exports: a checkpoint to an artifact, and an artifact to what else serves it."""
 
+import shlex
 from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,6 +14,7 @@ from mlmkit.errors import UserError, require
 if TYPE_CHECKING:
     from mlmkit.artifact import TensorRT
 
+COUNT = click.IntRange(1, 2**31 - 1)
 PRECISIONS = "fp32|fp16|bf16|int8|int8-dynamic"
 
 
@@ -26,9 +28,9 @@ PRECISIONS = "fp32|fp16|bf16|int8|int8-dynamic"
 @click.option(
     "--target", metavar="sm75|sm121", help="Build it for these cards alone, not for 8.0 to 8.9, 12.0 and later."
 )
-@click.option("--max-batch", type=click.IntRange(1), help="Rows that the plans take in one run. Default: 64.")
-@click.option("--max-seq", type=click.IntRange(1), help="Tokens a row, in a full batch. Default: 512.")
-@click.option("--max-masked", type=click.IntRange(1), help="Masked positions in one run. Default: 4096.")
+@click.option("--max-batch", type=COUNT, help="Rows that the plans take in one run. Default: 64.")
+@click.option("--max-seq", type=COUNT, help="Tokens a row, in a full batch. Default: 512.")
+@click.option("--max-masked", type=COUNT, help="Masked positions in one run. Default: 4096.")
 @click.option("--prove", is_flag=True, help="Run the artifact CHECKPOINT's plan on this machine's GPU and prove it.")
 @click.option(
     "--triton",
@@ -169,18 +171,15 @@ def _plan_lines(artifact: Path, built: "TensorRT") -> list[str]:
     from mlmkit.artifact import FLAVOURS
     from mlmkit.export.parity import parity_line
 
-    layers, fused = (
-        max(counts, default=0)
-        for counts in ((sum(types.values()) for types in built.layers.values()), built.fused_attention.values())
-    )
+    layers = max((sum(types.values()) for types in built.layers.values()), default=0)
+    fused, scratch = (max(by_profile.values(), default=0) for by_profile in (built.fused_attention, built.scratch_mib))
     cards = ", ".join(built.targets).replace("+", " and later")
     built_line = (
-        f"plan: {FLAVOURS[built.flavour]} {built.version}, for GPUs of compute capability {cards}; {layers} layers per profile, "
-        f"{fused or 'no'} fused attention, {max(built.scratch_mib.values(), default=0):,.0f} MiB of scratch memory"
+        f"plan: {FLAVOURS[built.flavour]} {built.version}, for GPUs of compute capability {cards}; {layers} layers per "
+        f"profile, {fused or 'no'} fused attention, {scratch:,.0f} MiB of scratch memory"
     )
-    if built.parity:
+    if built.parity is not None:
         return [built_line, f"proven on {built.gpu}: {parity_line(built.parity)}"]
-    unproven = (
-        f"unproven until a GPU has run it: mlmkit export {artifact} --prove, on a machine with one of these cards"
-    )
+    command = f"mlmkit export {shlex.quote(str(artifact))} --prove"
+    unproven = f"unproven until a GPU has run it: {command}, on a machine with one of these cards"
     return [built_line, f"{unproven}. Until then --backend auto takes ONNX Runtime"]

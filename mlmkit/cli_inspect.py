@@ -84,9 +84,10 @@ def _tensorrt(built: "TensorRT") -> list[str]:
         sizes = (f"{axis} {' / '.join(map(str, getattr(profile, axis)))}" for axis in ("batch", "seq", "masked"))
         lines.append(_row(f"profile {profile.name}", ", ".join(sizes)))
         types = ", ".join(f"{count} {kind}" for kind, count in built.layers.get(profile.name, {}).items())
-        fused = built.fused_attention.get(profile.name, "no")
-        scratch = f"{built.scratch_mib.get(profile.name, 0):,.0f} MiB"
-        lines.append(_row("", f"layers: {types or 'unknown'}; {fused} fused attention; scratch memory: {scratch}"))
+        scratch = built.scratch_mib.get(profile.name)
+        lines.append(_row("  layers", types or "unknown"))
+        lines.append(_row("  fused attention", str(built.fused_attention.get(profile.name, "none"))))
+        lines.append(_row("  scratch memory", "unknown" if scratch is None else f"{scratch:,.0f} MiB"))
     if built.parity is None:
         return [*lines, "unproven: no GPU has run it"]
     return [*lines, _row("proven on", str(built.gpu)), *_report(built.parity)]

@@ -310,10 +310,12 @@ def test_any_bytes_are_refused_in_one_line(content, scratch):
 def test_a_mutated_manifest_is_refused_or_sound(data, scratch, artifact):
     valid: dict[str, Any] = json.loads((artifact("bert") / MANIFEST).read_text())
     valid["tensorrt"] = {
-        "flavour": "tensorrt_rtx", "version": "1.7", "targets": ["8.9", "12.0+"], "gpu": "H100", "parity": {"bound": 1.0},
-        "layers": {"latency": {"fp32": 3}}, "fused_attention": {"latency": 2}, "scratch_mib": {"latency": 1.5},
+        "flavour": "tensorrt_rtx", "version": "1.7", "targets": ["8.9", "12.0+"], "gpu": "H100",
+        "parity": {"bound": 1.0}, "layers": {"latency": {"fp32": 3}},
+        "fused_attention": {"latency": 2}, "scratch_mib": {"latency": 1.5},
         "profiles": [{"name": "latency", "batch": [1, 1, 2], "seq": [1, 8, 64], "masked": [1, 2, 3]}],
     }  # fmt: skip
+    valid["files"]["model.plan"] = "0" * 64
     del valid["checksum"]
     assert outcome(scratch, json.dumps(sealed(valid)).encode())
     place: Any = valid

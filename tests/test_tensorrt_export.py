@@ -2,10 +2,13 @@
 """`mlmkit export --trt` with TensorRT for RTX itself, and `--prove` on stand-ins, as in test_tensorrt_flow.py."""
 
 import json
+import shutil
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
+from conftest import edit_record
 from tensorrt_fixtures import SMALL, add_plan, assert_equal, folder, machine, plan, random_batch, rtx, rtx_plan
 
 from mlmkit.artifact import PLAN, read_manifest
@@ -49,7 +52,7 @@ def test_a_plan_is_built_without_a_gpu(installed, checkpoint, folder, tmp_path, 
     assert load(planned).name == "onnx"
     code, out, _ = run(capsys, "inspect", planned)
     assert code == 0 and "unproven: no GPU has run it" in out
-    assert "layers: " in out and "scratch memory: " in out
+    assert "scratch memory" in out and "fused attention" in out
     # again, from the artifact that has a plan
     command = ["export", planned, "--output", planned.with_name("again"), "--trt", *SIZES, "--json"]
     code, out, _ = run(capsys, *command)
@@ -139,6 +142,30 @@ def test_options_that_do_not_fit(rtx, folder, tmp_path, monkeypatch, capsys, opt
     assert (code, out) == (2, "")
     assert message in err.splitlines()[-1]
     assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("overflowing", [None, 3, [1], [{}]])
+def test_an_int8_artifact_that_does_not_say_what_overflows_is_refused(
+    installed, lowered, tmp_path, capsys, overflowing
+):
+    folder = Path(shutil.copytree(lowered("bert", "int8"), tmp_path / "int8"))
+    edit_record(folder / "mlmkit.json", calibration={"overflowing": overflowing} if overflowing else {})
+    code, _, err = run(capsys, "export", folder, "--output", tmp_path / "planned", "--trt", *SIZES)
+    assert (code, "mlmkit.json does not say what overflows float16" in err) == (2, True)
+
+
+def test_a_proof_needs_cuda_python(installed, folder, monkeypatch, capsys):
+    add_plan(folder, "tensorrt_rtx", proven=False)
+    monkeypatch.setitem(sys.modules, "cuda", None)
+    code, _, err = run(capsys, "export", folder, "--prove")
+    assert (code, "cuda-python cannot be imported" in err, len(err.splitlines())) == (2, True, 1)
+
+
+def test_a_parity_report_that_cannot_be_read_is_said(rtx, rtx_plan, capsys):
+    folder = rtx_plan(proven=False)
+    edit_record(folder / "mlmkit.json", parity={"masked": "many"})
+    assert run(capsys, "export", folder, "--prove")[0] == 0
+    assert read_manifest(folder).drift_allowed, "the graph's parity is not known"
 
 
 def test_a_checkpoint_has_nothing_to_prove(checkpoint, capsys):

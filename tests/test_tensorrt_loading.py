@@ -171,7 +171,6 @@ def test_without_tensorrt_the_reason_is_one_line(machine, plan, monkeypatch):
         ),
         (lambda machine, folder: setattr(machine, "host_tensor", "positions"), "tensor in host memory"),
         (lambda machine, folder: swap(folder), "has tensors input_ids, .*, log_prob, rank and is not the one"),
-        (lambda machine, folder: change(folder, profiles=[]), "has no TensorRT plan"),
         (lambda machine, folder: one_profile(folder), "is not the one that was built"),
     ],
 )
@@ -186,6 +185,24 @@ def test_a_plan_whose_manifest_has_fields_that_are_gone_is_loaded(plan):
     folder = plan()
     change(folder, version_compatible=False, hardware_compatible=False, weights_stripped=False)
     assert load(str(folder)).name == "tensorrt"
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"profiles": []}, "tensorrt without model.plan, profiles or targets"),
+        ({"targets": []}, "tensorrt without"),
+        ({"targets": ["12.0+", "x"]}, "no compute capability 'x'"),
+        ({"flavour": "other"}, "no flavour of TensorRT 'other'"),
+        ({"parity": None}, "tensorrt.gpu and tensorrt.parity are not both there"),
+    ],
+)
+def test_a_manifest_that_says_nonsense_of_its_plan_is_refused(plan, values, message):
+    folder = plan()
+    change(folder, **values)
+    for backend_name in ("auto", "tensorrt"):
+        with pytest.raises(UserError, match=message):
+            load(str(folder), backend_name)
 
 
 def swap(folder: Path) -> None:

@@ -4,6 +4,7 @@ Heavy imports happen in the module that is picked: running an artifact imports n
 """
 
 import logging
+import shlex
 from dataclasses import dataclass
 from os import PathLike, fspath
 from pathlib import Path
@@ -144,7 +145,8 @@ def unproven(path: str | Path, manifest: Manifest) -> str | None:
     """Why `auto` does not pick the artifact's TensorRT plan although it may run here, or None if it does."""
     if manifest.tensorrt is None or manifest.tensorrt.parity is not None:
         return None
-    return f"no GPU has run its TensorRT plan yet: mlmkit export {path} --prove compares it with the graph"
+    command = f"mlmkit export {shlex.quote(str(path))} --prove"
+    return f"no GPU has run its TensorRT plan yet: {command} compares it with the graph"
 
 
 def load(path: str | PathLike[str], backend: str = "auto", device: str = "auto") -> Backend:
