@@ -94,7 +94,8 @@ def count_layers(information: dict[str, Any], profiles: list[str]) -> tuple[dict
     counts, fused = {name: Counter[str]() for name in profiles}, Counter[str]()
     layers = [layer for layer in information.get("Layers", []) if isinstance(layer, dict)]  # else names alone
     # A layer of another profile than the first says so in its name, or another layer of its compiled graph does.
-    places = [(PROFILE.search(layer["Name"]), COMPILED.search(layer["Name"])) for layer in layers]
+    names = [str(layer.get("Name", "")) for layer in layers]
+    places = [(PROFILE.search(name), COMPILED.search(name)) for name in names]
     graphs = {graph[1]: int(profile[1]) for profile, graph in places if profile and graph}
     for layer, (own, graph) in zip(layers, places, strict=True):
         profile = profiles[int(own[1]) if own else graphs.get(graph[1], 0) if graph else 0]

@@ -21,7 +21,7 @@ from rich.progress import Progress
 
 PYTHON = (str, bytes, int, float, list, dict, set, tuple, Path, np.ndarray, np.dtype, np, np.ctypeslib, Progress)
 PYTHON += (logging.Logger, threading.Condition, OSError, type(ctypes.c_uint8), hashlib.sha256(), re.Pattern, re.Match)
-MODULES = {"ast", "ctypes", "hashlib", "json", "logging", "np", "re", "threading", "weakref"}
+MODULES = {"ast", "ctypes", "hashlib", "json", "logging", "np", "re", "signal", "threading", "weakref"}
 
 
 @dataclass(frozen=True)
