@@ -53,8 +53,9 @@ def build_plan(folder: Path, manifest: Manifest, options: PlanOptions, graph: Pa
     targets = plan_targets(options)
     profiles = make_profiles(options, manifest.max_length)
     log.info("building %s with %s %s for compute capability %s", PLAN, NAME, trt.__version__, ", ".join(targets))
-    with BUILDING:
-        plan = _build(graph or folder / GRAPH, profiles, options.target)
+    with BUILDING, progress() as bars:
+        with _signals_kept(monitor := _Monitor(bars)):
+            plan = _build(graph or folder / GRAPH, profiles, options.target, monitor)
         information, scratch = _read_log() if RTX else _inspect(plan)
     if not information.get("Layers") or len(scratch) != len(profiles):
         log.warning("%s %s describes %s in a form that is not known here", NAME, trt.__version__, PLAN)
@@ -110,7 +111,7 @@ def _type_name(described: str) -> str:
     return next((name for name in TYPES if name in lowered), described or "unknown")
 
 
-def _build(graph: Path, profiles: list[Profile], target: str | None) -> trt.IHostMemory:
+def _build(graph: Path, profiles: list[Profile], target: str | None, monitor: "_Monitor") -> trt.IHostMemory:
     LOGGER.clear()
     try:
         builder = trt.Builder(LOGGER)
@@ -130,9 +131,8 @@ def _build(graph: Path, profiles: list[Profile], target: str | None) -> trt.IHos
         set_target(config, target)
     for wanted in profiles:
         _add_profile(builder, network, config, wanted)
-    with progress() as bars, _signals_kept(monitor := _Monitor(bars)):
-        config.progress_monitor = monitor
-        plan: trt.IHostMemory = builder.build_serialized_network(network, config)
+    config.progress_monitor = monitor
+    plan: trt.IHostMemory = builder.build_serialized_network(network, config)
     if plan is None:
         reason = LOGGER.reason()
         hint = ": a smaller --max-batch, --max-seq or --max-masked needs less" if "out of memory" in reason else ""
@@ -228,8 +228,8 @@ class _Monitor(trt.IProgressMonitor):
 def _signals_kept(monitor: _Monitor) -> Iterator[None]:
     """Let Ctrl-C and SIGTERM cancel the build, and raise them behind it.
 
-    Python runs a handler in whatever runs next: during a build that is a call of TensorRT's, such as `Logger.log`, and
-    the bindings swallow the exception.
+    Python runs a handler in whatever runs next: while a graph is parsed and built that is a call of TensorRT's, such as
+    `Logger.log`, and the bindings swallow the exception.
     """
     if threading.current_thread() is not threading.main_thread():  # which alone may set handlers, and gets signals
         yield

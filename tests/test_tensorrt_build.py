@@ -19,6 +19,7 @@ import torch
 import transformers as T
 from conftest import PROOF
 from onnx import TensorProto, helper
+from rich.progress import Progress
 from tensorrt_fixtures import random_batch
 
 from mlmkit.artifact import GRAPH, PLAN, Manifest, read_manifest
@@ -201,18 +202,18 @@ def test_a_file_that_is_no_graph(manifest, tmp_path):
 
 def test_a_build_that_fails_says_why(manifest, tmp_path, graph):
     """Without a driver every error is accompanied by one about that, which is not the reason."""
-    from mlmkit.export.tensorrt import _build
+    from mlmkit.export.tensorrt import _build, _Monitor
 
     with pytest.raises(UserError, match=r"cannot build a plan of model.onnx: .*FP32 GEMM is not supported") as caught:
-        _build(graph("bert"), make_profiles(OPTIONS, 64), "sm75")
+        _build(graph("bert"), make_profiles(OPTIONS, 64), "sm75", _Monitor(Progress()))
     assert "cudaError 35" not in str(caught.value)
     assert "--max-batch" not in str(caught.value), "memory was not the reason"
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_cancels_the_build(checkpoint, text_file, tmp_path, number, code):
+def test_a_signal_cancels_the_build(artifact, text_file, tmp_path, number, code):
     """Python would raise it inside a call of TensorRT's, whose bindings swallow exceptions."""
-    command = [sys.executable, "-m", "mlmkit", "export", str(checkpoint("bert")), "--text", str(text_file)]
+    command = [sys.executable, "-m", "mlmkit", "export", str(artifact("bert")), "--text", str(text_file)]
     with subprocess.Popen(
         [*command, "--output", str(tmp_path / "out"), "--trt"], stderr=subprocess.PIPE, text=True
     ) as it:
