@@ -12,7 +12,7 @@ import onnx_ir as ir
 from transformers import AutoTokenizer
 
 from mlmkit import __version__
-from mlmkit.artifact import FORMAT, GRAPH, MANIFEST, PRECISIONS, Manifest, hash_files, write_manifest
+from mlmkit.artifact import FORMAT, GRAPH, MANIFEST, PRECISIONS, Manifest, hash_files, weight_bytes, write_manifest
 from mlmkit.backends.onnx import OnnxBackend
 from mlmkit.backends.torch import TorchBackend
 from mlmkit.corpus import tokenize
@@ -23,9 +23,8 @@ from mlmkit.export.lowering import lower
 from mlmkit.export.onnx import OPSET, write_onnx
 from mlmkit.export.parity import BOUNDS, check_parity, parity_batches, require_parity
 from mlmkit.export.precision import convert
-from mlmkit.export.profiles import PlanOptions, check_buildable
+from mlmkit.export.profiles import PlanOptions
 from mlmkit.export.proof_text import FALLBACK, ProofText, proof_text
-from mlmkit.export.prove import weight_bytes
 from mlmkit.files import locate_model, new_folder
 from mlmkit.model import from_pretrained, save_tokenizer
 
@@ -65,8 +64,7 @@ def export(
         if plans is not None:
             from mlmkit.export.tensorrt import plan_targets  # needs TensorRT
 
-            check_buildable(info.architecture, precision, plans)
-            plan_targets(plans)
+            plan_targets(info.architecture, precision, plans)
         log.info("writing the ONNX graph")
         write_onnx(reference.model, folder / GRAPH)
         save_tokenizer(from_pretrained(AutoTokenizer, checkpoint), folder)

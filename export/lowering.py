@@ -13,7 +13,7 @@ Strongly typed engines do what the graph says, so the graph has to say it. A nod
   Softmax among them where they overflow.
 """
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Iterable, Iterator
 
 import numpy as np
 import onnx
@@ -143,28 +143,35 @@ def _survives(value: ir.Value, kind: ir.DataType) -> bool:
 
 def _exact_nodes(graph: ir.Graph) -> set[ir.Node]:
     """Nodes that make log-probabilities, normalisations, angles and indices."""
-    nodes = [node for node in graph if node.op_type == "ReduceMean"]
-    found = {node for mean in nodes for node in mean.predecessors() if node.op_type in ("Pow", "Mul")}
-    while nodes:  # what follows a mean, as long as it is one number a row, and what that number is applied to
-        found.add(node := nodes.pop())
-        if list(node.outputs[0].shape or ())[-1:] == [1]:
-            nodes.extend(node.successors())
-    nodes = [node for node in graph if node.op_type == "LogSoftmax"]
-    found.update(nodes)
-    while nodes:  # what follows a log-softmax
-        for successor in nodes.pop().successors():
-            if successor not in found:
-                found.add(successor)
-                nodes.append(successor)
+    means = [node for node in graph if node.op_type == "ReduceMean"]
+    squares = [node for mean in means for node in mean.predecessors() if node.op_type in ("Pow", "Mul")]
+    scores = [node for node in graph if node.op_type == "LogSoftmax"]
     ends = [node for node in graph if node.op_type in ANGLES or (node.op_type == "Cast" and _floats_to_integers(node))]
-    found.update(ends)
-    while ends:  # what leads to an angle or an index
-        for value in ends.pop().inputs:
-            producer = value.producer() if value is not None and _is_float(value) else None
-            if producer is not None and producer not in found:
-                found.add(producer)
-                ends.append(producer)
+    return {
+        *squares,
+        # What follows a mean, as long as it is one number a row, and what that number is applied to.
+        *_reached(means, lambda node: node.successors() if list(node.outputs[0].shape or ())[-1:] == [1] else ()),
+        *_reached(scores, ir.Node.successors),
+        *_reached(ends, _float_sources),
+    }
+
+
+def _reached(starts: Iterable[ir.Node], step: Callable[[ir.Node], Iterable[ir.Node]]) -> set[ir.Node]:
+    """The nodes that `step` leads to from `starts`, with these."""
+    found = set(starts)
+    waiting = list(found)
+    while waiting:
+        fresh = set(step(waiting.pop())) - found
+        found |= fresh
+        waiting.extend(fresh)
     return found
+
+
+def _float_sources(node: ir.Node) -> Iterator[ir.Node]:
+    for value in node.inputs:
+        producer = value.producer() if value is not None and _is_float(value) else None
+        if producer is not None:
+            yield producer
 
 
 def _floats_to_integers(node: ir.Node) -> bool:

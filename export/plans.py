@@ -19,6 +19,7 @@ from mlmkit.artifact import (
     hash_files,
     open_files,
     refuse_changes,
+    weight_bytes,
     write_manifest,
 )
 from mlmkit.backends import Backend, tensorrt_obstacle
@@ -28,11 +29,11 @@ from mlmkit.export.graph_files import copy_artifact, save_graph
 from mlmkit.export.lowering import lower
 from mlmkit.export.parity import BOUNDS, check_parity, require_parity
 from mlmkit.export.plan_graph import plan_graph
-from mlmkit.export.profiles import PlanOptions, check_buildable
+from mlmkit.export.profiles import PlanOptions
 from mlmkit.export.proof_text import ProofText, proof_text
-from mlmkit.export.prove import prove_plan, weight_bytes
+from mlmkit.export.prove import prove_plan
 from mlmkit.export.tensorrt import LAYERS, build_plan, plan_targets
-from mlmkit.files import new_folder
+from mlmkit.files import file_sha256, new_folder
 
 log = logging.getLogger(__name__)
 
@@ -51,13 +52,13 @@ def add_plans(
     The plans are held to the artifact's own graph on ONNX Runtime. Raises as `mlmkit.export.export.export` does.
     """
     manifest, files = open_files(artifact)
-    check_buildable(manifest.architecture, manifest.precision, plans)
-    plan_targets(plans)
+    plan_targets(manifest.architecture, manifest.precision, plans)
     with new_folder(output, replaces=MANIFEST if overwrite else "") as folder:
-        for name in manifest.files.keys() - {PLAN, LAYERS}:
+        kept = {name: sha256 for name, sha256 in manifest.files.items() if name not in (PLAN, LAYERS)}
+        for name in kept:
             shutil.copyfile(artifact / name, folder / name)
         refuse_changes(artifact, files)
-        manifest = replace(manifest, files=hash_files(folder), tensorrt=None)
+        manifest = replace(manifest, files=kept, tensorrt=None)
         write_manifest(folder, manifest)
         return with_plans(folder, manifest, plans, None, text or proof_text(str(artifact)), allow_drift=allow_drift)
 
@@ -78,7 +79,8 @@ def with_plans(
     with _plan_graph(folder, manifest, reference, text, allow_drift=allow_drift) as (graph, drifts):
         built = build_plan(folder, manifest, options, graph)
     drift_allowed = manifest.drift_allowed or drifts
-    manifest = replace(manifest, files=hash_files(folder), tensorrt=built, drift_allowed=drift_allowed)
+    files = manifest.files | {name: file_sha256(folder / name) for name in (PLAN, LAYERS)}
+    manifest = replace(manifest, files=files, tensorrt=built, drift_allowed=drift_allowed)
     write_manifest(folder, manifest)  # the plans are loaded as a user will load them
     if reason := tensorrt_obstacle(manifest):
         log.info("the plan is unproven: %s", reason)

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from mlmkit.artifact import DYNAMIC_INT8, Profile
+from mlmkit.artifact import Profile
 from mlmkit.errors import UserError
 
 TARGETS = {"sm75": "7.5", "sm121": "12.1"}  # what TensorRT for RTX builds for only if asked, by compute capability
@@ -47,17 +47,3 @@ def make_profiles(options: PlanOptions, max_length: int) -> list[Profile]:
         usual_masked = min(max(max_length * 15 // 100, 1), masked)
         profiles.append(Profile("long", (1, 1, 1), (1, max_length, max_length), (1, usual_masked, masked)))
     return profiles
-
-
-# The parser takes no ScatterElements with a reduction of max or min, and no standard form replaces it.
-NOT_BUILT = {"tapas": "its pooling over cells needs ScatterElements with max and min"}
-
-
-def check_buildable(architecture: str, precision: str, options: PlanOptions) -> None:
-    """Raise `UserError` now rather than after an export for what no plan can be built of."""
-    if architecture in NOT_BUILT:
-        raise UserError(f"TensorRT cannot run a {architecture} model: {NOT_BUILT[architecture]}; export without --trt")
-    if precision == DYNAMIC_INT8:
-        raise UserError("TensorRT has no dynamic int8: export with --precision int8, fp16 or bf16")
-    if options.target == "sm75" and precision != "fp16":
-        raise UserError(f"sm75 (Turing) computes in float16 only, not in {precision}: export with --precision fp16")

@@ -5,7 +5,7 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
-from mlmkit.artifact import GRAPH, MANIFEST, Manifest, read_manifest, write_manifest
+from mlmkit.artifact import MANIFEST, Manifest, read_manifest, weight_bytes, write_manifest
 from mlmkit.backends import Backend, tensorrt_obstacle
 from mlmkit.backends.onnx import OnnxBackend
 from mlmkit.errors import UserError
@@ -51,8 +51,3 @@ def prove_plan(
     )
     write_manifest(folder, manifest)
     return manifest
-
-
-def weight_bytes(folder: Path) -> int:
-    """The size of an artifact's graph with its weights."""
-    return sum(file.stat().st_size for file in folder.glob(f"{GRAPH}*"))

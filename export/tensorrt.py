@@ -18,10 +18,10 @@ from typing import Any
 
 from rich.progress import Progress, TaskID
 
-from mlmkit.artifact import GRAPH, PLAN, Manifest, Profile, TensorRT
+from mlmkit.artifact import DYNAMIC_INT8, GRAPH, PLAN, Manifest, Profile, TensorRT
 from mlmkit.backends.trt import FLAVOUR, LOGGER, NAME, RTX, create_runtime, trt
 from mlmkit.errors import UserError
-from mlmkit.export.profiles import PORTABLE, TARGETS, PlanOptions, check_buildable, make_profiles
+from mlmkit.export.profiles import PORTABLE, TARGETS, PlanOptions, make_profiles
 from mlmkit.progress import progress
 
 log = logging.getLogger(__name__)
@@ -31,6 +31,8 @@ BUILDING = threading.Lock()  # one build at a time: TensorRT logs those of a pro
 # What TensorRT calls the types, in lower case: "Half", "Row major linear FP16 format", "Float", ...
 TYPES = ("bf16", "fp16", "fp32", "fp8", "int8", "int32", "int64", "bool")
 FUSED_ATTENTION = "_gemm_mha"  # how the tactic's name of a layer begins that computes all of an attention
+# The parser takes no ScatterElements with a reduction of max or min, and no standard form replaces it.
+NOT_BUILT = {"tapas": "its pooling over cells needs ScatterElements with max and min"}
 SEE_ARCHITECTURES = "docs/architectures.md lists the architectures that build"
 PROFILE, COMPILED = re.compile(r"\[profile (\d+)\]"), re.compile(r"_myl(\d+)_\d+$")  # in the names of layers
 # A layer in the verbose log of TensorRT for RTX, whose engine inspector would need a driver.
@@ -49,8 +51,7 @@ def build_plan(folder: Path, manifest: Manifest, options: PlanOptions, graph: Pa
     Raises `UserError` for options that do not fit, for a graph that TensorRT does not take and a build that fails. With
     TensorRT, not for RTX, also where no GPU answers, and for a GPU that is too small.
     """
-    check_buildable(manifest.architecture, manifest.precision, options)
-    targets = plan_targets(options)
+    targets = plan_targets(manifest.architecture, manifest.precision, options)
     profiles = make_profiles(options, manifest.max_length)
     log.info("building %s with %s %s for compute capability %s", PLAN, NAME, trt.__version__, ", ".join(targets))
     with BUILDING, progress() as bars:
@@ -76,8 +77,18 @@ def build_plan(folder: Path, manifest: Manifest, options: PlanOptions, graph: Pa
     )
 
 
-def plan_targets(options: PlanOptions) -> list[str]:
-    """The compute capabilities that a plan would be for. Raises `UserError` where TensorRT (not for RTX) has no GPU."""
+def plan_targets(architecture: str, precision: str, options: PlanOptions) -> list[str]:
+    """The compute capabilities that a plan would be for.
+
+    Raises `UserError` for what no plan can be built of, and where TensorRT, not for RTX, has no GPU: call it before
+    the work of an export.
+    """
+    if architecture in NOT_BUILT:
+        raise UserError(f"TensorRT cannot run a {architecture} model: {NOT_BUILT[architecture]}; export without --trt")
+    if precision == DYNAMIC_INT8:
+        raise UserError("TensorRT has no dynamic int8: export with --precision int8, fp16 or bf16")
+    if options.target == "sm75" and precision != "fp16":
+        raise UserError(f"sm75 (Turing) computes in float16 only, not in {precision}: export with --precision fp16")
     if RTX:
         return [TARGETS[options.target]] if options.target else PORTABLE
     from mlmkit.backends.cuda import find_gpu

@@ -110,6 +110,11 @@ def hash_files(folder: Path) -> dict[str, str]:
     return {path.name: file_sha256(path) for path in sorted(folder.iterdir()) if path.name not in (MANIFEST, CARD)}
 
 
+def weight_bytes(folder: Path) -> int:
+    """The size of an artifact's graph with its weights."""
+    return sum(file.stat().st_size for file in folder.glob(f"{GRAPH}*"))
+
+
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write the manifest, atomically and last: a folder with a manifest is complete.
 

@@ -21,7 +21,7 @@ RTX = hasattr(trt, "ComputeCapability")
 FLAVOUR = "tensorrt_rtx" if RTX else "tensorrt"
 NAME = FLAVOURS[FLAVOUR]
 NO_DRIVER = "cudaError 35"  # TensorRT for RTX reports it beside every other error of a machine without a driver
-LAYERS, SCRATCH = "Layers:\n", "Total Activation Memory: "
+LAYERS_HEADING, SCRATCH_HEADING = "Layers:\n", "Total Activation Memory: "
 
 
 class Logger(trt.ILogger):
@@ -47,10 +47,10 @@ class Logger(trt.ILogger):
             self._errors.append(" ".join(msg.split()))
         elif severity == trt.ILogger.Severity.WARNING and not msg.endswith("has Int64 binding."):
             log.info("TensorRT: %s", msg)
-        elif msg.startswith(LAYERS):
+        elif msg.startswith(LAYERS_HEADING):
             self.layers = msg
-        elif msg.startswith(SCRATCH):
-            self.scratch.append(int(msg.removeprefix(SCRATCH).split()[0]))
+        elif msg.startswith(SCRATCH_HEADING):
+            self.scratch.append(int(msg.removeprefix(SCRATCH_HEADING).split()[0]))
 
     def reason(self) -> str:
         """The first error, in one line, that is not about a missing driver. Forgets all of them."""
