@@ -8,6 +8,7 @@ from typing import Any
 
 from harness import ROOT, Bars, Table
 
+REMOVED_AT = "20ba236"  # the last commit with the scripts whose question docs/decisions.md answers
 # What README quotes, in words. The figure is the median of the ratios within a round, unless it has a unit.
 HEADLINES = {
     "train_times_trainer_paragraphs": ("training, real tokens/s, a document an example", "x transformers.Trainer"),
@@ -70,7 +71,8 @@ def render(found: dict[str, Any], name: str) -> str:
         if reason := report.get("failed") or report.get("skipped"):
             lines += [f"Not run: {reason}.", ""]
             continue
-        lines += [f"`python benchmarks/{script}.py`, {report['seconds']:.0f} s.", ""]
+        removed = "" if (ROOT / f"benchmarks/{script}.py").exists() else f" (removed since; at commit {REMOVED_AT})"
+        lines += [f"`python benchmarks/{script}.py`{removed}, {report['seconds']:.0f} s.", ""]
         if report["bars"]:
             lines += [f"![{report['bars']['title']}, {report['bars']['unit']}](images/results-{script}.svg)", ""]
         for table in report["tables"]:

@@ -35,18 +35,11 @@ SCRIPTS = {
     "train_data": "Packing and reading training data",
     "masking": "Masking",
     "loss_memory": "Memory of the loss",
-    "determinism": "Where a score is bit-identical",
-    "precision": "Precisions",
-    "export_choices": "Choices of the export",
-    "pll_sharing": "A forward made for pseudo-log-likelihood, in theory and in time",
-    "runtime": "ONNX Runtime's package",
     "gpu": "On a GPU",
     "gpu_export": "Exported engines on a GPU",
 }
 STUDIES = {
     "architectures": "Every architecture (docs/architectures.md)",
-    "demo_recipe": "Variants of the demo's recipe (docs/decisions.md)",
-    "optimisers": "Optimisers (docs/decisions.md)",
     "plans": "TensorRT plans (docs/tensorrt.md)",
 }
 TIMEOUT = 1200  # seconds a script
