@@ -28,7 +28,7 @@ STAGES = {
     "masks, packs, batches": "masking.py batching.py train/packs.py train/order.py train/data.py eval/plan.py",
     "scores into tables": "eval/scoring.py eval/store.py eval/stored.py eval/parts.py eval/passes.py eval/examples.py",
     "metrics, bootstrap": "eval/measure.py eval/metrics.py eval/slices.py eval/statistics.py",
-    "report": "eval/report.py eval/figures.py train/curve.py",
+    "report": "eval/report.py eval/plots.py train/curve.py",
     "making or loading a model": "train/start.py train/presets.py",
     "checkpoints": "train/checkpoint.py",
     "text to rows, scores to JSON": "fill.py serve/texts.py serve/scoring.py serve/schemas.py",

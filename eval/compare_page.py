@@ -84,7 +84,7 @@ def size(row: Row) -> str:
 def write_page(comparison: dict[str, Any], folder: Path) -> None:
     """`compare.html` in `folder`. Raises `UserError` where it cannot be written."""
     require("report", "jinja2", "matplotlib")
-    from mlmkit.eval import figures
+    from mlmkit.eval import plots
 
     parts = []
     for other in comparison["comparisons"]:
@@ -96,7 +96,7 @@ def write_page(comparison: dict[str, Any], folder: Path) -> None:
             if len(lines) > 1:
                 title = name.replace("_", " ")
                 axis = f"{title}, B − A ({lines[0][1]['better']} is better)"
-                part["figures"][f"{title.capitalize()} by slice"] = figures.differences(lines, axis)
+                part["figures"][f"{title.capitalize()} by slice"] = plots.differences(lines, axis)
         parts.append(part)
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -77,7 +77,7 @@ def render(template: str, path: Path, **content: Any) -> None:
 
 
 def _content(stored: Stored) -> dict[str, Any]:
-    from mlmkit.eval import figures
+    from mlmkit.eval import plots
 
     result = stored.result
     metric = "masked" if "masked" in result["scored"] else "pseudo"
@@ -85,12 +85,12 @@ def _content(stored: Stored) -> dict[str, Any]:
     drawn = [
         (
             f"Loss of the {shapes['tokens'].sum():,.0f} scored tokens",
-            figures.loss_histogram(*shapes["histogram"]),
+            plots.loss_histogram(*shapes["histogram"]),
             f"Tokens of {LARGEST_LOSS:.0f} nats and more are in the last bar.",
         ),
         (
             "Where the loss comes from",
-            figures.loss_curve(shapes["tokens"], shapes["losses"]),
+            plots.loss_by_probability(shapes["tokens"], shapes["losses"]),
             "Tokens, and their share of the summed loss, by the probability that the original token was given.",
         ),
     ]
@@ -99,7 +99,7 @@ def _content(stored: Stored) -> dict[str, Any]:
         drawn.append(
             (
                 "Calibration",
-                figures.calibration(*shapes["calibration"]),
+                plots.calibration(*shapes["calibration"]),
                 f"On the dashed line the model is right as often as it says. Expected error {error:.2%}.",
             )
         )
@@ -108,13 +108,14 @@ def _content(stored: Stored) -> dict[str, Any]:
     slices = result["slices"].get(metric, {})
     for split, (label, note) in SPLITS.items():
         if split in slices:
-            drawn.append((f"Loss by {label}", figures.slice_bars(split, slices[split], by_slice, axis), note))
+            values = {name: group[by_slice]["value"] for name, group in slices[split].items()}
+            drawn.append((f"Loss by {label}", plots.slice_bars(split, values, axis), note))
     declared = result["set"] or {}
     references = [item for item in declared.get("reference", []) if item["metric"] in result["metrics"]]
     groups = result.get("pairs", {}).get("phenomena") or result.get("pairs", {}).get("paradigms") or {}
     pairs_figure = ""
     if groups:
-        pairs_figure = figures.pair_bars(groups, [item for item in references if item["phenomena"]][:5])
+        pairs_figure = plots.pair_accuracies(groups, [item for item in references if item["phenomena"]][:5])
     return {
         "result": result,
         "unknown": describe_unknown(result["unknown"]),

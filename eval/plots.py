@@ -1,0 +1,195 @@
+"""Figures in one style: inline SVG for the HTML pages, PNG files for training runs and sweeps.
+
+Each function draws one figure from plain numbers. In an SVG the colours are CSS variables of the page, so that figures
+follow its light or dark theme.
+"""
+
+import io
+import re
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+
+INK, MUTED, LINE, ONE, TWO = "#22262b", "#6b727b", "#e3e6ea", "#2f6fb4", "#c4571b"
+CSS_VARIABLES = {INK: "--ink", MUTED: "--muted", LINE: "--line", ONE: "--one", TWO: "--two"}
+STYLE: dict[Any, Any] = {  # matplotlib's stubs accept only literal keys
+    "svg.fonttype": "none",  # keep text as text
+    "text.parse_math": False,  # a dollar sign in a name is not LaTeX
+    "font.family": "sans-serif",
+    "font.size": 11,
+    "axes.edgecolor": LINE,
+    "axes.labelcolor": MUTED,
+    "text.color": INK,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": LINE,
+    "grid.linewidth": 0.6,
+    "legend.frameon": False,
+    "figure.facecolor": "none",
+    "axes.facecolor": "none",
+    "lines.linewidth": 1.8,
+}
+styled = matplotlib.rc_context(STYLE)  # a decorator: the style must hold while a figure is drawn and rendered
+DASHED = {"linewidth": 1, "linestyle": (0, (4, 2))}
+PNG_DOTS_PER_INCH = 150
+
+Floats = NDArray[np.float64]
+
+
+@styled
+def loss_histogram(counts: Floats, best: Floats, edges: Floats) -> str:
+    """Tokens by −log P. Of the `counts` `[bins]`, `best` `[bins]` had rank 0; `edges` `[bins + 1]` are in nats."""
+    figure, axes = new_figure(4.8, 3.7)
+    percent, width = 100 / max(counts.sum(), 1), np.diff(edges)
+    axes.bar(edges[:-1], percent * best, width, align="edge", color=ONE, label="is the best guess")
+    axes.bar(edges[:-1], percent * (counts - best), width, percent * best, align="edge", color=TWO, label="is not")
+    axes.set(xlabel="−log P of the original token, nats", ylabel="% of scored tokens", xlim=edges[[0, -1]])
+    axes.grid(axis="x", visible=False)
+    axes.legend(loc="upper right")
+    probabilities = [p for p in (1.0, 0.1, 0.01, 0.001, 1e-4, 1e-5, 1e-6) if -np.log(p) <= edges[-1]]
+    top = axes.secondary_xaxis("top")
+    top.set_xticks(-np.log(probabilities), [f"{p:g}" for p in probabilities])
+    top.set_xlabel("its P")
+    return to_svg(figure, "loss")
+
+
+@styled
+def loss_by_probability(tokens: Floats, losses: Floats) -> str:
+    """Shares of the tokens and of the summed loss by P, both `[bins]` over 0 to 1, and the curve −log P."""
+    figure, axes = new_figure(4.8, 3.7)
+    edges = np.linspace(0, 1, len(tokens) + 1)
+    width = np.diff(edges) / 2
+    axes.bar(edges[:-1], 100 * tokens / max(tokens.sum(), 1), width, align="edge", color=ONE, label="tokens")
+    loss_shares = 100 * losses / max(losses.sum(), 1e-12)
+    axes.bar(edges[:-1] + width, loss_shares, width, align="edge", color=TWO, label="loss")
+    axes.set(xlabel="P of the original token", ylabel="% of all", xlim=(0, 1))
+    axes.grid(axis="x", visible=False)
+    axes.legend(loc="upper center")
+    curve = axes.twinx()
+    curve.grid(visible=False)
+    curve.spines["right"].set_visible(True)
+    p = np.linspace(1e-3, 1, 400)
+    curve.plot(p, -np.log(p), color=INK, **DASHED)
+    curve.set(ylim=(0, 7), ylabel="−log P, nats (dashed)")
+    return to_svg(figure, "loss-by-probability")
+
+
+@styled
+def calibration(confidence: Floats, accuracy: Floats, counts: Floats) -> str:
+    """Accuracy against confidence, `[bins]`: the area of a point is its share of the tokens; empty bins are NaN."""
+    figure, axes = new_figure(4.8, 3.7)
+    axes.plot([0, 1], [0, 1], color=MUTED, **DASHED)
+    full = counts > 0
+    area = 30 + 500 * counts[full] / max(counts.sum(), 1)
+    axes.plot(confidence[full], accuracy[full], color=ONE, linewidth=1)
+    axes.scatter(confidence[full], accuracy[full], s=area, color=ONE, alpha=0.75, linewidths=0, clip_on=False)
+    axes.set(xlabel="confidence: P of the best guess", ylabel="how often it is right", xlim=(0, 1), ylim=(0, 1))
+    return to_svg(figure, "calibration")
+
+
+@styled
+def slice_bars(split: str, values: Mapping[str, float | None], label: str) -> str:
+    """One metric by slice. `label` names its axis."""
+    figure, axes = new_figure(4.8, 3.4)
+    axes.bar(range(len(values)), [value or np.nan for value in values.values()], 0.62, color=ONE, alpha=0.85)
+    turn: dict[str, Any] = {"rotation": 30, "ha": "right"} if len(values) > 4 else {}
+    axes.set_xticks(range(len(values)), list(values), **turn)
+    axes.set_ylabel(label)
+    axes.grid(axis="x", visible=False)
+    return to_svg(figure, f"slices-{split}")
+
+
+@styled
+def pair_accuracies(groups: Mapping[str, Mapping[str, Any]], references: Sequence[Mapping[str, Any]]) -> str:
+    """Accuracy of each group of pairs with its interval. Published values (`phenomena`) appear as marks beside it."""
+    accuracy = {name: group["pair_accuracy"] for name, group in groups.items()}
+    names = sorted(accuracy, key=lambda name: accuracy[name]["value"])
+    figure, axes = new_figure(7.2, 1.4 + 0.34 * len(names))
+    axes.barh(range(len(names)), [100 * accuracy[name]["value"] for name in names], 0.6, color=ONE, alpha=0.85)
+    bounds = [accuracy[name] for name in names]
+    draw_intervals(axes, range(len(names)), bounds, scale=100, horizontal=True, color=INK, linewidth=1.2)
+    for number, reference in enumerate(references):
+        published = 100 * np.array([reference["phenomena"].get(name) for name in names], float)
+        mark = {"marker": "od^sv"[number % 5], "markerfacecolor": "none", "markeredgecolor": TWO, "markersize": 6}
+        axes.plot(published, range(len(names)), linestyle="none", label=reference["model"], **mark)
+    axes.axvline(50, color=MUTED, **DASHED)
+    axes.set_yticks(range(len(names)), [name.replace("_", " ") for name in names])
+    axes.set(xlabel="% of pairs right (dashed: chance)", xlim=(0, 100), ylim=(-0.6, len(names) - 0.4))
+    axes.grid(axis="y", visible=False)
+    if references:
+        axes.legend(loc="lower center", bbox_to_anchor=(0.4, 1.0), ncols=2, fontsize=10)
+    return to_svg(figure, "pairs")
+
+
+@styled
+def differences(rows: Sequence[tuple[str, Mapping[str, Any]]], label: str) -> str:
+    """Named differences with their intervals, first row on top; grey where p is at least 0.05 or missing."""
+    figure, axes = new_figure(7.2, 1.0 + 0.28 * len(rows))
+    axes.set_yticks(range(len(rows)), [name for name, _ in reversed(rows)])
+    for y, (_, row) in enumerate(reversed(rows)):
+        if row["difference"] is not None:
+            color = MUTED if row["p_value"] is None or row["p_value"] >= 0.05 else ONE
+            draw_intervals(axes, [y], [row], horizontal=True, color=color, linewidth=2)
+            axes.plot(row["difference"], y, "o", color=color, markersize=6)
+    axes.axvline(0, color=INK, linewidth=1)
+    axes.set(xlabel=label, ylim=(-0.6, len(rows) - 0.4))
+    axes.grid(axis="y", visible=False)
+    return to_svg(figure, "differences")
+
+
+# ---------------------------------------------------------------- shared by all figures
+
+
+def new_figure(width: float, height: float, **subplots: Any) -> tuple[Figure, Any]:
+    """A figure of this size in inches, and its axes: one, or an array of them as `subplots` says."""
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.subplots(**subplots)
+
+
+def draw_intervals(
+    axes: Axes,
+    positions: Sequence[float],
+    metrics: Sequence[Mapping[str, Any]],
+    *,
+    scale: float = 1.0,
+    horizontal: bool = False,
+    **style: Any,
+) -> None:
+    """A line from `low` to `high` for each metric; none where these are None, as for a single document."""
+    low, high = (scale * np.array([metric[bound] for metric in metrics], float) for bound in ("low", "high"))
+    bounded = ~np.isnan(low + high)
+    (axes.hlines if horizontal else axes.vlines)(np.array(positions)[bounded], low[bounded], high[bounded], **style)
+
+
+def save_png(figure: Figure, path: Path) -> None:
+    """Write the figure as PNG on white, without the version of matplotlib in it."""
+    metadata = {"Software": None}
+    figure.savefig(path, format="png", dpi=PNG_DOTS_PER_INCH, facecolor="white", metadata=metadata)
+
+
+def to_svg(figure: Figure, name: str) -> str:
+    """Inline SVG that fills its container. The same figure and `name` (unique in a page) give the same bytes."""
+    text = io.StringIO()
+    # The reader's fonts draw the text, so a letter that our fonts lack is no problem.
+    with matplotlib.rc_context({"svg.hashsalt": name}), warnings.catch_warnings(action="ignore"):
+        FigureCanvasSVG(figure).print_svg(text, metadata={"Date": None, "Creator": None})  # savefig would draw twice
+    svg = text.getvalue()
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", svg, count=1)
+    svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', r'\1 role="img"', svg, count=1)
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    for color, variable in CSS_VARIABLES.items():
+        svg = svg.replace(color, f"var({variable})")
+    return svg
