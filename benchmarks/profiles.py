@@ -31,7 +31,7 @@ STAGES = {
     "report": "eval/report.py eval/plots.py train/curve.py",
     "making or loading a model": "train/start.py train/presets.py",
     "checkpoints": "train/checkpoint.py",
-    "text to rows, scores to JSON": "fill.py serve/texts.py serve/scoring.py serve/schemas.py",
+    "text to rows, scores to JSON": "fill.py serve/requests.py serve/schemas.py",
     "the batcher": "serve/batcher.py",
 }
 HTTP = ("mlmkit/serve/", "uvicorn/", "asyncio/", "fastapi/", "starlette/", "pydantic/", "prometheus_client/")

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlmkit.backends import Backend, Batch, Scored, load
-from mlmkit.serve.batcher import Batcher, _Room, merge, run, split
+from mlmkit.serve.batcher import Batcher, _Room, merge, run, split_rows
 from mlmkit.serve.errors import ApiError
 from mlmkit.serve.metrics import Metrics
 
@@ -41,7 +41,7 @@ def rows(draw: st.DrawFn) -> list[Batch]:
 @settings(deadline=None, max_examples=30)
 def test_split_undoes_merge(given_rows):
     merged = merge(given_rows, pad_id=0)
-    for one, again in zip(given_rows, split(merged), strict=True):
+    for one, again in zip(given_rows, split_rows(merged), strict=True):
         length = one.input_ids.shape[1]
         np.testing.assert_array_equal(again.input_ids[:, :length], one.input_ids)
         assert again.attention_mask.sum() == length

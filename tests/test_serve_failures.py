@@ -286,7 +286,7 @@ def test_memory_goes_back_when_all_is_answered(artifact):
         }
         for name, shape in shapes.items()
     ]
-    with running(artifact("bert"), before="import mlmkit.serve.app as a; a.SHRINK_SECONDS = 0.5") as server:
+    with running(artifact("bert"), before="import mlmkit.serve.service as s; s.TRIM_INTERVAL_SECONDS = 0.5") as server:
         server.ask(FILL, {"inputs": "The [MASK]"})
         before = _resident(server)
         for _ in range(2):

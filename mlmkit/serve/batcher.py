@@ -290,7 +290,7 @@ def merge(rows: Sequence[Batch], pad_id: int) -> Batch:
     )
 
 
-def split(batch: Batch) -> Iterator[Batch]:
+def split_rows(batch: Batch) -> Iterator[Batch]:
     """Each row of a batch as one, with its positions; the inverse of `merge` where positions ascend by row."""
     seq = batch.input_ids.shape[1]
     for number in range(len(batch.input_ids)):

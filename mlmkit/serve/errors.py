@@ -52,7 +52,7 @@ def error_body(error: ApiError) -> bytes:
     return json.dumps(body, ensure_ascii=False).encode("utf-8", "replace")
 
 
-def checked(model: type[Model], body: bytes, numbers: int = 0) -> Model:
+def parse_body(model: type[Model], body: bytes, numbers: int = 0) -> Model:
     """The request in a body of JSON, which may hold so many `numbers` beside `MOST_VALUES` other values.
 
     Raises `ApiError` for what is no such request, in one line that does not repeat its texts.

@@ -1,7 +1,10 @@
-"""The Open Inference Protocol, version 2, over the raw scoring graph, with Triton's binary tensors.
+"""The Open Inference Protocol, version 2: the scoring graph itself, with JSON tensors or Triton's binary ones.
 
 https://github.com/kserve/open-inference-protocol/blob/main/specification/protocol/inference_rest.md
 https://github.com/triton-inference-server/server/blob/main/docs/protocol/extension_binary_data.md
+
+An inference: body -> `read_request` -> `check_batch` -> one batch per row -> `Batcher.score` -> `in_request_order` ->
+`write_answer` -> body.
 """
 
 import json
@@ -9,52 +12,79 @@ import math
 from typing import Annotated, Any, Literal
 
 import numpy as np
+from fastapi import APIRouter, Request, Response
+from fastapi.responses import JSONResponse
 from numpy.typing import NDArray
 from pydantic import BaseModel, Field, StrictInt, StrictStr
 
+from mlmkit import __version__
 from mlmkit.backends import Batch, ModelInfo, Scored
 from mlmkit.backends.graph import INPUTS, OUTPUTS
-from mlmkit.serve.errors import ApiError, checked
+from mlmkit.serve.batcher import split_rows
+from mlmkit.serve.errors import ApiError, parse_body
+from mlmkit.serve.gate import json_body
 from mlmkit.serve.limits import Limits
+from mlmkit.serve.schemas import BINARY, body_schema
+from mlmkit.serve.service import Service
 
 HEADER_LENGTH = "Inference-Header-Content-Length"
+OCTETS = "application/octet-stream"
 DATATYPES = {"int64": "INT64", "float32": "FP32"}
-AXES = {name: axes for name, (_, axes) in INPUTS.items()}
-VERSION = "1"  # the only one of the model
-PIECE = 4096  # numbers written at once, some 5 ms: meanwhile nothing else runs, and an answer may hold 5 million
+VERSION = "1"  # a model here has one version
+JSON_NUMBERS = (
+    4096  # written per json.dumps, about 5 ms, which holds the interpreter's lock; an answer may have 5 million
+)
 
 
 Integers = Annotated[list[StrictInt], Field(fail_fast=True)]
 
 
-class InputTensor(BaseModel):
-    """`data` is flat or nested, row-major; with `parameters.binary_data_size` it follows the JSON as bytes."""
+class InputParameters(BaseModel):
+    """`binary_data_size`: the tensor's data are this many bytes after the JSON."""
 
-    name: StrictStr
+    binary_data_size: Annotated[StrictInt, Field(ge=0, multiple_of=8)] | None = None
+
+
+class InputTensor(BaseModel):
+    """`data` is flat or nested, in row-major order; without it the data follow the JSON as little-endian bytes."""
+
+    name: Literal["input_ids", "attention_mask", "positions", "targets"]
     shape: Annotated[list[Annotated[StrictInt, Field(ge=0, lt=1 << 31)]], Field(fail_fast=True)]
     datatype: Literal["INT64"]
     data: Integers | Annotated[list[Integers], Field(fail_fast=True)] | None = None
-    parameters: dict[str, Any] | None = None
+    parameters: InputParameters | None = None
+
+
+class OutputParameters(BaseModel):
+    """`binary_data`: send this output as bytes after the JSON."""
+
+    binary_data: bool | None = None
 
 
 class OutputRequest(BaseModel):
-    """An output that is wanted; `parameters.binary_data` asks for it as bytes."""
+    """An output to send."""
 
-    name: StrictStr
-    parameters: dict[str, Any] | None = None
+    name: Literal["log_prob", "rank", "top_log_prob", "top_id"]
+    parameters: OutputParameters | None = None
+
+
+class InferParameters(BaseModel):
+    """`binary_data_output`: send outputs as bytes unless they say otherwise."""
+
+    binary_data_output: bool | None = None
 
 
 class InferRequest(BaseModel):
-    """An inference over the scoring graph's four inputs."""
+    """The scoring graph's four inputs; without `outputs`, all outputs are sent."""
 
     inputs: Annotated[list[InputTensor], Field(fail_fast=True)]
     id: StrictStr | None = None
     outputs: Annotated[list[OutputRequest], Field(fail_fast=True)] | None = None
-    parameters: dict[str, Any] | None = None
+    parameters: InferParameters | None = None
 
 
 class OutputTensor(BaseModel):
-    """One output."""
+    """One output of the graph."""
 
     name: str
     shape: list[int]
@@ -64,7 +94,7 @@ class OutputTensor(BaseModel):
 
 
 class InferAnswer(BaseModel):
-    """What the graph computed."""
+    """The graph's outputs."""
 
     model_name: str
     model_version: str
@@ -73,7 +103,7 @@ class InferAnswer(BaseModel):
 
 
 class TensorMetadata(BaseModel):
-    """An input or output; -1 for an axis of any size."""
+    """An input or output. -1 stands for an axis of any size."""
 
     name: str
     datatype: str
@@ -81,7 +111,7 @@ class TensorMetadata(BaseModel):
 
 
 class ModelMetadata(BaseModel):
-    """The scoring graph as the protocol describes a model."""
+    """The scoring graph in the protocol's terms."""
 
     name: str
     versions: list[str]
@@ -90,54 +120,117 @@ class ModelMetadata(BaseModel):
     outputs: list[TensorMetadata]
 
 
+def kserve_router(service: Service) -> APIRouter:
+    """The protocol's routes."""
+    router = APIRouter(prefix="/v2", tags=["Open Inference Protocol"])
+    extra = body_schema(InferRequest, OCTETS) | {"responses": {"200": {"content": {OCTETS: BINARY}}}}
+    infer_options: dict[str, Any] = {"response_model": InferAnswer, "openapi_extra": extra}
+
+    def check_model(name: str, version: str) -> None:
+        if name != service.name or version != VERSION:
+            raise ApiError(404, "no_such_model", f"this server has the model {service.name}, version {VERSION}")
+
+    @router.get("")
+    async def server() -> dict[str, Any]:
+        """The server's name, version and extensions of the protocol."""
+        return {"name": "mlmkit", "version": __version__, "extensions": ["binary_tensor_data"]}
+
+    @router.get("/health/live")
+    async def live() -> Response:
+        """Whether the server is alive; if not, restart it."""
+        return JSONResponse({"live": service.is_alive}, 200 if service.is_alive else 503)
+
+    @router.get("/health/ready")
+    async def ready() -> Response:
+        """Whether the server accepts requests."""
+        return JSONResponse({"ready": service.is_ready}, 200 if service.is_ready else 503)
+
+    @router.get("/models/{name}/ready")
+    @router.get("/models/{name}/versions/{version}/ready")
+    async def model_ready(name: str, version: str = VERSION) -> Response:
+        """Whether the model accepts requests."""
+        check_model(name, version)
+        return JSONResponse({"name": name, "ready": service.is_ready}, 200 if service.is_ready else 503)
+
+    @router.get("/models/{name}")
+    @router.get("/models/{name}/versions/{version}")
+    async def model(name: str, version: str = VERSION) -> ModelMetadata:
+        """The scoring graph's inputs and outputs."""
+        check_model(name, version)
+        return metadata(name, service.backend.info, f"mlmkit_{service.backend.name}")
+
+    @router.post("/models/{name}/infer", **infer_options)
+    @router.post("/models/{name}/versions/{version}/infer", **infer_options)
+    async def infer(request: Request, name: str, version: str = VERSION) -> Response:
+        """Run the scoring graph on a batch. Its rows may share engine calls with other requests."""
+        check_model(name, version)
+        length = request.headers.get(HEADER_LENGTH)
+        body = await json_body(request) if length is None else await request.body()
+        infer_request, batch = await service.in_thread(read_request, body, length, service.limits)
+        check_batch(batch, service.backend.info, service.limits)
+        rows = {number: row for number, row in enumerate(split_rows(batch)) if len(row.positions)}
+        scored = dict(zip(rows, await service.batcher.score(list(rows.values())), strict=True))
+        outputs = await service.in_thread(in_request_order, batch, scored, service.backend.info.top_k)
+        answer, headers = await service.in_thread(write_answer, name, infer_request, outputs)
+        return Response(answer, headers=headers)
+
+    return router
+
+
 def metadata(name: str, info: ModelInfo, platform: str) -> ModelMetadata:
-    """The description of the served model."""
-    shapes = {"top_log_prob": [-1, info.top_k], "top_id": [-1, info.top_k]}
-    tensors = [
-        [TensorMetadata(name=key, datatype=DATATYPES[kind], shape=shapes.get(key, [-1] * axes))
-         for key, (kind, axes) in table.items()]
-        for table in (INPUTS, OUTPUTS)
-    ]  # fmt: skip
-    return ModelMetadata(name=name, versions=[VERSION], platform=platform, inputs=tensors[0], outputs=tensors[1])
+    """The scoring graph's description, for a model of this name."""
+    top_k = [-1, info.top_k]
+
+    def describe(tensors: dict[str, tuple[str, int]]) -> list[TensorMetadata]:
+        return [
+            TensorMetadata(
+                name=name, datatype=DATATYPES[dtype], shape=top_k if name.startswith("top_") else [-1] * axes
+            )
+            for name, (dtype, axes) in tensors.items()
+        ]
+
+    return ModelMetadata(
+        name=name, versions=[VERSION], platform=platform, inputs=describe(INPUTS), outputs=describe(OUTPUTS)
+    )
 
 
 def read_request(body: bytes, header_length: str | None, limits: Limits) -> tuple[InferRequest, Batch]:
-    """The request and its batch. Raises `ApiError` for what is not one of the protocol."""
+    """The request and its batch; `header_length` is the header that says where the JSON ends and binary data begin.
+
+    Raises `ApiError` for an invalid request.
+    """
     size = len(body)
     if header_length is not None:
         size = int(header_length[:20]) if header_length.isascii() and header_length.isdigit() else -1
         if not 0 <= size <= len(body):
-            raise ApiError(400, "bad_header_length", f"{HEADER_LENGTH} must say how many bytes of JSON the body has")
+            raise ApiError(400, "bad_header_length", f"{HEADER_LENGTH} must be the size of the body's JSON in bytes")
     numbers = 2 * (min(limits.texts * limits.text_tokens, limits.queue_tokens) + limits.candidates)
-    request = checked(InferRequest, body[:size], numbers)
-    arrays, rest = {}, body[size:]
+    request = parse_body(InferRequest, body[:size], numbers)
+    names = [tensor.name for tensor in request.inputs]
+    if sorted(names) != sorted(INPUTS):
+        raise _invalid(f"the inputs must be {', '.join(INPUTS)}, each once, not {', '.join(names[:5]) or 'none'}")
+    outputs = [output.name for output in request.outputs or []]
+    if len(set(outputs)) < len(outputs):
+        raise _invalid("an output is named more than once")
+    arrays, binary = {}, body[size:]
     for tensor in request.inputs:
-        if tensor.name not in AXES or tensor.name in arrays:
-            raise _bad(f"the inputs are {', '.join(AXES)}, each once, not {tensor.name[:40]!r}")
-        array, rest = _array(tensor, rest)
-        arrays[tensor.name] = array
-    if rest:
-        raise _bad(f"{len(rest)} bytes follow the last tensor")
-    if missing := [name for name in AXES if name not in arrays]:
-        raise _bad(f"the input {missing[0]} is missing")
-    wanted: set[str] = set()
-    for output in request.outputs or []:
-        if output.name not in OUTPUTS or output.name in wanted:
-            raise _bad(f"the outputs are {', '.join(OUTPUTS)}, each once, not {output.name[:40]!r}")
-        wanted.add(output.name)
+        arrays[tensor.name], binary = _array(tensor, binary)
+    if binary:
+        raise _invalid(f"{len(binary)} bytes follow the last tensor")
     return request, Batch(**arrays)
 
 
 def check_batch(batch: Batch, info: ModelInfo, limits: Limits) -> None:
-    """Raise `ApiError` for what the graph cannot take: ONNX Runtime would fail, or read what it should not."""
+    """Raise `ApiError` for a batch that would make ONNX Runtime fail or read memory outside its inputs."""
     rows, seq = batch.input_ids.shape
     if batch.attention_mask.shape != batch.input_ids.shape or batch.targets.shape != batch.positions.shape:
-        raise _bad("attention_mask must have the shape of input_ids, and targets that of positions")
+        raise _invalid("attention_mask must have the shape of input_ids, and targets that of positions")
     if rows > limits.texts:
-        raise ApiError(413, "too_many_texts", f"{rows} rows are more than {limits.texts}: send several requests")
+        message = f"{rows} rows are more than the limit of {limits.texts}: send several requests"
+        raise ApiError(413, "too_many_texts", message)
     if len(batch.positions) > limits.candidates:
-        message = f"{len(batch.positions)} positions are more than {limits.candidates}: send several requests"
-        raise ApiError(413, "too_many_candidates", message)
+        message = f"{len(batch.positions)} positions are more than the limit of {limits.candidates}"
+        raise ApiError(413, "too_many_candidates", f"{message}: send several requests")
     if not 0 < seq <= limits.text_tokens:
         raise ApiError(422, "text_too_long", f"rows must have 1 to {limits.text_tokens} tokens, not {seq}")
     for name, values, end in (
@@ -147,69 +240,66 @@ def check_batch(batch: Batch, info: ModelInfo, limits: Limits) -> None:
         ("attention_mask", batch.attention_mask, 2),
     ):
         if values.size and (values.min() < 0 or values.max() >= end):
-            raise _bad(f"{name} must be from 0 to {end - 1}")
+            raise _invalid(f"{name} must be from 0 to {end - 1}")
 
 
-def gather(batch: Batch, predicted: dict[int, Scored], top_k: int) -> Scored:
-    """The graph's outputs in the order of the request's positions, from those of its rows that have any."""
+def in_request_order(batch: Batch, scored: dict[int, Scored], top_k: int) -> Scored:
+    """Scores by row number, joined in the order of the batch's positions, which need not ascend."""
+    if not scored:
+        none, no_ids = np.zeros((0, top_k), np.float32), np.zeros((0, top_k), np.int64)
+        return Scored(none[:, 0], no_ids[:, 0], none, no_ids)
     rows = batch.positions // batch.input_ids.shape[1]
     order = np.argsort(np.argsort(rows, kind="stable"))
-    if not predicted:
-        nothing = np.zeros(0, np.float32), np.zeros(0, np.int64)
-        return Scored(*nothing, np.zeros((0, top_k), np.float32), np.zeros((0, top_k), np.int64))
-    parts = zip(*(predicted[row] for row in sorted(predicted)), strict=True)
-    return Scored(*(np.concatenate(part)[order] for part in parts))
+    return Scored(
+        *(np.concatenate(parts)[order] for parts in zip(*(scored[row] for row in sorted(scored)), strict=True))
+    )
 
 
-def write_answer(name: str, request: InferRequest, predicted: Scored) -> tuple[bytes, dict[str, str]]:
-    """The body and its headers: JSON, or JSON and then bytes where the request asks for these."""
-    found = predicted._asdict()
-    all_binary = bool((request.parameters or {}).get("binary_data_output"))
-    wanted = request.outputs or [OutputRequest(name=output) for output in OUTPUTS]
-    tensors, blobs = [], []  # JSON, and the bytes behind it
-    for output in wanted:
-        values = np.ascontiguousarray(found[output.name])
+def write_answer(name: str, request: InferRequest, scored: Scored) -> tuple[bytes, dict[str, str]]:
+    """The body and its headers: JSON, followed by bytes for the outputs that are requested as such."""
+    all_binary = request.parameters is not None and request.parameters.binary_data_output
+    tensors, blobs = [], []
+    for output in request.outputs or [OutputRequest(name=output) for output in OUTPUTS]:  # pyright: ignore
+        values = np.ascontiguousarray(getattr(scored, output.name))
         tensor: dict[str, Any] = {
             "name": output.name,
             "shape": list(values.shape),
             "datatype": DATATYPES[str(values.dtype)],
         }
-        if (output.parameters or {}).get("binary_data", all_binary):
+        is_binary = output.parameters.binary_data if output.parameters else None
+        if all_binary if is_binary is None else is_binary:
             blobs.append(values.astype(values.dtype.newbyteorder("<")).tobytes())
-            tensor["parameters"] = {"binary_data_size": len(blobs[-1])}
-        tensors.append(json.dumps(tensor).encode())
-        if "parameters" not in tensor:
-            pieces = np.array_split(values.ravel(), values.size // PIECE + 1)
+            tensors.append(json.dumps(tensor | {"parameters": {"binary_data_size": len(blobs[-1])}}).encode())
+        else:
+            pieces = np.array_split(values.ravel(), values.size // JSON_NUMBERS + 1)
             data = b", ".join(json.dumps(piece.tolist())[1:-1].encode() for piece in pieces)
-            tensors[-1] = b'%s, "data": [%s]}' % (tensors[-1][:-1], data)
+            tensors.append(b'%s, "data": [%s]}' % (json.dumps(tensor).encode()[:-1], data))
     answer = {"model_name": name, "model_version": VERSION} | ({} if request.id is None else {"id": request.id})
     head = b'%s, "outputs": [%s]}' % (json.dumps(answer).encode()[:-1], b", ".join(tensors))
     if not blobs:
         return head, {"Content-Type": "application/json"}
-    return b"".join([head, *blobs]), {"Content-Type": "application/octet-stream", HEADER_LENGTH: str(len(head))}
+    return b"".join([head, *blobs]), {"Content-Type": OCTETS, HEADER_LENGTH: str(len(head))}
 
 
-def _array(tensor: InputTensor, rest: bytes) -> tuple[NDArray[np.int64], bytes]:
-    """A tensor's values, and the bytes behind them."""
-    if len(tensor.shape) != AXES[tensor.name]:
-        raise _bad(f"{tensor.name} has {AXES[tensor.name]} axes, not {len(tensor.shape)}")
-    size = (tensor.parameters or {}).get("binary_data_size")
+def _array(tensor: InputTensor, binary: bytes) -> tuple[NDArray[np.int64], bytes]:
+    """The tensor's values, int64 in its shape, and the binary data that follow its own."""
+    axes = INPUTS[tensor.name][1]
+    if len(tensor.shape) != axes:
+        raise _invalid(f"{tensor.name} has {axes} axes, not {len(tensor.shape)}")
+    size = tensor.parameters.binary_data_size if tensor.parameters else None
     if size is None:
         try:
-            values = np.array(tensor.data or [])
+            values = np.array(tensor.data or [], dtype=np.int64).ravel()
         except (ValueError, OverflowError):
-            values = np.array(["ragged"])
-        if values.size and (values.dtype.kind not in "iu" or values.max() > np.iinfo(np.int64).max):
-            raise _bad(f"the data of {tensor.name} must be whole numbers of 64 bits")
-        values = values.astype(np.int64).ravel()
+            raise _invalid(f"the data of {tensor.name} must be whole numbers of 64 bits, in equal rows") from None
+    elif size <= len(binary):
+        values, binary = np.frombuffer(binary[:size], dtype="<i8").astype(np.int64), binary[size:]
     else:
-        if type(size) is not int or size % 8 or not 0 <= size <= len(rest):
-            raise _bad(f"{tensor.name}: binary_data_size must be the bytes of its INT64 values")
-        values, rest = np.frombuffer(rest[:size], dtype="<i8").astype(np.int64), rest[size:]
+        raise _invalid(f"{tensor.name}: binary_data_size is {size}, but {len(binary)} bytes are left")
     if math.prod(tensor.shape) != values.size:
-        raise _bad(f"{tensor.name} has {values.size} values, which are not of shape {tensor.shape[:4]}")
-    return values.reshape(tensor.shape), rest
+        raise _invalid(f"{tensor.name} has {values.size} values, which do not fit the shape {tensor.shape[:4]}")
+    return values.reshape(tensor.shape), binary
 
 
-def _bad(message: str) -> ApiError:
+def _invalid(message: str) -> ApiError:
     return ApiError(422, "invalid_tensor", message)

@@ -1,18 +1,13 @@
-"""What requests and answers look like: checked on the way in, shown in the OpenAPI document."""
+"""Requests and answers about texts: pydantic checks requests by these, and the OpenAPI document shows them."""
 
 from typing import Annotated, Any, Literal
 
-from fastapi import FastAPI
-from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr
-from pydantic.json_schema import models_json_schema
-
-from mlmkit.serve.kserve import InferRequest
 
 REFERENCE = "#/components/schemas/{model}"
 BINARY = {"schema": {"type": "string", "format": "binary"}}
 
-# The first error is enough: a body may have a million, and a list of them takes seconds and a gigabyte.
+# Stop at the first error: a body may have a million, and a list of them takes seconds and a gigabyte.
 Strings = Annotated[list[StrictStr], Field(fail_fast=True)]
 Texts = Annotated[StrictStr | Strings, Field(description="A text, or a list of texts.")]
 
@@ -22,14 +17,14 @@ class _Strict(BaseModel):
 
 
 class FillMaskParameters(_Strict):
-    """`targets`: rank these only, spaces included. What is more than one token is ranked by the first of its pieces."""
+    """`targets`: rank only these, taken with their spaces. One of several tokens is ranked by its first token."""
 
-    top_k: StrictInt | None = Field(5, description="Candidates a mask.")
+    top_k: StrictInt | None = Field(5, description="Candidates per mask.")
     targets: StrictStr | Strings | None = None
 
 
 class FillMaskRequest(_Strict):
-    """Hugging Face's fill-mask request. `options` is taken and has no effect."""
+    """Hugging Face's fill-mask request. `options` is accepted and ignored."""
 
     inputs: Texts = Field(examples=["The capital of France is [MASK]."])
     parameters: FillMaskParameters | None = Field(None, examples=[{"top_k": 5}])
@@ -57,14 +52,14 @@ class ScoreParameters(_Strict):
 
 
 class ScoreRequest(_Strict):
-    """Texts whose pseudo-log-likelihood is asked for."""
+    """Texts to score by pseudo-log-likelihood."""
 
     inputs: Texts = Field(examples=["The capital of France is Paris."])
     parameters: ScoreParameters | None = Field(None, examples=[{"per_token": True}])
 
 
 class ScoredToken(BaseModel):
-    """One token: where it stands in the text, in code points, and its log-probability, natural log."""
+    """One token: its span in the text, in code points, and its log-probability (natural log)."""
 
     token: int
     token_str: str
@@ -74,9 +69,9 @@ class ScoredToken(BaseModel):
 
 
 class ScoredText(BaseModel):
-    """One text. Without a scored token, both figures are null."""
+    """One text. Both figures are null if it has no token to score."""
 
-    pseudo_log_likelihood: float | None = Field(description="The sum over its tokens, natural log.")
+    pseudo_log_likelihood: float | None = Field(description="The sum over its tokens (natural log).")
     pseudo_perplexity: float | None
     tokens: int
     per_token: list[ScoredToken] | None = None
@@ -86,19 +81,19 @@ ScoreAnswer = ScoredText | list[ScoredText]
 
 
 class Health(BaseModel):
-    """The process answers."""
+    """The server is alive."""
 
     status: Literal["ok"] = "ok"
 
 
 class Ready(BaseModel):
-    """Whether requests should be sent here."""
+    """Whether the server accepts requests."""
 
     ready: bool
 
 
 class Info(BaseModel):
-    """What is served, and within which bounds."""
+    """The served model and the server's limits."""
 
     name: str
     version: str
@@ -112,36 +107,19 @@ class Info(BaseModel):
     backend: str
     device: str
     files: dict[str, str] | None = Field(description="SHA-256 of each file of the artifact.")
-    parity: dict[str, Any] | None = Field(description="The artifact against its checkpoint.")
+    parity: dict[str, Any] | None = Field(description="How far the artifact's scores differ from its checkpoint's.")
     limits: dict[str, float | int]
 
 
 class ErrorBody(BaseModel):
-    """Every refusal."""
+    """Every error."""
 
     error: str = Field(description="One line that says what is wrong and what to do.")
-    error_type: str = Field(description="A name for programs.")
+    error_type: str = Field(description="A fixed name, for programs.")
 
 
-# ---------------------------------------------------------------- the OpenAPI document
-
-
-def body_of(model: type[BaseModel], *more_types: str) -> dict[str, Any]:
-    """A route's body in the OpenAPI document. It is parsed in a thread, by the route, so FastAPI does not see it."""
+def body_schema(model: type[BaseModel], *more_types: str) -> dict[str, Any]:
+    """A route's body in the OpenAPI document, which FastAPI cannot know: the route parses it in a thread."""
     schema = {"schema": {"$ref": REFERENCE.format(model=model.__name__)}}
     content = {"application/json": schema} | dict.fromkeys(more_types, BINARY)
     return {"requestBody": {"required": True, "content": content}}
-
-
-def document(app: FastAPI) -> dict[str, Any]:
-    """FastAPI's document, with the bodies that `body_of` names."""
-    if app.openapi_schema is None:
-        found = get_openapi(title=app.title, version=app.version, summary=app.summary, routes=app.routes)
-        found["servers"] = [{"url": "./"}]  # from where this document is, which a proxy may put behind a prefix
-        bodies = (FillMaskRequest, ScoreRequest, InferRequest)
-        _, definitions = models_json_schema([(model, "validation") for model in bodies], ref_template=REFERENCE)
-        found["components"]["schemas"] |= definitions["$defs"]
-        found["components"]["securitySchemes"] = {"bearer": {"type": "http", "scheme": "bearer"}}
-        found["security"] = [{}, {"bearer": []}]  # asked for where a token is set
-        app.openapi_schema = found
-    return app.openapi_schema

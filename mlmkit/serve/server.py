@@ -23,11 +23,12 @@ import uvicorn
 from mlmkit.backends import Backend, load
 from mlmkit.distributed import cores
 from mlmkit.errors import CheckError, EndedElsewhereError, UserError
-from mlmkit.serve.app import Service, build_app
+from mlmkit.serve.app import build_app
 from mlmkit.serve.gate import Gate, Hosts
 from mlmkit.serve.limits import BATCH_TOKENS, QUEUE_TOKENS, Limits
 from mlmkit.serve.metrics import SHARED, Metrics
 from mlmkit.serve.protocol import Protocol
+from mlmkit.serve.service import Service
 
 log = logging.getLogger(__name__)
 
@@ -106,7 +107,7 @@ class _Server(uvicorn.Server):
     @property
     def has_failed(self) -> bool:
         """Whether the batcher has died: then the process ends, and whoever watches over it starts another."""
-        return self._service.batcher is not None and self._service.batcher.failure is not None
+        return self._service.has_failed
 
     async def on_tick(self, counter: int) -> bool:
         """Whether to stop, asked ten times a second."""
@@ -127,7 +128,7 @@ class _Server(uvicorn.Server):
         """Not ready from now on; answers ask their clients to close the connection."""
         if not self.should_exit:
             log.info("shutting down: answering what has been accepted")
-        self._service.is_ready = False
+        self._service.is_accepting = False
         self._gate.is_draining = True
         super().handle_exit(sig, frame)
 
@@ -168,7 +169,7 @@ class _Server(uvicorn.Server):
     async def _refuse_after(self, seconds: float) -> None:
         await asyncio.sleep(seconds)
         log.warning("the time to shut down is over: what still waits is refused")
-        if self._service.batcher:
+        if self._service.is_alive:
             await self._service.batcher.close(answer=False)
 
 
