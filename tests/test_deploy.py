@@ -10,9 +10,9 @@ import pytest
 import yaml
 
 from mlmkit.cli_serve import serve
-from mlmkit.serve.gate import COUNTED
 from mlmkit.serve.limits import Limits
 from mlmkit.serve.metrics import Metrics
+from mlmkit.serve.middleware import ENDPOINTS
 
 ROOT = Path(__file__).parent.parent
 
@@ -37,7 +37,7 @@ def test_the_manifest_asks_for_what_the_server_has(manifest):
     (container,) = template["spec"]["containers"]
     annotations = template["metadata"]["annotations"]
     paths = {container[f"{probe}Probe"]["httpGet"]["path"] for probe in ("startup", "liveness", "readiness")}
-    assert {annotations["prometheus.io/path"], *paths} <= set(COUNTED)
+    assert {annotations["prometheus.io/path"], *paths} <= set(ENDPOINTS)
     (port,) = container["ports"]
     default = serve.make_context("serve", ["/model"]).params["port"]
     assert port["containerPort"] == int(annotations["prometheus.io/port"]) == default

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlmkit.backends import Backend, Batch, Scored, load
-from mlmkit.serve.batcher import Batcher, _Room, merge, run, split_rows
+from mlmkit.serve.batcher import Batcher, _Call, merge_rows, score_rows, split_rows
 from mlmkit.serve.errors import ApiError
 from mlmkit.serve.metrics import Metrics
 
@@ -39,8 +39,8 @@ def rows(draw: st.DrawFn) -> list[Batch]:
 
 @given(rows())
 @settings(deadline=None, max_examples=30)
-def test_split_undoes_merge(given_rows):
-    merged = merge(given_rows, pad_id=0)
+def test_split_undoes_merge_rows(given_rows):
+    merged = merge_rows(given_rows, pad_id=0)
     for one, again in zip(given_rows, split_rows(merged), strict=True):
         length = one.input_ids.shape[1]
         np.testing.assert_array_equal(again.input_ids[:, :length], one.input_ids)
@@ -49,13 +49,13 @@ def test_split_undoes_merge(given_rows):
         np.testing.assert_array_equal(again.targets, one.targets)
 
 
-def serving(backend: Any, use: Callable[[Batcher], Awaitable[Any]], most_positions: int = 500, **options: Any) -> Any:
+def serving(backend: Any, use: Callable[[Batcher], Awaitable[Any]], max_positions: int = 500, **options: Any) -> Any:
     """What `use` returns, with a batcher that runs."""
 
     async def main() -> Any:
         settings = {"batch_tokens": 128, "queue_tokens": 1 << 16, "max_wait": 0.0} | options
         batcher = Batcher(backend, Metrics(), **settings)
-        batcher.most_positions = most_positions
+        batcher.max_positions = max_positions
         try:
             return await use(batcher)
         finally:
@@ -66,14 +66,14 @@ def serving(backend: Any, use: Callable[[Batcher], Awaitable[Any]], most_positio
 
 @given(st.lists(rows(), min_size=1, max_size=6), st.integers(1, 400), st.sampled_from([1, 2, 3, 500]))
 @settings(deadline=None, max_examples=25)
-def test_every_row_gets_the_scores_that_it_gets_alone(backend, requests, batch_tokens, most_positions):
+def test_every_row_gets_the_scores_that_it_gets_alone(backend, requests, batch_tokens, max_positions):
     async def use(batcher: Batcher) -> Any:
         return await asyncio.gather(*(batcher.score(request) for request in requests))
 
     recorder = Recorder(backend)
     recorder.leave.release(1000)
-    answers = serving(recorder, use, most_positions, batch_tokens=batch_tokens)
-    assert max(len(call.positions) for call in recorder.calls) <= most_positions
+    answers = serving(recorder, use, max_positions, batch_tokens=batch_tokens)
+    assert max(len(call.positions) for call in recorder.calls) <= max_positions
     for request, answer in zip(requests, answers, strict=True):
         for one, found in zip(request, answer, strict=True):
             expected = backend.score(one)
@@ -317,8 +317,8 @@ def test_nobody_waits_for_longer_than_a_call_takes(backend):
 
 def test_a_call_looks_at_no_more_rows_than_it_has_room_for(backend, monkeypatch):
     """Of a request of thousands, each call looked at all that were left, on the event loop."""
-    looks, takes = [], _Room.takes
-    monkeypatch.setattr(_Room, "takes", lambda room, row: looks.append(row) or takes(room, row))
+    looks, add = [], _Call.add
+    monkeypatch.setattr(_Call, "add", lambda call, row: looks.append(row) or add(call, row))
 
     async def use(batcher: Batcher) -> None:
         await batcher.score([row(3)] * 500)
@@ -329,5 +329,5 @@ def test_a_call_looks_at_no_more_rows_than_it_has_room_for(backend, monkeypatch)
 
 def test_run_of_one_row_and_of_many_agree(backend):
     many = [row(n, 0, n - 1, seed=n) for n in (3, 9, 20)]
-    for together, one in zip(run(backend, many), many, strict=True):
-        np.testing.assert_allclose(together.log_prob, run(backend, [one])[0].log_prob, atol=2e-5)
+    for together, one in zip(score_rows(backend, many), many, strict=True):
+        np.testing.assert_allclose(together.log_prob, score_rows(backend, [one])[0].log_prob, atol=2e-5)

@@ -200,9 +200,7 @@ def test_on_loopback_only_its_own_names_are_answered(server):
     for host in OTHERS:
         assert statuses(server, f"Host: {host}") == (403, "host_not_allowed"), host
     [(_, answer)] = exchange(server, HEALTH.replace(b"localhost", b"rebound.example"))
-    assert answer["error"].startswith(
-        "'rebound.example' may not use this server: if it may, start it with --allow-host"
-    )
+    assert answer["error"].startswith("'rebound.example' may not use this server: to allow it, start with --allow-host")
 
 
 def test_a_request_has_one_host_unless_it_is_of_http_1_0(server):

@@ -153,7 +153,7 @@ def test_messages_say_what_to_do_and_not_what_was_sent(server):
     assert server.ask(FILL, {"inputs": 3}).json["error"] == (
         "inputs: Input should be a valid string, or: Input should be a valid array"
     )
-    assert server.ask(FILL, b"{").json["error"].startswith("the body is no JSON in UTF-8, or nested too deeply: EOF")
+    assert server.ask(FILL, b"{").json["error"].startswith("the body is not JSON in UTF-8, or nested too deeply: EOF")
     assert "[MASK]" in server.ask(FILL, {"inputs": "a"}).json["error"]
 
 
@@ -254,14 +254,14 @@ def test_logs_hold_no_texts_unless_asked(artifact):
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        (["--max-tokens", "65"], "--max-tokens 65: the model takes 64"),
-        (["--max-queue-tokens", "63"], "--max-queue-tokens 63 does not hold a text of 64 tokens"),
+        (["--max-tokens", "65"], "--max-tokens 65: the model takes at most 64"),
+        (["--max-queue-tokens", "63"], "--max-queue-tokens 63 is too small for one text of 64 tokens"),
         (["--host", "256.1.1.1"], "cannot listen on 256.1.1.1, port 0"),
-        (["--workers", "2", "--max-tokens", "65"], "--max-tokens 65: the model takes 64"),
+        (["--workers", "2"], "--workers no longer exists: start several servers"),
         (["--deadline", "nan"], "--deadline must be a number, not nan"),
         (["--drain", "inf"], "--drain must be a number, not inf"),
         (["--token", " "], "the token is blank"),
-        (["--allow-host", "https://a"], "--allow-host https://a: a host's name is wanted, without https:// and port"),
+        (["--allow-host", "https://a"], "--allow-host https://a: give a host name without https:// and port"),
         (["--backend", "torch"], "is an artifact, which torch cannot run"),
     ],
     ids=str,

@@ -1,4 +1,4 @@
-"""The HTTP application: routes and error handlers over one `Service`, behind its gate."""
+"""The HTTP application: routes and error handlers over one `Service`, inside the request middleware."""
 
 import contextlib
 import logging
@@ -15,10 +15,11 @@ from mlmkit import __version__
 from mlmkit.errors import CheckError, UserError
 from mlmkit.fill import NoMaskError, TargetError, TextTooLongError
 from mlmkit.serve import schemas
-from mlmkit.serve.errors import ApiError, error_response
-from mlmkit.serve.gate import Gate, Hosts, json_body
+from mlmkit.serve.bodies import json_body
+from mlmkit.serve.errors import ApiError
 from mlmkit.serve.kserve import InferRequest, kserve_router
 from mlmkit.serve.metrics import CONTENT_TYPE
+from mlmkit.serve.middleware import AllowedHosts, RequestMiddleware
 from mlmkit.serve.pages import page_router
 from mlmkit.serve.requests import read_fill, read_score, write_fill, write_score
 from mlmkit.serve.service import Service
@@ -33,8 +34,8 @@ ERROR_RESPONSES: dict[int | str, dict[str, Any]] = {status: {"model": schemas.Er
 ERROR_TYPES = {NoMaskError: "no_mask", TextTooLongError: "text_too_long", TargetError: "unknown_target"}
 
 
-def build_app(service: Service, token: str | None, hosts: Hosts) -> Gate:
-    """The ASGI application: routes over the service, behind a gate that asks for `token` if there is one."""
+def build_app(service: Service, token: str | None, hosts: AllowedHosts) -> RequestMiddleware:
+    """The ASGI application over the service. It asks for `token`, if there is one."""
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -58,7 +59,7 @@ def build_app(service: Service, token: str | None, hosts: Hosts) -> Gate:
     app.include_router(kserve_router(service))
     app.include_router(page_router())
     app.openapi = lambda: _openapi(app)
-    return Gate(app, service.limits, service.metrics, token, hosts)
+    return RequestMiddleware(app, service.limits, service.metrics, token, hosts)
 
 
 def _add_routes(app: FastAPI, service: Service) -> None:
@@ -71,13 +72,13 @@ def _add_routes(app: FastAPI, service: Service) -> None:
         body = await json_body(request)
         is_short = len(body) <= SHORT_BODY and body.count(b'"') <= SHORT_QUOTES
         job = await service.in_thread(read_fill, service, body, is_short=is_short)
-        scored = await service.batcher.score(job.rows)
+        scored = await service.batcher.score([question.batch for question in job.questions])
         try:
             answer = await service.in_thread(write_fill, service, job, scored, is_short=job.candidates <= SHORT_ANSWER)
         finally:
             job.is_abandoned.set()
-        replaced = len(job.replaced_targets)
-        headers = {"X-Targets-Replaced": str(replaced)} if replaced else {}
+        replaced = {target for question in job.questions for target in question.stand_ins}
+        headers = {"X-Targets-Replaced": str(len(replaced))} if replaced else {}
         return Response(answer, headers=headers, media_type="application/json")
 
     @app.post("/score", tags=["Texts"], response_model=schemas.ScoreAnswer, openapi_extra=score_schema)
@@ -125,7 +126,7 @@ async def _answer_error(request: Request, error: Exception) -> Response:
         case _:
             answer = ApiError(500, "internal_error", "the server failed on this request: see its log")
     request.scope["state"]["error_type"] = answer.error_type
-    return error_response(answer)
+    return answer.response()
 
 
 def _from_starlette(error: HTTPException) -> ApiError:

@@ -15,14 +15,14 @@ import numpy as np
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 from numpy.typing import NDArray
-from pydantic import BaseModel, Field, StrictInt, StrictStr
+from pydantic import BaseModel, BeforeValidator, Field, StrictInt, StrictStr
 
 from mlmkit import __version__
 from mlmkit.backends import Batch, ModelInfo, Scored
 from mlmkit.backends.graph import INPUTS, OUTPUTS
 from mlmkit.serve.batcher import split_rows
-from mlmkit.serve.errors import ApiError, parse_body
-from mlmkit.serve.gate import json_body
+from mlmkit.serve.bodies import json_body, parse_body
+from mlmkit.serve.errors import ApiError
 from mlmkit.serve.limits import Limits
 from mlmkit.serve.schemas import BINARY, body_schema
 from mlmkit.serve.service import Service
@@ -39,85 +39,74 @@ JSON_NUMBERS = (
 Integers = Annotated[list[StrictInt], Field(fail_fast=True)]
 
 
-class InputParameters(BaseModel):
-    """`binary_data_size`: the tensor's data are this many bytes after the JSON."""
+class Parameters(BaseModel):
+    """Triton's binary data, on an input, an output or the request.
+
+    `binary_data_size`: this input's data are so many bytes after the JSON. `binary_data`: send this output as bytes.
+    `binary_data_output`: send all outputs as bytes, unless one says otherwise.
+    """
 
     binary_data_size: Annotated[StrictInt, Field(ge=0, multiple_of=8)] | None = None
+    binary_data: bool | None = None
+    binary_data_output: bool = False
+
+
+OptionalParameters = Annotated[Parameters, BeforeValidator(lambda value: {} if value is None else value)]
 
 
 class InputTensor(BaseModel):
-    """`data` is flat or nested, in row-major order; without it the data follow the JSON as little-endian bytes."""
+    """`data` is flat or nested, in row-major order. Without it, the data follow the JSON as little-endian bytes."""
 
     name: Literal["input_ids", "attention_mask", "positions", "targets"]
     shape: Annotated[list[Annotated[StrictInt, Field(ge=0, lt=1 << 31)]], Field(fail_fast=True)]
     datatype: Literal["INT64"]
     data: Integers | Annotated[list[Integers], Field(fail_fast=True)] | None = None
-    parameters: InputParameters | None = None
+    parameters: OptionalParameters = Parameters()
 
 
-class OutputParameters(BaseModel):
-    """`binary_data`: send this output as bytes after the JSON."""
-
-    binary_data: bool | None = None
-
-
-class OutputRequest(BaseModel):
+class RequestedOutput(BaseModel):
     """An output to send."""
 
     name: Literal["log_prob", "rank", "top_log_prob", "top_id"]
-    parameters: OutputParameters | None = None
-
-
-class InferParameters(BaseModel):
-    """`binary_data_output`: send outputs as bytes unless they say otherwise."""
-
-    binary_data_output: bool | None = None
+    parameters: OptionalParameters = Parameters()
 
 
 class InferRequest(BaseModel):
-    """The scoring graph's four inputs; without `outputs`, all outputs are sent."""
+    """The scoring graph's four inputs, and the outputs to send; by default all."""
 
     inputs: Annotated[list[InputTensor], Field(fail_fast=True)]
     id: StrictStr | None = None
-    outputs: Annotated[list[OutputRequest], Field(fail_fast=True)] | None = None
-    parameters: InferParameters | None = None
+    outputs: Annotated[list[RequestedOutput], Field(fail_fast=True)] | None = None
+    parameters: OptionalParameters = Parameters()
 
 
-class OutputTensor(BaseModel):
-    """One output of the graph."""
+class Tensor(BaseModel):
+    """A tensor, or the description of one, where -1 stands for an axis of any size."""
 
     name: str
-    shape: list[int]
     datatype: str
+    shape: list[int]
     data: list[Any] | None = None
     parameters: dict[str, Any] | None = None
 
 
 class InferAnswer(BaseModel):
-    """The graph's outputs."""
+    """The scoring graph's outputs."""
 
     model_name: str
     model_version: str
     id: str | None = None
-    outputs: list[OutputTensor]
-
-
-class TensorMetadata(BaseModel):
-    """An input or output. -1 stands for an axis of any size."""
-
-    name: str
-    datatype: str
-    shape: list[int]
+    outputs: list[Tensor]
 
 
 class ModelMetadata(BaseModel):
-    """The scoring graph in the protocol's terms."""
+    """The scoring graph's inputs and outputs."""
 
     name: str
     versions: list[str]
     platform: str
-    inputs: list[TensorMetadata]
-    outputs: list[TensorMetadata]
+    inputs: list[Tensor]
+    outputs: list[Tensor]
 
 
 def kserve_router(service: Service) -> APIRouter:
@@ -152,8 +141,8 @@ def kserve_router(service: Service) -> APIRouter:
         check_model(name, version)
         return JSONResponse({"name": name, "ready": service.is_ready}, 200 if service.is_ready else 503)
 
-    @router.get("/models/{name}")
-    @router.get("/models/{name}/versions/{version}")
+    @router.get("/models/{name}", response_model_exclude_none=True)
+    @router.get("/models/{name}/versions/{version}", response_model_exclude_none=True)
     async def model(name: str, version: str = VERSION) -> ModelMetadata:
         """The scoring graph's inputs and outputs."""
         check_model(name, version)
@@ -168,8 +157,7 @@ def kserve_router(service: Service) -> APIRouter:
         body = await json_body(request) if length is None else await request.body()
         infer_request, batch = await service.in_thread(read_request, body, length, service.limits)
         check_batch(batch, service.backend.info, service.limits)
-        rows = {number: row for number, row in enumerate(split_rows(batch)) if len(row.positions)}
-        scored = dict(zip(rows, await service.batcher.score(list(rows.values())), strict=True))
+        scored = await service.batcher.score([row for row in split_rows(batch) if len(row.positions)])
         outputs = await service.in_thread(in_request_order, batch, scored, service.backend.info.top_k)
         answer, headers = await service.in_thread(write_answer, name, infer_request, outputs)
         return Response(answer, headers=headers)
@@ -178,20 +166,17 @@ def kserve_router(service: Service) -> APIRouter:
 
 
 def metadata(name: str, info: ModelInfo, platform: str) -> ModelMetadata:
-    """The scoring graph's description, for a model of this name."""
-    top_k = [-1, info.top_k]
+    """The description of the scoring graph of a model with this name."""
 
-    def describe(tensors: dict[str, tuple[str, int]]) -> list[TensorMetadata]:
+    def describe(tensors: dict[str, tuple[str, int]]) -> list[Tensor]:
+        top_k = [-1, info.top_k]
         return [
-            TensorMetadata(
-                name=name, datatype=DATATYPES[dtype], shape=top_k if name.startswith("top_") else [-1] * axes
-            )
+            Tensor(name=name, datatype=DATATYPES[dtype], shape=top_k if name.startswith("top_") else [-1] * axes)
             for name, (dtype, axes) in tensors.items()
         ]
 
-    return ModelMetadata(
-        name=name, versions=[VERSION], platform=platform, inputs=describe(INPUTS), outputs=describe(OUTPUTS)
-    )
+    tensors = {"inputs": describe(INPUTS), "outputs": describe(OUTPUTS)}
+    return ModelMetadata(name=name, versions=[VERSION], platform=platform, **tensors)
 
 
 def read_request(body: bytes, header_length: str | None, limits: Limits) -> tuple[InferRequest, Batch]:
@@ -243,31 +228,22 @@ def check_batch(batch: Batch, info: ModelInfo, limits: Limits) -> None:
             raise _invalid(f"{name} must be from 0 to {end - 1}")
 
 
-def in_request_order(batch: Batch, scored: dict[int, Scored], top_k: int) -> Scored:
-    """Scores by row number, joined in the order of the batch's positions, which need not ascend."""
-    if not scored:
-        none, no_ids = np.zeros((0, top_k), np.float32), np.zeros((0, top_k), np.int64)
-        return Scored(none[:, 0], no_ids[:, 0], none, no_ids)
+def in_request_order(batch: Batch, scored: list[Scored], top_k: int) -> Scored:
+    """The scores of those rows that have positions, joined in the order of the batch's positions, which is any."""
+    ids, probs = np.zeros((0, top_k), np.int64), np.zeros((0, top_k), np.float32)
+    empty = Scored(probs[:, 0], ids[:, 0], probs, ids)  # or a batch without positions could not be joined
     rows = batch.positions // batch.input_ids.shape[1]
     order = np.argsort(np.argsort(rows, kind="stable"))
-    return Scored(
-        *(np.concatenate(parts)[order] for parts in zip(*(scored[row] for row in sorted(scored)), strict=True))
-    )
+    return Scored(*(np.concatenate(parts)[order] for parts in zip(empty, *scored, strict=True)))
 
 
 def write_answer(name: str, request: InferRequest, scored: Scored) -> tuple[bytes, dict[str, str]]:
     """The body and its headers: JSON, followed by bytes for the outputs that are requested as such."""
-    all_binary = request.parameters is not None and request.parameters.binary_data_output
     tensors, blobs = [], []
-    for output in request.outputs or [OutputRequest(name=output) for output in OUTPUTS]:  # pyright: ignore
-        values = np.ascontiguousarray(getattr(scored, output.name))
-        tensor: dict[str, Any] = {
-            "name": output.name,
-            "shape": list(values.shape),
-            "datatype": DATATYPES[str(values.dtype)],
-        }
-        is_binary = output.parameters.binary_data if output.parameters else None
-        if all_binary if is_binary is None else is_binary:
+    for output in request.outputs or [RequestedOutput(name=name) for name in OUTPUTS]:  # pyright: ignore[reportArgumentType]
+        values, is_binary = np.ascontiguousarray(getattr(scored, output.name)), output.parameters.binary_data
+        tensor = {"name": output.name, "shape": list(values.shape), "datatype": DATATYPES[str(values.dtype)]}
+        if request.parameters.binary_data_output if is_binary is None else is_binary:
             blobs.append(values.astype(values.dtype.newbyteorder("<")).tobytes())
             tensors.append(json.dumps(tensor | {"parameters": {"binary_data_size": len(blobs[-1])}}).encode())
         else:
@@ -286,7 +262,7 @@ def _array(tensor: InputTensor, binary: bytes) -> tuple[NDArray[np.int64], bytes
     axes = INPUTS[tensor.name][1]
     if len(tensor.shape) != axes:
         raise _invalid(f"{tensor.name} has {axes} axes, not {len(tensor.shape)}")
-    size = tensor.parameters.binary_data_size if tensor.parameters else None
+    size = tensor.parameters.binary_data_size
     if size is None:
         try:
             values = np.array(tensor.data or [], dtype=np.int64).ravel()

@@ -1,20 +1,20 @@
-"""What a server takes on: every number that bounds it."""
+"""The server's limits with their defaults. The command's options are made from these."""
 
 from dataclasses import dataclass
 
-# On a CPU larger calls gain nothing and hold others up; on a GPU they fill it (docs/decisions.md).
+# On a CPU larger calls are not faster and delay other requests; a GPU needs them to be busy (docs/decisions.md).
 BATCH_TOKENS = {"cpu": 512, "cuda": 16384}
 QUEUE_TOKENS = {"cpu": 1 << 16, "cuda": 1 << 20}
-LARGEST_LOGITS = {"cpu": 1 << 23, "cuda": 1 << 26}  # positions x vocabulary of a call, which takes 16 bytes for each
+MAX_LOGITS = {"cpu": 1 << 23, "cuda": 1 << 26}  # positions x vocabulary of a call; each logit takes 16 bytes in all
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Bounds of a request, of the queue, and of time.
+    """Limits per request, of the queue, and in time.
 
-    `text_tokens` counts special tokens too; `queue_tokens` those of all rows that wait; `candidates` also the targets
-    that are looked up at each mask; `requests` those being read, waiting or answered. Times are in seconds:
-    `deadline_seconds` from a request's head to its answer, `drain_seconds` from SIGTERM to the end.
+    `text_tokens` includes special tokens. `queue_tokens` counts all rows in the queue. `candidates` also bounds the
+    targets looked up, over all masks. `requests` counts those being read, waiting or answered. `deadline_seconds` runs
+    from a request's head to its answer, `drain_seconds` from SIGTERM to the exit.
     """
 
     text_tokens: int

@@ -24,7 +24,8 @@ from mlmkit.eval.pseudo import TextScore, text_scores
 from mlmkit.eval.scoring import build_batch
 from mlmkit.fill import Question, answer, ask_all, check_length
 from mlmkit.serve.batcher import split_rows
-from mlmkit.serve.errors import ApiError, parse_body
+from mlmkit.serve.bodies import parse_body
+from mlmkit.serve.errors import ApiError
 from mlmkit.serve.schemas import FillMaskParameters, FillMaskRequest, ScoreParameters, ScoreRequest
 from mlmkit.serve.service import Service
 from mlmkit.tokenizer import Tokenizer
@@ -47,19 +48,9 @@ class FillJob:
     is_abandoned: threading.Event = field(default_factory=threading.Event)
 
     @property
-    def rows(self) -> list[Batch]:
-        """One row per text."""
-        return [question.batch for question in self.questions]
-
-    @property
     def candidates(self) -> int:
         """An upper bound on the candidates that the answer holds or that are looked up for it."""
         return sum(len(question.masks) * max(question.top_k, len(question.targets)) for question in self.questions)
-
-    @property
-    def replaced_targets(self) -> set[str]:
-        """Targets of more than one token, which are ranked by their first one."""
-        return {target for question in self.questions for target in question.stand_ins}
 
 
 def read_fill(service: Service, body: bytes) -> FillJob:

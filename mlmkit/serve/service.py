@@ -32,7 +32,7 @@ class Service:
     limits: Limits
     metrics: Metrics
     log_texts: bool = False
-    is_accepting: bool = False  # from the end of `start` until the server is told to stop
+    is_accepting: bool = False  # from the end of `start` until SIGTERM
     _batcher: Batcher | None = None
     _threads: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(TEXT_THREADS, "text"))
 
