@@ -16,12 +16,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-STARTING = 120.0  # seconds
+import numpy as np
+
+STARTUP_SECONDS = 120.0
 
 
 @dataclass(frozen=True)
 class Answer:
-    """Status, headers with names in lower case, and body."""
+    """Status, headers with lower-case names, and body."""
 
     status: int
     headers: dict[str, str]
@@ -34,19 +36,19 @@ class Answer:
 
 @dataclass(frozen=True)
 class Server:
-    """Where it listens, its process, and what it has said on standard error."""
+    """Its port, its process, and its standard error."""
 
     port: int
     process: subprocess.Popen[bytes]
-    said_file: Path
+    log_file: Path
 
     @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self.port}"
 
     @property
-    def said(self) -> str:
-        return self.said_file.read_text()
+    def log(self) -> str:
+        return self.log_file.read_text()
 
     def ask(self, path: str, body: Any = None, **headers: str) -> Answer:
         """GET without a body; else POST, of bytes as they are or of JSON."""
@@ -60,13 +62,22 @@ class Server:
 
     def metric(self, name: str) -> float:
         """The sum over a metric's labels."""
-        found = re.findall(rf"^{name}(?:\{{.*\}})? (\S+)$", self.ask("/metrics").body.decode(), re.MULTILINE)
-        return sum(map(float, found))
+        page = self.ask("/metrics").body.decode()
+        return sum(map(float, re.findall(rf"^{name}(?:\{{.*\}})? (\S+)$", page, re.MULTILINE)))
 
     def stop(self) -> int:
-        """SIGTERM; the exit code."""
+        """Send SIGTERM and return the exit code."""
         self.process.send_signal(signal.SIGTERM)
         return self.process.wait(60)
+
+
+def tensors(*arrays: Any) -> list[dict[str, Any]]:
+    """JSON tensors of the Open Inference Protocol: `input_ids`, `attention_mask`, `positions` and `targets`."""
+    names = ("input_ids", "attention_mask", "positions", "targets")
+    return [
+        {"name": name, "shape": list(np.shape(array)), "datatype": "INT64", "data": np.ravel(array).tolist()}
+        for name, array in zip(names, arrays, strict=True)
+    ]
 
 
 @contextlib.contextmanager
@@ -79,29 +90,29 @@ def running(
     program: Sequence[str] = ("-m", "mlmkit"),
     cwd: Path | None = None,
 ) -> Iterator[Server]:
-    """`mlmkit serve` on a free port, ready. `before` is Python that runs first, in its process."""
+    """`mlmkit serve` on a free port, ready. `before` is Python code that runs first, in its process."""
     with tempfile.TemporaryDirectory() as folder:
-        said = Path(folder) / "stderr"
+        log_file = Path(folder) / "stderr"
         if before:
             program = ["-c", f"{before}; from mlmkit.cli import main; main()"]
         command = [python, *program, "serve", str(model), "--port", "0", *options]
         with (
-            said.open("wb") as file,
-            subprocess.Popen(command, stderr=file, cwd=cwd, env=os.environ | (environment or {})) as process,
+            log_file.open("wb") as log,
+            subprocess.Popen(command, stderr=log, cwd=cwd, env=os.environ | (environment or {})) as process,
         ):
             try:
-                yield Server(_port(process, said), process, said)
+                yield Server(_port(process, log_file), process, log_file)
             finally:
                 process.kill()
 
 
-def _port(process: subprocess.Popen[bytes], said: Path) -> int:
-    until = time.monotonic() + STARTING
+def _port(process: subprocess.Popen[bytes], log_file: Path) -> int:
+    until = time.monotonic() + STARTUP_SECONDS
     while time.monotonic() < until and process.poll() is None:
-        if found := re.search(r"on http://(?:127\.0\.0\.1|0\.0\.0\.0):(\d+)", said.read_text()):
-            return int(found[1])
+        if match := re.search(r"on http://(?:127\.0\.0\.1|0\.0\.0\.0):(\d+)", log_file.read_text()):
+            return int(match[1])
         time.sleep(0.02)
-    raise AssertionError(f"the server did not start: {said.read_text()}")
+    raise AssertionError(f"the server did not start: {log_file.read_text()}")
 
 
 def _lower(headers: Any) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""Dockerfile and manifest hold what the server holds: paths, names and times. Neither has been built or applied."""
+"""Dockerfile and manifest agree with the server on paths, names and times. Neither has been built or applied."""
 
 import re
 import subprocess
@@ -23,7 +23,7 @@ def manifest() -> dict[str, Any]:
     return {document["kind"]: document for document in documents}
 
 
-def test_what_was_accepted_is_answered_before_the_kill(manifest):
+def test_the_grace_period_covers_the_drain(manifest):
     pod = manifest["Deployment"]["spec"]["template"]["spec"]
     (container,) = pod["containers"]
     options = serve.make_context("serve", ["/model", *container["args"]]).params
@@ -32,7 +32,7 @@ def test_what_was_accepted_is_answered_before_the_kill(manifest):
     assert pod["terminationGracePeriodSeconds"] >= float(sleep) + drain + 5
 
 
-def test_the_manifest_asks_for_what_the_server_has(manifest):
+def test_the_manifest_names_the_servers_paths_ports_and_metrics(manifest):
     template = manifest["Deployment"]["spec"]["template"]
     (container,) = template["spec"]["containers"]
     annotations = template["metadata"]["annotations"]
@@ -45,14 +45,14 @@ def test_the_manifest_asks_for_what_the_server_has(manifest):
     assert metric in {family.name for family in Metrics().registry.collect()}
 
 
-def test_the_parts_of_the_manifest_find_each_other(manifest):
+def test_the_parts_of_the_manifest_refer_to_each_other(manifest):
     deployment, service = manifest["Deployment"], manifest["Service"]["spec"]
     labels = deployment["spec"]["template"]["metadata"]["labels"]
     assert deployment["spec"]["selector"]["matchLabels"] == service["selector"] == labels
     assert manifest["HorizontalPodAutoscaler"]["spec"]["scaleTargetRef"]["name"] == deployment["metadata"]["name"]
 
 
-def test_the_image_is_made_of_files_that_are_there(manifest):
+def test_the_image_is_made_of_existing_files(manifest):
     dockerfile = (ROOT / "Dockerfile").read_text(encoding="utf-8")
     copied = {name for line in re.findall(r"^COPY (.+)$", dockerfile, re.MULTILINE) for name in line.split()[:-1]}
     let_in = set(re.findall(r"^!(.+)$", (ROOT / ".dockerignore").read_text(encoding="utf-8"), re.MULTILINE))

@@ -15,14 +15,14 @@ from hypothesis.errors import Unsatisfiable
 from schemathesis import GenerationMode
 from schemathesis.checks import not_a_server_error
 from schemathesis.specs.openapi.checks import response_schema_conformance, status_code_conformance
-from serving import Server, running
+from serving import Server, running, tensors
 
 from mlmkit.backends import Batch, load
 
 
 @pytest.fixture(scope="module")
 def server(artifact: Callable[[str], Path]) -> Iterator[Callable[[str], Server]]:
-    """A server by kind of model."""
+    """Starts and returns the server of a kind of model."""
     with contextlib.ExitStack() as stack:
         servers: dict[str, Server] = {}
 
@@ -41,7 +41,7 @@ PARAMETERS = [{}, {"top_k": 3}, {"targets": ["the", "is", "the", "of"]}, {"targe
 
 @pytest.mark.parametrize("kind", ["bert", "roberta"])
 @pytest.mark.parametrize("parameters", PARAMETERS, ids=str)
-def test_fill_mask_gives_what_the_pipeline_gives(kind, parameters, checkpoint, server):
+def test_fill_mask_equals_the_pipeline(kind, parameters, checkpoint, server):
     from transformers import pipeline
 
     pipe: Any = pipeline("fill-mask", model=str(checkpoint(kind)))
@@ -81,7 +81,7 @@ def test_fill_mask_answers_the_inference_client(server, monkeypatch):
         assert isinstance(found[0].score, float)
 
 
-def test_a_target_of_more_than_one_token_is_ranked_by_its_first_piece_and_said(server):
+def test_a_target_of_several_tokens_is_ranked_by_its_first_and_counted_in_a_header(server):
     answer = server("bert").ask(
         "/fill-mask", {"inputs": "A [MASK].", "parameters": {"targets": ["thezzq", " of", ","]}}
     )
@@ -93,7 +93,7 @@ def test_a_target_of_more_than_one_token_is_ranked_by_its_first_piece_and_said(s
 
 
 @pytest.mark.parametrize("variant", ["original", "within-word"])
-def test_score_gives_what_the_library_gives(variant, artifact, server):
+def test_score_equals_the_library(variant, artifact, server):
     from mlmkit.eval.pseudo import score_texts
 
     texts = ["The statement raises an exception.", "x", *PORTUGUESE, "a < b && <b>😀</b> [MASK]", ""]
@@ -141,17 +141,10 @@ def graph_batch() -> Batch:
     return Batch(ids, mask, np.array([7, 1, 2]), np.array([5, 6, 90]))  # rows out of order
 
 
-def tensors(batch: Batch) -> list[dict[str, Any]]:
-    return [
-        {"name": name, "shape": list(values.shape), "datatype": "INT64", "data": values.tolist()}
-        for name, values in batch._asdict().items()
-    ]
-
-
-def test_infer_gives_the_graphs_outputs(artifact, server, graph_batch):
+def test_infer_equals_the_backend(artifact, server, graph_batch):
     expected = load(str(artifact("bert"))).score(graph_batch)
     for path in ("/v2/models/bert/infer", "/v2/models/bert/versions/1/infer"):
-        answer = server("bert").ask(path, {"id": "7", "inputs": tensors(graph_batch)}).json
+        answer = server("bert").ask(path, {"id": "7", "inputs": tensors(*graph_batch)}).json
         assert (answer["model_name"], answer["id"]) == ("bert", "7")
         for output in answer["outputs"]:
             wanted = getattr(expected, output["name"])
@@ -162,13 +155,11 @@ def test_infer_gives_the_graphs_outputs(artifact, server, graph_batch):
 
 def test_infer_speaks_binary_tensors(artifact, server, graph_batch):
     expected = load(str(artifact("bert"))).score(graph_batch)
-    described, blob = [], b""
-    for name, values in graph_batch._asdict().items():
+    described, blob = tensors(*graph_batch), b""
+    for tensor, values in zip(described, graph_batch, strict=True):
         raw = values.astype("<i8").tobytes()
-        described.append(
-            {"name": name, "shape": list(values.shape), "datatype": "INT64",
-             "parameters": {"binary_data_size": len(raw)}}
-        )  # fmt: skip
+        del tensor["data"]
+        tensor["parameters"] = {"binary_data_size": len(raw)}
         blob += raw
     outputs = [{"name": "top_id"}, {"name": "log_prob", "parameters": {"binary_data": False}}]
     head = json.dumps({"inputs": described, "outputs": outputs, "parameters": {"binary_data_output": True}}).encode()
@@ -182,8 +173,8 @@ def test_infer_speaks_binary_tensors(artifact, server, graph_batch):
     np.testing.assert_allclose(log_prob["data"], expected.log_prob, atol=1e-5)
 
 
-def test_infer_asks_for_json_or_for_the_protocols_own_header(server, graph_batch):
-    body = json.dumps({"inputs": tensors(graph_batch)}).encode()
+def test_infer_needs_json_or_the_protocols_header(server, graph_batch):
+    body = json.dumps({"inputs": tensors(*graph_batch)}).encode()
     for kind in ("text/plain", "application/octet-stream"):
         answer = server("bert").ask("/v2/models/bert/infer", body, **{"Content-Type": kind})
         assert (answer.status, answer.json["error_type"]) == (415, "unsupported_media_type")
@@ -229,21 +220,21 @@ def change(name: str, /, **values: Any) -> Callable[[list[dict[str, Any]]], None
         (lambda inputs: inputs.append(inputs[0]), "each once"),
     ],
 )
-def test_infer_refuses_what_the_graph_cannot_take(damage, says, server, graph_batch):
-    inputs = tensors(graph_batch)
+def test_infer_refuses_invalid_tensors(damage, says, server, graph_batch):
+    inputs = tensors(*graph_batch)
     damage(inputs)
     answer = server("bert").ask("/v2/models/bert/infer", {"inputs": inputs})
     assert answer.status == 422
     assert says in answer.json["error"]
 
 
-def test_infer_gives_an_output_once(server, graph_batch):
+def test_infer_refuses_an_output_named_twice(server, graph_batch):
     outputs = [{"name": "top_id"}] * 2
-    answer = server("bert").ask("/v2/models/bert/infer", {"inputs": tensors(graph_batch), "outputs": outputs})
+    answer = server("bert").ask("/v2/models/bert/infer", {"inputs": tensors(*graph_batch), "outputs": outputs})
     assert (answer.status, answer.json["error_type"]) == (422, "invalid_tensor")
 
 
-# ---------------------------------------------------------------- what it says of itself
+# ---------------------------------------------------------------- information about the server
 
 
 def test_info_metrics_and_documentation(artifact, server):
@@ -279,7 +270,7 @@ def test_answers_carry_security_headers(server):
 
 @pytest.mark.parametrize("mode", list(GenerationMode))
 def test_no_request_to_a_documented_path_fails_the_server(mode, server):
-    """Valid requests and invalid ones: no 5xx, and answers of the statuses and the form that are documented."""
+    """For valid and invalid requests: no 5xx, and only documented statuses and forms of answers."""
     schema = schemathesis.openapi.from_url(f"{server('bert').url}/openapi.json")
     asked = 0
 

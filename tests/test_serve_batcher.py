@@ -1,4 +1,4 @@
-"""The batcher: every row gets its own scores, whatever it shares a call with, and nobody starves."""
+"""The batcher: every row gets its own scores, whatever rows share its call, and no request starves."""
 
 import asyncio
 import threading
@@ -24,8 +24,8 @@ def backend(artifact: Callable[[str], Path]) -> Backend:
 
 def row(length: int, *positions: int, seed: int = 0) -> Batch:
     ids = np.random.default_rng(seed).integers(5, 600, (1, length))
-    places = np.array(positions or [length // 2], dtype=np.int64)
-    return Batch(ids, np.ones_like(ids), places, np.arange(5, 5 + len(places)))
+    masks = np.array(positions or [length // 2], dtype=np.int64)
+    return Batch(ids, np.ones_like(ids), masks, np.arange(5, 5 + len(masks)))
 
 
 @st.composite
@@ -50,7 +50,7 @@ def test_split_undoes_merge_rows(given_rows):
 
 
 def serving(backend: Any, use: Callable[[Batcher], Awaitable[Any]], max_positions: int = 500, **options: Any) -> Any:
-    """What `use` returns, with a batcher that runs."""
+    """The result of `use`, called with a running batcher."""
 
     async def main() -> Any:
         settings = {"batch_tokens": 128, "queue_tokens": 1 << 16, "max_wait": 0.0} | options
@@ -83,7 +83,7 @@ def test_every_row_gets_the_scores_that_it_gets_alone(backend, requests, batch_t
 
 
 class Recorder:
-    """A real backend that keeps the shapes of its calls, and waits for leave to begin each."""
+    """A real backend that records its calls, and waits for `leave` before each."""
 
     def __init__(self, backend: Backend, *, sees_padding: bool = False, precision: str = "fp32") -> None:
         from dataclasses import replace
@@ -104,7 +104,7 @@ class Recorder:
 
 
 async def begin(batcher: Batcher, *requests: list[Batch]) -> list[asyncio.Task[Any]]:
-    """The requests, each in the queue before the next comes."""
+    """Queue the requests, one after the other."""
     tasks = []
     for request in requests:
         tasks.append(asyncio.create_task(batcher.score(request)))
@@ -125,7 +125,7 @@ def test_many_masks_of_many_requests_share_one_call(backend):
     assert len(recorder.calls[1].positions) == 18
 
 
-def test_a_burst_of_long_texts_does_not_starve_short_ones_nor_they_it(backend):
+def test_long_and_short_texts_do_not_starve_each_other(backend):
     recorder = Recorder(backend)
     done: list[str] = []
 
@@ -139,14 +139,14 @@ def test_a_burst_of_long_texts_does_not_starve_short_ones_nor_they_it(backend):
         await asyncio.gather(*long, *short)
 
     serving(recorder, use)
-    # Two long ones or sixteen short ones fill a call, and they take turns while both wait.
+    # Two long ones or sixteen short ones fill a call, and calls alternate while both wait.
     assert "short" in done[:4]
     last_short = len(done) - 1 - done[::-1].index("short")
     assert 3 <= done[:last_short].count("long") <= 8
     assert done.count("long") == 20
 
 
-def test_one_request_of_many_rows_does_not_hold_up_the_others(backend):
+def test_a_request_of_many_rows_does_not_delay_the_others(backend):
     recorder = Recorder(backend)
     order: list[str] = []
 
@@ -166,7 +166,7 @@ def test_one_request_of_many_rows_does_not_hold_up_the_others(backend):
 
 @given(st.lists(st.integers(1, 64), min_size=1, max_size=30), st.integers(1, 300), st.booleans(), st.booleans())
 @settings(deadline=None, max_examples=25)
-def test_calls_keep_to_the_budget_and_to_what_the_model_allows(backend, lengths, budget, sees_padding, couples):
+def test_calls_keep_to_the_budget_and_to_the_models_limits(backend, lengths, budget, sees_padding, couples):
     recorder = Recorder(backend, sees_padding=sees_padding, precision="int8-dynamic" if couples else "fp32")
     recorder.leave.release(1000)
 
@@ -220,7 +220,7 @@ def test_a_full_queue_and_too_much_work_are_refused(backend):
     serving(recorder, use, queue_tokens=100)
 
 
-def test_what_the_engine_raises_reaches_the_requests_of_that_call_alone(backend):
+def test_an_engine_error_reaches_only_the_requests_of_that_call(backend):
     class Failing(Recorder):
         def score(self, batch: Batch) -> Scored:
             if batch.input_ids.shape[1] == 30:
@@ -238,7 +238,7 @@ def test_what_the_engine_raises_reaches_the_requests_of_that_call_alone(backend)
     assert len(first) == len(last) == 1
 
 
-def test_closing_answers_what_waits_or_refuses_it(backend):
+def test_close_answers_or_refuses_the_requests_in_the_queue(backend):
     recorder = Recorder(backend)
 
     async def use(batcher: Batcher) -> None:
@@ -275,7 +275,7 @@ def test_clients_that_come_back_together_are_waited_for(backend):
     async def use(batcher: Batcher) -> None:
         clients = [asyncio.create_task(client(batcher)) for _ in range(4)]
         for _ in range(10):
-            await asyncio.sleep(0.5)  # a call takes so long, which bounds the wait
+            await asyncio.sleep(0.5)  # each call takes this long, which bounds the wait
             recorder.leave.release()
             if all(task.done() for task in clients):
                 break
@@ -285,15 +285,15 @@ def test_clients_that_come_back_together_are_waited_for(backend):
     assert recorder.shapes[-2:] == [(4, 8), (4, 8)]
 
 
-def test_a_request_that_leaves_while_it_waits_for_company_leaves_nothing(backend):
+def test_a_request_cancelled_while_its_call_waits_for_more_leaves_nothing(backend):
     recorder = Recorder(backend)
 
     async def use(batcher: Batcher) -> None:
         first, *pair = await begin(batcher, [row(8)], [row(8)], [row(8)])
-        await asyncio.sleep(0.3)  # the next call waits so long for two
+        await asyncio.sleep(0.3)  # the next call waits this long for two requests
         recorder.leave.release(100)
         await asyncio.gather(first, *pair)
-        batcher._last_seconds = 0.3  # of the call of two, had it been slow
+        batcher._last_seconds = 0.3  # as if the call of two had been slow
         (alone,) = await begin(batcher, [row(8)])
         alone.cancel()
         await asyncio.sleep(0.4)
@@ -303,7 +303,7 @@ def test_a_request_that_leaves_while_it_waits_for_company_leaves_nothing(backend
     assert recorder.shapes == [(1, 8), (2, 8), (1, 9)]
 
 
-def test_nobody_waits_for_longer_than_a_call_takes(backend):
+def test_no_request_waits_longer_than_a_call_takes(backend):
     recorder = Recorder(backend)
     recorder.leave.release(100)
 
@@ -316,14 +316,14 @@ def test_nobody_waits_for_longer_than_a_call_takes(backend):
 
 
 def test_a_call_looks_at_no_more_rows_than_it_has_room_for(backend, monkeypatch):
-    """Of a request of thousands, each call looked at all that were left, on the event loop."""
+    """Each call once looked at all rows of a request of thousands, on the event loop."""
     looks, add = [], _Call.add
     monkeypatch.setattr(_Call, "add", lambda call, row: looks.append(row) or add(call, row))
 
     async def use(batcher: Batcher) -> None:
         await batcher.score([row(3)] * 500)
 
-    serving(backend, use)  # 128 tokens are no multiple of 3
+    serving(backend, use)  # 128 tokens are not a multiple of 3
     assert len(looks) == 500
 
 

@@ -1,4 +1,4 @@
-"""What a server meets in production: SIGTERM under load, clients that are slow, leave, or come all at once."""
+"""What a server meets in production: SIGTERM under load, clients that are slow, that leave, or that come at once."""
 
 import asyncio
 import json
@@ -10,9 +10,10 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import PROOF
-from serving import Server, running
+from serving import Server, running, tensors
 
 from benchmarks.load import encode, run
 from mlmkit.export.export import export
@@ -20,7 +21,7 @@ from mlmkit.tokenizer import FILES
 
 FILL = "/fill-mask"
 SHORT = encode(FILL, {"inputs": "The [MASK] is"})
-# 1,240 rows of 64 tokens: the better part of a second, even for a tiny model
+# 620 rows of 64 tokens: most of a second, even for a tiny model
 LONG_BODY = {"inputs": ["a " * 62] * 10}
 LONG = encode("/score", LONG_BODY)
 
@@ -49,8 +50,8 @@ def wait_until(condition: Callable[[], bool], seconds: float = 20.0) -> None:
 # ---------------------------------------------------------------- the end
 
 
-def test_what_is_accepted_before_sigterm_is_answered(artifact):
-    """Clients that keep their connections, and new ones: each request that a connection took gets its answer."""
+def test_requests_accepted_before_sigterm_are_answered(artifact):
+    """Every request that a kept or a new connection took gets its answer."""
     with running(artifact("bert")) as server:
         stopping = threading.Timer(1.0, server.process.send_signal, (signal.SIGTERM,))
         stopping.start()
@@ -61,7 +62,7 @@ def test_what_is_accepted_before_sigterm_is_answered(artifact):
         assert statuses.pop("200") > 100
         assert statuses.pop("no connection") > 0
         assert not statuses, seen
-        assert "Traceback" not in server.said
+        assert "Traceback" not in server.log
 
 
 def test_sigterm_makes_it_unready_and_ends_it_within_the_deadline(artifact):
@@ -71,18 +72,18 @@ def test_sigterm_makes_it_unready_and_ends_it_within_the_deadline(artifact):
         begun = time.monotonic()
         server.process.send_signal(signal.SIGTERM)
         time.sleep(0.2)
-        assert server.ask("/ready").status == 503  # still listening, so that this can be heard
+        assert server.ask("/ready").status == 503  # the socket is still open
         assert server.ask("/v2/health/ready").status == 503
         late.sendall(SHORT)
         assert read_status(late) == 200
         assert server.process.wait(30) == 0
         assert time.monotonic() - begun < 6
-        assert read_status(busy) in (200, 503)  # which of them depends on the machine
+        assert read_status(busy) in (200, 503)  # depends on the machine's speed
         with pytest.raises(ConnectionRefusedError):
             connect(server)
 
 
-def test_work_that_does_not_end_in_time_is_refused_and_the_exit_clean(artifact):
+def test_work_beyond_the_drain_deadline_is_refused_and_the_exit_code_is_0(artifact):
     slow = (
         "import mlmkit.serve.batcher as b, time; score = b.score_rows; "
         "b.score_rows = lambda *a: (time.sleep(0.5), score(*a))[1]"
@@ -130,7 +131,7 @@ def test_clients_that_stall_block_nobody(server):
             assert time.monotonic() - begun < 10
 
 
-def test_slow_heads_and_slow_bodies_are_ended(artifact):
+def test_slow_heads_are_closed_and_slow_bodies_get_408(artifact):
     patient = "import mlmkit.serve.protocol as p; p.HEAD_SECONDS = 0.5"
     with running(artifact("bert"), "--deadline", "1", before=patient) as server:
         clients = [connect(server) for _ in range(50)]
@@ -138,7 +139,7 @@ def test_slow_heads_and_slow_bodies_are_ended(artifact):
             client.sendall(b"POST /fill-mask HTTP/1.1\r\nHost: localhost\r\n")
         body = connect(server)
         body.sendall(SHORT[:-5])
-        for _ in range(12):  # a byte now and then buys no time
+        for _ in range(12):  # single bytes do not extend the deadline
             time.sleep(0.1)
             for client in clients[:25]:
                 try:
@@ -166,8 +167,8 @@ def test_a_head_behind_a_request_that_waits_is_bounded_too(server):
             client.sendall(b"GET / HTTP/1.1\r\n" + b"X-Filler: " + b"a" * 50_000_000)
 
 
-def test_a_large_body_hears_why_it_is_refused(artifact):
-    """Its rest comes after the answer, and a connection that is closed upon it would take the answer along."""
+def test_the_client_of_a_large_body_gets_the_error(artifact):
+    """The rest of the body arrives after the answer; closing the connection then would discard the answer."""
     body = b'{"inputs": "' + b"a" * 1_900_000 + b'"}'
     request = encode(FILL, {}).replace(b"Content-Length: 2", b"Content-Length: %d" % len(body))[:-2]
     with running(artifact("bert"), environment={"MLMKIT_TOKEN": "secret"}) as server:
@@ -188,7 +189,7 @@ def _is_closed(client: socket.socket) -> bool:
         return True
 
 
-def test_an_answer_that_takes_too_long_is_refused_and_its_rows_are_dropped(artifact):
+def test_a_request_past_its_deadline_gets_503_and_leaves_the_queue(artifact):
     with running(artifact("bert"), "--deadline", "0.05") as server:
         answer = server.ask("/score", {"inputs": ["a " * 62] * 16})
         assert (answer.status, answer.json["error_type"]) == (503, "deadline_exceeded")
@@ -197,11 +198,14 @@ def test_an_answer_that_takes_too_long_is_refused_and_its_rows_are_dropped(artif
         assert server.ask(FILL, {"inputs": "The [MASK]"}).status == 200
 
 
-def test_threads_end_with_the_requests_that_they_work_for(artifact):
-    body = {"inputs": ["[MASK] " * 61] * 64, "parameters": {"top_k": 100}}  # 390,400 candidates: many seconds' writing
+def test_text_threads_stop_when_their_request_is_abandoned(artifact):
+    body = {
+        "inputs": ["[MASK] " * 61] * 64,
+        "parameters": {"top_k": 100},
+    }  # 390,400 candidates take many seconds to write
     options = ["--deadline", "2", "--drain", "1", "--max-candidates", "1000000"]
     with running(artifact("bert"), *options) as server, connect(server) as other:
-        other.sendall(encode(FILL, body))  # there are two threads
+        other.sendall(encode(FILL, body))  # it occupies one of the two threads
         assert server.ask(FILL, body).json["error_type"] == "deadline_exceeded"
         assert server.ask("/score", {"inputs": "The"}).status == 200
         begun = time.monotonic()
@@ -236,8 +240,8 @@ def test_a_thousand_connections_at_once_are_answered_or_refused(server):
     assert server.ask("/ready").status == 200
 
 
-def test_more_than_it_can_do_is_refused_with_429_alone_and_memory_stays(artifact):
-    """A few seconds of `benchmarks/serve_load.py --mixed`."""
+def test_overload_gives_only_429_and_memory_does_not_grow(artifact):
+    """A short form of `benchmarks/serve_load.py --mixed`."""
     requests = [SHORT, LONG, encode(FILL, {"inputs": ["The [MASK] is " + "a " * 50] * 8})]
     with running(artifact("bert"), "--max-requests", "12", "--max-queue-tokens", "70000") as server:
         asyncio.run(run(server.port, requests, 24, 1.5, patience=0.02))
@@ -248,8 +252,8 @@ def test_more_than_it_can_do_is_refused_with_429_alone_and_memory_stays(artifact
         assert server.metric("mlmkit_queue_tokens") == 0
 
 
-def test_memory_is_bounded_whatever_the_lengths_and_however_many_the_scores(checkpoint, tmp_path):
-    """The logits are the most that a call needs: here a request asks for 2,000 x 30,000 of them, which is 229 MiB."""
+def test_memory_is_bounded_for_any_lengths_and_number_of_scores(checkpoint, tmp_path):
+    """Logits take the most memory of a call: a request here asks for 2,000 x 30,000 of them, 229 MiB."""
     from transformers import AutoModelForMaskedLM
 
     large = tmp_path / "large"
@@ -262,33 +266,22 @@ def test_memory_is_bounded_whatever_the_lengths_and_however_many_the_scores(chec
     with running(tmp_path / "artifact") as server:
         before = _resident(server)
         for length in (7, 18, 41, 64):
-            shapes = {"input_ids": [1, length], "attention_mask": [1, length], "positions": [2000], "targets": [2000]}
-            tensors = [
-                {"name": name, "shape": shape, "datatype": "INT64", "data": [1] * shape[-1]}
-                for name, shape in shapes.items()
-            ]
+            row, positions = np.ones((1, length), int), np.ones(2000, int)
+            inputs = tensors(row, row, positions, positions)
             outputs = [{"name": "log_prob"}]
-            assert server.ask("/v2/models/artifact/infer", {"inputs": tensors, "outputs": outputs}).status == 200
+            assert server.ask("/v2/models/artifact/infer", {"inputs": inputs, "outputs": outputs}).status == 200
         assert _resident(server) < before + 256  # MiB
 
 
-def test_memory_goes_back_when_all_is_answered(artifact):
-    """Answers of 63 MB: glibc, ONNX Runtime and the batcher kept 400 MiB of what these had taken."""
-    shapes = {"input_ids": [64, 64], "attention_mask": [64, 64], "positions": [25_000], "targets": [25_000]}
-    tensors = [
-        {
-            "name": name,
-            "shape": shape,
-            "datatype": "INT64",
-            "data": [1] * (shape[0] * shape[-1] if len(shape) > 1 else shape[0]),
-        }
-        for name, shape in shapes.items()
-    ]
+def test_memory_is_returned_when_all_requests_are_answered(artifact):
+    """After answers of 63 MB, glibc, ONNX Runtime and the batcher together once kept 400 MiB."""
+    rows, positions = np.ones((64, 64), int), np.ones(25_000, int)
+    body = {"inputs": tensors(rows, rows, positions, positions)}
     with running(artifact("bert"), before="import mlmkit.serve.service as s; s.TRIM_INTERVAL_SECONDS = 0.5") as server:
         server.ask(FILL, {"inputs": "The [MASK]"})
         before = _resident(server)
         for _ in range(2):
-            assert len(server.ask("/v2/models/bert/infer", {"inputs": tensors}).body) > 50_000_000
+            assert len(server.ask("/v2/models/bert/infer", body).body) > 50_000_000
         wait_until(lambda: _resident(server) < before + 64)
 
 
@@ -297,7 +290,7 @@ def _resident(server: Server) -> float:
     return int(text.split("VmRSS:")[1].split()[0]) / 1024
 
 
-def test_what_is_no_http_is_refused_in_the_same_form(server):
+def test_malformed_http_gets_a_json_error(server):
     with connect(server) as client:
         client.sendall(b"\x16\x03\x01 nonsense\r\n\r\n")
         head, _, body = client.makefile("rb").read().partition(b"\r\n\r\n")
@@ -308,13 +301,13 @@ def test_what_is_no_http_is_refused_in_the_same_form(server):
 BROKEN = (
     "import mlmkit.serve.batcher as b; take, calls = b.Batcher._take_rows, [0, 1]; "
     "b.Batcher._take_rows = lambda self: (take(self), 1 / len(calls), calls.pop())[0]"
-)  # the third call, one of them at the start, divides by zero
+)  # the third call divides by zero; the first is made at the start
 
 
-def test_a_batcher_that_has_died_ends_the_process(artifact):
+def test_a_dead_batcher_ends_the_process(artifact):
     with running(artifact("bert"), before=BROKEN) as server:
         assert server.ask(FILL, {"inputs": "The [MASK]"}).status == 200
         assert server.ask(FILL, {"inputs": "The [MASK]"}).json["error_type"] == "internal_error"
         assert server.process.wait(30) == 1
-        assert "the batcher died" in server.said
-        assert server.said.splitlines()[-1].startswith("mlmkit: the server did not start, or its batcher died")
+        assert "the batcher died" in server.log
+        assert server.log.splitlines()[-1].startswith("mlmkit: the server did not start, or its batcher died")

@@ -1,4 +1,4 @@
-"""What the server refuses, in one form, and what it says: bad requests, large ones, strangers, too much at once."""
+"""The server's errors and logs: invalid and large requests, tokens, and options of the command."""
 
 import json
 import socket
@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from pydantic import ValidationError
-from serving import Answer, Server, running
+from serving import Answer, Server, running, tensors
 
 from mlmkit.serve.kserve import InferRequest
 from mlmkit.serve.schemas import FillMaskRequest, ScoreRequest
@@ -28,7 +28,7 @@ def server(artifact: Callable[[str], Path]) -> Iterator[Server]:
 
 
 def refusal(answer: Answer) -> tuple[int, str]:
-    """Status and name of a refusal, whose form is checked."""
+    """Status and `error_type` of an error, whose form is checked."""
     assert set(answer.json) == {"error", "error_type"}
     assert answer.headers["content-type"] == "application/json"
     assert answer.json["error"] == " ".join(answer.json["error"].split())
@@ -101,7 +101,7 @@ def test_score_refuses_too(body: Any, status: int, error_type: str, server: Serv
 
 
 def test_characters_are_bounded_before_a_text_is_tokenised(server):
-    """30 tokens of 100 characters, and so no text is refused that consists of words, with some space around them."""
+    """30 tokens of 100 characters each: no text of words and some spaces is refused."""
     long, target = "1.!" * 1001, {"targets": ["1.!" * 1001]}
     for path, body in (
         (FILL, {"inputs": long}),
@@ -116,21 +116,17 @@ def test_characters_are_bounded_before_a_text_is_tokenised(server):
         assert server.ask(FILL, {"inputs": text}).status == 200
 
 
-def test_what_is_looked_up_is_bounded_like_what_is_answered(artifact):
+def test_candidates_are_bounded_also_when_only_looked_up(artifact):
     with running(artifact("bert"), "--max-candidates", "100") as server:
         body = {"inputs": "[MASK] " * 60, "parameters": {"top_k": 1, "targets": ["a", "b"]}}
         assert refusal(server.ask(FILL, body)) == (413, "too_many_candidates")
-        shapes = {"input_ids": [1, 1], "attention_mask": [1, 1], "positions": [101], "targets": [101]}
-        tensors = [
-            {"name": name, "shape": shape, "datatype": "INT64", "data": [0] * shape[-1]}
-            for name, shape in shapes.items()
-        ]
-        assert refusal(server.ask("/v2/models/bert/infer", {"inputs": tensors})) == (413, "too_many_candidates")
+        inputs = tensors([[0]], [[0]], [0] * 101, [0] * 101)
+        assert refusal(server.ask("/v2/models/bert/infer", {"inputs": inputs})) == (413, "too_many_candidates")
 
 
 @pytest.mark.parametrize("value", ["[],", '"",', '{"a": 0},', "0,", "[0],"])
 def test_values_are_bounded_before_a_body_is_parsed(value, artifact):
-    """Each was an object, made while nothing else ran: 2 MB of lists held up everyone for a second."""
+    """Parsing makes an object of each while nothing else runs: 2 MB of lists stopped the server for a second."""
     many = f"[{value * 40_000}{value[:-1]}]"
     fills = [
         f'{{"inputs": "[MASK]", "options": {{"a": {many}}}}}',
@@ -141,11 +137,11 @@ def test_values_are_bounded_before_a_body_is_parsed(value, artifact):
     with running(artifact("bert"), "--max-candidates", "5000") as server:
         for path, body in [(FILL, fill) for fill in fills] + [("/score", fills[1]), ("/v2/models/bert/infer", tensor)]:
             assert refusal(server.ask(path, body.encode())) == (413, "too_many_values")
-        texts = [(f'\\"{value}' * 6000)[:6000]] * 40  # what a text holds does not count
+        texts = [(f'\\"{value}' * 6000)[:6000]] * 40  # values inside a text do not count
         assert refusal(server.ask("/score", {"inputs": texts})) == (422, "text_too_long")
 
 
-def test_messages_say_what_to_do_and_not_what_was_sent(server):
+def test_messages_name_the_field_and_do_not_repeat_the_body(server):
     body = {"inputs": ["secret", 3], "parameters": {"top_k": "secret"}}
     said = server.ask(FILL, body).json["error"]
     assert said.startswith("inputs")
@@ -158,8 +154,8 @@ def test_messages_say_what_to_do_and_not_what_was_sent(server):
 
 
 @pytest.mark.parametrize("read", [FillMaskRequest, ScoreRequest, InferRequest])
-def test_of_a_million_errors_the_first_is_enough(read):
-    """Each would be an object of its own: a body of 2 MB held up the event loop for seconds and took a gigabyte."""
+def test_validation_stops_at_the_first_errors(read):
+    """A body of 2 MB with a million errors stopped the event loop for seconds and took a gigabyte."""
     body = b'{"inputs": [' + b"1," * 100_000 + b"1]}"
     with pytest.raises(ValidationError) as raised:
         read.model_validate_json(body)
@@ -207,7 +203,7 @@ def test_a_chunked_body_is_bounded_too(server):
     assert b"body_too_large" in answer
 
 
-def test_after_all_that_no_request_has_failed_and_none_is_left(server):
+def test_metrics_show_no_server_error_and_no_request_left(server):
     assert server.ask(FILL, {"inputs": "a [MASK]"}).status == 200
     page = server.ask("/metrics").body.decode()
     assert 'status="5' not in page
@@ -216,7 +212,7 @@ def test_after_all_that_no_request_has_failed_and_none_is_left(server):
     assert 'mlmkit_errors_total{endpoint="/fill-mask",error_type="no_mask"}' in page
 
 
-# ---------------------------------------------------------------- strangers and logs
+# ---------------------------------------------------------------- token and logs
 
 
 def test_with_a_token_only_probes_and_pages_are_open(artifact):
@@ -233,7 +229,7 @@ def test_with_a_token_only_probes_and_pages_are_open(artifact):
             assert server.ask("/", body, **headers).status == 401
         right = {"Authorization": "bearer s3crét".encode().decode("latin-1")}
         assert server.ask(FILL, body, **right).status == 200
-        assert "s3cr" not in server.said
+        assert "s3cr" not in server.log
 
 
 def test_logs_hold_no_texts_unless_asked(artifact):
@@ -244,8 +240,8 @@ def test_logs_hold_no_texts_unless_asked(artifact):
             server.ask(f"{FILL}?text=confidential", body)
             server.ask("/confidential")
             server.ask(FILL, b'{"inputs": "confidential')
-            assert "POST /fill-mask 200" in server.said
-            assert ("confidential" in server.said) == is_logged
+            assert "POST /fill-mask 200" in server.log
+            assert ("confidential" in server.log) == is_logged
 
 
 # ---------------------------------------------------------------- the command
@@ -266,7 +262,7 @@ def test_logs_hold_no_texts_unless_asked(artifact):
     ],
     ids=str,
 )
-def test_what_cannot_be_served_ends_in_one_line(options, says, artifact):
+def test_wrong_options_end_in_one_line(options, says, artifact):
     command = [sys.executable, "-m", "mlmkit", "serve", str(artifact("bert")), "--port", "0", *options]
     found = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert found.returncode == 2
@@ -275,7 +271,7 @@ def test_what_cannot_be_served_ends_in_one_line(options, says, artifact):
     assert says in lines[0]
 
 
-def test_a_port_that_is_taken_is_said(artifact):
+def test_a_taken_port_is_named(artifact):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
         command = [sys.executable, "-m", "mlmkit", "serve", str(artifact("bert")), "--port", port]

@@ -153,4 +153,4 @@ def test_the_serve_extra_serves_artifacts_without_the_others(wheel, artifact, tm
             assert "</html>" in server.ask("/").body.decode()
             assert server.ask("/static/swagger-ui-bundle.js").status == 200
             assert server.stop() == 0
-            assert "looked for" not in server.said
+            assert "looked for" not in server.log
