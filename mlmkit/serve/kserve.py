@@ -31,9 +31,7 @@ HEADER_LENGTH = "Inference-Header-Content-Length"
 OCTETS = "application/octet-stream"
 DATATYPES = {"int64": "INT64", "float32": "FP32"}
 VERSION = "1"  # a model here has one version
-JSON_NUMBERS = (
-    4096  # written per json.dumps, about 5 ms, which holds the interpreter's lock; an answer may have 5 million
-)
+JSON_NUMBERS = 4096  # per json.dumps, which holds the interpreter's lock for 5 ms; an answer may have 5 million
 
 
 Integers = Annotated[list[StrictInt], Field(fail_fast=True)]

@@ -1,4 +1,4 @@
-// Calls of the server: a newer call ends an older one of the same kind, and a 401 waits for the token.
+// Calls to the server. A newer call aborts an older one to the same path; after a 401 a call waits for the token.
 
 import { find, say } from "./dom.js";
 
@@ -7,7 +7,7 @@ let token = stored();
 let asked = null;
 
 /**
- * The answer as `{data, milliseconds}`, or null if there is none: then the status line says why, or a newer call began.
+ * Returns `{data, milliseconds}`, or null: after an error, which the status line shows, or if a newer call began.
  */
 export async function ask(path, body, status) {
   const patience = setTimeout(() => say(status, "Asking the model…"), 300);
@@ -21,7 +21,7 @@ export async function ask(path, body, status) {
   }
 }
 
-/** Whether this server has asked for a token. */
+/** Whether the server asked for a token. */
 export const needsToken = () => token !== "";
 
 async function call(path, body) {
@@ -62,7 +62,7 @@ async function explain(response) {
   try {
     line = (await response.json()).error ?? line;
   } catch {
-    // A proxy's page, perhaps: the status is all that it tells.
+    // Not our JSON, perhaps a proxy's page: show the status only.
   }
   const seconds = Number(response.headers.get("Retry-After"));
   if (!seconds) return line;
@@ -70,7 +70,7 @@ async function explain(response) {
   return `${reason}. Please try again in ${seconds} second${seconds === 1 ? "" : "s"}.`;
 }
 
-/** One form for all calls that wait. */
+/** Show one form for all waiting calls. */
 function askForToken(refused) {
   find("token-message").textContent = refused ? "The server did not accept this token" : "This server asks for a token";
   asked ??= new Promise((resolve) => {
@@ -90,7 +90,7 @@ function askForToken(refused) {
   return asked;
 }
 
-// For the life of the browser's tab. A browser may refuse storage: then the token lives as long as the page.
+// Kept for the life of the browser's tab, or of the page if the browser refuses storage.
 function stored() {
   try {
     return sessionStorage.getItem("mlmkit-token") ?? "";
@@ -103,6 +103,6 @@ function store(value) {
   try {
     sessionStorage.setItem("mlmkit-token", value);
   } catch {
-    // Kept in memory all the same.
+    // It is still in memory.
   }
 }

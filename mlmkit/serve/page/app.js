@@ -1,4 +1,4 @@
-// The page's tabs, and what it learns of the model when it opens.
+// The page's tabs, and the model's description, loaded when the page opens.
 
 import { ask } from "./api.js";
 import { find, moveFocusWith, say } from "./dom.js";

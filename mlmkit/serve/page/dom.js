@@ -1,8 +1,8 @@
-// What the tabs share: making elements, keys that move the focus, figures for people.
+// Helpers of all tabs: elements, keyboard focus, formatted numbers.
 
 export const find = (id) => document.getElementById(id);
 
-/** An element with attributes. Children that are strings become text, never HTML. */
+/** Creates an element with attributes. String children become text, never HTML. */
 export function element(tag, attributes = {}, ...children) {
   const made = document.createElement(tag);
   for (const [name, value] of Object.entries(attributes)) made.setAttribute(name, value);
@@ -11,8 +11,8 @@ export function element(tag, attributes = {}, ...children) {
 }
 
 /**
- * Two arrow keys, Home and End move the focus among the items, which are one stop of the Tab key ("roving tabindex"):
- * the one that had the focus last.
+ * Moves the focus among the items by two arrow keys, Home and End. For the Tab key they are one stop, the item that had
+ * the focus last ("roving tabindex").
  */
 export function moveFocusWith(back, forth, container, selector) {
   container.addEventListener("focusin", ({ target }) => {
@@ -30,7 +30,7 @@ export function moveFocusWith(back, forth, container, selector) {
   });
 }
 
-/** Ctrl or Cmd with Enter sends the form of a text box. */
+/** Submits a text box's form on Ctrl+Enter or Cmd+Enter. */
 export function submitWithEnter(textarea) {
   textarea.addEventListener("keydown", (event) => {
     if (event.key !== "Enter" || !(event.ctrlKey || event.metaKey)) return;
@@ -39,13 +39,13 @@ export function submitWithEnter(textarea) {
   });
 }
 
-/** Shows a line where screen readers notice it. */
+/** Shows a line that screen readers announce. */
 export function say(status, line, isError = false) {
   status.textContent = line;
   status.classList.toggle("error", isError);
 }
 
-/** A token as one can see it: the mark or space before it apart, as it is no part of the word. */
+/** Shows a token, with its leading mark or space set apart, as that is not part of the word. */
 export function shownToken(text) {
   const [, mark, word] = /^(##|\s*)(.*)$/su.exec(text);
   const visible = mark.replaceAll(" ", "␣").replaceAll("\n", "⏎").replaceAll("\t", "⇥");

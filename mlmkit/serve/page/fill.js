@@ -8,11 +8,11 @@ import { countMasks, excerpt, fillMask } from "./text.js";
 const box = find("fill-text");
 const results = find("fill-results");
 const status = find("fill-status");
-const earlier = []; // what the text was before each fill, for Undo
+const earlier = []; // the text before each fill, for Undo
 let mask = "";
 let replacing = false;
 
-/** `scoreText` takes a text whose masks are all filled to the other tab. */
+/** Sets up the tab. `scoreText` shows a text without masks in the other tab. */
 export function startFill(info, scoreText) {
   mask = info.mask_token;
   find("mask-token").textContent = mask;
@@ -22,7 +22,7 @@ export function startFill(info, scoreText) {
   if (!box.value) box.value = `The rat ${mask} the king's ${mask}.`;
 }
 
-/** The tab with another text, asked at once. `make` gets the mask token and returns the text. */
+/** Shows the tab with a new text and asks at once. `make` gets the mask token and returns the text. */
 export function fillText(make) {
   if (!mask) return;
   earlier.length = 0;
@@ -43,7 +43,7 @@ find("undo").addEventListener("click", async () => {
 });
 submitWithEnter(box);
 box.addEventListener("keydown", (event) => {
-  // The code beside the key, as Alt makes another sign of M on a Mac.
+  // Compare the key's code too: on a Mac, Alt+M types another character.
   const isM = event.code === "KeyM" || event.key.toLowerCase() === "m";
   if (!isM || !event.altKey || event.ctrlKey || event.metaKey || !mask) return;
   event.preventDefault();
@@ -56,7 +56,7 @@ box.addEventListener("input", () => {
   find("undo").hidden = true;
   outdate();
 });
-/** Over the selection, whose white space at the edges stays: a double click takes the space after a word along. */
+/** Replaces the selection, except white space at its edges: a double click also selects the space after a word. */
 function insertMask() {
   const { selectionStart, selectionEnd, value } = box;
   const selected = value.slice(selectionStart, selectionEnd);
@@ -66,7 +66,7 @@ function insertMask() {
   outdate();
 }
 
-/** An edit that the browser's own undo knows of, where it allows that. */
+/** Edits the text so that the browser's own undo knows of it, if the browser allows that. */
 function replace(start, end, text) {
   replacing = true;
   box.focus();
@@ -75,7 +75,7 @@ function replace(start, end, text) {
   replacing = false;
 }
 
-/** Candidates of another text can be read, but not used. */
+/** Lets the candidates of an older text be read, but not used. */
 function outdate() {
   if (!results.childElementCount || results.inert) return;
   results.inert = true;
@@ -105,7 +105,7 @@ function showMask(text, candidates, index, found) {
   const parts = excerpt(text, mask, index).map((part) => showPart(part, index, found.length > 1));
   const context = element("p", { class: "context" }, ...parts);
   const heading = element("h2", {}, found.length > 1 ? `Mask ${index + 1}` : "Mask");
-  const isWhole = (candidate) => !candidate.token_str.includes("\ufffd"); // else some bytes of a character
+  const isWhole = (candidate) => !candidate.token_str.includes("\ufffd"); // otherwise only some bytes of a character
   const first = candidates.find(isWhole);
   const rows = candidates.map((candidate) => {
     const button = element(
@@ -168,7 +168,7 @@ async function use(index, candidates, candidate) {
   find("undo").focus();
 }
 
-/** So that Enter, Enter, Enter fills one mask after the other. */
+/** Moves the focus to the next mask, so that Enter, Enter, Enter fills all. */
 function focusCandidate(index) {
   const sections = results.querySelectorAll(".mask");
   sections[Math.min(index, sections.length - 1)]?.querySelector(".candidate:enabled")?.focus();

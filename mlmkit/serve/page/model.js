@@ -1,9 +1,9 @@
-// The tab with the model's card, and how to call it.
+// The tab with the model's card and examples of calls.
 
 import { needsToken } from "./api.js";
 import { count, element } from "./dom.js";
 
-/** What GET /info tells, for people. */
+/** Shows the answer of GET /info. */
 export function showModel(info) {
   const about = {
     architecture: info.architecture,
@@ -39,7 +39,7 @@ function list(entries) {
   return element("dl", { class: "dl" }, ...items);
 }
 
-/** A nested report, flat: names in words, figures as people write them. */
+/** Flattens a nested report, with readable names and numbers. */
 function rows(report, prefix = "") {
   const found = {};
   for (const [name, value] of Object.entries(report)) {
@@ -78,7 +78,7 @@ const shellQuoted = (text) => `'${text.replaceAll("'", String.raw`'\''`)}'`;
 
 function code(name, text) {
   const block = element("pre", { tabindex: "0", "aria-label": name }, element("code", {}, text));
-  if (!navigator.clipboard) return element("div", { class: "code" }, block); // only where the connection is secure
+  if (!navigator.clipboard) return element("div", { class: "code" }, block); // browsers offer it only on secure connections
   const copy = element("button", { type: "button", "aria-label": `Copy the ${name} example` }, "Copy");
   copy.addEventListener("click", async () => {
     await navigator.clipboard.writeText(text);

@@ -1,11 +1,11 @@
-// The tab that shows how much each token of a text surprises the model.
+// The tab that shows each token's surprisal.
 
 import { ask } from "./api.js";
 import { count, duration, element, find, percent, plural, say } from "./dom.js";
 import { moveFocusWith, shownToken, submitWithEnter } from "./dom.js";
 import { segments } from "./text.js";
 
-const LEVELS = [1, 2, 4, 6, 9, 12]; // bits, where one colour ends and the next begins
+const LEVELS = [1, 2, 4, 6, 9, 12]; // bits at which the next colour begins
 const HINT = "Choose a token to see how likely it was. ";
 const KEYS = "← → move along the text, Enter asks what else could stand there.";
 
@@ -15,7 +15,7 @@ const status = find("score-status");
 const holder = find("tokens");
 const detail = find("token-detail");
 
-/** `maskToken` is called with a function from the mask token to the text with one token masked. */
+/** Sets up the tab. `maskToken` gets a function from the mask token to the text with one token masked. */
 export function startScore(maskToken) {
   box.value ||= "The keys to the old cabinet is on the table.";
   find("legend").replaceChildren(
@@ -34,7 +34,7 @@ export function startScore(maskToken) {
   }
 }
 
-/** The tab with another text, asked at once. */
+/** Shows the tab with a new text and asks at once. */
 export function scoreText(text) {
   box.value = text;
   box.form.requestSubmit();
@@ -100,7 +100,7 @@ function showTokens(text, tokens, maskToken) {
     );
     const show = () => showDetail(segment, surprisal, askOthers);
     const askOthers = () => maskToken((mask) => masked(text, segment, mask));
-    part.addEventListener("focus", show); // a click gives the focus too
+    part.addEventListener("focus", show); // a click also sets the focus
     part.addEventListener("pointerenter", () => holder.contains(document.activeElement) || show());
     part.addEventListener("keydown", (event) => {
       if (event.key !== "Enter" && event.key !== " ") return;

@@ -1,6 +1,6 @@
-// Where a token goes in a text. No page here: only strings.
+// Placing tokens in a text. Pure functions of strings.
 
-const BLANK = "\ue000"; // one character in place of a mask, so that no cut goes through it
+const BLANK = "\ue000"; // stands for a mask as one character, so that no cut splits it
 const WORD = /[\p{L}\p{N}\p{M}]/u;
 const UNSPACED = /[\p{sc=Han}\p{sc=Hiragana}\p{sc=Katakana}\p{sc=Thai}\p{sc=Lao}\p{sc=Khmer}\p{sc=Myanmar}]/u;
 const PIECE = /^##(?=[\p{L}\p{N}\p{M}])/u; // WordPiece's mark; "##" alone is a heading
@@ -9,10 +9,10 @@ const startsWord = (text) => text !== undefined && WORD.test(text) && !UNSPACED.
 export const countMasks = (text, mask) => text.split(mask).length - 1;
 
 /**
- * The change that puts a candidate in place of the index-th mask: `text.slice(0, start) + filled + text.slice(end)`.
+ * The edit that replaces the index-th mask by a candidate: `text.slice(0, start) + filled + text.slice(end)`.
  *
- * A token may belong to the word before it ("##ing", or "ing" of a byte-level vocabulary), or bring its space along.
- * Where its spelling does not say, the server's `sequence` does. What the user typed around the mask stays.
+ * A token may continue the word before it ("##ing", or "ing" of a byte-level vocabulary), or include a leading space.
+ * If its spelling does not show which, the server's `sequence` does. The user's text around the mask does not change.
  */
 export function fillMask(text, mask, index, candidates, candidate) {
   const pieces = text.split(mask);
@@ -34,9 +34,9 @@ export function fillMask(text, mask, index, candidates, candidate) {
 
 const wouldRunTogether = (before, word) => startsWord(Array.from(before).at(-1)) && startsWord(Array.from(word)[0]);
 
-/** Whether the model's own text has the candidate right after the word before; undefined where one cannot tell. */
+/** Whether the model's own text joins the candidate to the word before it; undefined if that cannot be known. */
 function isJoined(candidates, candidate, word) {
-  // The sequences of one mask are the same up to the candidate.
+  // All sequences of one mask are equal up to the candidate.
   let shared = candidates[0].sequence;
   for (const { sequence } of candidates) while (!sequence.startsWith(shared)) shared = shared.slice(0, -1);
   const at = word ? candidate.sequence.lastIndexOf(word, shared.length + 1) : -1;
@@ -56,9 +56,9 @@ export function excerpt(text, mask, index, reach = 90) {
 }
 
 /**
- * The text cut into pieces, `{text, start, end, tokens}`, offsets in code points. Text between tokens has no `tokens`.
+ * The text in pieces `{text, start, end, tokens}`, offsets in code points. Text between tokens has no `tokens`.
  *
- * Tokens that share a character (the bytes of an emoji) share a piece; white space at a token's edges is not its own.
+ * Tokens that share a character (the bytes of an emoji) share a piece. White space at a token's edges is left out of it.
  */
 export function segments(text, tokens) {
   const points = Array.from(text);
@@ -83,7 +83,7 @@ export function segments(text, tokens) {
     let { start, end } = group;
     while (start < end && isSpace(start)) start += 1;
     while (end > start && isSpace(end - 1)) end -= 1;
-    if (start === end) ({ start, end } = group); // a token of white space alone
+    if (start === end) ({ start, end } = group); // a token of white space only
     add(done, start, null);
     add(start, end, group.tokens);
   }
