@@ -139,17 +139,15 @@ class Batcher:
         `max_wait`, and at most as long as the last call took: a larger batch cannot save more than that.
         """
         while not any(request.rows for request in self.waiting):
-            await self._change()
+            self._has_changed.clear()
+            await self._has_changed.wait()
         deadline = time.perf_counter() + min(self.max_wait, self._last_seconds)
         while sum(bool(request.rows) for request in self.waiting) < self._last_requests:
+            self._has_changed.clear()
             try:
-                await asyncio.wait_for(self._change(), deadline - time.perf_counter())
+                await asyncio.wait_for(self._has_changed.wait(), deadline - time.perf_counter())
             except TimeoutError:
                 return
-
-    async def _change(self) -> None:
-        self._has_changed.clear()
-        await self._has_changed.wait()
 
     def _take_rows(self) -> list[tuple[_Request, int, Batch]]:
         """Remove the rows of the next call from the queue; each comes with its request and its index there."""
