@@ -13,7 +13,7 @@ FROM python:3.11-slim AS base
 ENV PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 ORT_DISABLE_TELEMETRY=1
 WORKDIR /build
 COPY pyproject.toml constraints.txt ./
-# The dependencies have a layer of their own, which changes with them alone and not with every line of code.
+# The dependencies have their own layer, so a change to the code does not install them again.
 RUN python -c 'import tomllib; project = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
         print(*project["dependencies"], *project["optional-dependencies"]["serve"], sep="\n")' > requirements.txt \
     && pip install --no-cache-dir --constraint constraints.txt --requirement requirements.txt
@@ -25,7 +25,7 @@ HEALTHCHECK --interval=10s --timeout=5s --start-period=60s --retries=3 \
     CMD ["python", "-c", "import urllib.request; urllib.request.urlopen('http://127.0.0.1:8000/ready', timeout=4)"]
 ENTRYPOINT ["mlmkit", "serve", "/model", "--host", "0.0.0.0"]
 
-# CUDA's libraries as the wheels that onnxruntime-gpu itself names, so that their versions cannot part.
+# CUDA's libraries come as the wheels that onnxruntime-gpu itself names, so their versions always match.
 FROM base AS cuda
 ENV NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility
 RUN pip install --no-cache-dir --constraint /build/constraints.txt 'onnxruntime-gpu[cuda,cudnn]'

@@ -1,20 +1,20 @@
 # Commands for a bare machine with Python (3.11 or later), pip and make:
-#   make demo    the whole path on real text, in minutes
+#   make demo    train, export, evaluate and fill masks on real text, in minutes
 #   make test    lint, types and tests
-#   make docs    the documentation as a site, in build/site
-# Everything is installed into .venv; nothing else is touched. All paths are relative, so a clone may lie anywhere.
+#   make docs    build the documentation site in build/site
+# Everything is installed into .venv; nothing else is touched. All paths are relative, so a clone works anywhere.
 
 PYTHON ?= python3
 VENV_PYTHON := .venv/bin/python
 INSTALLED := .venv/installed
-# Python compiles what it imports anyway; compiling all of two gigabytes took 110 of 250 seconds.
+# Python compiles modules on import anyway; compiling all two gigabytes took 110 of 250 seconds.
 PIP_INSTALL := $(VENV_PYTHON) -m pip install --quiet --no-compile --constraint constraints.txt
 
 .PHONY: setup demo test lint types pytest bench docs clean
 
 setup: $(INSTALLED)
 
-# The mark depends on what decides the packages, so a second run costs nothing and a changed list installs again.
+# This marker depends on the package lists: a second run costs nothing, and a changed list installs again.
 $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "mlmkit needs Python 3.11 or later: make setup PYTHON=python3.12"; exit 1; }
@@ -37,15 +37,16 @@ lint: $(INSTALLED)
 types: $(INSTALLED)
 	$(VENV_PYTHON) -m basedpyright
 
-# Two processes, each with whole files: 28 -> 19 minutes on two cores, as a test computes on one core or waits.
+# Two processes, each with whole files: 19 instead of 28 minutes on two cores, as a test uses at most one core.
 pytest: $(INSTALLED)
 	$(VENV_PYTHON) -m pytest --numprocesses 2 --dist loadfile
 
-# Half an hour on two cores with nothing else running (the first also installs optimum-onnx, into build/): writes benchmarks/results/<machine>-<date>.json, docs/results.md
+# Writes benchmarks/results/<machine>-<date>.json and docs/results.md. Half an hour on two idle cores; the first run also
+# installs optimum-onnx into build/.
 bench: $(INSTALLED)
 	$(VENV_PYTHON) benchmarks/suite.py $(BENCH)
 
-# Into build/site. The variable silences the theme's notice about its successor.
+# The variable silences the theme's notice about its successor.
 docs: $(INSTALLED)
 	NO_MKDOCS_2_WARNING=1 $(VENV_PYTHON) -m mkdocs build --strict
 

@@ -1,4 +1,4 @@
-"""Fill-mask on Ray Serve: each replica loads the artifact once, and one call of its engine answers many requests.
+"""Fill-mask on Ray Serve: each replica loads the artifact once, and one engine call answers many requests.
 
 pip install 'mlmkit[serve]' 'ray[serve]'
 serve run ray_serve:app artifact=/path/to/artifact
@@ -20,7 +20,7 @@ from mlmkit.serve.batcher import score_rows
 
 @serve.deployment(max_ongoing_requests=64)
 class FillMask:
-    """The schema of `mlmkit serve`, for one text a request."""
+    """The schema of `mlmkit serve`, with one text per request."""
 
     def __init__(self, artifact: str) -> None:
         self.backend = load(artifact)
@@ -47,5 +47,5 @@ class FillMask:
 
 
 def app(arguments: dict[str, Any]) -> serve.Application:
-    """What `serve run ray_serve:app artifact=FOLDER` builds."""
+    """Build the application for `serve run ray_serve:app artifact=FOLDER`."""
     return FillMask.bind(arguments["artifact"])
