@@ -13,7 +13,7 @@ from rich.table import Table
 
 from mlmkit.artifact import read_manifest
 from mlmkit.backends import Backend, load
-from mlmkit.cli_options import printable
+from mlmkit.console import printable
 from mlmkit.corpus import load_corpus
 from mlmkit.documents import Source, read_documents
 from mlmkit.errors import CheckError, UserError

@@ -19,7 +19,7 @@ from test_cli import process, run
 
 from mlmkit.backends import load
 from mlmkit.bounds import read_config
-from mlmkit.cli_options import printable
+from mlmkit.console import printable
 from mlmkit.demo import show_fill
 from mlmkit.errors import UserError
 from mlmkit.eval.pairs import PairColumns, read_pairs

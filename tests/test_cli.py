@@ -57,7 +57,7 @@ def test_an_artifact_runs_without_torch_and_transformers(artifact, tmp_path):
 def test_imports_run_one_way():
     """cli, demo → serve, train → eval, export → backends → model → the rest: docs/architecture.md."""
     layers = [
-        {"errors", "files", "bounds", "masking", "progress", "pydocs", "distributed", "loss", "cli_options"},
+        {"errors", "files", "bounds", "masking", "console", "pydocs", "distributed", "loss"},
         {"tokenizer", "documents", "toml"},
         {"corpus", "batching", "artifact"},
         {"model"},
@@ -65,7 +65,6 @@ def test_imports_run_one_way():
         {"fill", "eval", "export", "inspection"},
         {"train", "serve"},
         {"demo"},
-        {"cli_eval", "cli_export", "cli_inspect", "cli_serve", "cli_train"},
         {"cli"},
         {"__main__"},
     ]

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import yaml
 
-from mlmkit.cli_serve import serve
+from mlmkit.cli.inference import serve
+from mlmkit.serve.gate import COUNTED
 from mlmkit.serve.limits import Limits
 from mlmkit.serve.metrics import Metrics
 from mlmkit.serve.middleware import ENDPOINTS

@@ -17,13 +17,13 @@ from torch import nn
 from torch.optim import Optimizer
 
 from mlmkit.backends.torch import pick_device
+from mlmkit.console import progress_bar
 from mlmkit.corpus import Corpus
 from mlmkit.distributed import Ranks, said_once
 from mlmkit.distributed import ranks as find_ranks
 from mlmkit.errors import CheckError, StoppedError, UserError
 from mlmkit.files import write_record
 from mlmkit.packing import enable_packing
-from mlmkit.progress import progress
 from mlmkit.tokenizer import Tokenizer
 from mlmkit.train.checkpoint import (
     HELD_OUT_METRICS,
@@ -154,7 +154,7 @@ def _train(
         TrainingLog(
             run, config, cursor.step, sums, flops_per_token=flops, peak_flops=peak, is_first=ranks.is_first
         ) as training_log,
-        progress(shown=ranks.is_first) as bar,
+        progress_bar(shown=ranks.is_first) as bar,
     ):
         task = bar.add_task("training", total=steps, completed=cursor.step)
 

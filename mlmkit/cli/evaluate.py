@@ -7,7 +7,8 @@ from typing import Any
 
 import click
 
-from mlmkit.cli_options import json_option, model_options, overwrite_option, print_json, say, text_options
+from mlmkit.cli.options import json_option, model_options, overwrite_option, text_options
+from mlmkit.console import print_json, say
 from mlmkit.errors import UserError
 
 PAIRS = "pairs"

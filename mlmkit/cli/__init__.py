@@ -5,19 +5,14 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 import click
 
 from mlmkit import __version__
-from mlmkit.cli_eval import compare, evaluate, report, score
-from mlmkit.cli_export import export
-from mlmkit.cli_inspect import inspect
-from mlmkit.cli_options import json_option, model_options, print_json, printable, say
-from mlmkit.cli_serve import serve
-from mlmkit.cli_train import train
+from mlmkit.cli import evaluate, export, inference, inspect, train
+from mlmkit.console import printable
 from mlmkit.distributed import RESUME
-from mlmkit.errors import CheckError, EndedElsewhereError, StoppedError, UserError, require
+from mlmkit.errors import CheckError, EndedElsewhereError, StoppedError, UserError
 
 INTERRUPTED, TERMINATED = 130, 143
 
@@ -29,13 +24,12 @@ class _Printable(logging.Formatter):
         return printable(super().formatMessage(record))
 
 
-class _HelpfulGroup(click.Group):
+class _OrderedGroup(click.Group):
     def list_commands(self, ctx: click.Context) -> list[str]:
-        # in the order in which they are used
-        return ["demo", "train", "export", "inspect", "eval", "compare", "report", "score", "fill", "serve"]
+        return list(self.commands)  # in the order in which they are used, not by name
 
 
-@click.group(cls=_HelpfulGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.group(cls=_OrderedGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__, prog_name="mlmkit")
 @click.option("-v", "--verbose", is_flag=True, help="Say more, and show tracebacks.")
 def cli(verbose: bool) -> None:
@@ -52,6 +46,21 @@ def cli(verbose: bool) -> None:
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # when a rank has died: 30 lines for each look at it
+
+
+for _command in (
+    train.demo,
+    train.train,
+    export.export,
+    inspect.inspect,
+    evaluate.evaluate,
+    evaluate.compare,
+    evaluate.report,
+    evaluate.score,
+    inference.fill,
+    inference.serve,
+):
+    cli.add_command(_command)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -91,54 +100,3 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _fail(message: str, code: int) -> int:
     click.echo(printable(f"mlmkit: {' '.join(message.split())}"), err=True)
     return code
-
-
-@cli.command()
-@click.option("--text", type=click.Path(), help="Train on this text file (a document a line) instead.")
-@click.option("--output", type=click.Path(path_type=Path), default=Path("mlmkit-demo"), show_default=True)
-def demo(text: str | None, output: Path) -> None:
-    """Everything below, in minutes, on Python's own docs.
-
-    Trains a tokenizer and a small BERT, exports it to ONNX with a parity check, evaluates both on held-out documents
-    with the same masks, and fills a few. Run again, it goes on from what is already there.
-    """
-    require("train", "torch", "transformers", "onnx", "onnxscript", "safetensors")
-    from mlmkit.demo import run_demo
-
-    run_demo(output, text)
-
-
-for _command in (train, export, inspect, evaluate, compare, report, score):
-    cli.add_command(_command)
-
-
-@cli.command()
-@click.argument("model")
-@click.argument("text")
-@click.option("--top-k", default=5, show_default=True, help="Candidates a mask.")
-@click.option("--targets", multiple=True, metavar="TEXT", help="Rank only this, exactly as written. Repeatable.")
-@model_options
-@json_option
-def fill(model: str, text: str, top_k: int, targets: tuple[str, ...], backend: str, device: str, as_json: bool) -> None:
-    """Fill each mask in TEXT.
-
-    For example: mlmkit fill MODEL "O rato [MASK] a roupa do rei de Roma."
-
-    The mask is written as the model's tokenizer writes it: [MASK] for BERT, <mask> for RoBERTa. A target inside a text
-    begins with its space for RoBERTa and others that spell bytes: --targets " rei".
-    """
-    from mlmkit.backends import load
-    from mlmkit.fill import fill as run_fill
-
-    candidates = run_fill(load(model, backend, device), text, top_k=top_k, targets=targets)
-    if as_json:
-        print_json({"text": text, "masks": candidates})
-        return
-    for number, row in enumerate(candidates, start=1):
-        if len(candidates) > 1:
-            say(f"mask {number}")
-        for candidate in row:
-            say(f"{candidate['score']:8.4f}  {candidate['token_str']:16}  {candidate['sequence']}")
-
-
-cli.add_command(serve)

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mlmkit.cli_options import json_option, overwrite_option, print_json, say
+from mlmkit.cli.options import json_option, overwrite_option
+from mlmkit.console import print_json, say
 from mlmkit.errors import UserError, require
 
 if TYPE_CHECKING:

@@ -1,4 +1,4 @@
-"""The command `serve`."""
+"""The commands that use a model: fill, serve."""
 
 import math
 import re
@@ -6,7 +6,8 @@ from typing import Any
 
 import click
 
-from mlmkit.cli_options import model_options
+from mlmkit.cli.options import json_option, model_options
+from mlmkit.console import print_json, say
 from mlmkit.errors import UserError, require
 from mlmkit.serve.limits import BATCH_TOKENS, QUEUE_TOKENS, Limits
 
@@ -44,10 +45,39 @@ def _default(field: str) -> str:
 
 @click.command()
 @click.argument("model")
-@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
-@click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0 picks a free one.")
-@click.option("--workers", hidden=True)
-@click.option("--token", envvar="MLMKIT_TOKEN", help="Require this bearer token. Default: $MLMKIT_TOKEN.")
+@click.argument("text")
+@click.option("--top-k", default=5, show_default=True, help="Candidates a mask.")
+@click.option("--targets", multiple=True, metavar="TEXT", help="Rank only this, exactly as written. Repeatable.")
+@model_options
+@json_option
+def fill(model: str, text: str, top_k: int, targets: tuple[str, ...], backend: str, device: str, as_json: bool) -> None:
+    """Fill each mask in TEXT.
+
+    For example: mlmkit fill MODEL "O rato [MASK] a roupa do rei de Roma."
+
+    The mask is written as the model's tokenizer writes it: [MASK] for BERT, <mask> for RoBERTa. A target inside a text
+    begins with its space for RoBERTa and others that spell bytes: --targets " rei".
+    """
+    from mlmkit.backends import load
+    from mlmkit.fill import fill as run_fill
+
+    candidates = run_fill(load(model, backend, device), text, top_k=top_k, targets=targets)
+    if as_json:
+        print_json({"text": text, "masks": candidates})
+        return
+    for number, row in enumerate(candidates, start=1):
+        if len(candidates) > 1:
+            say(f"mask {number}")
+        for candidate in row:
+            say(f"{candidate['score']:8.4f}  {candidate['token_str']:16}  {candidate['sequence']}")
+
+
+@click.command()
+@click.argument("model")
+@click.option("--host", default="127.0.0.1", show_default=True, help="The address to listen on.")
+@click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0 takes a free one.")
+@click.option("--workers", type=AT_LEAST_1, default=1, show_default=True, help="Processes, each with its own model.")
+@click.option("--token", envvar="MLMKIT_TOKEN", help="Ask for this bearer token. Default: $MLMKIT_TOKEN.")
 @click.option(
     "--allow-host",
     "names",

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mlmkit.cli_options import json_option, print_json, printable, say
+from mlmkit.cli.options import json_option
+from mlmkit.console import print_json, printable, say
 from mlmkit.errors import CheckError
 
 if TYPE_CHECKING:

@@ -1,32 +1,8 @@
 """Options that several commands share."""
 
-import json
-import re
 from collections.abc import Callable
-from typing import Any
 
 import click
-
-# Control characters but the tab, line separators, overrides of the direction of writing, half surrogates, invisible
-# tags. What scripts need stays: joiners (Persian, Hindi), marks of direction, soft hyphens, spaces of any kind.
-STEERING = re.compile(
-    "[\0-\x08\n-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u206f\ufff9-\ufffb\ud800-\udfff\U000e0000-\U000e007f]"
-)
-
-
-def print_json(value: Any) -> None:
-    """One line on standard output."""
-    click.echo(STEERING.sub(lambda found: json.dumps(found[0])[1:-1], json.dumps(value, ensure_ascii=False)))
-
-
-def say(line: object) -> None:
-    """A line for people on standard output, `printable`."""
-    click.echo(printable(str(line)))
-
-
-def printable(text: str) -> str:
-    """The text with every character that could steer a terminal written as an escape."""
-    return STEERING.sub(lambda found: ascii(found[0])[1:-1], text)
 
 
 def model_options(command: Callable[..., None]) -> Callable[..., None]:
