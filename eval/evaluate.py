@@ -12,6 +12,7 @@ from typing import Any
 
 from mlmkit import __version__
 from mlmkit.backends import Backend, capacity
+from mlmkit.console import progress
 from mlmkit.corpus import Corpus, warn_of_words
 from mlmkit.distributed import Ranks
 from mlmkit.errors import UserError
@@ -31,7 +32,6 @@ from mlmkit.eval.store import PartFacts, Store, part_facts, token_table
 from mlmkit.eval.stored import RESULT_FORMAT, Stored
 from mlmkit.files import locked
 from mlmkit.masking import DIGEST_MODULUS, format_digest
-from mlmkit.progress import progress
 
 Facts = dict[str, list[PartFacts]]  # by pass
 

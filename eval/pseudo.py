@@ -8,11 +8,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mlmkit.backends import Backend, capacity
+from mlmkit.console import progress
 from mlmkit.corpus import Corpus, tokenize
 from mlmkit.documents import checked_text
 from mlmkit.eval.plan import Plan, pseudo_plan
 from mlmkit.eval.scoring import refuse_batch_coupling, run_plan
-from mlmkit.progress import progress
 
 log = logging.getLogger(__name__)
 

@@ -11,11 +11,11 @@ from numpy.typing import NDArray
 from mlmkit.artifact import DYNAMIC_INT8
 from mlmkit.backends import Backend, Batch
 from mlmkit.batching import pad
+from mlmkit.console import progress
 from mlmkit.corpus import Corpus, tokenize
 from mlmkit.errors import CheckError, UserError
 from mlmkit.export.proof_text import ProofText
 from mlmkit.masking import MaskRecipe, corrupt
-from mlmkit.progress import progress
 from mlmkit.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)

@@ -20,9 +20,9 @@ from rich.progress import Progress, TaskID
 
 from mlmkit.artifact import DYNAMIC_INT8, GRAPH, PLAN, Manifest, Profile, TensorRT
 from mlmkit.backends.trt import FLAVOUR, LOGGER, NAME, RTX, create_runtime, trt
+from mlmkit.console import progress
 from mlmkit.errors import UserError
 from mlmkit.export.profiles import PORTABLE, TARGETS, PlanOptions, make_profiles
-from mlmkit.progress import progress
 
 log = logging.getLogger(__name__)
 

@@ -63,7 +63,7 @@ def print_table(rows: Iterable[Sequence[object]], header: Sequence[str] = (), *,
         click.echo(line.rstrip())
 
 
-def progress_bar(*, shown: bool = True) -> "Progress":
+def progress(*, shown: bool = True) -> "Progress":
     """Return a bar with count, elapsed and remaining time, which vanishes when standard error is not a terminal."""
     from rich.console import Console
     from rich.progress import (

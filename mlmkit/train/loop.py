@@ -17,7 +17,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from mlmkit.backends.torch import pick_device
-from mlmkit.console import progress_bar
+from mlmkit.console import progress
 from mlmkit.corpus import Corpus
 from mlmkit.distributed import Ranks, said_once
 from mlmkit.distributed import ranks as find_ranks
@@ -154,7 +154,7 @@ def _train(
         TrainingLog(
             run, config, cursor.step, sums, flops_per_token=flops, peak_flops=peak, is_first=ranks.is_first
         ) as training_log,
-        progress_bar(shown=ranks.is_first) as bar,
+        progress(shown=ranks.is_first) as bar,
     ):
         task = bar.add_task("training", total=steps, completed=cursor.step)
 
