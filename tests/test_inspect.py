@@ -1,6 +1,7 @@
 """`mlmkit inspect` shows what an artifact is, and every way in which it is no longer that."""
 
 import json
+import re
 import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -122,7 +123,7 @@ def test_plans_are_shown_with_what_keeps_them_from_running(capsys, copy):
     code, out, _ = run(capsys, "inspect", copy)
     assert code == 0
     assert "TensorRT 11.4.0\n" in out and "9.0\n" in out and "NVIDIA H100" in out
-    lines = {line[:36].strip(): line[36:].strip() for line in out.splitlines()}
+    lines = dict(re.split("  +", f"{line.strip()}  ")[:2] for line in out.splitlines())
     assert lines["layers"] == "30 fp16, 12 fp32"
     assert (lines["fused attention"], lines["scratch memory"]) == ("12", "1,601 MiB")
     assert "batch 1 / 1 / 4, seq 1 / 64 / 512, masked 1 / 8 / 64" in out

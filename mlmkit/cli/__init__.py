@@ -1,4 +1,7 @@
-"""The command line: parse, call, print. Everything heavy is imported inside the command that needs it."""
+"""The command line: one module per group of commands. Each parses, calls and prints.
+
+Commands import heavy modules inside their functions, so that `mlmkit --help` answers at once.
+"""
 
 import logging
 import os
@@ -17,8 +20,8 @@ from mlmkit.errors import CheckError, EndedElsewhereError, StoppedError, UserErr
 INTERRUPTED, TERMINATED = 130, 143
 
 
-class _Printable(logging.Formatter):
-    """Messages quote names and texts of strangers. Tracebacks, which --verbose shows, keep their lines."""
+class _PrintableFormatter(logging.Formatter):
+    """Escapes messages, which quote names and texts from anyone. Tracebacks (--verbose) keep their lines."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802
         return printable(super().formatMessage(record))
@@ -31,21 +34,21 @@ class _OrderedGroup(click.Group):
 
 @click.group(cls=_OrderedGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__, prog_name="mlmkit")
-@click.option("-v", "--verbose", is_flag=True, help="Say more, and show tracebacks.")
+@click.option("-v", "--verbose", is_flag=True, help="Show more messages, and tracebacks.")
 def cli(verbose: bool) -> None:
-    """Masked language models the whole way: train, export, evaluate, fill, serve.
+    """Train, export, evaluate and serve masked language models.
 
     MODEL is a Hugging Face checkpoint (a folder or a hub name), the folder of a finished training run, or an artifact
     that `mlmkit export` wrote. Results go to standard output; progress and messages go to standard error.
     """
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(_Printable())
+    handler.setFormatter(_PrintableFormatter())
     logging.basicConfig(level=logging.DEBUG if verbose else logging.WARNING, handlers=[handler])
     logging.getLogger("mlmkit").setLevel(logging.DEBUG if verbose else logging.INFO)
     if not verbose:
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # when a rank has died: 30 lines for each look at it
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # 30 lines at each check for a dead rank
 
 
 for _command in (
@@ -64,8 +67,8 @@ for _command in (
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line; every error that the user can mend is one line on standard error."""
-    # As Ctrl-C does, so that what is half-written is removed on the way out.
+    """Run the command line. Every error that the user can fix is one line on standard error."""
+    # An exception, as Ctrl-C raises one, so that half-written files are removed on the way out.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
     try:
         code = cli.main(args=arguments, prog_name="mlmkit", standalone_mode=False)
@@ -88,8 +91,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if "/gloo/" not in str(error):
             raise
         code = _fail(f"another rank does not answer. {RESUME}", 1)
-    except OSError as error:  # a full disk, a name too long, a folder that went away
-        if isinstance(error, BrokenPipeError):  # the reader of our output has left: `mlmkit ... | head`
+    except OSError as error:  # a full disk, a name too long, a folder that vanished
+        if isinstance(error, BrokenPipeError):  # nobody reads our output any more: `mlmkit ... | head`
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             code = 1
         else:

@@ -1,152 +1,168 @@
 """The commands that measure: eval, compare, report, score."""
 
+import os
 import tempfile
 from contextlib import ExitStack
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from mlmkit.cli.options import json_option, model_options, overwrite_option, text_options
-from mlmkit.console import print_json, say
-from mlmkit.errors import UserError
+from mlmkit.cli.options import (
+    ModelOptions,
+    TextOptions,
+    json_option,
+    model_options,
+    overwrite_option,
+    receives,
+    text_options,
+)
+from mlmkit.console import print_json, print_table, say
+from mlmkit.errors import UserError, require
+
+if TYPE_CHECKING:
+    from mlmkit.eval.passes import Settings
+    from mlmkit.eval.sets import Request
 
 PAIRS = "pairs"
 
 
+@dataclass(frozen=True, kw_only=True)
+class EvalOptions(ModelOptions, TextOptions):
+    """The arguments and options of `mlmkit eval`."""
+
+    sets: tuple[str, ...]
+    list_sets: bool
+    data_dir: str | None
+    metrics: tuple[str, ...]
+    mask_seed: int | None
+    mask_seeds: str | None
+    mask_prob: float
+    replace_prob: float
+    random_prob: float
+    whole_word: bool
+    pll: str
+    pseudo_sample: float
+    batch_tokens: int
+    allow_batch_coupling: bool
+    output: Path | None
+    overwrite: bool
+    as_json: bool
+
+
 @click.command(name="eval")
-@click.argument("model", required=False)
+@click.argument("model", default="")
 @click.option("--set", "sets", multiple=True, metavar="NAME|FILE", help="What to measure on. Repeatable.")
-@click.option("--list-sets", is_flag=True, help="Show the sets that have names, and stop.")
-@click.option("--data-dir", help="Where local copies of the sets lie. Default: $MLMKIT_DATA.")
+@click.option("--list-sets", is_flag=True, help="List the built-in sets and exit.")
+@click.option("--data-dir", help="Folder with local copies of the sets. Default: $MLMKIT_DATA.")
 @click.option("--metric", "metrics", multiple=True, metavar="masked|pseudo|pairs", help="Repeatable. Default: by set.")
-@click.option("--mask-seed", type=int, default=None, help="Seed of the masks. Default: 0.")
-@click.option("--mask-seeds", metavar="N,N,...", help="Several seeds, for the spread between masks.")
+@click.option("--mask-seed", type=int, help="Seed of the masks. Default: 0.")
+@click.option("--mask-seeds", metavar="N,N,...", help="Several seeds, to show the spread between masks.")
 @click.option("--mask-prob", default=0.15, show_default=True, help="Share of tokens to select.")
 @click.option("--replace-prob", default=0.8, show_default=True, help="Share of those that become the mask.")
 @click.option("--random-prob", default=0.1, show_default=True, help="Share of those that become a random token.")
 @click.option("--whole-word", is_flag=True, help="Select whole words.")
 @click.option("--pll", default="original", show_default=True, metavar="original|within-word", help="Pseudo-likelihood.")
-@click.option("--pseudo-sample", default=1.0, show_default=True, help="Share of tokens that pseudo scores.")
-@click.option("--batch-tokens", type=click.IntRange(min=0), default=0, metavar="N", help="Tokens a batch, padding too.")
-@click.option("--allow-batch-coupling", is_flag=True, help="Measure a dynamically quantized model all the same.")
+@click.option("--pseudo-sample", default=1.0, show_default=True, help="Share of tokens to score for pseudo.")
+@click.option("--batch-tokens", type=click.IntRange(min=0), default=0, metavar="N", help="Tokens per padded batch.")
+@click.option("--allow-batch-coupling", is_flag=True, help="Measure a dynamically quantized model anyway.")
 @text_options
 @click.option("--output", type=click.Path(path_type=Path), help="Folder for result.json, the tables and report.html.")
 @overwrite_option
 @model_options
 @json_option
-def evaluate(
-    model: str | None,
-    sets: tuple[str, ...],
-    list_sets: bool,
-    data_dir: str | None,
-    metrics: tuple[str, ...],
-    mask_seed: int | None,
-    mask_seeds: str | None,
-    mask_prob: float,
-    replace_prob: float,
-    random_prob: float,
-    whole_word: bool,
-    pll: str,
-    pseudo_sample: float,
-    batch_tokens: int,
-    allow_batch_coupling: bool,
-    text_field: str,
-    blank_line: bool,
-    output: Path | None,
-    overwrite: bool,
-    backend: str,
-    device: str,
-    as_json: bool,
-) -> None:
+@receives(EvalOptions)
+def evaluate(options: EvalOptions) -> None:
     """Measure MODEL on text or minimal pairs, with masks that anyone can reproduce.
 
-    A set is a name that --list-sets shows, a .toml file that declares one, a text file (a document a line), .jsonl,
+    A set is a name from --list-sets, a .toml file that declares one, a text file (one document per line), .jsonl,
     .csv, .tsv, .parquet, or hub:NAME[:CONFIG][@SPLIT]. With several sets, OUTPUT holds a folder for each.
 
-    The same command goes on where an interrupted one stopped. torchrun -m mlmkit eval shares the work.
+    Run the same command again to resume after an interruption. torchrun -m mlmkit eval shares the work.
     """
     from mlmkit.eval.sets import data_folder, find_set
 
-    data = data_folder(data_dir)
-    if list_sets:
-        _list_sets(data, as_json)
+    data = data_folder(options.data_dir)
+    if options.list_sets:
+        _list_sets(data, options.as_json)
         return
-    if not model:
+    if not options.model:
         raise click.UsageError("Missing argument 'MODEL'.")
-    if not sets:
+    if not options.sets:
         raise click.UsageError("Missing option '--set'.")
-    from mlmkit.backends import load
     from mlmkit.distributed import claim_gpu, said_once
     from mlmkit.distributed import ranks as find_ranks
     from mlmkit.eval.evaluate import evaluate as run_evaluation
-    from mlmkit.eval.passes import Settings
-    from mlmkit.masking import MaskRecipe
 
     ranks = find_ranks()
+    output = options.output
     with said_once():
         if ranks.world > 1 and output is None:
-            raise UserError("under torchrun the ranks meet in a folder: name one with --output")
-        options = {"text_field": text_field, "blank_line": blank_line, "pairs": PAIRS in metrics}
-        requests = [find_set(name, data, **options) for name in sets]
-        common: dict[str, Any] = {
-            "recipe": MaskRecipe(mask_prob, replace_prob, random_prob, whole_word),
-            "mask_seeds": _seeds(mask_seed, mask_seeds),
-            "variant": pll,
-            "pseudo_sample": pseudo_sample,
-        }
-        settings = [Settings(metrics=_metrics(request, metrics), **common) for request in requests]
+            raise UserError("under torchrun the ranks share a folder: name one with --output")
+        reading = {"text_field": options.text_field, "blank_line": options.blank_line}
+        requests = [find_set(name, data, pairs=PAIRS in options.metrics, **reading) for name in options.sets]
+        settings = [_settings(options, request) for request in requests]
     claim_gpu(ranks)
-    loaded = load(model, backend, device)
+    backend = options.load()
     results = []
     with ExitStack() as stack:
         base = output or Path(stack.enter_context(tempfile.TemporaryDirectory())) / "result"
         for request, chosen, folder in zip(requests, settings, _folders(base, requests), strict=True):
             result = run_evaluation(
-                loaded,
-                request.read(loaded.tokenizer),
+                backend,
+                request.read(backend.tokenizer),
                 chosen,
                 folder,
                 declared=request.declared,
-                batch_tokens=batch_tokens,
-                allow_batch_coupling=allow_batch_coupling,
-                overwrite=overwrite,
+                batch_tokens=options.batch_tokens,
+                allow_batch_coupling=options.allow_batch_coupling,
+                overwrite=options.overwrite,
                 report=output is not None,
                 ranks=ranks,
             )
-            if not ranks.is_first:
-                continue
             results.append(result)
-            if not as_json:
-                _print_result(result, folder if output else None)
-    if as_json and ranks.is_first:
+            if ranks.is_first and not options.as_json:
+                _print_result(result)
+                if output:
+                    say(f"result: {folder}")
+    if options.as_json and ranks.is_first:
         print_json(results[0] if len(results) == 1 else {"results": results})
     ranks.close()
 
 
-def _metrics(request: Any, metrics: tuple[str, ...]) -> tuple[str, ...]:
-    """Those asked for, or the set's own."""
+def _settings(options: EvalOptions, request: "Request") -> "Settings":
+    from mlmkit.eval.passes import Settings
+    from mlmkit.masking import MaskRecipe
+
+    metrics = options.metrics or ("masked",)
     if request.task == PAIRS:
-        if set(metrics) - {PAIRS}:
-            raise UserError(f"{request.name} holds pairs, which are measured by --metric pairs alone")
-        return ("pseudo",)
-    if PAIRS in metrics:
+        if set(options.metrics) - {PAIRS}:
+            raise UserError(f"{request.name} holds pairs, which only --metric pairs can measure")
+        metrics = ("pseudo",)
+    elif PAIRS in metrics:
         raise UserError(f"{request.name} holds text, not pairs: choose --metric masked or pseudo")
-    return metrics or ("masked",)
+    return Settings(
+        metrics=metrics,
+        recipe=MaskRecipe(options.mask_prob, options.replace_prob, options.random_prob, options.whole_word),
+        mask_seeds=_seeds(options.mask_seed, options.mask_seeds),
+        variant=options.pll,
+        pseudo_sample=options.pseudo_sample,
+    )
 
 
 def _seeds(seed: int | None, seeds: str | None) -> tuple[int, ...]:
     if seeds is None:
         return (seed or 0,)
     if seed is not None:
-        raise UserError("name the seeds with --mask-seed or --mask-seeds, not with both")
+        raise UserError("--mask-seed and --mask-seeds exclude each other: name one of them")
     try:
         return tuple(int(item) for item in seeds.split(","))
     except ValueError:
         raise UserError(f"--mask-seeds takes numbers separated by commas, not {seeds!r}") from None
 
 
-def _folders(output: Path, requests: list[Any]) -> list[Path]:
+def _folders(output: Path, requests: list["Request"]) -> list[Path]:
     if len(requests) == 1:
         return [output]
     names = [request.name for request in requests]
@@ -156,8 +172,6 @@ def _folders(output: Path, requests: list[Any]) -> list[Path]:
 
 
 def _list_sets(data: Path | None, as_json: bool) -> None:
-    from dataclasses import asdict
-
     from mlmkit.eval.sets import built_in_sets
 
     rows = []
@@ -167,72 +181,69 @@ def _list_sets(data: Path | None, as_json: bool) -> None:
     if as_json:
         print_json({"sets": rows})
         return
-    for row in rows:
-        say(f"{row['name']:17} {row['task']:6} {row['language']:3} {row['available']:8} {row['description']}")
+    columns = ("name", "task", "language", "available", "description")
+    print_table([[row[name] for name in columns] for row in rows], columns)
 
 
-def _print_result(result: dict[str, Any], folder: Path | None) -> None:
+def _print_result(result: dict[str, Any]) -> None:
     from mlmkit.eval.metrics import describe_unknown
 
     corpus = result["corpus"]
     source = corpus["source"]
     say(f"{source['set'] or source['location']}: {corpus['documents']} documents, {corpus['tokens']} tokens")
+    rows = []
     for name, metric in result["metrics"].items():
-        error = f"   standard error {_number(metric['standard_error'])}" if metric.get("standard_error") else ""
-        say(f"  {name:32} {_number(metric['value']):>14}   95 % {_range(metric)}{error}")
+        error = metric.get("standard_error")
+        rows.append([name, *_value(metric), f"standard error {_number(error)}" if error else ""])
     if "mask_seeds" in result:
         seeds = result["mask_seeds"]
-        for name, found in seeds["spread"].items():
-            say(
-                f"  {name:32} {_number(found['mean']):>14}   sd {_number(found['standard_deviation'])} "
-                f"over {len(seeds['by_seed'])} mask seeds"
-            )
+        for name, spread in seeds["spread"].items():
+            deviation = f"sd {_number(spread['standard_deviation'])} over {len(seeds['by_seed'])} mask seeds"
+            rows.append([name, _number(spread["mean"]), "", deviation])
     pairs = result.get("pairs", {})
-    for name, group in pairs.get("phenomena", {}).items():
-        ties = f"   {group['ties']} ties" if group["ties"] else ""
-        accuracy = group["pair_accuracy"]
-        value = f"{_number(accuracy['value']):>14}   95 % {_range(accuracy)}"
-        say(f"  {name:32} {value}   {group['pairs']} pairs{ties}")
+    for name, phenomenon in pairs.get("phenomena", {}).items():
+        ties = f", {phenomenon['ties']} ties" if phenomenon["ties"] else ""
+        rows.append([name, *_value(phenomenon["pair_accuracy"]), f"{phenomenon['pairs']} pairs{ties}"])
+    print_table(rows, ["metric", "value", "95 % interval", ""], align="lr")
     for name, problem in (("ties", "are ties, which"), ("unscored", "have a sentence without a scored token, and")):
         if pairs.get(name):
-            say(f"  {pairs[name]} of {pairs['pairs']} pairs {problem} count as wrong")
+            say(f"{pairs[name]} of {pairs['pairs']} pairs {problem} count as wrong")
     if unknown := describe_unknown(result["unknown"]):
-        say(f"  {unknown}")
+        say(unknown)
     if corpus["windowed_documents"]:
-        say(f"  {corpus['windowed_documents']} documents were longer than the model takes, and read in windows")
+        say(f"{corpus['windowed_documents']} documents are longer than the model takes and were read in windows")
     if corpus["empty_texts"]:
-        say(f"  {corpus['empty_texts']} empty texts were left out")
+        say(f"{corpus['empty_texts']} empty texts were left out")
     if "mask_digest" in result:
-        say(f"  {'mask_digest':32} {result['mask_digest']}")
-    if folder:
-        say(f"result: {folder}")
+        say(f"mask_digest: {result['mask_digest']}")
 
 
 def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.4f}"
 
 
-def _range(metric: dict[str, float | None]) -> str:
+def _value(metric: dict[str, float | None]) -> tuple[str, str]:
+    """A metric's value and interval."""
     low, high = metric["low"], metric["high"]
-    return "-" if low is high is None else f"[{_number(low)}, {_number(high)}]"
+    return _number(metric["value"]), "-" if low is high is None else f"[{_number(low)}, {_number(high)}]"
 
 
 @click.command()
 @click.argument("results", nargs=-1, required=True, metavar="RESULT_A RESULT_B [RESULT ...]")
-@click.option("--output", type=click.Path(path_type=Path), help="Write a page, compare.html, into this folder.")
+@click.option("--output", type=click.Path(path_type=Path), help="Folder to write compare.html to.")
 @click.option("--top", default=20, show_default=True, type=click.IntRange(min=0), help="How many tokens to show.")
 @json_option
 def compare(results: tuple[str, ...], output: Path | None, top: int, as_json: bool) -> None:
     """Compare evaluations of the same text and masks, each with RESULT_A.
 
     Shows each metric's difference with its paired interval and p-value, overall and by slice, and the tokens where the
-    two differ most. Results on another text or with other masks are refused.
+    two differ most. Refuses results on different text or with different masks.
     """
     from mlmkit.eval.compare import compare as run_comparison
     from mlmkit.eval.compare_page import print_lines, write_page
 
     if len(results) < 2:
-        raise UserError("name two results or more to compare")
+        raise UserError("name at least two results to compare")
     comparison = run_comparison([Path(item) for item in results], top)
     if output:
         write_page(comparison, output)
@@ -248,75 +259,67 @@ def compare(results: tuple[str, ...], output: Path | None, top: int, as_json: bo
 @click.command()
 @click.argument("result", type=click.Path(path_type=Path))
 def report(result: Path) -> None:
-    """Write RESULT/report.html again, from what is stored there."""
-    from mlmkit.errors import require
+    """Write RESULT/report.html again, from the stored result."""
     from mlmkit.eval.report import write_report
     from mlmkit.eval.stored import load_result
 
     require("report", "jinja2", "matplotlib")
-    if not write_report(load_result(result)):
-        raise UserError(f"{result} is read-only: copy it to where its report may be written")
+    stored = load_result(result)
+    if not os.access(result, os.W_OK):
+        raise UserError(f"{result} is read-only: copy it to a writable folder")
+    write_report(stored)
     say(result / "report.html")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreOptions(ModelOptions, TextOptions):
+    """The arguments and options of `mlmkit score`."""
+
+    file: str
+    pll: str
+    per_token: bool
+    allow_batch_coupling: bool
+    as_json: bool
 
 
 @click.command()
 @click.argument("model")
 @click.argument("file", default="-")
-@click.option("--pll", default="original", show_default=True, metavar="original|within-word", help="Which variant.")
+@click.option("--pll", default="original", show_default=True, metavar="original|within-word", help="Pseudo-likelihood.")
 @click.option("--per-token", is_flag=True, help="Show each token's log-probability.")
-@click.option("--allow-batch-coupling", is_flag=True, help="Score with a dynamically quantized model all the same.")
+@click.option("--allow-batch-coupling", is_flag=True, help="Score with a dynamically quantized model anyway.")
 @text_options
 @model_options
 @json_option
-def score(
-    model: str,
-    file: str,
-    pll: str,
-    per_token: bool,
-    allow_batch_coupling: bool,
-    text_field: str,
-    blank_line: bool,
-    backend: str,
-    device: str,
-    as_json: bool,
-) -> None:
+@receives(ScoreOptions)
+def score(options: ScoreOptions) -> None:
     """Pseudo-log-likelihood of each text in FILE.
 
-    FILE is standard input by default; the logarithm is the natural one.
+    FILE is standard input by default. Logarithms are natural.
 
-    Prints a line for each text: the sum ("-" without a scored token), the number of tokens, the text. Lines of white
-    space only are left out.
+    Prints one line per text: the sum ("-" without a scored token), the number of tokens, the text. Skips blank lines.
     """
-    from mlmkit.backends import load
     from mlmkit.documents import Source, read_documents
     from mlmkit.eval.pseudo import score_texts
 
-    location = "/dev/stdin" if file == "-" else file
-    texts = list(read_documents(Source(location, text_field, blank_line)))
+    location = "/dev/stdin" if options.file == "-" else options.file
+    texts = list(read_documents(Source(location, options.text_field, options.blank_line)))
     if not texts:
-        raise UserError(f"{'standard input' if file == '-' else file}: there is no text to score")
-    loaded = load(model, backend, device)
-    scores = score_texts(loaded, texts, variant=pll, allow_batch_coupling=allow_batch_coupling)
-    if as_json:
-        print_json({"pll": pll, "texts": [_score_json(loaded, item, per_token) for item in scores]})
-        return
-    for item in scores:
-        text = " ".join(item.text.splitlines())
-        say(f"{_number(item.pseudo_log_likelihood)}\t{len(item.token_ids)}\t{text}")
-        if per_token:
-            for id, log_prob in zip(item.token_ids.tolist(), item.log_prob.tolist(), strict=True):
-                say(f"    {log_prob:9.4f}  {loaded.tokenizer.token(id)}")
-
-
-def _score_json(loaded: Any, item: Any, per_token: bool) -> dict[str, Any]:
-    entry = {
-        "text": item.text,
-        "pseudo_log_likelihood": item.pseudo_log_likelihood,
-        "tokens": len(item.token_ids),
-    }
-    if per_token:
-        entry["per_token"] = [
-            {"token": id, "token_str": loaded.tokenizer.token(id), "log_prob": log_prob}
+        raise UserError(f"{'standard input' if options.file == '-' else options.file}: there is no text to score")
+    backend = options.load()
+    entries = []
+    for item in score_texts(backend, texts, variant=options.pll, allow_batch_coupling=options.allow_batch_coupling):
+        tokens = [
+            {"token": id, "token_str": backend.tokenizer.token(id), "log_prob": log_prob}
             for id, log_prob in zip(item.token_ids.tolist(), item.log_prob.tolist(), strict=True)
         ]
-    return entry
+        entry = {"text": item.text, "pseudo_log_likelihood": item.pseudo_log_likelihood, "tokens": len(tokens)}
+        entries.append(entry | ({"per_token": tokens} if options.per_token else {}))
+    if options.as_json:
+        print_json({"pll": options.pll, "texts": entries})
+        return
+    for entry in entries:
+        text = " ".join(entry["text"].splitlines())
+        say(f"{_number(entry['pseudo_log_likelihood'])}\t{entry['tokens']}\t{text}")
+        for token in entry.get("per_token", ()):
+            say(f"    {token['log_prob']:9.4f}  {token['token_str']}")

@@ -2,36 +2,77 @@
 
 import math
 import re
+from dataclasses import dataclass
 from typing import Any
 
 import click
 
-from mlmkit.cli.options import json_option, model_options
+from mlmkit.cli.options import Command, ModelOptions, json_option, model_options, receives
 from mlmkit.console import print_json, say
 from mlmkit.errors import UserError, require
 from mlmkit.serve.limits import BATCH_TOKENS, QUEUE_TOKENS, Limits
 
+
+@dataclass(frozen=True, kw_only=True)
+class FillOptions(ModelOptions):
+    """The arguments and options of `mlmkit fill`."""
+
+    text: str
+    top_k: int
+    targets: tuple[str, ...]
+    as_json: bool
+
+
+@click.command()
+@click.argument("model")
+@click.argument("text")
+@click.option("--top-k", default=5, show_default=True, help="Candidates per mask.")
+@click.option("--targets", multiple=True, metavar="TEXT", help="Rank only this, exactly as written. Repeatable.")
+@model_options
+@json_option
+@receives(FillOptions)
+def fill(options: FillOptions) -> None:
+    """Fill each mask in TEXT.
+
+    For example: mlmkit fill MODEL "O rato [MASK] a roupa do rei de Roma."
+
+    Write the mask as the model's tokenizer does: [MASK] for BERT, <mask> for RoBERTa. For tokenizers that spell bytes,
+    such as RoBERTa's, a target inside a text begins with its space: --targets " rei".
+    """
+    from mlmkit.fill import fill as run_fill
+
+    masks = run_fill(options.load(), options.text, top_k=options.top_k, targets=options.targets)
+    if options.as_json:
+        print_json({"text": options.text, "masks": masks})
+        return
+    for number, candidates in enumerate(masks, start=1):
+        if len(masks) > 1:
+            say(f"mask {number}")
+        for candidate in candidates:
+            say(f"{candidate['score']:8.4f}  {candidate['token_str']:16}  {candidate['sequence']}")
+
+
 AT_LEAST_1 = click.IntRange(min=1)
-# Field of `Limits`, option, type, help.
-BOUNDS: tuple[tuple[str, str, Any, str], ...] = (
+# A field of `Limits`, its option, the option's type, what it limits.
+LIMIT_OPTIONS: tuple[tuple[str, str, Any, str], ...] = (
     ("body_bytes", "--max-body-bytes", AT_LEAST_1, "Bytes per request."),
     ("texts", "--max-texts", AT_LEAST_1, "Texts per request."),
     ("text_tokens", "--max-tokens", AT_LEAST_1, "Tokens per text."),
     ("text_masks", "--max-masks", AT_LEAST_1, "Masks per text."),
     ("targets", "--max-targets", AT_LEAST_1, "Targets per request."),
-    ("candidates", "--max-candidates", AT_LEAST_1, "Candidates per request, over all its masks."),
-    ("requests", "--max-requests", AT_LEAST_1, "Requests at once."),
-    ("queue_tokens", "--max-queue-tokens", AT_LEAST_1, "Tokens in the queue."),
+    ("candidates", "--max-candidates", AT_LEAST_1, "Candidates that a request may ask for."),
+    ("requests", "--max-requests", AT_LEAST_1, "Concurrent requests."),
+    ("queue_tokens", "--max-queue-tokens", AT_LEAST_1, "Tokens waiting in the queue."),
     ("batch_tokens", "--batch-tokens", AT_LEAST_1, "Tokens per engine call."),
-    ("wait_seconds", "--max-wait", click.FloatRange(min=0), "Seconds that a call waits for more requests."),
-    ("deadline_seconds", "--deadline", click.FloatRange(min=0.01), "Seconds until an answer."),
-    ("drain_seconds", "--drain", click.FloatRange(min=0), "Seconds to answer accepted requests after SIGTERM."),
+    ("wait_seconds", "--max-wait", click.FloatRange(min=0), "Seconds to wait for more texts to fill a batch."),
+    ("deadline_seconds", "--deadline", click.FloatRange(min=0.01), "Seconds until a request must be answered."),
+    ("drain_seconds", "--drain", click.FloatRange(min=0), "Seconds to finish open requests when stopped."),
 )
 
 
-def limit_options(command: Any) -> Any:
-    """Add one option per limit."""
-    for field, name, kind, help in reversed(BOUNDS):
+def limit_options(command: Command) -> Command:
+    """Add an option for each limit."""
+    for field, name, kind, help in reversed(LIMIT_OPTIONS):
         command = click.option(name, field, type=kind, help=f"{help} Default: {_default(field)}.")(command)
     return command
 
@@ -45,39 +86,10 @@ def _default(field: str) -> str:
 
 @click.command()
 @click.argument("model")
-@click.argument("text")
-@click.option("--top-k", default=5, show_default=True, help="Candidates a mask.")
-@click.option("--targets", multiple=True, metavar="TEXT", help="Rank only this, exactly as written. Repeatable.")
-@model_options
-@json_option
-def fill(model: str, text: str, top_k: int, targets: tuple[str, ...], backend: str, device: str, as_json: bool) -> None:
-    """Fill each mask in TEXT.
-
-    For example: mlmkit fill MODEL "O rato [MASK] a roupa do rei de Roma."
-
-    The mask is written as the model's tokenizer writes it: [MASK] for BERT, <mask> for RoBERTa. A target inside a text
-    begins with its space for RoBERTa and others that spell bytes: --targets " rei".
-    """
-    from mlmkit.backends import load
-    from mlmkit.fill import fill as run_fill
-
-    candidates = run_fill(load(model, backend, device), text, top_k=top_k, targets=targets)
-    if as_json:
-        print_json({"text": text, "masks": candidates})
-        return
-    for number, row in enumerate(candidates, start=1):
-        if len(candidates) > 1:
-            say(f"mask {number}")
-        for candidate in row:
-            say(f"{candidate['score']:8.4f}  {candidate['token_str']:16}  {candidate['sequence']}")
-
-
-@click.command()
-@click.argument("model")
 @click.option("--host", default="127.0.0.1", show_default=True, help="The address to listen on.")
-@click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0 takes a free one.")
+@click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0 picks a free port.")
 @click.option("--workers", type=AT_LEAST_1, default=1, show_default=True, help="Processes, each with its own model.")
-@click.option("--token", envvar="MLMKIT_TOKEN", help="Ask for this bearer token. Default: $MLMKIT_TOKEN.")
+@click.option("--token", envvar="MLMKIT_TOKEN", help="Require this bearer token. Default: $MLMKIT_TOKEN.")
 @click.option(
     "--allow-host",
     "names",
@@ -100,18 +112,16 @@ def serve(
     device: str,
     **bounds: float | None,
 ) -> None:
-    """Serve MODEL over HTTP: fill-mask, scoring, and a web page.
+    """Serve MODEL over HTTP: fill-mask, scoring, and a page to try it.
 
     The API is Hugging Face's: huggingface_hub.InferenceClient("http://127.0.0.1:8000").fill_mask(...). The running
-    server documents it at /docs. On SIGTERM the server answers the requests that it has accepted, then exits.
+    server documents it at /docs. On SIGTERM the server answers what it has accepted and stops.
     """
     require("serve", "fastapi", "fastapi_offline", "httptools", "prometheus_client", "uvicorn")
     from mlmkit.serve.server import ServeOptions, serve
 
-    if workers is not None:
-        raise UserError("--workers no longer exists: start several servers, each on its own port, behind a proxy")
-    limits = {name: value for name, value in bounds.items() if value is not None}
-    for field, name, _, _ in BOUNDS:
+    limits = {field: value for field, value in bounds.items() if value is not None}
+    for field, name, _, _ in LIMIT_OPTIONS:
         if not math.isfinite(limits.get(field, 0)):
             raise UserError(f"{name} must be a number, not {limits[field]}")
     if token is not None and not token.strip():
@@ -119,5 +129,5 @@ def serve(
     for name in names:
         if not re.fullmatch(r"[\w.-]+|\[[\da-fA-F:]+\]", name):
             raise UserError(f"--allow-host {name}: give a host name without https:// and port")
-    token = token and token.strip()  # a secret from a file may end in a newline
-    serve(ServeOptions(model, backend, device, host, port, token, names, log_texts, limits))
+    token = token and token.strip()  # a secret read from a file may end in a newline
+    serve(Serving(model, backend, device, host, port, token, names, workers, log_texts, limits))

@@ -12,13 +12,13 @@ from mlmkit.errors import UserError, require
 
 
 @click.command()
-@click.option("--text", type=click.Path(), help="Train on this text file (a document a line) instead.")
+@click.option("--text", type=click.Path(), help="Train on this text file (one document per line) instead.")
 @click.option("--output", type=click.Path(path_type=Path), default=Path("mlmkit-demo"), show_default=True)
 def demo(text: str | None, output: Path) -> None:
     """Everything below, in minutes, on Python's own docs.
 
     Trains a tokenizer and a small BERT, exports it to ONNX with a parity check, evaluates both on held-out documents
-    with the same masks, and fills a few. Run again, it goes on from what is already there.
+    with the same masks, and fills a few masks. Run it again to resume from what is already there.
     """
     require("train", "torch", "transformers", "onnx", "onnxscript", "safetensors")
     from mlmkit.demo import run_demo
@@ -30,22 +30,22 @@ def demo(text: str | None, output: Path) -> None:
 @click.argument("config", type=click.Path())
 @click.option("--set", "overrides", multiple=True, metavar="TABLE.KEY=VALUE", help="Override a setting. Repeatable.")
 @click.option("--output", type=click.Path(path_type=Path), help="The run folder.")
-@click.option("--dry-run", "dry", is_flag=True, help="Show what would be trained and what it costs, and stop.")
+@click.option("--dry-run", "dry", is_flag=True, help="Show what would be trained and what it costs, and exit.")
 @click.option(
     "--sweep",
     "sweeps",
     multiple=True,
     metavar="TABLE.KEY=VALUE,VALUE,...",
-    help="Train once for each value and compare on data.held_out. Repeatable: all combinations.",
+    help="Train once per value and compare on data.held_out. Repeat to try all combinations.",
 )
 @json_option
 def train(
     config: str, overrides: tuple[str, ...], output: Path | None, dry: bool, sweeps: tuple[str, ...], as_json: bool
 ) -> None:
-    """Train a model as CONFIG (a TOML file) says.
+    """Train a model from CONFIG (a TOML file).
 
-    The same command goes on where an interrupted run stopped. The model ends up in OUTPUT/model, a Hugging Face folder.
-    On several GPUs: torchrun --nproc-per-node N -m mlmkit train CONFIG --output OUTPUT.
+    Run the same command again to resume an interrupted run. OUTPUT/model is the model, a Hugging Face folder. On several
+    GPUs: torchrun --nproc-per-node N -m mlmkit train CONFIG --output OUTPUT.
     """
     from mlmkit.distributed import said_once
     from mlmkit.train.config import load_config
@@ -53,18 +53,18 @@ def train(
     with said_once():
         settings = load_config(config, overrides)
         if dry and sweeps:
-            raise UserError("--dry-run shows one run: leave --sweep out")
+            raise UserError("--dry-run shows a single run: leave out --sweep")
         if not dry and output is None:
             raise UserError("--output is missing: name the run folder")
         require("train", "torch", "transformers", "safetensors")
     if dry:
         from mlmkit.train.dry_run import dry_run, lines
 
-        found = dry_run(settings)
+        summary = dry_run(settings)
         if as_json:
-            print_json(asdict(found))
+            print_json(asdict(summary))
         else:
-            for line in lines(found):
+            for line in lines(summary):
                 say(line)
     elif output is not None and sweeps:
         from mlmkit.train.sweep import check, plan, sweep, table
