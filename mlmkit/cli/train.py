@@ -44,8 +44,8 @@ def train(
 ) -> None:
     """Train a model from CONFIG (a TOML file).
 
-    Run the same command again to resume an interrupted run. OUTPUT/model is the model, a Hugging Face folder. On several
-    GPUs: torchrun --nproc-per-node N -m mlmkit train CONFIG --output OUTPUT.
+    Run the same command again to resume an interrupted run. The model is saved to OUTPUT/model, a Hugging Face folder.
+    On several GPUs: torchrun --nproc-per-node N -m mlmkit train CONFIG --output OUTPUT.
     """
     from mlmkit.distributed import said_once
     from mlmkit.train.config import load_config
