@@ -41,7 +41,7 @@ def test_a_sound_artifact_is_shown(capsys, artifact):
     assert lines["model.onnx"].endswith(" ok")
     assert lines["onnx on cpu"].endswith(" yes")
     assert "the artifact has no TensorRT plan" in lines["tensorrt on cuda"]
-    assert lines["none"]
+    assert lines["problems"].endswith(" none")
 
 
 def test_as_json_it_is_one_object(capsys, artifact):

@@ -62,7 +62,7 @@ def _rows(inspection: "Inspection") -> Rows:
     if manifest.sees_padding:
         rows.append(("padding", "changes its scores, so a batch holds rows of one length"))
     rows += [("fingerprint", manifest.fingerprint), ("exported by", f"mlmkit {manifest.mlmkit_version}")]
-    rows += _section("parity (nats)", report_rows(manifest.parity) or [("no report", "")])
+    rows += _section("parity, in nats", report_rows(manifest.parity) or [("no report", "")])
     if manifest.drift_allowed:
         rows.append(("  allowed drift", "parity is outside its bounds: exported with --allow-drift"))
     if manifest.calibration:
@@ -73,7 +73,8 @@ def _rows(inspection: "Inspection") -> Rows:
     if graph:
         nodes = f"{sum(graph.operators.values()):,} nodes of {len(graph.operators)} types"
         rows.append(("graph", f"{nodes}, weights in {', '.join(sorted(graph.external)) or 'the same file'}"))
-    rows += _section("problems", [("", problem) for problem in inspection.problems or ["none"]])
+    problems = inspection.problems or ["none"]
+    rows += zip(["problems", *[""] * (len(problems) - 1)], problems, strict=True)
     engines = [(f"{engine.backend} on {engine.device}", engine.reason or "yes") for engine in inspection.engines]
     return rows + _section("runs here", engines)
 
@@ -101,4 +102,4 @@ def _tensorrt(built: "TensorRT") -> Rows:
 
 
 def _section(title: str, rows: Rows) -> Rows:
-    return [(title, ""), *((f"  {name}" if name else "", value) for name, value in rows)]
+    return [(title, ""), *((f"  {name}", value) for name, value in rows)]
