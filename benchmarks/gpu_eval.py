@@ -143,7 +143,7 @@ def load_model(path: Path, device: str, dtype: str) -> Any:
     """`MaskedLM`, in evaluation mode."""
     import torch
 
-    from mlmkit.model import load_pretrained
+    from mlmkit.pretrained import load_pretrained
 
     model, _ = load_pretrained(str(path))
     torch.set_float32_matmul_precision("highest")

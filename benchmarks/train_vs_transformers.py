@@ -152,7 +152,7 @@ def rows_for_trainer(case: Case, text: Path, tokenizer_folder: Path, architectur
     """Tokenised as `run_mlm.py` does, with and without its `--line_by_line`."""
     from transformers import AutoTokenizer
 
-    from mlmkit.model import load_tokenizer
+    from mlmkit.pretrained import load_tokenizer
     from mlmkit.train.presets import build_config
 
     tokenizer: Any = AutoTokenizer.from_pretrained(tokenizer_folder)
@@ -300,7 +300,7 @@ def compare(case: Case, options: argparse.Namespace, folder: Path) -> dict[str, 
 
 def body_parameters(architecture: str, tokenizer: Path, length: int) -> int:
     """Of the network that both sides train."""
-    from mlmkit.model import load_tokenizer
+    from mlmkit.pretrained import load_tokenizer
     from mlmkit.train.presets import build_config
 
     return encoder_parameters(build_config(architecture, load_tokenizer(str(tokenizer)), length))

@@ -19,11 +19,12 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from mlmkit.corpus import ranges, tokenize
+from mlmkit.corpus import tokenize
 from mlmkit.documents import checked_text, csv_rows, is_table, json_rows, read_rows
 from mlmkit.errors import UserError
 from mlmkit.eval.material import InMemory
 from mlmkit.tokenizer import Tokenizer
+from mlmkit.windows import ranges
 
 SCORINGS = ("all", "shared")
 LARGEST_UNPACKED = 256 << 20  # bytes, of a zip; BLiMP has 27 MB

@@ -8,10 +8,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from mlmkit.corpus import Corpus, Windows, nearest_window, overlapping_windows
+from mlmkit.corpus import Corpus
 from mlmkit.errors import UserError
 from mlmkit.masking import Corruption, MaskVocabulary
 from mlmkit.tokenizer import Tokenizer
+from mlmkit.windows import Windows, nearest_window, overlapping_windows
 
 VARIANTS = ("original", "within-word")
 WHOLE_WORD, FIRST_PIECE, LATER_PIECE = range(3)

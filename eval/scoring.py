@@ -12,11 +12,12 @@ from numpy.typing import NDArray
 
 from mlmkit.backends import Backend, Batch
 from mlmkit.batching import length_batches
-from mlmkit.corpus import Corpus, ranges
+from mlmkit.corpus import Corpus
 from mlmkit.errors import CheckError, UserError
 from mlmkit.eval.parts import Part
 from mlmkit.eval.plan import Plan
 from mlmkit.tokenizer import Tokenizer
+from mlmkit.windows import ranges
 
 BATCH_TOKENS = {"cpu": 2048, "cuda": 65536}  # on a CPU larger batches leave the cache: docs/decisions.md
 BATCHES_AHEAD = 8

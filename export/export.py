@@ -26,7 +26,7 @@ from mlmkit.export.precision import convert
 from mlmkit.export.profiles import PlanOptions
 from mlmkit.export.proof_text import FALLBACK, ProofText, proof_text
 from mlmkit.files import locate_model, new_folder
-from mlmkit.model import from_pretrained, save_tokenizer
+from mlmkit.pretrained import from_pretrained, save_tokenizer
 
 log = logging.getLogger(__name__)
 

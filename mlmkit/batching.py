@@ -1,4 +1,4 @@
-"""Which windows share a batch: packs of a fixed token budget for training, length-sorted batches for evaluation."""
+"""Group windows into batches: packs with a token budget for training, length-sorted batches for evaluation."""
 
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
@@ -13,20 +13,20 @@ LOOKAHEAD = 1024
 def pack(
     lengths: Iterable[int], budget: int, *, max_members: int | None = None, open_packs: int = OPEN_PACKS
 ) -> Iterator[list[int]]:
-    """Indices of items, each once, in packs of at most `max_members` whose lengths sum to at most `budget`.
+    """Yield packs of item indices, each item once, with at most `max_members` and `budget` tokens per pack.
 
-    Best fit (Johnson 1974), in order of arrival: an item goes to the fullest open pack that has room for it. Where none
-    has, another opens, and the fullest of `open_packs` closes before. So each pack is a sample of all lengths, and
-    nothing waits for long. It depends on `lengths` and their order alone.
+    Best fit (Johnson 1974), in order of arrival: an item goes to the fullest open pack with room for it. If none has
+    room, a new pack opens, after the fullest of `open_packs` has been closed. So each pack is a sample of all lengths,
+    and no item waits for long. The packs depend only on `lengths` and their order.
 
-    Raises `ValueError` when an item is longer than the budget.
+    Raises `ValueError` if an item is longer than the budget.
     """
-    rooms: list[int] = []  # ascending: the fullest first
+    rooms: list[int] = []  # free tokens of each open pack, ascending
     packs: list[list[int]] = []
     for index, length in enumerate(lengths):
-        place = bisect_left(rooms, length)
-        if place < len(rooms):
-            room, members = rooms.pop(place), packs.pop(place)
+        fullest = bisect_left(rooms, length)
+        if fullest < len(rooms):
+            room, members = rooms.pop(fullest), packs.pop(fullest)
         elif length > budget:
             raise ValueError(f"item {index} of {length} tokens exceeds the budget of {budget}")
         else:
@@ -39,17 +39,17 @@ def pack(
         if not room or len(members) == max_members:
             yield members
         else:
-            place = bisect_left(rooms, room)
-            rooms.insert(place, room)
-            packs.insert(place, members)
+            rank = bisect_left(rooms, room)
+            rooms.insert(rank, room)
+            packs.insert(rank, members)
     yield from packs
 
 
 def length_batches(lengths: NDArray[np.int64], budget: int, *, equal: bool = False) -> list[NDArray[np.int64]]:
-    """Indices of rows, each once, in batches of similar length: `rows * longest <= budget`, or a single row.
+    """Return batches of row indices of similar length, each row once: `rows * longest <= budget`, or a single row.
 
-    With `equal`, the rows of a batch have one length, so there is no padding. Longest first, so that memory peaks at
-    once and not at the end. It depends on `lengths` alone.
+    With `equal`, all rows of a batch have the same length, so there is no padding. The longest come first, so that
+    memory peaks at the start and not at the end. The batches depend only on `lengths`.
     """
     order = np.argsort(-lengths, kind="stable")
     descending = lengths[order]
@@ -65,7 +65,7 @@ def length_batches(lengths: NDArray[np.int64], budget: int, *, equal: bool = Fal
 
 
 def bucketed(lengths: Sequence[int], budget: int, lookahead: int = LOOKAHEAD) -> Iterator[list[int]]:
-    """The padded counterpart of `pack`: `length_batches` over successive stretches of `lookahead` items."""
+    """Yield padded batches where `pack` cannot be used: `length_batches` over successive runs of `lookahead` items."""
     for begin in range(0, len(lengths), lookahead):
         stretch = np.asarray(lengths[begin : begin + lookahead], dtype=np.int64)
         for batch in length_batches(stretch, budget):
@@ -73,7 +73,7 @@ def bucketed(lengths: Sequence[int], budget: int, lookahead: int = LOOKAHEAD) ->
 
 
 def pad(rows: Sequence[NDArray[np.int64]], pad_id: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """`input_ids` and `attention_mask`, both `[rows, longest]` int64, from rows of any lengths."""
+    """Pad rows to `input_ids` and `attention_mask`, both `[rows, longest]` int64."""
     lengths = np.array([len(row) for row in rows])
     attention_mask = (np.arange(lengths.max(initial=0)) < lengths[:, None]).astype(np.int64)
     input_ids = np.full(attention_mask.shape, pad_id, dtype=np.int64)

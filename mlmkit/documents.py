@@ -1,4 +1,4 @@
-"""Text files, jsonl, csv, parquet and datasets of the hub → rows → documents. A document is a text."""
+"""Text files, jsonl, csv, parquet and hub datasets → rows → documents. A document is one text."""
 
 import codecs
 import contextlib
@@ -17,8 +17,8 @@ from mlmkit.errors import UserError, first_line, require
 
 HUB = "hub:"
 TABLES = (".jsonl", ".json", ".ndjson", ".csv", ".tsv", ".parquet")
-# How a file begins that is no UTF-8 text, what it is, and what makes something readable of it.
-NO_UTF8 = (
+# How files that are not UTF-8 text begin, what they are, and how to get text from them.
+NOT_UTF8 = (
     (rb"\x1f\x8b", "gzip", "unpack it (gzip -dc FILE > TEXT)"),
     (rb"BZh[1-9]1AY", "bzip2", "unpack it (bzip2 -dc FILE > TEXT)"),
     (rb"\xfd7zXZ", "xz", "unpack it (xz -dc FILE > TEXT)"),
@@ -31,16 +31,18 @@ NO_UTF8 = (
     (rb"\xff\xfe|\xfe\xff", "UTF-16", "convert it (iconv -f UTF-16 -t UTF-8 FILE > TEXT)"),
 )
 
+Row = tuple[str, dict[str, Any]]  # where it stands, for messages, and its fields
+
 
 @dataclass(frozen=True)
 class Source:
     """Where documents come from.
 
-    `location` is a file (`.jsonl` or `.json` of one object per line, `.csv` or `.tsv` with a header, `.parquet`,
-    anything else is text) or `hub:NAME[:CONFIG][@SPLIT][#FILES]` for a dataset of the hub or a local folder that
-    `datasets` can read; FILES is a pattern of the split's files, where the whole would be too much to fetch.
-    `text_field` is the column or key that holds the text. `blank_line` makes blocks of lines the documents of a text
-    file. `strip` drops the white space around each text.
+    `location` is a file or a dataset. By suffix a file is `.jsonl` or `.json` with one object per line, `.csv` or
+    `.tsv` with a header, `.parquet`, or else text. A dataset is `hub:NAME[:CONFIG][@SPLIT][#FILES]`, on the hub or in a
+    local folder that `datasets` can read; FILES is a pattern that picks files of a split too large to fetch whole.
+    `text_field` is the column or key that holds the text. With `blank_line`, blank lines separate the documents of a
+    text file; otherwise each line is a document. `strip` removes the white space around each text.
     """
 
     location: str
@@ -49,44 +51,49 @@ class Source:
     strip: bool = False
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "location", os.fspath(self.location))  # a Path will do
+        object.__setattr__(self, "location", os.fspath(self.location))  # accept a Path
+
+
+def is_blank(text: str) -> bool:
+    """Whether a text is empty or only white space, and so is not a document."""
+    return not text or text.isspace()
 
 
 def read_documents(source: Source) -> Iterator[str]:
-    """The documents, in order. A text of white space only is no document.
+    """Yield the documents in order, without blank texts.
 
-    Raises `UserError`, naming the file and the line, when something cannot be read as text.
+    Raises `UserError`, naming the file and the line, for what cannot be read as text.
     """
-    return (text for text in read_texts(source) if text and not text.isspace())
+    return (text for text in read_texts(source) if not is_blank(text))
 
 
 def read_texts(source: Source) -> Iterator[str]:
-    """The same with the texts of white space only, which are no documents, for who counts them."""
+    """Like `read_documents`, but keeps blank texts so that callers can count them."""
     if is_table(source.location):
         rows = read_rows(source.location, source.text_field)
-        texts = (_text(row, source.text_field, place) for place, row in rows)
+        texts = (_text(row, source.text_field, where) for where, row in rows)
     else:
         lines = read_lines(existing_file(source.location))
         texts = _blocks(lines) if source.blank_line else lines
     return (text.strip() for text in texts) if source.strip else texts
 
 
-def _text(row: dict[str, Any], field: str, place: str) -> str:
+def _text(row: dict[str, Any], field: str, where: str) -> str:
     if field not in row:
-        known = f"{place} has no field {field!r} (it has {', '.join(row)})"
+        known = f"{where} has no field {field!r} (it has {', '.join(row)})"
         raise UserError(f"{known}: name one with --text-field (in training data.text_field), or rename it")
-    return checked_text(row[field], f"{place}, field {field!r}")
+    return checked_text(row[field], f"{where}, field {field!r}")
 
 
 def is_table(location: str) -> bool:
-    """Whether this is read by `read_rows`; otherwise it is lines of text."""
+    """Whether a location holds rows (see `read_rows`); otherwise it holds lines of text."""
     return location.startswith(HUB) or Path(location).suffix.lower() in TABLES
 
 
-def read_rows(location: str, column: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
-    """Each row of a table with its place, for messages. With `column`, only that one where this saves reading.
+def read_rows(location: str, column: str = "") -> Iterator[Row]:
+    """Yield each row of a table. Parquet files and datasets read only `column`, if they have it.
 
-    Raises `UserError` naming what cannot be read.
+    Raises `UserError`, naming the file and the row, for what cannot be read.
     """
     if location.startswith(HUB):
         return _hub_rows(location, column)
@@ -101,28 +108,29 @@ def read_rows(location: str, column: str = "") -> Iterator[tuple[str, dict[str, 
 
 
 def existing_file(location: str) -> Path:
-    """The path, or `UserError` if it is missing, a folder or unreadable."""
+    """Return the path. Raises `UserError` if it is missing, a folder, or unreadable."""
     path = Path(location)
     if path.is_dir():
         raise UserError(f"{location} is a folder: name a file in it, or {HUB}{location} to read it with datasets")
     if not path.exists():
-        raise UserError(f"{location}: no such file (a dataset of the hub is written {HUB}NAME)")
+        raise UserError(f"{location}: no such file (name a hub dataset as {HUB}NAME)")
     if not os.access(path, os.R_OK):
         raise UserError(f"{location}: no permission to read it")
     return path
 
 
 def read_lines(path: Path) -> Iterator[str]:
-    """Lines of UTF-8, split at LF alone, one CR before it dropped: mask-v1 fixes this, and `str.splitlines` differs.
+    """Yield the lines of a UTF-8 file: split at LF only, one CR before it removed, a byte-order mark skipped.
 
-    A byte-order mark at the beginning is not part of the text. Raises `UserError` for what is not UTF-8.
+    mask-v1 fixes this; `str.splitlines` splits differently. Raises `UserError` for a file that is not UTF-8.
     """
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             line = line.removesuffix(b"\n").removesuffix(b"\r") if line.endswith(b"\n") else line
             if number == 1:
-                if found := next((other for other in NO_UTF8 if re.match(other[0], line)), None):
-                    raise UserError(f"{path} is {found[1]}, not UTF-8 text: {found[2]}")
+                for beginning, kind, advice in NOT_UTF8:
+                    if re.match(beginning, line):
+                        raise UserError(f"{path} is {kind}, not UTF-8 text: {advice}")
                 line = line.removeprefix(codecs.BOM_UTF8)
             try:
                 yield line.decode("utf-8")
@@ -134,29 +142,30 @@ def read_lines(path: Path) -> Iterator[str]:
 
 
 def _blocks(lines: Iterable[str]) -> Iterator[str]:
-    """Blocks of lines between lines of white space, joined by LF."""
-    for is_blank, block in groupby(lines, key=lambda line: not line.strip()):
-        if not is_blank:
+    """Join the lines between blank lines with LF."""
+    for is_blank_line, block in groupby(lines, key=is_blank):
+        if not is_blank_line:
             yield "\n".join(block)
 
 
-def json_rows(place: str, lines: Iterable[str]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The object in each line that is not white space. Raises `UserError` naming the line that holds none."""
+def json_rows(name: str, lines: Iterable[str]) -> Iterator[Row]:
+    """Yield the JSON object of each line that is not blank. Raises `UserError`, naming the line, for anything else."""
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
+        where = f"{name}: line {number}"
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise UserError(f"{place}: line {number} is not JSON: {error}: write an object in each line") from None
+            raise UserError(f"{where} is not JSON: {error}: write one object per line") from None
         if not isinstance(row, dict):
-            raise UserError(f"{place}: line {number} is no JSON object: write an object in each line")
-        yield f"{place}: line {number}", row
+            raise UserError(f"{where} is not a JSON object: write one object per line")
+        yield where, row
 
 
-def csv_rows(path: Path, delimiter: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The rows under a header, each with its place. Raises `UserError` naming the line that does not fit it."""
-    csv.field_size_limit((1 << 31) - 1)  # of the whole process; by default 128 KiB, which a document may exceed
+def csv_rows(path: Path, delimiter: str) -> Iterator[Row]:
+    """Yield the rows under the header. Raises `UserError`, naming the line, for a row that does not match it."""
+    csv.field_size_limit((1 << 31) - 1)  # process-wide; the default is 128 KiB, which a document may exceed
     rows = csv.DictReader((f"{line}\n" for line in read_lines(path)), delimiter=delimiter, strict=True)
     try:
         for row in rows:
@@ -164,11 +173,11 @@ def csv_rows(path: Path, delimiter: str) -> Iterator[tuple[str, dict[str, Any]]]
                 raise csv.Error(f"it has {'more' if None in row else 'fewer'} fields than the header")
             yield f"{path}: line {rows.line_num}", row
     except csv.Error as error:
-        advice = "put texts with delimiters or line breaks in quotes, and write a quote in them twice"
+        advice = "quote texts that contain delimiters or line breaks, and double the quotes in them"
         raise UserError(f"{path}: line {rows.reader.line_num}: {error}: {advice}") from None
 
 
-def _parquet_rows(path: Path, column: str) -> Iterator[tuple[str, dict[str, Any]]]:
+def _parquet_rows(path: Path, column: str) -> Iterator[Row]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -181,8 +190,8 @@ def _parquet_rows(path: Path, column: str) -> Iterator[tuple[str, dict[str, Any]
         raise UserError(f"{path}: cannot be read as parquet: {first_line(error)}") from None
 
 
-def _hub_rows(location: str, column: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The rows of a dataset, or those of each of its configurations, by name, where the location says `*`."""
+def _hub_rows(location: str, column: str) -> Iterator[Row]:
+    """Yield the rows of a dataset. A `*` for the configuration means all of them, sorted by name."""
     locations = [location]
     if re.match(f"{HUB}[^@#]+:\\*", location):
         require("train", "datasets")
@@ -199,7 +208,10 @@ def _hub_rows(location: str, column: str) -> Iterator[tuple[str, dict[str, Any]]
 
 
 def load_hub(location: str) -> Any:
-    """The split that `hub:NAME[:CONFIG][@SPLIT][#FILES]` names, as a `datasets.Dataset`. Raises `UserError`."""
+    """Return the `datasets.Dataset` that `hub:NAME[:CONFIG][@SPLIT][#FILES]` names.
+
+    Raises `UserError` if it cannot be loaded or `datasets` is not installed.
+    """
     require("train", "datasets")
     import datasets
 
@@ -213,13 +225,13 @@ def load_hub(location: str) -> Any:
             config or None,
             split=split,
             data_files={split: files} if files else None,
-            verification_mode="no_checks" if files else None,  # the card counts the rows of all files
+            verification_mode="no_checks" if files else None,  # the dataset card counts the rows of all files
         )
 
 
 @contextlib.contextmanager
 def _hub_errors(location: str) -> Iterator[None]:
-    """datasets raises many kinds, for many causes (a missing name, split, network): say which, in one line."""
+    """Turn any error into a one-line `UserError`: datasets raises many kinds (a missing name or split, the network)."""
     import datasets
 
     datasets.disable_progress_bars()
@@ -232,12 +244,12 @@ def _hub_errors(location: str) -> Iterator[None]:
         raise UserError(f"{location}: cannot be loaded: {type(cause).__name__}: {first_line(cause)}") from None
 
 
-def checked_text(value: object, place: str) -> str:
-    """The value, if it is Unicode text. Raises `UserError` naming its place otherwise."""
+def checked_text(value: object, where: str) -> str:
+    """Return the value if it is valid Unicode text. Raises `UserError`, saying `where` it stands, if not."""
     if not isinstance(value, str):
-        raise UserError(f"{place} holds {type(value).__name__}, not text")
+        raise UserError(f"{where} holds {type(value).__name__}, not text")
     try:
         value.encode("utf-8")
     except UnicodeEncodeError:
-        raise UserError(f"{place} holds half a surrogate pair, which is no Unicode text") from None
+        raise UserError(f"{where} holds half a surrogate pair, which is not valid Unicode") from None
     return value

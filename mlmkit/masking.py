@@ -1,11 +1,11 @@
-"""mask-v1: which tokens are hidden, and by what, as a pure function of the data.
+"""mask-v1: which tokens are masked, and with what, as a pure function of the data.
 
-A document's corruption depends on its text, its token ids, the recipe, the seed and the epoch, and on
-nothing else: not on the batch, the window, the worker, the rank or the order. `docs/masking.md` is the
-specification, with vectors that another implementation can be checked against.
+A document's corruption depends only on its text, its token ids, the recipe, the seed and the epoch: not on the batch,
+the window, the worker, the rank or the order. `docs/masking.md` is the specification, with test vectors for other
+implementations.
 
-Shapes: a batch of documents (or of spans of documents) is flat. `ids` is `[tokens]`, `lengths` and `keys`
-are `[documents]`, and document d owns the next `lengths[d]` entries of `ids`.
+Shapes: a batch of documents (or of spans of documents) is flat. `ids` is `[tokens]`, `lengths` and `keys` are
+`[documents]`, and document d owns the next `lengths[d]` entries of `ids`.
 """
 
 from dataclasses import asdict, dataclass
@@ -23,10 +23,10 @@ DIGEST_MODULUS = 1 << 128
 
 @dataclass(frozen=True)
 class MaskRecipe:
-    """How much is selected and how a selected token is treated.
+    """What share of tokens is selected, and what replaces them.
 
-    `replace_prob` become the mask token, `random_prob` a random ordinary token, the rest stay unchanged.
-    With `whole_word`, a token is selected when the first token of its word is.
+    Of the selected tokens a share of `replace_prob` becomes the mask token, `random_prob` a random ordinary token, and
+    the rest stay unchanged. With `whole_word`, a token is selected if the first token of its word is.
 
     Raises `UserError` for a probability outside [0, 1], NaN, or treatments that sum to more than 1.
     """
@@ -46,15 +46,15 @@ class MaskRecipe:
             raise UserError(f"replace_prob + random_prob must not exceed 1, but they sum to {total:g}")
 
     def describe(self) -> dict[str, float | bool | str]:
-        """The recipe as `result.json` and the manifest carry it."""
+        """Return the recipe as it is stored in `result.json` and the manifest."""
         return {"algorithm": ALGORITHM, **asdict(self)}
 
 
 @dataclass(frozen=True)
 class MaskVocabulary:
-    """What mask-v1 needs to know of a tokenizer.
+    """What mask-v1 needs to know about a tokenizer.
 
-    `is_special` is `[max id + 1]` bool; `ordinary` is every id that is not special, ascending, `[ordinary]` int64.
+    `is_special` is `[max id + 1]` bool. `ordinary` `[ordinary]` int64 is every id that is not special, ascending.
     """
 
     mask_id: int
@@ -63,7 +63,7 @@ class MaskVocabulary:
 
     @classmethod
     def build(cls, ids: NDArray[np.int64], special_ids: frozenset[int], mask_id: int) -> "MaskVocabulary":
-        """From all vocabulary ids (any order) and the special ones among them."""
+        """Build it from all vocabulary ids, in any order, and the special ones among them."""
         is_special = np.zeros(int(ids.max()) + 1, dtype=np.bool_)
         is_special[sorted(special_ids)] = True
         ordinary = np.unique(ids)
@@ -80,26 +80,26 @@ class Corruption:
 
 
 def document_key(text: str) -> int:
-    """The document's 64-bit identity: little-endian blake2b of its UTF-8 bytes."""
+    """Return the document's 64-bit key: blake2b of its UTF-8 bytes, read as a little-endian integer."""
     return int.from_bytes(blake2b(text.encode("utf-8"), digest_size=8).digest(), "little")
 
 
 def random_words(
     keys: NDArray[np.uint64], lengths: NDArray[np.int64], starts: NDArray[np.int64], seed: int, epoch: int
 ) -> NDArray[np.uint64]:
-    """Two raw Philox words a token, `[2 * tokens]`, for the span `starts[d] : starts[d] + lengths[d]` of each document.
+    """Two raw Philox words per token, `[2 * tokens]`, for tokens `starts[d] : starts[d] + lengths[d]` per document.
 
-    Word j of a document comes from Philox block j // 4, so a span in the middle of a long document starts its
-    counter there instead of drawing everything before it.
+    Word j of a document comes from Philox block j // 4, so a span in the middle of a long document starts its counter
+    there instead of drawing everything before it. Raises `UserError` for a seed or epoch outside 64 bits.
     """
     if not (0 <= seed < 1 << 64 and 0 <= epoch < 1 << 64):
         raise UserError(f"seed and epoch must be between 0 and 2**64 - 1, not {seed} and {epoch}")
     words = np.empty(2 * int(lengths.sum()), dtype=np.uint64)
-    # Resetting one generator's state costs 5 us; constructing one a document costs 15. The arrays are uint64 from
-    # the start: numpy turns a list such as [0, 2**63] into float64, silently, and the key loses its low bits.
+    # Resetting a generator's state takes 5 us, constructing one per document 15. The arrays are uint64 from the start:
+    # numpy silently turns a list such as [0, 2**63] into float64, and the key would lose its low bits.
     generator = np.random.Philox(0)
     state = generator.state
-    state["buffer_pos"] = 4  # the buffer of four words counts as used up
+    state["buffer_pos"] = 4  # the buffer of four words is used up
     counter, philox_key = state["state"]["counter"], state["state"]["key"]
     philox_key[0] = seed
     end = 0
@@ -126,11 +126,13 @@ def corrupt(
     words: NDArray[np.integer] | None = None,
     word_starts: NDArray[np.int64] | None = None,
 ) -> Corruption:
-    """Select and treat tokens of a batch of documents, as mask-v1 defines.
+    """Select and replace tokens of a batch of documents, as mask-v1 defines.
 
-    `ids` `[tokens]` holds no added special tokens. `starts` `[documents]` says at which token of its document a span
-    begins (default 0). `words` `[tokens]`, the word index of each token, is needed for `recipe.whole_word`; a span that
-    does not begin at the first token of a word needs `word_starts` `[documents]`, that token's place in its document.
+    `ids` `[tokens]` are without added special tokens. `starts` `[documents]` is the offset in the document at which a
+    span begins (default 0). `recipe.whole_word` needs `words` `[tokens]`, the word index of each token. For a span that
+    begins inside a word it also needs `word_starts` `[documents]`, the offset of that word's first token.
+
+    Raises `UserError` as `random_words` does, and `ValueError` if `words` is missing.
     """
     starts = np.zeros_like(lengths) if starts is None else starts
     drawn = random_words(keys, lengths, starts, seed, epoch).reshape(-1, 2)
@@ -138,7 +140,7 @@ def corrupt(
 
     draws = drawn[:, 0]
     if recipe.whole_word and word_starts is not None and (cut := np.flatnonzero(word_starts < starts)).size:
-        draws = draws.copy()  # the first token of such a span stands for that of its word, which lies before it
+        draws = draws.copy()  # the first token of such a span takes the draw of its word's first token
         draws[(np.cumsum(lengths) - lengths)[cut]] = random_words(
             keys[cut], np.ones_like(cut), word_starts[cut], seed, epoch
         )[::2]
@@ -163,7 +165,7 @@ def corrupt(
 
 
 def first_token_of_word(words: NDArray[np.integer], lengths: NDArray[np.int64]) -> NDArray[np.int64]:
-    """For each token the flat index of its word's first token. A token without a word (-1) is a word of its own."""
+    """Return for each token the flat index of its word's first token. A token without a word (-1) is its own word."""
     begins = np.ones(len(words), dtype=np.bool_)
     begins[1:] = (words[1:] != words[:-1]) | (words[1:] < 0)
     firsts = (np.cumsum(lengths) - lengths)[lengths > 0]
@@ -172,9 +174,9 @@ def first_token_of_word(words: NDArray[np.integer], lengths: NDArray[np.int64]) 
 
 
 def mask_digest(corruption: Corruption, lengths: NDArray[np.int64], keys: NDArray[np.uint64]) -> int:
-    """The sum modulo 2**128 of the documents' digests: equal for two runs that scored the same positions.
+    """Sum the documents' digests modulo 2**128. Two runs that scored the same positions have the same sum.
 
-    Digests of disjoint batches add up (modulo `DIGEST_MODULUS`), so sharding does not matter.
+    Digests of disjoint batches add up modulo `DIGEST_MODULUS`, so sharding does not matter.
     """
     ends = np.cumsum(lengths)
     first = np.searchsorted(corruption.selected, ends - lengths)
@@ -191,5 +193,5 @@ def mask_digest(corruption: Corruption, lengths: NDArray[np.int64], keys: NDArra
 
 
 def format_digest(digest: int) -> str:
-    """As 32 hexadecimal digits."""
+    """Write a digest as 32 hexadecimal digits."""
     return f"{digest:032x}"

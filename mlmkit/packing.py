@@ -1,6 +1,7 @@
-"""Packed attention: documents share a row without seeing each other or any padding, in any architecture that lets them.
+"""Packed attention: documents share a row without padding and without attending to each other.
 
-An attention, `mlmkit_packed`, is registered with transformers, which passes `cu_seqlens` down to it.
+Registers an attention function, `mlmkit_packed`, with transformers, which passes `cu_seqlens` down to it.
+`enable_packing` finds out whether an architecture supports it.
 """
 
 import logging
@@ -13,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from mlmkit.model import PROBE_ERRORS, MaskedLM, probe_inputs
+from mlmkit.model import PROBE_ERRORS, MaskedLM, probe_inputs, probing
 
 log = logging.getLogger(__name__)
 
@@ -23,9 +24,10 @@ USUAL_TABLE = 1024  # positions: larger tables are rare, and probing them is slo
 
 @dataclass(frozen=True)
 class Pack:
-    """Documents laid end to end in one row. All int64 but `cu_seqlens`, int32.
+    """Documents end to end in one row.
 
-    `input_ids` and `position_ids` `[1, total]`; `cu_seqlens` `[documents + 1]` is where each begins and the last ends.
+    `input_ids` and `position_ids` `[1, total]` int64; `cu_seqlens` `[documents + 1]` int32 is where each document
+    begins, and where the last one ends; `longest` is the length of the longest document.
     """
 
     input_ids: Tensor
@@ -35,7 +37,7 @@ class Pack:
 
 
 def packed_inputs(pack: Pack) -> dict[str, Any]:
-    """What `MaskedLM.logits` passes to transformers for a pack, once `enable_packing` has said yes."""
+    """Return the inputs of `MaskedLM.logits` for a pack. The model must have packing enabled (`enable_packing`)."""
     return {
         "input_ids": pack.input_ids,
         "position_ids": pack.position_ids,
@@ -47,13 +49,12 @@ def packed_inputs(pack: Pack) -> dict[str, Any]:
 
 
 def pad_pack(pack: Pack, *, total: int, most: int, longest: int, pad_id: int) -> Pack:
-    """The same documents in tensors whose shapes depend on `total`, `most` and `longest` only.
+    """Pad a pack to shapes that depend only on `total`, `most` and `longest`, so that `torch.compile` compiles once.
 
-    Every pack of at most `most` documents, `longest` tokens each and `total` in all comes out as `total` tokens in
-    `most + ceil(total / longest)` documents, with `longest` for the longest, so that `torch.compile` compiles once. The
-    tokens behind the real ones are documents of padding, as a kernel leaves a token outside all documents undefined;
-    the documents behind these are empty, which costs a kernel next to nothing. Raises `ValueError` for a pack that is
-    larger.
+    The pack may have up to `most` documents, `longest` tokens per document and `total` tokens. The result has `total`
+    tokens in `most + ceil(total / longest)` documents. Tokens after the real ones form documents of padding, because
+    a kernel leaves tokens outside all documents undefined; any further documents are empty, which costs next to
+    nothing. Raises `ValueError` for a larger pack.
     """
     tokens, documents = pack.input_ids.shape[1], len(pack.cu_seqlens) - 1
     if tokens > total or documents > most or pack.longest > longest:
@@ -74,19 +75,17 @@ def pad_pack(pack: Pack, *, total: int, most: int, longest: int, pad_id: int) ->
 
 
 def enable_packing(model: MaskedLM) -> bool:
-    """Switch a model on the CPU to packed attention if its architecture takes it; say whether it did.
+    """Switch a model on the CPU to packed attention if its architecture supports it; return whether it does.
 
-    Evidence instead of a list of names: two documents, packed, must give the logits that each gives alone. The second
-    is long enough for a sliding window to show. A third fills the row beyond the position table, where there is one of
-    usual size: a network may have a buffer as long as that for something else. The bound is tight, as random weights
-    attend to little: DeBERTa, which ignores the request, was within 1e-3.
+    Tested rather than listed by name: two packed documents must give the logits that each gives alone. The second is
+    long enough to show a sliding window. A third fills the row beyond the position table, if that has a usual size: a
+    network may have a buffer of that length for another purpose. The tolerance is tight because random weights hardly
+    attend: DeBERTa, which ignores the request, was within 1e-3.
     """
     network, before = model.network, model.network.config._attn_implementation
-    training = network.training
     lengths = (min(7, model.max_length()), min(200, model.max_length()))
-    network.eval()
     try:
-        with torch.no_grad():
+        with probing(network):
             alone = torch.cat([model.logits(**probe_inputs(model, [length])) for length in lengths])
             network.set_attn_implementation(PACKED_ATTENTION)
             together = model.logits(**_packed_probe(model, lengths))
@@ -95,15 +94,13 @@ def enable_packing(model: MaskedLM) -> bool:
     except PROBE_ERRORS as error:
         log.debug("packing probe failed: %s", error)
         works = False
-    finally:
-        network.train(training)
     if not works and before and network.config._attn_implementation == PACKED_ATTENTION:
         network.set_attn_implementation(before)
     return works
 
 
 def _packed_probe(model: MaskedLM, lengths: Sequence[int]) -> dict[str, Any]:
-    """The documents that `probe_inputs` makes, packed, and a third behind them: each is the same as alone."""
+    """Pack the documents of `probe_inputs` and a third after them. Each has the ids that it has alone."""
     asked = sum(lengths)
     third = max(model.max_length() + 1 - asked, 1) if model.max_length() <= USUAL_TABLE else 1
     lengths = [*lengths, third]
@@ -132,18 +129,18 @@ def _packed_attention(
     s_aux: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """Attention within each document. `query`, `key`, `value` `[1, heads, total, width]` → `[1, total, heads, width]`.
+    """Attend within each document. `query`, `key`, `value` `[1, heads, total, width]` → `[1, total, heads, width]`.
 
     transformers counts a sliding window inclusively: a token sees `sliding_window - 1` neighbours on either side.
-    There is no dropout here: the CUDA kernel has none, and both devices should train alike. Raises `ValueError`, on
-    the CPU, where the probe runs, for an attention with more to it.
+    There is no dropout: the CUDA kernel has none, and both devices should train the same way. On the CPU, where the
+    probe runs, raises `ValueError` for an attention with additional terms.
     """
     if query.is_cuda:
         return _on_cuda(query, key, value, cu_seq_lens_q, max_length_q, scaling, sliding_window), None
     if torch.compiler.is_compiling():
         return _padded(query, key, value, cu_seq_lens_q, max_length_q, scaling, sliding_window), None
     if softcap is not None or s_aux is not None or (attention_mask is not None and attention_mask.any()):
-        raise ValueError("this attention adds a bias, a cap or a sink of its own")
+        raise ValueError("this attention adds a bias, a cap or a sink")
     return _one_by_one(query, key, value, cu_seq_lens_q, max_length_q, scaling, sliding_window), None
 
 
@@ -153,7 +150,7 @@ def _on_cuda(
     from torch.nn.attention.varlen import varlen_attn
 
     reach = -1 if window is None else window - 1
-    # Under autocast the rotary positions of some architectures leave query and key in float32, beside a bfloat16 value.
+    # Under autocast, rotary positions of some architectures leave query and key in float32 and the value in bfloat16.
     query, key, value = (states.to(value.dtype).squeeze(0).transpose(0, 1) for states in (query, key, value))
     output: Tensor = varlen_attn(  # pyright: ignore[reportAssignmentType]  (a tuple only with return_aux)
         query,
@@ -173,7 +170,7 @@ def _on_cuda(
 def _one_by_one(
     query: Tensor, key: Tensor, value: Tensor, ends: Tensor, longest: int, scaling: float | None, window: int | None
 ) -> Tensor:
-    """For the CPU, where varlen_attn has no kernel: no token and no pair of tokens is worked on in vain."""
+    """Attend document by document, for the CPU, where varlen_attn has no kernel. Computes nothing for padding."""
     lengths = ends.diff().tolist()
     column = torch.arange(longest)
     near = None if window is None else (column[:, None] - column).abs() < window
@@ -194,14 +191,14 @@ def _one_by_one(
 def _padded(
     query: Tensor, key: Tensor, value: Tensor, ends: Tensor, longest: int, scaling: float | None, window: int | None
 ) -> Tensor:
-    """For torch.compile on the CPU, where shapes must not depend on lengths: each document has a row of `longest`."""
+    """Attend with a row of `longest` per document, for torch.compile on the CPU: no shape may depend on lengths."""
     total, documents = query.shape[2], len(ends) - 1
     token, column = torch.arange(total), torch.arange(longest)
     is_token = column < ends.diff()[:, None]  # [documents, longest]
-    place = torch.where(is_token, ends[:-1, None] + column, 0).flatten()
+    source = torch.where(is_token, ends[:-1, None] + column, 0).flatten()
     document = torch.searchsorted(ends[1:], token, right=True)
-    place_back = document * longest + token - ends[document]
-    # A row without a key gives NaN in some kernels, so padding sees something: a key that it has, or itself.
+    target = document * longest + token - ends[document]
+    # A query without a key gives NaN in some kernels, so padding attends to the first token, or to itself.
     if window is None:
         mask = (is_token | (column == 0))[:, None, None, :]
     else:
@@ -209,18 +206,18 @@ def _padded(
         mask = ((distance < window) & is_token[:, None, :] | (distance == 0))[:, None]
     output = F.scaled_dot_product_attention(
         *(
-            states.index_select(2, place).unflatten(2, (documents, longest)).squeeze(0).transpose(0, 1)
+            states.index_select(2, source).unflatten(2, (documents, longest)).squeeze(0).transpose(0, 1)
             for states in (query, key, value)
         ),
         attn_mask=mask,
         scale=scaling,
         enable_gqa=query.shape[1] != key.shape[1],
     )
-    return output.transpose(1, 2).flatten(0, 1).index_select(0, place_back).unsqueeze(0)
+    return output.transpose(1, 2).flatten(0, 1).index_select(0, target).unsqueeze(0)
 
 
 def _no_mask(*_: Any, **__: Any) -> None:
-    """`cu_seqlens` says all that a mask would."""
+    """`cu_seqlens` replaces the mask."""
 
 
 AttentionInterface.register(PACKED_ATTENTION, _packed_attention)

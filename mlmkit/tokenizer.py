@@ -1,6 +1,6 @@
-"""A tokenizer as the rest of mlmkit needs it: corpus text to ordinary ids, and what mask-v1 must know.
+"""Tokenise corpus text, and tell mask-v1 which ids are special.
 
-It runs on the `tokenizers` library alone, so that an exported artifact needs no transformers.
+Needs only the `tokenizers` library, so that an exported artifact runs without transformers.
 """
 
 import json
@@ -25,11 +25,11 @@ from mlmkit.masking import MaskVocabulary, first_token_of_word
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-PANIC = "PanicException"  # of Rust; no Exception, and in no module
+PANIC = "PanicException"  # a panic in Rust: derives from BaseException and cannot be imported
 FILES = ("tokenizer.json", "tokenizer_config.json")
 CLEAN_UP = "clean_up_tokenization_spaces"
 CLEAN_UP_BPE = f"{CLEAN_UP}_for_bpe_even_though_it_will_corrupt_output"
-# What transformers' `clean_up_tokenization` strips of its spaces, in this order.
+# transformers' `clean_up_tokenization` removes the spaces in these, in this order.
 CLEANED_UP = (" .", " ?", " !", " ,", " ' ", " n't", " 'm", " 's", " 've", " 're")
 LIMIT = "model_max_length"
 NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -39,8 +39,8 @@ NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token",
 class Tokens:
     """A batch of tokenised documents, flat: `ids` and `words` `[tokens]`; `lengths` and `unknown` `[documents]`.
 
-    `words` is the index of the token's word in its document, -1 where the tokenizer names none. `unknown` counts the
-    characters (code points) that the tokenizer lost to the unknown token.
+    `words` is the index of the token's word in its document, or -1 if the tokenizer gives none. `unknown` counts the
+    characters (code points) lost to the unknown token.
     """
 
     ids: NDArray[np.int64]
@@ -50,20 +50,20 @@ class Tokens:
 
 
 class Tokenizer:
-    """Wraps a `tokenizers.Tokenizer` and what its `tokenizer_config.json` says, of which most may be absent.
+    """Wraps a `tokenizers.Tokenizer` and its `tokenizer_config.json`, in which most entries may be absent.
 
     A token is special if the tokenizer marks it so or names it (unknown, padding, mask, ...). Truncation and padding
-    that a `tokenizer.json` may carry are switched off: nothing is cut silently. `rust` is the wrapper's from then on.
+    are switched off, so nothing is cut silently. The wrapper takes over `rust`, which callers must not use afterwards.
 
-    Raises `UserError` when there is no mask token.
+    Raises `UserError` if there is no mask token, or special tokens are added inside a text.
     """
 
     def __init__(self, rust: RustTokenizer, config: dict[str, Any]) -> None:
         rust.no_truncation()
         rust.no_padding()
         self._serialized = rust.to_str()
-        # Two copies, as the switch is part of the object's state: text of a corpus is data, and a "[MASK]" in it is
-        # four ordinary pieces; text for `fill` holds real mask tokens.
+        # Two copies, because the switch is part of the object's state: corpus text is data, where "[MASK]" is several
+        # ordinary pieces; text for `fill` contains real mask tokens.
         self._data = RustTokenizer.from_str(self._serialized)
         self._data.encode_special_tokens = True
         self._control = rust
@@ -73,8 +73,8 @@ class Tokenizer:
         if "unk_token" not in self.named and (spelled := _unknown_of(json.loads(self._serialized)["model"])):
             self.named |= {"unk_token": spelled} if rust.token_to_id(spelled) is not None else {}
         if "mask_token" not in self.named:
-            raise UserError("the tokenizer has no mask token: a masked model's names it in tokenizer_config.json")
-        limit = config.get(LIMIT)  # transformers writes 1e30 for "none"
+            raise UserError("the tokenizer has no mask token: name it as mask_token in tokenizer_config.json")
+        limit = config.get(LIMIT)  # transformers writes 1e30 for no limit
         self.limit = int(limit) if isinstance(limit, int | float) and 0 < limit < 1 << 30 else None
         self.special_ids = self._find_special_ids(config)
         self.mask_token = self.named["mask_token"]
@@ -97,28 +97,28 @@ class Tokenizer:
         extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
         extra = map(_content, extra.values() if isinstance(extra, dict) else extra)
         by_name = map(self.token_id, (*self.named.values(), *extra))
-        found = {id for id, token in self._control.get_added_tokens_decoder().items() if token.special}
-        found |= {id for id in by_name if id is not None}
-        spelling = {id for id in found if re.fullmatch("<0x[0-9A-F]{2}>", self.token(id))}
-        if spelling and json.loads(self._serialized)["model"].get("byte_fallback"):
-            found -= spelling  # these are the bytes of a text, whatever they are marked as
-        return frozenset(found)
+        special = {id for id, token in self._control.get_added_tokens_decoder().items() if token.special}
+        special |= {id for id in by_name if id is not None}
+        bytes_ = {id for id in special if re.fullmatch("<0x[0-9A-F]{2}>", self.token(id))}
+        if bytes_ and json.loads(self._serialized)["model"].get("byte_fallback"):
+            special -= bytes_  # they spell a text's bytes, whatever they are marked as
+        return frozenset(special)
 
     def _frame(self) -> tuple[list[int], list[int]]:
-        """The special tokens that the post-processor puts before and after a text."""
-        # A vocabulary of our own, as this one may hold no token for any text that one could think of.
+        """Return the special tokens that the post-processor puts before and after a text."""
+        # With a vocabulary of its own: the real one may have no token for any given text.
         probe = RustTokenizer(WordLevel({"a": 0}, unk_token="a"))
         probe.post_processor = self._data.post_processor
         encoding = probe.encode("a")
         added = np.flatnonzero(np.diff([1, *encoding.special_tokens_mask, 1]))
         if len(added) != 2:
-            raise UserError("the tokenizer puts special tokens inside a text, which mlmkit cannot score")
+            raise UserError("the tokenizer adds special tokens inside a text, which mlmkit cannot score")
         return encoding.ids[: added[0]], encoding.ids[added[1] :]
 
     def _find_word_begins(self) -> NDArray[np.int64]:
-        """The ids whose pieces begin a word, in a tokenizer that does not split at spaces; none in others.
+        """Return the ids that begin a word if the tokenizer does not split text at spaces; otherwise none.
 
-        Gemma's, for example, writes a space as "▁" and takes the whole text for one word. See `docs/masking.md`.
+        Gemma's, for example, writes a space as "▁" and treats the whole text as one word. See `docs/masking.md`.
         """
         text, normalizer, pre_tokenizer = "a b\tc\nd\re", self._data.normalizer, self._data.pre_tokenizer
         text = normalizer.normalize_str(text) if normalizer else text
@@ -131,10 +131,10 @@ class Tokenizer:
 
     @classmethod
     def from_folder(cls, folder: Path, contents: Mapping[str, bytes] | None = None) -> "Tokenizer":
-        """From `tokenizer.json` and `tokenizer_config.json`, without transformers.
+        """Load `tokenizer.json` and `tokenizer_config.json`, without transformers.
 
-        `contents` has the bytes of both where they have been read already. Raises `UserError` when one is missing or
-        unreadable.
+        Pass the bytes of both files as `contents` if they were read already. Raises `UserError` if a file is missing
+        or cannot be used.
         """
         try:
             files = contents or {name: (folder / name).read_bytes() for name in FILES}
@@ -142,29 +142,32 @@ class Tokenizer:
             rust = RustTokenizer.from_buffer(files["tokenizer.json"])
             return cls(rust, json.loads(files["tokenizer_config.json"]))
         except OSError as error:
-            raise UserError(f"{folder}: no {Path(error.filename).name}: not a complete artifact") from None
+            raise UserError(f"{folder} is not a complete artifact: it has no {Path(error.filename).name}") from None
         except UserError as error:
             raise UserError(f"{folder}: {error}") from None
-        except BaseException as error:  # JSON may hold anything; Rust raises bare Exception, and panics beside it
+        except BaseException as error:  # JSON may hold anything; Rust raises bare Exception or panics
             if not isinstance(error, Exception) and type(error).__name__ != PANIC:
                 raise
             raise UserError(f"{folder}: the tokenizer cannot be read: {error}") from None
 
     @classmethod
     def from_transformers(cls, tokenizer: "PreTrainedTokenizerBase") -> "Tokenizer":
-        """From any fast tokenizer of transformers."""
+        """Wrap a fast tokenizer of transformers.
+
+        Raises `UserError` if it has no fast version, no mask token, or is too large (`mlmkit.bounds`).
+        """
         rust = getattr(tokenizer, "backend_tokenizer", None)
         if not isinstance(rust, RustTokenizer):
             raise UserError(f"{type(tokenizer).__name__} has no fast version (tokenizer.json), which mlmkit needs")
         config = {name: getattr(tokenizer, name, None) for name in (*NAMED_TOKENS, LIMIT, CLEAN_UP, CLEAN_UP_BPE)}
         config["extra_special_tokens"] = tokenizer.all_special_tokens
-        serialized = rust.to_str()  # which need not be a file of the folder's: others are converted
+        serialized = rust.to_str()  # checked here, because transformers may have converted it from another format
         check_tokenizer(json.loads(serialized))
         return cls(RustTokenizer.from_str(serialized), config)
 
     @cached_property
     def vocabulary_size(self) -> int:
-        """One more than the largest id that a text can yield: what a model's embedding must hold."""
+        """One more than the largest id: the size that a model's embedding needs."""
         vocabulary = self._control.get_vocab(with_added_tokens=True)
         return max(*vocabulary.values(), *self.prefix, *self.suffix) + 1
 
@@ -176,23 +179,26 @@ class Tokenizer:
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 of everything that decides which ids and words a text gets."""
+        """SHA-256 of everything that determines the ids and words of a text."""
         identity = [json.loads(self._serialized), self.named, sorted(self.special_ids)]
         identity += ["words begin at spaces"] if len(self._word_begins) else []
         return sha256(json.dumps(identity, sort_keys=True).encode("utf-8")).hexdigest()
 
     @cached_property
     def characters_per_token(self) -> int:
-        """Characters that a token may stand for, with what the normalizer drops: 100, or the longest token's own."""
+        """An upper bound on a token's characters, counting those that the normalizer drops: at least 100."""
         return max(100, *map(len, self._control.get_vocab(with_added_tokens=True)))
 
     @property
     def added_tokens(self) -> int:
-        """How many special tokens frame a text."""
+        """How many special tokens `frame` adds."""
         return len(self.prefix) + len(self.suffix)
 
     def encode(self, texts: Sequence[str]) -> Tokens:
-        """Corpus text to ids: no special tokens added, and none yielded by the text but the unknown token."""
+        """Tokenise corpus text without adding special tokens. The text itself yields none except the unknown token.
+
+        Raises `UserError` for a text that the tokenizer cannot process.
+        """
         encodings = _encode(self._data, texts, add_special_tokens=False)
         ids = np.array([id for encoding in encodings for id in encoding.ids], dtype=np.int64)
         words = np.array([-1 if w is None else w for encoding in encodings for w in encoding.word_ids], dtype=np.int32)
@@ -208,9 +214,9 @@ class Tokenizer:
         return self._spell_out(tokens, control) if np.isin(tokens.ids, control).any() else tokens
 
     def _spell_out(self, tokens: Tokens, control: NDArray[np.int64]) -> Tokens:
-        """Replace a control token that text alone produced by the pieces of its own spelling.
+        """Replace each control token that came from plain text by the pieces of its spelling.
 
-        Happens where the vocabulary holds the token as a piece (Unigram models: XLM-R's "<s>", ALBERT's "[SEP]").
+        Needed where the vocabulary has the token as a piece (Unigram models: XLM-R's "<s>", ALBERT's "[SEP]").
         """
         pieces = {int(id): self._pieces_of(int(id)) for id in control}
         replaced = [pieces.get(int(id), [int(id)]) for id in tokens.ids]
@@ -224,9 +230,9 @@ class Tokenizer:
         )
 
     def _unknown_characters(self, text: str, encoding: Encoding) -> int:
-        """Characters under unknown tokens, each once; white space at the edges of a token's span does not count.
+        """Count the characters covered by unknown tokens, without white space at the edges of a token's span.
 
-        Where a tokenizer drops what it cannot spell, characters under no token count too.
+        If the tokenizer drops what it cannot spell, characters covered by no token count too.
         """
         if self.unk_id not in encoding.ids and not self._drops:
             return 0
@@ -234,7 +240,7 @@ class Tokenizer:
         for id, (begin, end) in zip([*encoding.ids, None], [*encoding.offsets, (len(text), len(text))], strict=True):
             if self._drops and (gap := text[covered:begin].strip()):
                 kept = self._data.normalizer.normalize_str(gap) if self._data.normalizer else gap
-                count += min(len(gap), len("".join(kept.split())))  # not what the normalizer leaves out
+                count += min(len(gap), len("".join(kept.split())))  # without what the normalizer removes
             if id is not None and id == self.unk_id:
                 count += len(text[max(begin, reached) : end].strip())
                 reached = max(reached, end)
@@ -242,9 +248,9 @@ class Tokenizer:
         return count
 
     def spans(self, text: str) -> list[tuple[int, int]]:
-        """Where each token of `encode([text])` begins and ends in the text, in code points.
+        """Return the begin and end of each token of `encode([text])` in the text, in code points.
 
-        Pieces of one character share its span.
+        Pieces of the same character share its span. Raises `UserError` as `encode` does.
         """
         [encoding] = _encode(self._data, [text], add_special_tokens=False)
         return [
@@ -260,28 +266,31 @@ class Tokenizer:
         return [id for id in ids if id not in self.special_ids or id == self.unk_id]
 
     def frame(self, ids: NDArray[np.int64]) -> NDArray[np.int64]:
-        """The ids with the special tokens that the model expects around them."""
+        """Add the special tokens that the model expects around the ids."""
         return np.concatenate([self.prefix, ids, self.suffix]).astype(np.int64)
 
     def encode_control(self, text: str) -> Encoding:
-        """Text for `fill`: special tokens in it are control tokens, and the frame is added."""
+        """Tokenise text for `fill`: special tokens in it keep their meaning, and `frame` is applied.
+
+        Raises `UserError` as `encode` does.
+        """
         return _encode(self._control, [text])[0]
 
     def token_id(self, token: str) -> int | None:
-        """The id of a vocabulary entry, spelled as the vocabulary spells it; None if there is none."""
+        """Return the id of a vocabulary entry, spelled as in the vocabulary, or None."""
         return self._control.token_to_id(token)
 
     def token(self, id: int) -> str:
-        """The vocabulary entry of an id, as the vocabulary spells it; empty if there is none."""
+        """Return the vocabulary entry of an id, spelled as in the vocabulary, or ""."""
         return self._control.id_to_token(id) or ""
 
     def readable(self, id: int) -> str:
-        """A token for people: as text, without marks of where a word begins or goes on."""
+        """Return a token as people read it, without the marks for the beginning or continuation of a word."""
         text = self._control.decode([id], skip_special_tokens=False)
         return text.strip().removeprefix("##") or self.token(id)
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
-        """Ids to text, as transformers' tokenizer decodes them."""
+        """Turn ids into text exactly as transformers' tokenizer does."""
         text = self._control.decode(list(ids), skip_special_tokens=skip_special_tokens)
         if self._cleans_up:
             for spaced in CLEANED_UP:
@@ -290,17 +299,17 @@ class Tokenizer:
 
 
 def _encode(rust: RustTokenizer, texts: Sequence[str], **options: Any) -> list[Encoding]:
-    """As a batch, because `encode` lets no other thread run meanwhile. Raises `UserError` where a pattern gives up."""
+    """Encode as a batch: `encode` blocks all other threads. Raises `UserError` if a regular expression fails."""
     try:
         return rust.encode_batch(list(texts), **options)
     except BaseException as error:
         if type(error).__name__ != PANIC:
             raise
-        raise UserError(f"the tokenizer cannot read a text: {error}") from None
+        raise UserError(f"the tokenizer cannot process a text: {error}") from None
 
 
 def _unknown_of(model: dict[str, Any]) -> str | None:
-    """The unknown token that the model in a `tokenizer.json` names."""
+    """Return the unknown token named by the model in a `tokenizer.json`."""
     return model["vocab"][model["unk_id"]][0] if isinstance(model.get("unk_id"), int) else model.get("unk_token")
 
 

@@ -18,23 +18,12 @@ from conftest import PORTUGUESE, paragraphs
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlmkit.corpus import (
-    Corpus,
-    _batches,
-    cache_folder,
-    cut_windows,
-    gather,
-    load_corpus,
-    nearest_window,
-    overlapping_windows,
-    stream_corpus,
-    tokenize,
-    window_table,
-)
+from mlmkit.corpus import Corpus, _batches, cache_folder, gather, load_corpus, stream_corpus, tokenize
 from mlmkit.documents import Source, read_documents
 from mlmkit.errors import UserError
 from mlmkit.masking import document_key
 from mlmkit.tokenizer import Tokenizer
+from mlmkit.windows import cut_windows, nearest_window, overlapping_windows, window_table
 
 lengths_strategy = st.lists(st.integers(0, 60), min_size=1, max_size=10).map(lambda values: np.array(values))
 
@@ -96,15 +85,15 @@ def test_a_byte_order_mark_is_no_part_of_the_text(tmp_path, name):
         ("a.txt", "texto".encode("utf-32"), "UTF-32.*iconv -f UTF-32"),
         ("a.jsonl", b'{"text": "a"}\n{"text": \n', "line 2 is not JSON"),
         ("a.jsonl", b'{"body": "a"}\n', "line 1 has no field 'text' .it has body.*--text-field .*data.text_field"),
-        ("a.json", b'[{"text": "a"}]\n', "line 1 is no JSON object: write an object in each line"),
+        ("a.json", b'[{"text": "a"}]\n', "line 1 is not a JSON object: write one object per line"),
         ("a.jsonl", b'{"text": 3}\n', "holds int, not text"),
         ("a.jsonl", b'{"text": "\\ud800"}\n', "surrogate"),
         ("a.jsonl", b"[" * 100_000, "is not JSON"),
         ("a.parquet", b"no parquet", "cannot be read as parquet"),
         ("a.csv", b"a,b\nc,d\n", "line 2 has no field 'text' .it has a, b."),
-        ("a.csv", b"n,text\n1,a\n2\n", "line 3: it has fewer fields than the header: put texts"),
-        ("a.csv", b"text\na, b\n", "line 2: it has more fields than the header: put texts"),
-        ("a.csv", b'text\n"a" b\n', "line 2: .* expected after .*write a quote in them twice"),
+        ("a.csv", b"n,text\n1,a\n2\n", "line 3: it has fewer fields than the header: quote texts"),
+        ("a.csv", b"text\na, b\n", "line 2: it has more fields than the header: quote texts"),
+        ("a.csv", b'text\n"a" b\n', "line 2: .* expected after .*double the quotes in them"),
         ("a.tsv", b'text\n"a\nb\n', "line 3: unexpected end of data"),
         ("a.txt", gzip.compress(b"text", mtime=0), "is gzip, not UTF-8 text: unpack it .gzip -dc"),
         ("a.jsonl", bz2.compress(b"text"), "is bzip2, not"),
@@ -315,7 +304,7 @@ def test_a_cached_corpus_travels_as_its_place(wordpiece, text_file):
 
 def test_a_cached_table_of_windows_is_the_one_made_in_memory(wordpiece, tmp_path, monkeypatch, caplog):
     monkeypatch.setenv("MLMKIT_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("mlmkit.corpus.DOCUMENTS_PER_BLOCK", 7)
+    monkeypatch.setattr("mlmkit.windows.DOCUMENTS_PER_BLOCK", 7)
     (tmp_path / "a.txt").write_text("\n".join(paragraphs()))
     corpus = load_corpus(Source(str(tmp_path / "a.txt")), wordpiece)
     for _ in range(2):  # written, then found
@@ -334,7 +323,7 @@ def test_a_cached_table_of_windows_is_the_one_made_in_memory(wordpiece, tmp_path
         caplog.clear()
         assert (window_table(corpus, 13) == table).all()
         assert [record.message for record in caplog.records] == [
-            f"the token cache {rows.parent} is damaged: making it again"
+            f"the token cache {rows.parent} is damaged: rebuilding it"
         ]
 
 

@@ -18,7 +18,7 @@ from transformers import AutoModelForMaskedLM, AutoTokenizer
 
 from mlmkit.artifact import hash_files, read_manifest, write_manifest
 from mlmkit.backends import DYNAMIC_INT8, Batch, Scored, load
-from mlmkit.corpus import overlapping_windows, tokenize
+from mlmkit.corpus import tokenize
 from mlmkit.documents import Source
 from mlmkit.errors import CheckError, UserError
 from mlmkit.eval.api import evaluate, pseudo_log_likelihood
@@ -30,6 +30,7 @@ from mlmkit.eval.statistics import bootstrap
 from mlmkit.export.export import export
 from mlmkit.files import read_record
 from mlmkit.masking import MaskRecipe, corrupt, document_key
+from mlmkit.windows import overlapping_windows
 
 TIMES = ("seconds", "timing", "command")
 CAPACITY = 62  # tokens of a document that a row of the test models holds

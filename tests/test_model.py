@@ -14,8 +14,9 @@ import transformers as T
 from safetensors.torch import load_file
 
 from mlmkit.errors import UserError
-from mlmkit.model import MaskedLM, as_user_error, load_pretrained, load_tokenizer, sees_padding
+from mlmkit.model import MaskedLM, sees_padding
 from mlmkit.packing import enable_packing
+from mlmkit.pretrained import as_user_error, load_pretrained, load_tokenizer
 
 VOCABULARY = 200
 SENTENCEPIECE = "cannot be loaded" if find_spec("sentencepiece") else "needs sentencepiece: pip install"
@@ -141,7 +142,7 @@ def test_a_model_that_cannot_be_scored_with_is_refused():
         MaskedLM(network)
     shortening.remove()
     network.register_forward_pre_hook(lambda _m, _i: (_ for _ in ()).throw(ValueError("pixel_values?\nmore")))
-    with pytest.raises(UserError, match=r"cannot score token ids alone: pixel_values\?$"):
+    with pytest.raises(UserError, match=r"cannot score from token ids alone: pixel_values\?$"):
         MaskedLM(network)
 
 
@@ -184,10 +185,10 @@ def test_longest_row_that_the_position_table_holds(name, length):
 @pytest.mark.parametrize(
     ("absent", "present", "message"),
     [
-        (("model.safetensors",), "", "holds no model.safetensors: if it has a pytorch_model.bin, run in it python -c"),
-        (("tokenizer.json", "tokenizer_config.json"), "", "holds no tokenizer.json: save or copy"),
+        (("model.safetensors",), "", "has no model.safetensors: to convert a pytorch_model.bin, run there python -c"),
+        (("tokenizer.json", "tokenizer_config.json"), "", "has no tokenizer.json: save or copy"),
         (("tokenizer.json", "tokenizer_config.json"), "spiece.model", SENTENCEPIECE),
-        (("config.json",), "", "holds no config.json"),
+        (("config.json",), "", "has no config.json"),
     ],
 )
 def test_a_folder_that_lacks_a_file_is_told_what_to_do(checkpoint, tmp_path, absent, present, message):

@@ -28,7 +28,8 @@ from transformers import AutoModelForMaskedLM
 from mlmkit.corpus import tokenize
 from mlmkit.documents import Source, read_documents
 from mlmkit.errors import UserError
-from mlmkit.model import MaskedLM, load_pretrained, probe_inputs
+from mlmkit.model import MaskedLM, probe_inputs
+from mlmkit.pretrained import load_pretrained
 from mlmkit.tokenizer import Tokenizer
 from mlmkit.train import loop
 from mlmkit.train.config import CHOICES, OptimConfig, load_config

@@ -22,7 +22,7 @@ from mlmkit.corpus import tokenize
 from mlmkit.errors import UserError
 from mlmkit.eval.plan import LATER_PIECE, pieces, word_ends
 from mlmkit.masking import MaskRecipe, corrupt
-from mlmkit.model import load_tokenizer
+from mlmkit.pretrained import load_tokenizer
 from mlmkit.tokenizer import CLEAN_UP, CLEAN_UP_BPE, Tokenizer
 
 HOSTILE = "a [MASK] <mask> </s> <s> [SEP][CLS] [PAD] <pad> b"

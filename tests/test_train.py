@@ -22,7 +22,8 @@ from mlmkit.export.export import export
 from mlmkit.export.proof_text import ProofText
 from mlmkit.files import file_sha256
 from mlmkit.masking import MaskRecipe
-from mlmkit.model import MaskedLM, load_pretrained, load_tokenizer
+from mlmkit.model import MaskedLM
+from mlmkit.pretrained import load_pretrained, load_tokenizer
 from mlmkit.train import loop
 from mlmkit.train.checkpoint import checkpoints
 from mlmkit.train.config import Config, DataConfig, load_config
@@ -234,7 +235,7 @@ def test_nothing_is_written_when_training_cannot_start(tmp_path, text_file, sett
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ('{"model_type": "gpt2"}', "no masked LM for"),
+        ('{"model_type": "gpt2"}', "for which transformers has no masked LM"),
         ('{"model_type": "bert", "is_decoder": true}', "causal"),
         ('{"model_type": "bert", "hidden_size": "32"}', "cannot be loaded"),
         ('{"model_type": "nothing"}', "no model_type 'nothing'"),

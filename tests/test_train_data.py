@@ -24,8 +24,8 @@ from mlmkit.corpus import Corpus, load_corpus, tokenize
 from mlmkit.documents import Source
 from mlmkit.errors import UserError
 from mlmkit.masking import corrupt
-from mlmkit.model import load_pretrained
 from mlmkit.packing import enable_packing
+from mlmkit.pretrained import load_pretrained
 from mlmkit.tokenizer import Tokenizer
 from mlmkit.train import order
 from mlmkit.train.config import Config, DataConfig, MaskingConfig, ModelConfig, RunConfig

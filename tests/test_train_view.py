@@ -14,7 +14,8 @@ import torch
 from transformers import AutoConfig, AutoModelForMaskedLM
 
 from mlmkit.errors import UserError
-from mlmkit.model import MaskedLM, load_pretrained
+from mlmkit.model import MaskedLM
+from mlmkit.pretrained import load_pretrained
 from mlmkit.train import curve
 from mlmkit.train import log as training_log
 from mlmkit.train.config import Config, DataConfig, OptimConfig, RunConfig, load_config

@@ -10,7 +10,8 @@ from transformers import PreTrainedModel
 
 from mlmkit.backends import Batch, ModelInfo, Scored
 from mlmkit.errors import UserError
-from mlmkit.model import MaskedLM, load_pretrained, sees_padding
+from mlmkit.model import MaskedLM, sees_padding
+from mlmkit.pretrained import load_pretrained
 from mlmkit.tokenizer import Tokenizer
 
 

@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 
 from mlmkit.batching import pad
-from mlmkit.corpus import Corpus, ranges
+from mlmkit.corpus import Corpus
 from mlmkit.packing import Pack, packed_inputs, pad_pack
 from mlmkit.tokenizer import Tokenizer
 from mlmkit.train.config import Config
 from mlmkit.train.order import Cursor
 from mlmkit.train.packs import Packs, Rows
 from mlmkit.train.workers import from_processes
+from mlmkit.windows import ranges
 
 
 @dataclass(frozen=True)

@@ -14,12 +14,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mlmkit.batching import bucketed, pack
-from mlmkit.corpus import Corpus, gather, ranges, window_table
+from mlmkit.corpus import Corpus, gather
 from mlmkit.errors import UserError
 from mlmkit.masking import MaskRecipe, corrupt
 from mlmkit.tokenizer import Tokenizer
 from mlmkit.train.config import Config
 from mlmkit.train.order import Cursor, Order
+from mlmkit.windows import ranges, window_table
 
 
 @dataclass(frozen=True)

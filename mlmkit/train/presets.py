@@ -16,7 +16,8 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForMaskedLM, PreTr
 from mlmkit.bounds import read_config
 from mlmkit.corpus import BLOCKS_COUNTED, Corpus
 from mlmkit.errors import UserError
-from mlmkit.model import MaskedLM, as_user_error, refuse_other_models
+from mlmkit.model import MaskedLM
+from mlmkit.pretrained import as_user_error, refuse_other_models
 from mlmkit.tokenizer import Tokenizer
 
 

@@ -20,7 +20,8 @@ from mlmkit.distributed import Ranks, available_memory
 from mlmkit.documents import HUB, existing_file, read_documents
 from mlmkit.errors import UserError
 from mlmkit.files import RUN, atomic, content, locate_model, locked, read_record, sweep, write_record
-from mlmkit.model import MaskedLM, save_tokenizer
+from mlmkit.model import MaskedLM
+from mlmkit.pretrained import save_tokenizer
 from mlmkit.tokenizer import Tokenizer
 from mlmkit.train.checkpoint import checkpoints
 from mlmkit.train.config import Config

@@ -1,0 +1,168 @@
+"""Load masked LMs and tokenizers that transformers can read, without ever running code that comes with them."""
+
+import copy
+import json
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from transformers import AutoConfig, AutoModelForMaskedLM, AutoTokenizer, PreTrainedConfig
+from transformers.utils.hub import cached_files
+
+from mlmkit.artifact import is_artifact
+from mlmkit.bounds import check_folder, check_tokenizer, weight_names
+from mlmkit.errors import UserError, first_line, require
+from mlmkit.files import locate_model
+from mlmkit.model import MaskedLM, sees_context
+from mlmkit.tokenizer import PANIC, Tokenizer
+
+CONVERT = "python -c \"import transformers as t; t.AutoModelForMaskedLM.from_pretrained('.').save_pretrained('.')\""
+HAS_CODE = (
+    "it comes with Python code (auto_map), and mlmkit never runs a model's code: use a model whose architecture and "
+    "tokenizer are part of transformers"
+)
+FREE_WEIGHTS = 4 << 20  # 16 MiB, too few to refuse
+
+
+def load_pretrained(path: str, *, dtype: torch.dtype = torch.float32) -> tuple[MaskedLM, Tokenizer]:
+    """Load a checkpoint (a folder or hub name) and its tokenizer, on the CPU, in evaluation mode.
+
+    Reads weights from safetensors only. Raises `UserError` if it is not a complete masked LM with its tokenizer.
+    """
+    path = locate_model(path)
+    config = load_config(path)
+    network, info = from_pretrained(
+        AutoModelForMaskedLM,
+        path,
+        config=config,
+        dtype=dtype,
+        use_safetensors=True,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,  # reported below, in one line
+    )
+    if missing := sorted(info["missing_keys"]):
+        raise UserError(f"{path} is not a masked LM checkpoint: it lacks weights for {', '.join(missing[:3])}")
+    if mismatched := sorted(str(key) for key in info["mismatched_keys"]):
+        raise UserError(f"{path}: the weights do not have the shapes that config.json asks for: {mismatched[0]}")
+    tokenizer = load_tokenizer(path)
+    model = MaskedLM(network.eval())
+    if tokenizer.vocabulary_size > model.vocabulary_size:
+        raise UserError(
+            f"{path}: the tokenizer has ids up to {tokenizer.vocabulary_size - 1} but the model's vocabulary has "
+            f"{model.vocabulary_size}: the two do not belong together"
+        )
+    if not sees_context(model):
+        raise UserError(
+            f"{path}: this {config.model_type} model's predictions do not depend on the other tokens: its weights are "
+            "empty, or transformers lacks a kernel for it here"
+        )
+    return model, tokenizer
+
+
+def load_config(path: str) -> PreTrainedConfig:
+    """Load the configuration of a masked LM. Raises `UserError` if it is missing or of another kind of model."""
+    folder = Path(path)
+    if is_artifact(folder):
+        raise UserError(f"{path} is an artifact: name the checkpoint it was exported from")
+    if folder.is_dir() and not (folder / "config.json").exists():
+        raise UserError(f"{path} has no config.json: it is neither a checkpoint nor an artifact")
+    if folder.is_dir() and not any(folder.glob("*.safetensors*")):
+        raise UserError(
+            f"{path} has no model.safetensors: to convert a pytorch_model.bin, run there {CONVERT}"
+        )
+    config = from_pretrained(AutoConfig, path)
+    refuse_other_models(config, path)
+    return config
+
+
+def refuse_other_models(config: PreTrainedConfig, name: str) -> None:
+    """Raise `UserError` unless the configuration is of a masked language model."""
+    if type(config) not in AutoModelForMaskedLM._model_mapping:
+        raise UserError(f"{name} is a {config.model_type} model, for which transformers has no masked LM")
+    if getattr(config, "is_decoder", False):
+        raise UserError(f"{name} is a causal model (is_decoder): mlmkit is for masked language models")
+
+
+def load_tokenizer(path: str) -> Tokenizer:
+    """Load a checkpoint's tokenizer. Raises `UserError` if there is none that mlmkit can use."""
+    path = locate_model(path)
+    folder = Path(path)
+    if folder.is_dir() and not (folder / "tokenizer.json").exists():
+        if any(folder.glob("*.model")):
+            require("train", "sentencepiece")  # without it transformers asks for tiktoken
+        elif not any(folder.glob("*vocab*")):
+            raise UserError(f"{path} has no tokenizer.json: save or copy the model's tokenizer there")
+    loaded = from_pretrained(AutoTokenizer, path)
+    with as_user_error(path):
+        tokenizer = Tokenizer.from_transformers(loaded)
+    if not len(tokenizer.masking.ordinary):
+        # If the files are missing, transformers makes up a tokenizer that has special tokens only.
+        raise UserError(f"{path}: the tokenizer has no ordinary token: is its file tokenizer.json missing?")
+    return tokenizer
+
+
+def save_tokenizer(tokenizer: Any, folder: Path) -> None:
+    """Save a tokenizer of transformers. Raises `OSError` for all errors, also those of the tokenizers library."""
+    try:
+        tokenizer.save_pretrained(folder)
+    except OSError:
+        raise
+    except Exception as error:  # the tokenizers library raises bare Exception
+        raise OSError(f"cannot write {folder}: {first_line(error)}") from error
+
+
+def from_pretrained(kind: Any, path: str, **options: Any) -> Any:
+    """Call `kind.from_pretrained(path)`, after checking the files, without running code from the folder.
+
+    Raises `UserError` for what cannot be loaded this way.
+    """
+    with as_user_error(path):
+        present = _fetch(path, ("config.json", "tokenizer_config.json", "adapter_config.json"))
+        folder = present[0].parent if present else Path(path)
+        config = check_folder(folder) if folder.is_dir() else {}
+        if kind is AutoTokenizer:
+            for file in _fetch(path, ["tokenizer.json"]):
+                check_tokenizer(json.loads(file.read_bytes()))
+        if kind is AutoModelForMaskedLM:
+            _fetch(path, ("model.safetensors", "model.safetensors.index.json"))
+            _refuse_missing_weights(options["config"], _fetch(path, weight_names(folder, config)))
+        return kind.from_pretrained(path, trust_remote_code=False, **options)
+
+
+def _fetch(path: str, names: Sequence[str]) -> list[Path]:
+    """Return the paths of those files that the model has, downloaded first if it is on the hub."""
+    silent: Any = {f"_raise_exceptions_for_{kind}": False for kind in ("missing_entries", "connection_errors")}
+    return [Path(file) for name in names for file in cached_files(path, [name], **silent) or ()]
+
+
+def _refuse_missing_weights(config: PreTrainedConfig, files: Sequence[Path]) -> None:
+    """Raise `UserError` if the configuration asks for far more weights, and so memory, than the files hold."""
+    held = 0
+    for file in files:
+        with safe_open(file, "pt") as tensors:
+            held += sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())  # noqa: SIM118
+    text, most = config.get_text_config(), 2 * held + FREE_WEIGHTS
+    # A table of sines is not in the files, and a Python loop fills it.
+    asked = max(text.vocab_size, getattr(text, "max_position_embeddings", 0) * getattr(text, "hidden_size", 0) // 2)
+    if asked <= most:
+        with torch.device("meta"):
+            network = AutoModelForMaskedLM.from_config(copy.deepcopy(config), trust_remote_code=False)
+        asked = sum(tensor.numel() for tensor in (*network.parameters(), *network.buffers()))
+    if asked > most:
+        raise UserError(f"its configuration asks for {asked:,} weights, and its files hold {held:,}")
+
+
+@contextmanager
+def as_user_error(path: str) -> Iterator[None]:
+    """Turn any error into a one-line `UserError`: transformers raises OSError or ValueError with pages of advice."""
+    try:
+        yield
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != PANIC:
+            raise
+        cause = error if isinstance(error, UserError) else f"cannot be loaded: {first_line(error)}"
+        raise UserError(f"{path}: {HAS_CODE if 'trust_remote_code' in str(error) else cause}") from error
