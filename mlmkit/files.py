@@ -1,4 +1,7 @@
-"""Files and folders that are written atomically, locks, checksums, and where models and the cache lie."""
+"""Write files and folders atomically, lock folders, check hashes, and locate models and the cache.
+
+Everything that mlmkit writes and may be killed at is written with `atomic`.
+"""
 
 import errno
 import glob
@@ -24,25 +27,25 @@ except ImportError:  # Windows
 
 log = logging.getLogger(__name__)
 
-# Hidden names beside a path: what is not finished or to be deleted, the old folder while the new one takes its place,
-# and the new content of a mount point before and after the old one was deleted.
+# Suffixes of hidden names beside a path: unfinished or to be deleted; the old folder while the new one replaces it; the
+# new content of a mount point, before and after the old content was deleted.
 PARTIAL, REPLACED, READY, MOVING = (f".mlmkit-{state}" for state in ("partial", "replaced", "ready", "moving"))
 LOCK = ".mlmkit-lock"
-RUN = "run.json"  # what a training run's folder holds from its beginning
-YOUNG = 60.0  # seconds in which a file may not yet have been locked by the process that made it
+RUN = "run.json"  # marks the folder of a training run, from its start
+GRACE_SECONDS = 60.0  # a younger file may not yet be locked by the process that made it
 CHECKSUM = "checksum"
-LARGEST_RECORD = 64 << 20  # bytes; a result.json of many slices and paradigms has 0.2 MB
+LARGEST_RECORD = 64 << 20  # bytes; a result.json with many slices has 0.2 MB
 
 _say_once = cache(log.info)
 
 
 @contextmanager
 def atomic(path: Path, *, folder: bool = False, keep: bool = False) -> Iterator[Path]:
-    """Yield another name for a file or a `folder`; when the block ends, sync what was written and rename it to `path`.
+    """Yield a temporary name for a file or `folder`. When the block ends, sync it and rename it to `path`.
 
-    A failure or a kill leaves `path` as it was. What killed processes have left beside it is removed. The umask decides
-    who may read the result. A folder is replaced only within `locked`; with `keep`, one that another process has put
-    there meanwhile stays.
+    A failure or a kill leaves `path` unchanged. Leftovers of killed processes beside it are removed. The umask decides
+    who may read the result. Replace a folder only inside `locked`. With `keep`, a folder that another process has
+    created in the meantime stays.
     """
     sweep(home(path))
     partial = _beside(path, PARTIAL)
@@ -50,7 +53,7 @@ def atomic(path: Path, *, folder: bool = False, keep: bool = False) -> Iterator[
         partial.mkdir()
     else:
         partial.touch(exist_ok=False)
-    lock, mode = os.open(partial, os.O_RDONLY), partial.stat().st_mode & 0o666  # as the umask has it
+    lock, mode = os.open(partial, os.O_RDONLY), partial.stat().st_mode & 0o666  # by the umask
     try:
         _try_lock(lock)
         yield partial
@@ -65,14 +68,14 @@ def atomic(path: Path, *, folder: bool = False, keep: bool = False) -> Iterator[
 
 
 def home(path: Path) -> Path:
-    """The folder to write in what is to become `path`: beside it, or in it if it is a mount point."""
+    """Return the folder for temporary names: the parent of `path`, or `path` itself if it is a mount point."""
     return path if path.is_mount() else path.parent
 
 
 def replace(new: Path, path: Path, *, keep: bool = False) -> None:
-    """Put a file or folder in `home(path)`, synced, in the place of `path`. What a kill interrupts, `locked` finishes.
+    """Replace `path` by `new`, a synced file or folder in `home(path)`. If a kill interrupts this, `locked` finishes it.
 
-    A mount point cannot be renamed: its content is deleted, and the new one moved there.
+    A mount point cannot be renamed: its content is deleted, and the new content moved in.
     """
     if path.is_mount():
         new.rename(_beside(path, READY))
@@ -91,20 +94,20 @@ def replace(new: Path, path: Path, *, keep: bool = False) -> None:
 
 
 def _finish_replacing(path: Path) -> None:
-    def left(suffix: str) -> Iterator[Path]:  # of this name alone: "run" is no beginning of "run.2" here
+    def leftovers(suffix: str) -> Iterator[Path]:  # of exactly this name: "run" must not match "run.2"
         return home(path).glob(f".{glob.escape(path.name)}.{'[0-9a-f]' * 8}{suffix}")
 
-    for old in left(REPLACED):
+    for old in leftovers(REPLACED):
         if path.exists():
             shutil.rmtree(old, ignore_errors=True)
-        else:  # killed between two renames
+        else:  # killed between the two renames
             old.rename(path)
-    for new in left(READY):
+    for new in leftovers(READY):
         for entry in content(path):
             _remove(entry)
         new.rename(new.with_suffix(MOVING))
-    for new in left(MOVING):
-        for entry in sorted(new.iterdir(), key=lambda entry: entry.stat().st_mtime_ns):  # a manifest is written last
+    for new in leftovers(MOVING):
+        for entry in sorted(new.iterdir(), key=lambda entry: entry.stat().st_mtime_ns):  # the manifest last
             entry.rename(path / entry.name)
         new.rmdir()
         sync(path)
@@ -115,30 +118,30 @@ def _beside(path: Path, suffix: str) -> Path:
 
 
 def write_text(path: Path, text: str) -> None:
-    """`atomic`, in UTF-8."""
+    """Write UTF-8 text atomically."""
     with atomic(path) as partial:
         partial.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, value: object) -> None:
-    """`atomic`, for people to read."""
+    """Write indented JSON atomically."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
-def sweep(folder: Path, *, age: float = YOUNG) -> None:
-    """Remove what killed processes have left in a folder: what is `age` seconds old and no process has locked."""
-    for left in (path for path in folder.glob(".*") if path.name.endswith((PARTIAL, LOCK))):  # the folder read once
+def sweep(folder: Path, *, age: float = GRACE_SECONDS) -> None:
+    """Remove leftovers of killed processes from a folder: files `age` seconds old that no process has locked."""
+    for leftover in (path for path in folder.glob(".*") if path.name.endswith((PARTIAL, LOCK))):
         with suppress(OSError):
-            lock = os.open(left, os.O_RDONLY)
+            lock = os.open(leftover, os.O_RDONLY)
             try:
-                if time.time() - left.stat().st_mtime >= age and _try_lock(lock):
-                    _remove(left)
+                if time.time() - leftover.stat().st_mtime >= age and _try_lock(lock):
+                    _remove(leftover)
             finally:
                 os.close(lock)
 
 
 def _try_lock(descriptor: int) -> bool:
-    """Whether the file could be locked; never where the system has no locks."""
+    """Lock a file and return whether it worked; False if the system has no locks."""
     try:
         if fcntl is not None:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -148,13 +151,13 @@ def _try_lock(descriptor: int) -> bool:
 
 
 def content(folder: Path) -> list[Path]:
-    """What is in a folder, but for what we write in a mount point until it is done, and `lost+found`."""
+    """List a folder without `lost+found` and the temporary names that `atomic` writes into a mount point."""
     ours = f".{folder.name}."
     return [path for path in folder.iterdir() if not path.name.startswith(ours) and path.name != "lost+found"]
 
 
 def remove(folder: Path) -> None:
-    """Delete a folder, which is gone at once and as a whole even if the process is killed meanwhile."""
+    """Delete a folder atomically: it is renamed first, so a kill cannot leave a part of it."""
     with suppress(FileNotFoundError):
         doomed = folder.rename(_beside(folder, PARTIAL))
         shutil.rmtree(doomed, ignore_errors=True)
@@ -169,10 +172,10 @@ def _remove(path: Path) -> None:
 
 @contextmanager
 def new_folder(path: Path, *, replaces: str = "") -> Iterator[Path]:
-    """`atomic` for a folder that the user named, with its parents, `locked` until the block ends.
+    """Create a folder that the user named, and its parents, with `atomic`. It stays `locked` until the block ends.
 
-    A folder that holds the file `replaces` may be replaced. Raises `UserError` when `path` is another one that is not
-    empty, or cannot be written.
+    A folder that contains the file `replaces` may be replaced. Raises `UserError` if `path` is any other folder that is
+    not empty, or cannot be written.
     """
     path = path.resolve()
     try:
@@ -185,31 +188,31 @@ def new_folder(path: Path, *, replaces: str = "") -> Iterator[Path]:
 
 
 def refuse_existing(path: Path, replaces: str = "") -> None:
-    """Raise `UserError` now rather than after hours of work if `new_folder` would refuse `path`."""
+    """Raise `UserError` if `new_folder` would refuse `path`: better now than after hours of work."""
     if (path.exists() or path.is_symlink()) and not path.is_dir():
         raise UserError(f"{path} exists and is not a folder: choose another folder")
     if not path.is_dir() or not content(path) or (replaces and (path / replaces).exists()):
         return
     if replaces:
-        raise UserError(f"{path} holds no {replaces}, so --overwrite leaves it alone: choose another folder")
+        raise UserError(f"{path} has no {replaces}, so --overwrite leaves it alone: choose another folder")
     raise UserError(f"{path} exists: choose another folder, or replace it with --overwrite")
 
 
 def locate_model(path: str) -> str:
-    """The model's folder or hub name (USER/NAME): of a training run's folder, that of the finished model in it.
+    """Return a model's folder or hub name (USER/NAME). For the folder of a training run, the finished model in it.
 
-    Raises `UserError` for what can be neither.
+    Raises `UserError` for a path that is neither, and for an unfinished run.
     """
     folder = Path(path)
     if not folder.exists() and (path.startswith((".", "/", "~")) or path.count("/") > 1):
         raise UserError(f"{path}: no such folder")
     if folder.is_file():
-        raise UserError(f"{path} is a file: name the folder of the model or tokenizer that it belongs to")
+        raise UserError(f"{path} is a file: name the folder of the model or tokenizer instead")
     if not (folder / RUN).exists():
         return path
     if not (folder / "model").exists():
-        raise UserError(f"{path} is an unfinished training run: train on, or name a folder in {path}/checkpoints")
-    _say_once(f"{path} is a training run: taking the model in it, {path}/model")
+        raise UserError(f"{path} is an unfinished training run: finish it, or name a folder in {path}/checkpoints")
+    _say_once(f"{path} is a training run: using its model, {path}/model")
     return f"{path}/model"
 
 
@@ -218,31 +221,31 @@ def locate_model(path: str) -> str:
 
 @contextmanager
 def locked(path: Path, *, wait: bool = False) -> Iterator[None]:
-    """Keep other processes out of a folder that is looked at, made or replaced in the block; with its parents.
+    """Keep other processes out of a folder while the block reads, creates or replaces it. Creates its parents.
 
-    The lock ends with the process. It is on a file beside the folder, as the folder itself may be replaced; where
-    nobody may write there, nobody can replace the folder, and the lock is on itself. What a killed process was
-    replacing is put in order first. Raises `UserError` if another process has the lock, or `wait`s for it.
+    The lock ends with the process. It is held on a file beside the folder, because the folder may be replaced; if that
+    place is read-only, the folder cannot be replaced, and the lock is held on the folder itself. A replacement that a
+    kill interrupted is finished first. Raises `UserError` if another process has the lock, unless told to `wait`.
     """
     path = path.resolve()
     lock = home(path) / f".{path.name}{LOCK}"
     try:
         descriptor = _acquire(lock, path, wait=wait)
     except BlockingIOError:
-        raise UserError(f"another process is at work in {path}: wait for it") from None
+        raise UserError(f"another process is using {path}: wait for it to finish") from None
     except OSError as error:
         raise UserError(f"cannot write {lock}: {error.strerror}") from None
     try:
         _finish_replacing(path)
         yield
     finally:
-        with suppress(OSError):  # Windows removes no open file
+        with suppress(OSError):  # Windows cannot remove an open file
             lock.unlink()
         os.close(descriptor)
 
 
 def _acquire(lock: Path, path: Path, *, wait: bool) -> int:
-    """A descriptor that holds the lock. Raises `BlockingIOError` if another process does."""
+    """Return a descriptor that holds the lock. Raises `BlockingIOError` if another process has it."""
     while True:
         try:
             lock.parent.mkdir(parents=True, exist_ok=True)
@@ -258,22 +261,22 @@ def _acquire(lock: Path, path: Path, *, wait: bool) -> int:
             os.close(descriptor)
             raise
         except OSError as error:
-            log.warning("%s: no locks on this file system (%s): run one process at a time", path, error.strerror)
+            log.warning("%s: this file system has no locks (%s): run one process at a time", path, error.strerror)
         if os.fstat(descriptor).st_nlink:
             return descriptor
-        os.close(descriptor)  # removed by its owner since we opened it
+        os.close(descriptor)  # its owner removed the file after we opened it: try again
 
 
 # ---------------------------------------------------------------- records
 
 
 def write_record(path: Path, values: dict[str, Any]) -> None:
-    """Write a JSON object with a checksum, atomically."""
+    """Write a JSON object with a checksum atomically."""
     write_json(path, sealed(values))
 
 
 def read_record(path: Path, remedy: str) -> dict[str, Any]:
-    """What `write_record` wrote there. Raises `DamagedError`, which ends with the `remedy`, for anything else."""
+    """Read what `write_record` wrote. Raises `DamagedError`, ending with the `remedy`, for anything else."""
     try:
         with path.open("rb") as file:
             content = file.read(LARGEST_RECORD + 1)
@@ -285,18 +288,18 @@ def read_record(path: Path, remedy: str) -> dict[str, Any]:
 
 
 def sealed(values: dict[str, Any]) -> dict[str, Any]:
-    """The values with a checksum of them, for JSON."""
-    values = json.loads(json.dumps(values))  # as they will be read: keys are text
+    """Add a checksum to the values of a record."""
+    values = json.loads(json.dumps(values))  # as they will be read back: keys are strings
     return {**values, CHECKSUM: _checksum(values)}
 
 
 def unsealed(values: object) -> dict[str, Any]:
-    """The values without their checksum. Raises `ValueError` if there is none, or it is that of other values."""
+    """Return the values without their checksum. Raises `ValueError` if it is missing or does not match."""
     if not isinstance(values, dict) or CHECKSUM not in values:
-        raise ValueError("it has no checksum, as files of mlmkit have")
+        raise ValueError("it has no checksum")
     values = {**values}
     if values.pop(CHECKSUM) != _checksum(values):
-        raise ValueError("its checksum is that of another content")
+        raise ValueError("its checksum does not match its content")
     return values
 
 
@@ -304,34 +307,34 @@ def _checksum(values: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
-# ---------------------------------------------------------------- places
+# ---------------------------------------------------------------- cache and hashes
 
 
 def cache_root() -> Path:
-    """Where mlmkit keeps what it can make again: `$MLMKIT_CACHE`, by default `~/.cache/mlmkit`."""
+    """Return the cache folder: `$MLMKIT_CACHE`, by default `~/.cache/mlmkit`."""
     return Path(os.environ.get("MLMKIT_CACHE") or Path.home() / ".cache" / "mlmkit")
 
 
 def file_sha256(path: Path) -> str:
-    """SHA-256 of a file's bytes, hexadecimal."""
+    """Return the SHA-256 of a file's bytes, hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def hash_tree(folder: Path) -> dict[str, str]:
-    """SHA-256 of each file in a folder, by its path there."""
+    """Return the SHA-256 of each file in a folder and its subfolders, by relative path."""
     files = filter(Path.is_file, sorted(folder.rglob("*")))
     return {path.relative_to(folder).as_posix(): file_sha256(path) for path in files}
 
 
 def changed_file(folder: Path, hashes: dict[str, str]) -> str:
-    """The first file that is missing or has another SHA-256; "" if there is none."""
+    """Return the first file that is missing or whose SHA-256 differs, or ""."""
     paths = ((name, folder / name, sha256) for name, sha256 in hashes.items())
     return next((name for name, path, sha256 in paths if not path.is_file() or file_sha256(path) != sha256), "")
 
 
 def sync(path: Path) -> None:
-    """Wait until a file's or folder's content is on the disk."""
+    """Flush a file or folder to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -71,9 +71,7 @@ def load_config(path: str) -> PreTrainedConfig:
     if folder.is_dir() and not (folder / "config.json").exists():
         raise UserError(f"{path} has no config.json: it is neither a checkpoint nor an artifact")
     if folder.is_dir() and not any(folder.glob("*.safetensors*")):
-        raise UserError(
-            f"{path} has no model.safetensors: to convert a pytorch_model.bin, run there {CONVERT}"
-        )
+        raise UserError(f"{path} has no model.safetensors: to convert a pytorch_model.bin, run there {CONVERT}")
     config = from_pretrained(AutoConfig, path)
     refuse_other_models(config, path)
     return config

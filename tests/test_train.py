@@ -162,7 +162,7 @@ def test_training_learns_and_leaves_a_hugging_face_folder(config, tmp_path):
 
 def test_the_folder_of_a_run_stands_for_its_model(config, tmp_path, text_file, caplog, capsys):
     caplog.set_level("INFO", "mlmkit")
-    run, taken = tmp_path / "run", f"{tmp_path}/run is a training run: taking the model in it, {tmp_path}/run/model"
+    run, taken = tmp_path / "run", f"{tmp_path}/run is a training run: using its model, {tmp_path}/run/model"
     model = loop.train(config, run)
     assert mlmkit.load(str(run)).info.path == str(model)
     assert load_tokenizer(str(run)).fingerprint == load_tokenizer(str(model)).fingerprint
@@ -177,7 +177,7 @@ def test_the_folder_of_a_run_stands_for_its_model(config, tmp_path, text_file, c
     loop.train(further, tmp_path / "further")
     assert caplog.messages.count(taken) == 1
     (run / "model").rename(tmp_path / "elsewhere")
-    with pytest.raises(UserError, match=r"unfinished training run: train on, or name a folder in .*run/checkpoints"):
+    with pytest.raises(UserError, match=r"unfinished training run: finish it, or name a folder in .*run/checkpoints"):
         mlmkit.load(str(run))
 
 

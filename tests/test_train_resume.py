@@ -172,7 +172,7 @@ def test_one_run_at_a_time(config, tmp_path):
     ranks = Ranks(config, run)
     wait_for(lambda: last_step(run), ranks)
     try:
-        with pytest.raises(UserError, match=r"another process is at work in .*run: wait for it"):
+        with pytest.raises(UserError, match=r"another process is using .*run: wait for it"):
             train(config, run)
     finally:
         ranks.signal(signal.SIGKILL)
