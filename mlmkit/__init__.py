@@ -1,7 +1,7 @@
-"""mlmkit: masked language models from text to checkpoint, engine, measurement and use.
+"""mlmkit: train, export, evaluate and serve masked language models.
 
-From Python: `mlmkit.load`, `mlmkit.evaluate` and `mlmkit.pseudo_log_likelihood`, and `mlmkit.UserError` and
-`mlmkit.CheckError`, which they raise.
+The Python API: `mlmkit.load`, `mlmkit.evaluate` and `mlmkit.pseudo_log_likelihood`. They raise `mlmkit.UserError` and
+`mlmkit.CheckError`.
 """
 
 import os
@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from mlmkit.backends import load
     from mlmkit.eval.api import Evaluation, evaluate, pseudo_log_likelihood
 
-# ONNX Runtime reads this while it is imported. Otherwise it writes a device id and a queue of events into the user's
-# cache folder; turning its telemetry off later comes too late.
+# ONNX Runtime reads this on import. Without it, a device id and an event queue are written to the user's cache folder;
+# turning telemetry off later is too late.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 __version__ = "0.1.0"
@@ -30,7 +30,7 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    """Import on first use: `mlmkit --help` must not wait for numpy."""
+    """Import on first use, so that `mlmkit --help` does not wait for numpy."""
     if name not in _HOMES:
         raise AttributeError(f"module 'mlmkit' has no attribute {name!r}")
     return getattr(import_module(_HOMES[name]), name)

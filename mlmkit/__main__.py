@@ -1,4 +1,4 @@
-"""`python -m mlmkit`, which is also what torchrun starts."""
+"""`python -m mlmkit`, which torchrun uses too."""
 
 from mlmkit.cli import main
 

@@ -73,7 +73,7 @@ def home(path: Path) -> Path:
 
 
 def replace(new: Path, path: Path, *, keep: bool = False) -> None:
-    """Replace `path` by `new`, a synced file or folder in `home(path)`. If a kill interrupts this, `locked` finishes it.
+    """Replace `path` by `new`, a synced file or folder in `home(path)`. After a kill, `locked` finishes the job.
 
     A mount point cannot be renamed: its content is deleted, and the new content moved in.
     """

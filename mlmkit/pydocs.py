@@ -1,6 +1,6 @@
-"""Real text that every Python carries: the language reference's topics and the standard library's docstrings.
+"""Real text without a download: Python's own documentation, the language reference and library docstrings.
 
-A few MB of English technical prose, for the demo and for checking exports where the user names no text.
+A few MB of English technical prose, for the demo and for checking exports when the user names no text.
 """
 
 import ast
@@ -14,16 +14,16 @@ NOT_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idlelib", "li
 
 
 def python_documentation() -> list[str]:
-    """One text a topic, docstring, sorted by module and without repeats; white space runs folded to one space."""
+    """Return one text per topic, then per docstring sorted by module. No duplicates; white space is normalised."""
     folded = (" ".join(text.split()) for text in (*topics(), *_docstrings()))
     return [text for text in dict.fromkeys(folded) if len(text.split()) >= SHORTEST_WORDS]
 
 
 def topics() -> list[str]:
-    """The texts behind `help("LISTS")` and its like."""
+    """Return the texts of `help("LISTS")` and similar topics, sorted by topic."""
     try:
         from pydoc_data.topics import topics
-    except ImportError:  # some distributions part it from Python
+    except ImportError:  # some distributions package it separately
         return []
     return [topics[name] for name in sorted(topics)]
 
