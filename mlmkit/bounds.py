@@ -32,7 +32,7 @@ def check_folder(folder: Path) -> dict[str, Any]:
         if READ.fullmatch(path.name) and not path.is_dir() and not (path.is_file() and path.stat().st_size <= most):
             raise UserError(f"{path.name} is not a file of at most {most >> 20} MiB, as it is in every known model")
     if (folder / "adapter_config.json").exists():
-        raise UserError("it is an adapter (adapter_config.json): merge it into its model, and save that")
+        raise UserError("it is an adapter (adapter_config.json): merge it into the model, and save that")
     if (folder / "tokenizer_config.json").is_file():
         read_config(folder / "tokenizer_config.json")
     return read_config(folder / "config.json") if (folder / "config.json").is_file() else {}
