@@ -9,15 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mlmkit.cli.options import (
-    ModelOptions,
-    TextOptions,
-    json_option,
-    model_options,
-    overwrite_option,
-    receives,
-    text_options,
-)
+from mlmkit.cli.options import JsonOption, ModelOptions, TextOptions, argument, command, option, switch
 from mlmkit.console import print_json, print_table, say
 from mlmkit.errors import UserError, require
 
@@ -26,53 +18,39 @@ if TYPE_CHECKING:
     from mlmkit.eval.sets import Request
 
 PAIRS = "pairs"
+PATH = click.Path(path_type=Path)
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvalOptions(ModelOptions, TextOptions):
+class EvalOptions(JsonOption, ModelOptions, TextOptions):
     """The arguments and options of `mlmkit eval`."""
 
-    sets: tuple[str, ...]
-    list_sets: bool
-    data_dir: str | None
-    metrics: tuple[str, ...]
-    mask_seed: int | None
-    mask_seeds: str | None
-    mask_prob: float
-    replace_prob: float
-    random_prob: float
-    whole_word: bool
-    pll: str
-    pseudo_sample: float
-    batch_tokens: int
-    allow_batch_coupling: bool
-    output: Path | None
-    overwrite: bool
-    as_json: bool
+    model: str = argument(default="")
+    sets: tuple[str, ...] = option("--set", "What to measure on. Repeatable.", multiple=True, metavar="NAME|FILE")
+    list_sets: bool = switch("--list-sets", "List the built-in sets and exit.")
+    data_dir: str | None = option("--data-dir", "Folder with local copies of the sets. Default: $MLMKIT_DATA.")
+    metrics: tuple[str, ...] = option(
+        "--metric", "Repeatable. Default: by set.", multiple=True, metavar="masked|pseudo|pairs"
+    )
+    mask_seed: int | None = option("--mask-seed", "Seed of the masks. Default: 0.", type=int)
+    mask_seeds: str | None = option(
+        "--mask-seeds", "Several seeds, to show the spread between masks.", metavar="N,N,..."
+    )
+    mask_prob: float = option("--mask-prob", "Share of tokens to select.", default=0.15)
+    replace_prob: float = option("--replace-prob", "Share of those that become the mask.", default=0.8)
+    random_prob: float = option("--random-prob", "Share of those that become a random token.", default=0.1)
+    whole_word: bool = switch("--whole-word", "Select whole words.")
+    pll: str = option("--pll", "Pseudo-likelihood.", default="original", metavar="original|within-word")
+    pseudo_sample: float = option("--pseudo-sample", "Share of tokens to score for pseudo.", default=1.0)
+    batch_tokens: int | None = option(
+        "--batch-tokens", "Tokens per padded batch. Default: by device.", type=click.IntRange(min=0), metavar="N"
+    )
+    allow_batch_coupling: bool = switch("--allow-batch-coupling", "Measure a dynamically quantized model anyway.")
+    output: Path | None = option("--output", "Folder for result.json, the tables and report.html.", type=PATH)
+    overwrite: bool = switch("--overwrite", "Replace an existing result.")
 
 
-@click.command(name="eval")
-@click.argument("model", default="")
-@click.option("--set", "sets", multiple=True, metavar="NAME|FILE", help="What to measure on. Repeatable.")
-@click.option("--list-sets", is_flag=True, help="List the built-in sets and exit.")
-@click.option("--data-dir", help="Folder with local copies of the sets. Default: $MLMKIT_DATA.")
-@click.option("--metric", "metrics", multiple=True, metavar="masked|pseudo|pairs", help="Repeatable. Default: by set.")
-@click.option("--mask-seed", type=int, help="Seed of the masks. Default: 0.")
-@click.option("--mask-seeds", metavar="N,N,...", help="Several seeds, to show the spread between masks.")
-@click.option("--mask-prob", default=0.15, show_default=True, help="Share of tokens to select.")
-@click.option("--replace-prob", default=0.8, show_default=True, help="Share of those that become the mask.")
-@click.option("--random-prob", default=0.1, show_default=True, help="Share of those that become a random token.")
-@click.option("--whole-word", is_flag=True, help="Select whole words.")
-@click.option("--pll", default="original", show_default=True, metavar="original|within-word", help="Pseudo-likelihood.")
-@click.option("--pseudo-sample", default=1.0, show_default=True, help="Share of tokens to score for pseudo.")
-@click.option("--batch-tokens", type=click.IntRange(min=0), default=0, metavar="N", help="Tokens per padded batch.")
-@click.option("--allow-batch-coupling", is_flag=True, help="Measure a dynamically quantized model anyway.")
-@text_options
-@click.option("--output", type=click.Path(path_type=Path), help="Folder for result.json, the tables and report.html.")
-@overwrite_option
-@model_options
-@json_option
-@receives(EvalOptions)
+@command(EvalOptions, "eval")
 def evaluate(options: EvalOptions) -> None:
     """Measure MODEL on text or minimal pairs, with masks that anyone can reproduce.
 
@@ -115,7 +93,7 @@ def evaluate(options: EvalOptions) -> None:
                 chosen,
                 folder,
                 declared=request.declared,
-                batch_tokens=options.batch_tokens,
+                batch_tokens=options.batch_tokens or 0,
                 allow_batch_coupling=options.allow_batch_coupling,
                 overwrite=options.overwrite,
                 report=output is not None,
@@ -228,12 +206,17 @@ def _value(metric: dict[str, float | None]) -> tuple[str, str]:
     return _number(metric["value"]), "-" if low is high is None else f"[{_number(low)}, {_number(high)}]"
 
 
-@click.command()
-@click.argument("results", nargs=-1, required=True, metavar="RESULT_A RESULT_B [RESULT ...]")
-@click.option("--output", type=click.Path(path_type=Path), help="Folder to write compare.html to.")
-@click.option("--top", default=20, show_default=True, type=click.IntRange(min=0), help="How many tokens to show.")
-@json_option
-def compare(results: tuple[str, ...], output: Path | None, top: int, as_json: bool) -> None:
+@dataclass(frozen=True, kw_only=True)
+class CompareOptions(JsonOption):
+    """The arguments and options of `mlmkit compare`."""
+
+    results: tuple[str, ...] = argument(nargs=-1, required=True, metavar="RESULT_A RESULT_B [RESULT ...]")
+    output: Path | None = option("--output", "Folder to write compare.html to.", type=PATH)
+    top: int = option("--top", "How many tokens to show.", default=20, type=click.IntRange(min=0))
+
+
+@command(CompareOptions)
+def compare(options: CompareOptions) -> None:
     """Compare evaluations of the same text and masks, each with RESULT_A.
 
     Shows each metric's difference with its paired interval and p-value, overall and by slice, and the tokens where the
@@ -242,22 +225,22 @@ def compare(results: tuple[str, ...], output: Path | None, top: int, as_json: bo
     from mlmkit.eval.compare import compare as run_comparison
     from mlmkit.eval.compare_page import print_lines, write_page
 
-    if len(results) < 2:
+    if len(options.results) < 2:
         raise UserError("name at least two results to compare")
-    comparison = run_comparison([Path(item) for item in results], top)
-    if output:
-        write_page(comparison, output)
-    if as_json:
+    comparison = run_comparison([Path(item) for item in options.results], options.top)
+    if options.output:
+        write_page(comparison, options.output)
+    if options.as_json:
         print_json(comparison)
         return
     for line in print_lines(comparison):
         say(line)
-    if output:
-        say(f"page: {output / 'compare.html'}")
+    if options.output:
+        say(f"page: {options.output / 'compare.html'}")
 
 
 @click.command()
-@click.argument("result", type=click.Path(path_type=Path))
+@click.argument("result", type=PATH)
 def report(result: Path) -> None:
     """Write RESULT/report.html again, from the stored result."""
     from mlmkit.eval.report import write_report
@@ -272,26 +255,16 @@ def report(result: Path) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ScoreOptions(ModelOptions, TextOptions):
+class ScoreOptions(JsonOption, ModelOptions, TextOptions):
     """The arguments and options of `mlmkit score`."""
 
-    file: str
-    pll: str
-    per_token: bool
-    allow_batch_coupling: bool
-    as_json: bool
+    file: str = argument(default="-")
+    pll: str = option("--pll", "Pseudo-likelihood.", default="original", metavar="original|within-word")
+    per_token: bool = switch("--per-token", "Show each token's log-probability.")
+    allow_batch_coupling: bool = switch("--allow-batch-coupling", "Score with a dynamically quantized model anyway.")
 
 
-@click.command()
-@click.argument("model")
-@click.argument("file", default="-")
-@click.option("--pll", default="original", show_default=True, metavar="original|within-word", help="Pseudo-likelihood.")
-@click.option("--per-token", is_flag=True, help="Show each token's log-probability.")
-@click.option("--allow-batch-coupling", is_flag=True, help="Score with a dynamically quantized model anyway.")
-@text_options
-@model_options
-@json_option
-@receives(ScoreOptions)
+@command(ScoreOptions)
 def score(options: ScoreOptions) -> None:
     """Pseudo-log-likelihood of each text in FILE.
 

@@ -7,30 +7,24 @@ from typing import Any
 
 import click
 
-from mlmkit.cli.options import Command, ModelOptions, json_option, model_options, receives
+from mlmkit.cli.options import JsonOption, ModelOptions, argument, command, model_options, option
 from mlmkit.console import print_json, say
 from mlmkit.errors import UserError, require
 from mlmkit.serve.limits import BATCH_TOKENS, QUEUE_TOKENS, Limits
 
 
 @dataclass(frozen=True, kw_only=True)
-class FillOptions(ModelOptions):
+class FillOptions(JsonOption, ModelOptions):
     """The arguments and options of `mlmkit fill`."""
 
-    text: str
-    top_k: int
-    targets: tuple[str, ...]
-    as_json: bool
+    text: str = argument()
+    top_k: int = option("--top-k", "Candidates per mask.", default=5)
+    targets: tuple[str, ...] = option(
+        "--targets", "Rank only this, exactly as written. Repeatable.", multiple=True, metavar="TEXT"
+    )
 
 
-@click.command()
-@click.argument("model")
-@click.argument("text")
-@click.option("--top-k", default=5, show_default=True, help="Candidates per mask.")
-@click.option("--targets", multiple=True, metavar="TEXT", help="Rank only this, exactly as written. Repeatable.")
-@model_options
-@json_option
-@receives(FillOptions)
+@command(FillOptions)
 def fill(options: FillOptions) -> None:
     """Fill each mask in TEXT.
 
@@ -53,26 +47,26 @@ def fill(options: FillOptions) -> None:
 
 
 AT_LEAST_1 = click.IntRange(min=1)
-# A field of `Limits`, its option, the option's type, what it limits.
-LIMIT_OPTIONS: tuple[tuple[str, str, Any, str], ...] = (
-    ("body_bytes", "--max-body-bytes", AT_LEAST_1, "Bytes per request."),
-    ("texts", "--max-texts", AT_LEAST_1, "Texts per request."),
-    ("text_tokens", "--max-tokens", AT_LEAST_1, "Tokens per text."),
-    ("text_masks", "--max-masks", AT_LEAST_1, "Masks per text."),
-    ("targets", "--max-targets", AT_LEAST_1, "Targets per request."),
-    ("candidates", "--max-candidates", AT_LEAST_1, "Candidates that a request may ask for."),
-    ("requests", "--max-requests", AT_LEAST_1, "Concurrent requests."),
-    ("queue_tokens", "--max-queue-tokens", AT_LEAST_1, "Tokens waiting in the queue."),
-    ("batch_tokens", "--batch-tokens", AT_LEAST_1, "Tokens per engine call."),
-    ("wait_seconds", "--max-wait", click.FloatRange(min=0), "Seconds to wait for more texts to fill a batch."),
-    ("deadline_seconds", "--deadline", click.FloatRange(min=0.01), "Seconds until a request must be answered."),
-    ("drain_seconds", "--drain", click.FloatRange(min=0), "Seconds to finish open requests when stopped."),
+# The field of `Limits`, the option, its type, what it bounds.
+BOUNDS: tuple[tuple[str, str, Any, str], ...] = (
+    ("body_bytes", "--max-body-bytes", AT_LEAST_1, "Bytes of a request."),
+    ("texts", "--max-texts", AT_LEAST_1, "Texts of a request."),
+    ("text_tokens", "--max-tokens", AT_LEAST_1, "Tokens of a text."),
+    ("text_masks", "--max-masks", AT_LEAST_1, "Masks of a text."),
+    ("targets", "--max-targets", AT_LEAST_1, "Targets of a request."),
+    ("candidates", "--max-candidates", AT_LEAST_1, "Candidates that a request asks for."),
+    ("requests", "--max-requests", AT_LEAST_1, "Requests under way at once."),
+    ("queue_tokens", "--max-queue-tokens", AT_LEAST_1, "Tokens that wait."),
+    ("batch_tokens", "--batch-tokens", AT_LEAST_1, "Tokens of an engine call."),
+    ("wait_seconds", "--max-wait", click.FloatRange(min=0), "Seconds to wait for company."),
+    ("deadline_seconds", "--deadline", click.FloatRange(min=0.01), "Seconds for an answer."),
+    ("drain_seconds", "--drain", click.FloatRange(min=0), "Seconds to answer the rest when stopped."),
 )
 
 
-def limit_options(command: Command) -> Command:
-    """Add an option for each limit."""
-    for field, name, kind, help in reversed(LIMIT_OPTIONS):
+def limit_options(command: Any) -> Any:
+    """An option for each bound."""
+    for field, name, kind, help in reversed(BOUNDS):
         command = click.option(name, field, type=kind, help=f"{help} Default: {_default(field)}.")(command)
     return command
 
@@ -87,9 +81,9 @@ def _default(field: str) -> str:
 @click.command()
 @click.argument("model")
 @click.option("--host", default="127.0.0.1", show_default=True, help="The address to listen on.")
-@click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0 picks a free port.")
+@click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0 takes a free one.")
 @click.option("--workers", type=AT_LEAST_1, default=1, show_default=True, help="Processes, each with its own model.")
-@click.option("--token", envvar="MLMKIT_TOKEN", help="Require this bearer token. Default: $MLMKIT_TOKEN.")
+@click.option("--token", envvar="MLMKIT_TOKEN", help="Ask for this bearer token. Default: $MLMKIT_TOKEN.")
 @click.option(
     "--allow-host",
     "names",
@@ -112,22 +106,22 @@ def serve(
     device: str,
     **bounds: float | None,
 ) -> None:
-    """Serve MODEL over HTTP: fill-mask, scoring, and a page to try it.
+    """Serve MODEL over HTTP: fill-mask, scoring, and a page to play with.
 
-    The API is Hugging Face's: huggingface_hub.InferenceClient("http://127.0.0.1:8000").fill_mask(...). The running
-    server documents it at /docs. On SIGTERM the server answers what it has accepted and stops.
+    The API is Hugging Face's: huggingface_hub.InferenceClient("http://127.0.0.1:8000").fill_mask(...). See /docs of the
+    running server. SIGTERM ends it once what it has accepted is answered.
     """
     require("serve", "fastapi", "fastapi_offline", "httptools", "prometheus_client", "uvicorn")
     from mlmkit.serve.server import ServeOptions, serve
 
-    limits = {field: value for field, value in bounds.items() if value is not None}
-    for field, name, _, _ in LIMIT_OPTIONS:
+    limits = {name: value for name, value in bounds.items() if value is not None}
+    for field, name, _, _ in BOUNDS:
         if not math.isfinite(limits.get(field, 0)):
             raise UserError(f"{name} must be a number, not {limits[field]}")
     if token is not None and not token.strip():
         raise UserError("the token is blank: set one, or unset MLMKIT_TOKEN")
     for name in names:
         if not re.fullmatch(r"[\w.-]+|\[[\da-fA-F:]+\]", name):
-            raise UserError(f"--allow-host {name}: give a host name without https:// and port")
-    token = token and token.strip()  # a secret read from a file may end in a newline
+            raise UserError(f"--allow-host {name}: a host's name is wanted, without https:// and port")
+    token = token and token.strip()  # a secret from a file may end in a newline
     serve(Serving(model, backend, device, host, port, token, names, workers, log_texts, limits))

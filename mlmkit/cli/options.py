@@ -1,7 +1,16 @@
-"""Options that several commands share. A command receives its arguments and options as one dataclass."""
+"""Commands declare their options as a dataclass: one field per argument or option, which `command` turns into click's.
+
+@dataclass(frozen=True, kw_only=True)
+class FillOptions(ModelOptions):
+    text: str = argument()
+    top_k: int = option("--top-k", "Candidates per mask.", default=5)
+
+@command(FillOptions)
+def fill(options: FillOptions) -> None: ...
+"""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import Field, dataclass, field, fields
 from functools import wraps
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -11,19 +20,59 @@ if TYPE_CHECKING:
     from mlmkit.backends import Backend
 
 Options = TypeVar("Options")
-Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+def argument(**settings: Any) -> Any:
+    """Declare a field as a positional argument."""
+    return field(metadata={"argument": settings})
+
+
+def option(flag: str, help: str, **settings: Any) -> Any:
+    """Declare a field as an option; the help shows its `default`, if it has one. Other `settings` are click's."""
+    shown = {"show_default": True} if "default" in settings else {}
+    return field(metadata={"option": {"flag": flag, "help": help, **shown, **settings}})
+
+
+def switch(flag: str, help: str) -> Any:
+    """Declare a bool field as an option without a value."""
+    return option(flag, help, is_flag=True)
+
+
+def command(kind: type[Options], name: str | None = None) -> Callable[[Callable[[Options], None]], click.Command]:
+    """Turn a function of one `kind` into a command. In the help, inherited options come last."""
+
+    def decorate(function: Callable[[Options], None]) -> click.Command:
+        @wraps(function)
+        def callback(**values: Any) -> None:
+            function(kind(**values))
+
+        declared: Any = fields(kind)  # pyright: ignore[reportArgumentType]
+        own = kind.__annotations__
+        params = [_param(each) for each in declared if "argument" in each.metadata]
+        params += [_param(each) for each in declared if "option" in each.metadata and each.name in own]
+        params += [_param(each) for each in declared if "option" in each.metadata and each.name not in own]
+        return click.command(name or function.__name__, params=params)(callback)
+
+    return decorate
+
+
+def _param(declared: Field) -> click.Parameter:
+    if "argument" in declared.metadata:
+        return click.Argument([declared.name], **declared.metadata["argument"])
+    settings = dict(declared.metadata["option"])
+    return click.Option([settings.pop("flag"), declared.name], **settings)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelOptions:
-    """Which model a command runs, and on what: the argument MODEL and `model_options`."""
+    """Which model to run, and on what."""
 
-    model: str
-    backend: str
-    device: str
+    model: str = argument()
+    backend: str = option("--backend", "What runs the model.", default="auto", metavar="auto|torch|onnx|tensorrt")
+    device: str = option("--device", "Where to run the model.", default="auto", metavar="auto|cpu|cuda")
 
     def load(self) -> "Backend":
-        """Load the model. Raises `UserError` for a model that cannot be loaded, or not on this backend or device."""
+        """Load the model. Raises `UserError` if it cannot be loaded, or not on this backend or device."""
         from mlmkit.backends import load
 
         return load(self.model, self.backend, self.device)
@@ -31,44 +80,26 @@ class ModelOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class TextOptions:
-    """How texts are read from a file: `text_options`."""
+    """How texts are read from a file."""
 
-    text_field: str
-    blank_line: bool
-
-
-def receives(kind: type[Options]) -> Callable[[Callable[[Options], None]], Callable[..., None]]:
-    """Decorate a command's function that takes one `kind`, a dataclass with a field per argument and option."""
-
-    def decorate(function: Callable[[Options], None]) -> Callable[..., None]:
-        @wraps(function)
-        def command(**values: Any) -> None:
-            function(kind(**values))
-
-        return command
-
-    return decorate
+    text_field: str = option("--text-field", "The key or column that holds the text.", default="text")
+    blank_line: bool = switch("--blank-line", "In a text file, blank lines separate documents.")
 
 
-def model_options(command: Command) -> Command:
+@dataclass(frozen=True, kw_only=True)
+class JsonOption:
+    """Whether to print for programs."""
+
+    as_json: bool = switch("--json", "Print one JSON object and nothing else.")
+
+
+def model_options(command: Callable[..., None]) -> Callable[..., None]:
     """Add --backend and --device."""
-    command = click.option(
-        "--device", default="auto", show_default=True, metavar="auto|cpu|cuda", help="Where to run the model."
-    )(command)
-    return click.option(
-        "--backend", default="auto", show_default=True, metavar="auto|torch|onnx|tensorrt", help="What runs the model."
-    )(command)
-
-
-def text_options(command: Command) -> Command:
-    """Add --text-field and --blank-line."""
-    command = click.option("--blank-line", is_flag=True, help="In a text file, blank lines separate documents.")(
-        command
-    )
-    return click.option(
-        "--text-field", default="text", show_default=True, help="The key or column that holds the text."
-    )(command)
+    for each in reversed(fields(ModelOptions)[1:]):
+        settings = dict(each.metadata["option"])
+        command = click.option(settings.pop("flag"), each.name, **settings)(command)
+    return command
 
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
-overwrite_option = click.option("--overwrite", is_flag=True, help="Replace an existing result or artifact.")
+overwrite_option = click.option("--overwrite", is_flag=True, help="Replace an existing artifact.")
