@@ -1,6 +1,10 @@
 """Errors that end a command. Each is shown to the user as one line."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
+
+RUST_PANIC = "PanicException"  # derives from BaseException, and cannot be imported
 
 
 class UserError(Exception):
@@ -42,3 +46,16 @@ def first_line(error: BaseException) -> str:
     """Return a library's error message in one line: its first, or all of it if the first ends in a colon."""
     first = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
     return " ".join(str(error).split()) if first.endswith(":") else first
+
+
+@contextmanager
+def as_user_error(subject: object, problem: str = "cannot be loaded") -> Iterator[None]:
+    """Turn any error in the block, a panic in Rust too, into a one-line `UserError` that begins with `subject`."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{subject}: {error}") from None
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != RUST_PANIC:
+            raise
+        raise UserError(f"{subject}: {problem}: {first_line(error)}") from error

@@ -3,8 +3,7 @@
 import copy
 import json
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +14,10 @@ from transformers.utils.hub import cached_files
 
 from mlmkit.artifact import is_artifact
 from mlmkit.bounds import check_folder, check_tokenizer, weight_names
-from mlmkit.errors import UserError, first_line, require
+from mlmkit.errors import UserError, as_user_error, first_line, require
 from mlmkit.files import locate_model
 from mlmkit.model import MaskedLM, sees_context
-from mlmkit.tokenizer import PANIC, Tokenizer
+from mlmkit.tokenizer import Tokenizer
 
 CONVERT = "python -c \"import transformers as t; t.AutoModelForMaskedLM.from_pretrained('.').save_pretrained('.')\""
 HAS_CODE = (
@@ -128,7 +127,10 @@ def from_pretrained(kind: Any, path: str, **options: Any) -> Any:
         if kind is AutoModelForMaskedLM:
             _fetch(path, ("model.safetensors", "model.safetensors.index.json"))
             _refuse_missing_weights(options["config"], _fetch(path, weight_names(folder, config)))
-        return kind.from_pretrained(path, trust_remote_code=False, **options)
+        try:
+            return kind.from_pretrained(path, trust_remote_code=False, **options)
+        except ValueError as error:
+            raise (UserError(HAS_CODE) if "trust_remote_code" in str(error) else error) from None
 
 
 def _fetch(path: str, names: Sequence[str]) -> list[Path]:
@@ -152,15 +154,3 @@ def _refuse_missing_weights(config: PreTrainedConfig, files: Sequence[Path]) -> 
         asked = sum(tensor.numel() for tensor in (*network.parameters(), *network.buffers()))
     if asked > most:
         raise UserError(f"its configuration asks for {asked:,} weights, and its files hold {held:,}")
-
-
-@contextmanager
-def as_user_error(path: str) -> Iterator[None]:
-    """Turn any error into a one-line `UserError`: transformers raises OSError or ValueError with pages of advice."""
-    try:
-        yield
-    except BaseException as error:
-        if not isinstance(error, Exception) and type(error).__name__ != PANIC:
-            raise
-        cause = error if isinstance(error, UserError) else f"cannot be loaded: {first_line(error)}"
-        raise UserError(f"{path}: {HAS_CODE if 'trust_remote_code' in str(error) else cause}") from error

@@ -19,13 +19,12 @@ from tokenizers import Tokenizer as RustTokenizer
 from tokenizers.models import BPE, WordLevel
 
 from mlmkit.bounds import check_tokenizer
-from mlmkit.errors import UserError
+from mlmkit.errors import UserError, as_user_error
 from mlmkit.masking import MaskVocabulary, first_token_of_word
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-PANIC = "PanicException"  # a panic in Rust: derives from BaseException and cannot be imported
 FILES = ("tokenizer.json", "tokenizer_config.json")
 CLEAN_UP = "clean_up_tokenization_spaces"
 CLEAN_UP_BPE = f"{CLEAN_UP}_for_bpe_even_though_it_will_corrupt_output"
@@ -136,19 +135,11 @@ class Tokenizer:
         Pass the bytes of both files as `contents` if they were read already. Raises `UserError` if a file is missing
         or cannot be used.
         """
-        try:
+        with as_user_error(folder, "the tokenizer cannot be read"):
             files = contents or {name: (folder / name).read_bytes() for name in FILES}
             check_tokenizer(json.loads(files["tokenizer.json"]))
             rust = RustTokenizer.from_buffer(files["tokenizer.json"])
             return cls(rust, json.loads(files["tokenizer_config.json"]))
-        except OSError as error:
-            raise UserError(f"{folder} is not a complete artifact: it has no {Path(error.filename).name}") from None
-        except UserError as error:
-            raise UserError(f"{folder}: {error}") from None
-        except BaseException as error:  # JSON may hold anything; Rust raises bare Exception or panics
-            if not isinstance(error, Exception) and type(error).__name__ != PANIC:
-                raise
-            raise UserError(f"{folder}: the tokenizer cannot be read: {error}") from None
 
     @classmethod
     def from_transformers(cls, tokenizer: "PreTrainedTokenizerBase") -> "Tokenizer":
@@ -300,12 +291,8 @@ class Tokenizer:
 
 def _encode(rust: RustTokenizer, texts: Sequence[str], **options: Any) -> list[Encoding]:
     """Encode as a batch: `encode` blocks all other threads. Raises `UserError` if a regular expression fails."""
-    try:
+    with as_user_error("a text", "the tokenizer cannot process it"):
         return rust.encode_batch(list(texts), **options)
-    except BaseException as error:
-        if type(error).__name__ != PANIC:
-            raise
-        raise UserError(f"the tokenizer cannot process a text: {error}") from None
 
 
 def _unknown_of(model: dict[str, Any]) -> str | None:

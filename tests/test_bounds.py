@@ -285,7 +285,7 @@ def test_a_pattern_that_gives_up_is_one_line(capsys, copies, tmp_path):
         change(folder, "tokenizer.json", pre_tokenizer=pattern)
         code, out, err = run(capsys, "score", folder, tmp_path / "text.txt")
         assert (code, out, len(err.splitlines())) == (2, "", 1)
-        assert "the tokenizer cannot process a text" in err
+        assert "a text: the tokenizer cannot process it" in err
 
 
 def test_ids_far_beyond_any_vocabulary_are_refused(copies):

@@ -13,10 +13,10 @@ import torch
 import transformers as T
 from safetensors.torch import load_file
 
-from mlmkit.errors import UserError
+from mlmkit.errors import UserError, as_user_error
 from mlmkit.model import MaskedLM, sees_padding
 from mlmkit.packing import enable_packing
-from mlmkit.pretrained import as_user_error, load_pretrained, load_tokenizer
+from mlmkit.pretrained import load_pretrained, load_tokenizer
 
 VOCABULARY = 200
 SENTENCEPIECE = "cannot be loaded" if find_spec("sentencepiece") else "needs sentencepiece: pip install"

@@ -15,9 +15,9 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForMaskedLM, PreTr
 
 from mlmkit.bounds import read_config
 from mlmkit.corpus import BLOCKS_COUNTED, Corpus
-from mlmkit.errors import UserError
+from mlmkit.errors import UserError, as_user_error
 from mlmkit.model import MaskedLM
-from mlmkit.pretrained import as_user_error, refuse_other_models
+from mlmkit.pretrained import refuse_other_models
 from mlmkit.tokenizer import Tokenizer
 
 
