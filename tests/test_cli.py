@@ -122,24 +122,20 @@ def test_portuguese_sentences_are_scored_and_evaluated(capsys, kind, artifact, t
 
 
 @pytest.mark.parametrize("kind", ["bert", "roberta"])
-@pytest.mark.parametrize(
-    "text", ["O rato {} a roupa do rei de Roma.", "A {} voa alto no {} azul.", "{}", "a{}, {} {}b {}"]
-)
-def test_fill_agrees_with_the_pipeline(capsys, kind, text, checkpoint, artifact):
+def test_fill_agrees_with_the_pipeline(capsys, kind, checkpoint, artifact):
     from transformers import pipeline
 
-    masked = text.replace("{}", "<mask>" if kind == "roberta" else "[MASK]")
-    expected = pipeline("fill-mask", model=str(checkpoint(kind)))(masked, top_k=7)
-    expected = [expected] if text.count("{}") == 1 else expected
-    code, out, err = run(capsys, "fill", artifact(kind), masked, "--top-k", 7, "--json")
-    assert code == 0, err
-    found = json.loads(out)["masks"]
-    assert len(found) == len(expected)
-    for row, oracle_row in zip(found, expected, strict=True):
-        assert [c["token"] for c in row] == [c["token"] for c in oracle_row]
-        assert [c["token_str"] for c in row] == [c["token_str"] for c in oracle_row]
-        assert [c["sequence"] for c in row] == [c["sequence"] for c in oracle_row]
-        assert [c["score"] for c in row] == pytest.approx([c["score"] for c in oracle_row], abs=1e-4)
+    pipe: Any = pipeline("fill-mask", model=str(checkpoint(kind)))
+    for text in ("O rato {} a roupa do rei de Roma.", "A {} voa alto no {} azul.", "{}", "a{}, {} {}b {}"):
+        masked = text.replace("{}", "<mask>" if kind == "roberta" else "[MASK]")
+        expected = pipe(masked, top_k=7)
+        code, out, err = run(capsys, "fill", artifact(kind), masked, "--top-k", 7, "--json")
+        assert code == 0, err
+        rows = zip(json.loads(out)["masks"], [expected] if text.count("{}") == 1 else expected, strict=True)
+        for row, expected_row in rows:
+            for key in ("token", "token_str", "sequence"):
+                assert [c[key] for c in row] == [c[key] for c in expected_row]
+            assert [c["score"] for c in row] == pytest.approx([c["score"] for c in expected_row], abs=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["bert", "roberta"])
@@ -317,14 +313,6 @@ def test_scores_that_are_not_finite_are_not_shown(capsys, tmp_path, checkpoint):
     assert (code, out, "not finite" in err) == (1, "", True)
 
 
-def test_a_checkpoint_without_its_tokenizer_is_refused(capsys, tmp_path, checkpoint):
-    bare = Path(shutil.copytree(checkpoint("bert"), tmp_path / "bare"))
-    for file in bare.glob("tokenizer*"):
-        file.unlink()
-    code, _, err = run(capsys, "fill", bare, "a [MASK]")
-    assert (code, len(err.splitlines())) == (2, 1), err
-
-
 def test_a_pipe_is_scored_but_not_evaluated(artifact, tmp_path):
     (tmp_path / "text.txt").write_text("The statement\n")
     for arguments, code in (('score "$1"', 0), ('eval "$1" --set', 2)):
@@ -361,16 +349,6 @@ def test_a_causal_or_headless_checkpoint_is_refused(capsys, tmp_path, checkpoint
     AutoModel.from_pretrained(checkpoint("bert"), add_pooling_layer=False).save_pretrained(headless)
     code, _, err = run(capsys, "fill", headless, "a [MASK]")
     assert (code, "lacks weights" in err, len(err.splitlines())) == (2, True, 1)
-
-
-def test_pickled_weights_are_not_loaded(capsys, tmp_path, checkpoint):
-    import torch
-
-    pickled = Path(shutil.copytree(checkpoint("bert"), tmp_path / "pickled"))
-    (pickled / "model.safetensors").unlink()
-    torch.save({}, pickled / "pytorch_model.bin")
-    code, _, err = run(capsys, "fill", pickled, "a [MASK]")
-    assert (code, len(err.splitlines())) == (2, 1)
 
 
 def test_a_closed_pipe_is_no_error(artifact, tmp_path):

@@ -19,11 +19,12 @@ from tokenizers import Tokenizer as RustTokenizer
 from transformers import AutoTokenizer, BertTokenizer, PreTrainedTokenizerFast, RobertaTokenizer
 
 from mlmkit.corpus import tokenize
-from mlmkit.errors import UserError
 from mlmkit.eval.plan import LATER_PIECE, pieces, word_ends
 from mlmkit.masking import MaskRecipe, corrupt
 from mlmkit.pretrained import load_tokenizer
 from mlmkit.tokenizer import CLEAN_UP, CLEAN_UP_BPE, Tokenizer
+from mlmkit.train.config import TokenizerConfig
+from mlmkit.train.tokenizer import train_tokenizer
 
 HOSTILE = "a [MASK] <mask> </s> <s> [SEP][CLS] [PAD] <pad> b"
 DATA = Path(os.environ.get("MLMKIT_DATA", "missing")) / "tokenizers"
@@ -190,7 +191,7 @@ def test_odd_texts_get_the_ids_that_transformers_gives(kind, made):
     assert differs == ([text for text in ODD if "<pad>" in text] if kind == "unigram" else [])
     assert (light.prefix, light.suffix) == (full.prefix, full.suffix) != ([], [])
     assert light.frame(light.encode(["α b"]).ids).tolist() == theirs("α b")["input_ids"]
-    assert light.fingerprint == full.fingerprint
+    assert (light.fingerprint, light.special_ids, light.limit) == (full.fingerprint, full.special_ids, full.limit)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -295,15 +296,6 @@ def test_characters_that_are_lost_to_the_unknown_token_are_counted(kind, tokeniz
     assert tokenizer.encode(texts).unknown.tolist() == expected
 
 
-@pytest.mark.parametrize("kind", ["wordpiece", "bpe"])
-def test_loading_with_and_without_transformers_agrees(kind, tokenizer_folder):
-    light, full = Tokenizer.from_folder(tokenizer_folder(kind)), load_tokenizer(str(tokenizer_folder(kind)))
-    assert light.fingerprint == full.fingerprint
-    assert light.special_ids == full.special_ids
-    assert (light.prefix, light.suffix, light.limit) == (full.prefix, full.suffix, full.limit)
-    assert light.encode(paragraphs()).ids.tolist() == full.encode(paragraphs()).ids.tolist()
-
-
 def test_text_for_fill_keeps_its_masks(tokenizer_folder):
     tokenizer = Tokenizer.from_folder(tokenizer_folder("wordpiece"))
     ids = tokenizer.encode_control("O rato [MASK] a [MASK].").ids
@@ -332,9 +324,6 @@ def test_other_threads_run_while_a_long_text_is_tokenised(tokenizer_folder):
 
 
 def test_accents_survive_lower_casing():
-    from mlmkit.train.config import TokenizerConfig
-    from mlmkit.train.tokenizer import train_tokenizer
-
     config = TokenizerConfig(vocab_size=300, lowercase=True)
     trained = train_tokenizer(lambda: [*PORTUGUESE, "avó avô"], config, max_length=32)
     assert trained.tokenize("Águia CÉU avó avô")[0].startswith("á")
@@ -342,9 +331,6 @@ def test_accents_survive_lower_casing():
 
 
 def test_training_a_tokenizer_twice_gives_the_same(tokenizer_folder):
-    from mlmkit.train.config import TokenizerConfig
-    from mlmkit.train.tokenizer import train_tokenizer
-
     for kind in ("wordpiece", "bpe"):
         again = train_tokenizer(paragraphs, TokenizerConfig(kind=kind, vocab_size=600), max_length=64)
         assert Tokenizer.from_transformers(again).fingerprint == load_tokenizer(str(tokenizer_folder(kind))).fingerprint
@@ -353,9 +339,6 @@ def test_training_a_tokenizer_twice_gives_the_same(tokenizer_folder):
 @pytest.mark.parametrize("kind", ["wordpiece", "bpe"])
 def test_a_long_word_loses_no_character(kind):
     """Proteins: WordPiece takes words of up to 100 characters, so longer ones are cut there."""
-    from mlmkit.train.config import TokenizerConfig
-    from mlmkit.train.tokenizer import train_tokenizer
-
     proteins = [
         "MKTAYIAKQRQISFVKSHFSRQLEERLGLIEVQAPILSRVGDGTQDNLSGAEKAVQVKVKALPDAQFEVV" * times for times in (1, 3, 40)
     ]
@@ -378,13 +361,3 @@ def test_truncation_and_padding_of_the_file_are_switched_off(tokenizer_folder, t
     plain, cut = Tokenizer.from_folder(tokenizer_folder("wordpiece")), Tokenizer.from_folder(tmp_path)
     assert cut.encode(PORTUGUESE).ids.tolist() == plain.encode(PORTUGUESE).ids.tolist()
     assert cut.fingerprint == plain.fingerprint
-
-
-def test_a_tokenizer_without_a_mask_is_refused(tokenizer_folder, tmp_path):
-    for file in tokenizer_folder("wordpiece").iterdir():
-        (tmp_path / file.name).write_bytes(file.read_bytes())
-    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
-    del config["mask_token"]
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
-    with pytest.raises(UserError, match="no mask token"):
-        Tokenizer.from_folder(tmp_path)
