@@ -1,15 +1,14 @@
 """The commands that measure: eval, compare, report, score."""
 
 import os
-import tempfile
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from mlmkit.cli.options import JsonOption, ModelOptions, TextOptions, argument, command, option, switch
+from mlmkit.cli.options import JsonOption, ModelOptions, TextOptions, argument, command, option, option_class, switch
 from mlmkit.console import print_json, print_table, say
 from mlmkit.errors import UserError, require
 
@@ -21,7 +20,7 @@ PAIRS = "pairs"
 PATH = click.Path(path_type=Path)
 
 
-@dataclass(frozen=True, kw_only=True)
+@option_class
 class EvalOptions(JsonOption, ModelOptions, TextOptions):
     """The arguments and options of `mlmkit eval`."""
 
@@ -69,6 +68,8 @@ def evaluate(options: EvalOptions) -> None:
         raise click.UsageError("Missing argument 'MODEL'.")
     if not options.sets:
         raise click.UsageError("Missing option '--set'.")
+    import tempfile
+
     from mlmkit.distributed import claim_gpu, said_once
     from mlmkit.distributed import ranks as find_ranks
     from mlmkit.eval.evaluate import evaluate as run_evaluation
@@ -206,7 +207,7 @@ def _value(metric: dict[str, float | None]) -> tuple[str, str]:
     return _number(metric["value"]), "-" if low is high is None else f"[{_number(low)}, {_number(high)}]"
 
 
-@dataclass(frozen=True, kw_only=True)
+@option_class
 class CompareOptions(JsonOption):
     """The arguments and options of `mlmkit compare`."""
 
@@ -254,7 +255,7 @@ def report(result: Path) -> None:
     say(result / "report.html")
 
 
-@dataclass(frozen=True, kw_only=True)
+@option_class
 class ScoreOptions(JsonOption, ModelOptions, TextOptions):
     """The arguments and options of `mlmkit score`."""
 

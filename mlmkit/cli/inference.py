@@ -2,18 +2,17 @@
 
 import math
 import re
-from dataclasses import dataclass
 from typing import Any
 
 import click
 
-from mlmkit.cli.options import JsonOption, ModelOptions, argument, command, model_options, option
+from mlmkit.cli.options import JsonOption, ModelOptions, argument, command, model_options, option, option_class
 from mlmkit.console import print_json, say
 from mlmkit.errors import UserError, require
 from mlmkit.serve.limits import BATCH_TOKENS, QUEUE_TOKENS, Limits
 
 
-@dataclass(frozen=True, kw_only=True)
+@option_class
 class FillOptions(JsonOption, ModelOptions):
     """The arguments and options of `mlmkit fill`."""
 
