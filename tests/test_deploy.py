@@ -10,7 +10,6 @@ import pytest
 import yaml
 
 from mlmkit.cli.inference import serve
-from mlmkit.serve.gate import COUNTED
 from mlmkit.serve.limits import Limits
 from mlmkit.serve.metrics import Metrics
 from mlmkit.serve.middleware import ENDPOINTS

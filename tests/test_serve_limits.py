@@ -257,7 +257,7 @@ def test_logs_hold_no_texts_unless_asked(artifact):
         (["--deadline", "nan"], "--deadline must be a number, not nan"),
         (["--drain", "inf"], "--drain must be a number, not inf"),
         (["--token", " "], "the token is blank"),
-        (["--allow-host", "https://a"], "--allow-host https://a: a host's name is wanted, without https:// and port"),
+        (["--allow-host", "https://a"], "--allow-host https://a: give a host name without https:// and port"),
         (["--backend", "torch"], "is an artifact, which torch cannot run"),
     ],
     ids=str,

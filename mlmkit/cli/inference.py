@@ -2,11 +2,12 @@
 
 import math
 import re
+from dataclasses import fields
 from typing import Any
 
 import click
 
-from mlmkit.cli.options import JsonOption, ModelOptions, argument, command, model_options, option, option_class
+from mlmkit.cli.options import JsonOption, ModelOptions, argument, command, option, option_class, switch
 from mlmkit.console import print_json, say
 from mlmkit.errors import UserError, require
 from mlmkit.serve.limits import BATCH_TOKENS, QUEUE_TOKENS, Limits
@@ -45,82 +46,93 @@ def fill(options: FillOptions) -> None:
             say(f"{candidate['score']:8.4f}  {candidate['token_str']:16}  {candidate['sequence']}")
 
 
-AT_LEAST_1 = click.IntRange(min=1)
-# The field of `Limits`, the option, its type, what it bounds.
-BOUNDS: tuple[tuple[str, str, Any, str], ...] = (
-    ("body_bytes", "--max-body-bytes", AT_LEAST_1, "Bytes of a request."),
-    ("texts", "--max-texts", AT_LEAST_1, "Texts of a request."),
-    ("text_tokens", "--max-tokens", AT_LEAST_1, "Tokens of a text."),
-    ("text_masks", "--max-masks", AT_LEAST_1, "Masks of a text."),
-    ("targets", "--max-targets", AT_LEAST_1, "Targets of a request."),
-    ("candidates", "--max-candidates", AT_LEAST_1, "Candidates that a request asks for."),
-    ("requests", "--max-requests", AT_LEAST_1, "Requests under way at once."),
-    ("queue_tokens", "--max-queue-tokens", AT_LEAST_1, "Tokens that wait."),
-    ("batch_tokens", "--batch-tokens", AT_LEAST_1, "Tokens of an engine call."),
-    ("wait_seconds", "--max-wait", click.FloatRange(min=0), "Seconds to wait for company."),
-    ("deadline_seconds", "--deadline", click.FloatRange(min=0.01), "Seconds for an answer."),
-    ("drain_seconds", "--drain", click.FloatRange(min=0), "Seconds to answer the rest when stopped."),
-)
+def _limit(flag: str, name: str, help: str, least: float = 1) -> Any:
+    """Declare an option that sets the field `name` of `Limits`; `least` 1 means a count, less means seconds."""
+    kind = click.IntRange(min=1) if least == 1 else click.FloatRange(min=least)
+    if by_device := {"batch_tokens": BATCH_TOKENS, "queue_tokens": QUEUE_TOKENS}.get(name):
+        default = f"{by_device['cpu']}, on CUDA {by_device['cuda']}"
+    else:
+        value = getattr(Limits, name, "the model's maximum")
+        default = f"{value:g}" if isinstance(value, float) else str(value)
+    return option(flag, f"{help} Default: {default}.", type=kind)
 
 
-def limit_options(command: Any) -> Any:
-    """An option for each bound."""
-    for field, name, kind, help in reversed(BOUNDS):
-        command = click.option(name, field, type=kind, help=f"{help} Default: {_default(field)}.")(command)
-    return command
+@option_class
+class LimitOptions:
+    """A field per field of `Limits`; None takes the default."""
+
+    body_bytes: int | None = _limit("--max-body-bytes", "body_bytes", "Bytes per request.")
+    texts: int | None = _limit("--max-texts", "texts", "Texts per request.")
+    text_tokens: int | None = _limit("--max-tokens", "text_tokens", "Tokens per text.")
+    text_masks: int | None = _limit("--max-masks", "text_masks", "Masks per text.")
+    targets: int | None = _limit("--max-targets", "targets", "Targets per request.")
+    candidates: int | None = _limit("--max-candidates", "candidates", "Candidates per request, over all its masks.")
+    requests: int | None = _limit("--max-requests", "requests", "Requests at once.")
+    queue_tokens: int | None = _limit("--max-queue-tokens", "queue_tokens", "Tokens in the queue.")
+    batch_tokens: int | None = _limit("--batch-tokens", "batch_tokens", "Tokens per engine call.")
+    wait_seconds: float | None = _limit("--max-wait", "wait_seconds", "Seconds that a call waits for more requests.", 0)
+    deadline_seconds: float | None = _limit("--deadline", "deadline_seconds", "Seconds until an answer.", 0.01)
+    drain_seconds: float | None = _limit(
+        "--drain", "drain_seconds", "Seconds to answer accepted requests after SIGTERM.", 0
+    )
+
+    def given(self) -> dict[str, float]:
+        """The limits that the user set. Raises `UserError` for infinity and NaN, which click accepts."""
+        limits = {each: getattr(self, each.name) for each in fields(LimitOptions)}
+        for each, value in limits.items():
+            if value is not None and not math.isfinite(value):
+                raise UserError(f"{each.metadata['option']['flag']} must be a number, not {value}")
+        return {each.name: value for each, value in limits.items() if value is not None}
 
 
-def _default(field: str) -> str:
-    if by_device := {"batch_tokens": BATCH_TOKENS, "queue_tokens": QUEUE_TOKENS}.get(field):
-        return f"{by_device['cpu']}, on CUDA {by_device['cuda']}"
-    value = getattr(Limits, field, "the model's maximum")
-    return f"{value:g}" if isinstance(value, float) else str(value)
+@option_class
+class ServeArguments(ModelOptions, LimitOptions):
+    """The arguments and options of `mlmkit serve`."""
+
+    host: str = option("--host", "Address to listen on.", default="127.0.0.1")
+    port: int = option("--port", "0 picks a free one.", type=click.IntRange(0, 65535), default=8000)
+    workers: str | None = option("--workers", "", hidden=True)
+    token: str | None = option("--token", "Require this bearer token. Default: $MLMKIT_TOKEN.", envvar="MLMKIT_TOKEN")
+    names: tuple[str, ...] = option(
+        "--allow-host",
+        "Another name that clients may use for this server. Repeatable.",
+        metavar="NAME",
+        multiple=True,
+    )
+    log_texts: bool = switch("--log-texts", "Write texts to the log.")
 
 
-@click.command()
-@click.argument("model")
-@click.option("--host", default="127.0.0.1", show_default=True, help="The address to listen on.")
-@click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0 takes a free one.")
-@click.option("--workers", type=AT_LEAST_1, default=1, show_default=True, help="Processes, each with its own model.")
-@click.option("--token", envvar="MLMKIT_TOKEN", help="Ask for this bearer token. Default: $MLMKIT_TOKEN.")
-@click.option(
-    "--allow-host",
-    "names",
-    metavar="NAME",
-    multiple=True,
-    help="Another name that clients may use for this server. Repeatable.",
-)
-@limit_options
-@click.option("--log-texts", is_flag=True, help="Write texts to the log.")
-@model_options
-def serve(
-    model: str,
-    host: str,
-    port: int,
-    workers: str | None,
-    token: str | None,
-    names: tuple[str, ...],
-    log_texts: bool,
-    backend: str,
-    device: str,
-    **bounds: float | None,
-) -> None:
-    """Serve MODEL over HTTP: fill-mask, scoring, and a page to play with.
+@command(ServeArguments)
+def serve(options: ServeArguments) -> None:
+    """Serve MODEL over HTTP: fill-mask, scoring, and a web page.
 
-    The API is Hugging Face's: huggingface_hub.InferenceClient("http://127.0.0.1:8000").fill_mask(...). See /docs of the
-    running server. SIGTERM ends it once what it has accepted is answered.
+    The API is Hugging Face's: huggingface_hub.InferenceClient("http://127.0.0.1:8000").fill_mask(...). The running
+    server documents it at /docs. On SIGTERM the server answers the requests that it has accepted, then exits.
     """
     require("serve", "fastapi", "fastapi_offline", "httptools", "prometheus_client", "uvicorn")
-    from mlmkit.serve.server import ServeOptions, serve
+    from mlmkit.serve.server import ServeOptions
+    from mlmkit.serve.server import serve as run_server
 
-    limits = {name: value for name, value in bounds.items() if value is not None}
-    for field, name, _, _ in BOUNDS:
-        if not math.isfinite(limits.get(field, 0)):
-            raise UserError(f"{name} must be a number, not {limits[field]}")
+    if options.workers is not None:
+        raise UserError("--workers no longer exists: start several servers, each on its own port, behind a proxy")
+    limits = options.given()
+    token = options.token
     if token is not None and not token.strip():
         raise UserError("the token is blank: set one, or unset MLMKIT_TOKEN")
-    for name in names:
+    for name in options.names:
         if not re.fullmatch(r"[\w.-]+|\[[\da-fA-F:]+\]", name):
-            raise UserError(f"--allow-host {name}: a host's name is wanted, without https:// and port")
-    token = token and token.strip()  # a secret from a file may end in a newline
-    serve(Serving(model, backend, device, host, port, token, names, workers, log_texts, limits))
+            raise UserError(f"--allow-host {name}: give a host name without https:// and port")
+    token = token and token.strip()  # a secret read from a file may end in a newline
+    run_server(
+        ServeOptions(
+            options.model,
+            options.backend,
+            options.device,
+            options.host,
+            options.port,
+            token,
+            options.names,
+            options.log_texts,
+            limits,
+        )
+    )

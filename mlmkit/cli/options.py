@@ -99,13 +99,5 @@ class JsonOption:
     as_json: bool = switch("--json", "Print one JSON object and nothing else.")
 
 
-def model_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Add --backend and --device."""
-    for each in reversed(fields(ModelOptions)[1:]):
-        settings = dict(each.metadata["option"])
-        command = click.option(settings.pop("flag"), each.name, **settings)(command)
-    return command
-
-
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
 overwrite_option = click.option("--overwrite", is_flag=True, help="Replace an existing artifact.")
