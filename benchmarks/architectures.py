@@ -1,17 +1,12 @@
 """Every masked LM of transformers, tiny and random: exported, and run at shapes that the export never saw.
 
-Where TensorRT for RTX is installed, each exported graph is also built into plans in four precisions; none of them runs.
-Each architecture has a process of its own, two at a time, so a crash or a hang costs one row. With `--kept FILE` rows
-are kept as they come, and those found there are not measured again unless `--only` names them; `--page
-docs/architectures.md` writes that page.
+If TensorRT for RTX is installed, each exported graph is also built into plans in four precisions; none of them is run.
+Each architecture has a process of its own, two at a time. `--page docs/architectures.md` writes that page.
 """
 
 import argparse
-import json
 import os
 import shutil
-import subprocess
-import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
@@ -20,19 +15,18 @@ from typing import Any
 
 import numpy as np
 from architectures_page import BOUND, LONGEST, NO_PLANS, PLANS_NOTE, UNBOUNDED, Row, line, plan_cells, write_page
-from harness import Report, Table, main, say
+from harness import ContestantError, Report, Table, contestants, main, say
 from plans import PRECISIONS, builder_name, random_batches, write_plan_graph
 from plans import build as build_plan
 
 from mlmkit.export.profiles import PlanOptions
 
-HERE = "--here"  # an argument: this is the process of its own
-TIMEOUT = 600  # seconds an architecture
-# (batch, longest row, masked positions), 0 for the longest row there is; the export sees 2 x 7 with 3 masked.
+TIMEOUT = 600  # seconds per architecture, for export and plans each
+# (batch, longest row, masked positions), 0 for the longest possible row; the export sees 2 x 7 with 3 masked.
 SHAPES = ((1, 0, 5), (17, 13, 300), (3, 31, 1), (5, 7, 0), (1, 9, 300), (17, 0, 40), (2, 16, 8), (1, 1, 1))
 PLAN_OPTIONS = PlanOptions(max_batch=4, max_seq=LONGEST, max_masked=16)  # two profiles
 
-# Small values for every name that configurations use for a size; each class takes those that it has.
+# Small values for all names that configurations use for a size; each class takes those that it knows.
 SIZES: dict[str, Any] = {
     **dict.fromkeys(("vocab_size",), 200),
     **dict.fromkeys(("hidden_size", "d_model", "dim", "emb_dim", "d_latents"), 128),
@@ -40,7 +34,7 @@ SIZES: dict[str, Any] = {
     **dict.fromkeys(("num_attention_heads", "num_key_value_heads", "n_heads", "n_head"), 2),
     **dict.fromkeys(("encoder_attention_heads", "decoder_attention_heads"), 2),
     **dict.fromkeys(("num_self_attention_heads", "num_cross_attention_heads"), 2),
-    **dict.fromkeys(("d_head", "head_dim", "attention_head_size"), 64),  # as most published models, for TensorRT
+    **dict.fromkeys(("d_head", "head_dim", "attention_head_size"), 64),  # as in most published models, for TensorRT
     **dict.fromkeys(("intermediate_size", "hidden_dim", "encoder_ffn_dim", "decoder_ffn_dim", "d_inner"), 64),
     **dict.fromkeys(("embedding_size", "input_embedding_size", "entity_emb_size", "embedding_rank"), 16),
     **dict.fromkeys(("pronunciation_embed_dim", "shape_embed_dim", "intra_bottleneck_size"), 16),
@@ -48,7 +42,7 @@ SIZES: dict[str, Any] = {
     **dict.fromkeys(("sliding_window", "local_attention", "attention_window", "num_latents"), 8),
     **dict.fromkeys(("num_self_attends_per_block",), 1),
 }
-# What an architecture's own rules ask for beyond that.
+# What an architecture requires beyond that.
 EXTRAS: dict[str, dict[str, Any]] = {
     "big_bird": {"block_size": 4, "num_random_blocks": 1},
     "deberta": {"relative_attention": True, "pos_att_type": ["c2p", "p2c"]},  # as in the published checkpoints
@@ -75,7 +69,7 @@ EXTRAS: dict[str, dict[str, Any]] = {
 
 
 def build(name: str) -> Any:
-    """A tiny random network in evaluation mode, nothing in it zero and its matrices scaled up, so that faults show."""
+    """A tiny random network in evaluation mode. No weight is zero and matrices are scaled up, so that errors show."""
     import torch
     from transformers import CONFIG_MAPPING, AutoModelForMaskedLM
 
@@ -93,7 +87,7 @@ def build(name: str) -> Any:
 
 
 def tiny_values(default: Any) -> dict[str, Any]:
-    """The arguments that make a configuration tiny, its special ids in the lower half of the vocabulary."""
+    """Arguments that make a configuration tiny, with special ids in the lower half of the vocabulary."""
     names = {*default.to_dict(), *default.attribute_map}
     values = {name: size for name, size in SIZES.items() if name in names}
     for part in default.sub_configs:
@@ -106,7 +100,7 @@ def tiny_values(default: Any) -> dict[str, Any]:
 
 
 def check(name: str, folder: Path) -> Row:
-    """Build, probe, export and compare one architecture; the graph is left in `folder`."""
+    """Build, probe, export and compare one architecture; the graph stays in `folder`."""
     from mlmkit.export.onnx import write_onnx
     from mlmkit.model import MaskedLM, sees_context, sees_padding
     from mlmkit.packing import enable_packing
@@ -121,7 +115,7 @@ def check(name: str, folder: Path) -> Row:
         row.runs_at_max_length, row.fails_beyond = runs(model, longest), not runs(model, longest + 1)
         row.sees_padding = sees_padding(model, pad_id(model))
         if not sees_context(model):
-            raise ValueError("what is predicted for a token does not depend on the others")
+            raise ValueError("its prediction for a token does not depend on the others")
         stage = "export"
         write_onnx(model, folder / "model.onnx")
         stage = "run"
@@ -134,7 +128,7 @@ def check(name: str, folder: Path) -> Row:
 
 
 def add_plans(row: Row, folder: Path) -> None:
-    """Build a plan in each precision of the graph that `check` has left in `folder`; fills the row."""
+    """Build a plan in each precision from the graph that `check` left in `folder`; fill in the row."""
     from mlmkit.export.tensorrt import SEE_ARCHITECTURES
 
     assert row.max_length is not None
@@ -153,7 +147,7 @@ def add_plans(row: Row, folder: Path) -> None:
 
 
 def compare(model: Any, path: Path, longest: int, row: Row) -> None:
-    """Run the graph beside torch at every shape that torch runs at; fills the row."""
+    """Run the graph beside torch at every shape that torch can run; fill in the row."""
     import onnx
     import onnxruntime as ort
     import torch
@@ -174,12 +168,12 @@ def compare(model: Any, path: Path, longest: int, row: Row) -> None:
         except (RuntimeError, IndexError):
             row.torch_fails_at.append(f"{batch} x {seq or longest}")
             continue
-        found = [np.asarray(output) for output in session.run(Scored._fields, inputs)]
-        if (shapes := [output.shape for output in found]) != [output.shape for output in expected]:
+        outputs = [np.asarray(output) for output in session.run(Scored._fields, inputs)]
+        if (shapes := [output.shape for output in outputs]) != [output.shape for output in expected]:
             raise ValueError(f"outputs of shapes {shapes} at {batch} x {seq or longest} with {masked} masked")
-        differences += [float(np.abs(found[i] - expected[i]).max(initial=0)) for i in (0, 2)]
-        ranks.append(found[1] == expected[1])
-        best.append(found[3][:, 0] == expected[3][:, 0])
+        differences += [float(np.abs(outputs[i] - expected[i]).max(initial=0)) for i in (0, 2)]
+        ranks.append(outputs[1] == expected[1])
+        best.append(outputs[3][:, 0] == expected[3][:, 0])
     row.max_log_prob_difference = float(np.max(differences))
     row.rank_agreement, row.top_1_agreement = (float(np.concatenate(agree).mean()) for agree in (ranks, best))
     if not row.max_log_prob_difference <= BOUND:
@@ -187,7 +181,7 @@ def compare(model: Any, path: Path, longest: int, row: Row) -> None:
 
 
 def ragged(model: Any, batch: int, seq: int, masked: int) -> dict[str, np.ndarray]:
-    """The graph's inputs: ordinary ids in rows of random lengths, the first one whole, padded."""
+    """The graph's inputs: ordinary ids in padded rows of random lengths, the first one full."""
     generator = np.random.default_rng(batch * 1000 + seq)
     input_ids = generator.integers(model.vocabulary_size // 2, model.vocabulary_size, (batch, seq))
     attention_mask = np.ones_like(input_ids)
@@ -201,12 +195,12 @@ def ragged(model: Any, batch: int, seq: int, masked: int) -> dict[str, np.ndarra
 
 
 def pad_id(model: Any) -> int:
-    """The configuration's own, or 0."""
+    """The configuration's padding id, or 0."""
     return getattr(model.network.config.get_text_config(), "pad_token_id", None) or 0
 
 
 def runs(model: Any, length: int) -> bool:
-    """Whether torch takes a row of this length."""
+    """Whether torch can run a row of this length."""
     import torch
 
     input_ids = torch.full((1, length), model.vocabulary_size - 1)
@@ -219,70 +213,65 @@ def runs(model: Any, length: int) -> bool:
 
 
 def operators(graph: Any) -> set[str]:
-    """Every operator, those of subgraphs too, with the domain if it is not ONNX's own."""
-    found = set()
+    """All operators, those of subgraphs too, with their domain if it is not ONNX's own."""
+    names = set()
     for node in graph.node:
-        found.add(f"{node.domain}::{node.op_type}" if node.domain else node.op_type)
+        names.add(f"{node.domain}::{node.op_type}" if node.domain else node.op_type)
         for attribute in node.attribute:
             for inner in (attribute.g, *attribute.graphs):
-                found |= operators(inner)
-    return found
+                names |= operators(inner)
+    return names
 
 
 # ---------------------------------------------------------------- all of them
 
 
 def check_apart(name: str) -> Row:
-    """`check` in a process of its own."""
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, __file__, HERE, name]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, env=environment)
-    except subprocess.TimeoutExpired:
-        return Row(name, f"no answer within {TIMEOUT} s")
-    ended = f"the process ended with code {done.returncode}"
-    if not done.stdout:
-        return Row(name, ended)
-    row = Row(**json.loads(done.stdout.splitlines()[-1]))  # the first is printed before any plan is built
-    if done.returncode:
-        row.plans = dict.fromkeys(PRECISIONS, ended)
-    return row
+    """`check` and `add_plans` in a process of its own, so a crash or a hang costs no other row."""
+    with tempfile.TemporaryDirectory() as temporary, contestants({name: (str, temporary)}) as started:
+        try:
+            row: Row = started[name].call(_check_in, name, timeout=TIMEOUT)
+        except ContestantError as error:
+            return Row(name, str(error))
+        if builder_name() and not row.reason:
+            try:
+                row.plans = started[name].call(_plans_in, row, timeout=TIMEOUT)
+            except ContestantError as error:
+                row.plans = dict.fromkeys(PRECISIONS, str(error))
+        return row
+
+
+def _check_in(folder: str, name: str) -> Row:
+    return check(name, Path(folder))
+
+
+def _plans_in(folder: str, row: Row) -> dict[str, int | str]:
+    add_plans(row, Path(folder))
+    return row.plans
 
 
 def measure(options: argparse.Namespace) -> Report:
-    """All, or those that are named."""
+    """All architectures, or those in `--only`, two at a time."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
-    known, named = list(MODEL_FOR_MASKED_LM_MAPPING_NAMES), [name for name in options.only if name]
-    kept = Path(options.kept) if options.kept else None
-    stored = json.loads(kept.read_text()) if kept and kept.exists() else []
-    rows = {row["name"]: Row(**row) for row in stored}
+    os.environ["OMP_NUM_THREADS"] = "1"
+    named = [name for name in options.only if name] or list(MODEL_FOR_MASKED_LM_MAPPING_NAMES)
+    rows = []
     with ThreadPoolExecutor(2) as pool:
-        for row in pool.map(check_apart, named or [name for name in known if name not in rows]):
-            rows[row.name] = row
+        for row in pool.map(check_apart, named):
+            rows.append(row)
             say(f"{line(row)} {row.reason} {row.plans}")
-            if kept:
-                kept.write_text(json.dumps([asdict(row) for row in rows.values()], indent=1))
-    found = [rows[name] for name in known if name in rows]
     if options.page:
-        write_page(Path(options.page), found)
-    good = sum(not row.reason for row in found)
-    cells = [[row.name, row.reason or f"{row.max_log_prob_difference:.1e}", *plan_cells(row)] for row in found]
+        write_page(Path(options.page), rows)
+    good = sum(not row.reason for row in rows)
+    cells = [[row.name, row.reason or f"{row.max_log_prob_difference:.1e}", *plan_cells(row)] for row in rows]
     return Report(
         [Table("", ["architecture", "max Δ log P, or why it is not exported", *PRECISIONS], cells)],
-        [f"{good} of {len(found)} export and agree. {PLANS_NOTE if builder_name() else NO_PLANS}"],
-        {"architectures_exported": good, "architectures_known": len(found)},
-        figures=[asdict(row) for row in found],
+        [f"{good} of {len(rows)} export and agree. {PLANS_NOTE if builder_name() else NO_PLANS}"],
+        {"architectures_exported": good, "architectures_known": len(rows)},
+        figures=[asdict(row) for row in rows],
     )
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == [HERE]:
-        with tempfile.TemporaryDirectory() as folder:
-            found = check(sys.argv[2], Path(folder))
-            print(json.dumps(asdict(found)), flush=True)  # noqa: T201
-            if builder_name() and not found.reason:
-                add_plans(found, Path(folder))
-                print(json.dumps(asdict(found)))  # noqa: T201
-    else:
-        main(__doc__, measure, only=(("",), ("bert", "roberta")), kept=("", ""), page=("", ""))
+    main(__doc__, measure, only=(("",), ("bert", "roberta")), page=("", ""))

@@ -1,4 +1,4 @@
-"""docs/architectures.md, from what architectures.py has found."""
+"""docs/architectures.md, from the rows of architectures.py."""
 
 import platform
 from dataclasses import dataclass, field
@@ -10,10 +10,10 @@ from harness import Table
 from plans import PRECISIONS, builder_name
 
 BOUND = 1e-4  # nats, the export's own
-LONGEST = 64  # what the configurations are told
+LONGEST = 64  # the limit in the configurations
 UNBOUNDED = 100  # the longest row tried where an architecture names no limit
-# What stands behind a failure, or behind a success that is not the whole story: read from transformers' sources.
-IMAGES = "Text alone: images and the like are no input of the scoring graph."
+# The reason for a failure, or a limit of a success, read from transformers' sources.
+IMAGES = "Text only: the scoring graph takes no images."
 SHIFTED = "Encoder and decoder: the decoder reads the corrupted text again, shifted by one, as transformers has it."
 NOTES = {
     "bart": SHIFTED,
@@ -52,7 +52,7 @@ NO_PLANS = "TensorRT for RTX was not installed, so no plan was built."
 
 @dataclass
 class Row:
-    """What became of one architecture. `reason` is empty where the graph was written and agrees with torch."""
+    """The results of one architecture. `reason` is empty if the graph was exported and agrees with torch."""
 
     name: str
     reason: str = ""
@@ -67,11 +67,13 @@ class Row:
     runs_at_max_length: bool | None = None
     fails_beyond: bool | None = None
     operators: list[str] = field(default_factory=list)
-    plans: dict[str, int | str] = field(default_factory=dict)  # by precision: fused attentions, or why there is no plan
+    plans: dict[str, int | str] = field(
+        default_factory=dict
+    )  # by precision: fused attentions, or why no plan was built
 
 
 def write_page(path: Path, rows: list[Row]) -> None:
-    """`docs/architectures.md`, whole."""
+    """Write `docs/architectures.md`."""
     good = [row for row in rows if not row.reason]
     failed = [row for row in rows if row.reason]
     versions = ", ".join(f"{name} {version(name)}" for name in ("transformers", "torch", "onnx", "onnxscript"))
@@ -134,7 +136,7 @@ def line(row: Row) -> str:
 
 
 def plan_cells(row: Row) -> list[str]:
-    """By precision: whether a plan builds, and how many of its attentions are fused."""
+    """Cells per precision: whether a plan builds, and how many of its attentions are fused."""
     return [_plan_cell(row.plans.get(precision)) for precision in PRECISIONS]
 
 

@@ -1,33 +1,30 @@
-"""Engines that take turns at batches: what the export benchmarks share."""
+"""Engines that take turns at batches: shared by the benchmarks of exported graphs and of the GPU."""
 
 import time
 from collections.abc import Callable, Mapping
-from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from harness import Contestant, alternate
+from harness import Contestant, alternate, calls
 from numpy.typing import NDArray
 
-from mlmkit.backends import Backend, Batch
+from mlmkit.backends import Batch
 
-Shape = tuple[int, int]  # rows, tokens a row
+Shape = tuple[int, int]  # rows, tokens per row
 SHAPES: tuple[Shape, ...] = ((1, 16), (8, 128), (32, 128))
 MATRICES = [(440, 768, 768), (440, 768, 3072), (440, 3072, 768), (2048, 768, 3072), (2048, 2048, 2048)]
-LARGE_MATRICES = [(65536, 768, 3072), (8192, 8192, 8192)]  # what a GPU needs to be busy
+LARGE_MATRICES = [(65536, 768, 3072), (8192, 8192, 8192)]  # large enough to fill a GPU
 
 
 class Engine(NamedTuple):
-    """`forward` runs a batch; `finish` makes of its outputs the targets' log-probabilities, float32 `[masked]`."""
+    """`forward` runs a batch; `finish` turns its outputs into the targets' log-probabilities, float32 `[masked]`."""
 
     forward: Callable[[Batch], Any]
     finish: Callable[[Any, Batch], NDArray[np.float32]]
-    backend: Backend | None = None
 
 
 class Turn(NamedTuple):
-    """Seconds a batch, those of `forward` alone, and the log-probabilities of the last."""
+    """Seconds per batch, in all and in `forward` alone, and the log-probabilities of the last batch."""
 
     seconds: float
     forward_seconds: float
@@ -45,48 +42,24 @@ def take_turn(engine: Engine, batch: Batch, repeats: int) -> Turn:
     return Turn((time.perf_counter() - began) / repeats, forward_seconds / repeats, log_prob)
 
 
+def rounds_at(
+    started: Mapping[str, Contestant], batch: Batch, rounds: int, *, tokens: int = 2048, most: int = 20
+) -> dict[str, list[Turn]]:
+    """Rounds of turns at a batch, each of which repeats it for about `tokens` tokens, at most `most` times."""
+    repeats = min(max(1, tokens // batch.input_ids.size), most)
+    return alternate(calls(started, take_turn, batch, repeats), rounds)
+
+
 def run_backend(path: str, name: str, device: str) -> Engine:
-    """mlmkit as its users run it."""
+    """mlmkit's backend as its users run it."""
     from mlmkit.backends import load
 
     backend = load(path, name, device)
-    return Engine(backend.score, lambda scored, _: scored.log_prob, backend)
-
-
-def cpu_session(graph: Path, threads: int, save: str = "") -> Any:
-    """On ONNX Runtime; the graph as ONNX Runtime optimises it is left at `save`."""
-    import onnxruntime
-
-    settings = onnxruntime.SessionOptions()
-    settings.log_severity_level = 3
-    settings.intra_op_num_threads = threads
-    settings.optimized_model_filepath = save
-    settings.add_session_config_entry("session.model_external_initializers_file_folder_path", str(graph.parent))
-    return onnxruntime.InferenceSession(str(graph), settings, providers=["CPUExecutionProvider"])
-
-
-def rounds_of(
-    contestants: Mapping[str, Contestant],
-    batches: Mapping[Shape, Batch],
-    rounds: int,
-    *,
-    tokens: int = 2048,
-    most: int = 20,
-) -> dict[Shape, dict[str, list[Turn]]]:
-    """Rounds of turns at each shape. A turn repeats a batch until it has about as many `tokens`, at `most` so often."""
-    turns: dict[Shape, dict[str, list[Turn]]] = {}
-    for shape, batch in batches.items():
-        repeats = min(max(1, tokens // batch.input_ids.size), most)
-        calls = {name: partial(contestant.call, take_turn, batch, repeats) for name, contestant in contestants.items()}
-        turns[shape] = alternate(calls, rounds)
-    return turns
-
-
-# ---------------------------------------------------------------- figures
+    return Engine(backend.score, lambda scored, _: scored.log_prob)
 
 
 def matrix_rate(device: str, dtype: str = "float32") -> float:
-    """Operations a second at which torch multiplies matrices here: the best over shapes like a model's, and large."""
+    """The most operations per second at which torch multiplies matrices here, of a model's shapes and of large ones."""
     import torch
 
     best, kind = 0.0, getattr(torch, dtype)
@@ -101,6 +74,6 @@ def matrix_rate(device: str, dtype: str = "float32") -> float:
 
 
 def worst_difference(log_prob: NDArray[np.float32], expected: NDArray[np.float32]) -> float:
-    """The largest |Δ log P| in nats; infinite where one is no number."""
+    """The largest |Δ log P| in nats; infinite if any value is not a number."""
     apart = np.abs(log_prob.astype(np.float64) - expected)
     return float(apart.max()) if np.isfinite(apart).all() else float("inf")

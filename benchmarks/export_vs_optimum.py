@@ -1,16 +1,16 @@
 """Masked-LM scoring on the CPU: mlmkit's artifact against optimum-onnx's graph of the same weights, one ONNX Runtime.
 
-BERT-base's shape with random weights in float32, on real text with 15 % of its positions masked; asked for is the
-log-probability of what each mask hides. Contestants, each in a process of its own, taking turns:
+BERT-base's shape with random weights in float32, on real text with 15 % of its positions masked; wanted is the
+log-probability of what each mask hides. Contestants take turns, each in a process of its own:
 
 - mlmkit: the artifact through its ONNX backend, as `mlmkit score` and `eval` run it,
-- optimum: what `optimum-cli export onnx --task fill-mask` writes, which returns the logits of every position; of these
-  its user takes the masked rows and their log-softmax, here in numpy. Both times are shown, with and without that,
+- optimum: what `optimum-cli export onnx --task fill-mask` writes. It returns the logits of every position; its user
+  takes the masked rows and their log-softmax, here in numpy. Times are shown with and without that,
 - optimum -O2: the same with optimum's strongest optimisation that does not approximate,
 - PyTorch: the eager model of transformers with full logits, for orientation.
 
-optimum-onnx pins an older transformers, so it exports from a virtual environment of its own, made on the first run
-(its graphs are run in the environment at hand). Fails if log-probabilities differ by more than `BOUND`.
+optimum-onnx pins an older transformers, so it exports from a virtual environment of its own, made on the first run; its
+graphs run in this one. Fails if log-probabilities differ by more than `BOUND`.
 """
 
 import argparse
@@ -24,21 +24,8 @@ from statistics import median
 from typing import Any
 
 import numpy as np
-from engines import SHAPES, Engine, Shape, Turn, cpu_session, rounds_of, run_backend, take_turn, worst_difference
-from harness import (
-    ROOT,
-    Bars,
-    Contestant,
-    Report,
-    SkippedError,
-    Table,
-    last_line,
-    main,
-    peak_mib,
-    ratios,
-    say,
-    spread,
-)
+from engines import SHAPES, Engine, rounds_at, run_backend, take_turn, worst_difference
+from harness import ROOT, Bars, Contestant, Report, SkippedError, contestants, last_line, main, ratios, say, table
 from inputs import artifact, checkpoint, real_batch
 
 from mlmkit.backends import Batch
@@ -50,7 +37,7 @@ VENV = ROOT / "build" / "optimum-venv"  # git ignores build/
 
 
 def optimum_environment(folder: Path) -> Path:
-    """The folder of its commands. The environment is made if it is not there, with the torch version at hand."""
+    """The folder of its commands; if it does not exist it is made, with this environment's version of torch."""
     commands = folder / "bin"
     if not (commands / "optimum-cli").exists():
         say(f"installing {OPTIMUM} into {folder}")
@@ -63,17 +50,23 @@ def optimum_environment(folder: Path) -> Path:
     return commands
 
 
-def export_with_optimum(commands: Path, source: Path, output: Path, *flags: str) -> None:
-    """Quietly, unless it fails."""
+def export_with_optimum(commands: Path, source: Path, output: Path, *flags: str) -> Path:
+    """The graph that optimum writes into the folder."""
     command = [commands / "optimum-cli", "export", "onnx", "--task", "fill-mask", "--model", source, *flags, output]
     result = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"})
     if result.returncode:
         raise SkippedError(f"optimum-cli failed: {last_line(result.stderr)}")
+    return output / "model.onnx"
 
 
 def run_optimum(graph: Path, threads: int) -> Engine:
     """A session as `ORTModelForMaskedLM` makes it, and the least that its user does to score."""
-    session = cpu_session(graph, threads)
+    import onnxruntime
+
+    settings = onnxruntime.SessionOptions()
+    settings.log_severity_level = 3
+    settings.intra_op_num_threads = threads
+    session = onnxruntime.InferenceSession(str(graph), settings, providers=["CPUExecutionProvider"])
     names = {value.name for value in session.get_inputs()}
 
     def forward(batch: Batch) -> Any:
@@ -109,73 +102,66 @@ def run_torch(source: Path, threads: int) -> Engine:
 
 
 def measure(options: argparse.Namespace) -> Report:
-    """Export, check that all agree, let them take turns."""
+    """Export, check that all agree, then let them take turns."""
     commands = optimum_environment(VENV)
     source = checkpoint("bert-base", num_hidden_layers=options.layers)
     target = artifact("bert-base", num_hidden_layers=options.layers)
     with tempfile.TemporaryDirectory() as temporary:
-        plain, optimised = Path(temporary) / "plain", Path(temporary) / "O2"
-        export_with_optimum(commands, source, plain)
-        export_with_optimum(commands, source, optimised, "--optimize", "O2")
-        contestants = {
-            "mlmkit": Contestant(run_backend, str(target), "onnx", "cpu"),
-            "optimum": Contestant(run_optimum, plain / "model.onnx", options.threads),
-            "optimum -O2": Contestant(run_optimum, optimised / "model.onnx", options.threads),
-            PEER: Contestant(run_torch, source, options.threads),
+        plain = export_with_optimum(commands, source, Path(temporary) / "plain")
+        optimised = export_with_optimum(commands, source, Path(temporary) / "O2", "--optimize", "O2")
+        makers = {
+            "mlmkit": (run_backend, str(target), "onnx", "cpu"),
+            "optimum": (run_optimum, plain, options.threads),
+            "optimum -O2": (run_optimum, optimised, options.threads),
+            PEER: (run_torch, source, options.threads),
         }
-        apart = check(contestants)
-        turns = rounds_of(contestants, {shape: real_batch(*shape) for shape in SHAPES}, options.rounds)
-        memory = {name: contestant.call(peak_mib) / 1024 for name, contestant in contestants.items()}
-        for contestant in contestants.values():
-            contestant.stop()
-    fast = {shape: times_as_fast(of_shape) for shape, of_shape in turns.items()}
+        with contestants(makers) as started:
+            apart = check(started)
+            turns = {shape: rounds_at(started, real_batch(*shape), options.rounds) for shape in SHAPES}
+            memory = {name: contestant.peak_gib() for name, contestant in started.items()}
+    seconds = {
+        shape: {name: [turn.seconds for turn in taken] for name, taken in of_shape.items()}
+        for shape, of_shape in turns.items()
+    }
+    fast = {
+        shape: {name: ratios(of_shape["mlmkit"], taken) for name, taken in of_shape.items()}
+        for shape, of_shape in seconds.items()
+    }
+    rows = [
+        {
+            "shape": f"{size} x {length}",
+            "": name,
+            "tokens/s": size * length / median(seconds[size, length][name]),
+            "tokens/s, session alone": size * length / median(turn.forward_seconds for turn in taken),
+            "mlmkit is x times as fast": fast[size, length][name],
+            "peak RSS GiB": memory[name],
+        }
+        for (size, length), of_shape in turns.items()
+        for name, taken in of_shape.items()
+    ]
     return Report(
-        [table(turns, fast, memory)],
+        [table("", rows)],
         [f"Log-probabilities differ by at most {apart:.1e} nats."],
-        {f"optimum_{rows}x{length}_times_as_fast": median(fast[rows, length]["optimum"]) for rows, length in SHAPES},
+        {f"optimum_{size}x{length}_times_as_fast": median(fast[size, length]["optimum"]) for size, length in SHAPES},
         Bars(
             "Scoring 32 rows of 128 tokens",
-            "tokens a second",
-            {name: [32 * 128 / turn.seconds for turn in taken] for name, taken in turns[32, 128].items()},
+            "tokens per second",
+            {name: [32 * 128 / each for each in taken] for name, taken in seconds[32, 128].items()},
         ),
-        {
-            f"{rows} x {length}": {name: [turn.seconds for turn in taken] for name, taken in of_shape.items()}
-            for (rows, length), of_shape in turns.items()
-        },
+        {f"{size} x {length}": of_shape for (size, length), of_shape in seconds.items()},
     )
 
 
-def check(contestants: dict[str, Contestant]) -> float:
+def check(started: dict[str, Contestant]) -> float:
     """The largest difference from PyTorch, on a full and on a ragged batch."""
     worst = 0.0
     for batch in (real_batch(2, 64), real_batch(5, 48, ragged=True)):
-        found = {name: contestant.call(take_turn, batch, 1).log_prob for name, contestant in contestants.items()}
-        for name, log_prob in found.items():
-            apart = worst_difference(log_prob, found[PEER])
-            if not apart <= BOUND:
-                raise AssertionError(f"{name}: log-probabilities differ by {apart:.1e} nats from PyTorch's")
+        log_probs = {name: contestant.call(take_turn, batch, 1).log_prob for name, contestant in started.items()}
+        for name, log_prob in log_probs.items():
+            apart = worst_difference(log_prob, log_probs[PEER])
+            assert apart <= BOUND, f"{name}: log-probabilities differ by {apart:.1e} nats from PyTorch's"
             worst = max(worst, apart)
     return worst
-
-
-def times_as_fast(turns: dict[str, list[Turn]]) -> dict[str, list[float]]:
-    """How many times as fast as each mlmkit was, in each round: scores against scores."""
-    ours = [turn.seconds for turn in turns["mlmkit"]]
-    return {name: ratios(ours, [turn.seconds for turn in taken]) for name, taken in turns.items()}
-
-
-def table(
-    turns: dict[Shape, dict[str, list[Turn]]], fast: dict[Shape, dict[str, list[float]]], memory: dict[str, float]
-) -> Table:
-    """A row a shape and contestant: medians, and mlmkit's ratio to it with its range within a round."""
-    rows = []
-    for (size, length), of_shape in turns.items():
-        for name, taken in of_shape.items():
-            seconds = [turn.seconds for turn in taken], [turn.forward_seconds for turn in taken]
-            rates = [f"{size * length / median(values):,.0f}" for values in seconds]
-            rows.append([f"{size} x {length}", name, *rates, spread(fast[size, length][name]), f"{memory[name]:.2f}"])
-    header = ["shape", "", "tokens/s", "tokens/s, session alone", "mlmkit is x times as fast", "peak RSS GiB"]
-    return Table("", header, rows)
 
 
 if __name__ == "__main__":

@@ -1,14 +1,20 @@
-"""All that is to be measured on a GPU, in one go of less than nine minutes.
+"""Everything that is measured on a GPU, in one run of less than nine minutes.
 
-In this order: matrix products and copies; parity of packed with padded, compiled with eager, GPU with CPU; torch
-evaluation; training against transformers.Trainer; ONNX Runtime and TensorRT; three experiments. The files of the
-sections say what each measures (gpu_eval.py, gpu_parity.py, gpu_train.py, gpu_export.py, gpu_experiments.py).
+Sections, in this order:
 
-A section has a time by which it must be done, and what one does not need the next may use. One that fails or is
-stopped there costs no other, and its rows so far stay. The report is written again with each row, to
-results/<gpu>-<date>.json or where --json says, so a machine that is taken away leaves what was measured.
+- rates: matrix products per precision, and copies,
+- parity: whether packed and padded, compiled and eager, GPU and CPU give the same log-probabilities,
+- evaluation: torch in float32, bfloat16 and float16, eager, compiled and as a CUDA graph, against the matrix rate,
+- training: mlmkit beside transformers.Trainer in real tokens per second, with MFU,
+- runtimes: ONNX Runtime and TensorRT beside torch, in fp16, at two shapes,
+- graphs, flash, autotune: three experiments, each beside the default.
 
-Without a GPU, `--quick` makes a dry run on the CPU with tiny models; it writes nothing but where --json says.
+Each section has a deadline; time that one leaves over goes to the next. A section that fails or runs out of time keeps
+its rows and does not stop the others. The report is written again after every row, to results/<gpu>-<date>.json or to
+`--json`, so a machine that disappears leaves what was measured. `--only SECTION ...` runs these without deadlines, and
+the runtimes then in every precision and shape.
+
+Without a GPU, `--quick` is a dry run on the CPU with tiny models. It writes a file only with `--json`.
 """
 
 import argparse
@@ -20,89 +26,925 @@ import re
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import partial
+from importlib.util import find_spec
+from itertools import groupby
+from pathlib import Path
+from statistics import median
 from typing import Any, NamedTuple
 
-from gpu_eval import device_rates, evaluation
-from gpu_experiments import autotuned, flash_attention, graphs_by_length
-from gpu_export import runtimes
-from gpu_parity import parity
-from gpu_shared import FAILED, Figures, Row, Setting, failure, find_device, tables
-from gpu_train import training
-from harness import ROOT, Report, SkippedError, isolated, main, say, write
-from inputs import kept_folder
+import inputs
+import numpy as np
+import train_vs_transformers as trainings
+from engines import SHAPES, Engine, Shape, matrix_rate, rounds_at, run_backend, take_turn, worst_difference
+from harness import (
+    ROOT,
+    ContestantError,
+    Report,
+    SkippedError,
+    Table,
+    cell,
+    contestants,
+    isolated,
+    main,
+    processor,
+    ratios,
+    say,
+    table,
+    write,
+)
+from numpy.typing import NDArray
 
-RATES = "Matrix products and copies"
-REST = "the rest"
+from mlmkit.backends import Batch, Scored
+
+Figures = dict[str, Any]
+Row = tuple[str, Figures]
+Function = Callable[..., Any]
+LogProbs = NDArray[np.float32]
+FAILED, NEEDS_GPU, REST = "failed", "needs a GPU", "the rest"
 RESULTS = ROOT / "benchmarks" / "results"
+NO_DEADLINE = 86_400  # seconds
+
+
+@dataclass(frozen=True)
+class Setting:
+    """`device` is cuda or cpu, `name` its name. `rates` are measured operations per second by dtype."""
+
+    device: str
+    name: str
+    quick: bool
+    rounds: int
+    whole: bool = False  # the runtimes in every precision and shape
+    rates: Mapping[str, float] = field(default_factory=dict)
+
+    def checkpoint(self, architecture: str) -> Path:
+        """A checkpoint with random weights; a tiny one for a dry run."""
+        return inputs.checkpoint(architecture, **(inputs.TINY if self.quick else {}))
+
+    def seconds_per_call(self, call: Function) -> float:
+        """Of calls queued one behind another, so at the device's own pace; one more call goes before."""
+        once = self._seconds_of(call, 1)
+        return self._seconds_of(call, min(max(round((0.2 if self.device == "cuda" else 0.05) / once), 1), 1000))
+
+    def _seconds_of(self, call: Function, count: int) -> float:
+        import torch
+
+        wait = torch.cuda.synchronize if self.device == "cuda" else lambda: None
+        wait()
+        began = time.perf_counter()
+        for _ in range(count):
+            call()
+        wait()
+        return (time.perf_counter() - began) / count
+
+
+def find_device(device: str) -> tuple[str, str]:
+    """The device that `device` (auto, cuda, cpu) means here, and its name."""
+    import torch
+
+    from mlmkit.backends.torch import pick_device
+
+    device = pick_device(device)
+    return device, torch.cuda.get_device_name() if device == "cuda" else processor()
+
+
+# ---------------------------------------------------------------- rows and alternatives
+# A section is a generator of rows, each a name with its figures. A row replaces an earlier one of the same name, so a
+# section can yield a first value early and refine it later.
+
+
+def attempt(function: Function, *arguments: object) -> Any:
+    """The result of a call, or the figures that say why it failed: a failure costs no other row."""
+    try:
+        return function(*arguments)
+    except Exception as error:
+        return failure(error)
+
+
+def failure(error: Exception) -> Figures:
+    """The reason in one line."""
+    reason = " ".join(str(error).split())[:300]
+    return {FAILED: reason if isinstance(error, SkippedError) else f"{type(error).__name__}: {reason}"}
+
+
+def tables(title: str, rows: Mapping[str, Figures]) -> Iterator[Table]:
+    """Neighbours with the same figures share a table; failures come last, with their reasons."""
+    worked = [(name, figures) for name, figures in rows.items() if FAILED not in figures]
+    for _, group in groupby(worked, key=lambda row: tuple(row[1])):
+        yield table(title, [{"": name, **figures} for name, figures in group])
+    if failed := [[name, cell(figures[FAILED])] for name, figures in rows.items() if FAILED in figures]:
+        yield Table(f"{title}: not measured", ["", "because"], failed)
+
+
+class Made(NamedTuple):
+    """An alternative that is ready to run: `tokens` and `rows` per call, and further `figures` of its row.
+
+    If it has `operations` per call, their share of `rate` is shown.
+    """
+
+    call: Function
+    tokens: int
+    rows: int = 0
+    operations: float = 0.0
+    rate: float = 0.0
+    figures: Figures = {}  # noqa: RUF012
+
+
+def compared(setting: Setting, makers: Mapping[str, Callable[[], Made]], default: str) -> Iterator[Row]:
+    """Each alternative once beside the default as soon as it is made, as the next may take too long; then in turns."""
+    made: dict[str, Made] = {}
+
+    def rounds(names: Iterable[str], count: int) -> Iterator[Row]:
+        seconds: dict[str, list[float]] = {name: [] for name in names}
+        for _ in range(count):
+            for name, taken in seconds.items():
+                taken.append(setting.seconds_per_call(made[name].call))
+        for name, taken in seconds.items():
+            yield name, _speed(made[name], taken, seconds.get(default))
+
+    for name, make in makers.items():
+        result = attempt(make)
+        if isinstance(result, Made):
+            made[name] = result
+            yield from rounds(made.keys() & {name, default}, 1)
+        else:
+            yield name, result
+    yield from rounds(made, setting.rounds)
+
+
+def _speed(made: Made, taken: list[float], default: list[float] | None) -> Figures:
+    seconds = median(taken)
+    figures: Figures = {"ms per call": 1e3 * seconds, "tokens/s": made.tokens / seconds}
+    if made.rows:
+        figures["rows/s"] = made.rows / seconds
+    if made.operations:
+        figures["of the matrix rate"] = made.operations / seconds / made.rate if made.rate else None
+    figures["x the default"] = median(ratios(taken, default)) if default else None
+    return figures | made.figures
+
+
+class Captured:
+    """A function of tensors, recorded as a CUDA graph for their shapes.
+
+    A call copies its inputs in and replays the graph; the next call overwrites its result. Raises `SkippedError`
+    without a GPU.
+    """
+
+    def __init__(self, function: Function, inputs: Iterable[Any]) -> None:
+        import torch
+
+        if not torch.cuda.is_available():
+            raise SkippedError(NEEDS_GPU)
+        self._inputs = [values.clone() for values in inputs]
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):  # what the first runs set up must not be recorded
+            for _ in range(3):
+                function(*self._inputs)
+        torch.cuda.current_stream().wait_stream(stream)
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph):
+            self._output = function(*self._inputs)
+
+    def __call__(self, *inputs: Any) -> Any:
+        for kept, values in zip(self._inputs, inputs, strict=True):
+            kept.copy_(values)
+        self._graph.replay()
+        return self._output
+
+
+# ---------------------------------------------------------------- models and batches
+
+
+def load_model(path: Path, device: str, dtype: str) -> Any:
+    """`MaskedLM` in evaluation mode."""
+    import torch
+
+    from mlmkit.pretrained import load_pretrained
+
+    model, _ = load_pretrained(str(path))
+    torch.set_float32_matmul_precision("highest")
+    return model.to(device, getattr(torch, dtype))
+
+
+def compiled(function: Function, device: str, mode: str | None = None) -> Function:
+    """Compiled for each shape. On a CPU the graph is traced and run as it is, which is enough for a dry run."""
+    import torch
+
+    how: dict[str, Any] = {"mode": mode} if device == "cuda" else {"backend": "aot_eager"}
+    return torch.compile(function, dynamic=False, **how)
+
+
+def scorer(model: Any) -> Function:
+    """The targets' log-probabilities, from the tensors of a `Batch`."""
+    import torch
+
+    def score(*inputs: Any) -> Any:
+        with torch.inference_mode():
+            return model(*inputs).log_prob
+
+    return score
+
+
+def on_device(batch: Batch, device: str) -> list[Any]:
+    """The arrays of a batch as tensors."""
+    import torch
+
+    return [torch.from_numpy(values).to(device) for values in batch]
+
+
+def operations(path: Path, batch: Batch) -> float:
+    """Floating-point operations of one forward over a batch of full rows."""
+    from mlmkit.train.estimate import flops_per_token
+
+    rows, length = batch.input_ids.shape
+    model, tokens = load_model(path, "cpu", "float32"), rows * length
+    return flops_per_token(model, np.full(rows, length), len(batch.positions) / tokens) / 3 * tokens  # 3: with backward
+
+
+def pack_of(batch: Batch, model: Any, device: str) -> tuple[dict[str, Any], Any]:
+    """The batch as a pack of fixed shape, as training has it: the model's inputs, and the positions within the pack."""
+    import torch
+
+    from mlmkit.packing import Pack, packed_inputs, pad_pack
+
+    rows, longest = batch.input_ids.shape
+    lengths = batch.attention_mask.sum(1)
+    is_token = batch.attention_mask.reshape(-1) == 1
+    pack = Pack(
+        torch.from_numpy(batch.input_ids.reshape(-1)[is_token])[None],
+        torch.from_numpy(np.tile(np.arange(longest), rows)[is_token] + model.position_offset)[None],
+        torch.from_numpy(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)),
+        int(lengths.max()),
+    )
+    pack = pad_pack(pack, total=batch.input_ids.size, most=2 * rows, longest=longest, pad_id=0)
+    inputs = {
+        name: value.to(device) if isinstance(value, torch.Tensor) else value
+        for name, value in packed_inputs(pack).items()
+    }
+    return inputs, torch.from_numpy((np.cumsum(is_token) - 1)[batch.positions]).to(device)
+
+
+# ---------------------------------------------------------------- rates
+
+
+def device_rates(setting: Setting) -> Iterator[Row]:
+    """Matrix products, beside the data sheet's rate if it is known; copies within the device and across."""
+    for name, dtype in {"bfloat16": "bfloat16", "float16": "float16", "tf32": "float32", "float32": "float32"}.items():
+        yield name, attempt(_matrix_rate, setting, name, dtype)
+    copies = {"device to device": (False, False), "host to device, pinned": (True, False)}
+    for name, pinned in (copies | {"device to host, pinned": (False, True)}).items():
+        yield name, attempt(_bandwidth, setting, *pinned)
+
+
+def _matrix_rate(setting: Setting, name: str, dtype: str) -> Figures:
+    import torch
+
+    from mlmkit.train.estimate import peak_flops
+
+    if name in ("tf32", "float16") and setting.device == "cpu":  # CPUs have no tf32, and float16 is emulated
+        raise SkippedError(NEEDS_GPU)
+    torch.set_float32_matmul_precision("high" if name == "tf32" else "highest")
+    rate, nominal = matrix_rate(setting.device, dtype), peak_flops(setting.name) if name == "bfloat16" else 0.0
+    return {
+        "TFLOP/s": rate / 1e12,
+        "nominal TFLOP/s": nominal / 1e12 or None,
+        "of the nominal": rate / nominal if nominal else None,
+    }
+
+
+def _bandwidth(setting: Setting, from_host: bool, to_host: bool) -> Figures:
+    """Bytes read and written within the device, bytes that cross otherwise."""
+    import torch
+
+    if setting.device == "cpu" and (from_host or to_host):
+        raise SkippedError(NEEDS_GPU)
+    size = 1 << 20 if setting.quick else 1 << 30
+
+    def memory(on_host: bool) -> Any:
+        device = "cpu" if on_host else setting.device
+        return torch.ones(size, dtype=torch.uint8, device=device, pin_memory=on_host)
+
+    source, target = memory(from_host), memory(to_host)
+    seconds = setting.seconds_per_call(lambda: target.copy_(source, non_blocking=True))
+    return {"GB/s": (1 if from_host or to_host else 2) * size / seconds / 1e9}
+
+
+def rates_of(rows: Mapping[str, Figures]) -> dict[str, float]:
+    """Operations per second by dtype."""
+    return {name: 1e12 * figures["TFLOP/s"] for name, figures in rows.items() if "TFLOP/s" in figures}
+
+
+# ---------------------------------------------------------------- parity
+
+AUTOCAST = "bfloat16 autocast"  # what training computes in
+PRECISIONS = {"float32": "fp32", "bfloat16": "bf16", AUTOCAST: "bf16", "float16": "fp16"}
+COMPILED_LAYOUTS = {"bfloat16": "padded", AUTOCAST: "packed"}  # as evaluation and training run
+CPU = "cpu padded float32"
+
+
+def parity(setting: Setting) -> Iterator[Row]:
+    """Log-probabilities of masked tokens in ragged rows of up to 512, within the bounds of the export's report.
+
+    Each precision, padded and packed, is compared with the CPU in float32; packed with padded and compiled with eager
+    in the same precision. BERT-base and ModernBERT-base (sliding window, rotary positions), random weights.
+    """
+    for architecture in ("bert-base", "modernbert-base"):
+        results: dict[str, LogProbs | Figures] = {}
+        for name, dtype, others, run in _parity_runs(setting, architecture):
+            if name in results:  # without a GPU
+                continue
+            results[name] = attempt(run)
+            for other in others:
+                if other != name:
+                    difference = _difference(results[name], results[other], PRECISIONS[dtype])
+                    yield f"{architecture}, {name}, with {other}", difference
+
+
+def _parity_runs(setting: Setting, architecture: str) -> Iterator[tuple[str, str, list[str], Callable[[], LogProbs]]]:
+    """Name, dtype, names to compare with, and the run. Each must run before the next is made: they share models."""
+    from mlmkit.packing import PACKED_ATTENTION, enable_packing
+    from mlmkit.train.layers import compile_layers
+
+    path, device = setting.checkpoint(architecture), setting.device
+    batch = inputs.real_batch(*((4, 160) if setting.quick else (16, 512)), ragged=True)
+    model = load_model(path, "cpu", "float32")
+    padded = model.network.config._attn_implementation
+    yield CPU, "float32", [], partial(_log_probs, model, batch, padded)
+    if not enable_packing(model):
+        raise SkippedError(f"{architecture} cannot be packed")
+    yield "cpu packed float32", "float32", [CPU], partial(_log_probs, model, batch, PACKED_ATTENTION)
+    for dtype in PRECISIONS:
+        cast = load_model(path, device, "float32" if dtype == AUTOCAST else dtype)
+        run = partial(_log_probs, cast, batch, autocast=dtype == AUTOCAST)
+        name = f"{device} {{}} {dtype}"
+        yield name.format("padded"), dtype, [CPU], partial(run, padded)
+        if dtype != "float32":  # `varlen_attn` on CUDA takes no float32
+            others = [CPU, name.format("padded")]
+            yield name.format("packed"), dtype, others, partial(run, PACKED_ATTENTION)
+        if layout := COMPILED_LAYOUTS.get(dtype):
+            compile_layers(cast, backend="inductor" if device == "cuda" else "aot_eager")
+            attention = padded if layout == "padded" else PACKED_ATTENTION
+            yield f"{name.format(layout)} compiled", dtype, [name.format(layout)], partial(run, attention)
+
+
+def _log_probs(model: Any, batch: Batch, attention: str, autocast: bool = False) -> LogProbs:
+    """Of the targets; where the attention packs, from a pack of fixed shape."""
+    import torch
+
+    from mlmkit.packing import PACKED_ATTENTION
+
+    model.network.set_attn_implementation(attention)
+    device = str(model.device.type)
+    input_ids, attention_mask, positions, targets = on_device(batch, device)
+    inputs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask}
+    if attention == PACKED_ATTENTION:
+        inputs, positions = pack_of(batch, model, device)
+    context = torch.autocast(device, torch.bfloat16) if autocast else contextlib.nullcontext()
+    with torch.no_grad(), context:
+        logits = model.logits(positions, **inputs).float()
+    return logits.log_softmax(-1).gather(-1, targets[:, None]).squeeze(-1).cpu().numpy()
+
+
+def _difference(ours: LogProbs | Figures, expected: LogProbs | Figures, precision: str) -> Figures:
+    """In nats, within the bounds of the export's report in that precision; or the failure of either."""
+    from mlmkit.export.parity import BOUNDS
+
+    if isinstance(ours, dict) or isinstance(expected, dict):
+        return ours if isinstance(ours, dict) else dict(expected)
+    bounds = BOUNDS[precision]
+    shift = float(np.mean(expected, dtype=np.float64) - np.mean(ours, dtype=np.float64))
+    largest = worst_difference(ours, expected)
+    mean = float(np.abs(np.subtract(ours, expected, dtype=np.float64)).mean())
+    within = largest <= bounds.max_log_prob and mean <= bounds.mean_log_prob and abs(shift) <= bounds.cross_entropy
+    return {
+        "max Δ log P": largest,
+        "mean": mean,
+        "Δ cross-entropy": shift,
+        "bounds": ", ".join(f"{bound:g}" for bound in bounds),
+        "within bounds": "yes" if within else "NO",
+    }
+
+
+# ---------------------------------------------------------------- evaluation
+
+
+def evaluation(setting: Setting) -> Iterator[Row]:
+    """Masked cross-entropy of full rows of 512 tokens, and pseudo-log-likelihood, on BERT-base with random weights."""
+    path = setting.checkpoint("bert-base")
+    models = {dtype: load_model(path, setting.device, dtype) for dtype in ("float32", "bfloat16", "float16")}
+    batches = {
+        "masked": inputs.real_batch(*((2, 64) if setting.quick else (64, 512))),
+        "pseudo": _pseudo_batch(4 if setting.quick else 100, 20),
+    }
+    for work, batch in batches.items():
+        makers = _scorers(setting, path, models, batch)
+        for name, figures in compared(setting, makers, "bfloat16, eager"):
+            yield f"{work} {batch.input_ids.shape[0]} x {batch.input_ids.shape[1]}, {name}", figures
+
+
+def _pseudo_batch(count: int, tokens: int) -> Batch:
+    """`count` sentences cut at `tokens` wordpieces, in copies with one wordpiece masked each."""
+    tokenizer = inputs.bert_tokenizer()
+    lines = tokenizer(inputs.sentences(4 * count, tokens + 2, tokenizer), add_special_tokens=False)["input_ids"]
+    texts = [ids[:tokens] for ids in lines if len(ids) >= tokens][:count]
+    rows = [[tokenizer.cls_token_id, *ids, tokenizer.sep_token_id] for ids in texts]
+    ((batch, _),) = _copies_by_length(rows, count * tokens * (tokens + 2), tokenizer, padded=False)
+    return batch
+
+
+def _scorers(setting: Setting, path: Path, models: Mapping[str, Any], batch: Batch) -> dict[str, Callable[[], Made]]:
+    """In every precision: eager, compiled, as a CUDA graph, and both."""
+    inputs, count = on_device(batch, setting.device), operations(path, batch)
+    expected = scorer(models["float32"])(*inputs)
+
+    def made(dtype: str, make: Callable[[], Function]) -> Made:
+        score = make()
+        apart = {"max Δ log P from float32": float((score(*inputs) - expected).abs().max())}
+        rate = setting.rates.get(dtype, 0.0)
+        return Made(lambda: score(*inputs), batch.input_ids.size, len(batch.input_ids), count, rate, apart)
+
+    makers: dict[str, Callable[[], Made]] = {}
+    for dtype, model in models.items():
+        ways = {"eager": scorer(model)}
+        if dtype != "float32":
+            ways["compiled"] = scorer(compiled(model, setting.device))
+        for way, score in ways.items():
+            makers[f"{dtype}, {way}"] = partial(made, dtype, lambda score=score: score)
+            if dtype != "float32":
+                makers[f"{dtype}, {way}, CUDA graph"] = partial(made, dtype, partial(Captured, score, inputs))
+    return makers
+
+
+# ---------------------------------------------------------------- training
+
+STEPS, TRAINING_ROUNDS = 8, 2
+# Per step. 16: the longest paragraph pads its whole batch.
+MICRO_BATCHES = {trainings.MLMKIT: 4, trainings.RUN_MLM: 4, trainings.PARAGRAPHS: 16}
+
+
+def training(setting: Setting) -> Iterator[Row]:
+    """The contestants of train_vs_transformers.py, but for one, with one size of micro-batch: no time for trials.
+
+    MFU is the model's operations per token (`mlmkit.train.estimate.flops_per_token`) at the measured tokens per second,
+    over the rate of bfloat16 matrix products, measured and nominal. What a contestant computes beyond that, such as
+    logits of every token, lowers its MFU.
+    """
+    text = inputs.write_lines(inputs.kept_folder() / "train.txt", inputs.documents()[: 100 if setting.quick else None])
+    for case in trainings.GPU_CASES:
+        case = replace(case, length=64, step_tokens=1024) if setting.quick else case
+        title = f"{case.architecture} at {case.length}"
+        try:
+            for name, figures in _training_case(setting, case, text):
+                yield f"{title}, {name}", figures
+        except Exception as error:
+            yield title, failure(error)
+
+
+def _training_case(setting: Setting, case: trainings.Case, text: Path) -> Iterator[Row]:
+    from mlmkit.train.dry_run import dry_run
+
+    tokenizer, architecture = inputs.tokenizer_folder(), case.architecture
+    if setting.quick:
+        architecture = trainings.tiny_architecture(case, inputs.kept_folder())
+    operations = dry_run(trainings.mlmkit_config(case, text, tokenizer, architecture, setting.device)).flops_per_token
+    steps, ways = (2, [trainings.MLMKIT, trainings.RUN_MLM]) if setting.quick else (STEPS, list(MICRO_BATCHES))
+    if not find_spec("accelerate"):
+        yield "Trainer", {FAILED: "needs accelerate: pip install accelerate"}
+        ways = [trainings.MLMKIT]
+    makers = {
+        way: (trainings.open_contestant, case, text, tokenizer, architecture, way, setting.device) for way in ways
+    }
+    with contestants(makers) as started:
+        turns = {
+            way: partial(contestant.call, trainings.train, case, way, setting.device, MICRO_BATCHES[way], steps)
+            for way, contestant in started.items()
+        }
+        yield from _training_rounds(setting, turns, operations)
+
+
+def _training_rounds(setting: Setting, turns: dict[str, Any], operations: float) -> Iterator[Row]:
+    """Rows are yielded again after each turn. A contestant that fails takes no further turn; the others do."""
+    from mlmkit.train.estimate import peak_flops
+
+    rates = {"measured": setting.rates.get("bfloat16", 0.0), "nominal": peak_flops(setting.name)}
+    speeds: dict[str, list[float]] = {way: [] for way in turns}
+    for _ in range(1 if setting.quick else TRAINING_ROUNDS):
+        for way in list(turns):
+            turn = attempt(turns[way])
+            if isinstance(turn, dict):
+                yield way, turn
+                del turns[way]
+                continue
+            speeds[way].append(turn.rate)
+            speed, ours = median(speeds[way]), speeds[trainings.MLMKIT]
+            is_even = len(ours) == len(speeds[way])
+            yield (
+                way,
+                {
+                    "real tokens/s": speed,
+                    "mlmkit is x times as fast": median(ratios(speeds[way], ours)) if is_even else None,
+                    **{f"MFU, {kind}": speed * operations / rate if rate else None for kind, rate in rates.items()},
+                    "model operations per token, G": operations / 1e9,
+                    "loss per step": turn.loss,
+                    "peak GiB": turn.peak_gib,
+                },
+            )
+
+
+# ---------------------------------------------------------------- runtimes
+
+DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+REFERENCE, PEER = "torch, fp32", "torch, bf16, compiled, CUDA graphs"  # a contestant's precision is its second word
+GPU_SHAPES: tuple[Shape, ...] = (*SHAPES, (64, 256))
+QUICK_SHAPES: tuple[Shape, ...] = ((1, 16), (4, 32))
+
+
+def runtimes(setting: Setting) -> Iterator[Row]:
+    """ONNX Runtime's CUDA provider and TensorRT beside torch: from numpy inputs to numpy log-probabilities.
+
+    BERT-base with random weights, text with 15 % of its positions masked, each contestant in a process of its own. A
+    row per contestant says how it differs from torch in float32, on batches that no CUDA graph was recorded with. Then
+    a row per contestant and shape. The floor is the time that the matrix products alone take at torch's best rate in
+    that precision. TensorRT for RTX builds plans everywhere but runs on no H100 or H200: its row has the reason.
+
+    Unless `setting.whole`: fp16 beside the reference and torch's fastest, at the smallest and the largest of `SHAPES`.
+    Raises `SkippedError` if there is no runtime.
+    """
+    on_gpu = setting.device == "cuda"
+    if on_gpu and not (has_tensorrt() or isolated(has_cuda_provider)):
+        raise SkippedError("onnxruntime has no CUDA provider here, and TensorRT is not installed")
+    path = setting.checkpoint("bert-base")
+    precisions = tuple(DTYPES) if setting.whole and not setting.quick else ("fp16" if on_gpu else "fp32",)
+    artifacts, failed = _export(setting, precisions)
+    yield from failed.items()
+    shapes = QUICK_SHAPES if setting.quick else GPU_SHAPES if setting.whole else SHAPES[::2]
+    batches, others = ({shape: inputs.real_batch(*shape, seed=seed) for shape in shapes} for seed in (0, 1))
+    expected: LogProbs | None = None
+    with contestants(_runtime_makers(setting, path, artifacts, failed)) as started:
+        for name, contestant in list(started.items()):
+            say(name)
+            try:
+                for batch in batches.values():  # three times: a CUDA graph is recorded at the second
+                    contestant.call(take_turn, batch, 3)
+                parts = [contestant.call(take_turn, batch, 1).log_prob for batch in others.values()]
+            except ContestantError as error:
+                yield name, {FAILED: str(error)}
+                started.pop(name).stop()
+                continue
+            log_probs = np.concatenate(parts)
+            expected = log_probs if expected is None else expected
+            yield name, _difference(log_probs, expected, precision_of(name))
+        used = {precision_of(name) for name in started}
+        rates = {
+            name: setting.rates.get(dtype) or isolated(matrix_rate, setting.device, dtype)
+            for name, dtype in DTYPES.items()
+            if name in used
+        }
+        repeats = {"tokens": 1 << 20, "most": 200} if on_gpu else {}
+        for shape, batch in batches.items():
+            seconds = {
+                name: [turn.seconds for turn in turns]
+                for name, turns in rounds_at(started, batch, setting.rounds, **repeats).items()
+            }
+            for name, taken in seconds.items():
+                floor = operations(path, batch) / rates[precision_of(name)]
+                yield (
+                    f"{shape[0]} x {shape[1]}, {name}",
+                    {
+                        "tokens/s": batch.input_ids.size / median(taken),
+                        "x compiled torch": median(ratios(taken, seconds[PEER])) if PEER in seconds else None,
+                        "of the floor": floor / median(taken),
+                    },
+                )
+
+
+def has_cuda_provider() -> bool:
+    """Whether ONNX Runtime was built with CUDA."""
+    import onnxruntime
+
+    return "CUDAExecutionProvider" in onnxruntime.get_available_providers()
+
+
+def has_tensorrt() -> bool:
+    """Whether TensorRT or TensorRT for RTX is installed."""
+    return any(map(find_spec, ("tensorrt", "tensorrt_rtx")))
+
+
+def precision_of(name: str) -> str:
+    """The precision in a contestant's name."""
+    return name.split(", ")[1]
+
+
+def _export(setting: Setting, precisions: Iterable[str]) -> tuple[dict[str, Path], dict[str, Figures]]:
+    """Artifacts by precision, with TensorRT plans if those can be built; and what failed."""
+    artifacts: dict[str, Path] = {}
+    failed: dict[str, Figures] = {}
+    export = partial(inputs.artifact, "bert-base", **(inputs.TINY if setting.quick else {}))
+    for precision in precisions:
+        flags = ["--precision", precision, *(["--allow-drift"] if precision != "fp32" else [])]
+        for plan in [["--trt"], []] if has_tensorrt() else [[]]:
+            made = attempt(export, *flags, *plan)
+            if isinstance(made, Path):
+                artifacts[precision] = made
+                break
+            failed[f"{'tensorrt' if plan else 'export'}, {precision}"] = made
+    return artifacts, failed
+
+
+def _runtime_makers(
+    setting: Setting, path: Path, artifacts: Mapping[str, Path], failed: Mapping[str, Figures]
+) -> dict[str, tuple[Any, ...]]:
+    """The contestants, the reference first."""
+    device = setting.device
+    makers: dict[str, tuple[Any, ...]] = {REFERENCE: (run_checkpoint, path, device, "float32")}
+    if setting.whole:
+        makers["torch, bf16"] = (run_checkpoint, path, device, "bfloat16")
+        makers["torch, bf16, compiled"] = (run_checkpoint, path, device, "bfloat16", "default")
+    makers[PEER] = (run_checkpoint, path, device, "bfloat16", "reduce-overhead")
+    for precision, folder in artifacts.items():
+        makers[f"onnx, {precision}"] = (run_backend, str(folder), "onnx", device)
+        makers[f"onnx, {precision}, CUDA graphs"] = (run_recorded, folder, device)
+        if has_tensorrt() and f"tensorrt, {precision}" not in failed:
+            makers[f"tensorrt, {precision}"] = (run_backend, str(folder), "tensorrt", device)
+    return makers
+
+
+def run_checkpoint(path: Path, device: str, dtype: str, mode: str | None = None) -> Engine:
+    """`MaskedLM` on torch, compiled if there is a `mode`."""
+    model = load_model(path, device, dtype)
+    score = scorer(compiled(model, device, mode) if mode else model)
+    return Engine(lambda batch: score(*on_device(batch, device)).cpu(), lambda log_prob, _: log_prob.float().numpy())
+
+
+def run_recorded(folder: Path, device: str) -> Engine:
+    """ONNX Runtime with a CUDA graph per shape. On the CPU the same buffers and bindings, and nothing is recorded.
+
+    ONNX Runtime wants a `gpu_graph_id` per shape, buffers that keep their addresses, and no copy between devices within
+    the graph. It runs a shape once as usual, then records it, then replays it.
+    """
+    import onnxruntime
+
+    settings = onnxruntime.SessionOptions()
+    settings.log_severity_level = 3
+    settings.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
+    providers: list[Any] = ["CPUExecutionProvider"]
+    if device == "cuda":
+        onnxruntime.preload_dlls()
+        providers.insert(0, ("CUDAExecutionProvider", {"use_tf32": "0", "enable_cuda_graph": "1"}))
+    session = onnxruntime.InferenceSession(folder / "model.onnx", settings, providers=providers)
+    candidates = next(output.shape[1] for output in session.get_outputs() if output.name == "top_id")
+    value = onnxruntime.OrtValue
+    bound: dict[tuple[int, ...], tuple[Any, dict[str, Any], Any, Any]] = {}
+
+    def bind(batch: Batch) -> tuple[Any, dict[str, Any], Any, Any]:
+        """The binding, its inputs, the output that is read, and the options of a run."""
+        masked = len(batch.positions)
+        inputs = {name: value.ortvalue_from_numpy(values, device, 0) for name, values in batch._asdict().items()}
+        outputs = {
+            name: value.ortvalue_from_shape_and_type(
+                [masked, candidates] if name.startswith("top_") else [masked], kind, device, 0
+            )
+            for name, kind in zip(Scored._fields, (np.float32, np.int64) * 2, strict=True)
+        }
+        binding, options = session.io_binding(), onnxruntime.RunOptions()
+        for name, buffer in inputs.items():
+            binding.bind_ortvalue_input(name, buffer)
+        for name, buffer in outputs.items():
+            binding.bind_ortvalue_output(name, buffer)
+        options.add_run_config_entry("gpu_graph_id", str(len(bound) + 1))
+        return binding, inputs, outputs["log_prob"], options
+
+    def forward(batch: Batch) -> Any:
+        key = (*batch.input_ids.shape, len(batch.positions))
+        if key not in bound:
+            bound[key] = bind(batch)
+        binding, inputs, log_prob, options = bound[key]
+        for name, values in batch._asdict().items():
+            inputs[name].update_inplace(values)
+        session.run_with_iobinding(binding, options)
+        return log_prob.numpy()
+
+    return Engine(forward, lambda log_prob, _: log_prob)
+
+
+# ---------------------------------------------------------------- experiment: a CUDA graph per length
+
+
+def graphs_by_length(setting: Setting) -> Iterator[Row]:
+    """Pseudo-log-likelihood of sentences of many lengths, at a small and a large budget of tokens per batch.
+
+    Batches of one length each; of few lengths, with padding and a fixed number of rows; and those as CUDA graphs.
+    """
+    score = scorer(load_model(setting.checkpoint("bert-base"), setting.device, "bfloat16"))
+    tokenizer = inputs.bert_tokenizer()
+    texts = tokenizer(inputs.sentences(20 if setting.quick else 600, 20, tokenizer))["input_ids"]
+    for budget in (256, 2048) if setting.quick else (4096, 32_768):
+        plain, padded = (_copies_by_length(texts, budget, tokenizer, padded=padded) for padded in (False, True))
+        makers = {
+            "eager": partial(_pass, setting, plain, lambda _: score),
+            "eager, padded": partial(_pass, setting, padded, lambda _: score),
+            "graphs, padded": partial(_pass, setting, padded, partial(Captured, score)),
+        }
+        for name, figures in compared(setting, makers, "eager"):
+            yield f"{budget:,} tokens per batch, {name}", figures
+
+
+def _copies_by_length(texts: list[list[int]], budget: int, tokenizer: Any, *, padded: bool) -> list[tuple[Batch, int]]:
+    """Masked copies of all texts in batches, and how many rows of each count; others only fill its shape.
+
+    A row that fills a shape repeats the last one: a row of padding alone gives NaN in some models.
+    """
+    by_width: dict[int, list[tuple[list[int], int]]] = {}
+    for ids in texts:
+        width = bucket(len(ids)) if padded else len(ids)
+        by_width.setdefault(width, []).extend((ids, position) for position in range(1, len(ids) - 1))
+    batches = []
+    for width, copies in by_width.items():
+        size = budget // width
+        for begin in range(0, len(copies), size):
+            part = copies[begin : begin + size]
+            rows = part + part[-1:] * (size - len(part) if padded else 0)
+            lengths, column = np.array([len(ids) for ids, _ in rows]), np.array([position for _, position in rows])
+            input_ids = np.array([ids + [tokenizer.pad_token_id] * (width - len(ids)) for ids, _ in rows])
+            row = np.arange(len(rows))
+            targets = input_ids[row, column]
+            input_ids[row, column] = tokenizer.mask_token_id
+            is_token = (np.arange(width) < lengths[:, None]).astype(np.int64)
+            batches.append((Batch(input_ids, is_token, row * width + column, targets), len(part)))
+    return batches
+
+
+def bucket(size: int) -> int:
+    """The next multiple of a quarter of the power of two at or below `size`: at most a fifth of it is padding."""
+    step = max((1 << size.bit_length() - 1) // 4, 1)
+    return -(-size // step) * step
+
+
+def _pass(setting: Setting, batches: list[tuple[Batch, int]], make: Callable[[list[Any]], Function]) -> Made:
+    """Through all batches, from numpy to numpy, with one function per shape."""
+    functions: dict[tuple[int, ...], Function] = {}
+    for batch, _ in batches:
+        if batch.input_ids.shape not in functions:
+            functions[batch.input_ids.shape] = make(on_device(batch, setting.device))
+
+    def score() -> LogProbs:
+        parts = []
+        for batch, count in batches:
+            log_prob = functions[batch.input_ids.shape](*on_device(batch, setting.device))
+            parts.append(log_prob[:count].float().cpu().numpy())
+        return np.concatenate(parts)
+
+    tokens = sum(int(batch.attention_mask[:count].sum()) for batch, count in batches)
+    figures: Figures = {
+        "shapes": len(functions),
+        "padding": 1 - tokens / sum(batch.input_ids.size for batch, _ in batches),
+        "mean log P": float(score().mean(dtype=np.float64)),
+    }
+    return Made(score, tokens, sum(count for _, count in batches), figures=figures)
+
+
+# ---------------------------------------------------------------- experiments: a training step on a pack
+
+
+def step_on_pack(setting: Setting, prepare: Callable[[Any], None] = lambda _: None) -> Made:
+    """Forward and backward of BERT-base on a pack of fixed shape, under bfloat16 autocast."""
+    import torch
+
+    from mlmkit.packing import enable_packing
+
+    model = load_model(setting.checkpoint("bert-base"), "cpu", "float32")
+    if not enable_packing(model):
+        raise SkippedError("bert-base cannot be packed")
+    model.to(setting.device).train()
+    prepare(model)
+    batch = inputs.real_batch(*((4, 64) if setting.quick else (64, 512)), ragged=True)
+    packed, positions = pack_of(batch, model, setting.device)
+    targets = torch.from_numpy(batch.targets).to(setting.device)
+
+    def step() -> Any:
+        with torch.autocast(setting.device, torch.bfloat16):
+            loss = model.loss_sum(positions, targets, **packed) / len(targets)
+        loss.backward()
+        model.zero_grad()
+        return loss.detach()
+
+    return Made(step, int(batch.attention_mask.sum()), figures={"loss": float(step())})
+
+
+def autotuned(setting: Setting) -> Iterator[Row]:
+    """Eager, compiled as mlmkit does, and with every kernel chosen by trial."""
+    from mlmkit.train.layers import encoder_layers
+
+    def compile_layers(mode: str, model: Any) -> None:
+        for layer in encoder_layers(model):
+            layer.compile(**({"mode": mode} if setting.device == "cuda" else {"backend": "aot_eager"}))
+
+    makers = {"eager": partial(step_on_pack, setting)}
+    for name, mode in {"compiled": "default", "compiled, autotuned": "max-autotune-no-cudagraphs"}.items():
+        makers[name] = partial(step_on_pack, setting, partial(compile_layers, mode))
+    yield from compared(setting, makers, "compiled")
+
+
+def flash_attention(setting: Setting) -> Iterator[Row]:
+    """torch's own kernel behind `varlen_attn`, then each FlashAttention that torch knows (3 and 4)."""
+    import torch
+    from torch.nn import attention
+
+    if not hasattr(attention, "activate_flash_attention_impl"):
+        raise SkippedError(f"torch {torch.__version__} has no activate_flash_attention_impl")
+    made = step_on_pack(setting)
+    default = setting.seconds_per_call(made.call)
+
+    def figures(seconds: float) -> Figures:
+        speed = {"ms per call": 1e3 * seconds, "tokens/s": made.tokens / seconds, "x the default": default / seconds}
+        return speed | {"loss": float(made.call())}
+
+    def activated(name: str) -> Figures:
+        if setting.device == "cpu":
+            raise SkippedError(NEEDS_GPU)
+        attention.activate_flash_attention_impl(name)  # deactivates the one before
+        return figures(setting.seconds_per_call(made.call))
+
+    yield "torch's own", figures(default)
+    for name in attention.list_flash_attention_impls():
+        yield name, attempt(activated, name)
+    if attention.current_flash_attention_impl() and hasattr(attention, "restore_flash_attention_impl"):
+        attention.restore_flash_attention_impl()
+
+
+# ---------------------------------------------------------------- all sections
 
 
 class Section(NamedTuple):
-    """`until`: seconds after the start of all."""
+    """`until` is its deadline, in seconds after the start of the run."""
 
+    title: str
     measure: Callable[[Setting], Iterator[Row]]
     until: float
 
 
 SECTIONS = {
-    RATES: Section(device_rates, 45),
-    "Parity": Section(parity, 140),
-    "Evaluation": Section(evaluation, 235),
-    "Training": Section(training, 365),
-    "ONNX Runtime and TensorRT": Section(runtimes, 445),
-    "Experiment: CUDA graphs a length": Section(graphs_by_length, 475),
-    "Experiment: FlashAttention": Section(flash_attention, 490),
-    "Experiment: autotuned": Section(autotuned, 530),  # the one whose time is least known
+    "rates": Section("Matrix products and copies", device_rates, 45),
+    "parity": Section("Parity", parity, 140),
+    "evaluation": Section("Evaluation", evaluation, 235),
+    "training": Section("Training", training, 365),
+    "runtimes": Section("ONNX Runtime and TensorRT", runtimes, 445),
+    "graphs": Section("Experiment: a CUDA graph per length", graphs_by_length, 475),
+    "flash": Section("Experiment: FlashAttention", flash_attention, 490),
+    "autotune": Section("Experiment: autotuned", autotuned, 530),  # last, as its time is the least known
 }
-Found = dict[str, dict[str, Figures]]  # by section, rows
+Results = dict[str, dict[str, Figures]]  # rows by section
 
 
 def measure(options: argparse.Namespace) -> Report:
-    """Every section, in a process that only a failure or too long a section replaces."""
+    """Every section, in one process that is replaced only after a failure or a missed deadline."""
     began = time.perf_counter()
+    only = [name for name in options.only if name]
+    if unknown := set(only) - SECTIONS.keys():
+        raise SkippedError(f"no section {', '.join(unknown)}: there are {', '.join(SECTIONS)}")
     device, name = isolated(find_device, options.device)
     if device == "cpu" and not options.quick:
         raise SkippedError("torch finds no GPU here: --quick makes a dry run on the CPU")
-    setting = Setting(device, name, options.quick, options.rounds)
-    os.environ.setdefault("MLMKIT_CACHE", str(kept_folder() / "cache"))
-    path = options.json or (None if options.quick else RESULTS / f"{slug(name)}-{datetime.now(UTC):%Y-%m-%d}.json")
-    found: Found = {title: {} for title in SECTIONS}
+    setting = Setting(device, name, options.quick, options.rounds, whole=bool(only))
+    os.environ.setdefault("MLMKIT_CACHE", str(inputs.kept_folder() / "cache"))
+    slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+    path = options.json or (None if options.quick else RESULTS / f"{slug}-{datetime.now(UTC):%Y-%m-%d}.json")
+    results: Results = {section: {} for section in only or SECTIONS}
     ended: dict[str, float] = {}
 
-    def keep(title: str, row: Row | None) -> None:
+    def keep(section: str, row: Row | None) -> None:
         if row:
-            found[title][row[0]] = row[1]
+            results[section][row[0]] = row[1]
         else:
-            ended[title] = time.perf_counter() - began
+            ended[SECTIONS[section].title] = time.perf_counter() - began
         if path:
-            write(report(setting, found, ended), path, time.perf_counter() - began)
+            write(report(setting, results, ended), path, time.perf_counter() - began)
 
-    titles = list(SECTIONS)
-    while titles:
-        titles = run(titles, replace(setting, rates=rates(found[RATES])), began, keep)
-    return report(setting, found, ended)
-
-
-# ---------------------------------------------------------------- processes
+    left = list(results)
+    while left:
+        left = run(left, replace(setting, rates=rates_of(results.get("rates", {}))), began, keep)
+    return report(setting, results, ended)
 
 
-def run(titles: list[str], setting: Setting, began: float, keep: Callable[[str, Row | None], None]) -> list[str]:
-    """Sections one after another in one process. Returns those that are left where one fails or takes too long."""
+def run(sections: list[str], setting: Setting, began: float, keep: Callable[[str, Row | None], None]) -> list[str]:
+    """Run sections one after another in one process. After a failure or a missed deadline, return those left."""
     context = multiprocessing.get_context("spawn")
     pipe, theirs = context.Pipe()
-    process = context.Process(target=_work, args=(theirs, titles, setting))
+    process = context.Process(target=_work_through, args=(theirs, sections, setting))
     process.start()
     theirs.close()
     try:
-        for place, title in enumerate(titles):
-            say(f"{time.perf_counter() - began:.0f} s: {title}")
-            ended = _follow(pipe, began + SECTIONS[title].until, partial(keep, title))
-            keep(title, None)
-            if not ended:
-                return titles[place + 1 :]
+        for index, section in enumerate(sections):
+            say(f"{time.perf_counter() - began:.0f} s: {SECTIONS[section].title}")
+            until = began + (NO_DEADLINE if setting.whole else SECTIONS[section].until)
+            may_continue = _receive(pipe, until, partial(keep, section))
+            keep(section, None)
+            if not may_continue:
+                return sections[index + 1 :]
         return []
     finally:
         with contextlib.suppress(ProcessLookupError):
@@ -110,8 +952,8 @@ def run(titles: list[str], setting: Setting, began: float, keep: Callable[[str, 
         process.join()
 
 
-def _follow(pipe: Any, until: float, keep: Callable[[Row], None]) -> bool:
-    """Keep a section's rows; whether it ended by itself."""
+def _receive(pipe: Any, until: float, keep: Callable[[Row], None]) -> bool:
+    """Keep a section's rows; return whether the process can go on to the next section."""
     while (left := until - time.perf_counter()) > 0 and pipe.poll(left):
         try:
             row = pipe.recv()
@@ -125,16 +967,16 @@ def _follow(pipe: Any, until: float, keep: Callable[[Row], None]) -> bool:
     return False
 
 
-def _work(pipe: Any, titles: list[str], setting: Setting) -> None:
-    """In the process: a section's rows, then whether the next may run here: a failure may have spoiled CUDA."""
+def _work_through(pipe: Any, sections: list[str], setting: Setting) -> None:
+    """In the process: send each section's rows, then whether the next may run here: a failure may have broken CUDA."""
     import torch
 
     os.setsid()
-    sys.stdout = sys.stderr  # libraries print, and the report is to stand alone
+    sys.stdout = sys.stderr  # libraries print, and standard output is for the report
     rows: dict[str, Figures] = {}
-    for title in titles:
+    for section in sections:
         try:
-            for row in SECTIONS[title].measure(setting):
+            for row in SECTIONS[section].measure(setting):
                 pipe.send(row)
                 rows[row[0]] = row[1]
         except Exception as error:
@@ -143,56 +985,26 @@ def _work(pipe: Any, titles: list[str], setting: Setting) -> None:
                 pipe.send(False)
                 return
         pipe.send(True)
-        if title == RATES:
-            setting = replace(setting, rates=rates(rows))
+        if section == "rates":
+            setting = replace(setting, rates=rates_of(rows))
         gc.collect()
         torch.cuda.empty_cache()
         torch.compiler.reset()
 
 
-# ---------------------------------------------------------------- the report
-
-
-def rates(rows: dict[str, Figures]) -> dict[str, float]:
-    """Operations a second, by dtype."""
-    return {name: 1e12 * figures["TFLOP/s"] for name, figures in rows.items() if "TFLOP/s" in figures}
-
-
-def report(setting: Setting, found: Found, ended: dict[str, float]) -> Report:
-    """Of what is there so far."""
+def report(setting: Setting, results: Results, ended: dict[str, float]) -> Report:
+    """The report of the rows so far."""
     notes = [f"On {setting.name}."]
     if setting.quick:
         notes.append("A dry run with tiny models: these figures mean nothing.")
+    titled = {SECTIONS[section].title: rows for section, rows in results.items()}
     return Report(
-        [table for title, rows in found.items() for table in tables(title, rows)],
+        [each for title, rows in titled.items() for each in tables(title, rows)],
         notes,
-        headlines(found),
-        figures={"device": setting.name, "quick": setting.quick, "ended_after_seconds": ended, "sections": found},
+        figures={"device": setting.name, "quick": setting.quick, "ended_after_seconds": ended, "sections": titled},
     )
 
 
-def headlines(found: Found) -> dict[str, float]:
-    """Those that are there: what other pages quote."""
-    wanted = {
-        "gpu_matrix_tflops": (RATES, "bfloat16", "TFLOP/s"),
-        **{
-            f"gpu_{name}": ("Training", row, figure)
-            for case, short in (("bert-base at 512", "bert"), ("modernbert-base at 1024", "modernbert"))
-            for name, row, figure in (
-                (f"{short}_training_tokens_per_second", f"{case}, mlmkit", "real tokens/s"),
-                (f"{short}_training_mfu", f"{case}, mlmkit", "MFU, measured"),
-                (f"{short}_training_ratio", f"{case}, Trainer, run_mlm.py", "mlmkit is x times as fast"),
-            )
-        },
-    }
-    values = {name: found[title].get(row, {}).get(figure) for name, (title, row, figure) in wanted.items()}
-    return {name: value for name, value in values.items() if value}
-
-
-def slug(name: str) -> str:
-    """Fit for a file's name."""
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
-
-
 if __name__ == "__main__":
-    main(__doc__, measure, device=("auto", "auto"), rounds=(3, 1), threads=(os.cpu_count() or 2, 2))
+    cores = os.cpu_count() or 2
+    main(__doc__, measure, device=("auto", "auto"), rounds=(3, 1), only=(("",), ("",)), threads=(cores, 2))

@@ -1,30 +1,30 @@
 """How time and memory grow with the corpus: tokenising, evaluating and training at 1, 4 and 16 times as much text.
 
-The text is repeated with a number before each document, so that no two are alike and nothing can be taken from a
-cache. The model is a tiny one with random weights, as it is the corpus whose cost is asked for. Each measurement is a
-process of its own; memory is its peak above what it was before it opened the text. Training counts the seconds of a
-whole epoch's batches, built and laid out, and of 20 steps, which must not depend on the corpus.
+The text is repeated with a number before each document, so no two documents are equal and no cache applies. The model
+is tiny, with random weights, as only the corpus matters. Each measurement runs in a process of its own; memory is its
+peak above what it was before it opened the text. For training: a whole epoch's batches, built and laid out, and the
+seconds of 20 steps, which must not depend on the corpus.
 """
 
 import argparse
+import json
 import os
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-from harness import Bars, Report, Table, isolated, main, memory_mib
+from harness import Bars, Report, isolated, main, memory_mib, table
 from inputs import TINY, artifact, checkpoint, documents
+from train_data import training_data
 
 from mlmkit.documents import Source
 
-STEPS = 20
-MAX_LENGTH, BUDGET = 128, 8192
-HEADER = ["text", "documents, or steps", "tokens", "seconds", "tokens/s", "x the first's", "peak above the start, MiB"]
+STEPS, MAX_LENGTH = 20, 128
 
 
 def measure(options: argparse.Namespace) -> Report:
-    """A table a kind of work."""
+    """A table per kind of work."""
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         os.environ["MLMKIT_CACHE"] = str(folder / "cache")
@@ -40,49 +40,48 @@ def measure(options: argparse.Namespace) -> Report:
             (f"{STEPS} steps of training", train, source),
         ):
             figures[name] = [isolated(work, model, text, folder / f"output-{len(figures)}") for text in texts.values()]
-    tables = []
-    for name, found in figures.items():
-        rows = [
+    sizes = [f"{options.megabytes * times:g} MB" for times in options.times]
+    tables = [
+        table(
+            name,
             [
-                f"{options.megabytes * times:g} MB",
-                f"{row['documents']:,}",
-                f"{row['tokens']:,}",
-                f"{row['seconds']:.2f}",
-                f"{row['tokens'] / row['seconds']:,.0f}",
-                f"{row['seconds'] / found[0]['seconds']:.2f}",
-                f"{row['growth']:.0f}",
-            ]
-            for times, row in zip(options.times, found, strict=True)
-        ]
-        tables.append(Table(name, HEADER, rows))
-    evaluated, epoch = figures["evaluating (masked, ONNX Runtime)"], figures["an epoch of training batches"]
+                {
+                    "text": size,
+                    "documents, or steps": row["documents"],
+                    "tokens": row["tokens"],
+                    "seconds": row["seconds"],
+                    "tokens/s": row["tokens"] / row["seconds"],
+                    "x the first's": row["seconds"] / rows[0]["seconds"],
+                    "peak above the start, MiB": row["growth"],
+                }
+                for size, row in zip(sizes, rows, strict=True)
+            ],
+        )
+        for name, rows in figures.items()
+    ]
+    growth = {name: [row["growth"] for row in rows] for name, rows in figures.items()}
+    evaluated, epoch = growth["evaluating (masked, ONNX Runtime)"], growth["an epoch of training batches"]
     return Report(
         tables,
         [
             f"Linear is {' : '.join(f'{times / options.times[0]:g}' for times in options.times)} in seconds. "
-            "Evaluation works in parts of about 262,144 tokens: with less text than one its memory is smaller."
+            "Evaluation works in parts of about 262,144 tokens: a text smaller than one part takes less memory."
         ],
         {
-            "evaluation_memory_growth_mib": evaluated[-1]["growth"] - evaluated[0]["growth"],
-            "training_memory_growth_mib": epoch[-1]["growth"] - epoch[0]["growth"],
+            "evaluation_memory_growth_mib": evaluated[-1] - evaluated[0],
+            "training_memory_growth_mib": epoch[-1] - epoch[0],
         },
         Bars(
             "Peak memory above the start, evaluating",
             "MiB",
-            {
-                f"{options.megabytes * times:g} MB of text": [row["growth"]]
-                for times, row in zip(options.times, evaluated, strict=True)
-            },
+            {f"{size} of text": [value] for size, value in zip(sizes, evaluated, strict=True)},
         ),
         figures,
     )
 
 
-# ---------------------------------------------------------------- text
-
-
 def write_text(path: Path, megabytes: float, times: int) -> Path:
-    """`times` copies of the same documents, each with the copy's number before it."""
+    """Write `times` copies of the same documents, each after the number of its copy."""
     size, chosen = 0, []
     for document in documents():
         chosen.append(document)
@@ -99,55 +98,45 @@ def write_text(path: Path, megabytes: float, times: int) -> Path:
 
 
 def tokenise(source: Path, text: Path, _output: Path) -> dict[str, Any]:
-    """The text into the cache, or from there."""
+    """Tokenise the text into the cache, or read it from there."""
     from mlmkit.corpus import load_corpus
     from mlmkit.tokenizer import Tokenizer
 
     tokenizer = Tokenizer.from_folder(source)
     before, began = memory_mib(), time.perf_counter()
     corpus = load_corpus(Source(str(text)), tokenizer)
-    return found(before, time.perf_counter() - began, len(corpus), len(corpus.ids))
+    return _figures(before, began, len(corpus), len(corpus.ids))
 
 
 def evaluate(target: Path, text: Path, output: Path) -> dict[str, Any]:
     """`mlmkit eval`, masked."""
     from mlmkit.backends import load
-    from mlmkit.eval.evaluate import evaluate
-    from mlmkit.eval.material import TextMaterial
-    from mlmkit.eval.passes import Settings
+    from mlmkit.eval.api import evaluate
 
     backend = load(str(target))
     before, began = memory_mib(), time.perf_counter()
-    material = TextMaterial(Source(str(text)), backend.tokenizer)
-    corpus = evaluate(backend, material, Settings(), output, overwrite=True)["corpus"]
-    return found(before, time.perf_counter() - began, corpus["documents"], corpus["tokens"])
+    corpus = evaluate(backend, Source(str(text)), metrics=["masked"], output=output, overwrite=True).result["corpus"]
+    return _figures(before, began, corpus["documents"], corpus["tokens"])
 
 
 def read_epoch(source: Path, text: Path, _output: Path) -> dict[str, Any]:
     """An epoch's micro-batches."""
-    from mlmkit.corpus import load_corpus
-    from mlmkit.tokenizer import Tokenizer
-    from mlmkit.train.config import Config, DataConfig, ModelConfig, RunConfig
-    from mlmkit.train.data import TrainingData
+    import mlmkit.train.data
     from mlmkit.train.order import Cursor
 
-    tokenizer = Tokenizer.from_folder(source)
+    assert mlmkit.train.data  # its imports are not part of the measurement
     before, began = memory_mib(), time.perf_counter()
-    corpus = load_corpus(Source(str(text)), tokenizer)
-    run = RunConfig(global_batch_tokens=BUDGET, micro_batch_tokens=BUDGET)
-    config = Config(data=DataConfig(train=(str(text),)), model=ModelConfig(max_length=MAX_LENGTH), train=run)
-    data, tokens = TrainingData(config, [corpus], tokenizer, packed=True), 0
+    data, count = training_data(source, text, 8192, MAX_LENGTH)
+    tokens = 0
     for cursor, batch in data.batches(Cursor(), micro_batches=1, steps=1 << 30, workers=0):
         if cursor.epoch:
             break
         tokens += sum(micro.tokens for micro in batch)
-    return found(before, time.perf_counter() - began, len(corpus), tokens)
+    return _figures(before, began, count, tokens)
 
 
 def train(source: Path, text: Path, output: Path) -> dict[str, Any]:
     """`mlmkit train`, from the cache."""
-    import json
-
     from mlmkit.train.config import Config, DataConfig, ModelConfig, RunConfig, TokenizerConfig
     from mlmkit.train.loop import train
 
@@ -161,12 +150,12 @@ def train(source: Path, text: Path, output: Path) -> dict[str, Any]:
     before, began = memory_mib(), time.perf_counter()
     train(config, output)
     lines = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
-    return found(before, time.perf_counter() - began, STEPS, sum(line["tokens"] for line in lines))
+    return _figures(before, began, STEPS, sum(line["tokens"] for line in lines))
 
 
-def found(before: float, seconds: float, documents: int, tokens: int) -> dict[str, Any]:
-    """A row's figures."""
-    return {"documents": documents, "tokens": tokens, "seconds": seconds, "growth": memory_mib() - before}
+def _figures(memory_before: float, began: float, documents: int, tokens: int) -> dict[str, Any]:
+    seconds, growth = time.perf_counter() - began, memory_mib() - memory_before
+    return {"documents": documents, "tokens": tokens, "seconds": seconds, "growth": growth}
 
 
 if __name__ == "__main__":

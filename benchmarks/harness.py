@@ -1,9 +1,9 @@
-"""What every benchmark shares: options, processes, rounds in which contestants take turns, and the report.
+"""What every benchmark shares: options, tables and reports, alternating rounds, processes of their own.
 
-A script declares its sizes and one function, `measure(options) -> Report`, and ends with `main(__doc__, measure, ...)`.
-Then it runs alone (`python benchmarks/NAME.py`, with `--quick` for a dry run, `--json FILE` for all figures), and in
-`make bench` (suite.py). What other work on the machine does to a time is met in one way everywhere: a warm-up,
-alternation, medians, and ratios within a round.
+A script declares its options and one function, `measure(options) -> Report`, and ends with `main(__doc__, measure,
+...)`. It then runs alone (`python benchmarks/NAME.py`; `--quick` for a dry run, `--json FILE` for all figures) and in
+`make bench` (suite.py). Other work on the machine distorts times. Every script counters it the same way: a warm-up,
+contestants that take turns, medians, and ratios within a round.
 """
 
 import argparse
@@ -15,10 +15,12 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
+from itertools import chain
 from pathlib import Path
 from statistics import median
 from typing import Any, TypeVar
@@ -36,22 +38,40 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @dataclass(frozen=True)
 class Table:
-    """Cells as they are shown."""
+    """Cells are shown as they are; `table` builds a Table from records and formats their values."""
 
     title: str
     header: Sequence[str]
     rows: Sequence[Sequence[object]]
 
     def markdown(self) -> str:
-        """With its title above."""
+        """The table in Markdown, its title above it."""
         title = [f"**{self.title}**", ""] if self.title else []
         lines = [self.header, ["---"] * len(self.header), *self.rows]
         return "\n".join([*title, *("| " + " | ".join(map(str, line)) + " |" for line in lines)])
 
 
+def table(title: str, records: Iterable[Mapping[str, object]]) -> Table:
+    """A row per record. The columns are the keys of all records, the values are formatted by `cell`."""
+    records = list(records)
+    header = list(dict.fromkeys(chain(*records)))
+    return Table(title, header, [[cell(record.get(column)) for column in header] for record in records])
+
+
+def cell(value: object) -> str:
+    """Floats with three significant digits, integers with thousands separators, lists as median (least to most)."""
+    if isinstance(value, list):
+        return f"{cell(median(value))} ({cell(min(value))} to {cell(max(value))})"
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= 100 else f"{value:#.3g}"
+    if isinstance(value, int) and not isinstance(value, bool):
+        return f"{value:,}"
+    return "" if value is None else str(value)
+
+
 @dataclass(frozen=True)
 class Bars:
-    """A plot: the values of each contestant's rounds, shown as their median and range."""
+    """A bar chart: each contestant's values, one per round, shown as their median and range."""
 
     title: str
     unit: str
@@ -60,7 +80,7 @@ class Bars:
 
 @dataclass(frozen=True)
 class Report:
-    """What a benchmark found. `headlines` are figures that other pages quote, `figures` all that was measured."""
+    """The result of a benchmark. `headlines` are figures that other pages quote, `figures` everything measured."""
 
     tables: Sequence[Table]
     notes: Sequence[str] = ()
@@ -74,14 +94,15 @@ class Report:
 
 
 class SkippedError(Exception):
-    """Why a benchmark cannot run here, in one line."""
+    """Says in one line why a benchmark cannot run here."""
 
 
 def main(description: str | None, measure: Callable[[argparse.Namespace], Report], **sizes: tuple[Any, Any]) -> None:
-    """Run a script: `sizes` are its options, by name, each with its default and what `--quick` makes of it.
+    """Run a script and print its report as Markdown.
 
-    Every script has `--threads`: so many cores are used. The report is printed as Markdown. Exit code 2 with one line
-    where the benchmark cannot run here, 1 where a contestant fails.
+    `sizes` are its options by name, each with its default and its value under `--quick`. Every script has `--threads`,
+    the number of cores to use. The exit code is 2, with one line, where the benchmark cannot run here, and 1 where a
+    contestant fails.
     """
     sizes = {"threads": (2, 2)} | sizes
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -89,8 +110,8 @@ def main(description: str | None, measure: Callable[[argparse.Namespace], Report
         is_list = isinstance(default, tuple)
         kind = type(default[0] if is_list else default)
         parser.add_argument(f"--{name.replace('_', '-')}", type=kind, nargs="+" if is_list else None, metavar="N")
-    parser.add_argument("--quick", action="store_true", help="a dry run of seconds, whose figures mean nothing")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="keep the report there, with all figures")
+    parser.add_argument("--quick", action="store_true", help="a dry run of seconds; its figures mean nothing")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the report with all figures to FILE")
     options = parser.parse_args()
     for name, values in sizes.items():
         if getattr(options, name) is None:
@@ -108,13 +129,13 @@ def main(description: str | None, measure: Callable[[argparse.Namespace], Report
 
 
 def write(report: Report, path: Path, seconds: float) -> None:
-    """All of a report as JSON, with where and how it came about."""
-    found = {"command": " ".join(sys.argv[1:]), "seconds": round(seconds, 1), **asdict(report)}
-    path.write_text(json.dumps({**machine(), **found}, indent=1, default=str) + "\n", encoding="utf-8")
+    """Write a report as JSON, with the machine and the command that produced it."""
+    values = {"command": " ".join(sys.argv[1:]), "seconds": round(seconds, 1), **asdict(report)}
+    path.write_text(json.dumps({**machine(), **values}, indent=1, default=str) + "\n", encoding="utf-8")
 
 
 def use_cores(count: int) -> None:
-    """Keep this process and those that it starts to so many cores, with libraries as quiet as they can be made."""
+    """Restrict this process and its children to `count` cores, and silence the libraries."""
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:count])
     os.environ |= {"OMP_NUM_THREADS": str(count), "HF_HUB_OFFLINE": "1"}
@@ -122,12 +143,12 @@ def use_cores(count: int) -> None:
 
 
 def say(line: str) -> None:
-    """Progress, on standard error."""
+    """Report progress on standard error."""
     print(line, file=sys.stderr, flush=True)  # noqa: T201
 
 
 def machine() -> dict[str, Any]:
-    """When, on what, and with which versions."""
+    """The date, processor, cores, versions and kind of text of a run."""
     versions = {"python": platform.python_version()}
     for package in PACKAGES:
         with contextlib.suppress(PackageNotFoundError):
@@ -142,7 +163,7 @@ def machine() -> dict[str, Any]:
 
 
 def processor() -> str:
-    """Its name, and the widest vector unit that it has."""
+    """The processor's name and its widest vector unit."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -153,46 +174,41 @@ def processor() -> str:
     return f"{fields.get('model name', platform.machine())} {widest}".strip()
 
 
-# ---------------------------------------------------------------- rounds and figures
+# ---------------------------------------------------------------- rounds
 
 
-def alternate(contestants: Mapping[str, Callable[[], T]], rounds: int, *, warm: bool = False) -> dict[str, list[T]]:
-    """What each returns in `rounds` of turns; unless `warm`, after one turn of each that is not counted."""
-    for contestant in () if warm else contestants.values():
-        contestant()
-    taken: dict[str, list[T]] = {name: [] for name in contestants}
+def alternate(calls: Mapping[str, Callable[[], T]], rounds: int, *, warm: bool = False) -> dict[str, list[T]]:
+    """The results of `rounds` in which the calls take turns. Unless `warm`, one turn of each goes before, uncounted."""
+    for call in () if warm else calls.values():
+        call()
+    results: dict[str, list[T]] = {name: [] for name in calls}
     for _ in range(rounds):
-        for name, contestant in contestants.items():
-            taken[name].append(contestant())
-    return taken
+        for name, call in calls.items():
+            results[name].append(call())
+    return results
 
 
 def timed(function: Callable[..., object], *arguments: object) -> float:
-    """Seconds of a call."""
+    """The seconds that a call takes."""
     began = time.perf_counter()
     function(*arguments)
     return time.perf_counter() - began
 
 
 def ratios(ours: Sequence[float], theirs: Sequence[float]) -> list[float]:
-    """Theirs over ours in each round: of seconds, how many times as fast we are."""
+    """Theirs over ours in each round. For seconds: how many times as fast we are."""
     return [their / our for our, their in zip(ours, theirs, strict=True)]
-
-
-def spread(values: Sequence[float], digits: int = 2) -> str:
-    """The median and the range."""
-    return f"{median(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
 
 
 # ---------------------------------------------------------------- processes
 
 
 class ContestantError(Exception):
-    """Why a contestant cannot take part, in one line."""
+    """Says in one line why a contestant failed."""
 
 
 class Contestant:
-    """A process that holds what `make(*arguments)` returns, and calls functions on it."""
+    """A process that keeps what `make(*arguments)` returns and calls functions on it."""
 
     def __init__(self, make: Callable[..., Any], *arguments: object) -> None:
         context = multiprocessing.get_context("spawn")
@@ -201,10 +217,16 @@ class Contestant:
         self._process.start()
         theirs.close()
 
-    def call(self, function: Callable[..., Any], *arguments: object) -> Any:
-        """`function(made, *arguments)`, there. Raises `ContestantError` when it, or `make`, fails."""
+    def call(self, function: Callable[..., Any], *arguments: object, timeout: float | None = None) -> Any:
+        """`function(made, *arguments)`, run in that process.
+
+        Raises `ContestantError` if it or `make` fails, or takes more than `timeout` seconds; then the process is ended.
+        """
         try:
             self._pipe.send((function, arguments))
+            if not self._pipe.poll(timeout):
+                self._process.kill()
+                raise ContestantError(f"no answer within {timeout} s")
             worked, result = self._pipe.recv()
         except (EOFError, OSError):
             self._process.join()
@@ -213,20 +235,24 @@ class Contestant:
             raise ContestantError(result)
         return result
 
+    def peak_gib(self) -> float:
+        """The peak resident memory of the process so far."""
+        return self.call(_peak_mib) / 1024
+
     def stop(self) -> None:
-        """Let the process end, and free its memory."""
+        """End the process."""
         self._pipe.close()
         self._process.join()
 
 
 def _serve(pipe: Any, make: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
-    sys.stdout = sys.stderr  # libraries print, and the table is to stand alone
+    sys.stdout = sys.stderr  # libraries print, and standard output is for the report
     made, failure = None, ""
     try:
         made = make(*arguments)
     except Exception as error:
         failure = f"{type(error).__name__}: {last_line(str(error))}"
-    with contextlib.suppress(EOFError):  # the other end is gone: the work is done
+    with contextlib.suppress(EOFError):  # the other end is closed: the work is done
         while True:
             function, more = pipe.recv()
             try:
@@ -235,13 +261,29 @@ def _serve(pipe: Any, make: Callable[..., Any], arguments: tuple[Any, ...]) -> N
                 pipe.send((False, f"{type(error).__name__}: {last_line(str(error))}"))
 
 
+def _peak_mib(_: object) -> float:
+    return memory_mib()
+
+
+@contextlib.contextmanager
+def contestants(makers: Mapping[str, tuple[Any, ...]]) -> Iterator[dict[str, Contestant]]:
+    """Contestants by name, each from a function and its arguments; all of them are stopped in the end."""
+    with contextlib.ExitStack() as stack:
+        started = {name: Contestant(*maker) for name, maker in makers.items()}
+        for contestant in started.values():
+            stack.callback(contestant.stop)
+        yield started
+
+
+def calls(started: Mapping[str, Contestant], function: Callable[..., Any], *arguments: object) -> dict[str, Any]:
+    """The same call of each contestant, for `alternate`."""
+    return {name: partial(contestant.call, function, *arguments) for name, contestant in started.items()}
+
+
 def isolated(function: Callable[..., Any], *arguments: object) -> Any:
-    """`function(*arguments)`, in a process that goes away with its memory. Raises `ContestantError` when it fails."""
-    contestant = Contestant(function, *arguments)
-    try:
-        return contestant.call(_itself)
-    finally:
-        contestant.stop()
+    """`function(*arguments)`, run in a process that ends after it. Raises `ContestantError` if it fails."""
+    with contestants({"": (function, *arguments)}) as started:
+        return started[""].call(_itself)
 
 
 def _itself(made: Any) -> Any:
@@ -249,7 +291,7 @@ def _itself(made: Any) -> Any:
 
 
 def run_command(*arguments: object) -> str:
-    """What a Python process prints. Raises `ContestantError` with its last line when it fails."""
+    """What a Python process prints. Raises `ContestantError` with the last line of its errors if it fails."""
     done = subprocess.run([sys.executable, *map(str, arguments)], capture_output=True, text=True, cwd=ROOT)
     if done.returncode:
         raise ContestantError(last_line(done.stderr))
@@ -257,19 +299,14 @@ def run_command(*arguments: object) -> str:
 
 
 def last_line(text: str) -> str:
-    """The last line that says something, which is where errors put what happened."""
+    """The last line that is not empty, where errors say what happened, at most 300 characters of it."""
     return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "no reason given")[:300]
 
 
 def memory_mib(field: str = "VmHWM", process: int | str = "self") -> float:
-    """A process's peak resident memory so far, or another field of its status.
+    """A process's peak resident memory so far, or another field of its status, in MiB.
 
-    Not getrusage's, which counts the parent's, from before the exec.
+    Not from getrusage, which includes the parent's peak from before the exec.
     """
     status = dict(line.split(":", 1) for line in Path(f"/proc/{process}/status").read_text().splitlines())
     return int(status[field].split()[0]) / 1024
-
-
-def peak_mib(_: object) -> float:
-    """For `Contestant.call`."""
-    return memory_mib()

@@ -1,10 +1,10 @@
 """What the benchmarks measure on: text, a tokenizer, models with random weights, their artifacts, batches.
 
-The text is Python's documentation, which every Python carries, so that anyone gets the same; or English Wikipedia and
-web sentences where MLMKIT_DATA names a folder with wiki_en/train.txt, wiki_en/heldout.txt, ud_en_ewt/test.txt and
-tokenizers/bert-base-uncased/vocab.txt. Times do not depend on what random weights say; they are three times the usual
-size, as those give nearly flat distributions that hide what goes wrong. What takes long to make is kept for as long as
-a run of the suite lasts.
+The text is Python's own documentation, so everyone measures on the same and nothing is downloaded. If MLMKIT_DATA names
+a folder, it is English Wikipedia and web sentences from there: wiki_en/train.txt, wiki_en/heldout.txt,
+ud_en_ewt/test.txt and tokenizers/bert-base-uncased/vocab.txt. Times do not depend on the weights, so these are random.
+They are three times the usual size: smaller ones give nearly flat distributions, which hide errors. What takes long to
+build is kept for one run of the suite.
 """
 
 import atexit
@@ -28,7 +28,7 @@ from mlmkit.backends import Batch
 KEPT = "MLMKIT_BENCHMARK_FOLDER"
 VOCABULARY = 30_522  # bert-base-uncased's
 MASKED_SHARE, WEIGHT_SCALE = 0.15, 3.0
-HELD_OUT_EVERY = 8  # of Python's documentation
+HELD_OUT_EVERY = 8  # every eighth section of Python's documentation is held out
 TINY = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 128}
 
 
@@ -36,18 +36,18 @@ TINY = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "in
 
 
 def documents() -> list[str]:
-    """To train on."""
+    """The training text."""
     lines = _lines("wiki_en/train.txt")
-    return lines or [text for place, text in enumerate(_documentation()) if place % HELD_OUT_EVERY]
+    return lines or [text for index, text in enumerate(_documentation()) if index % HELD_OUT_EVERY]
 
 
 def held_out() -> list[str]:
-    """To measure on, none of them in `documents`."""
+    """The evaluation text; none of it is in `documents`."""
     return _lines("wiki_en/heldout.txt") or _documentation()[::HELD_OUT_EVERY]
 
 
 def sentences(count: int, tokens: int, tokenizer: Any) -> list[str]:
-    """Those whose number of wordpieces is nearest to `tokens`, in their order."""
+    """The `count` sentences whose length is nearest to `tokens` wordpieces, in their original order."""
     lines = _lines("ud_en_ewt/test.txt")
     lines = lines or list(chain.from_iterable(re.split(r"(?<=[.?!]) +", text) for text in held_out()))
     apart = [abs(len(ids) - tokens) for ids in tokenizer(lines, add_special_tokens=False)["input_ids"]]
@@ -65,22 +65,22 @@ def _documentation() -> list[str]:
     from mlmkit.pydocs import python_documentation
 
     texts = python_documentation()
-    random.Random(0).shuffle(texts)  # or the long ones, which are the language's reference, would come first
+    random.Random(0).shuffle(texts)  # otherwise the long texts of the language reference come first
     return texts
 
 
 def write_lines(path: Path, lines: list[str]) -> Path:
-    """A document a line."""
+    """Write one document per line; return the path."""
     path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
     return path
 
 
-# ---------------------------------------------------------------- what is made once
+# ---------------------------------------------------------------- built once and kept
 
 
 @cache
 def kept_folder() -> Path:
-    """The suite's, or one of this process and its children alone."""
+    """The suite's folder, or one for this process and its children."""
     if folder := os.environ.get(KEPT):
         return Path(folder)
     os.environ[KEPT] = folder = tempfile.mkdtemp(prefix="mlmkit-benchmarks-")
@@ -89,7 +89,7 @@ def kept_folder() -> Path:
 
 
 def kept(name: str, make: Callable[..., None], *arguments: object) -> Path:
-    """The folder of that name, which `make(path, *arguments)` has written in a process of its own."""
+    """The folder of that name; `make(path, *arguments)` writes it in a process of its own if it is not there."""
     path = kept_folder() / name
     if not path.exists():
         unfinished = path.with_name(f"{name}-unfinished")
@@ -100,12 +100,12 @@ def kept(name: str, make: Callable[..., None], *arguments: object) -> Path:
 
 
 def tokenizer_folder() -> Path:
-    """bert-base-uncased's, or one of that kind and size from the documentation."""
+    """bert-base-uncased's tokenizer, or one of that kind and size trained on the documentation."""
     return kept("tokenizer", _write_tokenizer)
 
 
 def bert_tokenizer() -> Any:
-    """The same, as transformers loads it."""
+    """The same tokenizer, loaded by transformers."""
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(tokenizer_folder())
@@ -125,14 +125,14 @@ def _write_tokenizer(folder: Path) -> None:
 
 
 def checkpoint(architecture: str, **changes: int) -> Path:
-    """One of `mlmkit train`'s architectures, but for what changes; `num_hidden_layers=0` leaves the layers alone."""
+    """A checkpoint of one of `mlmkit train`'s architectures with `changes` to its configuration; 0 changes nothing."""
     changes = {name: value for name, value in changes.items() if value}
     name = "-".join([architecture, *(f"{name}-{value}" for name, value in changes.items())])
     return kept(name, _write_checkpoint, architecture, changes, tokenizer_folder())
 
 
 def artifact(architecture: str, *flags: str, **changes: int) -> Path:
-    """The same, exported, and proven on some sentences."""
+    """The artifact of that checkpoint, exported with `flags` and proven on a few texts."""
     source = checkpoint(architecture, **changes)
     return kept("-".join([source.name, "artifact", *(flag.strip("-") for flag in flags)]), _export, source, flags)
 
@@ -162,13 +162,14 @@ def _export(folder: Path, source: Path, flags: tuple[str, ...]) -> None:
     run_command("-m", "mlmkit", "export", source, "--output", folder, "--text", text, *flags)
 
 
-def encoder_parameters(config: Any) -> int:
-    """Of a configuration's network: neither embedding tables nor vocabulary head."""
-    from transformers import AutoModelForMaskedLM
+def encoder_parameters(source: Any) -> int:
+    """The parameters of a checkpoint's or configuration's network without embedding tables and vocabulary head."""
+    from transformers import AutoConfig, AutoModelForMaskedLM
 
     from mlmkit.model import MaskedLM
     from mlmkit.train.estimate import count_parameters
 
+    config = AutoConfig.from_pretrained(source) if isinstance(source, str) else source
     return count_parameters(MaskedLM(AutoModelForMaskedLM.from_config(config))).encoder
 
 
@@ -176,7 +177,7 @@ def encoder_parameters(config: Any) -> int:
 
 
 def real_batch(rows: int, length: int, *, ragged: bool = False, seed: int = 0) -> Batch:
-    """Rows of text, `MASKED_SHARE` of their positions hidden; the rows are full unless `ragged`."""
+    """Rows of text with `MASKED_SHARE` of their positions masked; the rows are full unless `ragged`."""
     tokenizer: Any = bert_tokenizer()
     generator = np.random.default_rng(seed)
     lines = held_out()[seed * 100 :][: rows * length // 8 + 100]

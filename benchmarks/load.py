@@ -1,7 +1,7 @@
-"""A load generator: connections that each ask, wait for the answer and ask again, for a bounded time.
+"""A load generator: each connection sends a request, waits for the answer and sends the next, for a bounded time.
 
-A process of its own, on 127.0.0.1 only, with as little work a request as Python allows. Prints a JSON object. A client
-that is refused asks again after `--patience` seconds; one whose connection is closed connects again.
+It runs in a process of its own, against 127.0.0.1 only, with as little work per request as Python allows, and prints a
+JSON object. A client that is refused asks again after `--patience` seconds; one whose connection is closed reconnects.
 """
 
 import argparse
@@ -21,14 +21,14 @@ HOST = "127.0.0.1"
 
 
 def encode(path: str, body: Any) -> bytes:
-    """A POST as bytes."""
+    """The bytes of a POST request."""
     content = json.dumps(body).encode()
     head = f"POST {path} HTTP/1.1\r\nHost: {HOST}\r\nContent-Type: application/json\r\nContent-Length: {len(content)}"
     return head.encode() + b"\r\n\r\n" + content
 
 
 class Client(asyncio.Protocol):
-    """A connection that asks, waits and asks again. Streams would use more of the cores that the server needs."""
+    """One connection. A protocol, as asyncio's streams would use more of the cores that the server needs."""
 
     def __init__(self, requests: Iterator[bytes], patience: float, seen: "Seen") -> None:
         self._requests, self._patience, self._seen = requests, patience, seen
@@ -37,7 +37,7 @@ class Client(asyncio.Protocol):
         self.closed = self.loop.create_future()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Ask at once."""
+        """Send the first request."""
         self.transport: Any = transport
         self._ask()
 
@@ -48,7 +48,7 @@ class Client(asyncio.Protocol):
             self.transport.write(next(self._requests))
 
     def data_received(self, data: bytes) -> None:
-        """Ask again once the answer is whole."""
+        """Send the next request once the answer is complete."""
         self._answer += data
         head, end, body = self._answer.partition(b"\r\n\r\n")
         if not end or len(body) < int(head.partition(b"content-length: ")[2].split(b"\r\n", 1)[0]):
@@ -67,14 +67,14 @@ class Client(asyncio.Protocol):
             self.loop.call_later(self._patience, self._ask)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """An answer that was asked for and has not come is lost."""
+        """Count an answer that has not come as lost."""
         if self._is_waiting:
             self._seen.statuses["no answer"] += 1
         self.closed.set_result(None)
 
 
 async def connect(port: int, requests: Iterator[bytes], patience: float, seen: "Seen") -> None:
-    """One client, which connects again where the server closes, until the time is over."""
+    """One client, which reconnects when the server closes, until the time is over."""
     while time.perf_counter() < seen.until:
         try:
             _, client = await asyncio.get_running_loop().create_connection(
@@ -88,7 +88,7 @@ async def connect(port: int, requests: Iterator[bytes], patience: float, seen: "
 
 
 class Seen:
-    """What the clients saw."""
+    """Status codes, latencies in seconds and the last error of all clients."""
 
     def __init__(self, until: float) -> None:
         self.until = until
@@ -98,7 +98,7 @@ class Seen:
 
 
 async def run(port: int, requests: list[bytes], connections: int, seconds: float, patience: float) -> dict[str, Any]:
-    """The figures of one load; latencies are of answered requests, in seconds."""
+    """Load a server. Returns counts by status, requests per second, and latencies of answered requests in seconds."""
     begun, endless = time.perf_counter(), itertools.cycle(requests)
     seen = Seen(begun + seconds)
     await asyncio.gather(*(connect(port, endless, patience, seen) for _ in range(connections)))
@@ -116,10 +116,10 @@ async def run(port: int, requests: list[bytes], connections: int, seconds: float
 
 
 def main() -> None:
-    """Ask as told, for at most an hour."""
+    """Run the command line, for at most an hour."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("port", type=int)
-    parser.add_argument("requests", type=Path, help="JSON: a list of [path, body], asked in turn")
+    parser.add_argument("requests", type=Path, help="JSON: a list of [path, body], sent in turn")
     parser.add_argument("--connections", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=5.0)
     parser.add_argument("--patience", type=float, default=0.2)
@@ -130,8 +130,7 @@ def main() -> None:
         import uvloop
 
         asyncio.set_event_loop_policy(uvloop.EventLoopPolicy())
-    found = asyncio.run(run(options.port, requests, options.connections, seconds, options.patience))
-    json.dump(found, sys.stdout)
+    json.dump(asyncio.run(run(options.port, requests, options.connections, seconds, options.patience)), sys.stdout)
 
 
 if __name__ == "__main__":

@@ -1,42 +1,46 @@
 """Peak memory of one forward and backward at a large vocabulary: logits everywhere, at the masked tokens, in slices.
 
-The model is a BERT of one layer with random weights, 15 % of the tokens are masked, and each way has a process of its
-own. Shown: how far the resident memory rose above what it was before the step, and the loss, which must agree. One
-step before that, on a row of 8 tokens, brings in what is there to stay: the gradients and the libraries' own buffers.
-The floor is the memory of one copy of the logits that a way computes, in float32.
+A BERT of one layer with random weights, one in seven tokens masked, each way in a process of its own. Shown: how far
+the resident memory rose above what it was before the step, and the loss, which must agree. A step before that, on a row
+of 8 tokens, allocates what stays: the gradients and the libraries' own buffers. The floor is one copy of the logits
+that a way computes, in float32.
 """
 
 import argparse
 from pathlib import Path
 
-from harness import Report, Table, isolated, main, memory_mib
+from harness import Report, isolated, main, memory_mib, table
 
 WAYS = {
     "everywhere": "logits of every token, cross-entropy at the masked ones",
     "gathered": "logits of the masked tokens",
     "slices": "the same in slices, as mlmkit trains",
 }
-EVERY = 7  # tokens, of which one is masked
+EVERY = 7  # one in seven tokens is masked
 
 
 def measure(options: argparse.Namespace) -> Report:
-    """A row a way."""
+    """A row per way."""
     sizes = (options.vocabulary, options.tokens, options.hidden)
-    found = {way: isolated(step, way, *sizes) for way in WAYS}
-    assert max(loss for _, loss in found.values()) - min(loss for _, loss in found.values()) < 1e-3, found
+    steps = {way: isolated(step, way, *sizes) for way in WAYS}
+    losses = [loss for _, loss in steps.values()]
+    assert max(losses) - min(losses) < 1e-3, steps
     logits = options.tokens * options.vocabulary * 4 / 2**20
     floors = {"everywhere": logits, "gathered": logits / EVERY, "slices": 0.0}
-    rows = [[WAYS[way], f"{peak:.0f}", f"{floors[way]:.0f}", f"{loss:.4f}"] for way, (peak, loss) in found.items()]
+    rows = [
+        {"": WAYS[way], "peak above the start, MiB": peak, "logits once, MiB": floors[way], "loss": f"{loss:.4f}"}
+        for way, (peak, loss) in steps.items()
+    ]
     return Report(
-        [Table("", ["", "peak above the start, MiB", "logits once, MiB", "loss"], rows)],
+        [table("", rows)],
         [f"Vocabulary of {options.vocabulary:,}, {options.tokens:,} tokens, hidden size {options.hidden}."],
-        {"loss_memory_ratio": found["everywhere"][0] / found["slices"][0]},
-        figures=found,
+        {"loss_memory_ratio": steps["everywhere"][0] / steps["slices"][0]},
+        figures=steps,
     )
 
 
 def step(way: str, vocabulary: int, tokens: int, hidden: int) -> tuple[float, float]:
-    """In a process of its own: what a step takes, in MiB, and its loss."""
+    """The memory of a step in MiB and its loss, in a process of its own."""
     import torch
     import torch.nn.functional as F
     from transformers import AutoModelForMaskedLM, BertConfig
@@ -56,7 +60,7 @@ def step(way: str, vocabulary: int, tokens: int, hidden: int) -> tuple[float, fl
     model = MaskedLM(AutoModelForMaskedLM.from_config(config))
 
     def loss(rows: int, length: int) -> torch.Tensor:
-        """The mean over every seventh token of `rows` rows."""
+        """The mean over one in seven tokens of `rows` rows."""
         input_ids = torch.arange(rows * length).view(rows, length) % vocabulary
         inputs = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
         positions = torch.arange(0, rows * length, EVERY)
@@ -71,7 +75,7 @@ def step(way: str, vocabulary: int, tokens: int, hidden: int) -> tuple[float, fl
 
     loss(1, 8).backward()
     before = memory_mib("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     value = loss(tokens // 128, 128)
     value.backward()
     return memory_mib() - before, value.item()

@@ -1,6 +1,6 @@
-"""How fast mask-v1 is: masks and digest of a million tokens, by length of document.
+"""How fast mask-v1 is: masks and digest of a million tokens, by document length.
 
-It is to be seen against the tokens a second of training and evaluation, of which it must be a small part.
+Compare with the tokens per second of training and evaluation: masking must be a small part of their time.
 """
 
 import argparse
@@ -9,7 +9,7 @@ from functools import partial
 from statistics import median
 
 import numpy as np
-from harness import Report, Table, alternate, main, timed
+from harness import Report, alternate, main, table, timed
 
 from mlmkit.masking import MaskRecipe, MaskVocabulary, corrupt, mask_digest
 
@@ -18,7 +18,7 @@ VOCABULARY = MaskVocabulary.build(np.arange(30_000), frozenset(range(5)), 4)
 
 
 def masker(tokens: int, length: int, *, whole_word: bool) -> Callable[[], float]:
-    """Seconds for documents of one length, when called."""
+    """A function that masks documents of one length and returns the seconds that it took."""
     generator = np.random.default_rng(0)
     count = tokens // length
     ids = generator.integers(5, 30_000, count * length)
@@ -34,17 +34,20 @@ def masker(tokens: int, length: int, *, whole_word: bool) -> Callable[[], float]
 
 
 def measure(options: argparse.Namespace) -> Report:
-    """Seconds a million tokens."""
-    contestants = {
+    """Seconds per million tokens."""
+    maskers = {
         f"{length} tokens{', whole words' * whole_word}": masker(options.tokens, length, whole_word=whole_word)
         for length in LENGTHS
         for whole_word in (False, True)
     }
-    taken = alternate(contestants, options.rounds)
+    taken = alternate(maskers, options.rounds)
     seconds = {name: median(times) * 1e6 / options.tokens for name, times in taken.items()}
-    rows = [[name, f"{value:.2f}", f"{1e6 / value:,.0f}"] for name, value in seconds.items()]
+    rows = [
+        {"documents of": name, "seconds per million tokens": value, "tokens/s": 1e6 / value}
+        for name, value in seconds.items()
+    ]
     return Report(
-        [Table("", ["documents of", "seconds a million tokens", "tokens/s"], rows)],
+        [table("", rows)],
         headlines={"mask_seconds_a_million_tokens": seconds["100 tokens"]},
         figures={name: [time * 1e6 / options.tokens for time in times] for name, times in taken.items()},
     )

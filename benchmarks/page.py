@@ -9,9 +9,9 @@ from typing import Any
 from harness import ROOT, Bars, Table
 
 REMOVED_AT = "20ba236"  # the last commit with the scripts whose question docs/decisions.md answers
-# What README quotes, in words. The figure is the median of the ratios within a round, unless it has a unit.
+# What README quotes, by its key: a description and a unit. Values with "x" are medians of the ratios within a round.
 HEADLINES = {
-    "train_times_trainer_paragraphs": ("training, real tokens/s, a document an example", "x transformers.Trainer"),
+    "train_times_trainer_paragraphs": ("training, real tokens/s, a document per example", "x transformers.Trainer"),
     "train_times_trainer_by_length": ("the same, Trainer grouping by length", "x transformers.Trainer"),
     "train_times_run_mlm": ("the same, Trainer on run_mlm.py's full rows", "x transformers.Trainer"),
     "pll_times_as_fast": ("exact pseudo-log-likelihood, ONNX Runtime", "x the plain loop"),
@@ -33,35 +33,35 @@ HEADLINES = {
 }
 
 
-def write_page(found: dict[str, Any], name: str, path: Path) -> None:
-    """The page at `path`, plots in `images/` beside it."""
+def write_page(results: dict[str, Any], name: str, path: Path) -> None:
+    """Write the page to `path` and its plots to `images/` beside it."""
     (path.parent / "images").mkdir(parents=True, exist_ok=True)
-    for script, report in found["benchmarks"].items():
+    for script, report in results["benchmarks"].items():
         if report.get("bars") and not report["is_dry_run"]:
             plot(Bars(**report["bars"]), path.parent / "images" / f"results-{script}.svg")
-    path.write_text(render(found, name), encoding="utf-8")
+    path.write_text(render(results, name), encoding="utf-8")
 
 
-def render(found: dict[str, Any], name: str) -> str:
-    """As Markdown."""
-    versions = ", ".join(f"{package} {number}" for package, number in found["versions"].items())
-    reports = found["benchmarks"]
+def render(results: dict[str, Any], name: str) -> str:
+    """The page in Markdown."""
+    versions = ", ".join(f"{package} {number}" for package, number in results["versions"].items())
+    reports = results["benchmarks"]
     lines = [
         "# Results",
         "",
-        f"*Written by `make bench` on {found['date'][:10]} from "
+        f"*Written by `make bench` on {results['date'][:10]} from "
         f"[{name}](../benchmarks/results/{name}), which has every figure.*",
         "",
-        f"{found['processor']}, {found['cores']} cores. {versions}. Text: {found['text']}. All benchmarks together "
-        f"took {found['seconds'] / 60:.0f} minutes.",
+        f"{results['processor']}, {results['cores']} cores. {versions}. Text: {results['text']}. "
+        f"All benchmarks together took {results['seconds'] / 60:.0f} minutes.",
         "",
         "Contestants take turns, each in a process of its own, after a warm-up. Tables show medians; ratios are taken "
         "within a round and shown as median (least to most). Models have random weights, as times do not depend on "
-        "what weights say. What other work on the machine does to times, it does to all contestants alike: "
-        "trust ratios before seconds. Trainings of hours, longer loads and what GPUs would add: [runs](runs.md).",
+        "the weights. Other work on the machine slows all contestants equally, so ratios are more reliable than "
+        "seconds. Trainings of hours, longer loads and what GPUs would add: [runs](runs.md).",
         "",
     ]
-    headlines = headlines_of(found)
+    headlines = headlines_of(results)
     shown = [[what, figure(headlines[key], unit)] for key, (what, unit) in HEADLINES.items() if key in headlines]
     lines += [Table("", ["In short", ""], shown).markdown(), ""]
     for script, report in reports.items():
@@ -82,19 +82,21 @@ def render(found: dict[str, Any], name: str) -> str:
     if dry:
         ran = [f"`{script}`" + (" (**failed**)" if "failed" in report else "") for script, report in dry.items()]
         lines += ["## Only tried out", "", f"With `--quick`, whose figures mean nothing: {', '.join(ran)}.", ""]
-    if found["left_out"]:
-        names = ", ".join(f"`{script}`" for script in found["left_out"])
+    if results["left_out"]:
+        names = ", ".join(f"`{script}`" for script in results["left_out"])
         lines += ["## Left out", "", f"Of this run (`--only`): {names}.", ""]
     return "\n".join(lines)
 
 
-def headlines_of(found: dict[str, Any]) -> dict[str, float]:
-    """Of all the benchmarks that ran."""
-    return {key: value for report in found["benchmarks"].values() for key, value in report.get("headlines", {}).items()}
+def headlines_of(results: dict[str, Any]) -> dict[str, float]:
+    """The headlines of all benchmarks that ran."""
+    return {
+        key: value for report in results["benchmarks"].values() for key, value in report.get("headlines", {}).items()
+    }
 
 
 def changes(before: dict[str, Any], after: dict[str, Any]) -> Table:
-    """The headlines of two runs of the suite side by side; one that is a tenth worse or better says so."""
+    """The headlines of two runs of the suite side by side; changes of a tenth or more are marked."""
     old, new, rows = headlines_of(before), headlines_of(after), []
     for key, (what, unit) in HEADLINES.items():
         if key in old and key in new:
@@ -105,14 +107,14 @@ def changes(before: dict[str, Any], after: dict[str, Any]) -> Table:
 
 
 def figure(value: float, unit: str) -> str:
-    """With as many digits as it deserves."""
+    """A headline with two decimals and its unit, or as a percentage if it has none."""
     if unit:
         return f"{value:{'.2f' if value >= 0.1 else '.1g'}} {unit}"
     return f"{value:.0%}" if value < 0.995 else f"{value:.1%}"
 
 
 def plot(bars: Bars, path: Path) -> None:
-    """Horizontal bars of medians with the range of the rounds, mlmkit's own darker."""
+    """Draw horizontal bars of medians with the range of the rounds; mlmkit's are darker."""
     import matplotlib
     import matplotlib.pyplot as plt
 

@@ -1,9 +1,9 @@
-"""What a TensorRT plan costs to build, and what is in it: BERT-base and ModernBERT-base shapes, without a GPU.
+"""What a TensorRT plan costs to build, and what it contains: BERT-base and ModernBERT-base shapes, without a GPU.
 
-A row per model and precision, with random weights and the profiles that `mlmkit export --trt` takes by default. The
-graph goes the way that it goes there; the ranges and scales of fp16 and int8 come from random tokens, which is enough
-to count layers and says nothing about scores. Each build has a process of its own, so its memory is that of the build.
-How fast a plan runs is not measured: that takes a GPU. `--page docs/tensorrt.md` replaces the table on that page.
+A row per model and precision, with random weights and the default profiles of `mlmkit export --trt`. The graph is
+prepared as it is there; the ranges and scales of fp16 and int8 come from random tokens, which is enough to count layers
+and says nothing about scores. Each build runs in a process of its own, so its memory is that of the build. How fast a
+plan runs is not measured: that takes a GPU. `--page docs/tensorrt.md` replaces the table on that page.
 """
 
 import argparse
@@ -37,14 +37,14 @@ BY_PROFILE_NOTE = (
     "context takes beside the weights. Int8 plans compute the rest in float16. Ranges and scales come from random "
     "tokens: enough to count layers."
 )
-BEGIN, END = "<!-- plans.py: begin -->", "<!-- plans.py: end -->"  # where its table stands on a page
+BEGIN, END = "<!-- plans.py: begin -->", "<!-- plans.py: end -->"  # the lines around the table on a page
 
 
 # ---------------------------------------------------------------- the export's way to a plan
 
 
 def random_batches(vocabulary_size: int, rows: int, length: int) -> list[Batch]:
-    """Two full batches of ordinary ids, as special ones are in the lower half, every third position scored."""
+    """Two full batches with every third position scored; ids are of the upper half, which has no special ones."""
     generator = np.random.default_rng(0)
     batches = []
     for _ in range(2):
@@ -56,7 +56,7 @@ def random_batches(vocabulary_size: int, rows: int, length: int) -> list[Batch]:
 
 
 def write_plan_graph(graph: Path, precision: str, batches: Sequence[Batch]) -> None:
-    """Change a float32 graph file to what `mlmkit export --trt` hands to TensorRT in that precision."""
+    """Rewrite a float32 graph file as `mlmkit export --trt` does for TensorRT in that precision."""
     from mlmkit.export.graph_files import replace_graph
     from mlmkit.export.plans import plan_model
     from mlmkit.export.precision import convert
@@ -66,10 +66,7 @@ def write_plan_graph(graph: Path, precision: str, batches: Sequence[Batch]) -> N
 
 
 def build(folder: Path, architecture: str, precision: str, max_length: int, options: PlanOptions) -> TensorRT:
-    """Build the plan of the folder's graph; return what the manifest would say of it.
-
-    Raises `UserError` where there is no plan.
-    """
+    """Build the plan of the folder's graph; return its entry in the manifest. Raises `UserError` if none is built."""
     from mlmkit.export.tensorrt import build_plan
 
     manifest = Manifest(
@@ -93,10 +90,10 @@ def build(folder: Path, architecture: str, precision: str, max_length: int, opti
 
 
 def builder_name() -> str:
-    """TensorRT for RTX with its version, or nothing where it is not installed: no other builds without a GPU."""
+    """TensorRT for RTX with its version, or nothing if it is not installed. No other builds without a GPU."""
     try:
         from mlmkit.backends.trt import NAME, RTX, trt
-    except (ImportError, OSError):  # OSError: a library that the bindings want
+    except (ImportError, OSError):  # OSError: a library that the bindings need is missing
         return ""
     return f"{NAME} {trt.__version__}" if RTX else ""
 
@@ -105,7 +102,7 @@ def builder_name() -> str:
 
 
 def write_graph(folder: Path, architecture: str, quick: bool) -> tuple[int, int]:
-    """The graph of transformers' default configuration; its vocabulary's size, and its longest row."""
+    """Write the graph of transformers' default configuration; return its vocabulary size and its longest row."""
     import torch
     from transformers import CONFIG_MAPPING, AutoModelForMaskedLM
 
@@ -121,7 +118,7 @@ def write_graph(folder: Path, architecture: str, quick: bool) -> tuple[int, int]
 
 
 def measured_build(folder: Path, architecture: str, precision: str, max_length: int) -> dict[str, Any]:
-    """Build in this process, which does nothing else; the figures of a row."""
+    """The figures of a build, made in this process, which does nothing else."""
     began = time.process_time()
     built = build(folder, architecture, precision, max_length, PlanOptions())
     seconds = time.process_time() - began
@@ -139,19 +136,19 @@ def measured_build(folder: Path, architecture: str, precision: str, max_length: 
     }
 
 
-def row(found: dict[str, Any]) -> list[str]:
-    """Cells as they are shown, behind model and precision."""
-    by_profile = [", ".join(f"{value:,.0f}" for value in found[name].values()) for name in BY_PROFILE]
-    sizes = f"{found['seconds']:.1f}", f"{found['peak_mib']:,.0f}", f"{found['plan_mib']:,.0f}"
-    return [*sizes, str(found["layers"]), *by_profile]
+def row(figures: dict[str, Any]) -> list[str]:
+    """Cells of the table after model and precision."""
+    by_profile = [", ".join(f"{value:,.0f}" for value in figures[name].values()) for name in BY_PROFILE]
+    sizes = f"{figures['seconds']:.1f}", f"{figures['peak_mib']:,.0f}", f"{figures['plan_mib']:,.0f}"
+    return [*sizes, str(figures["layers"]), *by_profile]
 
 
 def measure(options: argparse.Namespace) -> Report:
-    """Model by model, one build after another."""
+    """One build after another, model by model."""
     if not (builder := builder_name()):
         raise SkippedError("TensorRT for RTX is not installed: pip install tensorrt_rtx")
     if options.page and not {BEGIN, END} <= {*Path(options.page).read_text(encoding="utf-8").splitlines()}:
-        raise SkippedError(f"{options.page} has no place for the table: lines with {BEGIN} and {END}")
+        raise SkippedError(f"{options.page} has no lines {BEGIN} and {END} for the table")
     rows, figures = list[list[str]](), dict[str, Any]()
     for architecture in options.models:
         title, precisions = MODELS[architecture]
@@ -164,10 +161,10 @@ def measure(options: argparse.Namespace) -> Report:
                 folder = Path(temporary) / "typed"
                 shutil.copytree(source, folder)
                 isolated(write_plan_graph, folder / "model.onnx", precision, batches)
-                found = isolated(measured_build, folder, architecture, precision, max_length)
+                built = isolated(measured_build, folder, architecture, precision, max_length)
                 shutil.rmtree(folder)
-                figures[f"{architecture}, {precision}"] = found
-                rows.append([title, precision, *row(found)])
+                figures[f"{architecture}, {precision}"] = built
+                rows.append([title, precision, *row(built)])
                 say(" ".join(rows[-1]))
     report = Report([Table("", HEADER, rows)], [f"Built by {builder}. {BY_PROFILE_NOTE}"], figures=figures)
     if options.page:
@@ -176,7 +173,7 @@ def measure(options: argparse.Namespace) -> Report:
 
 
 def write_table(page: Path, report: Report, builder: str) -> None:
-    """Replace what stands between the page's two markers."""
+    """Replace the lines between the page's two markers."""
     written = f"*Written by `python benchmarks/plans.py --page docs/tensorrt.md` on {date.today()}: {builder}; "
     lines = ["", f"{written}{processor()}.*", "", report.tables[0].markdown(), "", BY_PROFILE_NOTE, ""]
     before, _, rest = page.read_text(encoding="utf-8").partition(BEGIN)

@@ -1,8 +1,8 @@
 """Where the time goes in `mlmkit train`, `mlmkit eval` and `mlmkit serve`, by stage.
 
-py-spy looks 200 times a second at the stacks of the threads that run. Each look is booked to the stage of the innermost
-function of mlmkit, of what answers HTTP, or of an import. Commands are looked at from beginning to end, the server
-under its load alone, with clients on the same cores. A tiny model shows what is ours, a larger one what users wait for.
+py-spy samples the stacks of the running threads 200 times per second. A sample counts for the stage of its innermost
+function of mlmkit, of the HTTP libraries, or of an import. Commands are sampled from beginning to end, the server only
+under load, with its clients on the same cores. A tiny model shows mlmkit's own cost, a larger one what users wait for.
 """
 
 import argparse
@@ -13,13 +13,13 @@ import tempfile
 from collections import Counter
 from itertools import chain
 from pathlib import Path
-from typing import Any
 
-from harness import ContestantError, Report, SkippedError, Table, last_line, main
+from harness import ContestantError, Report, SkippedError, last_line, main, table
 from inputs import TINY, artifact, checkpoint, documents, held_out, write_lines
-from serve_load import clients, load, mlmkit_command, running, short_requests
+from serve_load import client_command, load, mlmkit_command, running, short_requests
 
-LOOKS = 200  # a second
+LOOKS = 200  # samples per second
+LEAST = 0.5  # per cent of a workload; a stage below that everywhere is left out
 STAGES = {
     "the model": "backends/ model.py packing.py loss.py train/loop.py",  # the loop calls backward
     "the optimiser": "train/optim.py train/parallel.py",
@@ -35,9 +35,9 @@ STAGES = {
     "the batcher": "serve/batcher.py",
 }
 HTTP = ("mlmkit/serve/", "uvicorn/", "asyncio/", "fastapi/", "starlette/", "pydantic/", "prometheus_client/")
-PLACES = {f"mlmkit/{place}": stage for stage, places in STAGES.items() for place in places.split()}
-PLACES |= {**dict.fromkeys(HTTP, "HTTP"), "<frozen importlib": "imports", "mlmkit/": "the rest of mlmkit"}
-IDLE = "_worker (concurrent/futures/thread.py"  # a thread that waits for work, which py-spy takes for one that runs
+STAGE_OF_PATH = {f"mlmkit/{path}": stage for stage, paths in STAGES.items() for path in paths.split()}
+STAGE_OF_PATH |= {**dict.fromkeys(HTTP, "HTTP"), "<frozen importlib": "imports", "mlmkit/": "the rest of mlmkit"}
+IDLE = "_worker (concurrent/futures/thread.py"  # a thread that waits for work, which py-spy counts as running
 TRAINING = """[data]
 train = "{text}"
 [tokenizer]
@@ -55,7 +55,7 @@ device = "cpu"
 
 
 def measure(options: argparse.Namespace) -> Report:
-    """A column a workload, a row a stage, in per cent."""
+    """A column per workload, a row per stage, in per cent."""
     larger = {"architecture": "bert-small", "num_hidden_layers": options.layers}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
@@ -69,53 +69,49 @@ def measure(options: argparse.Namespace) -> Report:
             for kind, path in {"torch": checkpoint(**model), "ONNX": artifact(**model)}.items():
                 seen[f"eval, {size}, {kind}"] = command(folder / f"{size} {kind}", "eval", path, "--set", held)
             for connections in (1, 64):
-                found = serving(folder, artifact(**model), connections, options.seconds)
-                seen[f"serve, {size}, {connections}"] = found
-    shares = {name: {stage: looks / found.total() for stage, looks in found.items()} for name, found in seen.items()}
-    most = {
-        stage: max(found.get(stage, 0.0) for found in shares.values())
-        for stage in dict.fromkeys(chain(*shares.values()))
+                seen[f"serve, {size}, {connections}"] = serving(folder, artifact(**model), connections, options.seconds)
+    percent = {
+        name: {stage: 100 * count / looks.total() for stage, count in looks.items()} for name, looks in seen.items()
     }
-    shown = sorted((stage for stage, share in most.items() if cell(share)), key=lambda stage: -most[stage])
-    rows = [[stage, *(cell(found.get(stage, 0.0)) for found in shares.values())] for stage in shown]
-    rows.append(["seconds seen", *(f"{found.total() / LOOKS:.1f}" for found in seen.values())])
+    most = {stage: max(column.get(stage, 0.0) for column in percent.values()) for stage in chain(*percent.values())}
+    shown = sorted((stage for stage in most if most[stage] >= LEAST), key=lambda stage: -most[stage])
+    rows: list[dict[str, object]] = [
+        {"": stage, **{name: f"{column.get(stage, 0.0):.0f}".strip("0") for name, column in percent.items()}}
+        for stage in shown
+    ]
+    rows.append({"": "seconds seen", **{name: looks.total() / LOOKS for name, looks in seen.items()}})
     return Report(
-        [Table("Share of the time, %", ["", *shares], rows)],
+        [table("Share of the time, %", rows)],
         [
             "`train` is a BERT-small shape; `serve` has 1 or 64 connections that ask to fill a mask in 16 tokens. "
-            "A thread that waits for a core counts as running, so times are longer than a run's own. Below half a per "
-            f"cent, and left out everywhere: {'; '.join(sorted(most.keys() - shown)) or 'nothing'}."
+            "A thread that waits for a core counts as running, so times exceed those of an ordinary run. Below half a "
+            f"per cent everywhere, and left out: {'; '.join(sorted(most.keys() - shown)) or 'nothing'}."
         ],
-        figures={name: dict(found.most_common()) for name, found in seen.items()},
+        figures={name: dict(looks.most_common()) for name, looks in seen.items()},
     )
 
 
-def cell(share: float) -> str:
-    """In per cent."""
-    return f"{100 * share:.0f}" if share >= 0.005 else ""
-
-
 def command(output: Path, *arguments: object) -> Counter[str]:
-    """mlmkit, from beginning to end."""
+    """Samples by stage of a command of mlmkit, from beginning to end."""
     words = map(str, [*arguments, "--output", output])
     looks = look(output.parent, "--", sys.executable, "-m", "mlmkit", *words)
-    if not output.exists():  # py-spy does not say how what it looked at ended
+    if not output.exists():  # py-spy does not report how the command ended
         raise ContestantError(f"mlmkit {arguments[0]} wrote nothing")
     return looks
 
 
 def serving(folder: Path, model: Path, connections: int, seconds: int) -> Counter[str]:
-    """A server under load, once it is warm."""
+    """Samples by stage of a warm server under load."""
     requests = folder / "requests.json"
     with running(mlmkit_command(model)) as (port, process):
         load(port, requests, connections, 1.0)
-        under_load = clients(port, requests, connections, seconds + 2)  # py-spy takes a while to attach
+        under_load = client_command(port, requests, connections, seconds + 2)  # py-spy takes a while to attach
         with subprocess.Popen(under_load, stdout=subprocess.DEVNULL):
             return look(folder, "--pid", str(process), "--duration", str(seconds))
 
 
 def look(folder: Path, *arguments: str) -> Counter[str]:
-    """Looks by stage. Raises `SkippedError` where there is no py-spy or it may not look, else `ContestantError`."""
+    """Samples by stage. Raises `SkippedError` if py-spy is missing or not permitted, otherwise `ContestantError`."""
     seen = folder / "seen.txt"
     spy = [str(Path(sys.executable).with_name("py-spy")), "record", "--rate", str(LOOKS), "--format", "raw"]
     try:
@@ -135,12 +131,11 @@ def look(folder: Path, *arguments: str) -> Counter[str]:
 
 
 def stage_of(stack: str) -> str:
-    """Of frames `function (path:line)`, outermost first."""
+    """The stage of a stack, which is frames `function (path:line)`, outermost first."""
     for frame in reversed(stack.split(";")):
         path = frame.rpartition(" (")[2].rpartition(":")[0]
-        found: list[Any] = [place for place in PLACES if path.startswith(place)]
-        if found:
-            return PLACES[max(found, key=len)]
+        if matches := [prefix for prefix in STAGE_OF_PATH if path.startswith(prefix)]:
+            return STAGE_OF_PATH[max(matches, key=len)]
     return "Python's own start and end"
 
 

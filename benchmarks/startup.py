@@ -1,8 +1,8 @@
-"""What it takes to begin: time and peak memory of commands in fresh processes, the disk's cache warm.
+"""Start-up: time and peak memory of commands in fresh processes, with the files in the disk cache.
 
 `mlmkit fill` of a BERT-base artifact with random weights in float32 (about 440 MB beside the graph), against
-`transformers.pipeline` on the same weights. Aims: `import mlmkit` in less than 0.1 s over Python itself,
-`mlmkit --help` in less than 0.3 s, `mlmkit fill` in less than 1.5 s. Then the steps of a fill, and of scoring.
+`transformers.pipeline` on the same weights. Aims: `import mlmkit` in less than 0.1 s beyond Python itself,
+`mlmkit --help` in less than 0.3 s, `mlmkit fill` in less than 1.5 s. Then the steps of filling a mask and of scoring.
 """
 
 import argparse
@@ -12,7 +12,7 @@ from itertools import pairwise
 from pathlib import Path
 from statistics import median
 
-from harness import Bars, Report, Table, alternate, isolated, main, memory_mib, run_command, spread, timed
+from harness import Bars, Report, alternate, isolated, main, memory_mib, run_command, table, timed
 from inputs import artifact, checkpoint
 
 TEXT = "The [MASK] of the statement is an expression that is evaluated first."
@@ -31,24 +31,24 @@ def measure(options: argparse.Namespace) -> Report:
         "mlmkit fill": ("-m", "mlmkit", "fill", target, TEXT),
         "transformers.pipeline": ("-c", PEER, source, TEXT),
     }
-    calls = {name: partial(timed, run_command, *arguments) for name, arguments in commands.items()}
-    taken = alternate(calls, options.rounds)
+    turns = {name: partial(timed, run_command, *arguments) for name, arguments in commands.items()}
+    taken = alternate(turns, options.rounds)
     taken["import mlmkit"] = [a - b for a, b in zip(taken["import mlmkit"], taken["python"], strict=True)]
-    rows = [
-        [f"{name}, over Python" if name == "import mlmkit" else name, spread(times, 3), AIMS.get(name, "")]
-        for name, times in taken.items()
-    ]
     runs = {work: [isolated(steps, work, target) for _ in range(options.rounds)] for work in ("fill", "score")}
-    middles = {work: {name: median(run[name] for run in found) for name in found[0]} for work, found in runs.items()}
-    of_steps = [
-        [work, name, f"{value:.0f}" if name.endswith("MB") else f"{value:.3f}"]
-        for work, found in middles.items()
-        for name, value in found.items()
-    ]
     return Report(
         [
-            Table("Whole processes", ["", "seconds", "aim"], rows),
-            Table("Steps", ["", "", "seconds, or MB"], of_steps),
+            table(
+                "Whole processes (the import beyond Python's own time)",
+                [{"": name, "seconds": times, "aim": AIMS.get(name)} for name, times in taken.items()],
+            ),
+            table(
+                "Steps",
+                [
+                    {"": work, "step": name, "seconds, or MB": median(run[name] for run in of_work)}
+                    for work, of_work in runs.items()
+                    for name in of_work[0]
+                ],
+            ),
         ],
         headlines={
             "import_seconds": median(taken["import mlmkit"]),
@@ -62,7 +62,7 @@ def measure(options: argparse.Namespace) -> Report:
 
 
 def steps(work: str, folder: Path) -> dict[str, float]:
-    """In a process of its own: each step's seconds, then the memory."""
+    """The seconds of each step, then the memory, in a process of its own."""
     marks = [("", time.perf_counter())]
 
     def mark(name: str) -> None:
@@ -85,10 +85,9 @@ def steps(work: str, folder: Path) -> dict[str, float]:
     for name in (f"first {work}", f"second {work}"):
         fill(model, TEXT, targets=targets)
         mark(name)
-    found = {name: after - before for (_, before), (name, after) in pairwise(marks)}
+    figures = {name: after - before for (_, before), (name, after) in pairwise(marks)}
     weights = sum(path.stat().st_size for path in folder.iterdir()) / 1e6
-    found["peak less the artifact, MB"] = memory_mib() * 1.048576 - weights
-    return found
+    return figures | {"peak less the artifact, MB": memory_mib() * 1.048576 - weights}
 
 
 if __name__ == "__main__":

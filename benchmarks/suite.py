@@ -1,11 +1,11 @@
-"""`make bench`: every benchmark in one go, half an hour on two cores, into one file and docs/results.md.
+"""`make bench`: run every benchmark, half an hour on two cores, into one file and docs/results.md.
 
     python benchmarks/suite.py [--quick] [--only NAME ...] [--results FOLDER] [--page FILE]
 
-Writes <results>/<machine>-<date>.json (with `--only`, <date>-part.json), with all figures, and the page with the tables
-and plots (page.py). A benchmark that cannot run here is noted with the reason; one that fails too, and then the exit
-code is 1. In the end the headlines are shown beside those of the last run that is kept of this machine: so one sees at
-once what a change costs. Nothing else should run on the machine meanwhile. Text: see inputs.py.
+Writes all figures to <results>/<machine>-<date>.json (with `--only`, <date>-part.json), and tables and plots to the
+page (page.py). A benchmark that cannot run here, or fails, is listed with the reason; after a failure the exit code is
+1. In the end the headlines are shown beside those of the last run on this machine, so the cost of a change is seen at
+once. Nothing else should run on the machine meanwhile. inputs.py says which text is used.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from harness import ROOT, last_line, machine, say, use_cores
 from inputs import KEPT
 from page import changes, write_page
 
-# In the order of the page. Trainings and surveys of hours are only tried out here; what they found stands in the docs.
+# In the order of the page. Surveys that take hours are dry-run here; the docs have their results.
 SCRIPTS = {
     "train_vs_transformers": "Training, against transformers.Trainer",
     "pll_vs_peers": "Evaluation, against the loop that one writes",
@@ -36,17 +36,16 @@ SCRIPTS = {
     "masking": "Masking",
     "loss_memory": "Memory of the loss",
     "gpu": "On a GPU",
-    "gpu_export": "Exported engines on a GPU",
 }
 STUDIES = {
     "architectures": "Every architecture (docs/architectures.md)",
     "plans": "TensorRT plans (docs/tensorrt.md)",
 }
-TIMEOUT = 1200  # seconds a script
+TIMEOUT = 1200  # seconds per script
 
 
 def run(name: str, quick: bool) -> dict[str, Any]:
-    """A script's report, or why there is none."""
+    """A script's report, or the reason why it was skipped or failed."""
     with tempfile.TemporaryDirectory() as temporary:
         report = Path(temporary) / "report.json"
         command = [sys.executable, f"benchmarks/{name}.py", "--json", str(report), *(["--quick"] if quick else [])]
@@ -56,15 +55,15 @@ def run(name: str, quick: bool) -> dict[str, Any]:
             return {"failed": f"no end within {TIMEOUT} s"}
         if done.returncode:
             return {"skipped" if done.returncode == 2 else "failed": last_line(done.stderr)}
-        found = json.loads(report.read_text(encoding="utf-8"))
-        left = {*machine(), "command"}  # said once for all, and the same for all but a temporary path
-        return {key: value for key, value in found.items() if key not in left}
+        results = json.loads(report.read_text(encoding="utf-8"))
+        left = {*machine(), "command"}  # the machine is written once; the command has a temporary path
+        return {key: value for key, value in results.items() if key not in left}
 
 
 def main() -> None:
-    """All of them, in order."""
+    """Run all scripts in order."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="dry runs of all, whose figures mean nothing")
+    parser.add_argument("--quick", action="store_true", help="dry runs; their figures mean nothing")
     parser.add_argument("--only", nargs="+", choices=[*SCRIPTS, *STUDIES], default=[*SCRIPTS, *STUDIES], metavar="NAME")
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
     parser.add_argument("--page", type=Path, default=ROOT / "docs" / "results.md")
@@ -73,13 +72,13 @@ def main() -> None:
     about, began = machine(), time.perf_counter()
     slug = re.sub(r"[^a-z0-9]+", "-", f"{about['processor']} {about['cores']} cores".lower()).strip("-")
     is_whole = {*options.only} == SCRIPTS.keys() | STUDIES.keys()
-    ending = f"{'' if is_whole else '-part'}{'-quick' * options.quick}.json"  # a part does not replace the whole
+    ending = f"{'' if is_whole else '-part'}{'-quick' * options.quick}.json"  # a part does not replace a complete run
     path = options.results / f"{slug}-{about['date'][:10]}{ending}"
     options.results.mkdir(parents=True, exist_ok=True)
     earlier = sorted(options.results.glob(f"{slug}-????-??-??{ending}"))
     before = json.loads(earlier[-1].read_text(encoding="utf-8")) if earlier else None
     reports: dict[str, Any] = {}
-    found: dict[str, Any] = {**about, "seconds": 0, "left_out": [], "benchmarks": reports}
+    results: dict[str, Any] = {**about, "seconds": 0, "left_out": [], "benchmarks": reports}
     with tempfile.TemporaryDirectory(prefix="mlmkit-benchmarks-") as kept:
         os.environ[KEPT] = kept
         for name in options.only:
@@ -89,12 +88,14 @@ def main() -> None:
             said = reports[name].get("failed") or reports[name].get("skipped") or "done"
             say(f"{name}: {said}, {time.perf_counter() - started:.0f} s")
             left_out = [name for name in SCRIPTS | STUDIES if name not in reports]
-            found |= {"seconds": round(time.perf_counter() - began), "left_out": left_out}
-            path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-            write_page(found, path.name, options.page)  # each time: half an hour is long
+            results |= {"seconds": round(time.perf_counter() - began), "left_out": left_out}
+            path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+            write_page(
+                results, path.name, options.page
+            )  # after each script, as an interruption would lose half an hour
     say(f"{time.perf_counter() - began:.0f} s in all; figures in {path}, tables in {options.page}")
     if before:
-        say(changes(before, found).markdown())
+        say(changes(before, results).markdown())
     sys.exit(any("failed" in report for report in reports.values()))
 
 

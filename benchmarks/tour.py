@@ -1,9 +1,9 @@
-"""What README shows of `mlmkit demo` and of the commands after it, into benchmarks/results/demo-<date>.json.
+"""Write the figures that README shows of `mlmkit demo` and later commands to benchmarks/results/demo-<date>.json.
 
     python benchmarks/tour.py
 
-Takes two minutes. On one machine they come out the same each time, to the last digit that README shows, but for the
-speeds, so this is no part of `make bench`. A test holds README to the file that it names.
+Takes two minutes. On one machine every figure but the speeds is the same each time, to the last digit that README
+shows, so this is not part of `make bench`. A test compares README with the file that it names.
 """
 
 import json
@@ -23,19 +23,19 @@ SENTENCES = "Return the name of the file.\nReturn the file of name the.\n"
 
 
 def mlmkit(folder: Path, *words: object, text: str = "") -> str:
-    """What the command prints, run in `folder`."""
+    """The output of a command, run in `folder`."""
     command = [sys.executable, "-m", "mlmkit", *map(str, words)]
     return subprocess.run(command, cwd=folder, input=text, stdout=subprocess.PIPE, text=True, check=True).stdout
 
 
 def kept(result: dict[str, Any]) -> dict[str, Any]:
-    """The parts that README shows, without tokens, slices and paths."""
+    """The parts of a result that README shows, without tokens, slices and paths."""
     return {key: result[key] for key in KEPT}
 
 
 def main() -> None:
-    """All of them."""
-    found: dict[str, Any] = {"command": "python benchmarks/tour.py", **machine(), "text": "Python's documentation"}
+    """Run the demo and the commands of README."""
+    figures: dict[str, Any] = {"command": "python benchmarks/tour.py", **machine(), "text": "Python's documentation"}
     demo = Path("mlmkit-demo")
     models = {"onnx": demo / "artifact", "torch": demo / "run" / "model"}
     with tempfile.TemporaryDirectory() as temporary:
@@ -50,19 +50,19 @@ def main() -> None:
         mlmkit(folder, "demo")
         tokenizer = load(str(folder / models["onnx"])).tokenizer
         texts = folder / demo / "train.txt", folder / demo / "heldout.txt"
-        found["unigram_entropy"] = unigram_entropy(*texts, tokenizer)
+        figures["unigram_entropy"] = unigram_entropy(*texts, tokenizer)
         results = {"torch": "eval-checkpoint", "onnx": "eval-artifact"}
-        found["demo"] = {name: kept(read(Path(result, "result.json"))) for name, result in results.items()}
-        found["parity"] = read(Path("artifact", "mlmkit.json"))["parity"]
-        found["fill"] = answer("fill", models["onnx"], "Return the [MASK] of the file.", "--top-k", 3)
-        found["score"] = answer("score", models["onnx"], text=SENTENCES)
-        found["eval"] = {
+        figures["demo"] = {name: kept(read(Path(result, "result.json"))) for name, result in results.items()}
+        figures["parity"] = read(Path("artifact", "mlmkit.json"))["parity"]
+        figures["fill"] = answer("fill", models["onnx"], "Return the [MASK] of the file.", "--top-k", 3)
+        figures["score"] = answer("score", models["onnx"], text=SENTENCES)
+        figures["eval"] = {
             name: kept(answer("eval", model, "--set", demo / "heldout.txt", "--output", demo / name))
             for name, model in models.items()
         }
-        found["compare"] = answer("compare", *(demo / name for name in models))["comparisons"][0]["metrics"]
-    path = ROOT / "benchmarks" / "results" / f"demo-{found['date'][:10]}.json"
-    path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        figures["compare"] = answer("compare", *(demo / name for name in models))["comparisons"][0]["metrics"]
+    path = ROOT / "benchmarks" / "results" / f"demo-{figures['date'][:10]}.json"
+    path.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

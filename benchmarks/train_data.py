@@ -1,7 +1,7 @@
-"""The training data: how full packs are, and how fast text becomes batches.
+"""Training data: how full packs are, and how fast text becomes batches.
 
-Rows of at most 512 tokens. The floor of packing is a fill of 100 %; what one builds a second is to be seen against what
-a device trains a second: two workers must be far above it. Each measurement is a process of its own. Memory: growth.py.
+Rows of at most 512 tokens. A perfect packing fills 100 %. A worker must build batches far faster than a device trains
+on them. Each measurement runs in a process of its own. Memory by corpus size: growth.py.
 """
 
 import argparse
@@ -12,105 +12,79 @@ import time
 from pathlib import Path
 from typing import Any
 
-from harness import Report, Table, isolated, main, memory_mib
+from harness import Report, isolated, main, memory_mib, table
 from inputs import documents, tokenizer_folder, write_lines
 
-MAX_LENGTH = 512
 BUDGETS = (512, 4096, 8192, 16384)
 
 
 def measure(options: argparse.Namespace) -> Report:
-    """A table a question."""
+    """Planning by pack size, and reading by number of workers."""
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         os.environ["MLMKIT_CACHE"] = str(folder / "cache")
-        tokenizer_folder()
+        tokenizer = tokenizer_folder()
         text = write_lines(folder / "train.txt", documents()[: options.documents])
-        plans = {budget: isolated(plan, text, budget) for budget in BUDGETS}
-        reads = {workers: isolated(read, text, workers) for workers in options.workers}
-    planning = [
-        [
-            budget,
-            f"{found['tokens'] / found['packs'] / budget:.2%}",
-            f"{found['windows'] / found['seconds']:,.0f}",
-            f"{found['tokens'] / found['seconds']:,.0f}",
-            f"{found['windows'] / found['packs']:.0f}",
-            found["most"],
-        ]
-        for budget, found in plans.items()
-    ]
-    reading = [
-        [
-            workers,
-            f"{found['tokens']:,}",
-            f"{found['tokens'] / found['seconds']:,.0f}",
-            f"{found['first']:.2f}",
-            f"{found['growth']:.0f}",
-            f"{found['worker']:.0f}",
-        ]
-        for workers, found in reads.items()
-    ]
+        plans = {budget: isolated(plan, tokenizer, text, budget) for budget in BUDGETS}
+        reads = {workers: isolated(read, tokenizer, text, workers) for workers in options.workers}
     return Report(
         [
-            Table(
-                "Planning", ["packs of", "fill", "windows/s", "tokens/s", "documents a pack, mean", "most"], planning
-            ),
-            Table(
-                "Reading an epoch",
-                ["workers", "tokens", "tokens/s", "first batch, s", "above the start, MiB", "largest worker, MiB"],
-                reading,
-            ),
+            table("Planning", [{"packs of": budget, **row} for budget, row in plans.items()]),
+            table("Reading an epoch", [{"workers": workers, **row} for workers, row in reads.items()]),
         ],
-        headlines={"pack_fill_8192": plans[8192]["tokens"] / plans[8192]["packs"] / 8192},
+        headlines={"pack_fill_8192": plans[8192]["fill, %"] / 100},
         figures={"plans": plans, "reads": reads},
     )
 
 
-# ---------------------------------------------------------------- measurements, each in a process of its own
-
-
-def training_data(text: Path, budget: int) -> Any:
-    """As `mlmkit train` opens it."""
+def training_data(tokenizer_path: Path, text: Path, budget: int, max_length: int = 512) -> tuple[Any, int]:
+    """`TrainingData` as `mlmkit train` opens it, and the number of documents."""
     from mlmkit.corpus import load_corpus
     from mlmkit.documents import Source
     from mlmkit.tokenizer import Tokenizer
     from mlmkit.train.config import Config, DataConfig, ModelConfig, RunConfig
     from mlmkit.train.data import TrainingData
 
-    tokenizer = Tokenizer.from_folder(tokenizer_folder())
+    tokenizer = Tokenizer.from_folder(tokenizer_path)
     corpus = load_corpus(Source(str(text)), tokenizer)
     run = RunConfig(global_batch_tokens=budget, micro_batch_tokens=budget)
-    config = Config(data=DataConfig(train=(str(text),)), model=ModelConfig(max_length=MAX_LENGTH), train=run)
-    return TrainingData(config, [corpus], tokenizer, packed=True)
+    config = Config(data=DataConfig(train=(str(text),)), model=ModelConfig(max_length=max_length), train=run)
+    return TrainingData(config, [corpus], tokenizer, packed=True), len(corpus)
 
 
-def plan(text: Path, budget: int) -> dict[str, Any]:
-    """The packs of an epoch, not built."""
+def plan(tokenizer: Path, text: Path, budget: int) -> dict[str, Any]:
+    """The packs of an epoch, planned but not built."""
     from mlmkit.train.order import Cursor
 
-    packs = training_data(text, budget).packs
-    found = {"packs": 0, "windows": 0, "tokens": 0, "most": 0}
+    packs = training_data(tokenizer, text, budget)[0].packs
+    count, windows, tokens, most = 0, 0, 0, 0
     seconds, began = 0.0, time.perf_counter()
-    for place, block, members in packs.plan(Cursor()):
-        seconds += time.perf_counter() - began  # counting below is not planning
-        if place.epoch:
+    for cursor, block, members in packs.plan(Cursor()):
+        seconds += time.perf_counter() - began  # the counting below is not planning
+        if cursor.epoch:
             break
-        found["packs"] += 1
-        found["windows"] += len(members)
-        found["tokens"] += int(block.length[members].sum()) + packs.added * len(members)
-        found["most"] = max(found["most"], len(members))
+        count += 1
+        windows += len(members)
+        tokens += int(block.length[members].sum()) + packs.added * len(members)
+        most = max(most, len(members))
         began = time.perf_counter()
-    return {**found, "seconds": seconds}
+    return {
+        "fill, %": 100 * tokens / count / budget,
+        "windows/s": windows / seconds,
+        "tokens/s": tokens / seconds,
+        "documents per pack, mean": windows / count,
+        "most": most,
+    }
 
 
-def read(text: Path, workers: int) -> dict[str, Any]:
+def read(tokenizer: Path, text: Path, workers: int) -> dict[str, Any]:
     """An epoch's micro-batches of 8,192 tokens, built and laid out."""
     import mlmkit.train.data
     from mlmkit.train.order import Cursor
 
-    assert mlmkit.train.data  # its imports belong to the start
+    assert mlmkit.train.data  # its imports are not part of the measurement
     before, began = memory_mib(), time.perf_counter()
-    data = training_data(text, 8192)
+    data, _ = training_data(tokenizer, text, 8192)
     tokens, first, worker = 0, 0.0, 0.0
     for cursor, batch in data.batches(Cursor(), micro_batches=4, steps=1 << 30, workers=workers):
         if not first:
@@ -121,10 +95,15 @@ def read(text: Path, workers: int) -> dict[str, Any]:
         else:
             tokens += sum(micro.tokens for micro in batch)
         if cursor.step % 64 == 0:
-            pids = [str(child.pid) for child in multiprocessing.active_children()]
-            worker = max([worker, *(memory_mib(process=pid) for pid in pids)])
-    seconds = time.perf_counter() - began
-    return {"tokens": tokens, "seconds": seconds, "first": first, "growth": memory_mib() - before, "worker": worker}
+            children = multiprocessing.active_children()
+            worker = max([worker, *(memory_mib(process=str(child.pid)) for child in children)])
+    return {
+        "tokens": tokens,
+        "tokens/s": tokens / (time.perf_counter() - began),
+        "first batch, s": first,
+        "above the start, MiB": memory_mib() - before,
+        "largest worker, MiB": worker,
+    }
 
 
 if __name__ == "__main__":

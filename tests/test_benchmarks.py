@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.gpu_export import has_tensorrt
+from benchmarks.gpu import has_tensorrt
 from benchmarks.harness import Bars, Contestant, ContestantError, Report, Table, alternate, isolated, machine, ratios
 from benchmarks.page import HEADLINES, changes, figure, headlines_of, render, write_page
 from benchmarks.plans import BEGIN, END, write_table
