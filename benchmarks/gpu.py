@@ -18,18 +18,15 @@ Without a GPU, `--quick` is a dry run on the CPU with tiny models. It writes a f
 """
 
 import argparse
-import contextlib
 import gc
-import multiprocessing
 import os
 import re
-import signal
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
-from functools import partial
+from functools import cache, partial
 from importlib.util import find_spec
 from itertools import groupby
 from pathlib import Path
@@ -39,9 +36,10 @@ from typing import Any, NamedTuple
 import inputs
 import numpy as np
 import train_vs_transformers as trainings
-from engines import SHAPES, Engine, Shape, matrix_rate, rounds_at, run_backend, take_turn, worst_difference
+from engines import SHAPES, matrix_rate, worst_difference
 from harness import (
     ROOT,
+    Contestant,
     ContestantError,
     Report,
     SkippedError,
@@ -64,7 +62,8 @@ Figures = dict[str, Any]
 Row = tuple[str, Figures]
 Function = Callable[..., Any]
 LogProbs = NDArray[np.float32]
-FAILED, NEEDS_GPU, REST = "failed", "needs a GPU", "the rest"
+FAILED, NEEDS_GPU = "failed", "needs a GPU"
+SKIPPED, STOPPED = "the section", "the rest"  # rows that give the reason
 RESULTS = ROOT / "benchmarks" / "results"
 NO_DEADLINE = 86_400  # seconds
 
@@ -228,6 +227,9 @@ def load_model(path: Path, device: str, dtype: str) -> Any:
     model, _ = load_pretrained(str(path))
     torch.set_float32_matmul_precision("highest")
     return model.to(device, getattr(torch, dtype))
+
+
+shared_model = cache(load_model)  # for those that do not change it
 
 
 def compiled(function: Function, device: str, mode: str | None = None) -> Function:
@@ -403,7 +405,7 @@ def _log_probs(model: Any, batch: Batch, attention: str, autocast: bool = False)
     inputs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask}
     if attention == PACKED_ATTENTION:
         inputs, positions = pack_of(batch, model, device)
-    context = torch.autocast(device, torch.bfloat16) if autocast else contextlib.nullcontext()
+    context = torch.autocast(device, torch.bfloat16) if autocast else nullcontext()
     with torch.no_grad(), context:
         logits = model.logits(positions, **inputs).float()
     return logits.log_softmax(-1).gather(-1, targets[:, None]).squeeze(-1).cpu().numpy()
@@ -429,21 +431,101 @@ def _difference(ours: LogProbs | Figures, expected: LogProbs | Figures, precisio
     }
 
 
-# ---------------------------------------------------------------- evaluation
+# ---------------------------------------------------------------- evaluation and runtimes
+
+Engine = Callable[[Batch], LogProbs]  # the targets' log-probabilities, from numpy to numpy
+DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+REFERENCE, FASTEST = "torch, fp32", "torch, bf16, compiled, CUDA graph"  # a name's second word is its precision
 
 
 def evaluation(setting: Setting) -> Iterator[Row]:
-    """Masked cross-entropy of full rows of 512 tokens, and pseudo-log-likelihood, on BERT-base with random weights."""
+    """torch on BERT-base: masked cross-entropy of full rows of 512 tokens, and pseudo-log-likelihood."""
     path = setting.checkpoint("bert-base")
-    models = {dtype: load_model(path, setting.device, dtype) for dtype in ("float32", "bfloat16", "float16")}
-    batches = {
-        "masked": inputs.real_batch(*((2, 64) if setting.quick else (64, 512))),
-        "pseudo": _pseudo_batch(4 if setting.quick else 100, 20),
+    makers: dict[str, Callable[[], Engine]] = {REFERENCE: partial(torch_engine, setting.device, path, "float32")}
+    for precision in ("bf16", "fp16"):
+        make = partial(torch_engine, setting.device, path, DTYPES[precision])
+        makers[f"torch, {precision}"] = make
+        makers[f"torch, {precision}, compiled"] = partial(make, compiles=True)
+        makers[f"torch, {precision}, CUDA graph"] = partial(make, captures=True)
+        makers[f"torch, {precision}, compiled, CUDA graph"] = partial(make, compiles=True, captures=True)
+    sizes = ((2, 64), (4, 20)) if setting.quick else ((64, 512), (100, 20))
+    batches = {"masked": inputs.real_batch(*sizes[0]), "pseudo": _pseudo_batch(*sizes[1])}
+    yield from _compared_engines(setting, path, makers, batches, "torch, bf16")
+
+
+def runtimes(setting: Setting) -> Iterator[Row]:
+    """ONNX Runtime on CUDA and TensorRT beside torch on BERT-base, with 15 % of the positions masked.
+
+    In fp16, at the smallest and the largest of `SHAPES`; with `--only` in every precision and shape. TensorRT for RTX
+    builds plans everywhere but runs on no H100 or H200: its row has the reason. Raises `SkippedError` if there is no
+    runtime.
+    """
+    path, device = setting.checkpoint("bert-base"), setting.device
+    on_gpu = device == "cuda"
+    if on_gpu and not (has_tensorrt() or has_cuda_provider()):
+        raise SkippedError("onnxruntime has no CUDA provider here, and TensorRT is not installed")
+    makers: dict[str, Callable[[], Engine]] = {
+        REFERENCE: partial(torch_engine, device, path, "float32"),
+        FASTEST: partial(torch_engine, device, path, "bfloat16", compiles=True, captures=on_gpu),
     }
+    export = partial(inputs.artifact, "bert-base", **(inputs.TINY if setting.quick else {}))
+    for precision in DTYPES if setting.whole and on_gpu else ("fp16" if on_gpu else "fp32",):
+        flags = ["--precision", precision, *(["--allow-drift"] if precision != "fp32" else [])]
+        for plan in (["--trt"], []) if has_tensorrt() else ([],):
+            folder = attempt(export, *flags, *plan)
+            if isinstance(folder, Path):
+                makers[f"onnx, {precision}"] = partial(backend_engine, folder, "onnx", device)
+                makers[f"onnx, {precision}, CUDA graph"] = partial(recorded_engine, folder, device)
+                if plan:
+                    makers[f"tensorrt, {precision}"] = partial(backend_engine, folder, "tensorrt", device)
+                break
+            yield f"{'tensorrt' if plan else 'export'}, {precision}", folder
+    shapes = ((1, 16), (4, 32)) if setting.quick else (*SHAPES, (64, 256)) if setting.whole else SHAPES[::2]
+    batches = {f"masked, shape {number}": inputs.real_batch(*shape) for number, shape in enumerate(shapes, 1)}
+    yield from _compared_engines(setting, path, makers, batches, FASTEST)
+
+
+def _compared_engines(
+    setting: Setting, path: Path, makers: Mapping[str, Callable[[], Engine]], batches: Mapping[str, Batch], default: str
+) -> Iterator[Row]:
+    """Engines in turns at each batch, with their difference from the reference.
+
+    Differences are of another batch of the same shape, the rows in reverse: no CUDA graph was recorded with it.
+    """
+    engines: dict[str, Engine] = {}
+    for name, make in makers.items():
+        engine = attempt(make)
+        if isinstance(engine, dict):
+            yield name, engine
+        else:
+            engines[name] = engine
     for work, batch in batches.items():
-        makers = _scorers(setting, path, models, batch)
-        for name, figures in compared(setting, makers, "bfloat16, eager"):
-            yield f"{work} {batch.input_ids.shape[0]} x {batch.input_ids.shape[1]}, {name}", figures
+        other, count = _reversed_rows(batch), operations(path, batch)
+        expected = engines[REFERENCE](other)
+        ready = {
+            name: partial(_ready, setting, name.split(", ")[1], engine, batch, other, expected, count)
+            for name, engine in engines.items()
+        }
+        for name, figures in compared(setting, ready, default):
+            yield f"{work}, {batch.input_ids.shape[0]} x {batch.input_ids.shape[1]}, {name}", figures
+
+
+def _ready(
+    setting: Setting, precision: str, engine: Engine, batch: Batch, other: Batch, expected: LogProbs, count: float
+) -> Made:
+    for _ in range(3):  # ONNX Runtime runs a shape as usual, then records its CUDA graph, then replays it
+        engine(batch)
+    difference = _difference(engine(other), expected, precision)
+    rate = setting.rates.get(DTYPES[precision], 0.0)
+    return Made(lambda: engine(batch), batch.input_ids.size, len(batch.input_ids), count, rate, difference)
+
+
+def _reversed_rows(batch: Batch) -> Batch:
+    rows, length = batch.input_ids.shape
+    row, column = np.divmod(batch.positions, length)
+    order = np.lexsort((column, rows - 1 - row))
+    positions = ((rows - 1 - row) * length + column)[order]
+    return Batch(batch.input_ids[::-1].copy(), batch.attention_mask[::-1].copy(), positions, batch.targets[order])
 
 
 def _pseudo_batch(count: int, tokens: int) -> Batch:
@@ -456,27 +538,91 @@ def _pseudo_batch(count: int, tokens: int) -> Batch:
     return batch
 
 
-def _scorers(setting: Setting, path: Path, models: Mapping[str, Any], batch: Batch) -> dict[str, Callable[[], Made]]:
-    """In every precision: eager, compiled, as a CUDA graph, and both."""
-    inputs, count = on_device(batch, setting.device), operations(path, batch)
-    expected = scorer(models["float32"])(*inputs)
+def has_cuda_provider() -> bool:
+    """Whether ONNX Runtime was built with CUDA."""
+    import onnxruntime
 
-    def made(dtype: str, make: Callable[[], Function]) -> Made:
-        score = make()
-        apart = {"max Δ log P from float32": float((score(*inputs) - expected).abs().max())}
-        rate = setting.rates.get(dtype, 0.0)
-        return Made(lambda: score(*inputs), batch.input_ids.size, len(batch.input_ids), count, rate, apart)
+    return "CUDAExecutionProvider" in onnxruntime.get_available_providers()
 
-    makers: dict[str, Callable[[], Made]] = {}
-    for dtype, model in models.items():
-        ways = {"eager": scorer(model)}
-        if dtype != "float32":
-            ways["compiled"] = scorer(compiled(model, setting.device))
-        for way, score in ways.items():
-            makers[f"{dtype}, {way}"] = partial(made, dtype, lambda score=score: score)
-            if dtype != "float32":
-                makers[f"{dtype}, {way}, CUDA graph"] = partial(made, dtype, partial(Captured, score, inputs))
-    return makers
+
+def has_tensorrt() -> bool:
+    """Whether TensorRT or TensorRT for RTX is installed."""
+    return any(map(find_spec, ("tensorrt", "tensorrt_rtx")))
+
+
+def torch_engine(device: str, path: Path, dtype: str, *, compiles: bool = False, captures: bool = False) -> Engine:
+    """`MaskedLM`, as it is or compiled, and run or replayed as a CUDA graph."""
+    model = shared_model(path, device, dtype)
+    score = scorer(compiled(model, device) if compiles else model)
+    graphs: dict[Any, Captured] = {}
+
+    def replay(*tensors: Any) -> Any:
+        shapes = tuple(tensor.shape for tensor in tensors)
+        if shapes not in graphs:
+            graphs[shapes] = Captured(score, tensors)
+        return graphs[shapes](*tensors)
+
+    run = replay if captures else score
+    return lambda batch: run(*on_device(batch, device)).float().cpu().numpy()
+
+
+def backend_engine(folder: Path, name: str, device: str) -> Engine:
+    """mlmkit's backend as its users run it; ONNX Runtime's binds inputs and outputs."""
+    from mlmkit.backends import load
+
+    backend = load(str(folder), name, device)
+    return lambda batch: backend.score(batch).log_prob
+
+
+def recorded_engine(folder: Path, device: str) -> Engine:
+    """ONNX Runtime with a CUDA graph per shape. On the CPU the same buffers and bindings, and nothing is recorded.
+
+    ONNX Runtime wants a `gpu_graph_id` per shape, buffers that keep their addresses, and no copy between devices within
+    the graph.
+    """
+    import onnxruntime
+
+    settings = onnxruntime.SessionOptions()
+    settings.log_severity_level = 3
+    settings.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
+    providers: list[Any] = ["CPUExecutionProvider"]
+    if device == "cuda":
+        onnxruntime.preload_dlls()
+        providers.insert(0, ("CUDAExecutionProvider", {"use_tf32": "0", "enable_cuda_graph": "1"}))
+    session = onnxruntime.InferenceSession(folder / "model.onnx", settings, providers=providers)
+    candidates = next(output.shape[1] for output in session.get_outputs() if output.name == "top_id")
+    value = onnxruntime.OrtValue
+    bound: dict[tuple[int, ...], tuple[Any, dict[str, Any], Any, Any]] = {}
+
+    def bind(batch: Batch) -> tuple[Any, dict[str, Any], Any, Any]:
+        """The binding, its inputs, the output that is read, and the options of a run."""
+        masked = len(batch.positions)
+        buffers = {name: value.ortvalue_from_numpy(values, device, 0) for name, values in batch._asdict().items()}
+        outputs = {
+            name: value.ortvalue_from_shape_and_type(
+                [masked, candidates] if name.startswith("top_") else [masked], kind, device, 0
+            )
+            for name, kind in zip(Scored._fields, (np.float32, np.int64) * 2, strict=True)
+        }
+        binding, options = session.io_binding(), onnxruntime.RunOptions()
+        for name, buffer in buffers.items():
+            binding.bind_ortvalue_input(name, buffer)
+        for name, buffer in outputs.items():
+            binding.bind_ortvalue_output(name, buffer)
+        options.add_run_config_entry("gpu_graph_id", str(len(bound) + 1))
+        return binding, buffers, outputs["log_prob"], options
+
+    def score(batch: Batch) -> LogProbs:
+        key = (*batch.input_ids.shape, len(batch.positions))
+        if key not in bound:
+            bound[key] = bind(batch)
+        binding, buffers, log_prob, options = bound[key]
+        for name, values in batch._asdict().items():
+            buffers[name].update_inplace(values)
+        session.run_with_iobinding(binding, options)
+        return log_prob.numpy()
+
+    return score
 
 
 # ---------------------------------------------------------------- training
@@ -555,182 +701,6 @@ def _training_rounds(setting: Setting, turns: dict[str, Any], operations: float)
             )
 
 
-# ---------------------------------------------------------------- runtimes
-
-DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
-REFERENCE, PEER = "torch, fp32", "torch, bf16, compiled, CUDA graphs"  # a contestant's precision is its second word
-GPU_SHAPES: tuple[Shape, ...] = (*SHAPES, (64, 256))
-QUICK_SHAPES: tuple[Shape, ...] = ((1, 16), (4, 32))
-
-
-def runtimes(setting: Setting) -> Iterator[Row]:
-    """ONNX Runtime's CUDA provider and TensorRT beside torch: from numpy inputs to numpy log-probabilities.
-
-    BERT-base with random weights, text with 15 % of its positions masked, each contestant in a process of its own. A
-    row per contestant says how it differs from torch in float32, on batches that no CUDA graph was recorded with. Then
-    a row per contestant and shape. The floor is the time that the matrix products alone take at torch's best rate in
-    that precision. TensorRT for RTX builds plans everywhere but runs on no H100 or H200: its row has the reason.
-
-    Unless `setting.whole`: fp16 beside the reference and torch's fastest, at the smallest and the largest of `SHAPES`.
-    Raises `SkippedError` if there is no runtime.
-    """
-    on_gpu = setting.device == "cuda"
-    if on_gpu and not (has_tensorrt() or isolated(has_cuda_provider)):
-        raise SkippedError("onnxruntime has no CUDA provider here, and TensorRT is not installed")
-    path = setting.checkpoint("bert-base")
-    precisions = tuple(DTYPES) if setting.whole and not setting.quick else ("fp16" if on_gpu else "fp32",)
-    artifacts, failed = _export(setting, precisions)
-    yield from failed.items()
-    shapes = QUICK_SHAPES if setting.quick else GPU_SHAPES if setting.whole else SHAPES[::2]
-    batches, others = ({shape: inputs.real_batch(*shape, seed=seed) for shape in shapes} for seed in (0, 1))
-    expected: LogProbs | None = None
-    with contestants(_runtime_makers(setting, path, artifacts, failed)) as started:
-        for name, contestant in list(started.items()):
-            say(name)
-            try:
-                for batch in batches.values():  # three times: a CUDA graph is recorded at the second
-                    contestant.call(take_turn, batch, 3)
-                parts = [contestant.call(take_turn, batch, 1).log_prob for batch in others.values()]
-            except ContestantError as error:
-                yield name, {FAILED: str(error)}
-                started.pop(name).stop()
-                continue
-            log_probs = np.concatenate(parts)
-            expected = log_probs if expected is None else expected
-            yield name, _difference(log_probs, expected, precision_of(name))
-        used = {precision_of(name) for name in started}
-        rates = {
-            name: setting.rates.get(dtype) or isolated(matrix_rate, setting.device, dtype)
-            for name, dtype in DTYPES.items()
-            if name in used
-        }
-        repeats = {"tokens": 1 << 20, "most": 200} if on_gpu else {}
-        for shape, batch in batches.items():
-            seconds = {
-                name: [turn.seconds for turn in turns]
-                for name, turns in rounds_at(started, batch, setting.rounds, **repeats).items()
-            }
-            for name, taken in seconds.items():
-                floor = operations(path, batch) / rates[precision_of(name)]
-                yield (
-                    f"{shape[0]} x {shape[1]}, {name}",
-                    {
-                        "tokens/s": batch.input_ids.size / median(taken),
-                        "x compiled torch": median(ratios(taken, seconds[PEER])) if PEER in seconds else None,
-                        "of the floor": floor / median(taken),
-                    },
-                )
-
-
-def has_cuda_provider() -> bool:
-    """Whether ONNX Runtime was built with CUDA."""
-    import onnxruntime
-
-    return "CUDAExecutionProvider" in onnxruntime.get_available_providers()
-
-
-def has_tensorrt() -> bool:
-    """Whether TensorRT or TensorRT for RTX is installed."""
-    return any(map(find_spec, ("tensorrt", "tensorrt_rtx")))
-
-
-def precision_of(name: str) -> str:
-    """The precision in a contestant's name."""
-    return name.split(", ")[1]
-
-
-def _export(setting: Setting, precisions: Iterable[str]) -> tuple[dict[str, Path], dict[str, Figures]]:
-    """Artifacts by precision, with TensorRT plans if those can be built; and what failed."""
-    artifacts: dict[str, Path] = {}
-    failed: dict[str, Figures] = {}
-    export = partial(inputs.artifact, "bert-base", **(inputs.TINY if setting.quick else {}))
-    for precision in precisions:
-        flags = ["--precision", precision, *(["--allow-drift"] if precision != "fp32" else [])]
-        for plan in [["--trt"], []] if has_tensorrt() else [[]]:
-            made = attempt(export, *flags, *plan)
-            if isinstance(made, Path):
-                artifacts[precision] = made
-                break
-            failed[f"{'tensorrt' if plan else 'export'}, {precision}"] = made
-    return artifacts, failed
-
-
-def _runtime_makers(
-    setting: Setting, path: Path, artifacts: Mapping[str, Path], failed: Mapping[str, Figures]
-) -> dict[str, tuple[Any, ...]]:
-    """The contestants, the reference first."""
-    device = setting.device
-    makers: dict[str, tuple[Any, ...]] = {REFERENCE: (run_checkpoint, path, device, "float32")}
-    if setting.whole:
-        makers["torch, bf16"] = (run_checkpoint, path, device, "bfloat16")
-        makers["torch, bf16, compiled"] = (run_checkpoint, path, device, "bfloat16", "default")
-    makers[PEER] = (run_checkpoint, path, device, "bfloat16", "reduce-overhead")
-    for precision, folder in artifacts.items():
-        makers[f"onnx, {precision}"] = (run_backend, str(folder), "onnx", device)
-        makers[f"onnx, {precision}, CUDA graphs"] = (run_recorded, folder, device)
-        if has_tensorrt() and f"tensorrt, {precision}" not in failed:
-            makers[f"tensorrt, {precision}"] = (run_backend, str(folder), "tensorrt", device)
-    return makers
-
-
-def run_checkpoint(path: Path, device: str, dtype: str, mode: str | None = None) -> Engine:
-    """`MaskedLM` on torch, compiled if there is a `mode`."""
-    model = load_model(path, device, dtype)
-    score = scorer(compiled(model, device, mode) if mode else model)
-    return Engine(lambda batch: score(*on_device(batch, device)).cpu(), lambda log_prob, _: log_prob.float().numpy())
-
-
-def run_recorded(folder: Path, device: str) -> Engine:
-    """ONNX Runtime with a CUDA graph per shape. On the CPU the same buffers and bindings, and nothing is recorded.
-
-    ONNX Runtime wants a `gpu_graph_id` per shape, buffers that keep their addresses, and no copy between devices within
-    the graph. It runs a shape once as usual, then records it, then replays it.
-    """
-    import onnxruntime
-
-    settings = onnxruntime.SessionOptions()
-    settings.log_severity_level = 3
-    settings.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
-    providers: list[Any] = ["CPUExecutionProvider"]
-    if device == "cuda":
-        onnxruntime.preload_dlls()
-        providers.insert(0, ("CUDAExecutionProvider", {"use_tf32": "0", "enable_cuda_graph": "1"}))
-    session = onnxruntime.InferenceSession(folder / "model.onnx", settings, providers=providers)
-    candidates = next(output.shape[1] for output in session.get_outputs() if output.name == "top_id")
-    value = onnxruntime.OrtValue
-    bound: dict[tuple[int, ...], tuple[Any, dict[str, Any], Any, Any]] = {}
-
-    def bind(batch: Batch) -> tuple[Any, dict[str, Any], Any, Any]:
-        """The binding, its inputs, the output that is read, and the options of a run."""
-        masked = len(batch.positions)
-        inputs = {name: value.ortvalue_from_numpy(values, device, 0) for name, values in batch._asdict().items()}
-        outputs = {
-            name: value.ortvalue_from_shape_and_type(
-                [masked, candidates] if name.startswith("top_") else [masked], kind, device, 0
-            )
-            for name, kind in zip(Scored._fields, (np.float32, np.int64) * 2, strict=True)
-        }
-        binding, options = session.io_binding(), onnxruntime.RunOptions()
-        for name, buffer in inputs.items():
-            binding.bind_ortvalue_input(name, buffer)
-        for name, buffer in outputs.items():
-            binding.bind_ortvalue_output(name, buffer)
-        options.add_run_config_entry("gpu_graph_id", str(len(bound) + 1))
-        return binding, inputs, outputs["log_prob"], options
-
-    def forward(batch: Batch) -> Any:
-        key = (*batch.input_ids.shape, len(batch.positions))
-        if key not in bound:
-            bound[key] = bind(batch)
-        binding, inputs, log_prob, options = bound[key]
-        for name, values in batch._asdict().items():
-            inputs[name].update_inplace(values)
-        session.run_with_iobinding(binding, options)
-        return log_prob.numpy()
-
-    return Engine(forward, lambda log_prob, _: log_prob)
-
-
 # ---------------------------------------------------------------- experiment: a CUDA graph per length
 
 
@@ -739,7 +709,7 @@ def graphs_by_length(setting: Setting) -> Iterator[Row]:
 
     Batches of one length each; of few lengths, with padding and a fixed number of rows; and those as CUDA graphs.
     """
-    score = scorer(load_model(setting.checkpoint("bert-base"), setting.device, "bfloat16"))
+    score = scorer(shared_model(setting.checkpoint("bert-base"), setting.device, "bfloat16"))
     tokenizer = inputs.bert_tokenizer()
     texts = tokenizer(inputs.sentences(20 if setting.quick else 600, 20, tokenizer))["input_ids"]
     for budget in (256, 2048) if setting.quick else (4096, 32_768):
@@ -915,81 +885,58 @@ def measure(options: argparse.Namespace) -> Report:
     path = options.json or (None if options.quick else RESULTS / f"{slug}-{datetime.now(UTC):%Y-%m-%d}.json")
     results: Results = {section: {} for section in only or SECTIONS}
     ended: dict[str, float] = {}
-
-    def keep(section: str, row: Row | None) -> None:
-        if row:
-            results[section][row[0]] = row[1]
-        else:
-            ended[SECTIONS[section].title] = time.perf_counter() - began
-        if path:
-            write(report(setting, results, ended), path, time.perf_counter() - began)
-
-    left = list(results)
-    while left:
-        left = run(left, replace(setting, rates=rates_of(results.get("rates", {}))), began, keep)
+    worker = None
+    for section in results:
+        title, _, until = SECTIONS[section]
+        say(f"{time.perf_counter() - began:.0f} s: {title}")
+        setting = replace(setting, rates=rates_of(results.get("rates", {})))
+        worker = worker or Contestant(start_worker)
+        for name, figures in _rows(worker, section, setting, began + (NO_DEADLINE if only else until)):
+            results[section][name] = figures
+            if path:
+                write(report(setting, results, ended), path, time.perf_counter() - began)
+        ended[title] = time.perf_counter() - began
+        if FAILED in results[section].get(STOPPED, {}):
+            worker.kill()
+            worker = None
+    if worker:
+        worker.kill()
     return report(setting, results, ended)
 
 
-def run(sections: list[str], setting: Setting, began: float, keep: Callable[[str, Row | None], None]) -> list[str]:
-    """Run sections one after another in one process. After a failure or a missed deadline, return those left."""
-    context = multiprocessing.get_context("spawn")
-    pipe, theirs = context.Pipe()
-    process = context.Process(target=_work_through, args=(theirs, sections, setting))
-    process.start()
-    theirs.close()
+def _rows(worker: Contestant, section: str, setting: Setting, until: float) -> Iterator[Row]:
+    """A section's rows as the worker measures them; the last one says so if it failed or ran out of time."""
     try:
-        for index, section in enumerate(sections):
-            say(f"{time.perf_counter() - began:.0f} s: {SECTIONS[section].title}")
-            until = began + (NO_DEADLINE if setting.whole else SECTIONS[section].until)
-            may_continue = _receive(pipe, until, partial(keep, section))
-            keep(section, None)
-            if not may_continue:
-                return sections[index + 1 :]
-        return []
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid or 0, signal.SIGKILL)  # with the processes that it has started
-        process.join()
+        while row := worker.call(next_row, section, setting, timeout=max(until - time.perf_counter(), 0.0)):
+            yield row
+    except ContestantError as error:
+        yield STOPPED, {FAILED: str(error)}
 
 
-def _receive(pipe: Any, until: float, keep: Callable[[Row], None]) -> bool:
-    """Keep a section's rows; return whether the process can go on to the next section."""
-    while (left := until - time.perf_counter()) > 0 and pipe.poll(left):
-        try:
-            row = pipe.recv()
-        except (EOFError, OSError):
-            keep((REST, {FAILED: "its process died"}))
-            return False
-        if isinstance(row, bool):
-            return row
-        keep(row)
-    keep((REST, {FAILED: "stopped: out of time"}))
-    return False
+# ---------------------------------------------------------------- in the worker
 
 
-def _work_through(pipe: Any, sections: list[str], setting: Setting) -> None:
-    """In the process: send each section's rows, then whether the next may run here: a failure may have broken CUDA."""
+def start_worker() -> dict[str, Any]:
+    """The worker's state. It leads a process group, which includes the processes that it starts."""
+    os.setsid()
+    return {}
+
+
+def next_row(state: dict[str, Any], section: str, setting: Setting) -> Row | None:
+    """The next row of a section, which is begun if it is another than before; None at its end."""
     import torch
 
-    os.setsid()
-    sys.stdout = sys.stderr  # libraries print, and standard output is for the report
-    rows: dict[str, Figures] = {}
-    for section in sections:
-        try:
-            for row in SECTIONS[section].measure(setting):
-                pipe.send(row)
-                rows[row[0]] = row[1]
-        except Exception as error:
-            pipe.send((REST, failure(error)))
-            if not isinstance(error, SkippedError):
-                pipe.send(False)
-                return
-        pipe.send(True)
-        if section == "rates":
-            setting = replace(setting, rates=rates_of(rows))
+    if state.get("section") != section:
+        state.update(section=section, rows=SECTIONS[section].measure(setting))
+    try:
+        return next(state["rows"])
+    except StopIteration:
         gc.collect()
         torch.cuda.empty_cache()
         torch.compiler.reset()
+        return None
+    except SkippedError as error:  # any other error may have broken CUDA, and ends the worker
+        return SKIPPED, failure(error)
 
 
 def report(setting: Setting, results: Results, ended: dict[str, float]) -> Report:

@@ -12,6 +12,7 @@ import json
 import multiprocessing
 import os
 import platform
+import signal
 import subprocess
 import sys
 import time
@@ -225,8 +226,8 @@ class Contestant:
         try:
             self._pipe.send((function, arguments))
             if not self._pipe.poll(timeout):
-                self._process.kill()
-                raise ContestantError(f"no answer within {timeout} s")
+                self.kill()
+                raise ContestantError(f"stopped: no answer within {timeout:.0f} s")
             worked, result = self._pipe.recv()
         except (EOFError, OSError):
             self._process.join()
@@ -239,8 +240,16 @@ class Contestant:
         """The peak resident memory of the process so far."""
         return self.call(_peak_mib) / 1024
 
+    def kill(self) -> None:
+        """End the process at once, with those that it has started if it leads a process group."""
+        assert self._process.pid
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.kill()
+        self.stop()
+
     def stop(self) -> None:
-        """End the process."""
+        """Let the process end."""
         self._pipe.close()
         self._process.join()
 
