@@ -28,7 +28,6 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import cache, partial
 from importlib.util import find_spec
-from itertools import groupby
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
@@ -43,8 +42,6 @@ from harness import (
     ContestantError,
     Report,
     SkippedError,
-    Table,
-    cell,
     contestants,
     isolated,
     main,
@@ -127,15 +124,6 @@ def failure(error: Exception) -> Figures:
     """The reason in one line."""
     reason = " ".join(str(error).split())[:300]
     return {FAILED: reason if isinstance(error, SkippedError) else f"{type(error).__name__}: {reason}"}
-
-
-def tables(title: str, rows: Mapping[str, Figures]) -> Iterator[Table]:
-    """Neighbours with the same figures share a table; failures come last, with their reasons."""
-    worked = [(name, figures) for name, figures in rows.items() if FAILED not in figures]
-    for _, group in groupby(worked, key=lambda row: tuple(row[1])):
-        yield table(title, [{"": name, **figures} for name, figures in group])
-    if failed := [[name, cell(figures[FAILED])] for name, figures in rows.items() if FAILED in figures]:
-        yield Table(f"{title}: not measured", ["", "because"], failed)
 
 
 class Made(NamedTuple):
@@ -232,12 +220,11 @@ def load_model(path: Path, device: str, dtype: str) -> Any:
 shared_model = cache(load_model)  # for those that do not change it
 
 
-def compiled(function: Function, device: str, mode: str | None = None) -> Function:
+def compiled(function: Function, device: str) -> Function:
     """Compiled for each shape. On a CPU the graph is traced and run as it is, which is enough for a dry run."""
     import torch
 
-    how: dict[str, Any] = {"mode": mode} if device == "cuda" else {"backend": "aot_eager"}
-    return torch.compile(function, dynamic=False, **how)
+    return torch.compile(function, dynamic=False, backend="inductor" if device == "cuda" else "aot_eager")
 
 
 def scorer(model: Any) -> Function:
@@ -946,7 +933,7 @@ def report(setting: Setting, results: Results, ended: dict[str, float]) -> Repor
         notes.append("A dry run with tiny models: these figures mean nothing.")
     titled = {SECTIONS[section].title: rows for section, rows in results.items()}
     return Report(
-        [each for title, rows in titled.items() for each in tables(title, rows)],
+        [table(title, [{"": name, **row} for name, row in rows.items()]) for title, rows in titled.items()],
         notes,
         figures={"device": setting.name, "quick": setting.quick, "ended_after_seconds": ended, "sections": titled},
     )
