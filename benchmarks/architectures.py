@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from architectures_page import BOUND, LONGEST, NO_PLANS, PLANS_NOTE, UNBOUNDED, Row, line, plan_cells, write_page
+from architectures_page import BOUND, LONGEST, NO_PLANS, PLANS_NOTE, UNBOUNDED, Row, cells, plan_cells, write_page
 from harness import ContestantError, Report, Table, contestants, main, say
 from plans import PRECISIONS, builder_name, random_batches, write_plan_graph
 from plans import build as build_plan
@@ -260,13 +260,13 @@ def measure(options: argparse.Namespace) -> Report:
     with ThreadPoolExecutor(2) as pool:
         for row in pool.map(check_apart, named):
             rows.append(row)
-            say(f"{line(row)} {row.reason} {row.plans}")
+            say(f"{cells(row)} {row.reason} {row.plans}")
     if options.page:
         write_page(Path(options.page), rows)
     good = sum(not row.reason for row in rows)
-    cells = [[row.name, row.reason or f"{row.max_log_prob_difference:.1e}", *plan_cells(row)] for row in rows]
+    summary = [[row.name, row.reason or f"{row.max_log_prob_difference:.1e}", *plan_cells(row)] for row in rows]
     return Report(
-        [Table("", ["architecture", "max Δ log P, or why it is not exported", *PRECISIONS], cells)],
+        [Table("", ["architecture", "max Δ log P, or why it is not exported", *PRECISIONS], summary)],
         [f"{good} of {len(rows)} export and agree. {PLANS_NOTE if builder_name() else NO_PLANS}"],
         {"architectures_exported": good, "architectures_known": len(rows)},
         figures=[asdict(row) for row in rows],

@@ -9,6 +9,8 @@ from pathlib import Path
 from harness import Table
 from plans import PRECISIONS, builder_name
 
+HEADER = ["architecture", "max \\|Δ log P\\|", "rank, best agree", "head sees", "packs", "sees padding"]
+HEADER += ["longest row", ""]
 BOUND = 1e-4  # nats, the export's own
 LONGEST = 64  # the limit in the configurations
 UNBOUNDED = 100  # the longest row tried where an architecture names no limit
@@ -74,6 +76,8 @@ class Row:
 
 def write_page(path: Path, rows: list[Row]) -> None:
     """Write `docs/architectures.md`."""
+    import onnxruntime
+
     good = [row for row in rows if not row.reason]
     failed = [row for row in rows if row.reason]
     versions = ", ".join(f"{name} {version(name)}" for name in ("transformers", "torch", "onnx", "onnxscript"))
@@ -82,7 +86,7 @@ def write_page(path: Path, rows: list[Row]) -> None:
         "# Architectures",
         "",
         f"*Written by `python benchmarks/architectures.py --page docs/architectures.md` on {date.today()}: {versions}, "
-        f"{ort_name()}, Python {platform.python_version()}.*",
+        f"onnxruntime {onnxruntime.__version__}, Python {platform.python_version()}.*",
         "",
         f"transformers knows {len(rows)} architectures with a masked LM. Each was built tiny from its configuration "
         "class, with two layers, heads of 64 as most published models have (MobileBERT's of 32), and random weights; "
@@ -93,9 +97,7 @@ def write_page(path: Path, rows: list[Row]) -> None:
         f"**{len(good)} of {len(rows)} export and agree**: no log-probability, of targets or of the 100 best, is off "
         f"by more than {worst:.1e} nats (bound {BOUND:.0e}). {len(failed)} do not; the reasons are below.",
         "",
-        "| architecture | max \\|Δ log P\\| | rank, best agree | head sees | packs | sees padding | longest row | |",
-        "|---|---|---|---|---|---|---|---|",
-        *map(line, rows),
+        Table("", HEADER, [cells(row) for row in rows]).markdown(),
         "",
         "- *rank, best agree*: the share of targets with the same rank, and of positions with the same best candidate.",
         "- *head sees*: the masked positions alone, or all of them where the head cannot work on gathered rows. Found "
@@ -118,8 +120,8 @@ def write_page(path: Path, rows: list[Row]) -> None:
     path.write_text("\n".join(lines), encoding="utf-8")
 
 
-def line(row: Row) -> str:
-    """A row of the table."""
+def cells(row: Row) -> list[str]:
+    """A row of the page's first table."""
     yes = {True: "yes", False: "no", None: ""}
     length = "" if row.max_length is None else "no limit" if row.max_length > UNBOUNDED else str(row.max_length)
     if length.isdigit():
@@ -130,26 +132,20 @@ def line(row: Row) -> str:
     if row.max_log_prob_difference is not None:
         numbers = [f"{row.max_log_prob_difference:.1e}", f"{row.rank_agreement:.4g}, {row.top_1_agreement:.4g}"]
     head = {True: "masked", False: "all", None: ""}[row.gathers_before_head]
-    cells = [row.name, *numbers, head, yes[row.packs], yes[row.sees_padding], length]
     failing = f"torch fails at {', '.join(row.torch_fails_at)}" if row.torch_fails_at else ""
-    return f"| {' | '.join([*cells, '**not exported**' if row.reason else failing])} |"
+    note = "**not exported**" if row.reason else failing
+    return [row.name, *numbers, head, yes[row.packs], yes[row.sees_padding], length, note]
 
 
 def plan_cells(row: Row) -> list[str]:
     """Cells per precision: whether a plan builds, and how many of its attentions are fused."""
-    return [_plan_cell(row.plans.get(precision)) for precision in PRECISIONS]
-
-
-def _plan_cell(plan: int | str | None) -> str:
-    if plan is None:
-        return ""
-    if isinstance(plan, str):
-        return "no"
-    return f"{plan} fused" if plan else "yes"
+    shown = {None: "", 0: "yes"}
+    plans = [row.plans.get(precision) for precision in PRECISIONS]
+    return ["no" if isinstance(plan, str) else shown.get(plan, f"{plan} fused") for plan in plans]
 
 
 def not_built(row: Row) -> list[str]:
-    """The reasons for which TensorRT takes no graph of an architecture, each with its precisions unless it is all."""
+    """Why TensorRT does not build an architecture: each reason, with its precisions unless it holds for all."""
     reasons: dict[str, list[str]] = {}
     for precision, plan in row.plans.items():
         if isinstance(plan, str):
@@ -161,11 +157,11 @@ def not_built(row: Row) -> list[str]:
 
 
 def plan_lines(rows: list[Row]) -> list[str]:
-    """The page's sections on TensorRT, of the architectures that are exported."""
+    """The page's sections on TensorRT, for the exported architectures."""
     if not any(row.plans for row in rows):
         return ["## TensorRT", "", NO_PLANS, ""]
     built = sum(isinstance(plan, int) for row in rows for plan in row.plans.values())
-    cells = [[row.name, *plan_cells(row)] for row in rows]
+    plans = [[row.name, *plan_cells(row)] for row in rows]
     missing = [f"- **{row.name}**: {'; '.join(reasons)}" for row in rows if (reasons := not_built(row))]
     return [
         "## TensorRT",
@@ -176,17 +172,10 @@ def plan_lines(rows: list[Row]) -> list[str]:
         "",
         PLANS_NOTE,
         "",
-        Table("", ["architecture", *PRECISIONS], cells).markdown(),
+        Table("", ["architecture", *PRECISIONS], plans).markdown(),
         "",
         "## Not built by TensorRT",
         "",
         *(missing or ["All of them are built."]),
         "",
     ]
-
-
-def ort_name() -> str:
-    """The package that provides ONNX Runtime, with its version."""
-    import onnxruntime
-
-    return f"onnxruntime {onnxruntime.__version__}"

@@ -15,6 +15,7 @@ from benchmarks.gpu import has_tensorrt
 from benchmarks.harness import Bars, Contestant, ContestantError, Report, Table, alternate, isolated, machine, ratios
 from benchmarks.page import HEADLINES, changes, figure, headlines_of, render, write_page
 from benchmarks.plans import BEGIN, END, write_table
+from benchmarks.profiles import STAGES
 from benchmarks.suite import SCRIPTS, STUDIES
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -104,6 +105,11 @@ def test_the_suite_runs_every_script():
         if re.search(r"^ +main\(\s*__doc__", path.read_text(encoding="utf-8"), re.MULTILINE)
     }
     assert scripts == SCRIPTS.keys() | STUDIES.keys()
+
+
+def test_the_stages_of_a_profile_are_files_of_the_library():
+    paths = [path for paths in STAGES.values() for path in paths.split()]
+    assert [path for path in paths if not (ROOT / "mlmkit" / path).exists()] == []
 
 
 def test_the_suite_keeps_figures_writes_the_page_and_ends_with_what_has_changed(tmp_path):
