@@ -250,7 +250,7 @@ def operations(path: Path, batch: Batch) -> float:
     from mlmkit.train.estimate import flops_per_token
 
     rows, length = batch.input_ids.shape
-    model, tokens = load_model(path, "cpu", "float32"), rows * length
+    model, tokens = shared_model(path, "cpu", "float32"), rows * length
     return flops_per_token(model, np.full(rows, length), len(batch.positions) / tokens) / 3 * tokens  # 3: with backward
 
 
@@ -436,7 +436,7 @@ def evaluation(setting: Setting) -> Iterator[Row]:
         makers[f"torch, {precision}, CUDA graph"] = partial(make, captures=True)
         makers[f"torch, {precision}, compiled, CUDA graph"] = partial(make, compiles=True, captures=True)
     sizes = ((2, 64), (4, 20)) if setting.quick else ((64, 512), (100, 20))
-    batches = {"masked": inputs.real_batch(*sizes[0]), "pseudo": _pseudo_batch(*sizes[1])}
+    batches = [("masked", inputs.real_batch(*sizes[0])), ("pseudo", _pseudo_batch(*sizes[1]))]
     yield from _compared_engines(setting, path, makers, batches, "torch, bf16")
 
 
@@ -468,12 +468,16 @@ def runtimes(setting: Setting) -> Iterator[Row]:
                 break
             yield f"{'tensorrt' if plan else 'export'}, {precision}", folder
     shapes = ((1, 16), (4, 32)) if setting.quick else (*SHAPES, (64, 256)) if setting.whole else SHAPES[::2]
-    batches = {f"masked, shape {number}": inputs.real_batch(*shape) for number, shape in enumerate(shapes, 1)}
+    batches = [("masked", inputs.real_batch(*shape)) for shape in shapes]
     yield from _compared_engines(setting, path, makers, batches, FASTEST)
 
 
 def _compared_engines(
-    setting: Setting, path: Path, makers: Mapping[str, Callable[[], Engine]], batches: Mapping[str, Batch], default: str
+    setting: Setting,
+    path: Path,
+    makers: Mapping[str, Callable[[], Engine]],
+    batches: list[tuple[str, Batch]],
+    default: str,
 ) -> Iterator[Row]:
     """Engines in turns at each batch, with their difference from the reference.
 
@@ -486,7 +490,7 @@ def _compared_engines(
             yield name, engine
         else:
             engines[name] = engine
-    for work, batch in batches.items():
+    for work, batch in batches:
         other, count = _reversed_rows(batch), operations(path, batch)
         expected = engines[REFERENCE](other)
         ready = {
@@ -494,7 +498,7 @@ def _compared_engines(
             for name, engine in engines.items()
         }
         for name, figures in compared(setting, ready, default):
-            yield f"{work}, {batch.input_ids.shape[0]} x {batch.input_ids.shape[1]}, {name}", figures
+            yield f"{work} {batch.input_ids.shape[0]} x {batch.input_ids.shape[1]}, {name}", figures
 
 
 def _ready(
