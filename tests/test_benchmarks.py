@@ -1,18 +1,31 @@
-"""The benchmarks' harness, suite and page. What they measure is not tested: a test never asserts a time."""
+"""The harness, suite and pages of the benchmarks. No test asserts a time."""
 
 import json
 import os
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
+from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
 from benchmarks.gpu import has_tensorrt
-from benchmarks.harness import Bars, Contestant, ContestantError, Report, Table, alternate, isolated, machine, ratios
+from benchmarks.harness import (
+    Bars,
+    Contestant,
+    ContestantError,
+    Report,
+    Table,
+    alternate,
+    isolated,
+    machine,
+    ratios,
+    table,
+)
 from benchmarks.page import HEADLINES, changes, figure, headlines_of, render, write_page
 from benchmarks.plans import BEGIN, END, write_table
 from benchmarks.profiles import STAGES
@@ -28,7 +41,7 @@ def run(*arguments: object) -> subprocess.CompletedProcess[str]:
 # ---------------------------------------------------------------- the harness
 
 
-def test_contestants_take_turns_after_one_that_is_not_counted():
+def test_calls_alternate_after_an_uncounted_turn():
     order: list[str] = []
 
     def turn(name: str) -> int:
@@ -42,7 +55,7 @@ def test_contestants_take_turns_after_one_that_is_not_counted():
     assert ratios([1.0, 2.0], [3.0, 3.0]) == [3.0, 1.5]
 
 
-def test_a_contestant_keeps_what_it_made_and_says_why_it_cannot_take_part():
+def test_a_contestant_keeps_its_state_and_reports_failures():
     contestant = Contestant(list, "ab")
     contestant.call(list.append, "c")
     assert contestant.call(list.copy) == ["a", "b", "c"]
@@ -52,18 +65,27 @@ def test_a_contestant_keeps_what_it_made_and_says_why_it_cannot_take_part():
     contestant.stop()
     with pytest.raises(ContestantError, match="ValueError: invalid literal"):
         isolated(int, "many")
+    with pytest.raises(ContestantError, match="no answer within 1 s"):
+        Contestant(float, 600).call(time.sleep, timeout=1)
 
 
-def test_a_script_runs_alone_and_keeps_its_figures(tmp_path):
-    done = run("benchmarks/masking.py", "--quick", "--rounds", 2, "--json", tmp_path / "found.json")
+def test_a_table_formats_the_values_of_records():
+    records = [{"": "a", "x": 2, "seconds": [0.5, 0.25, 1.0]}, {"": "b", "share": 0.98765, "x": 12345.6}]
+    shown = table("T", records)
+    assert (shown.title, shown.header) == ("T", ["", "x", "seconds", "share"])
+    assert shown.rows == [["a", "2", "0.500 (0.250 to 1.00)", ""], ["b", "12,346", "", "0.988"]]
+
+
+def test_a_script_runs_alone_and_writes_its_figures(tmp_path):
+    done = run("benchmarks/masking.py", "--quick", "--rounds", 2, "--json", tmp_path / "report.json")
     assert done.returncode == 0, done.stderr
-    found = json.loads((tmp_path / "found.json").read_text())
-    assert [len(times) for times in found["figures"].values()] == [2] * 6
-    assert found["versions"]["torch"] and found["processor"] and found["cores"] >= 1
-    assert Table(**found["tables"][0]).markdown() in done.stdout
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert [len(times) for times in report["figures"].values()] == [2] * 6
+    assert report["versions"]["torch"] and report["processor"] and report["cores"] >= 1
+    assert Table(**report["tables"][0]).markdown() in done.stdout
 
 
-def test_a_contestant_that_fails_is_a_failure_and_not_a_benchmark_that_cannot_run(tmp_path):
+def test_a_failing_contestant_exits_with_1(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(
         "from harness import Report, isolated, main\n"
@@ -77,7 +99,7 @@ def test_a_contestant_that_fails_is_a_failure_and_not_a_benchmark_that_cannot_ru
     assert done.stderr.startswith("script.py: ValueError: invalid literal")
 
 
-def test_a_gpu_benchmark_without_a_gpu_says_so():
+def test_the_gpu_benchmark_without_a_gpu_exits_with_2():
     import torch
 
     if torch.cuda.is_available():
@@ -88,7 +110,7 @@ def test_a_gpu_benchmark_without_a_gpu_says_so():
     assert "GPU" in done.stderr
 
 
-def test_a_machine_with_tensorrt_for_rtx_alone_has_tensorrt():
+def test_tensorrt_for_rtx_counts_as_tensorrt():
     if not find_spec("tensorrt_rtx"):
         pytest.skip("TensorRT for RTX is not installed")
     assert has_tensorrt()
@@ -112,17 +134,9 @@ def test_the_stages_of_a_profile_are_files_of_the_library():
     assert [path for path in paths if not (ROOT / "mlmkit" / path).exists()] == []
 
 
-def test_the_suite_keeps_figures_writes_the_page_and_ends_with_what_has_changed(tmp_path):
-    command = [
-        "benchmarks/suite.py",
-        "--quick",
-        "--only",
-        "masking",
-        "--results",
-        tmp_path,
-        "--page",
-        tmp_path / "p.md",
-    ]
+def test_the_suite_writes_figures_and_page_and_shows_what_changed(tmp_path):
+    options = ["--only", "masking", "--results", tmp_path, "--page", tmp_path / "p.md"]
+    command = ["benchmarks/suite.py", "--quick", *options]
     done = run(*command)
     assert done.returncode == 0, done.stderr
     assert "change for the better" not in done.stderr  # there is no run before
@@ -133,19 +147,17 @@ def test_the_suite_keeps_figures_writes_the_page_and_ends_with_what_has_changed(
     assert "Only tried out" in page and path.name in page
 
 
-def test_the_page_has_tables_plots_and_what_did_not_run(tmp_path):
+def test_the_page_has_tables_plots_and_skipped_benchmarks(tmp_path):
     report = Report(
         [Table("Speeds", ["", "tokens/s"], [["mlmkit", 2], ["peer", 1]])],
         ["A note."],
         {"pll_times_as_fast": 2.0},
         Bars("Speed", "tokens/s", {"mlmkit": [1.9, 2.0], "peer": [1.0, 1.0]}),
     )
-    from dataclasses import asdict
-
     reports = {
         "pll_vs_peers": {"title": "Evaluation", "is_dry_run": False, "seconds": 3.0, **asdict(report)},
         "gpu": {"title": "On a GPU", "is_dry_run": False, "skipped": "no GPU"},
-        "optimisers": {"title": "Optimisers", "is_dry_run": True, "failed": "ValueError"},
+        "plans": {"title": "Plans", "is_dry_run": True, "failed": "ValueError"},
     }
     machine = {"date": "2026-11-25T00:00:00", "processor": "P", "cores": 2, "versions": {"torch": "2"}, "text": "T"}
     write_page(
@@ -157,14 +169,14 @@ def test_the_page_has_tables_plots_and_what_did_not_run(tmp_path):
         "A note.",
         "2.00 x the plain loop",
         "Not run: no GPU.",
-        "`optimisers` (**failed**)",
+        "`plans` (**failed**)",
         "`masking`",
     ):
         assert said in page
     assert "<svg" in (tmp_path / "images" / "results-pll_vs_peers.svg").read_text()
 
 
-def test_a_table_replaces_what_stands_between_its_markers_on_a_page(tmp_path):
+def test_a_table_replaces_the_lines_between_its_markers(tmp_path):
     page = tmp_path / "page.md"
     page.write_text(f"# Page\n\n{BEGIN}\nan old table\n{END}\n\nThe rest.\n")
     report = Report([Table("", ["model", "MiB"], [["BERT-base", 225]])])
@@ -175,7 +187,7 @@ def test_a_table_replaces_what_stands_between_its_markers_on_a_page(tmp_path):
         assert "| BERT-base | 225 |" in lines and "an old table" not in lines
 
 
-def test_the_committed_table_of_plans_is_that_of_the_committed_figures():
+def test_the_committed_table_of_plans_matches_the_committed_figures():
     found = json.loads((ROOT / "benchmarks" / "results" / "plans-cpu.json").read_text(encoding="utf-8"))
     page = (ROOT / "docs" / "tensorrt.md").read_text(encoding="utf-8")
     _, _, rest = page.partition(f"{BEGIN}\n")
@@ -183,7 +195,7 @@ def test_the_committed_table_of_plans_is_that_of_the_committed_figures():
     assert all(f"TensorRT for RTX {found['versions']['tensorrt_rtx']}" in text for text in (rest, *found["notes"]))
 
 
-def test_what_a_change_cost_is_seen_beside_the_run_before():
+def test_headlines_are_compared_with_the_run_before():
     def ran(**headlines: float) -> dict[str, object]:
         return {
             "date": "2026-11-25T00:00:00",
@@ -201,7 +213,7 @@ def test_what_a_change_cost_is_seen_beside_the_run_before():
     ]
 
 
-def test_the_committed_page_is_that_of_the_committed_figures():
+def test_the_committed_page_matches_the_committed_figures():
     page = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
     (name,) = set(re.findall(r"benchmarks/results/([\w.-]+\.json)", page))
     found = json.loads((ROOT / "benchmarks" / "results" / name).read_text(encoding="utf-8"))
