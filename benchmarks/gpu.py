@@ -126,7 +126,7 @@ def failure(error: Exception) -> Figures:
     return {FAILED: reason if isinstance(error, SkippedError) else f"{type(error).__name__}: {reason}"}
 
 
-class Made(NamedTuple):
+class Alternative(NamedTuple):
     """An alternative that is ready to run: `tokens` and `rows` per call, and further `figures` of its row.
 
     If it has `operations` per call, their share of `rate` is shown.
@@ -140,9 +140,9 @@ class Made(NamedTuple):
     figures: Figures = {}  # noqa: RUF012
 
 
-def compared(setting: Setting, makers: Mapping[str, Callable[[], Made]], default: str) -> Iterator[Row]:
+def compared(setting: Setting, makers: Mapping[str, Callable[[], Alternative]], default: str) -> Iterator[Row]:
     """Each alternative once beside the default as soon as it is made, as the next may take too long; then in turns."""
-    made: dict[str, Made] = {}
+    made: dict[str, Alternative] = {}
 
     def rounds(names: Iterable[str], count: int) -> Iterator[Row]:
         seconds: dict[str, list[float]] = {name: [] for name in names}
@@ -154,7 +154,7 @@ def compared(setting: Setting, makers: Mapping[str, Callable[[], Made]], default
 
     for name, make in makers.items():
         result = attempt(make)
-        if isinstance(result, Made):
+        if isinstance(result, Alternative):
             made[name] = result
             yield from rounds(made.keys() & {name, default}, 1)
         else:
@@ -162,7 +162,7 @@ def compared(setting: Setting, makers: Mapping[str, Callable[[], Made]], default
     yield from rounds(made, setting.rounds)
 
 
-def _speed(made: Made, taken: list[float], default: list[float] | None) -> Figures:
+def _speed(made: Alternative, taken: list[float], default: list[float] | None) -> Figures:
     seconds = median(taken)
     figures: Figures = {"ms per call": 1e3 * seconds, "tokens/s": made.tokens / seconds}
     if made.rows:
@@ -503,12 +503,12 @@ def _compared_engines(
 
 def _ready(
     setting: Setting, precision: str, engine: Engine, batch: Batch, other: Batch, expected: LogProbs, count: float
-) -> Made:
+) -> Alternative:
     for _ in range(3):  # ONNX Runtime runs a shape as usual, then records its CUDA graph, then replays it
         engine(batch)
     difference = _difference(engine(other), expected, precision)
     rate = setting.rates.get(DTYPES[precision], 0.0)
-    return Made(lambda: engine(batch), batch.input_ids.size, len(batch.input_ids), count, rate, difference)
+    return Alternative(lambda: engine(batch), batch.input_ids.size, len(batch.input_ids), count, rate, difference)
 
 
 def _reversed_rows(batch: Batch) -> Batch:
@@ -745,7 +745,7 @@ def bucket(size: int) -> int:
     return -(-size // step) * step
 
 
-def _pass(setting: Setting, batches: list[tuple[Batch, int]], make: Callable[[list[Any]], Function]) -> Made:
+def _pass(setting: Setting, batches: list[tuple[Batch, int]], make: Callable[[list[Any]], Function]) -> Alternative:
     """Through all batches, from numpy to numpy, with one function per shape."""
     functions: dict[tuple[int, ...], Function] = {}
     for batch, _ in batches:
@@ -765,13 +765,13 @@ def _pass(setting: Setting, batches: list[tuple[Batch, int]], make: Callable[[li
         "padding": 1 - tokens / sum(batch.input_ids.size for batch, _ in batches),
         "mean log P": float(score().mean(dtype=np.float64)),
     }
-    return Made(score, tokens, sum(count for _, count in batches), figures=figures)
+    return Alternative(score, tokens, sum(count for _, count in batches), figures=figures)
 
 
 # ---------------------------------------------------------------- experiments: a training step on a pack
 
 
-def step_on_pack(setting: Setting, prepare: Callable[[Any], None] = lambda _: None) -> Made:
+def step_on_pack(setting: Setting, prepare: Callable[[Any], None] = lambda _: None) -> Alternative:
     """Forward and backward of BERT-base on a pack of fixed shape, under bfloat16 autocast."""
     import torch
 
@@ -793,7 +793,7 @@ def step_on_pack(setting: Setting, prepare: Callable[[Any], None] = lambda _: No
         model.zero_grad()
         return loss.detach()
 
-    return Made(step, int(batch.attention_mask.sum()), figures={"loss": float(step())})
+    return Alternative(step, int(batch.attention_mask.sum()), figures={"loss": float(step())})
 
 
 def autotuned(setting: Setting) -> Iterator[Row]:
