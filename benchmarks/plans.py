@@ -92,7 +92,7 @@ def build(folder: Path, architecture: str, precision: str, max_length: int, opti
 def builder_name() -> str:
     """TensorRT for RTX with its version, or nothing if it is not installed. No other builds without a GPU."""
     try:
-        from mlmkit.backends.trt import NAME, RTX, trt
+        from mlmkit.backends.tensorrt.bindings import NAME, RTX, trt
     except (ImportError, OSError):  # OSError: a library that the bindings need is missing
         return ""
     return f"{NAME} {trt.__version__}" if RTX else ""

@@ -152,10 +152,11 @@ def load(port: int, requests: Path, connections: int, seconds: float) -> dict[st
 def open_engine(folder: Path, requests: Requests) -> tuple[Any, list[Any]]:
     """The engine alone, and the batches of the requests."""
     from mlmkit.backends import load as load_backend
-    from mlmkit.fill import ask
+    from mlmkit.fill import ask_all
 
     backend = load_backend(str(folder))
-    return backend, [ask(backend.tokenizer, backend.info, body["inputs"]).batch for _, body in requests]
+    texts = [body["inputs"] for _, body in requests]
+    return backend, [question.batch for question in ask_all(backend.tokenizer, backend.info, texts)]
 
 
 def seconds_per_call(engine: tuple[Any, list[Any]], seconds: float) -> float:

@@ -11,10 +11,10 @@ from tempfile import TemporaryDirectory
 import onnx_ir as ir
 
 from mlmkit.artifact import (
-    AGAIN,
     GRAPH,
     MANIFEST,
     PLAN,
+    REEXPORT_HINT,
     Manifest,
     hash_files,
     open_files,
@@ -97,7 +97,7 @@ def _plan_graph(
     if manifest.precision != "int8":
         overflowing = []
     elif not isinstance(overflowing, list) or not all(isinstance(name, str) for name in overflowing):
-        raise UserError(f"{MANIFEST} does not say what overflows float16 (calibration.overflowing): {AGAIN}")
+        raise UserError(f"{MANIFEST} does not say what overflows float16 (calibration.overflowing): {REEXPORT_HINT}")
     model = plan_model(folder / GRAPH, manifest.precision, overflowing)
     with TemporaryDirectory() as temporary:
         graph = Path(temporary) / "plan" / GRAPH

@@ -35,7 +35,7 @@ def prove_plan(
     folder: Path, manifest: Manifest, reference: Backend | None, text: ProofText, *, allow_drift: bool
 ) -> Manifest:
     """Hold the plan to `reference`, by default the graph on ONNX Runtime. Writes the manifest, and returns it."""
-    from mlmkit.backends.tensorrt import TensorRTBackend  # needs TensorRT and cuda-python
+    from mlmkit.backends.tensorrt.backend import TensorRTBackend  # needs TensorRT and cuda-python
 
     engine = TensorRTBackend(str(folder))
     log.info("checking parity with TensorRT on real text")

@@ -19,7 +19,7 @@ from typing import Any
 from rich.progress import Progress, TaskID
 
 from mlmkit.artifact import DYNAMIC_INT8, GRAPH, PLAN, Manifest, Profile, TensorRT
-from mlmkit.backends.trt import FLAVOUR, LOGGER, NAME, RTX, create_runtime, trt
+from mlmkit.backends.tensorrt.bindings import FLAVOUR, LOGGER, NAME, RTX, create_runtime, trt
 from mlmkit.console import progress
 from mlmkit.errors import UserError
 from mlmkit.export.profiles import PORTABLE, TARGETS, PlanOptions, make_profiles
@@ -91,7 +91,7 @@ def plan_targets(architecture: str, precision: str, options: PlanOptions) -> lis
         raise UserError(f"sm75 (Turing) computes in float16 only, not in {precision}: export with --precision fp16")
     if RTX:
         return [TARGETS[options.target]] if options.target else PORTABLE
-    from mlmkit.backends.cuda import find_gpu
+    from mlmkit.backends.tensorrt.cuda import find_gpu
 
     if options.target:
         raise UserError("--target is for TensorRT for RTX; TensorRT builds for the GPU of this machine")
@@ -137,7 +137,7 @@ def _build(graph: Path, profiles: list[Profile], target: str | None, monitor: "_
     config.clear_flag(trt.BuilderFlag.TF32)  # on by default; ten bits of mantissa would break parity
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # else layers are described by their names alone
     if target:
-        from mlmkit.backends.rtx import set_target
+        from mlmkit.backends.tensorrt.rtx import set_target
 
         set_target(config, target)
     for wanted in profiles:

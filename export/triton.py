@@ -16,8 +16,18 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
-from mlmkit.artifact import AGAIN, DYNAMIC_INT8, FLAVOURS, GRAPH, PLAN, Manifest, open_files, refuse_changes
-from mlmkit.backends.graph import INPUTS, OUTPUTS, graph_problems, read_graph
+from mlmkit.artifact import (
+    DYNAMIC_INT8,
+    FLAVOURS,
+    GRAPH,
+    PLAN,
+    REEXPORT_HINT,
+    WEIGHTS,
+    Manifest,
+    open_files,
+    refuse_changes,
+)
+from mlmkit.backends import INPUTS, OUTPUTS
 from mlmkit.errors import UserError
 from mlmkit.files import new_folder, refuse_existing
 
@@ -200,20 +210,17 @@ class _Layer:
 
 def _write_graph(artifact: Path, version: Path, manifest: Manifest) -> None:
     """`version/model.onnx`, or a folder of that name where the weights are in files of their own."""
-    try:
-        graph = read_graph((artifact / GRAPH).read_bytes())
-        problems = graph_problems(graph, manifest)
-    except ValueError as error:
-        raise UserError(f"{artifact / GRAPH}: {error}: {AGAIN}") from None
-    if problems:
-        raise UserError(f"{artifact / GRAPH} {problems[0]}: {AGAIN}")
-    target = version / GRAPH if graph.external else version
-    target.mkdir(parents=True)
     model = ir.load(artifact / GRAPH)
+    for kind, values, tensors in (("input", model.graph.inputs, INPUTS), ("output", model.graph.outputs, OUTPUTS)):
+        if {value.name for value in values} != set(tensors):
+            raise UserError(f"{artifact / GRAPH} does not have the {kind}s {', '.join(tensors)}: {REEXPORT_HINT}")
+    has_weights = WEIGHTS in manifest.files
+    target = version / GRAPH if has_weights else version
+    target.mkdir(parents=True)
     batched(model, manifest.top_k)
     ir.save(model, target / GRAPH)
-    for name in graph.external:
-        shutil.copyfile(artifact / name, target / name)
+    if has_weights:
+        shutil.copyfile(artifact / WEIGHTS, target / WEIGHTS)
 
 
 def _tensors(field: str, tensors: Mapping[str, tuple[str, int]], dims: Callable[[int], list[int]]) -> list[str]:

@@ -1,7 +1,7 @@
-"""Filling masks, in the terms that users of Hugging Face know: `score`, `token`, `token_str`, `sequence`.
+"""Fills masks. Results have the fields of Hugging Face's pipeline: `score`, `token`, `token_str`, `sequence`.
 
-A text becomes a `Question`, whose batch of one row any backend predicts, alone or merged with others; `answer` reads
-the candidates off the prediction. `fill` does all three.
+A text becomes a `Question` (`ask_all`), whose one-row batch any backend can score, alone or merged with other rows;
+`answer` reads the candidates from the scores. `fill` does all three.
 """
 
 import logging
@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 
 
 class Candidate(TypedDict):
-    """`score` is the probability over the whole vocabulary; `sequence` the text with this candidate filled in."""
+    """A token for a mask: `score` is its probability over the vocabulary, `sequence` the text with it filled in."""
 
     score: float
     token: int
@@ -33,19 +33,20 @@ class NoMaskError(UserError):
 
 
 class TextTooLongError(UserError):
-    """The text, or a target, has more tokens than the model takes, or more characters than so many tokens hold."""
+    """The text or a target has more tokens than the model takes, or more characters than so many tokens can hold."""
 
 
 class TargetError(UserError):
-    """A target that no token stands for."""
+    """A target has no token in the vocabulary."""
 
 
 @dataclass(frozen=True)
 class Question:
-    """A text to fill: `ids` `[seq]` with special tokens, `masks` `[masks]` their places, both int64.
+    """A text to fill.
 
-    With `targets`, ids, only these are ranked. `stand_ins` gives each target of more than one token the first of its
-    pieces, which stands for it.
+    `ids` `[seq]` includes special tokens, `masks` `[masks]` holds the positions of its masks; both are int64. If there
+    are `targets` (ids), only these are ranked. `stand_ins` maps each target of several tokens to its first token, which
+    is scored in its place.
     """
 
     ids: NDArray[np.int64]
@@ -56,21 +57,20 @@ class Question:
 
     @property
     def batch(self) -> Batch:
-        """One row. It asks for each mask, or for every target at each mask: positions may repeat."""
+        """One row, with a position per mask, or per mask and target: positions may repeat."""
         positions = np.repeat(self.masks, max(len(self.targets), 1))
         targets = np.tile(np.array(self.targets or [0], dtype=np.int64), len(self.masks))
         return Batch(self.ids[None], np.ones_like(self.ids)[None], positions, targets)
 
 
-def ask(tokenizer: Tokenizer, info: ModelInfo, text: str, *, top_k: int = 5, targets: Sequence[str] = ()) -> Question:
-    """The question that a text puts. Raises `UserError`, in one of its kinds above, for what cannot be asked."""
-    return ask_all(tokenizer, info, [text], top_k=top_k, targets=targets)[0]
-
-
 def ask_all(
     tokenizer: Tokenizer, info: ModelInfo, texts: Sequence[str], *, top_k: int = 5, targets: Sequence[str] = ()
 ) -> list[Question]:
-    """The questions of several texts, with the same targets."""
+    """The questions for several texts with the same targets.
+
+    Raises `NoMaskError` for a text without a mask, `TextTooLongError` for a text or target that the model cannot take,
+    `TargetError` for a target without a token, and `UserError` for invalid UTF-8 and a `top_k` that is out of range.
+    """
     if not all(_is_unicode(string) for string in (*texts, *targets)):
         raise UserError("a text or a target is not valid UTF-8")
     if not 1 <= top_k <= info.top_k:
@@ -80,7 +80,7 @@ def ask_all(
 
 
 def _masked_ids(tokenizer: Tokenizer, info: ModelInfo, text: str) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """A text's ids with special tokens, and where its masks stand."""
+    """The ids of a text with special tokens, and the positions of its masks."""
     ids = np.array(_control_ids(tokenizer, info, text), dtype=np.int64)
     masks = np.flatnonzero(ids == tokenizer.mask_id)
     if not len(masks):
@@ -88,33 +88,32 @@ def _masked_ids(tokenizer: Tokenizer, info: ModelInfo, text: str) -> tuple[NDArr
     return ids, masks
 
 
-def _control_ids(tokenizer: Tokenizer, info: ModelInfo, text: str, what: str = "text") -> list[int]:
-    check_length(len(text), "characters", info.max_length * tokenizer.characters_per_token, what)
+def _control_ids(tokenizer: Tokenizer, info: ModelInfo, text: str, kind: str = "text") -> list[int]:
+    check_length(len(text), "characters", info.max_length * tokenizer.characters_per_token, kind)
     encoding = tokenizer.encode_control(text)
-    check_length(len(encoding), "tokens", info.max_length, what)
+    check_length(len(encoding), "tokens", info.max_length, kind)
     return encoding.ids
 
 
-def check_length(count: int, unit: str, most: int, what: str = "text") -> None:
-    """Raise `TextTooLongError` for a text of more characters or tokens than are taken."""
+def check_length(count: int, unit: str, most: int, kind: str = "text") -> None:
+    """Raise `TextTooLongError` if a text has more than `most` characters or tokens."""
     if count > most:
-        raise TextTooLongError(f"a {what} has {count} {unit}, and at most {most} are taken: shorten it")
+        raise TextTooLongError(f"a {kind} has {count} {unit}, and at most {most} are taken: shorten it")
 
 
-def answer(tokenizer: Tokenizer, question: Question, predicted: Scored) -> list[list[Candidate]]:
-    """Candidates for each mask, best first, from the prediction of the question's batch.
+def answer(tokenizer: Tokenizer, question: Question, scored: Scored) -> list[list[Candidate]]:
+    """The candidates for each mask, best first, from the scores of the question's batch.
 
-    Several masks are filled independently, each with the others still masked. Raises `CheckError` when the scores are
-    not finite.
+    Each mask is filled independently of the others. Raises `CheckError` if a score is not finite.
     """
     if question.targets:
-        scores = np.exp(predicted.log_prob).reshape(len(question.masks), len(question.targets))
+        scores = np.exp(scored.log_prob).reshape(len(question.masks), len(question.targets))
         order = np.argsort(-scores, axis=1, kind="stable")[:, : question.top_k]
         ids, scores = np.array(question.targets)[order], np.take_along_axis(scores, order, axis=1)
     else:
-        ids, scores = predicted.top_id[:, : question.top_k], np.exp(predicted.top_log_prob[:, : question.top_k])
+        ids, scores = scored.top_id[:, : question.top_k], np.exp(scored.top_log_prob[:, : question.top_k])
     if not np.isfinite(scores).all():
-        raise CheckError("the model gives scores that are not finite: its weights or activations are not")
+        raise CheckError("the model's scores are not finite: its weights or activations are not either")
     return [
         [_candidate(tokenizer, question, int(mask), id, score) for id, score in zip(*row, strict=True)]
         for mask, *row in zip(question.masks, ids.tolist(), scores.tolist(), strict=True)
@@ -122,24 +121,23 @@ def answer(tokenizer: Tokenizer, question: Question, predicted: Scored) -> list[
 
 
 def fill(backend: Backend, text: str, *, top_k: int = 5, targets: Sequence[str] = ()) -> list[list[Candidate]]:
-    """Candidates for each mask of the text, best first: a list a mask.
+    """The candidates for each mask of the text, best first: one list per mask.
 
-    Raises `UserError` when there is no mask, the text is too long, a target has no token or `top_k` is out of range,
-    and `CheckError` when the model's scores are not finite.
+    Raises `UserError` like `ask_all`, and `CheckError` if the model cannot run the text or a score is not finite.
     """
-    question = ask(backend.tokenizer, backend.info, text, top_k=top_k, targets=targets)
+    (question,) = ask_all(backend.tokenizer, backend.info, [text], top_k=top_k, targets=targets)
     for target, piece in question.stand_ins.items():
-        log.warning("%r is more than one token: its first piece %r stands for it", target, piece)
+        log.warning("the target %r has several tokens: its first, %r, is scored instead", target, piece)
     return answer(backend.tokenizer, question, backend.score(question.batch))
 
 
 def _is_unicode(text: str) -> bool:
-    """A shell hands bytes that are not UTF-8 on as half surrogate pairs."""
+    """False for the surrogates that Python puts in place of command-line bytes that are not UTF-8."""
     return text.encode("utf-8", "ignore").decode() == text
 
 
 def _target_ids(tokenizer: Tokenizer, info: ModelInfo, targets: Sequence[str]) -> tuple[list[int], dict[str, str]]:
-    """Ids in the order given, each once. As in transformers' pipeline, a text's first token stands for all of it."""
+    """Distinct ids in the given order, and the stand-ins of targets with several tokens (as transformers' pipeline)."""
     ids: list[int] = []
     stand_ins: dict[str, str] = {}
     for target in targets:
@@ -161,6 +159,6 @@ def _candidate(tokenizer: Tokenizer, question: Question, mask: int, id: int, sco
     filled[mask] = id
     if "pad_token" in tokenizer.named:
         filled = filled[filled != tokenizer.pad_id]  # as the pipeline does
-    # With other masks still open, the special tokens stay, or the text would not show where they are.
+    # While other masks are open, special tokens stay in the text, because they show where these masks are.
     sequence = tokenizer.decode(filled.tolist(), skip_special_tokens=len(question.masks) == 1)
     return Candidate(score=score, token=id, token_str=tokenizer.decode([id]), sequence=sequence)

@@ -1,14 +1,16 @@
-"""What an artifact is, whether it is still what was exported, and what this machine can run of it."""
+"""Checks an artifact: is it still what was exported, and which backends can run it on this machine?"""
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mlmkit.artifact import (
-    AGAIN,
     GRAPH,
     MANIFEST,
     NEEDED,
+    REEXPORT_HINT,
     STATES,
+    CheckedFile,
     Manifest,
     check_files,
     is_artifact,
@@ -16,13 +18,15 @@ from mlmkit.artifact import (
     read_tokenizer,
 )
 from mlmkit.backends import tensorrt_obstacle, unproven
-from mlmkit.backends.graph import Graph, graph_problems, read_graph
 from mlmkit.errors import UserError
+
+if TYPE_CHECKING:
+    from mlmkit.backends.onnx import Graph
 
 
 @dataclass(frozen=True)
 class Engine:
-    """What could run the artifact here; `reason` says why it cannot, and is empty if it can."""
+    """A backend on a device. `reason` says why it cannot run the artifact here, and is empty if it can."""
 
     backend: str
     device: str
@@ -31,45 +35,55 @@ class Engine:
 
 @dataclass(frozen=True)
 class Inspection:
-    """`files` gives each file its state: `ok`, `not listed` (and never loaded), or a key of `artifact.STATES`.
+    """The state of an artifact.
 
-    `graph` and `tokens`, the tokenizer's vocabulary size, are None if they cannot be read. `problems` says all that is
-    wrong, and is empty for a sound artifact.
+    `files` maps every file of the folder to `ok`, `not listed` (never loaded) or a key of `artifact.STATES`. `graph`
+    is None unless all files are `ok` and ONNX Runtime can load the graph on the CPU, which it cannot for bf16.
+    `tokens` is the size of the tokenizer's vocabulary, None if the tokenizer cannot be read. `problems` lists
+    everything that is wrong; a sound artifact has none.
     """
 
     manifest: Manifest
     files: dict[str, str]
-    graph: Graph | None
+    graph: "Graph | None"
     tokens: int | None
     problems: list[str]
     engines: list[Engine]
 
 
 def inspect(folder: Path) -> Inspection:
-    """Check everything that loading checks, and go on where loading stops.
+    """Run every check that loading runs, without stopping at the first failure.
 
     Raises `UserError` for a folder without a manifest, or with one that cannot be read.
     """
     if not is_artifact(folder):
-        raise UserError(f"{folder} is no artifact: it holds no {MANIFEST} (mlmkit export CHECKPOINT --output ARTIFACT)")
+        raise UserError(
+            f"{folder} is not an artifact: it has no {MANIFEST} (mlmkit export CHECKPOINT --output ARTIFACT)"
+        )
     manifest = parse_manifest(folder)
     checked = check_files(folder, manifest)
     files = {name: file.state for name, file in checked.items()}
     problems = [f"{name} {STATES[state]}" for name, state in files.items() if state != "ok"]
     files |= dict.fromkeys(sorted({path.name for path in folder.iterdir()} - {MANIFEST, *files}), "not listed")
     graph, tokens = None, None
-    if files[GRAPH] in ("ok", "changed"):
-        try:
-            graph = read_graph(checked[GRAPH].content)
-            problems += [f"{GRAPH} {problem}" for problem in graph_problems(graph, manifest)]
-        except ValueError as error:
-            problems.append(f"{GRAPH}: {error}")
+    if not problems and manifest.precision != "bf16":
+        graph, problems = _inspect_graph(folder, manifest, checked[GRAPH])
     if all(files[name] in ("ok", "changed") for name in NEEDED):
         try:
             tokens = read_tokenizer(folder, manifest, checked).vocabulary_size
         except UserError as error:
-            problems.append(str(error).removeprefix(f"{folder}: ").removesuffix(f": {AGAIN}"))
+            problems.append(str(error).removeprefix(f"{folder}: ").removesuffix(f": {REEXPORT_HINT}"))
     return Inspection(manifest, files, graph, tokens, problems, _engines(folder, manifest, damaged=bool(problems)))
+
+
+def _inspect_graph(folder: Path, manifest: Manifest, file: CheckedFile) -> "tuple[Graph | None, list[str]]":
+    from mlmkit.backends.onnx import describe_graph, graph_problems, open_session
+
+    try:
+        graph = describe_graph(open_session(folder, manifest, file.content, "cpu"))
+    except UserError as error:
+        return None, [str(error).removeprefix(f"{folder}/")]
+    return graph, [f"{GRAPH} {problem}" for problem in graph_problems(graph, manifest)]
 
 
 def _engines(folder: Path, manifest: Manifest, *, damaged: bool) -> list[Engine]:

@@ -1,20 +1,20 @@
-# ruff: noqa: N801, N802, N803, N815
-"""A stand-in for `cuda.bindings.runtime`, and the machine that it and the one for `tensorrt` run on.
+# ruff: noqa: N801, N802, N803, N815, N816
+"""A stand-in for `cuda.bindings.runtime`, and the machine that it and tensorrt_stub.py run on.
 
-See tensorrt_stub.py for what they are for. The "device" is host memory that only device calls may touch; work waits on
-its stream until that is synchronised.
+"Device" memory is host memory that only device calls may touch. Work waits on its stream until that is synchronised.
 """
 
 import ctypes
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import IntEnum
+from types import SimpleNamespace
 from typing import Any
 
 
 @dataclass
 class Machine:
-    """What the stand-ins run on, what goes wrong there, and what was called."""
+    """What is installed on the machine, what fails there, and what was called."""
 
     version: str = "11.4.0.106"
     gpu: str = "Stand-in GPU"
@@ -36,7 +36,7 @@ class Machine:
 
 
 MACHINE = Machine()
-KEPT: list[Any] = []  # no address comes twice, so that a late finalizer frees nothing of another test
+KEPT: list[Any] = []  # buffers are never freed, so a late finalizer cannot free an address of another test
 
 
 class cudaError_t(IntEnum):
@@ -52,12 +52,11 @@ class cudaMemcpyKind(IntEnum):
 
 
 OK = cudaError_t.cudaSuccess
+cudaStreamNonBlocking = 1
 
 
 class cudaDeviceProp:
-    name: bytes
-    major: int
-    minor: int
+    """Named in an annotation."""
 
 
 class cudaStream_t:
@@ -81,20 +80,23 @@ def cudaGetDeviceCount():
 
 
 def cudaGetDeviceProperties(device):
-    properties = cudaDeviceProp()
-    properties.name = MACHINE.gpu.encode()
-    properties.major, properties.minor = MACHINE.capability
-    return OK, properties
+    major, minor = MACHINE.capability
+    return OK, SimpleNamespace(name=MACHINE.gpu.encode(), major=major, minor=minor)
 
 
 def allocate(kind: str, size: int) -> tuple[Any, ...]:
-    used = sum(taken for _, taken in MACHINE.allocations.values())
-    if used + size > MACHINE.memory:
+    if sum(taken for _, taken in MACHINE.allocations.values()) + size > MACHINE.memory:
         return cudaError_t.cudaErrorMemoryAllocation, None
     buffer = ctypes.create_string_buffer(b"\xee" * size, size)  # never zeros by luck
     KEPT.append(buffer)
     MACHINE.allocations[ctypes.addressof(buffer)] = (kind, size)
     return OK, ctypes.addressof(buffer)
+
+
+def free(kind: str, address: int) -> tuple[Any]:
+    freed = MACHINE.allocations.pop(address, None)  # None: a finalizer from an earlier test
+    assert freed is None or freed[0] == kind
+    return (OK,)
 
 
 def cudaMalloc(size):
@@ -113,24 +115,13 @@ def cudaFreeHost(ptr):
     return free("host", ptr)
 
 
-def free(kind: str, address: int) -> tuple[Any]:
-    found = MACHINE.allocations.pop(address, None)  # None: a finalizer that comes a machine later
-    assert found is None or found[0] == kind
-    return (OK,)
-
-
-def check_memory(kind: str, address: int, size: int) -> None:
+def check_memory(kind: str, address: int, size: int, alignment: int = 1) -> None:
     for begin, (found, length) in list(MACHINE.allocations.items()):
         if begin <= address and address + size <= begin + length:
             assert found == kind, f"{found} memory where {kind} memory must be"
+            assert (address - begin) % alignment == 0
             return
     raise AssertionError(f"{size} bytes at {address:#x} are not in live memory")
-
-
-def check_alignment(address: int) -> None:
-    """Offsets must keep to 256 bytes, as an allocation's own address does on a device."""
-    begin = max(start for start in MACHINE.allocations if start <= address)
-    assert (address - begin) % 256 == 0
 
 
 def cudaMemcpyAsync(dst, src, count, kind, stream):
@@ -146,7 +137,7 @@ def cudaMemcpyAsync(dst, src, count, kind, stream):
 
 
 def cudaStreamCreateWithFlags(flags):
-    assert flags == 1, "the default kind of stream waits for others"
+    assert flags == cudaStreamNonBlocking
     stream = cudaStream_t()
     MACHINE.streams[id(stream)] = stream
     return OK, stream
@@ -162,22 +153,3 @@ def cudaStreamSynchronize(stream):
     for work in waiting:
         work()
     return (OK,)
-
-
-CUDA = [
-    cudaError_t,
-    cudaMemcpyKind,
-    cudaDeviceProp,
-    cudaStream_t,
-    cudaGetErrorString,
-    cudaGetDeviceCount,
-    cudaGetDeviceProperties,
-    cudaMalloc,
-    cudaMallocHost,
-    cudaFree,
-    cudaFreeHost,
-    cudaMemcpyAsync,
-    cudaStreamCreateWithFlags,
-    cudaStreamDestroy,
-    cudaStreamSynchronize,
-]

@@ -1,4 +1,4 @@
-"""An artifact with a plan that the stand-ins run, and what its backend is compared with."""
+"""An artifact with a plan that the stand-ins of tensorrt_stub.py run, and helpers to compare its scores."""
 
 import json
 import shutil
@@ -21,13 +21,14 @@ SMALL = {"max_batch": 4, "max_seq": 64, "max_masked": 16}
 
 @pytest.fixture
 def machine(monkeypatch) -> Iterator[tensorrt_stub.Machine]:
+    """A machine with a GPU and TensorRT."""
     yield tensorrt_stub.install(monkeypatch)
     tensorrt_stub.forget()
 
 
 @pytest.fixture
 def rtx(monkeypatch) -> Iterator[tensorrt_stub.Machine]:
-    """The machine with TensorRT for RTX."""
+    """A machine with a GPU and TensorRT for RTX."""
     machine = tensorrt_stub.install(monkeypatch, "tensorrt_rtx")
     machine.capability = (8, 9)
     yield machine
@@ -41,18 +42,18 @@ def folder(artifact, tmp_path) -> Path:
 
 @pytest.fixture
 def plan(machine, folder) -> Callable[..., Path]:
-    """The artifact with a proven plan for the stand-ins, as `add_plan` makes it."""
+    """Adds a plan to the artifact, as `add_plan` does."""
     return lambda **values: add_plan(folder, **values)
 
 
 @pytest.fixture
 def rtx_plan(rtx, folder) -> Callable[..., Path]:
-    """The same of TensorRT for RTX."""
+    """The same for TensorRT for RTX."""
     return lambda **values: add_plan(folder, "tensorrt_rtx", **values)
 
 
 def add_plan(folder: Path, flavour: str = "tensorrt", proven: bool = True, **sizes: Any) -> Path:
-    """A plan of what the stand-ins read, a description and the graph, and the manifest's account of it."""
+    """Write a plan for the stand-ins (a header and the graph) and describe it in the manifest."""
     manifest, content = read_manifest(folder), (folder / GRAPH).read_bytes()
     profiles = make_profiles(PlanOptions(**{**SMALL, **sizes}), manifest.max_length)
     shapes = [{name: shapes_of(name, profile) for name in Batch._fields} for profile in profiles]
@@ -79,13 +80,13 @@ def shapes_of(name: str, profile: Profile) -> list[Any]:
 
 
 def backend(folder: Path) -> Any:
-    from mlmkit.backends.tensorrt import TensorRTBackend
+    from mlmkit.backends.tensorrt.backend import TensorRTBackend
 
     return TensorRTBackend(str(folder))
 
 
 def random_batch(rows: int, seq: int, masked: int) -> Batch:
-    """Ragged rows; positions in no order, some of them twice."""
+    """Ragged rows; unordered positions, some of them repeated."""
     generator = np.random.default_rng(rows * 1000 + seq)
     attention_mask = (np.arange(seq) < generator.integers(1, seq + 1, (rows, 1))).astype(np.int64)
     positions = generator.choice(np.flatnonzero(attention_mask), masked)
@@ -93,8 +94,8 @@ def random_batch(rows: int, seq: int, masked: int) -> Batch:
     return Batch(input_ids, attention_mask, positions, targets)
 
 
-def assert_equal(found: Any, expected: Any) -> None:
+def assert_equal(scored: Any, expected: Any) -> None:
     for name, values in expected._asdict().items():
-        got = getattr(found, name)
+        got = getattr(scored, name)
         assert (got.dtype, got.shape) == (values.dtype, values.shape)
         np.testing.assert_allclose(got, values, atol=2e-5, rtol=0, err_msg=name)

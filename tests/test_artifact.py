@@ -3,6 +3,8 @@
 import json
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -57,41 +59,17 @@ def test_a_changed_or_missing_file_is_refused(copy, name):
 @pytest.mark.parametrize(
     "values",
     [
-        {"format": 1},
-        {"format": None},
-        {"top_k": "100"},
-        {"max_length": -1},
-        {"vocabulary_size": True},
-        {"files": {}},
-        {"files": []},
-        {"files": {"model.onnx": 3}},
-        {"parity": None},
+        {"format": 1}, {"format": None}, {"top_k": "100"}, {"max_length": -1}, {"vocabulary_size": True}, {"files": {}},
+        {"files": []}, {"files": {"model.onnx": 3}}, {"parity": None},
+        "", "[]", "{", '"text"', "[" * 100_000, '{"format": 1}',
     ],
-)
-def test_a_wrong_manifest_is_refused(copy, values):
-    change(copy, **values)
-    with pytest.raises(UserError, match="mlmkit export"):
-        load(str(copy))
-
-
-@pytest.mark.parametrize("content", ["", "[]", "{", '"text"', "[" * 100_000, '{"format": 1}'])
-def test_a_broken_manifest_is_refused(copy, content):
-    (copy / "mlmkit.json").write_text(content)
-    with pytest.raises(UserError, match="mlmkit export"):
-        load(str(copy))
-
-
-def test_a_name_that_leads_out_of_the_folder_is_refused(copy):
-    files = json.loads((copy / "mlmkit.json").read_text())["files"]
-    change(copy, files={**files, "../copy/config.json": files["config.json"]})
-    with pytest.raises(UserError, match="not a plain file"):
-        load(str(copy))
-
-
-def test_a_tokenizer_larger_than_the_model_is_refused(copy):
-    change(copy, vocabulary_size=599)
-    with pytest.raises(UserError, match="ids up to 599"):
-        load(str(copy))
+)  # fmt: skip
+def test_a_wrong_or_broken_manifest_is_refused(copy, values):
+    if isinstance(values, str):
+        (copy / MANIFEST).write_text(values)
+    else:
+        change(copy, **values)
+    assert "mlmkit export" in refused(copy)
 
 
 def test_a_manifest_that_promises_too_much_is_refused(copy):
@@ -156,71 +134,93 @@ def test_files_that_are_not_listed_are_left_alone(copy, name):
 
 
 def external(folder: Path, location: str) -> None:
-    """Move one weight of the graph to a file, named `location` in it, and list everything in the manifest."""
+    """Move one weight of the graph to model.onnx.data, but name `location` in the graph. List every file."""
     import onnx
     from onnx.external_data_helper import set_external_data
 
     model = onnx.load(folder / "model.onnx")
     largest = max(model.graph.initializer, key=lambda tensor: len(tensor.raw_data))
-    (folder / "weights.bin").write_bytes(largest.raw_data)
+    (folder / "model.onnx.data").write_bytes(largest.raw_data)
     set_external_data(largest, location, 0, len(largest.raw_data))
     largest.ClearField("raw_data")
     (folder / "model.onnx").write_bytes(model.SerializeToString())
     rehash(folder)
 
 
-def test_listed_external_weights_are_loaded_and_held_to_their_hash(copy, artifact):
-    external(copy, "weights.bin")
+def test_weights_beside_the_graph_are_loaded_and_held_to_their_hash(copy, artifact):
+    external(copy, "model.onnx.data")
     batch = random_batch(3, 9, 5)
-    expected, found = load(str(artifact("bert"))).score(batch), load(str(copy)).score(batch)
-    np.testing.assert_allclose(found.log_prob, expected.log_prob, atol=1e-6, rtol=0)
-    assert (load(str(copy)).score(batch).rank == found.rank).all()
-    weights = bytearray((copy / "weights.bin").read_bytes())
+    expected, scored = load(str(artifact("bert"))).score(batch), load(str(copy)).score(batch)
+    np.testing.assert_allclose(scored.log_prob, expected.log_prob, atol=1e-6, rtol=0)
+    weights = bytearray((copy / "model.onnx.data").read_bytes())
     weights[100] ^= 1
-    (copy / "weights.bin").write_bytes(weights)
-    assert "weights.bin is not the file that was exported" in refused(copy)
+    (copy / "model.onnx.data").write_bytes(weights)
+    assert "model.onnx.data is not the file that was exported" in refused(copy)
 
 
 @pytest.mark.parametrize(
     "location",
-    ["../weights.bin", "/etc/hostname", "./weights.bin", "", "other.bin", "sub/../weights.bin", "*/_ORT_MEM_ADDR_/*",
-     "weights.bin\0", "C:\\weights.bin", "\x1b[31m", "mlmkit.json"],
+    ["../secret", "/etc/hostname", "", "missing", "sub/../../secret", "*/_ORT_MEM_ADDR_/*", "secret\0", "C:\\secret",
+     "\x1b[31m", "link"],
 )  # fmt: skip
-def test_weights_from_elsewhere_are_refused_before_the_runtime_sees_them(copy, location, monkeypatch):
+def test_weights_from_outside_the_folder_are_refused(copy, tmp_path, location):
     external(copy, location)
-    (copy / "other.bin").write_bytes((copy / "weights.bin").read_bytes())
-    monkeypatch.setattr("onnxruntime.InferenceSession", None)
-    assert "which is no file of the manifest" in refused(copy)
+    (tmp_path / "secret").write_bytes((copy / "model.onnx.data").read_bytes())
+    (copy / "sub").mkdir()
+    (copy / "link").symlink_to("../secret")
+    assert "ONNX Runtime cannot load it" in refused(copy)
+
+
+@pytest.mark.parametrize("location", ["model.onnx.data", "mlmkit.json", "config.json"])
+def test_a_graph_reads_no_file_where_the_manifest_lists_no_weights(copy, location):
+    external(copy, location)
+    files = hash_files(copy)
+    del files["model.onnx.data"]
+    change(copy, files=files)
+    assert "ONNX Runtime cannot load it" in refused(copy)
 
 
 def test_a_link_to_weights_is_refused(copy, tmp_path):
-    external(copy, "weights.bin")
-    (copy / "weights.bin").rename(tmp_path / "weights.bin")
-    (copy / "weights.bin").symlink_to("../weights.bin")
-    assert "weights.bin is not a plain file" in refused(copy)
+    external(copy, "model.onnx.data")
+    (copy / "model.onnx.data").rename(tmp_path / "weights")
+    (copy / "model.onnx.data").symlink_to("../weights")
+    assert "model.onnx.data is not a plain file" in refused(copy)
 
 
-@pytest.mark.parametrize("place", ["subgraph", "attribute", "sparse", "function"])
-def test_weights_are_found_wherever_a_model_can_hide_them(copy, place):
-    import onnx
-    from onnx import helper
+MUTATE = """
+import random, sys
+from dataclasses import replace
+from pathlib import Path
+import numpy as np
+from mlmkit.artifact import hash_files, parse_manifest, write_manifest
+from mlmkit.backends import Batch, load
+from mlmkit.errors import CheckError, UserError
 
-    tensor = onnx.TensorProto(name="t", data_type=1, dims=[1], data_location=onnx.TensorProto.EXTERNAL)
-    tensor.external_data.add(key="location", value="../secret")
-    constant = helper.make_node("Constant", [], ["c"], value=tensor)
-    branch = helper.make_graph([constant], "branch", [], [helper.make_tensor_value_info("c", 1, [1])])
-    model = onnx.load(copy / "model.onnx")
-    if place == "subgraph":
-        model.graph.node.append(helper.make_node("If", ["x"], ["y"], then_branch=branch, else_branch=branch))
-    elif place == "attribute":
-        model.graph.node.append(constant)
-    elif place == "sparse":
-        model.graph.sparse_initializer.append(onnx.SparseTensorProto(values=tensor))
-    else:
-        model.functions.append(onnx.FunctionProto(name="f", node=[constant]))
-    (copy / "model.onnx").write_bytes(model.SerializeToString())
-    rehash(copy)
-    assert "'../secret', which is no file of the manifest" in refused(copy)
+folder, generator, refused = Path(sys.argv[1]), random.Random(0), 0
+original, manifest = (folder / "model.onnx").read_bytes(), parse_manifest(folder)
+ids = np.arange(5, 25).reshape(2, 10)
+batch = Batch(ids, np.ones_like(ids), np.array([1, 5, 12]), np.array([7, 8, 9]))
+for _ in range(60):
+    content = bytearray(original)
+    for _ in range(generator.choice([1, 4, 20])):
+        start = generator.randrange(len(content))
+        content[start : start + generator.choice([0, 1, 1, 3])] = generator.randbytes(generator.choice([0, 1, 1, 2]))
+    (folder / "model.onnx").write_bytes(content)
+    write_manifest(folder, replace(manifest, files=hash_files(folder)))
+    try:
+        load(str(folder), device="cpu").score(batch)
+    except (UserError, CheckError) as error:
+        refused += 1
+        assert len(str(error).splitlines()) == 1
+print(refused)
+"""
+
+
+def test_a_mutated_graph_under_a_true_hash_is_refused_or_runs(copy):
+    """In a process of its own, because ONNX Runtime itself parses these bytes."""
+    done = subprocess.run([sys.executable, "-c", MUTATE, copy], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert 5 < int(done.stdout) <= 60  # and nothing else is on standard output
 
 
 # ------------------------------------------------------------------ other contents under true hashes
@@ -262,15 +262,15 @@ def test_a_graph_of_another_contract_is_refused(copy):
     for part, name in (("input", "targets"), ("output", "rank")):
         model = onnx.load(copy / "model.onnx")
         next(item for item in getattr(model.graph, part) if item.name == name).name = "other"
+        for node in model.graph.node:
+            for names in (node.input, node.output):
+                names[:] = ["other" if known == name else known for known in names]
         (copy / "changed.onnx").write_bytes(model.SerializeToString())
         original = (copy / "model.onnx").read_bytes()
         (copy / "changed.onnx").rename(copy / "model.onnx")
         rehash(copy)
         assert f"does not have the {part}s" in refused(copy)
         (copy / "model.onnx").write_bytes(original)
-    rehash(copy)
-    change(copy, opset=19)
-    assert "is of opset 20, its manifest says 19" in refused(copy)
 
 
 # ------------------------------------------------------------------ any manifest at all

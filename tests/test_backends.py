@@ -55,26 +55,26 @@ def test_the_fingerprint_covers_single_numbers():
     assert weights_fingerprint(network) != before  # pyright: ignore[reportArgumentType]
 
 
-@pytest.mark.parametrize("name", ["model.onnx", "weights.bin", "tokenizer.json"])
+@pytest.mark.parametrize("name", ["model.onnx", "model.onnx.data", "tokenizer.json"])
 def test_an_artifact_that_is_replaced_while_it_is_loaded_is_never_mixed(name, artifact, tmp_path, monkeypatch):
     from test_artifact import external
 
     folder = Path(shutil.copytree(artifact("bert"), tmp_path / "artifact"))
-    external(folder, "weights.bin")
+    external(folder, "model.onnx.data")
     load(str(folder), device="cpu")
     import mlmkit.backends.onnx as backend
 
-    real = backend.read_graph
+    real = backend.open_session
 
-    def replace_first(content):
+    def replace_first(*arguments):
         (tmp_path / name).write_bytes((folder / name).read_bytes() + b"\n")
         (tmp_path / name).replace(folder / name)
-        return real(content)
+        return real(*arguments)
 
-    monkeypatch.setattr(backend, "read_graph", replace_first)
+    monkeypatch.setattr(backend, "open_session", replace_first)
     with pytest.raises(UserError, match=f"{name} was replaced while the artifact was being loaded"):
         load(str(folder), device="cpu")
-    monkeypatch.setattr(backend, "read_graph", real)
+    monkeypatch.setattr(backend, "open_session", real)
     with pytest.raises(UserError, match="is not the file that was exported"):
         load(str(folder), device="cpu")
 

@@ -305,7 +305,7 @@ def test_a_manifest_that_promises_longer_rows_is_refused(capsys, artifact, tmp_p
     code, *_ = run(capsys, "inspect", folder)
     assert code == 0
     edit_record(folder / "mlmkit.json", max_length=65)
-    with pytest.raises(UserError, match="says rows of 65 tokens, and the model takes 64"):
+    with pytest.raises(UserError, match="has rows of 65 tokens, and the model takes 64"):
         load(folder)
     code, out, _ = run(capsys, "inspect", folder)
     assert (code, "rows of 65 tokens" in out) == (1, True)

@@ -1,5 +1,5 @@
 # ruff: noqa: F401, F811 (fixtures are imported)
-"""`mlmkit export --trt` with TensorRT for RTX itself, and `--prove` on stand-ins, as in test_tensorrt_flow.py."""
+"""`mlmkit export --trt` with TensorRT for RTX itself, and `--prove` on stand-ins, as in test_tensorrt_runtime.py."""
 
 import json
 import shutil

@@ -135,7 +135,7 @@ def test_the_base_install_refuses_in_one_line_what_needs_more(base, artifact, ch
         (["fill", damaged, "a [MASK]"], 2, "config.json is missing"),
         (["serve", artifact("bert")], 2, "pip install 'mlmkit[serve]'"),
         (["inspect", damaged], 1, "is damaged"),
-        (["inspect", tmp_path], 2, "is no artifact"),
+        (["inspect", tmp_path], 2, "is not an artifact"),
     ):
         done = run(base, *command, folder=tmp_path)
         lines = [line for line in done.stderr.splitlines() if not line.startswith("looked for")]

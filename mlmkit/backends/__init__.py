@@ -1,11 +1,11 @@
-"""What runs a model: torch, ONNX Runtime or TensorRT behind one small protocol. `load` picks.
+"""Everything that runs a model: torch, ONNX Runtime or TensorRT, behind one small protocol, `Backend`.
 
-Heavy imports happen in the module that is picked: running an artifact imports neither torch nor transformers.
+`load` picks one and imports its libraries only then, so running an artifact imports neither torch nor transformers.
 """
 
 import logging
 import shlex
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from os import PathLike, fspath
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -13,15 +13,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from mlmkit.artifact import (
-    DYNAMIC_INT8,
-    CheckedFile,
-    Manifest,
-    is_artifact,
-    open_files,
-    parse_manifest,
-    read_tokenizer,
-)
+from mlmkit.artifact import DYNAMIC_INT8, CheckedFile, Manifest, is_artifact, open_files, parse_manifest, read_tokenizer
 from mlmkit.errors import UserError, require
 from mlmkit.files import locate_model
 from mlmkit.tokenizer import Tokenizer
@@ -31,12 +23,16 @@ log = logging.getLogger(__name__)
 INSTALL_TENSORRT = "pip install 'mlmkit[rtx]' (RTX cards) or 'mlmkit[trt]' (data-centre GPUs)"
 BACKENDS = ("auto", "torch", "onnx", "tensorrt")
 DEVICES = ("auto", "cpu", "cuda")
+# The tensors of the scoring graph (docs/architecture.md): type and number of axes.
+INPUTS = {"input_ids": ("int64", 2), "attention_mask": ("int64", 2), "positions": ("int64", 1), "targets": ("int64", 1)}
+OUTPUTS = {"log_prob": ("float32", 1), "rank": ("int64", 1), "top_log_prob": ("float32", 2), "top_id": ("int64", 2)}
 
 
 class Batch(NamedTuple):
-    """Inputs of the scoring graph, int64. `input_ids`, `attention_mask` `[batch, seq]`; the rest `[masked]`.
+    """The scoring graph's inputs, all int64.
 
-    `positions` are flat, into batch x seq. `targets` are the ids whose probability is asked for.
+    `input_ids` (corrupted, with special tokens) and `attention_mask` (1 = token) are `[batch, seq]`. `positions`, flat
+    indices into batch x seq, and `targets`, the ids to score there, are `[masked]`. Positions may repeat.
     """
 
     input_ids: NDArray[np.int64]
@@ -46,9 +42,11 @@ class Batch(NamedTuple):
 
 
 class Scored(NamedTuple):
-    """The scoring graph's outputs: of the targets `log_prob` float32, natural log, and `rank` int64, both `[masked]`.
+    """The scoring graph's outputs.
 
-    And the `k` best ids of each position with their log-probabilities, `[masked, k]`, best first.
+    `log_prob` is the natural log of each target's probability, float32 `[masked]`. `rank` is the number of other ids
+    with a logit at least as large, int64 `[masked]`. `top_log_prob` and `top_id`, float32 and int64 `[masked, k]`, are
+    the k best ids at each position, best first.
     """
 
     log_prob: NDArray[np.float32]
@@ -59,9 +57,11 @@ class Scored(NamedTuple):
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """What a backend runs. `fingerprint` is that of the checkpoint's weights, the same for its artifact.
+    """Properties of a loaded model.
 
-    With `sees_padding`, a row's scores change with the padding behind it, so a batch must hold rows of one length.
+    `fingerprint` is that of the checkpoint's weights; its artifacts have the same one. `max_length` counts special
+    tokens too. `sees_padding` means that a row's scores change with the padding after it, so that all rows of a batch
+    must have the same length.
     """
 
     path: str
@@ -75,15 +75,12 @@ class ModelInfo:
 
     @property
     def couples_batch(self) -> bool:
-        """Whether a row's scores change with the other rows of its batch, as scales found while it runs make them."""
+        """Whether a row's scores change with the other rows of its batch: dynamic int8 computes its scales from all."""
         return self.precision == DYNAMIC_INT8
 
 
 class Backend(Protocol):
-    """A loaded model with its tokenizer. `name` and `device` say what runs it.
-
-    `score` may be called from several threads at once.
-    """
+    """A loaded model with its tokenizer. `name` is one of `BACKENDS`, `device` is `cpu` or `cuda`."""
 
     name: str
     device: str
@@ -92,57 +89,51 @@ class Backend(Protocol):
 
     @property
     def manifest(self) -> Manifest | None:
-        """The artifact's, as it was when it was loaded; None for a checkpoint."""
+        """The artifact's manifest as it was when it was loaded; None for a checkpoint."""
         ...
 
     def score(self, batch: Batch) -> Scored:
-        """Log-probability and rank of each target, and the `info.top_k` best candidates at its position."""
+        """Score the targets and find the `info.top_k` best candidates at their positions. Thread-safe.
+
+        Raises `CheckError` if the model cannot run the batch and `UserError` if the GPU is out of memory.
+        """
         ...
 
 
 def capacity(backend: Backend) -> int:
-    """How many tokens of a text fit in a row, beside the special tokens. Raises `UserError` if none does."""
+    """The most tokens of a text that fit in a row next to the special tokens. Raises `UserError` if none fits."""
     room = backend.info.max_length - backend.tokenizer.added_tokens
     if room < 1:
         raise UserError(
-            f"{backend.info.path} takes {backend.info.max_length} tokens, and the special tokens take all of them"
+            f"{backend.info.path} takes {backend.info.max_length} tokens, and the special tokens need all of them"
         )
     return room
 
 
 def open_artifact(path: str) -> tuple[Manifest, dict[str, CheckedFile], Tokenizer, ModelInfo]:
-    """An artifact's manifest and its files, every one checked, its tokenizer, and what they say of the model.
+    """Check every file of an artifact. Returns its manifest, files, tokenizer and model properties.
 
-    Raises `UserError` when a file has changed or the tokenizer does not fit the model.
+    Raises `UserError` if a file has changed or the tokenizer does not fit the model.
     """
     manifest, files = open_files(Path(path))
     tokenizer = read_tokenizer(Path(path), manifest, files)
-    info = ModelInfo(
-        path=path,
-        fingerprint=manifest.fingerprint,
-        architecture=manifest.architecture,
-        vocabulary_size=manifest.vocabulary_size,
-        max_length=manifest.max_length,
-        precision=manifest.precision,
-        top_k=manifest.top_k,
-        sees_padding=manifest.sees_padding,
-    )
-    return manifest, files, tokenizer, info
+    described = {field.name: getattr(manifest, field.name) for field in fields(ModelInfo) if field.name != "path"}
+    return manifest, files, tokenizer, ModelInfo(path=path, **described)
 
 
 def tensorrt_obstacle(manifest: Manifest) -> str | None:
-    """Why this machine cannot run the artifact's TensorRT plans, or None if it can."""
+    """Why this machine cannot run the artifact's TensorRT plan, or None if it can."""
     if manifest.tensorrt is None:
         return "the artifact has no TensorRT plan: mlmkit export --trt builds one"
     try:
-        from mlmkit.backends.tensorrt import obstacle
-    except (ImportError, OSError) as error:  # OSError: a library that the bindings want
+        from mlmkit.backends.tensorrt.backend import obstacle
+    except (ImportError, OSError) as error:  # OSError: the bindings miss a shared library
         return f"TensorRT or cuda-python cannot be imported ({error}): {INSTALL_TENSORRT}"
     return obstacle(manifest.tensorrt)
 
 
 def unproven(path: str | Path, manifest: Manifest) -> str | None:
-    """Why `auto` does not pick the artifact's TensorRT plan although it may run here, or None if it does."""
+    """Why `auto` does not use the artifact's TensorRT plan even if it can run here, or None if it does."""
     if manifest.tensorrt is None or manifest.tensorrt.parity is not None:
         return None
     command = f"mlmkit export {shlex.quote(str(path))} --prove"
@@ -150,27 +141,28 @@ def unproven(path: str | Path, manifest: Manifest) -> str | None:
 
 
 def load(path: str | PathLike[str], backend: str = "auto", device: str = "auto") -> Backend:
-    """A checkpoint folder or hub name with torch; an artifact with TensorRT if it can be, else with ONNX Runtime.
+    """Load a checkpoint (a folder or a hub name) or an artifact.
 
-    Raises `UserError` when `path` is neither, or cannot be run with what was asked for.
+    With `auto`, a checkpoint runs on torch, an artifact on TensorRT if it has a proven plan for this machine, otherwise
+    on ONNX Runtime. Raises `UserError` if `path` is neither or cannot run on that backend and device.
     """
     if backend not in BACKENDS:
-        raise UserError(f"no backend {backend!r}: choose {', '.join(BACKENDS)}")
+        raise UserError(f"unknown backend {backend!r}: choose {', '.join(BACKENDS)}")
     if device not in DEVICES:
-        raise UserError(f"no device {device!r}: choose {', '.join(DEVICES)}")
+        raise UserError(f"unknown device {device!r}: choose {', '.join(DEVICES)}")
     path = locate_model(fspath(path))
     if is_artifact(Path(path)):
         if backend == "torch":
             raise UserError(f"{path} is an artifact, which torch cannot run: name the checkpoint it came from")
         if _picks_tensorrt(path, backend, device):
-            from mlmkit.backends.tensorrt import TensorRTBackend
+            from mlmkit.backends.tensorrt.backend import TensorRTBackend
 
             return TensorRTBackend(path)
         from mlmkit.backends.onnx import OnnxBackend
 
         return OnnxBackend(path, device)
     if backend in ("onnx", "tensorrt"):
-        raise UserError(f"{path} is no artifact: export it first (mlmkit export {path} --output ARTIFACT)")
+        raise UserError(f"{path} is not an artifact: export it first (mlmkit export {path} --output ARTIFACT)")
     require("train", "torch", "transformers", "safetensors")
     from mlmkit.backends.torch import TorchBackend
 

@@ -1,4 +1,4 @@
-"""A checkpoint on torch: the reference that every other backend is held to."""
+"""Runs a checkpoint on torch: the reference that every other backend is compared with."""
 
 import threading
 from collections.abc import Iterator
@@ -16,7 +16,10 @@ from mlmkit.tokenizer import Tokenizer
 
 
 class TorchBackend:
-    """`MaskedLM` in float32, with TF32 off: what it says is what others are compared with."""
+    """`MaskedLM` in float32, with TF32 off.
+
+    Raises `UserError` if the checkpoint cannot be loaded or the device is not available.
+    """
 
     name = "torch"
     manifest = None
@@ -26,7 +29,7 @@ class TorchBackend:
         self.device = pick_device(device)
         self.info = model_info(path, self.model, self.tokenizer)
         self.model.to(self.device)
-        # While a forward runs, its positions are state of the module (`MaskedLM.logits`).
+        # A forward pass keeps its positions in the module (`MaskedLM.logits`), so calls cannot overlap.
         self._lock = threading.Lock()
 
     def score(self, batch: Batch) -> Scored:
@@ -37,7 +40,7 @@ class TorchBackend:
 
 @contextmanager
 def _full_float32() -> Iterator[None]:
-    """Multiply matrices in full float32, and leave the process's own setting as it was."""
+    """Multiply matrices in full float32, then restore the setting of the process."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
@@ -47,7 +50,7 @@ def _full_float32() -> Iterator[None]:
 
 
 def model_info(path: str, model: MaskedLM, tokenizer: Tokenizer) -> ModelInfo:
-    """What `result.json` and the manifest say of a checkpoint."""
+    """The properties of a checkpoint that `result.json` and the manifest record."""
     config = model.network.config
     return ModelInfo(
         path=path,
@@ -62,7 +65,7 @@ def model_info(path: str, model: MaskedLM, tokenizer: Tokenizer) -> ModelInfo:
 
 
 def weights_fingerprint(network: PreTrainedModel) -> str:
-    """SHA-256 over the weights' names, types, shapes and bytes: the same for a checkpoint wherever it lies."""
+    """SHA-256 over names, types, shapes and bytes of the weights, hexadecimal. Does not depend on the file layout."""
     digest = sha256()
     for name, tensor in sorted(network.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
@@ -71,7 +74,7 @@ def weights_fingerprint(network: PreTrainedModel) -> str:
 
 
 def pick_device(device: str) -> str:
-    """`auto` is CUDA where torch finds it. Raises `UserError` for CUDA where it does not."""
+    """`cpu` or `cuda`; `auto` is `cuda` if torch finds a device. Raises `UserError` for `cuda` if it does not."""
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("torch finds no CUDA device here: use --device cpu")
     return "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"

@@ -37,14 +37,13 @@ def inspect(artifact: Path, as_json: bool) -> None:
 
 
 def _as_json(artifact: Path, inspection: "Inspection") -> dict[str, Any]:
-    graph = inspection.graph and asdict(inspection.graph) | {"external": sorted(inspection.graph.external)}
     return {
         "artifact": str(artifact),
         "sound": not inspection.problems,
         "problems": inspection.problems,
         "manifest": asdict(inspection.manifest),
         "files": inspection.files,
-        "graph": graph,
+        "graph": inspection.graph and asdict(inspection.graph),
         "tokens": inspection.tokens,
         "engines": [asdict(engine) | {"runs": not engine.reason} for engine in inspection.engines],
     }
@@ -53,7 +52,7 @@ def _as_json(artifact: Path, inspection: "Inspection") -> dict[str, Any]:
 def _rows(inspection: "Inspection") -> Rows:
     from mlmkit.artifact import report_rows
 
-    manifest, graph = inspection.manifest, inspection.graph
+    manifest = inspection.manifest
     rows = [
         ("architecture", f"{manifest.architecture}, vocabulary {manifest.vocabulary_size:,}"),
         ("at most", f"{manifest.max_length} tokens per text, {manifest.top_k} candidates per mask"),
@@ -70,9 +69,6 @@ def _rows(inspection: "Inspection") -> Rows:
     if manifest.tensorrt:
         rows += _section("TensorRT", _tensorrt(manifest.tensorrt))
     rows += _section("files", list(inspection.files.items()))
-    if graph:
-        nodes = f"{sum(graph.operators.values()):,} nodes of {len(graph.operators)} types"
-        rows.append(("graph", f"{nodes}, weights in {', '.join(sorted(graph.external)) or 'the same file'}"))
     problems = inspection.problems or ["none"]
     rows += zip(["problems", *[""] * (len(problems) - 1)], problems, strict=True)
     engines = [(f"{engine.backend} on {engine.device}", engine.reason or "yes") for engine in inspection.engines]

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from mlmkit.artifact import Profile
 from mlmkit.backends import Batch
-from mlmkit.backends.fitting import shape_of, split
+from mlmkit.backends.tensorrt.batch_splitting import shape_of, split_batch
 
 sizes = st.integers(1, 9)
 batches = st.builds(
@@ -36,7 +36,7 @@ def test_parts_fit_and_answer_every_position_once(batch, max_batch, max_masked):
     found = np.full((len(batch.positions), 3), -1)
     targets = np.full(len(batch.positions), -1)
     times = np.zeros(len(batch.positions), dtype=int)
-    for index, part in split(batch, profile):
+    for index, part in split_batch(batch, profile):
         shape = shape_of(part)
         assert 1 <= shape.batch <= max_batch and shape.masked == len(index) <= max_masked
         found[index], targets[index] = answer(part), part.targets
@@ -45,6 +45,6 @@ def test_parts_fit_and_answer_every_position_once(batch, max_batch, max_masked):
     assert (found == answer(batch)).all() and (targets == batch.targets).all()
     counts = np.bincount(batch.positions // batch.input_ids.shape[1], minlength=1)
     if counts.max() <= max_masked:  # no row alone is too much, so none is computed twice
-        parts = [part for _, part in split(batch, profile)]
+        parts = [part for _, part in split_batch(batch, profile)]
         if len(parts) > 1:
             assert sum(len(part.input_ids) for part in parts) == np.count_nonzero(counts)

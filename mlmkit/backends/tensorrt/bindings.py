@@ -1,6 +1,6 @@
-"""TensorRT's bindings: `tensorrt` (data-centre GPUs) if it is installed, else `tensorrt_rtx` (RTX cards).
+"""TensorRT's bindings: `tensorrt` (data-centre GPUs) if it is installed, otherwise `tensorrt_rtx` (RTX cards).
 
-Imports neither cuda-python nor a driver, as TensorRT for RTX builds plans without a GPU.
+Imports neither cuda-python nor a driver, because TensorRT for RTX builds plans without a GPU.
 """
 
 import logging
@@ -20,15 +20,15 @@ log = logging.getLogger(__name__)
 RTX = hasattr(trt, "ComputeCapability")
 FLAVOUR = "tensorrt_rtx" if RTX else "tensorrt"
 NAME = FLAVOURS[FLAVOUR]
-NO_DRIVER = "cudaError 35"  # TensorRT for RTX reports it beside every other error of a machine without a driver
+NO_DRIVER = "cudaError 35"  # without a driver, TensorRT for RTX reports it next to every other error
 LAYERS_HEADING, SCRATCH_HEADING = "Layers:\n", "Total Activation Memory: "
 
 
 class Logger(trt.ILogger):
-    """TensorRT's messages: errors are kept for the exception that follows, the rest goes to Python's logging.
+    """Collects TensorRT's errors for the exception that follows and passes its warnings to Python's logging.
 
-    TensorRT keeps the first logger that a process hands it, so there is only one: `LOGGER`.
-    `layers` is the verbose description of the last plan that was built, `scratch` the bytes of each of its profiles.
+    TensorRT keeps the first logger that a process gives it, so there is only one: `LOGGER`. `layers` is the verbose
+    description of the last plan that was built, `scratch` the scratch memory of each of its profiles in bytes.
     """
 
     def __init__(self) -> None:
@@ -37,7 +37,7 @@ class Logger(trt.ILogger):
         self.clear()
 
     def clear(self) -> None:
-        """Forget what an earlier build has said."""
+        """Forget everything that earlier builds logged."""
         self._errors.clear()
         self.layers, self.scratch = "", list[int]()
 
@@ -53,20 +53,20 @@ class Logger(trt.ILogger):
             self.scratch.append(int(msg.removeprefix(SCRATCH_HEADING).split()[0]))
 
     def reason(self) -> str:
-        """The first error, in one line, that is not about a missing driver. Forgets all of them."""
+        """The first error that is not about a missing driver, on one line. Forgets all errors."""
         errors = list(self._errors)
         self._errors.clear()
         first = next((error for error in errors if NO_DRIVER not in error), *errors[:1] or ["TensorRT gives no reason"])
-        starved = any("out of memory" in error.lower() or "outofmemory" in error.lower() for error in errors)
-        return f"out of memory ({first})" if starved else first
+        out_of_memory = any("outofmemory" in error.lower().replace(" ", "") for error in errors)
+        return f"out of memory ({first})" if out_of_memory else first
 
 
 LOGGER = Logger()
 
 
 def create_runtime() -> trt.Runtime:
-    """What loads plans; it does not allow a plan to bring host code. Raises `UserError` where CUDA does not start."""
+    """A runtime to load plans with; it refuses host code in plans. Raises `UserError` if CUDA does not start."""
     try:
         return trt.Runtime(LOGGER)
-    except TypeError:  # how the bindings say that the library made none
+    except TypeError:  # what the bindings raise when the library returns a null pointer
         raise UserError(f"{NAME} cannot start here: {LOGGER.reason()}") from None
