@@ -247,7 +247,7 @@ def on_device(batch: Batch, device: str) -> list[Any]:
 
 def operations(path: Path, batch: Batch) -> float:
     """Floating-point operations of one forward over a batch of full rows."""
-    from mlmkit.train.estimate import flops_per_token
+    from mlmkit.train.cost import flops_per_token
 
     rows, length = batch.input_ids.shape
     model, tokens = shared_model(path, "cpu", "float32"), rows * length
@@ -292,7 +292,7 @@ def device_rates(setting: Setting) -> Iterator[Row]:
 def _matrix_rate(setting: Setting, name: str, dtype: str) -> Figures:
     import torch
 
-    from mlmkit.train.estimate import peak_flops
+    from mlmkit.train.cost import peak_flops
 
     if name in ("tf32", "float16") and setting.device == "cpu":  # CPUs have no tf32, and float16 is emulated
         raise SkippedError(NEEDS_GPU)
@@ -356,7 +356,7 @@ def parity(setting: Setting) -> Iterator[Row]:
 def _parity_runs(setting: Setting, architecture: str) -> Iterator[tuple[str, str, list[str], Callable[[], LogProbs]]]:
     """Name, dtype, names to compare with, and the run. Each must run before the next is made: they share models."""
     from mlmkit.packing import PACKED_ATTENTION, enable_packing
-    from mlmkit.train.layers import compile_layers
+    from mlmkit.train.step import compile_layers
 
     path, device = setting.checkpoint(architecture), setting.device
     batch = inputs.real_batch(*((4, 160) if setting.quick else (16, 512)), ragged=True)
@@ -626,7 +626,7 @@ MICRO_BATCHES = {trainings.MLMKIT: 4, trainings.RUN_MLM: 4, trainings.PARAGRAPHS
 def training(setting: Setting) -> Iterator[Row]:
     """The contestants of train_vs_transformers.py, but for one, with one size of micro-batch: no time for trials.
 
-    MFU is the model's operations per token (`mlmkit.train.estimate.flops_per_token`) at the measured tokens per second,
+    MFU is the model's operations per token (`mlmkit.train.cost.flops_per_token`) at the measured tokens per second,
     over the rate of bfloat16 matrix products, measured and nominal. What a contestant computes beyond that, such as
     logits of every token, lowers its MFU.
     """
@@ -642,7 +642,7 @@ def training(setting: Setting) -> Iterator[Row]:
 
 
 def _training_case(setting: Setting, case: trainings.Case, text: Path) -> Iterator[Row]:
-    from mlmkit.train.dry_run import dry_run
+    from mlmkit.train.cost import dry_run
 
     tokenizer, architecture = inputs.tokenizer_folder(), case.architecture
     if setting.quick:
@@ -665,7 +665,7 @@ def _training_case(setting: Setting, case: trainings.Case, text: Path) -> Iterat
 
 def _training_rounds(setting: Setting, turns: dict[str, Any], operations: float) -> Iterator[Row]:
     """Rows are yielded again after each turn. A contestant that fails takes no further turn; the others do."""
-    from mlmkit.train.estimate import peak_flops
+    from mlmkit.train.cost import peak_flops
 
     rates = {"measured": setting.rates.get("bfloat16", 0.0), "nominal": peak_flops(setting.name)}
     speeds: dict[str, list[float]] = {way: [] for way in turns}
@@ -798,7 +798,7 @@ def step_on_pack(setting: Setting, prepare: Callable[[Any], None] = lambda _: No
 
 def autotuned(setting: Setting) -> Iterator[Row]:
     """Eager, compiled as mlmkit does, and with every kernel chosen by trial."""
-    from mlmkit.train.layers import encoder_layers
+    from mlmkit.train.step import encoder_layers
 
     def compile_layers(mode: str, model: Any) -> None:
         for layer in encoder_layers(model):

@@ -164,13 +164,13 @@ def _export(folder: Path, source: Path, flags: tuple[str, ...]) -> None:
 
 def encoder_parameters(source: Any) -> int:
     """The parameters of a checkpoint's or configuration's network without embedding tables and vocabulary head."""
+    import torch
     from transformers import AutoConfig, AutoModelForMaskedLM
 
-    from mlmkit.model import MaskedLM
-    from mlmkit.train.estimate import count_parameters
-
     config = AutoConfig.from_pretrained(source) if isinstance(source, str) else source
-    return count_parameters(MaskedLM(AutoModelForMaskedLM.from_config(config))).encoder
+    encoder = AutoModelForMaskedLM.from_config(config).base_model
+    tables = (table.weight for table in encoder.modules() if isinstance(table, torch.nn.Embedding))
+    return sum(p.numel() for p in encoder.parameters()) - sum(p.numel() for p in tables)
 
 
 # ---------------------------------------------------------------- batches

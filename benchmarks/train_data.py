@@ -56,16 +56,16 @@ def plan(tokenizer: Path, text: Path, budget: int) -> dict[str, Any]:
     """The packs of an epoch, planned but not built."""
     from mlmkit.train.order import Cursor
 
-    packs = training_data(tokenizer, text, budget)[0].packs
+    rows = training_data(tokenizer, text, budget)[0].rows
     count, windows, tokens, most = 0, 0, 0, 0
     seconds, began = 0.0, time.perf_counter()
-    for cursor, block, members in packs.plan(Cursor()):
+    for cursor, block, members in rows.packs(Cursor()):
         seconds += time.perf_counter() - began  # the counting below is not planning
         if cursor.epoch:
             break
         count += 1
         windows += len(members)
-        tokens += int(block.length[members].sum()) + packs.added * len(members)
+        tokens += int(block.length[members].sum()) + rows.added * len(members)
         most = max(most, len(members))
         began = time.perf_counter()
     return {

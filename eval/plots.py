@@ -16,6 +16,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 INK, MUTED, LINE, ONE, TWO = "#22262b", "#6b727b", "#e3e6ea", "#2f6fb4", "#c4571b"
@@ -44,6 +45,7 @@ STYLE: dict[Any, Any] = {  # matplotlib's stubs accept only literal keys
 styled = matplotlib.rc_context(STYLE)  # a decorator: the style must hold while a figure is drawn and rendered
 DASHED = {"linewidth": 1, "linestyle": (0, (4, 2))}
 PNG_DOTS_PER_INCH = 150
+FEW_POINTS = 50  # up to here each point gets a dot, beyond it a moving average
 
 Floats = NDArray[np.float64]
 
@@ -147,6 +149,89 @@ def differences(rows: Sequence[tuple[str, Mapping[str, Any]]], label: str) -> st
     axes.set(xlabel=label, ylim=(-0.6, len(rows) - 0.4))
     axes.grid(axis="y", visible=False)
     return to_svg(figure, "differences")
+
+
+@styled
+def training_curves(entries: Sequence[Mapping[str, Any]], title: str, path: Path) -> None:
+    """Loss and learning rate by step as PNG. `entries` are those of `log.jsonl`, at least one of them with a loss."""
+    steps = [entry for entry in entries if "loss" in entry]
+    evaluations = [entry for entry in entries if "held_out" in entry]
+    step, loss = (np.array([entry[name] for entry in steps]) for name in ("step", "loss"))
+    figure, (above, below) = new_figure(8, 5.6, nrows=2, sharex=True, height_ratios=(3.2, 1))
+    if len(steps) <= FEW_POINTS:
+        above.plot(step, loss, color=ONE, marker="o", markersize=3.5, label=f"training, last {loss[-1]:.3f}")
+    else:
+        mean = moving_average(loss, max(len(loss) // FEW_POINTS, 5))
+        above.plot(step, loss, color=ONE, alpha=0.3, linewidth=0.7, label="training")
+        above.plot(step, mean, color=ONE, label=f"smoothed, last {mean[-1]:.3f}")
+    digests = [entry["held_out"]["mask_digest"] for entry in evaluations]
+    for digest in dict.fromkeys(digests):  # one per held-out text; the last is the run's current one
+        same = [entry for entry in evaluations if entry["held_out"]["mask_digest"] == digest]
+        metrics = [entry["held_out"]["masked_cross_entropy"] for entry in same]
+        color, label = (TWO, "held out, 95 % interval") if digest == digests[-1] else (MUTED, "another text")
+        label += f", last {metrics[-1]['value']:.3f}"
+        size = 4 if len(same) <= FEW_POINTS else 2
+        _curve_with_intervals(above, [entry["step"] for entry in same], metrics, color, label, markersize=size)
+    above.set_ylabel("cross-entropy, nats per masked token")
+    above.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, borderaxespad=0.2, fontsize=9)
+    figure.suptitle(title, x=0.01, ha="left", fontsize=12)
+    rates = [entry["learning_rate"] for entry in steps]
+    below.plot(step, rates, color=INK, marker="o" if len(step) < 2 else "", markersize=4)
+    below.set(xlabel="step", ylabel="learning rate", xlim=(0, 1.01 * step[-1]))
+    below.set_ylim(bottom=0)
+    below.xaxis.set_major_locator(MaxNLocator(integer=True))
+    below.xaxis.set_major_formatter("{x:,.0f}")
+    below.yaxis.set_major_formatter("{x:.3g}")
+    figure.align_ylabels()
+    save_png(figure, path)
+
+
+@styled
+def sweep_curves(runs: Sequence[Mapping[str, Any]], best: str, path: Path) -> None:
+    """Held-out cross-entropy against the first swept setting as PNG, one line per combination of the others.
+
+    `runs` are those of `sweep.json` that did not fail; `best` is the name of one.
+    """
+    key, *others = runs[0]["values"]
+    values = list(dict.fromkeys(run["values"][key] for run in runs))
+    is_scale = all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
+    x = {value: value if is_scale else index for index, value in enumerate(values)}
+    lines: dict[str, list[Mapping[str, Any]]] = {}
+    for run in sorted(runs, key=lambda run: x[run["values"][key]]):
+        lines.setdefault(", ".join(f"{other} = {run['values'][other]}" for other in others), []).append(run)
+    figure, axes = new_figure(7, 4.4)
+    colors = matplotlib.colormaps["viridis"].resampled(len(lines) + 1)
+    for number, (label, line) in enumerate(lines.items()):
+        positions, metrics = [x[run["values"][key]] for run in line], [run["masked_cross_entropy"] for run in line]
+        color = colors(number) if others else ONE
+        _curve_with_intervals(axes, positions, metrics, color, label or "with 95 % intervals")
+        for position, run in zip(positions, line, strict=True):
+            if run["run"] == best:
+                circle = {"markersize": 13, "markerfacecolor": "none", "markeredgecolor": TWO, "label": "best"}
+                axes.plot(position, run["masked_cross_entropy"]["value"], "o", **circle)
+    if is_scale and min(values) > 0 and max(values) >= 10 * min(values):
+        axes.set_xscale("log")
+    if len(values) <= 8 or not is_scale:
+        axes.set_xticks(list(x.values()), [f"{value:g}" if is_scale else str(value) for value in values])
+        axes.minorticks_off()
+    axes.set(xlabel=key, ylabel="held-out masked cross-entropy, nats")
+    axes.margins(x=0.08)
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, borderaxespad=0.2, fontsize=9)
+    save_png(figure, path)
+
+
+def _curve_with_intervals(
+    axes: Axes, x: Sequence[float], metrics: Sequence[Mapping[str, Any]], color: Any, label: str, markersize: float = 5
+) -> None:
+    draw_intervals(axes, x, metrics, color=color, linewidth=1.3, zorder=3)
+    values = [metric["value"] for metric in metrics]
+    axes.plot(x, values, color=color, label=label, linewidth=0.8, marker="o", markersize=markersize)
+
+
+def moving_average(values: Floats, width: int) -> Floats:
+    """The mean of the `width` values around each of `[entries]`, of fewer at the ends."""
+    window = np.ones(width)
+    return np.convolve(values, window, "same") / np.convolve(np.ones_like(values), window, "same")
 
 
 # ---------------------------------------------------------------- shared by all figures

@@ -1,4 +1,4 @@
-"""`mlmkit demo`: the main job on real text, with nothing downloaded."""
+"""`mlmkit demo`: train, export, evaluate and fill on real text, with nothing downloaded."""
 
 import logging
 import os
@@ -8,12 +8,10 @@ import time
 from pathlib import Path
 
 import numpy as np
-from rich.console import Console
-from rich.table import Table
 
 from mlmkit.artifact import read_manifest
 from mlmkit.backends import Backend, load
-from mlmkit.console import printable
+from mlmkit.console import print_table, say
 from mlmkit.corpus import load_corpus
 from mlmkit.documents import Source, read_documents
 from mlmkit.errors import CheckError, UserError
@@ -41,7 +39,7 @@ SENTENCES = (
 
 
 def demo_config(train_text: Path) -> Config:
-    """Two minutes on two cores. Chosen by held-out loss among a dozen runs: docs/decisions.md."""
+    """A training that takes two minutes on two cores, chosen among a dozen by held-out loss (docs/decisions.md)."""
     return Config(
         data=DataConfig(train=(str(train_text),)),
         tokenizer=TokenizerConfig(vocab_size=4096, lowercase=True),
@@ -53,9 +51,8 @@ def demo_config(train_text: Path) -> Config:
 
 
 def run_demo(output: Path, text: str | None) -> None:
-    """Train, export, evaluate, fill; print what came of it. Raises `UserError` and `CheckError` as its steps do."""
+    """Train, export, evaluate, fill, and print the results. Raises `UserError` and `CheckError` as its steps do."""
     began = time.perf_counter()
-    console = Console(highlight=False)
     train_text, heldout_text = prepare_text(output, text)
 
     log.info("1/4 training on %s", train_text)
@@ -63,14 +60,14 @@ def run_demo(output: Path, text: str | None) -> None:
 
     artifact = output / "artifact"
     if artifact.exists():
-        log.info("2/4 %s is already there", artifact)
+        log.info("2/4 %s exists already", artifact)
     else:
         log.info("2/4 exporting to ONNX")
         export(str(checkpoint), artifact)
 
     log.info("3/4 evaluating both on %s, mask seed 0", heldout_text)
     models = {"checkpoint": load(str(checkpoint)), "artifact": load(str(artifact))}
-    evaluations = {name: measure(model, heldout_text, output / f"eval-{name}") for name, model in models.items()}
+    evaluations = {name: evaluate_model(model, heldout_text, output / f"eval-{name}") for name, model in models.items()}
     for name in models:
         write_report(load_result(output / f"eval-{name}"))
     difference = check_agreement(evaluations)
@@ -79,33 +76,32 @@ def run_demo(output: Path, text: str | None) -> None:
     engine = models["artifact"]
     sentences = fillable_sentences(engine.tokenizer, heldout_text, own_text=text is not None)
     for sentence in sentences:
-        show_fill(console, engine, sentence)
+        show_fill(engine, sentence)
 
     entropy = unigram_entropy(train_text, heldout_text, engine.tokenizer)
-    console.print(result_table(evaluations, entropy))
+    names = [evaluation.result["backend"]["name"] for evaluation in evaluations.values()]
+    print_table(result_rows(evaluations, entropy), ["held-out text, mask seed 0, in nats", *names], align="lrr")
     parity = read_manifest(artifact).parity
-    console.print(
+    say(
         f"Same masks, and cross-entropies {difference:.0e} nats apart. Parity at export, over {parity['masked']} "
-        f"masked tokens: log P differs by at most {parity['max_log_prob_difference']:.1e} nats.",
-        soft_wrap=True,
+        f"masked tokens: log P differs by at most {parity['max_log_prob_difference']:.1e} nats."
     )
-    console.print(f"\nIn {time.perf_counter() - began:.0f} s. To look at:")
-    for name, what in (
-        ("run/model", "the checkpoint, for any Hugging Face tool"),
-        ("run/log.jsonl", "the training log"),
-        ("artifact", "the ONNX engine, its tokenizer and mlmkit.json"),
-        ("eval-checkpoint/report.html", "the measurement on one page; result.json and the tokens lie beside it"),
-    ):
-        console.print(f"  {output / name}  {what}", soft_wrap=True)
-    console.print()
+    say(f"\nFinished in {time.perf_counter() - began:.0f} s. Results:")
+    contents = {
+        "run/model": "the checkpoint, for any Hugging Face tool",
+        "run/log.jsonl": "the training log",
+        "artifact": "the ONNX engine, its tokenizer and mlmkit.json",
+        "eval-checkpoint/report.html": "the evaluation on one page; result.json and the tokens are in the same folder",
+    }
+    print_table([(f"  {output / name}", content) for name, content in contents.items()])
     command = "mlmkit" if shutil.which("mlmkit") else os.path.relpath(Path(sys.executable).with_name("mlmkit"))
-    console.print(printable(f'Go on:  {command} fill {artifact} "{sentences[0]}"'), soft_wrap=True, markup=False)
+    say(f'\nTry next:  {command} fill {artifact} "{sentences[0]}"')
 
 
 def prepare_text(output: Path, text: str | None) -> tuple[Path, Path]:
-    """Write `train.txt` and `heldout.txt`, a document a line; which is which depends on each text's hash alone.
+    """Write `train.txt` and `heldout.txt`, one document per line; a document's hash decides where it goes.
 
-    Raises `UserError` when the user's text leaves one of them empty, or differs from that of an earlier demo here.
+    Raises `UserError` when one of them would be empty, or when `output` holds a demo on another text.
     """
     if text is None:
         log.info("collecting Python's documentation")
@@ -126,8 +122,8 @@ def prepare_text(output: Path, text: str | None) -> tuple[Path, Path]:
     return train_text, heldout_text
 
 
-def measure(model: Backend, heldout_text: Path, output: Path) -> Evaluation:
-    """Masked cross-entropy on all of it, pseudo-perplexity on a sample."""
+def evaluate_model(model: Backend, heldout_text: Path, output: Path) -> Evaluation:
+    """Masked cross-entropy on the whole held-out text, pseudo-perplexity on a sample of its tokens."""
     return evaluate(
         model,
         Source(str(heldout_text)),
@@ -140,10 +136,13 @@ def measure(model: Backend, heldout_text: Path, output: Path) -> Evaluation:
 
 
 def check_agreement(evaluations: dict[str, Evaluation], tolerance: float = 1e-4) -> float:
-    """How far apart the two cross-entropies are; `CheckError` unless both measured the same positions and agree."""
+    """The difference of the two cross-entropies, in nats.
+
+    Raises `CheckError` if they scored different positions, or differ by more than `tolerance`.
+    """
     first, second = (evaluation.result for evaluation in evaluations.values())
     if first["mask_digest"] != second["mask_digest"]:
-        raise CheckError("the two evaluations carry different mask digests")
+        raise CheckError("the two evaluations have different mask digests")
     name = "masked_cross_entropy"
     difference = abs(first["metrics"][name]["value"] - second["metrics"][name]["value"])
     if not difference <= tolerance:
@@ -152,9 +151,9 @@ def check_agreement(evaluations: dict[str, Evaluation], tolerance: float = 1e-4)
 
 
 def unigram_entropy(train_text: Path, heldout_text: Path, tokenizer: Tokenizer) -> float:
-    """Cross-entropy, in nats, of the held-out tokens under the training counts, one added to each.
+    """Cross-entropy, in nats per token, of a model that knows the tokens' frequencies but no context.
 
-    What a model that knows frequencies and nothing of context would reach.
+    The frequencies are the training counts with one added to each.
     """
     counts = np.ones(tokenizer.vocabulary_size)
     counts += np.bincount(load_corpus(Source(str(train_text)), tokenizer).ids, minlength=len(counts))
@@ -163,37 +162,31 @@ def unigram_entropy(train_text: Path, heldout_text: Path, tokenizer: Tokenizer) 
 
 
 def fillable_sentences(tokenizer: Tokenizer, heldout_text: Path, *, own_text: bool) -> list[str]:
-    """Our sentences for our text; for the user's, the first words of held-out documents with one masked."""
+    """Sentences with a mask: fixed ones for our text; with `own_text`, the first words of held-out documents."""
     if not own_text:
         return [sentence.replace("[MASK]", tokenizer.mask_token) for sentence in SENTENCES]
     openings = [text.split()[:12] for text in read_documents(Source(str(heldout_text)))][:3]
     return [" ".join([*words[:-2], tokenizer.mask_token, *words[-1:]]) for words in openings]
 
 
-def show_fill(console: Console, model: Backend, sentence: str) -> None:
-    """The sentence and, for each mask, its candidates."""
-    console.print(printable(f"  {sentence}"), markup=False, soft_wrap=True)
-    for row in fill(model, sentence, top_k=4):
-        console.print(printable("      " + "   ".join(f"{c['token_str']} {c['score']:.2f}" for c in row)), markup=False)
+def show_fill(model: Backend, sentence: str) -> None:
+    """Print the sentence and the candidates for each of its masks."""
+    say(f"  {sentence}")
+    for candidates in fill(model, sentence, top_k=4):
+        say("      " + "   ".join(f"{each['token_str']} {each['score']:.2f}" for each in candidates))
 
 
-def result_table(evaluations: dict[str, Evaluation], entropy: float) -> Table:
-    """The numbers side by side."""
+def result_rows(evaluations: dict[str, Evaluation], entropy: float) -> list[list[str]]:
+    """The rows of a table with both evaluations side by side, each with its label first."""
     results = [evaluation.result for evaluation in evaluations.values()]
-    table = Table(title="held-out text, mask seed 0, in nats", title_justify="left")
-    table.add_column("")
-    for result in results:
-        table.add_column(result["backend"]["name"], justify="right")
-    table.add_row("unigram entropy, to beat", *[f"{entropy:.4f}"] * len(results))
-    sampled = f"pseudo-perplexity, {results[0]['scored']['pseudo']:,} tokens"
-    names = {
+    metrics = {
         "masked_cross_entropy": "masked cross-entropy",
         "masked_accuracy": "masked accuracy",
-        "pseudo_perplexity": sampled,
+        "pseudo_perplexity": f"pseudo-perplexity, {results[0]['scored']['pseudo']:,} tokens",
     }
-    for name, label in names.items():
-        table.add_row(label, *[f"{result['metrics'][name]['value']:.4f}" for result in results])
-    table.add_row("mask digest", *[result["mask_digest"][:12] + "…" for result in results])
-    speeds = [result["timing"]["masked"]["tokens_per_second"] for result in results]
-    table.add_row("tokens/s, masked", *[f"{speed:,.0f}" for speed in speeds])
-    return table
+    return [
+        ["unigram entropy, to beat", *[f"{entropy:.4f}"] * len(results)],
+        *([label, *(f"{r['metrics'][name]['value']:.4f}" for r in results)] for name, label in metrics.items()),
+        ["mask digest", *(r["mask_digest"][:12] + "…" for r in results)],
+        ["tokens/s, masked", *(f"{r['timing']['masked']['tokens_per_second']:,.0f}" for r in results)],
+    ]

@@ -1,4 +1,4 @@
-"""This process's place among those that `torchrun` started; alone, it is rank 0 of 1."""
+"""This process among those that `torchrun` started; alone, it is rank 0 of 1. Also the CPUs and memory it may use."""
 
 import atexit
 import itertools
@@ -23,17 +23,18 @@ T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 CPU_LIMIT, MEMORY_LIMIT = Path("/sys/fs/cgroup/cpu.max"), Path("/sys/fs/cgroup/memory.max")
-TIME_TO_SPEAK = 5  # seconds
-PATIENCE = timedelta(days=7)  # a rank may wait for another one's share of a long evaluation
-BEAT_SECONDS, BEATS = 5.0, 12  # a rank that does not count for a minute is dead; one that works, or waits, counts
-RESUME = "Start all ranks again with the same command: it resumes from what was saved last"
-LEFT = 1 << 40  # more than any count: that rank needs no other any more
+SECONDS_TO_REPORT = 5  # head start of the rank that reports an error
+COLLECTIVE_TIMEOUT = timedelta(days=7)  # a rank may wait for another's share of a long evaluation
+# A rank whose heartbeat stops for BEATS intervals (a minute) is dead; one that works or waits keeps its heartbeat.
+BEAT_SECONDS, BEATS = 5.0, 12
 MEETING_BEATS = 120  # a rank may start ten minutes after another: imports, or a cluster's queue
+LEFT = 1 << 40  # above any heartbeat count: the rank has finished and needs no other
+RESUME = "Start all ranks again with the same command: it resumes from what was saved last"
 _meetings = itertools.count()
 
 
 def cores() -> int:
-    """How many of the machine's cores this process may use: fewer than there are, in a container with a limit.
+    """The number of CPU cores that this process may use, which a container may limit.
 
     https://docs.kernel.org/admin-guide/cgroup-v2.html#cpu-interface-files
     """
@@ -46,17 +47,20 @@ def cores() -> int:
 
 
 def available_memory() -> float:
-    """Bytes that this process may take, at most its container's limit; infinite where the system does not say."""
-    found = [math.inf]
+    """Bytes that this process may allocate, at most its container's limit; infinite if the system does not say."""
+    limits = [math.inf]
     for path, pattern, unit in ((MEMORY_LIMIT, r"\d+", 1), (Path("/proc/meminfo"), r"MemAvailable: +(\d+)", 1024)):
         with suppress(OSError):
-            found += [unit * int(number) for number in re.findall(pattern, path.read_text())]
-    return min(found)
+            limits += [unit * int(number) for number in re.findall(pattern, path.read_text())]
+    return min(limits)
+
+
+# ---------------------------------------------------------------- ranks
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """`rank` of `world` processes; on this machine the process is `local` of `local_world`."""
+    """`rank` of `world` processes, and `local` of `local_world` on this machine."""
 
     rank: int = 0
     world: int = 1
@@ -65,18 +69,18 @@ class Ranks:
 
     @property
     def is_first(self) -> bool:
-        """Whether this process speaks and writes for all."""
+        """Whether this is rank 0, which logs and writes for all."""
         return self.rank == 0
 
     def join(self, backend: str = "gloo") -> None:
-        """Meet the other ranks, if there are any and that has not been done."""
+        """Join the process group, if there are other ranks and this one has not joined yet."""
         if self.world > 1:
             import torch.distributed as dist
 
             if not dist.is_initialized():
-                _pulses.append(_Pulse(self.rank, self.world))
-                _pulses[-1].start()
-                dist.init_process_group(backend, timeout=PATIENCE)
+                _heartbeats.append(_Heartbeat(self.rank, self.world))
+                _heartbeats[-1].start()
+                dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT)
 
     def barrier(self) -> None:
         """Wait until every rank is here."""
@@ -98,7 +102,7 @@ class Ranks:
         return total.tolist()
 
     def from_first(self, work: Callable[[], T]) -> T:
-        """What `work` returns on the first rank, which alone does it while the others wait.
+        """Run `work` on the first rank only, while the others wait; returns its result on every rank.
 
         Raises what it raises there, and `EndedElsewhereError` on the others.
         """
@@ -122,24 +126,61 @@ class Ranks:
         return outcome[0]
 
     def close(self) -> None:
-        """Leave the group; ranks that go on alone need not."""
+        """Leave the process group."""
         if self.world > 1:
             import torch.distributed as dist
 
             if dist.is_initialized():
-                while _pulses:
-                    _pulses.pop().stop(is_done=sys.exc_info()[0] is None)
+                while _heartbeats:
+                    _heartbeats.pop().stop(is_done=sys.exc_info()[0] is None)
                 dist.destroy_process_group()
 
 
-class _Pulse(threading.Thread):
-    """Counts in the store of a group, and ends this process once another rank does not: a collective waits for days.
+def ranks() -> Ranks:
+    """This process's rank from the environment that `torchrun` sets. Raises `UserError` when torch is missing."""
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if world == 1:
+        return Ranks()
+    require("train", "torch")
+    local = (int(os.environ.get(name, default)) for name, default in (("LOCAL_RANK", "0"), ("LOCAL_WORLD_SIZE", "1")))
+    return Ranks(int(os.environ["RANK"]), world, *local)
 
-    The first rank watches all, and the others the first, which also holds the store.
+
+def claim_gpu(own: Ranks) -> None:
+    """Make only this rank's own GPU visible to the process. Call it before CUDA is used."""
+    if own.local_world > 1:
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        names = visible.split(",") if visible else [str(number) for number in range(own.local_world)]
+        os.environ["CUDA_VISIBLE_DEVICES"] = names[own.local % len(names)]
+
+
+@contextmanager
+def said_once() -> Iterator[None]:
+    """Report a `UserError` that every process of a machine raises only once, from the first process.
+
+    The others raise `EndedElsewhereError`. Each machine reports its own, because it may lack a file or a package.
+    """
+    try:
+        yield
+    except UserError as error:
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            raise
+        time.sleep(SECONDS_TO_REPORT)  # torchrun ends all processes with the first that exits
+        raise EndedElsewhereError from error
+
+
+# ---------------------------------------------------------------- heartbeats
+
+
+class _Heartbeat(threading.Thread):
+    """Counts in the group's store, and ends this process when another rank stops counting.
+
+    Without it, a rank would wait for a dead one until `COLLECTIVE_TIMEOUT`. The first rank, which holds the store,
+    watches all others, and they watch the first.
     """
 
     def __init__(self, rank: int, world: int) -> None:
-        super().__init__(daemon=True, name="pulse")
+        super().__init__(daemon=True, name="heartbeat")
         self.rank, self.watched = rank, range(1, world) if rank == 0 else range(1)
         self.meeting = f"mlmkit {os.environ.get('TORCHELASTIC_RESTART_COUNT')} {next(_meetings)}"
         self.is_over, self.is_done = threading.Event(), False
@@ -157,58 +198,25 @@ class _Pulse(threading.Thread):
         while not self.is_over.wait(BEAT_SECONDS):
             for rank in self.watched:
                 count = seen[rank]
-                with suppress(RuntimeError):  # the store has gone
+                with suppress(RuntimeError):  # the store is gone
                     store.add(str(self.rank), 1)
                     count = store.add(str(rank), 0)
                 missed[rank] = missed[rank] + 1 if seen[rank] == count < LEFT else 0
                 seen[rank] = count
                 if missed[rank] == (BEATS if count else MEETING_BEATS):
                     self._give_up(rank)
-        with suppress(RuntimeError):  # after an error others may wait for this one, and are to hear of it
+        with suppress(RuntimeError):  # after an error this rank does not leave, so that the others notice its death
             store.add(str(self.rank), LEFT if self.is_done else 0)
 
     def _give_up(self, rank: int) -> NoReturn:
         log.error("mlmkit: rank %d does not answer. %s", rank, RESUME)
-        os._exit(1)  # the main thread waits in C++
+        os._exit(1)  # the main thread is blocked in C++
 
     def stop(self, *, is_done: bool) -> None:
-        """Count no more; a rank that `is_done` is no longer waited for."""
+        """Stop counting; the other ranks no longer wait for a rank that `is_done`."""
         self.is_done = is_done
         self.is_over.set()
-        self.join(BEAT_SECONDS)  # it may wait for a store that has gone
+        self.join(BEAT_SECONDS)  # it may be waiting for a store that is gone
 
 
-_pulses: list[_Pulse] = []
-
-
-@contextmanager
-def said_once() -> Iterator[None]:
-    """For mistakes that all processes of a machine make alike: the first raises the `UserError`.
-
-    The others raise `EndedElsewhereError`. It is the first of each machine, as another may lack a file or a package.
-    """
-    try:
-        yield
-    except UserError as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0":
-            raise
-        time.sleep(TIME_TO_SPEAK)  # torchrun ends all others when one has ended, and the first may be slower
-        raise EndedElsewhereError from error
-
-
-def ranks() -> Ranks:
-    """From the environment that `torchrun` sets. Raises `UserError` when torch is missing."""
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    if world == 1:
-        return Ranks()
-    require("train", "torch")
-    local = (int(os.environ.get(name, default)) for name, default in (("LOCAL_RANK", "0"), ("LOCAL_WORLD_SIZE", "1")))
-    return Ranks(int(os.environ["RANK"]), world, *local)
-
-
-def claim_gpu(place: Ranks) -> None:
-    """Let this process see its own GPU alone, whatever then runs on it; to be called before CUDA is touched."""
-    if place.local_world > 1:
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-        names = visible.split(",") if visible else [str(number) for number in range(place.local_world)]
-        os.environ["CUDA_VISIBLE_DEVICES"] = names[place.local % len(names)]
+_heartbeats: list[_Heartbeat] = []

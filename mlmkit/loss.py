@@ -1,4 +1,4 @@
-"""Cross-entropy over a vocabulary without all of its logits in memory at once."""
+"""Cross-entropy over a vocabulary in slices, so that its logits are never all in memory."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Logits held at once. At a vocabulary of 64 k these are 256 rows: smaller slices cost time, larger ones save none.
+# Logits per slice. With a vocabulary of 64 k that is 256 rows: smaller slices cost time, larger ones save none.
 SLICE_BYTES = 64 << 20
 
 
@@ -14,8 +14,8 @@ def linear_cross_entropy_sum(hidden: Tensor, weight: Tensor, bias: Tensor | None
     """The sum of `F.cross_entropy(F.linear(hidden, weight, bias), targets)`, float32, or float64 if the weights are.
 
     `hidden` `[rows, width]`, `weight` `[vocabulary, width]`, `bias` `[vocabulary]`, `targets` `[rows]` int64. Matrix
-    products are in autocast's dtype where that is on; everything else is in the result's. Each slice of rows gives its
-    share of the loss and of the gradients in the forward, and the backward only scales these.
+    products use autocast's dtype if it is on, everything else the result's. The forward pass adds up loss and gradients
+    slice by slice; the backward pass only scales the gradients.
     """
     return _LinearCrossEntropySum.apply(hidden, weight, bias, targets, torch.is_grad_enabled())  # pyright: ignore[reportReturnType]
 
@@ -50,7 +50,7 @@ class _LinearCrossEntropySum(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, scale: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        # In place, as the gradients are large. A second backward is refused: autograd sees that they have changed.
+        # In place, because the gradients are large. Autograd detects the change and refuses a second backward.
         grads = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         return *(None if grad is None else grad.mul_(scale).to(dtype) for grad, dtype in grads), None, None
 
@@ -58,7 +58,7 @@ class _LinearCrossEntropySum(torch.autograd.Function):
 def _add_gradients(
     grads: list[Tensor | None], part: slice, states: Tensor, matrix: Tensor, log_probs: Tensor, target: Tensor
 ) -> None:
-    """Add a slice's share to those of `hidden`, `weight` and `bias` that are wanted. `log_probs` is overwritten."""
+    """Add a slice's share to the gradients of `hidden`, `weight` and `bias`, unless None. Overwrites `log_probs`."""
     grad_hidden, grad_weight, grad_bias = grads
     errors = log_probs.exp_()
     errors.scatter_add_(-1, target, errors.new_full(target.shape, -1))

@@ -1,20 +1,34 @@
-"""TOML files whose tables are dataclasses: what a key may hold is what its field is declared to be."""
+"""TOML files as dataclasses: a field's type, and a `Rule` if it is `Annotated`, say what its key may hold."""
 
 import math
 import tomllib
-from dataclasses import MISSING, fields, is_dataclass
+from collections.abc import Callable
+from dataclasses import MISSING, dataclass, fields, is_dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from types import NoneType
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 from mlmkit.errors import UserError
 
 KINDS = {str: "text", bool: "true or false", int: "a whole number", float: "a number", dict: "a table of numbers"}
 
 
+@dataclass(frozen=True)
+class Rule:
+    """Which values a field may hold: `holds` decides, `text` completes "NAME must be ..."."""
+
+    holds: Callable[[Any], bool]
+    text: str
+
+
+def one_of(*choices: str) -> Rule:
+    """The rule that a value is one of `choices`."""
+    return Rule(choices.__contains__, f"one of {', '.join(choices)}")
+
+
 def read_toml(path: str | Path) -> dict[str, Any]:
-    """The file's tables. Raises `UserError` for what is not TOML."""
+    """The file's tables. Raises `UserError` if it cannot be read or is not TOML."""
     try:
         return tomllib.loads(Path(path).read_text(encoding="utf-8-sig"))
     except OSError as error:
@@ -26,9 +40,9 @@ def read_toml(path: str | Path) -> dict[str, Any]:
 def build(kind: type, values: dict[str, Any], prefix: str = "") -> Any:
     """The dataclass `kind` with the values of a table. Raises `UserError` naming a key that is unknown or wrong.
 
-    A tuple is a list there, or one value alone.
+    A field that is a tuple takes a list or a single value. `prefix` precedes the key in messages.
     """
-    hints, arguments = get_type_hints(kind), {}
+    hints, arguments = get_type_hints(kind, include_extras=True), {}
     for key, value in values.items():
         if key not in hints:
             guess = get_close_matches(key, hints, n=1)
@@ -42,6 +56,12 @@ def build(kind: type, values: dict[str, Any], prefix: str = "") -> Any:
 
 
 def _checked(kind: Any, value: Any, name: str) -> Any:
+    if get_origin(kind) is Annotated:
+        kind, rule = get_args(kind)
+        value = _checked(kind, value, name)
+        if not rule.holds(value):
+            raise UserError(f"{name} must be {rule.text}, not {value!r}")
+        return value
     if is_dataclass(kind):
         if not isinstance(value, dict):
             raise UserError(f"{name} must be a table")
@@ -51,7 +71,7 @@ def _checked(kind: Any, value: Any, name: str) -> Any:
         return tuple(_checked(get_args(kind)[0], each, name) for each in values)
     if get_origin(kind) is dict and isinstance(value, dict):
         return {key: _checked(get_args(kind)[1], each, f"{name}.{key}") for key, each in value.items()}
-    kinds = [each for each in get_args(kind) or (kind,) if each is not NoneType]  # None is what is not written down
+    kinds = [each for each in get_args(kind) or (kind,) if each is not NoneType]  # TOML has no None
     if len(kinds) == 1 and kinds[0] is not kind:
         return _checked(kinds[0], value, name)
     if type(value) is int and float in kinds:

@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 from conftest import edit_record
-from rich.console import Console
 from safetensors.torch import load_file
 from test_artifact import rehash
 from test_cli import process, run
@@ -343,7 +342,7 @@ def test_no_text_or_name_steers_the_terminal(capsys, artifact, tmp_path):
             assert not set(STEERING) - set("gnpx]0;2J") & {*out, *err} - {"\n"}
             assert REAL in out or not shown
             assert not as_json or json.loads(out)
-    show_fill(Console(), load(folder), f"The [MASK] {STEERING}{REAL}")
+    show_fill(load(folder), f"The [MASK] {STEERING}{REAL}")
     out = capsys.readouterr().out
     assert REAL in out
     assert not set(STEERING) - set("gnpx]0;2J") & {*out}

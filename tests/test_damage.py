@@ -25,7 +25,7 @@ from mlmkit.eval.api import evaluate
 from mlmkit.eval.stored import load_result
 from mlmkit.files import write_json
 from mlmkit.tokenizer import Tokenizer
-from mlmkit.train.checkpoint import resuming
+from mlmkit.train.checkpoints import resuming
 from mlmkit.train.loop import train
 
 DAMAGE: dict[str, Callable[[Path, random.Random], object]] = {

@@ -1,4 +1,4 @@
-"""Packs of fixed shape through compiled layers: one compilation a kind of layer, and the eager numbers."""
+"""Compiled layers on packs of fixed shape: one compilation per kind of layer, and the same numbers as eager."""
 
 import copy
 from typing import Any
@@ -13,7 +13,7 @@ from torch._dynamo.utils import counters
 
 from mlmkit.model import MaskedLM
 from mlmkit.packing import Pack, enable_packing, packed_inputs, pad_pack
-from mlmkit.train.layers import compile_layers
+from mlmkit.train.step import compile_layers
 
 SIZES: dict[str, Any] = {
     "vocab_size": 200,
@@ -45,17 +45,17 @@ def model(request) -> MaskedLM:
 
 def packs(model: MaskedLM, count: int) -> list[Pack]:
     generator = torch.Generator().manual_seed(1)
-    found = []
+    made = []
     for documents in torch.randint(1, 8, (count,), generator=generator).tolist():
         lengths = torch.randint(1, 30, (documents,), generator=generator).tolist()
-        found.append(
+        made.append(
             lay_end_to_end(model, [torch.randint(5, 200, (length,), generator=generator) for length in lengths])
         )
-    return found
+    return made
 
 
 def loss(model: MaskedLM, pack: Pack, tokens: int) -> torch.Tensor:
-    """Over every third token of the first `tokens`, whose number changes from pack to pack."""
+    """The loss at every third of the first `tokens` tokens, a number that changes from pack to pack."""
     positions = torch.arange(0, tokens, 3)
     return model.loss_sum(positions, positions % 200, **packed_inputs(pack))
 

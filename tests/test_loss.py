@@ -1,4 +1,4 @@
-"""The vocabulary loss in slices: the plain loss, its gradients and its value, in less memory."""
+"""The sliced vocabulary loss has the value and the gradients of the plain one."""
 
 import copy
 from typing import Any
@@ -11,11 +11,12 @@ from test_model import VOCABULARY, ragged, tiny
 from mlmkit import loss
 from mlmkit.loss import linear_cross_entropy_sum
 from mlmkit.model import MaskedLM
+from mlmkit.train.step import LossModule
 
 
 @pytest.fixture(autouse=True)
 def slices_of_three_rows(monkeypatch):
-    """So that slices are many, and the last one is short."""
+    """Make many slices, the last of them shorter."""
     monkeypatch.setattr(loss, "SLICE_BYTES", 3 * VOCABULARY * 4)
 
 
@@ -120,17 +121,6 @@ def test_the_model_is_whole_after_a_loss_even_one_that_failed():
     assert torch.equal(model.network(**inputs).logits, before)
 
 
-class LossOnly(torch.nn.Module):
-    """As the trainer wraps it for several ranks: the loss is the forward."""
-
-    def __init__(self, model: MaskedLM) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, positions: torch.Tensor, targets: torch.Tensor, **inputs: Any) -> torch.Tensor:
-        return self.model.loss_sum(positions, targets, **inputs)
-
-
 @pytest.fixture
 def process_group(tmp_path):
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
@@ -140,13 +130,13 @@ def process_group(tmp_path):
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_gradient_under_data_parallelism(parallel, process_group):
-    """The matrix is used inside the wrapped forward, sharded or not, and it is tied to the embeddings."""
+    """The wrapped forward uses a matrix that is tied to the embeddings, sharded or not."""
     from torch.distributed.fsdp import fully_shard
 
     model = tiny("bert")
     positions, targets, inputs = batch()
     expected = gradients(model, plain(model, positions, targets, **inputs))
-    wrapped: torch.nn.Module = LossOnly(copy.deepcopy(model))
+    wrapped: torch.nn.Module = LossModule(copy.deepcopy(model))
     if parallel == "ddp":
         wrapped = torch.nn.parallel.DistributedDataParallel(wrapped)
     else:
@@ -154,7 +144,7 @@ def test_gradient_under_data_parallelism(parallel, process_group):
         for layer in encoder.encoder.layer:
             fully_shard(layer)
         fully_shard(wrapped)
-    wrapped(positions, targets, **inputs).backward()
+    wrapped(positions, targets, inputs).backward()
     for key, parameter in wrapped.named_parameters():
         name = key.removeprefix("module.").removeprefix("model.")
         if name not in expected:

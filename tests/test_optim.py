@@ -1,4 +1,4 @@
-"""Optimisers: who updates what, torch's formulas, state that comes back to the bit, sharding, schedules."""
+"""Optimisers: what each updates, Muon's formulas, bit-identical state after a restore, sharding, schedules."""
 
 import copy
 import json
@@ -32,8 +32,8 @@ from mlmkit.model import MaskedLM, probe_inputs
 from mlmkit.pretrained import load_pretrained
 from mlmkit.tokenizer import Tokenizer
 from mlmkit.train import loop
-from mlmkit.train.config import CHOICES, OptimConfig, load_config
-from mlmkit.train.optim import Muon, build_optimizers, hidden_matrices, learning_rate_factor
+from mlmkit.train.config import SCHEDULES, OptimConfig, load_config
+from mlmkit.train.optimisers import Muon, build_optimizers, hidden_matrices, learning_rate_factor
 from mlmkit.train.presets import build_config, fit_output_bias
 
 MUON = OptimConfig(name="muon", lr=1e-2, weight_decay=0.1)
@@ -43,7 +43,7 @@ FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
 
 
 def one_step(model: MaskedLM, optimizers: list[torch.optim.Optimizer], seed: int) -> None:
-    """Towards arbitrary targets, which depend on the seed."""
+    """Take one step towards arbitrary targets that depend on the seed."""
     inputs = probe_inputs(model, [20])
     generator = torch.Generator().manual_seed(seed)
     targets = torch.randint(model.vocabulary_size, (20,), generator=generator)
@@ -54,7 +54,7 @@ def one_step(model: MaskedLM, optimizers: list[torch.optim.Optimizer], seed: int
 
 
 def weights(model: MaskedLM) -> dict[str, torch.Tensor]:
-    """Copies, whole where they are sharded."""
+    """Copies of the weights, gathered if they are sharded."""
     whole = {name: p.full_tensor() if isinstance(p, DTensor) else p for name, p in model.named_parameters()}
     return {name: values.detach().clone() for name, values in whole.items()}
 
@@ -213,7 +213,7 @@ def test_muon_on_sharded_weights_is_muon_on_whole_ones(checkpoint, tmp_path):
 
 
 @given(
-    schedule=st.sampled_from(CHOICES["optim.schedule"]),
+    schedule=st.sampled_from(SCHEDULES),
     steps=st.integers(1, 400),
     warmup=st.integers(0, 500),
     decay_share=st.floats(1e-3, 1.0),

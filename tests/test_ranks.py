@@ -1,4 +1,4 @@
-"""Ranks that nobody watches over, started by hand: one that is killed takes the others with it, and says so."""
+"""Ranks started without torchrun: when one is killed, the others exit and say so."""
 
 import os
 import signal
@@ -43,7 +43,7 @@ def text(tmp_path: Path) -> Path:
 def test_a_rank_that_is_killed_ends_the_other(
     command: str, victim: int, text: Path, checkpoint: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    """It hung for days in a collective: nothing but torchrun would have ended it."""
+    """It used to hang in a collective for days."""
     output = tmp_path / "output"
     if command == "train":
         (tmp_path / "architecture.json").write_text(ARCHITECTURES["bert"])
@@ -69,7 +69,7 @@ def test_a_rank_that_is_killed_ends_the_other(
 
 
 def test_a_rank_that_dies_before_they_meet_ends_the_other(text, checkpoint, tmp_path) -> None:
-    """The first one waited for a week, without a word."""
+    """The first one used to wait for a week."""
     arguments = ["eval", str(checkpoint("bert")), "--set", str(text), "--output", str(tmp_path / "output")]
     first, second = start(arguments, tmp_path, SHORT.replace("600", "30"))
     second.kill()
@@ -83,7 +83,7 @@ def test_a_rank_that_dies_before_they_meet_ends_the_other(text, checkpoint, tmp_
 def test_a_rank_that_is_done_is_not_taken_for_dead(
     text: Path, checkpoint: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    """The first one measures and writes long after the other has left."""
+    """The first one still evaluates and writes long after the other has left."""
     slow = f"{SHORT}; import time, mlmkit.eval.report as r; r.write_report = lambda _: time.sleep(5)"
     output = ["--metric", "masked", "--output", str(tmp_path / "output")]
     first, second = start(["eval", str(checkpoint("bert")), "--set", str(text), *output], tmp_path, slow)

@@ -1,33 +1,16 @@
-"""A sweep: what is planned, that one failing run does not lose the others, and what it ends in."""
+"""A sweep: its trials, that the others continue when one fails, and its table and plot."""
 
 import json
 from itertools import product
 from pathlib import Path
 
 import pytest
+from training import write_config
 
 from mlmkit.errors import CheckError, UserError
-from mlmkit.train import sweep as sweeps
 from mlmkit.train.loop import train
-from mlmkit.train.sweep import check, plan, sweep, table
+from mlmkit.train.sweep import check, make_trials, sweep, table
 
-SETTINGS = """
-[data]
-train = {text!r}
-held_out = {text!r}
-[tokenizer]
-vocab_size = 600
-[model]
-architecture = {architecture!r}
-max_length = 48
-[optim]
-warmup_steps = 1
-[train]
-steps = 2
-global_batch_tokens = 512
-micro_batch_tokens = 512
-device = "cpu"
-"""
 ARCHITECTURE = {"model_type": "bert", "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
 
 
@@ -36,8 +19,10 @@ def path(tmp_path: Path, text_file: Path) -> Path:
     text, architecture = tmp_path / "text.txt", tmp_path / "architecture.json"
     text.write_text("".join(text_file.read_text(encoding="utf-8").splitlines(keepends=True)[:60]), encoding="utf-8")
     architecture.write_text(json.dumps(ARCHITECTURE))
+    write_config(tmp_path, text, str(architecture))
     config = tmp_path / "config.toml"
-    config.write_text(SETTINGS.format(text=str(text), architecture=str(architecture)))
+    content = config.read_text().replace("steps = 12", "steps = 2").replace("batch_tokens = 256", "batch_tokens = 512")
+    config.write_text(content.replace("[data]", f"[data]\nheld_out = {str(text)!r}"))
     return config
 
 
@@ -45,7 +30,7 @@ def path(tmp_path: Path, text_file: Path) -> Path:
 
 
 def test_two_sweeps_make_a_grid(path):
-    trials = plan(path, ["train.steps=3"], ["masking.mask_prob=0.15,0.3", "optim.lr = 1e-3, 1e-2"])
+    trials = make_trials(path, ["train.steps=3"], ["masking.mask_prob=0.15,0.3", "optim.lr = 1e-3, 1e-2"])
     assert [trial.values for trial in trials] == [
         {"masking.mask_prob": mask_prob, "optim.lr": lr} for mask_prob in (0.15, 0.3) for lr in (1e-3, 1e-2)
     ]
@@ -54,7 +39,7 @@ def test_two_sweeps_make_a_grid(path):
 
 
 def test_values_may_be_lists_and_paths(path):
-    trials = plan(path, [], ["data.train=['a/b.txt', 'c.txt'],d/e.txt"])
+    trials = make_trials(path, [], ["data.train=['a/b.txt', 'c.txt'],d/e.txt"])
     assert [trial.config.data.train for trial in trials] == [("a/b.txt", "c.txt"), ("d/e.txt",)]
     assert [trial.name for trial in trials] == ["data.train=__a_b.txt____c.txt__", "data.train=d_e.txt"]
 
@@ -65,28 +50,28 @@ def test_values_may_be_lists_and_paths(path):
         (["mask_prob=0.1,0.2"], "write it as table.key=value,value"),
         (["masking.mask_prob"], "write it as table.key=value,value"),
         (["masking.mask_prob=0.1,,0.2"], "write it as table.key=value,value"),
-        (["masking.mask_prob=0.1,1.5"], "mask_prob must be between 0 and 1, not 1.5"),
+        (["masking.mask_prob=0.1,1.5"], "mask_prob must be at least 0.001 and below 1, not 1.5"),
         (["masking.maskprob=0.1"], "unknown setting masking.maskprob: did you mean masking.mask_prob"),
-        (["masking.mask_prob=0.1,0.10"], "mask_prob=0.10 comes twice"),
+        (["masking.mask_prob=0.1,0.10"], "mask_prob=0.10 occurs twice"),
         (["optim.lr=1e-3", "optim.lr=1e-2"], "names optim.lr twice"),
         (["data.held_out="], "write it as table.key=value,value"),
     ],
 )
 def test_a_wrong_sweep_is_refused_before_the_first_run(path, given, message):
     with pytest.raises(UserError, match=message):
-        plan(path, [], given)
+        make_trials(path, [], given)
 
 
 def test_a_sweep_needs_held_out_text(path):
     with pytest.raises(UserError, match=r"name it with data\.held_out"):
-        plan(path, ["data.held_out="], ["masking.mask_prob=0.15,0.3"])
+        make_trials(path, ["data.held_out="], ["masking.mask_prob=0.15,0.3"])
 
 
 # ------------------------------------------------------------------ the runs
 
 
 def test_runs_are_measured_alike_and_compared(path, tmp_path):
-    trials = plan(path, [], ["masking.mask_prob=0.15,0.5", "optim.lr=1e-9,1e-2"])
+    trials = make_trials(path, [], ["masking.mask_prob=0.15,0.5", "optim.lr=1e-9,1e-2"])
     output = tmp_path / "sweep"
     found = sweep(trials, output)
     check(found)
@@ -95,7 +80,7 @@ def test_runs_are_measured_alike_and_compared(path, tmp_path):
     assert set(results) == {trial.name for trial in trials}
     assert found["best"] == min(results, key=lambda run: results[run]["value"])
     assert "optim.lr=1e-2" in found["best"]  # the other does not learn
-    # What did not learn scores alike, as the masks are the same however it was trained.
+    # Models that did not learn have the same loss: the held-out masks do not depend on the training masks.
     same = [results[f"masking.mask_prob={rate},optim.lr=1e-9"]["value"] for rate in ("0.15", "0.5")]
     assert same[0] == pytest.approx(same[1], abs=1e-5)
     lines = (output / "sweep.md").read_text().splitlines()
@@ -108,7 +93,7 @@ def test_runs_are_measured_alike_and_compared(path, tmp_path):
 
 
 def test_a_failing_run_does_not_lose_the_others(path, tmp_path):
-    trials = plan(path, ["train.steps=6"], ["optim.lr=1e-3,1e12"])
+    trials = make_trials(path, ["train.steps=6"], ["optim.lr=1e-3,1e12"])
     found = sweep(trials, tmp_path / "sweep")
     assert [bool(row["error"]) for row in found["runs"]] == [False, True]
     assert found["best"] == "optim.lr=1e-3"
@@ -118,19 +103,19 @@ def test_a_failing_run_does_not_lose_the_others(path, tmp_path):
 
 
 def test_what_fails_everywhere_is_the_error(path, tmp_path):
-    trials = plan(path, ["data.train=none.txt"], ["optim.lr=1e-3,1e-2"])
+    trials = make_trials(path, ["data.train=none.txt"], ["optim.lr=1e-3,1e-2"])
     with pytest.raises(UserError, match=r"none\.txt"):
         sweep(trials, tmp_path / "sweep")
 
 
 def test_other_masks_do_not_compare(path, tmp_path):
-    trials = plan(path, [], ["tokenizer.vocab_size=300,600"])
+    trials = make_trials(path, [], ["tokenizer.vocab_size=300,600"])
     with pytest.raises(CheckError, match="different masks"):
         sweep(trials, tmp_path / "sweep")
 
 
 def test_a_run_is_no_sweep(path, tmp_path):
-    [trial] = plan(path, [], ["train.seed=1"])
+    [trial] = make_trials(path, [], ["train.seed=1"])
     train(trial.config, tmp_path / "run")
     with pytest.raises(UserError, match="not the folder of a sweep"):
         sweep([trial], tmp_path / "run")
@@ -139,30 +124,16 @@ def test_a_run_is_no_sweep(path, tmp_path):
 # ------------------------------------------------------------------ the plot
 
 
-def made_up(**settings: list) -> dict:
-    """As `sweep` finds it, of a loss with its best near the middle."""
-    names = list(settings)
+def made_up(**settings: list) -> list[dict]:
+    """The runs of a sweep, with the best near the middle."""
     runs = []
-    for place, values in enumerate(product(*settings.values())):
-        value = 3 + 0.02 * (place - 2) ** 2
+    for number, values in enumerate(product(*settings.values())):
+        value = 3 + 0.02 * (number - 2) ** 2
         metric = {"value": value, "low": value - 0.03, "high": value + 0.04}
-        run = ",".join(f"{name}={value}" for name, value in zip(names, values, strict=True))
         runs.append(
-            {
-                "run": run,
-                "values": dict(zip(names, values, strict=True)),
-                "error": "",
-                "masked_cross_entropy": metric,
-                "masked_accuracy": {"value": 0.4, "low": 0.3, "high": 0.5},
-            }
+            {"run": str(number), "values": dict(zip(settings, values, strict=True)), "masked_cross_entropy": metric}
         )
-    return {
-        "metric": "masked_cross_entropy",
-        "held_out": "held.txt",
-        "mask_digest": "0",
-        "best": runs[2]["run"],
-        "runs": runs,
-    }
+    return runs
 
 
 @pytest.mark.parametrize(
@@ -176,6 +147,6 @@ def made_up(**settings: list) -> dict:
     ],
 )
 def test_a_plot_takes_any_setting(tmp_path, settings):
-    pytest.importorskip("matplotlib")
-    sweeps.draw(made_up(**settings), tmp_path / "sweep.png")
+    plots = pytest.importorskip("mlmkit.eval.plots")
+    plots.sweep_curves(made_up(**settings), "2", tmp_path / "sweep.png")
     assert (tmp_path / "sweep.png").stat().st_size > 10_000

@@ -1,4 +1,4 @@
-"""The training data: order, packs, masks; the same for any rank, world, number of workers and interruption."""
+"""The training data: order, packs and masks do not depend on ranks, workers or interruptions."""
 
 import contextlib
 import json
@@ -50,7 +50,7 @@ def test_a_keyed_permutation_is_one(size, seed, number):
 
 
 def test_permutations_are_uniform_and_unlike_each_other():
-    """300 permutations of 256: where each index goes, what follows on what, and what two of them share."""
+    """300 permutations of 256: the images, the differences of neighbours, and those between permutations."""
     one = Order((1,), (1.0,), 7)
     found = np.array([permute(np.arange(256), 256, one._key(1, number)) for number in range(300)])
     statistics = {
@@ -78,7 +78,7 @@ weights = st.sampled_from([0.1, 0.5, 1.0, 1.5, 2.0])
 @given(st.lists(st.tuples(st.integers(1, 70), weights), min_size=1, max_size=3), seeds)
 @settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 def test_epochs_take_each_source_pass_by_pass(small_blocks, sources, seed):
-    """Each pass shows each window once, the passes begin in turn, and an epoch has its share of them."""
+    """A pass shows each window once, passes follow each other, and an epoch has its share of them."""
     sizes, passes = zip(*sources, strict=True)
     planned = Order(sizes, passes, seed)
     shown = [Counter() for _ in sizes]
@@ -144,20 +144,20 @@ def test_fixed_shapes_change_nothing_but_the_padding(parts):
 
 
 def contents(batch: list[MicroBatch]) -> list[dict]:
-    """Everything in it, to be compared."""
+    """Everything in a batch, as values that compare."""
     values = [{**micro.inputs, "positions": micro.positions, "targets": micro.targets} for micro in batch]
     lists = [{name: v.tolist() if isinstance(v, torch.Tensor) else v for name, v in each.items()} for each in values]
     return [{**each, "documents": micro.documents} for each, micro in zip(lists, batch, strict=True)]
 
 
 def epoch_of(data: TrainingData, epoch: int) -> Iterator[tuple[MicroBatch, np.ndarray, np.ndarray]]:
-    """Its micro-batches without a schedule, with the source and the pass of each row and its row of the table."""
-    for after, block, members in data.packs.plan(Cursor(epoch=epoch)):
+    """The micro-batches of an epoch, with source and pass of each row, and its row of the window table."""
+    for after, block, members in data.rows.packs(Cursor(epoch=epoch)):
         if after.epoch > epoch:
             return
         taken = block.take(members)
-        batch = data.lay_out(data.packs.build(taken, data.packs.masking.recipe(0)))
-        yield batch, np.stack([taken.source, taken.number], axis=1), taken.rows
+        batch = data.lay_out(data.rows.build(taken, data.rows.masking.recipe(0)))
+        yield batch, np.stack([taken.source, taken.pass_number], axis=1), taken.table
 
 
 @pytest.mark.parametrize("whole_word", [False, True])
@@ -166,7 +166,7 @@ def epoch_of(data: TrainingData, epoch: int) -> Iterator[tuple[MicroBatch, np.nd
 def test_an_epoch_shows_each_token_once_a_pass_with_the_masks_of_its_document(
     parts, small_blocks, packed, whole_word, passes
 ):
-    """However the corpora are cut, packed or padded: the same ids are shown and the same are asked for."""
+    """Packed or padded, however the corpora are cut: the same ids are shown and the same are predicted."""
     _, tokenizer, corpora = parts
     masking = MaskingConfig(0.4, whole_word=whole_word)
     data = make_data(parts, packed=packed, masking=masking, passes=passes)
@@ -212,7 +212,7 @@ def test_the_order_does_not_depend_on_the_masking(parts):
 
 
 def test_the_mask_rate_follows_the_run(parts):
-    """The share asked for goes from the first rate to the last; more masks at a step are a superset."""
+    """The masked share goes from the first rate to the last, and a higher rate masks a superset."""
     steps, rates = 80, {}
     for name, masking in {"falling": MaskingConfig(0.6, 0.1), "low": MaskingConfig(0.1)}.items():
         data = make_data(parts, masking=masking)
@@ -231,7 +231,7 @@ def test_the_mask_rate_follows_the_run(parts):
 def test_any_number_of_ranks_resumes_anywhere_to_the_same_global_batches(
     parts, small_blocks, step, micro_batches, world, packed
 ):
-    """Through blocks and epochs: an epoch has about 25 packs in 5 blocks."""
+    """Across blocks and epochs: an epoch has about 25 packs in 5 blocks."""
     data = make_data(parts, packed=packed, passes=(0.5, 1.0), tokens=512)
     straight = list(data.batches(Cursor(), micro_batches=micro_batches, steps=33))
     cursor = straight[step - 1][0] if step else Cursor()
@@ -250,7 +250,7 @@ def test_any_number_of_ranks_resumes_anywhere_to_the_same_global_batches(
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_processes_build_the_same_batches(parts, text_file, rank):
-    """From memory and from the cache."""
+    """One corpus is in memory, the other in the cache."""
     _, tokenizer, corpora = parts
     data = make_data(parts, corpora=[corpora[0], load_corpus(Source(str(text_file)), tokenizer)])
     batches = [
@@ -263,17 +263,17 @@ def test_processes_build_the_same_batches(parts, text_file, rank):
 
 
 def test_gradient_does_not_depend_on_how_the_batch_is_cut(parts):
-    """One micro-batch of everything, many small ones, and padded ones: the same gradient, in float64."""
+    """One micro-batch, many small ones and padded ones give the same gradient, in float64."""
     model, _, _ = parts
-    _, block, windows = next(make_data(parts, tokens=512).packs.plan(Cursor()))
+    _, block, windows = next(make_data(parts, tokens=512).rows.packs(Cursor()))
 
     def gradient(packed: bool, groups: list[list[int]]) -> torch.Tensor:
         data = make_data(parts, packed=packed)
         network = load_pretrained(str(model.network.name_or_path))[0]
         assert not packed or enable_packing(network)
         network.double()
-        recipe = data.packs.masking.recipe(0)
-        batch = [data.lay_out(data.packs.build(block.take(group), recipe)) for group in groups]
+        recipe = data.rows.masking.recipe(0)
+        batch = [data.lay_out(data.rows.build(block.take(group), recipe)) for group in groups]
         masked = sum(len(micro.targets) for micro in batch)
         for micro in batch:
             logits = network.logits(micro.positions, **micro.inputs)
@@ -295,7 +295,7 @@ def test_gradient_does_not_depend_on_how_the_batch_is_cut(parts):
 
 @pytest.mark.parametrize("kind", ["wordpiece", "bpe"])
 def test_odd_documents_are_trained_on(tokenizer_folder, tmp_path, kind):
-    """Empty lines are none; of all others each token is shown once."""
+    """Each token of every line that is not empty is shown once."""
     tokenizer = Tokenizer.from_folder(tokenizer_folder(kind))
     odd = [
         "\0",
@@ -321,7 +321,7 @@ def test_odd_documents_are_trained_on(tokenizer_folder, tmp_path, kind):
 
 
 def test_one_word_of_a_million_tokens_is_masked_as_one_word(parts):
-    """Each of its windows must know how its first token was drawn without reading all that lies between."""
+    """Each window must find the draw of the word's first token without reading all tokens in between."""
     _, tokenizer, _ = parts
     count = 1_000_000
     ids = np.full(count, int(tokenizer.masking.ordinary[0]))
@@ -329,13 +329,13 @@ def test_one_word_of_a_million_tokens_is_masked_as_one_word(parts):
     for key in (3, 4, 5, 6):
         corpus = Corpus(ids, np.zeros(count, np.int32), starts, np.array([key], np.uint64), sizes)
         data = make_data(parts, masking=MaskingConfig(0.5, whole_word=True), passes=(1.0,), corpora=[corpus])
-        recipe = data.packs.masking.recipe(0)
+        recipe = data.rows.masking.recipe(0)
         first = corrupt(
             ids[:1], np.ones(1, np.int64), corpus.keys, replace(recipe, whole_word=False), *(tokenizer.masking,), seed=5
         )
         began = time.process_time()
-        for _, block, members in islice(data.packs.plan(Cursor()), 50):
-            rows = data.packs.build(block.take(members), recipe)
+        for _, block, members in islice(data.rows.packs(Cursor()), 50):
+            rows = data.rows.build(block.take(members), recipe)
             assert len(rows.positions) == len(first.selected) * int(block.length[members].sum())
         assert time.process_time() - began < 10
 
@@ -375,7 +375,7 @@ def test_a_worker_that_is_killed_is_named_and_the_others_end(parts):
 
 def test_what_goes_wrong_in_a_worker_is_said_here(parts):
     data = make_data(parts)
-    data.packs.corpora = [replace(corpus, ids=corpus.ids[:10]) for corpus in data.packs.corpora]
+    data.rows.corpora = [replace(corpus, ids=corpus.ids[:10]) for corpus in data.rows.corpora]
     with pytest.raises(RuntimeError, match="IndexError"):
         list(data.batches(Cursor(), micro_batches=1, steps=10, workers=1))
 
@@ -408,7 +408,7 @@ if __name__ == "__main__":
 
 @pytest.mark.parametrize("end", ["kill", "raise"])
 def test_workers_end_with_the_trainer(text_file, tokenizer_folder, tmp_path, end):
-    """Killed, or left by an exception with the batches still open."""
+    """The trainer is killed, or exits with the batches still open."""
     (tmp_path / "trains.py").write_text(TRAINS)
     shared = set(Path("/dev/shm").iterdir())
     command = [sys.executable, str(tmp_path / "trains.py"), str(text_file), str(tokenizer_folder("wordpiece")), end]
@@ -431,7 +431,7 @@ def test_workers_end_with_the_trainer(text_file, tokenizer_folder, tmp_path, end
 
 
 def is_alive(pid: int) -> bool:
-    """Whether it runs; one that nobody has waited for does not."""
+    """Whether the process runs; a zombie does not."""
     with contextlib.suppress(OSError):
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     return False

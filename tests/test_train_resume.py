@@ -1,4 +1,4 @@
-"""Killed, stopped, out of disk, on more ranks: a run goes on as if nothing had happened."""
+"""A run that is killed, stopped, out of disk or on another number of ranks resumes as if nothing had happened."""
 
 import json
 import random
@@ -15,23 +15,17 @@ from training import Ranks, log_lines, same_weights, weights, write_config
 
 from mlmkit.distributed import ranks as find_ranks
 from mlmkit.errors import StoppedError, UserError
-from mlmkit.train.checkpoint import HELD_OUT, checkpoints
+from mlmkit.train.checkpoints import HELD_OUT, saved_checkpoints
 from mlmkit.train.config import Config
 from mlmkit.train.loop import stop_signals, train
 
 
 @pytest.fixture
 def config(tmp_path, text_file) -> Config:
-    """With dropout, whose draws must be those of the micro-batch."""
+    """With dropout, which must depend on the micro-batch alone."""
     architecture = {"model_type": "bert", "num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 2}
     (tmp_path / "dropout.json").write_text(json.dumps({**architecture, "hidden_dropout_prob": 0.2}))
     return write_config(tmp_path, text_file, str(tmp_path / "dropout.json"), "train.steps=30", "train.save_every=3")
-
-
-@pytest.fixture
-def straight(config, tmp_path) -> dict[int, Path]:
-    """The same run without interruption, by world size."""
-    return {}
 
 
 def run_straight(config: Config, tmp_path: Path, world: int) -> tuple[Path, float]:
@@ -78,12 +72,12 @@ def test_a_signal_saves_and_leaves(config, tmp_path, world, number):
     wait_for(lambda: last_step(run), ranks)
     ranks.signal(number)
     assert ranks.wait() == [128 + number] * world, ranks.messages()
-    [saved] = checkpoints(run)
+    [saved] = saved_checkpoints(run)
     step = json.loads((saved / "trainer.json").read_text())["step"]
-    assert ranks.messages()[0] == (f"{number.name}: saved step {step} of 100000 in {saved}: the same command goes on")
+    assert ranks.messages()[0] == (f"{number.name}: saved step {step} of 100000 in {saved}: the same command resumes")
 
 
-@pytest.mark.parametrize(("world", "second"), [(1, signal.SIGINT), (2, signal.SIGTERM)])  # the latter as torchrun does
+@pytest.mark.parametrize(("world", "second"), [(1, signal.SIGINT), (2, signal.SIGTERM)])  # as torchrun passes it on
 def test_a_second_interrupt_stops_at_once(config, tmp_path, world, second):
     """In a step that takes minutes."""
     config = replace(config, train=replace(config.train, global_batch_tokens=256 * 100_000))
@@ -139,7 +133,7 @@ def record_batches(config: Config, run: Path, world: int, workers: int) -> list[
     """Half of the run with one rank and no worker, the rest as asked."""
     half = replace(config, train=replace(config.train, log_every=1))
     ranks = Ranks(half, run)
-    wait_for(lambda: checkpoints(run), ranks)
+    wait_for(lambda: saved_checkpoints(run), ranks)
     ranks.signal(signal.SIGKILL)
     ranks.wait()
     ranks = Ranks(replace(half, data=replace(half.data, workers=workers)), run, world)
@@ -149,19 +143,19 @@ def record_batches(config: Config, run: Path, world: int, workers: int) -> list[
 
 
 def test_a_disk_that_is_full_leaves_the_last_checkpoint(config, tmp_path):
-    """By a limit on the size of files, which the second checkpoint meets."""
+    """A limit on file size stands in for the full disk."""
     run = tmp_path / "run"
     ranks = Ranks(config, run)
-    wait_for(lambda: checkpoints(run), ranks)
+    wait_for(lambda: saved_checkpoints(run), ranks)
     ranks.signal(signal.SIGKILL)
     ranks.wait()
-    saved = checkpoints(run)
+    saved = saved_checkpoints(run)
     before = weights(saved[-1])
     ranks = Ranks(config, run, limits=((resource.RLIMIT_FSIZE, 20_000),))
     assert ranks.wait() == [2], ranks.messages()
     [message] = ranks.messages()
-    assert "File too large" in message and f"the same command goes on from {saved[-1]}" in message
-    assert checkpoints(run) == saved
+    assert "File too large" in message and f"the same command resumes from {saved[-1]}" in message
+    assert saved_checkpoints(run) == saved
     assert all(torch.equal(before[name], value) for name, value in weights(saved[-1]).items())
     assert not list((run / "checkpoints").glob(".*"))
 
@@ -180,10 +174,10 @@ def test_one_run_at_a_time(config, tmp_path):
 
 
 def test_held_out_evaluation_keeps_the_best(config, tmp_path, text_file):
-    """The same masks at every checkpoint, the harness's own numbers, and the best of them kept."""
+    """The same masks at every checkpoint, the same metrics as `mlmkit eval`, and the best checkpoint kept."""
     held_out = tmp_path / "held-out.txt"
     held_out.write_text("".join(text_file.read_text().splitlines(keepends=True)[::20]))
-    # So high a rate at the end of a constant schedule that the last checkpoints are worse than an earlier one.
+    # The learning rate is so high, at the end of a constant schedule, that the last checkpoints are worse.
     config = replace(
         config,
         data=replace(config.data, held_out=str(held_out)),
@@ -198,7 +192,7 @@ def test_held_out_evaluation_keeps_the_best(config, tmp_path, text_file):
     losses = {entry["step"]: entry["held_out"]["masked_cross_entropy"]["value"] for entry in entries}
     best = min(losses, key=lambda step: losses[step])
     assert best < 35, losses  # else this tests nothing
-    assert [int(folder.name[5:]) for folder in checkpoints(run)] == [best, 35, 40]
+    assert [int(folder.name[5:]) for folder in saved_checkpoints(run)] == [best, 35, 40]
 
     from mlmkit import evaluate
 
@@ -206,12 +200,12 @@ def test_held_out_evaluation_keeps_the_best(config, tmp_path, text_file):
     summary = json.loads((run / "held_out.json").read_text())
     assert summary["mask_digest"] == again.result["mask_digest"]
     assert summary["masked_cross_entropy"] == again.metrics["masked_cross_entropy"]
-    assert (checkpoints(run)[-1] / HELD_OUT / "tokens.parquet").exists()
+    assert (saved_checkpoints(run)[-1] / HELD_OUT / "tokens.parquet").exists()
     assert not (model / HELD_OUT).exists()
 
 
 def test_another_held_out_text_is_measured_anew(config, tmp_path, text_file):
-    """Its losses are not compared with those of the first: neither's best checkpoint is deleted by the other's."""
+    """Losses on two texts are not compared, so the best checkpoint of each is kept."""
     lines, texts = text_file.read_text().splitlines(keepends=True), {name: tmp_path / f"{name}.txt" for name in "ab"}
     for begin, path in enumerate(texts.values()):
         path.write_text("".join(lines[begin::30]))
@@ -227,7 +221,7 @@ def test_another_held_out_text_is_measured_anew(config, tmp_path, text_file):
     wait_for(lambda: last_step(run) >= 17, ranks)
     ranks.signal(signal.SIGKILL)
     ranks.wait()
-    resumed = checkpoints(run)[-1]
+    resumed = saved_checkpoints(run)[-1]
     model = train(second, run)
     measured = [(line["step"], line["held_out"]["mask_digest"]) for line in log_lines(run) if "held_out" in line]
     digests = list(dict.fromkeys(digest for _, digest in measured))
@@ -240,7 +234,7 @@ def test_another_held_out_text_is_measured_anew(config, tmp_path, text_file):
         for folder in run.glob(f"checkpoints/*/{HELD_OUT}*")
     }
     assert {("step-00000005", digests[0]), (resumed.name, digests[1]), ("step-00000040", digests[1])} <= results
-    assert len(checkpoints(run)) == 3
+    assert len(saved_checkpoints(run)) == 3
 
     before = weights(model)
     for config, digest in ((first, digests[0]), (second, digests[1])):  # of a finished run too
@@ -248,7 +242,7 @@ def test_another_held_out_text_is_measured_anew(config, tmp_path, text_file):
         assert json.loads((run / "held_out.json").read_text())["mask_digest"] == digest
     assert all(torch.equal(before[name], value) for name, value in weights(model).items())
     assert not list(model.glob(f"{HELD_OUT}*"))
-    for checkpoint in checkpoints(run):
+    for checkpoint in saved_checkpoints(run):
         shutil.rmtree(checkpoint)
     with pytest.raises(UserError, match="is finished and has no checkpoint to evaluate: use mlmkit eval"):
         train(first, run)

@@ -1,4 +1,4 @@
-"""What a user sees of a training run: its log, estimates, dry run and curve."""
+"""What a user sees of a training run: its log, the dry run and the curve."""
 
 import json
 import logging
@@ -11,36 +11,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from training import write_config
 from transformers import AutoConfig, AutoModelForMaskedLM
 
 from mlmkit.errors import UserError
 from mlmkit.model import MaskedLM
-from mlmkit.pretrained import load_pretrained
-from mlmkit.train import curve
 from mlmkit.train import log as training_log
-from mlmkit.train.config import Config, DataConfig, OptimConfig, RunConfig, load_config
-from mlmkit.train.dry_run import dry_run, lines
-from mlmkit.train.estimate import count_parameters, flops_per_token, peak_flops, state_bytes
-from mlmkit.train.log import TrainingLog, check_loggers, read_log
+from mlmkit.train.config import Config, DataConfig, RunConfig
+from mlmkit.train.cost import dry_run, flops_per_token, lines, peak_flops
+from mlmkit.train.log import TrainingLog, check_loggers, draw_loss, read_log
 from mlmkit.train.loop import train
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
-SETTINGS = """
-[tokenizer]
-vocab_size = 600
-[model]
-architecture = "bert-tiny"
-max_length = 48
-[optim]
-warmup_steps = 4
-[train]
-steps = 12
-global_batch_tokens = 512
-micro_batch_tokens = 256
-save_every = 4
-log_every = 2
-device = "cpu"
-"""
 DIGEST = "1c044900ad748e10e57622261079d324"
 
 
@@ -67,15 +49,8 @@ def make_config(**train) -> Config:
     return Config(data=DataConfig(train=("text.txt",)), train=RunConfig(**settings))
 
 
-def run_config(text_file: Path, *overrides: str) -> Config:
-    """Of a real run, which takes a second."""
-    path = text_file.with_name("config.toml")
-    path.write_text(SETTINGS)
-    return load_config(path, [f"data.train={text_file}", *overrides])
-
-
 def write_steps(run: Path, config: Config, first: int, last: int, **options) -> None:
-    """As a run does that takes these steps, with an evaluation every four."""
+    """Log like a run that takes these steps and evaluates every four."""
     run.mkdir(exist_ok=True)
     with TrainingLog(run, config, first - 1, **options) as log:
         for step in range(first, last + 1):
@@ -164,7 +139,7 @@ def test_time_within_a_pause_is_not_training_time(tmp_path, monkeypatch):
 
 
 def test_the_first_entry_after_a_resume_counts_the_steps_before_it(tmp_path, monkeypatch):
-    """Of a second each, in two processes. The second step has no target, so it does not count in the loss."""
+    """Steps of a second each, in two processes. The second has no target, so it does not count in the loss."""
     now, sums = 0.0, training_log.NO_STEPS
     monkeypatch.setattr(training_log.time, "perf_counter", lambda: now)
     for first in (1, 3):
@@ -249,7 +224,7 @@ def test_wandb_goes_on_with_the_same_run(tmp_path, monkeypatch):
 
 
 def untrained(architecture: str, **settings) -> MaskedLM:
-    """Without values, which neither costs nor memory depend on: quick at any size."""
+    """A model whose weights are never initialised, which is quick at any size."""
     with torch.device("meta"):
         network = AutoModelForMaskedLM.from_config(AutoConfig.for_model(architecture, **settings))
         model = MaskedLM(network)
@@ -265,13 +240,13 @@ def untrained(architecture: str, **settings) -> MaskedLM:
     [("bert", 512, 0.15, 0.588), ("bert", 512, 0.30, 0.609), ("modernbert", 1024, 0.30, 0.824)],
 )
 def test_operations_of_the_published_sizes(architecture, length, mask_prob, gflop):
-    """12 x 7.1 M encoder weights x 6, ... worked out by hand beforehand."""
+    """12 x 7.1 M encoder weights x 6, and so on; computed by hand."""
     flops = flops_per_token(untrained(architecture), np.array([length]), mask_prob)
     assert flops / 1e9 == pytest.approx(gflop, rel=2e-3)
 
 
 def test_attention_counts_what_a_token_sees():
-    """One document of 8 and one of 2 tokens: a token attends to 6.8 of them on average."""
+    """With documents of 8 and 2 tokens, a token attends to 6.8 tokens on average."""
     model = untrained("bert", hidden_size=32, num_hidden_layers=3, num_attention_heads=2, intermediate_size=48)
     one, other = (flops_per_token(model, np.array(lengths), 0.15) for lengths in ([8, 2], [1]))
     assert one - other == pytest.approx(12 * 3 * 32 * (6.8 - 1))
@@ -285,14 +260,6 @@ def test_a_shared_layer_costs_as_often_as_it_runs():
     )
     layer = 4 * 32 * 32 + 2 * 32 * 48
     assert four - two == pytest.approx(2 * (6 * layer + 12 * 32))
-
-
-def test_parameters_are_counted_once():
-    model = untrained("bert", vocab_size=100, hidden_size=32, num_hidden_layers=2, num_attention_heads=2)
-    parameters = count_parameters(model)
-    assert parameters.embeddings == (100 + 512 + 2) * 32
-    assert parameters.head == 32 * 32 + 32 + 2 * 32 + 100  # the decoder is the embedding
-    assert parameters.total == sum(parameter.numel() for parameter in model.parameters())
 
 
 @pytest.mark.parametrize(
@@ -316,43 +283,48 @@ def test_peak_rates_are_found_by_name(gpu, tflops):
     assert peak_flops(gpu) == tflops * 1e12
 
 
-def test_muon_keeps_one_number_of_a_hidden_weight(checkpoint):
-    model, _ = load_pretrained(str(checkpoint("bert")))
-    adamw, muon = (state_bytes(model, OptimConfig(name=name)) for name in ("adamw", "muon"))
-    assert adamw == 16 * count_parameters(model).total
-    assert adamw - muon == 4 * 2 * (4 * 32 * 32 + 2 * 32 * 48)
-
-
 # ------------------------------------------------------------------ the dry run
 
 
 def test_a_dry_run_shows_the_batch_and_leaves_nothing(tmp_path, text_file, monkeypatch):
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    found = dry_run(run_config(text_file, "masking.mask_prob=0.3"))
-    assert not list(tmp_path.iterdir())
-    assert found.packed
-    assert 0.9 < found.fill <= 1
-    assert found.tokens_per_step == pytest.approx(found.fill * 512)
-    assert found.epochs == pytest.approx(12 * found.tokens_per_step / found.corpus_tokens, rel=0.2)
-    assert 0.2 < found.masked < 0.3
-    assert found.flops == pytest.approx(found.flops_per_token * found.tokens)
-    assert found.state_bytes == 16 * found.parameters.total
-    text = " ".join(found.first_batch)
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    report = dry_run(write_config(tmp_path, text_file, "bert-tiny", "masking.mask_prob=0.3"))
+    assert not list((tmp_path / "temporary").iterdir())
+    assert report.packed
+    assert 0.9 < report.fill <= 1
+    assert report.tokens_per_step == report.fill * 512
+    assert report.epochs == pytest.approx(12 * report.tokens_per_step / report.corpus_tokens, rel=0.2)
+    assert 0.2 < report.masked < 0.4
+    assert report.flops == pytest.approx(report.flops_per_token * report.tokens)
+    assert report.step_seconds > 0
+    text = " ".join(report.first_batch)
     marks = re.findall(r"\[([^\[\]]*)(→|=)([^\]]*)\]", text)
     shares = [
         sum(kind(mark) for mark in marks) / len(marks) for kind in (lambda m: m[0] == "MASK", lambda m: m[1] == "=")
     ]
     assert shares[0] == pytest.approx(0.8, abs=0.12)
     assert shares[1] == pytest.approx(0.1, abs=0.08)
-    json.dumps(asdict(found))
+    json.dumps(asdict(report))
+
+
+def test_muon_keeps_one_number_per_hidden_weight(tmp_path, text_file):
+    """And AdamW two, beside the weights and the gradients; all are float32. Each tensor also has a step count."""
+    (tmp_path / "architecture.json").write_text(json.dumps({"model_type": "bert"} | SIZES))
+    architecture = str(tmp_path / "architecture.json")
+    adamw, muon = (
+        dry_run(write_config(tmp_path, text_file, architecture, f"optim.name={name}")) for name in ("adamw", "muon")
+    )
+    assert adamw.state_bytes == pytest.approx(16 * adamw.parameters, abs=1000)
+    assert adamw.state_bytes - muon.state_bytes == pytest.approx(4 * 2 * (4 * 32 * 32 + 2 * 32 * 48), abs=100)
 
 
 @pytest.mark.parametrize("architecture", ["bert", "mpnet"])
 def test_the_decoded_batch_is_the_text(tmp_path, text_file, architecture):
-    """Packed and padded: with what was masked put back, each text is a document's, or a window of one."""
+    """Packed and padded: with the original tokens put back, each text is a document or a window of one."""
     path = tmp_path / "architecture.json"
     path.write_text(json.dumps({"model_type": architecture} | SIZES))
-    found = dry_run(run_config(text_file, f"model.architecture={path}"))
+    found = dry_run(write_config(tmp_path, text_file, str(path)))
     assert found.packed == (architecture == "bert")
     squeezed = re.sub(r"\s", "", text_file.read_text(encoding="utf-8"))
     for text in found.first_batch:
@@ -360,17 +332,13 @@ def test_the_decoded_batch_is_the_text(tmp_path, text_file, architecture):
         assert re.sub(r"\s|##", "", restored) in squeezed.replace("##", "")
 
 
-def test_the_console_shows_a_part_of_it(text_file):
-    found = dry_run(run_config(text_file, "model.max_length=16"))
+def test_the_console_shows_a_part_of_it(tmp_path, text_file):
+    found = dry_run(write_config(tmp_path, text_file, "bert-tiny", "model.max_length=16"))
     shown = lines(found)
-    assert shown[1].startswith(f"parameters  {found.parameters.total / 1e3:.3g} k: embeddings")
+    assert shown[0].startswith(f"model       bert-tiny, {found.parameters / 1e3:.3g} k parameters")
+    assert any(line.startswith("time ") and "s per step" in line for line in shown)
     assert shown[-1] == f"  and {len(found.first_batch) - 6} more documents"
     assert max(map(len, shown)) <= 403
-
-
-def test_a_dry_run_refuses_what_training_refuses(text_file):
-    with pytest.raises(UserError, match="neither a preset"):
-        dry_run(run_config(text_file, "model.architecture=none"))
 
 
 # ------------------------------------------------------------------ the curve
@@ -378,10 +346,8 @@ def test_a_dry_run_refuses_what_training_refuses(text_file):
 
 def test_a_run_ends_in_a_picture(tmp_path, text_file):
     pytest.importorskip("matplotlib")
-    train(run_config(text_file), tmp_path)
-    picture = tmp_path / "loss.png"
-    assert curve.draw_loss(tmp_path) == picture
-    assert picture.read_bytes().startswith(b"\x89PNG")
+    train(write_config(tmp_path, text_file, "bert-tiny"), tmp_path / "run")
+    assert (tmp_path / "run" / "loss.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize("steps", [1, 60, 10_000])
@@ -391,39 +357,37 @@ def test_short_and_long_runs_are_drawn(tmp_path, steps):
     with TrainingLog(tmp_path, make_config(), steps) as log:
         alone = {"masked_cross_entropy": {"value": 2.0, "low": None, "high": None}}  # of a single document
         log.held_out(steps, {"mask_digest": DIGEST, "metrics": alone})
-    assert curve.draw_loss(tmp_path)
+    assert draw_loss(tmp_path)
 
 
 def test_each_held_out_text_has_a_curve(tmp_path, monkeypatch):
-    pytest.importorskip("matplotlib")
+    plots = pytest.importorskip("mlmkit.eval.plots")
     write_steps(tmp_path, make_config(), 1, 12)
     with TrainingLog(tmp_path, make_config(), 12) as log:
         for _ in ("written once", "known"):
             log.held_out(12, held_out_result(7.0) | {"mask_digest": "0"})
     figures = []
-    monkeypatch.setattr(curve, "save", lambda figure, path: figures.append(figure))
-    curve.draw_loss(tmp_path)
+    monkeypatch.setattr(plots, "save_png", lambda figure, path: figures.append(figure))
+    draw_loss(tmp_path)
     lines = {line.get_label(): line.get_xydata().tolist() for line in figures[0].axes[0].lines}
     assert lines["another text, last 0.167"] == [[4, 0.5], [8, 0.25], [12, 2 / 12]]
     assert lines["held out, 95 % interval, last 7.000"] == [[12, 7.0]]
 
 
-def test_smoothing_is_the_mean_around_a_point():
+def test_a_moving_average_is_the_mean_around_a_point():
+    plots = pytest.importorskip("mlmkit.eval.plots")
     values = np.array([0.0, 3.0, 6.0, 0.0, 0.0])
-    assert curve.smooth(values, 3) == pytest.approx([1.5, 3, 3, 2, 0])
-    assert curve.smooth(values, 1) == pytest.approx(values)
+    assert plots.moving_average(values, 3) == pytest.approx([1.5, 3, 3, 2, 0])
+    assert plots.moving_average(values, 1) == pytest.approx(values)
 
 
-def test_without_matplotlib_there_is_no_picture(tmp_path, monkeypatch, caplog):
+def test_without_matplotlib_or_entries_there_is_no_picture(tmp_path, monkeypatch, caplog):
+    assert draw_loss(tmp_path) is None
     write_steps(tmp_path, make_config(), 1, 4)
-    monkeypatch.setattr(curve, "find_spec", lambda _: None)
+    monkeypatch.setattr(training_log, "find_spec", lambda _: None)
     caplog.set_level(logging.INFO, logger="mlmkit")
     caplog.clear()
-    assert curve.draw_loss(tmp_path) is None
+    assert draw_loss(tmp_path) is None
     assert caplog.messages == [
-        f"{tmp_path / 'loss.png'} is left out, as it needs matplotlib: pip install 'mlmkit[report]'"
+        f"{tmp_path / 'loss.png'} is left out, because it needs matplotlib: pip install 'mlmkit[report]'"
     ]
-
-
-def test_a_run_of_no_entries_has_no_picture(tmp_path):
-    assert curve.draw_loss(tmp_path) is None

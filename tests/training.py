@@ -1,4 +1,4 @@
-"""What the tests of training share: a small configuration, and runs in processes of their own, to be killed."""
+"""Shared by the tests of training: a small configuration, and runs in processes that can be killed."""
 
 import json
 import multiprocessing
@@ -59,12 +59,12 @@ def same_weights(one: Path, other: Path) -> bool:
 
 
 def log_lines(run: Path) -> list[dict]:
-    """The entries; the last line may be half-written."""
+    """The entries of `log.jsonl`, without a last line that is cut off."""
     return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines(True) if line.endswith("\n")]
 
 
 class Ranks:
-    """A training run in `world` processes, which have begun when this returns. Standard error goes to `RUN.errors`."""
+    """A training run in `world` processes, started at once. Error messages go to `RUN.RANK.errors`."""
 
     def __init__(self, config: Config, run: Path, world: int = 1, limits: tuple[tuple[int, int], ...] = ()) -> None:
         with socket.socket() as free:

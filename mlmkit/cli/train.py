@@ -58,7 +58,7 @@ def train(
             raise UserError("--output is missing: name the run folder")
         require("train", "torch", "transformers", "safetensors")
     if dry:
-        from mlmkit.train.dry_run import dry_run, lines
+        from mlmkit.train.cost import dry_run, lines
 
         summary = dry_run(settings)
         if as_json:
@@ -67,10 +67,10 @@ def train(
             for line in lines(summary):
                 say(line)
     elif output is not None and sweeps:
-        from mlmkit.train.sweep import check, plan, sweep, table
+        from mlmkit.train.sweep import check, make_trials, sweep, table
 
         with said_once():
-            trials = plan(config, overrides, sweeps)
+            trials = make_trials(config, overrides, sweeps)
         if results := sweep(trials, output):  # on the first rank
             if as_json:
                 print_json(results)

@@ -1,1 +1,1 @@
-"""Training: TOML in, a run folder with Hugging Face checkpoints out."""
+"""Training: a TOML configuration in, a run folder with Hugging Face checkpoints out."""

@@ -1,103 +1,84 @@
-"""The training configuration: one TOML table a dataclass, every key with a default but the text."""
+"""The training configuration: one dataclass per TOML table. Every key has a default except `data.train`."""
 
 import tomllib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from operator import attrgetter
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from mlmkit.backends import DEVICES
 from mlmkit.documents import Source, is_table
 from mlmkit.errors import UserError
 from mlmkit.masking import MaskRecipe
-from mlmkit.toml import build, read_toml
+from mlmkit.toml import Rule, build, one_of, read_toml
 
-CHOICES = {
-    "optim.name": ("adamw", "muon"),
-    "optim.schedule": ("linear", "cosine", "wsd"),
-    "train.parallel": ("ddp", "fsdp"),
-    "train.device": DEVICES,
-    "tokenizer.kind": ("wordpiece", "bpe"),
-}
-# Settings, what holds for each of their values (false for NaN), and how that is said.
-RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
-    (
-        "model.max_length train.steps train.global_batch_tokens train.micro_batch_tokens train.save_every "
-        "train.keep_checkpoints train.log_every optim.eps optim.lr optim.max_grad_norm",
-        lambda value: 0 < value < 1 << 40,
-        "positive and finite",
-    ),
-    ("optim.weight_decay optim.warmup_steps", lambda value: 0 <= value < 1 << 40, "at least 0 and finite"),
-    ("optim.beta1 optim.beta2", lambda value: 0 <= value < 1, "at least 0 and below 1"),
-    # 0.001 is eight tokens of a batch of 8,192. A model learns to tell masked tokens by those that are not.
-    ("masking.mask_prob", lambda value: 0.001 <= value < 1, "at least 0.001 and below 1"),
-    ("masking.final_mask_prob", lambda value: value is None or 0.001 <= value < 1, "at least 0.001 and below 1"),
-    ("optim.decay_share", lambda value: 0 < value <= 1, "above 0 and at most 1"),
-    ("data.weights", lambda value: 0 < value < 1 << 20, "positive and finite"),
-    ("data.workers", lambda value: 0 <= value <= 256, "between 0 and 256"),
-    ("train.seed", lambda value: 0 <= value < 1 << 63, "between 0 and 2**63 - 1"),
-    # Up to here a rank is exact (`MaskedLM.forward`). The tokenizers library aborts the process at 2**30.
-    ("tokenizer.vocab_size", lambda value: 0 < value <= 1 << 24, "between 1 and 2**24"),
-    *((name, known.__contains__, f"one of {', '.join(known)}") for name, known in CHOICES.items()),
-)
+SCHEDULES = ("linear", "cosine", "wsd")
+# The comparisons are false for NaN.
+POSITIVE = Rule(lambda value: 0 < value < 1 << 40, "positive and finite")
+NOT_NEGATIVE = Rule(lambda value: 0 <= value < 1 << 40, "at least 0 and finite")
+DECAY_RATE = Rule(lambda value: 0 <= value < 1, "at least 0 and below 1")
+# 0.001 is eight tokens of a batch of 8,192. A model learns to predict masked tokens from the others.
+MASK_RATE = Rule(lambda value: 0.001 <= value < 1, "at least 0.001 and below 1")
+PositiveInt, PositiveFloat = Annotated[int, POSITIVE], Annotated[float, POSITIVE]
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    """`[data]`: the text to train on, one location or several. Paths are relative to where the command runs.
+    """`[data]`: one or more texts to train on. Paths are relative to the working directory.
 
-    `weights` says how often an epoch shows each of them (1.0 where not given; 0.5 is every other document).
+    `weights` says how often an epoch shows each text: 1.0 by default, and 0.5 shows every other document. `workers` is
+    the number of processes that build batches; with 0 the training process does.
     """
 
     train: tuple[str, ...] = ()
-    weights: tuple[float, ...] = ()
+    weights: tuple[Annotated[float, Rule(lambda value: 0 < value < 1 << 20, "positive and finite")], ...] = ()
     held_out: str = ""  # evaluated at each checkpoint
     text_field: str = "text"
     blank_line: bool = False
-    workers: int = 0  # processes that build batches beside the training loop
+    workers: Annotated[int, Rule(lambda value: 0 <= value <= 256, "between 0 and 256")] = 0
 
     @property
     def sources(self) -> list[Source]:
-        """As `corpus` reads them."""
+        """The training texts for `load_corpus`."""
         return [Source(location, self.text_field, self.blank_line) for location in self.train]
 
     @property
     def held_out_source(self) -> Source:
-        """The same of the held-out text."""
+        """The held-out text for `load_corpus`."""
         return Source(self.held_out, self.text_field, self.blank_line)
 
     @property
     def passes(self) -> tuple[float, ...]:
-        """The weight of each source."""
+        """Passes per epoch over each text."""
         return self.weights or (1.0,) * len(self.train)
 
 
 @dataclass(frozen=True)
 class TokenizerConfig:
-    """`[tokenizer]`: `path` takes a finished one; otherwise one is trained on `data.train`."""
+    """`[tokenizer]`: an existing one at `path`; otherwise one is trained on `data.train`."""
 
     path: str = ""
-    kind: str = "wordpiece"  # or "bpe", byte-level
-    vocab_size: int = 16000
+    kind: Annotated[str, one_of("wordpiece", "bpe")] = "wordpiece"  # bpe is byte-level
+    # Ranks are exact up to 2**24 (`MaskedLM.forward`). The tokenizers library aborts the process at 2**30.
+    vocab_size: Annotated[int, Rule(lambda value: 0 < value <= 1 << 24, "between 1 and 2**24")] = 16000
     lowercase: bool = False
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """`[model]`: a preset's name or a Hugging Face `config.json`; `init_from` continues from a checkpoint."""
+    """`[model]`: a preset or the path of a Hugging Face `config.json`; or a checkpoint to continue from."""
 
     architecture: str = "bert-small"
     init_from: str = ""
-    max_length: int = 512
+    max_length: PositiveInt = 512
 
 
 @dataclass(frozen=True)
 class MaskingConfig:
-    """`[masking]`: the recipe of mask-v1. From `mask_prob` linearly to `final_mask_prob`, if given."""
+    """`[masking]`: the recipe of mask-v1. The rate goes linearly from `mask_prob` to `final_mask_prob`, if given."""
 
-    mask_prob: float = 0.15
-    final_mask_prob: float | None = None
+    mask_prob: Annotated[float, MASK_RATE] = 0.15
+    final_mask_prob: Annotated[float, MASK_RATE] | None = None
     replace_prob: float = 0.8
     random_prob: float = 0.1
     whole_word: bool = False
@@ -115,41 +96,43 @@ class MaskingConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """`[optim]`: AdamW, or Muon for the hidden matrices and AdamW for the rest; warm-up, then a schedule."""
+    """`[optim]`: AdamW, or Muon for the hidden matrices with AdamW for the rest; and the learning rate schedule."""
 
-    name: str = "adamw"
-    lr: float = 1e-3
-    beta1: float = 0.9
-    beta2: float = 0.98  # as RoBERTa (Liu et al. 2019, section 4): 0.999 is unstable with large batches
-    eps: float = 1e-6
-    weight_decay: float = 0.01
-    schedule: str = "linear"
-    warmup_steps: int = 100  # of a file that does not say: a tenth of the steps if they are 100 at most
-    decay_share: float = 0.2  # of all steps, at the end of the schedule wsd
-    max_grad_norm: float = 1.0
+    name: Annotated[str, one_of("adamw", "muon")] = "adamw"
+    lr: PositiveFloat = 1e-3
+    beta1: Annotated[float, DECAY_RATE] = 0.9
+    beta2: Annotated[float, DECAY_RATE] = 0.98  # RoBERTa (Liu et al. 2019, section 4): 0.999 is unstable, large batches
+    eps: PositiveFloat = 1e-6
+    weight_decay: Annotated[float, NOT_NEGATIVE] = 0.01
+    schedule: Annotated[str, one_of(*SCHEDULES)] = "linear"
+    warmup_steps: Annotated[int, NOT_NEGATIVE] = 100  # if the file does not say and steps <= 100, a tenth of the steps
+    decay_share: Annotated[float, Rule(lambda value: 0 < value <= 1, "above 0 and at most 1")] = (
+        0.2  # of steps, for wsd
+    )
+    max_grad_norm: PositiveFloat = 1.0
 
 
 @dataclass(frozen=True)
 class RunConfig:
-    """`[train]`: how long, how much at once, how often to save. Batch sizes count tokens, specials included."""
+    """`[train]`: the run's length, batches and checkpoints. Batch sizes count tokens, special tokens included."""
 
-    steps: int = 1000
-    global_batch_tokens: int = 8192
-    micro_batch_tokens: int = 8192
-    seed: int = 0
-    save_every: int = 500
-    keep_checkpoints: int = 2
-    log_every: int = 10
-    device: str = "auto"
-    parallel: str = "ddp"
+    steps: PositiveInt = 1000
+    global_batch_tokens: PositiveInt = 8192
+    micro_batch_tokens: PositiveInt = 8192
+    seed: Annotated[int, Rule(lambda value: 0 <= value < 1 << 63, "between 0 and 2**63 - 1")] = 0
+    save_every: PositiveInt = 500
+    keep_checkpoints: PositiveInt = 2
+    log_every: PositiveInt = 10
+    device: Annotated[str, one_of(*DEVICES)] = "auto"
+    parallel: Annotated[str, one_of("ddp", "fsdp")] = "ddp"
     compile: bool = False
     tensorboard: bool = False
-    wandb: str = ""  # a project's name
+    wandb: str = ""  # the project's name
 
 
 @dataclass(frozen=True)
 class Config:
-    """All of it. Raises `UserError` for what cannot work."""
+    """The whole configuration. Raises `UserError` for tables that do not fit together."""
 
     data: DataConfig = field(default_factory=DataConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
@@ -159,22 +142,16 @@ class Config:
     train: RunConfig = field(default_factory=RunConfig)
 
     def __post_init__(self) -> None:
-        for names, holds, rule in RANGES:
-            for name in names.split():
-                values = attrgetter(name)(self)
-                for value in values if isinstance(values, tuple) else (values,):
-                    if not holds(value):
-                        raise UserError(f"{name} must be {rule}, not {value!r}")
         if not self.data.train:
             raise UserError("data.train is missing: name the text to train on")
         if self.data.weights and len(self.data.weights) != len(self.data.train):
             raise UserError(
-                f"data.weights has {len(self.data.weights)} numbers for {len(self.data.train)} texts: give one for each"
+                f"data.weights has {len(self.data.weights)} numbers for {len(self.data.train)} texts: give one per text"
             )
         if self.train.micro_batch_tokens < self.model.max_length:
             raise UserError(
                 f"train.micro_batch_tokens ({self.train.micro_batch_tokens}) must hold one row of model.max_length "
-                f"({self.model.max_length}): raise the one or lower the other"
+                f"({self.model.max_length}): raise it, or lower model.max_length"
             )
         if self.train.global_batch_tokens % self.train.micro_batch_tokens:
             raise UserError("train.global_batch_tokens must be a multiple of train.micro_batch_tokens")
@@ -185,8 +162,8 @@ def _are_tables(data: DataConfig) -> set[bool]:
 
 
 _TRAINED = "tokenizer.kind tokenizer.vocab_size tokenizer.lowercase"
-# Settings without effect, when, and why: refused where the user gives them, which a default's value cannot tell.
-IDLE: tuple[tuple[str, Callable[[Config], object], str], ...] = (
+# Keys without effect, when that holds, and why. They are refused if the user gave them, even with the default value.
+WITHOUT_EFFECT: tuple[tuple[str, Callable[[Config], object], str], ...] = (
     (f"model.architecture tokenizer.path {_TRAINED}", lambda c: c.model.init_from, "model.init_from brings its own"),
     (_TRAINED, lambda c: c.tokenizer.path, "tokenizer.path names a finished tokenizer"),
     ("data.text_field", lambda c: True not in _are_tables(c.data), "text files have no fields"),
@@ -215,9 +192,9 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
             raise UserError(f"optim.warmup_steps ({warmup}) must be below train.steps ({steps}), for the rate to decay")
         config = replace(config, optim=replace(config.optim, warmup_steps=steps // 10))
     given = {f"{table}.{key}" for table, values in tables.items() for key in values if values[key] not in ("", [])}
-    for names, is_idle, reason in IDLE:
-        if (idle := sorted(given.intersection(names.split()))) and is_idle(config):
-            raise UserError(f"{idle[0]} has no effect, as {reason}: leave it out")
+    for names, applies, reason in WITHOUT_EFFECT:
+        if (useless := sorted(given.intersection(names.split()))) and applies(config):
+            raise UserError(f"{useless[0]} has no effect, as {reason}: leave it out")
     return config
 
 

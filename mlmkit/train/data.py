@@ -1,4 +1,12 @@
-"""The training data as the model takes it: micro-batches of torch tensors, from any cursor on, for any rank."""
+"""The training data, from tokenised texts to the micro-batches of one rank:
+
+    corpora ── order.py ──> windows, shuffled per epoch and computed block by block
+    windows ── rows.py ───> packs of a token budget, framed with special tokens and corrupted by mask-v1
+    rows ───── data.py ───> micro-batches of torch tensors, one packed row or several padded ones
+
+Each stage is a function of corpora, configuration and cursor, so any rank resumes anywhere. With `data.workers`, other
+processes build the rows, and the batches stay the same.
+"""
 
 from collections.abc import Iterator, Sequence
 from contextlib import closing
@@ -8,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from mlmkit.batching import pad
@@ -16,60 +25,66 @@ from mlmkit.packing import Pack, packed_inputs, pad_pack
 from mlmkit.tokenizer import Tokenizer
 from mlmkit.train.config import Config
 from mlmkit.train.order import Cursor
-from mlmkit.train.packs import Packs, Rows
-from mlmkit.train.workers import from_processes
+from mlmkit.train.rows import RowBuilder, Rows
+from mlmkit.train.workers import from_workers
 from mlmkit.windows import ranges
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """What one forward takes. `positions` and `targets` `[masked]`; `tokens` counts real ones, padding never.
+    """The input of one forward pass. `positions` and `targets` are `[masked]` int64.
 
-    `documents` names those in it, for messages: the source and the index in its order, from 0.
+    `lengths` `[rows]` counts the real tokens of each window, special tokens included. `documents` names the documents
+    for messages, as in `Rows`.
     """
 
     inputs: dict[str, Any]
     positions: Tensor
     targets: Tensor
-    tokens: int
+    lengths: NDArray[np.int64]
     documents: list[str]
 
+    @property
+    def tokens(self) -> int:
+        """Real tokens, special tokens included; padding never counts."""
+        return int(self.lengths.sum())
+
     def to(self, device: torch.device) -> "MicroBatch":
-        """On another device."""
+        """A copy on another device."""
         inputs = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in self.inputs.items()}
         return replace(self, inputs=inputs, positions=self.positions.to(device), targets=self.targets.to(device))
 
 
 class TrainingData:
-    """The micro-batches of a run, which depend on its texts, its configuration and the place alone.
+    """The micro-batches of a run. Raises `UserError` when there is nothing to train on.
 
-    With `train.compile` every packed batch has `train.micro_batch_tokens` tokens, the last ones padding, and as many
-    entries in `cu_seqlens`, so that torch compiles once. Raises `UserError` when there is nothing to train on.
+    With `train.compile`, every packed batch is padded to `train.micro_batch_tokens` tokens and a fixed number of
+    entries in `cu_seqlens`, so that torch compiles once.
     """
 
     def __init__(
         self, config: Config, corpora: Sequence[Corpus], tokenizer: Tokenizer, *, packed: bool, position_offset: int = 0
     ) -> None:
         self.packed, self.position_offset, self.pad_id = packed, position_offset, tokenizer.pad_id
-        self.packs = Packs(config, corpora, tokenizer, packed=packed)
+        self.rows = RowBuilder(config, corpora, tokenizer, packed=packed)
 
     def batches(
         self, cursor: Cursor, *, micro_batches: int, steps: int, rank: int = 0, world: int = 1, workers: int = 0
     ) -> Iterator[tuple[Cursor, list[MicroBatch]]]:
-        """The global batches from a place on until `steps` are done: the place after each, and this rank's part of it.
+        """Yield the cursor after each global batch, with this rank's part of it, from `cursor` until `steps` are done.
 
-        Of the `micro_batches` of a global batch a rank takes `[rank::world]`. `workers` processes build them, or this
-        one; the batches are the same.
+        Of the `micro_batches` of a global batch a rank takes `[rank::world]`. Raises `UserError` when a worker is
+        killed.
         """
         items = partial(
-            self.packs.global_batches, cursor, micro_batches=micro_batches, steps=steps, rank=rank, world=world
+            self.rows.global_batches, cursor, micro_batches=micro_batches, steps=steps, rank=rank, world=world
         )
-        with closing(from_processes(items, workers) if workers else items()) as built:
+        with closing(from_workers(items, workers) if workers else items()) as built:
             for after, packs in built:
                 yield after, [self.lay_out(rows) for rows in packs]
 
     def lay_out(self, rows: Rows) -> MicroBatch:
-        """As one row, or as padded ones."""
+        """Rows as tensors: end to end in one packed row, or padded."""
         ends = np.cumsum(rows.lengths)
         longest = int(rows.lengths.max())
         if self.packed:
@@ -80,8 +95,8 @@ class TrainingData:
                 torch.from_numpy(np.concatenate([[0], ends]).astype(np.int32)),
                 longest,
             )
-            if most := self.packs.max_members:
-                total, longest = self.packs.budget, self.packs.max_length
+            if most := self.rows.max_members:
+                total, longest = self.rows.budget, self.rows.max_length
                 packed = pad_pack(packed, total=total, most=most, longest=longest, pad_id=self.pad_id)
             inputs, positions = packed_inputs(packed), rows.positions
         else:
@@ -90,4 +105,4 @@ class TrainingData:
             row = np.searchsorted(ends, rows.positions, side="right")
             positions = rows.positions + row * longest - (ends - rows.lengths)[row]
         targets = torch.from_numpy(rows.targets)
-        return MicroBatch(inputs, torch.from_numpy(positions), targets, int(ends[-1]), rows.documents)
+        return MicroBatch(inputs, torch.from_numpy(positions), targets, rows.lengths, rows.documents)

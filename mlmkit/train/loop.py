@@ -1,4 +1,8 @@
-"""The training loop, top to bottom."""
+"""The training loop, top to bottom.
+
+A run has three phases: `start.py` creates or checks its folder, `_train` takes the steps, and `finish` copies the last
+checkpoint to `RUN/model`. Running the same command again repeats them and resumes at the last saved step.
+"""
 
 import logging
 import math
@@ -13,8 +17,6 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from torch import nn
-from torch.optim import Optimizer
 
 from mlmkit.backends.torch import pick_device
 from mlmkit.console import progress
@@ -23,34 +25,29 @@ from mlmkit.distributed import Ranks, said_once
 from mlmkit.distributed import ranks as find_ranks
 from mlmkit.errors import CheckError, StoppedError, UserError
 from mlmkit.files import write_record
-from mlmkit.packing import enable_packing
 from mlmkit.tokenizer import Tokenizer
-from mlmkit.train.checkpoint import (
+from mlmkit.train.checkpoints import (
     HELD_OUT_METRICS,
-    checkpoints,
     copy_model,
     held_out_result,
     is_out_of_memory,
+    last_checkpoint,
     load_optimizers,
     prune,
+    read_remeasurable,
     read_state,
-    recall,
     resuming,
     save_checkpoint,
 )
 from mlmkit.train.config import Config
-from mlmkit.train.curve import draw_loss
-from mlmkit.train.data import MicroBatch, TrainingData
-from mlmkit.train.dry_run import document_lengths
-from mlmkit.train.estimate import flops_per_token, peak_flops
-from mlmkit.train.layers import compile_layers
-from mlmkit.train.log import NO_STEPS, TrainingLog, check_loggers, read_log
-from mlmkit.train.optim import build_optimizers, learning_rate_factor
+from mlmkit.train.cost import flops_per_token, peak_flops
+from mlmkit.train.data import MicroBatch
+from mlmkit.train.held_out import evaluate_checkpoint, held_out_digest
+from mlmkit.train.log import NO_STEPS, TrainingLog, check_loggers, draw_loss, read_log
+from mlmkit.train.optimisers import build_optimizers, learning_rate_factor
 from mlmkit.train.order import Cursor
-from mlmkit.train.parallel import clip_gradients, freeze_unused, parallelise, synchronised
-from mlmkit.train.presets import fit_output_bias
-from mlmkit.train.start import begin_or_check, build_model, run_lock
-from mlmkit.train.texts import evaluate_checkpoint, held_out_digest
+from mlmkit.train.start import begin_or_check, build_model, prepare, run_lock
+from mlmkit.train.step import backward, clip_gradients, compile_layers, parallelise, update
 
 log = logging.getLogger(__name__)
 
@@ -58,15 +55,15 @@ STOP_SIGNALS = ("SIGINT", "SIGTERM", "SIGUSR1")
 
 
 def train(config: Config, run: Path) -> Path:
-    """Train as configured, or go on where an interrupted run in the same folder stopped; on every rank of torchrun.
+    """Train as configured, or resume an interrupted run in the same folder; under torchrun, call it on every rank.
 
-    Returns the folder of the finished model, `RUN/model`. `RUN/log.jsonl` has a line every `train.log_every` steps.
-    Raises `UserError` for input that cannot be trained on, too little memory, and a disk that takes no checkpoint;
-    `CheckError` when loss or gradient are no longer finite; `StoppedError` after Ctrl-C, SIGTERM or SIGUSR1.
+    Returns the folder of the finished model, `RUN/model`. `RUN/log.jsonl` gets a line every `train.log_every` steps.
+    Raises `UserError` for input that cannot be trained on, too little memory, or a full disk; `CheckError` when loss or
+    gradient is no longer finite; `StoppedError` after Ctrl-C, SIGTERM or SIGUSR1.
     """
     ranks = find_ranks()
     if not ranks.is_first:
-        logging.getLogger("mlmkit").setLevel(logging.ERROR)  # one rank speaks for all
+        logging.getLogger("mlmkit").setLevel(logging.ERROR)  # the first rank logs for all
     with said_once():
         device = torch.device(pick_device(config.train.device))
         check_loggers(config.train)
@@ -78,15 +75,15 @@ def train(config: Config, run: Path) -> Path:
         with run_lock(run, ranks):
             tokenizer, corpora = begin_or_check(config, run, ranks)
             mask_digest = ranks.from_first(lambda: held_out_digest(config, tokenizer))
-            # The first rank's view of the folder is that of all: a network file system may show others an older one.
+            # Only the first rank looks at the folder: a network file system may show the others an older state.
             if ranks.from_first(lambda: is_finished(run, mask_digest)):
                 log.info("%s is finished: nothing to train", run)
                 return run / "model"
             with stop_signals(run, ranks) as stop:
                 return _train(config, run, tokenizer, corpora, mask_digest, device, ranks, stop)
     except BaseException as error:
-        # DDP's reducer must be gone before its process group, or the process may hang at its end, in the destructor of
-        # the last one to go (gloo, torch 2.13): the frames of the traceback would keep it.
+        # The frames of the traceback keep DDP's reducer alive. It must be gone before its process group, or the process
+        # may hang at exit in the destructor of whichever goes last (gloo, torch 2.13).
         cause: BaseException | None = error
         while cause:
             traceback.clear_frames(cause.__traceback__)
@@ -106,23 +103,16 @@ def _train(
     ranks: Ranks,
     stop: list[int],
 ) -> Path:
-    saved = ranks.from_first(lambda: next(reversed(checkpoints(run)), None))
-    torch.manual_seed(config.train.seed)
+    saved = ranks.from_first(lambda: last_checkpoint(run))
     with resuming(saved):
         state = ranks.from_first(lambda: read_state(saved)) if saved else {"log": NO_STEPS}
         model = build_model(config, tokenizer, resume_from=saved)
-    if not (saved or config.model.init_from):
-        fit_output_bias(model, corpora, config.data.passes)
-    freeze_unused(model)
-    packed = enable_packing(model)
-    if not packed:
-        log.warning("%s cannot be packed: training on padded batches", type(model.network).__name__)
-    data = TrainingData(config, corpora, tokenizer, packed=packed, position_offset=model.position_offset)
+    data = prepare(model, config, tokenizer, corpora, resumed=saved is not None)
     peak = ranks.world * peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else 0.0
     flops = 0.0
     if peak:
         _, [first] = next(data.batches(Cursor(), micro_batches=1, steps=1))
-        flops = flops_per_token(model, document_lengths(first), config.masking.mask_prob)
+        flops = flops_per_token(model, first.lengths, config.masking.mask_prob)
 
     model.to(device).train()
     if config.train.compile:
@@ -158,14 +148,14 @@ def _train(
     ):
         task = bar.add_task("training", total=steps, completed=cursor.step)
 
-        def measure(checkpoint: Path) -> None:
+        def evaluate_and_prune(checkpoint: Path) -> None:
             if mask_digest:
                 result = evaluate_checkpoint(checkpoint, config, mask_digest, device.type, ranks)
                 training_log.held_out(cursor.step, result)
             ranks.from_first(lambda: prune(run, config.train.keep_checkpoints))
 
         if saved:
-            measure(saved)  # a kill may have prevented it, or the text is another
+            evaluate_and_prune(saved)  # a kill may have prevented it, or the held-out text may have changed
         while cursor.step < steps:
             step = cursor.step
             cursor, batch = next(batches)
@@ -174,7 +164,7 @@ def _train(
             )
             factor = learning_rate_factor(step, steps, config.optim)
             lr = factor * config.optim.lr
-            # Dropout depends on the micro-batch: there is no generator's state to resume, and ranks change nothing.
+            # One dropout seed per micro-batch, so there is no generator state to save and ranks change nothing.
             seeds = range(config.train.seed + step * micro_batches, config.train.seed + (step + 1) * micro_batches)
             seeds = seeds[ranks.rank :: ranks.world]
             try:
@@ -197,53 +187,53 @@ def _train(
                 mask_prob=config.masking.recipe(step / max(steps - 1, 1)).mask_prob,
             )
             bar.update(task, completed=cursor.step, description=description)
-            finished = cursor.step == steps
-            if stopping or finished or cursor.step % config.train.save_every == 0:
+            is_last = cursor.step == steps
+            if stopping or is_last or cursor.step % config.train.save_every == 0:
                 state = {**asdict(cursor), "log": training_log.open_sums()}
                 with training_log.paused():
                     checkpoint = save_checkpoint(run, state, model, optimizers, ranks)
-                    if stopping and not finished:
+                    if stopping and not is_last:
                         raise _stopped(stop, cursor.step, steps, checkpoint)
-                    measure(checkpoint)
+                    evaluate_and_prune(checkpoint)
     ranks.from_first(lambda: finish(run))
     return run / "model"
 
 
-def backward(
-    module: nn.Module, batch: list[MicroBatch], seeds: Sequence[int], *, scale: float, device: torch.device
-) -> float:
-    """Accumulate the gradient of `scale` times the summed loss of this rank's micro-batches; returns that value.
+def is_finished(run: Path, mask_digest: str) -> bool:
+    """Whether the run has its model and, if `mask_digest` names a held-out text, its result on that text.
 
-    `scale` holds the count of masked tokens in the batches of *all* ranks, so how the global batch is cut into
-    micro-batches and ranks does not change the gradient. `seeds` are those of dropout, one a micro-batch.
+    Raises `UserError` when no checkpoint is left to measure that result on.
     """
-    total = torch.zeros((), device=device)
-    for index, (micro, seed) in enumerate(zip(batch, seeds, strict=True)):
-        torch.manual_seed(seed)
-        micro = micro.to(device)
-        with synchronised(module, last=index == len(batch) - 1):
-            with torch.autocast("cuda", dtype=torch.bfloat16, enabled=device.type == "cuda"):
-                loss = module(micro.positions, micro.targets, micro.inputs) * scale
-            loss.backward()
-        total += loss.detach()
-    return total.item()
+    measured = (read_remeasurable(run / HELD_OUT_METRICS) or {}).get("mask_digest", "")
+    has_model, is_measured = (run / "model").exists(), mask_digest in ("", measured)
+    if has_model and not is_measured and not last_checkpoint(run):
+        raise UserError(f"{run} is finished and has no checkpoint to evaluate: use mlmkit eval {run / 'model'}")
+    return has_model and is_measured
 
 
-def update(optimizers: Sequence[Optimizer], factor: float) -> None:
-    """One step of each optimiser, at `factor` times its peak learning rate."""
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["lr"] = group["initial_lr"] * factor
-        optimizer.step()
-        optimizer.zero_grad()
+def finish(run: Path) -> None:
+    """Copy the last checkpoint to `RUN/model`, and write its held-out result and the loss curve.
+
+    Raises `CheckError` if no step had a token to predict.
+    """
+    last = last_checkpoint(run)
+    if not last or not any("loss" in entry for entry in read_log(run)):
+        raise CheckError(f"no step of {run} had a token to predict: raise masking.mask_prob or the batch size")
+    if result := held_out_result(last):
+        write_record(run / HELD_OUT_METRICS, {"mask_digest": result["mask_digest"], **result["metrics"]})
+    draw_loss(run)
+    copy_model(last, run / "model")
+
+
+# ---------------------------------------------------------------- ways to end early
 
 
 @contextmanager
 def stop_signals(run: Path, ranks: Ranks) -> Iterator[list[int]]:
-    """Collect Ctrl-C, and SIGTERM and SIGUSR1 as schedulers send them, instead of dying of them.
+    """Yield a list that collects Ctrl-C, and SIGTERM and SIGUSR1 as schedulers send them, so that the loop can save.
 
-    A second one stops at once if either was Ctrl-C (torchrun passes a second Ctrl-C on as SIGTERM): `StoppedError` says
-    what is lost.
+    A second signal stops at once if either was Ctrl-C (torchrun passes a second Ctrl-C on as SIGTERM), with a
+    `StoppedError` that says what is lost.
     """
     seen: list[int] = []
 
@@ -251,23 +241,23 @@ def stop_signals(run: Path, ranks: Ranks) -> Iterator[list[int]]:
         if seen and signal.SIGINT in (seen[0], number):
             raise KeyboardInterrupt
         seen.append(number)
-        if number == signal.SIGINT and ranks.is_first:  # past sys.stderr, which may be in the middle of a write
+        if number == signal.SIGINT and ranks.is_first:  # not through sys.stderr, which may be in the middle of a write
             os.write(2, b"\nfinishing the step and saving it; Ctrl-C again stops at once and loses what is not saved\n")
 
-    def again(ignored: "sys.UnraisableHookArgs") -> None:  # Python ignores what is raised while in a `__del__`
+    def again(ignored: "sys.UnraisableHookArgs") -> None:  # Python ignores exceptions in a `__del__`
         if ignored.exc_type is not KeyboardInterrupt:
             return hook(ignored)
         return threading.Timer(0.1, os.kill, [os.getpid(), signal.SIGINT]).start()
 
     hook, sys.unraisablehook = sys.unraisablehook, again
-    # Outside of the main thread Python takes no handlers.
+    # Python allows handlers in the main thread only.
     names = STOP_SIGNALS if threading.current_thread() is threading.main_thread() else ()
     before = {number: signal.signal(number, receive) for name in names if (number := getattr(signal, name, None))}
     try:
         yield seen
     except KeyboardInterrupt:
-        last = next(reversed(checkpoints(run)), None)
-        lost = f"the steps after {last} are lost: the same command goes on there" if last else "all steps are lost"
+        last = last_checkpoint(run)
+        lost = f"the steps after {last} are lost: the same command resumes there" if last else "all steps are lost"
         raise StoppedError(f"interrupted: {lost}", signal.SIGINT) from None
     finally:
         sys.unraisablehook = hook
@@ -275,41 +265,18 @@ def stop_signals(run: Path, ranks: Ranks) -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def is_finished(run: Path, mask_digest: str) -> bool:
-    """Whether the run has its model, and a result on the held-out text of this digest, if there is one.
-
-    Raises `UserError` when there is no checkpoint left to measure that result on.
-    """
-    measured = (recall(run / HELD_OUT_METRICS) or {}).get("mask_digest", "")
-    found, is_measured = (run / "model").exists(), mask_digest in ("", measured)
-    if found and not is_measured and not checkpoints(run):
-        raise UserError(f"{run} is finished and has no checkpoint to evaluate: use mlmkit eval {run / 'model'}")
-    return found and is_measured
-
-
-def finish(run: Path) -> None:
-    """`RUN/model` from the last checkpoint, its held-out result and the loss curve beside it."""
-    last = checkpoints(run)[-1]
-    if not any("loss" in entry for entry in read_log(run)):
-        raise CheckError(f"no step of {run} had a token to predict: raise masking.mask_prob, or the batch")
-    if result := held_out_result(last):
-        write_record(run / HELD_OUT_METRICS, {"mask_digest": result["mask_digest"], **result["metrics"]})
-    draw_loss(run)
-    copy_model(last, run / "model")
-
-
 def _stopped(seen: list[int], step: int, steps: int, checkpoint: Path) -> StoppedError:
-    number = next(iter(seen), signal.SIGTERM)  # another rank may have been the one to hear it
+    number = next(iter(seen), signal.SIGTERM)  # another rank may have received it
     name = signal.Signals(number).name
-    return StoppedError(f"{name}: saved step {step} of {steps} in {checkpoint}: the same command goes on", number)
+    return StoppedError(f"{name}: saved step {step} of {steps} in {checkpoint}: the same command resumes", number)
 
 
 def _memory_error(error: RuntimeError, config: Config, run: Path) -> UserError | None:
-    """What to do when there is too little memory; None if that is not what happened."""
+    """What to do when memory has run out; None for any other error."""
     if not is_out_of_memory(error):
         return None
     advice = "lower train.micro_batch_tokens (train.global_batch_tokens may stay) or model.max_length"
-    if last := next(reversed(checkpoints(run)), None):
+    if last := last_checkpoint(run):
         advice = f"a run keeps its batches: resume it with more memory, or begin one with model.init_from = {last}"
     return UserError(f"out of memory with train.micro_batch_tokens = {config.train.micro_batch_tokens}: {advice}")
 
@@ -319,5 +286,5 @@ def _not_finite(run: Path, step: int, loss: float, grad_norm: float, lr: float, 
     shown = ", ".join(documents[:8]) + (f" and {len(documents) - 8} more" if len(documents) > 8 else "")
     return CheckError(
         f"step {step + 1}: loss {loss}, gradient norm {grad_norm}, learning rate {lr:.3g}: lower optim.lr, or look at "
-        f"the documents of the batch ({shown}); last good checkpoint: {next(reversed(checkpoints(run)), 'none yet')}"
+        f"the documents of the batch ({shown}); last good checkpoint: {last_checkpoint(run) or 'none yet'}"
     )

@@ -1,4 +1,4 @@
-"""Beginning a run, or finding that a folder holds the same one."""
+"""The start of a run: create its folder or check that an existing one fits, tokenise the texts, build the model."""
 
 import copy
 import json
@@ -10,41 +10,58 @@ from itertools import chain, repeat
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import AutoModelForMaskedLM, AutoTokenizer, PreTrainedConfig
 
-from mlmkit import model as masked_lm
 from mlmkit.backends.torch import pick_device
-from mlmkit.corpus import Corpus, load_corpus
+from mlmkit.corpus import Corpus, load_corpus, warn_of_words
 from mlmkit.distributed import Ranks, available_memory
 from mlmkit.documents import HUB, existing_file, read_documents
 from mlmkit.errors import UserError
 from mlmkit.files import RUN, atomic, content, locate_model, locked, read_record, sweep, write_record
 from mlmkit.model import MaskedLM
-from mlmkit.pretrained import save_tokenizer
+from mlmkit.packing import enable_packing
+from mlmkit.pretrained import from_pretrained, load_pretrained, load_tokenizer, save_tokenizer
 from mlmkit.tokenizer import Tokenizer
-from mlmkit.train.checkpoint import checkpoints
+from mlmkit.train.checkpoints import saved_checkpoints
 from mlmkit.train.config import Config
-from mlmkit.train.packs import Packs
-from mlmkit.train.presets import build_config
-from mlmkit.train.texts import load_texts
+from mlmkit.train.data import TrainingData
+from mlmkit.train.held_out import held_out_digest
+from mlmkit.train.presets import build_config, fit_output_bias
+from mlmkit.train.rows import RowBuilder
+from mlmkit.train.step import freeze_unused
 from mlmkit.train.tokenizer import train_tokenizer
 
 log = logging.getLogger(__name__)
 
 # Settings that may change on resume: they affect neither data nor weights. Texts are compared by their fingerprints.
-FREE = {
+CHANGEABLE = {
     "data": ("train", "held_out", "text_field", "blank_line", "workers"),
     "train": ("device", "save_every", "keep_checkpoints", "log_every", "parallel", "tensorboard", "wandb"),
 }
+WARN_ABOVE, REFUSE_ABOVE = 0.01, 0.5  # shares of a text's characters that become unknown tokens
+
+
+# ---------------------------------------------------------------- the run's folder
+
+
+@contextmanager
+def run_lock(run: Path, ranks: Ranks) -> Iterator[None]:
+    """Lock the run's folder against a second training, and remove what a killed one left there."""
+    with ExitStack() as stack:
+        ranks.from_first(lambda: stack.enter_context(locked(run)))
+        folders = (run, run / "checkpoints", *saved_checkpoints(run))
+        ranks.from_first(lambda: [sweep(folder, age=0) for folder in folders])
+        yield
 
 
 def begin_or_check(config: Config, run: Path, ranks: Ranks) -> tuple[Tokenizer, list[Corpus]]:
     """The run's tokenizer and tokenised texts.
 
-    A new run's folder, with `tokenizer/` and `run.json`, appears whole, and only if training can start. A folder that
-    was begun with another configuration, text or tokenizer is refused: `UserError` names the first difference. If it
-    has no checkpoint yet, nothing is lost: it begins anew.
+    The folder of a new run, with `tokenizer/` and `run.json`, is created atomically, and only if training can start. A
+    folder begun with another configuration, text or tokenizer raises `UserError` that names the first difference; if it
+    has no checkpoint yet, nothing is lost and it begins anew.
     """
     corpora: list[Corpus] = []
 
@@ -52,12 +69,12 @@ def begin_or_check(config: Config, run: Path, ranks: Ranks) -> tuple[Tokenizer, 
         corpora.extend(_begin_or_check(config, run, ranks))
         return [corpus.folder for corpus in corpora]
 
-    checked = ranks.from_first(check)
-    tokenizer = masked_lm.load_tokenizer(str(run / "tokenizer"))
+    cached = ranks.from_first(check)
+    tokenizer = load_tokenizer(str(run / "tokenizer"))
     if not corpora:
-        # The first rank has hashed the texts, which takes long where they are large. A machine that does not share its
-        # token cache hashes its own copies.
-        folders = [folder if folder and folder.exists() else None for folder in checked]
+        # Finding a text's cache folder hashes the text, which only the first rank does. A machine that does not share
+        # the token cache hashes its own copy.
+        folders = [folder if folder and folder.exists() else None for folder in cached]
         corpora = list(map(load_corpus, config.data.sources, repeat(tokenizer), folders))
     return tokenizer, corpora
 
@@ -71,7 +88,7 @@ def _begin_or_check(config: Config, run: Path, ranks: Ranks) -> list[Corpus]:
         )
     if config.data.held_out and not config.data.held_out.startswith(HUB):
         existing_file(config.data.held_out)
-    if not (run / RUN).exists() and not checkpoints(run):
+    if not (run / RUN).exists() and not saved_checkpoints(run):
         if run.exists() and not run.is_dir():
             raise UserError(f"{run} is not a folder: choose another --output")
         if run.is_dir() and content(run):
@@ -80,12 +97,12 @@ def _begin_or_check(config: Config, run: Path, ranks: Ranks) -> list[Corpus]:
     remedy = "delete that folder, or choose another --output and set model.init_from to a checkpoint of this run"
     before = read_record(run / RUN, remedy)
     try:
-        tokenizer = masked_lm.load_tokenizer(str(run / "tokenizer"))
+        tokenizer = load_tokenizer(str(run / "tokenizer"))
     except UserError as error:
         raise UserError(f"{error}: copy the tokenizer's files there from a checkpoint of the run") from None
-    corpora = load_texts(config, tokenizer)
+    corpora = _load_texts(config, tokenizer)
     if difference := _first_difference(before, _identity(config, tokenizer, corpora), ""):
-        if checkpoints(run) or (run / "model").exists():
+        if saved_checkpoints(run) or (run / "model").exists():
             raise UserError(
                 f"{run} was begun with another {difference}: choose another --output, or delete that folder"
             )
@@ -99,78 +116,18 @@ def _begin(config: Config, run: Path) -> list[Corpus]:
         with atomic(run, folder=True) as building:
             tokenizer = _prepare_tokenizer(config, building / "tokenizer")
             build_model(config, tokenizer)
-            corpora = load_texts(config, tokenizer)
-            Packs(config, corpora, tokenizer, packed=True)
+            corpora = _load_texts(config, tokenizer)
+            RowBuilder(config, corpora, tokenizer, packed=True)  # refuses texts that give no rows
             write_record(building / RUN, _identity(config, tokenizer, corpora))
         return corpora
     except OSError as error:
         raise UserError(f"cannot write {run}: {error.strerror or error}") from error
 
 
-@contextmanager
-def run_lock(run: Path, ranks: Ranks) -> Iterator[None]:
-    """Keep a second training out of the run's folder, and remove what one that was killed has left there."""
-    with ExitStack() as stack:
-        ranks.from_first(lambda: stack.enter_context(locked(run)))
-        ranks.from_first(lambda: [sweep(folder, age=0) for folder in (run, run / "checkpoints", *checkpoints(run))])
-        yield
-
-
-def _prepare_tokenizer(config: Config, folder: Path) -> Tokenizer:
-    """The run's own copy: trained on the text, given by `tokenizer.path`, or that of `model.init_from`."""
-    if given := config.model.init_from or config.tokenizer.path:
-        masked_lm.load_tokenizer(given)  # refuses what mlmkit cannot use
-        tokenizer = masked_lm.from_pretrained(AutoTokenizer, locate_model(given))
-        known = tokenizer.model_max_length if config.model.init_from else 0
-        tokenizer.model_max_length = max(known, config.model.max_length)
-    else:
-        log.info("training a %s tokenizer of %d entries", config.tokenizer.kind, config.tokenizer.vocab_size)
-        sources = config.data.sources
-        tokenizer = train_tokenizer(
-            lambda: chain.from_iterable(map(read_documents, sources)), config.tokenizer, config.model.max_length
-        )
-    save_tokenizer(tokenizer, folder)
-    return masked_lm.load_tokenizer(str(folder))
-
-
-def build_model(config: Config, tokenizer: Tokenizer, resume_from: Path | None = None) -> MaskedLM:
-    """From the checkpoint to resume, from `model.init_from`, or with random weights.
-
-    Raises `UserError` when it does not take rows of `model.max_length`, or does not fit into memory.
-    """
-    if pretrained := resume_from or config.model.init_from:
-        model = masked_lm.load_pretrained(str(pretrained))[0]
-        if config.model.max_length > model.max_length():
-            _lengthen(model, config.model.max_length, pretrained)
-        return model
-    name = config.model.architecture
-    hf_config = build_config(name, tokenizer, config.model.max_length)
-    # Weights are float32. On a CPU, gradients and AdamW's two moments come on top.
-    count, room = _parameters(hf_config), available_memory() / 1e9
-    if (needed := count / 1e9 * (16 if pick_device(config.train.device) == "cpu" else 4)) > room:
-        raise UserError(f"{name} takes {needed:,.1f} GB of memory for {count:,} parameters; {room:,.1f} GB are free")
-    return MaskedLM(AutoModelForMaskedLM.from_config(hf_config))
-
-
-def _parameters(hf_config: PreTrainedConfig) -> int:
-    with torch.device("meta"):
-        return AutoModelForMaskedLM.from_config(hf_config).num_parameters()
-
-
-def _lengthen(model: MaskedLM, length: int, name: str | Path) -> None:
-    """Let a model whose positions are not parameters take rows of `length` tokens."""
-    known, hf_config = model.max_length(), copy.deepcopy(model.network.config)
-    hf_config.get_text_config().max_position_embeddings += length - known
-    if _parameters(hf_config) != model.network.num_parameters():
-        raise UserError(f"{name} has a table of {known} positions: model.max_length ({length}) must not exceed it")
-    log.info("%s was made for rows of %d tokens; training it on %d", name, known, length)
-    model.network.config.get_text_config().max_position_embeddings += length - known
-
-
 def _identity(config: Config, tokenizer: Tokenizer, corpora: Sequence[Corpus]) -> dict[str, Any]:
-    """What must not change between the start of a run and its resumption, as JSON gives it back."""
-    tables = {"train": {}, **asdict(config)}  # first, as other settings follow from its steps
-    for table, keys in FREE.items():
+    """Everything that must stay the same when a run resumes, as it is read back from JSON."""
+    tables = {"train": {}, **asdict(config)}  # first, because other settings follow from train.steps
+    for table, keys in CHANGEABLE.items():
         for key in keys:
             del tables[table][key]
     fingerprints = [corpus.fingerprint for corpus in corpora]
@@ -182,7 +139,113 @@ def _first_difference(before: object, now: object, name: str) -> str:
         return "text in data.train"
     if isinstance(before, dict) and isinstance(now, dict):
         for key in {**before, **now}:
-            if found := _first_difference(before.get(key), now.get(key), f"{name}.{key}".lstrip(".")):
-                return found
+            if difference := _first_difference(before.get(key), now.get(key), f"{name}.{key}".lstrip(".")):
+                return difference
         return ""
     return "" if before == now else f"{name} ({before!r}, now {now!r})"
+
+
+# ---------------------------------------------------------------- tokenizer and texts
+
+
+def _prepare_tokenizer(config: Config, folder: Path) -> Tokenizer:
+    """The run's own copy: trained on the text, or taken from `tokenizer.path` or `model.init_from`."""
+    if given := config.model.init_from or config.tokenizer.path:
+        load_tokenizer(given)  # refuses what mlmkit cannot use
+        tokenizer = from_pretrained(AutoTokenizer, locate_model(given))
+        limit = tokenizer.model_max_length if config.model.init_from else 0
+        tokenizer.model_max_length = max(limit, config.model.max_length)
+    else:
+        log.info("training a %s tokenizer with %d entries", config.tokenizer.kind, config.tokenizer.vocab_size)
+        sources = config.data.sources
+        tokenizer = train_tokenizer(
+            lambda: chain.from_iterable(map(read_documents, sources)), config.tokenizer, config.model.max_length
+        )
+    save_tokenizer(tokenizer, folder)
+    return load_tokenizer(str(folder))
+
+
+def _load_texts(config: Config, tokenizer: Tokenizer) -> list[Corpus]:
+    """The tokenised training texts.
+
+    Raises `UserError` if one of them, or the held-out text, cannot be read, is mostly unknown tokens, or has nothing to
+    predict.
+    """
+    corpora = [load_corpus(source, tokenizer) for source in config.data.sources]
+    held_out = [load_corpus(config.data.held_out_source, tokenizer)] if config.data.held_out else []
+    for corpus in [*corpora, *held_out]:
+        _check_vocabulary(corpus, tokenizer)
+    if config.masking.whole_word:
+        for corpus in corpora:
+            warn_of_words(corpus)
+    held_out_digest(config, tokenizer, *held_out)
+    return corpora
+
+
+def _check_vocabulary(corpus: Corpus, tokenizer: Tokenizer) -> None:
+    """Report the unknown share of a text. Raises `UserError` if most of it is unknown, or all tokens are special."""
+    counts = np.zeros(tokenizer.vocabulary_size)
+    for block in corpus.blocks():
+        counts += np.bincount(block.ids, minlength=len(counts))
+    counts /= max(counts.sum(), 1)
+    characters, tokens = corpus.unknown_share, 0.0 if tokenizer.unk_id is None else counts[tokenizer.unk_id]
+    message = f"{corpus.name}: {characters:.2%} of the characters ({tokens:.2%} of the tokens) are unknown"
+    if characters > WARN_ABOVE:
+        message += ': a tokenizer trained with tokenizer.kind = "bpe" has no unknown tokens'
+    if characters > REFUSE_ABOVE:
+        raise UserError(message)
+    if counts[sorted(tokenizer.special_ids)].sum() == 1:
+        raise UserError(f"{corpus.name}: all tokens are special ones, so there is nothing to predict")
+    if characters:
+        log.log(logging.WARNING if characters > WARN_ABOVE else logging.INFO, message)
+
+
+# ---------------------------------------------------------------- the model
+
+
+def prepare(
+    model: MaskedLM, config: Config, tokenizer: Tokenizer, corpora: Sequence[Corpus], *, resumed: bool = False
+) -> TrainingData:
+    """Make a model on the CPU ready for training, packed if its architecture allows, and return its batches."""
+    if not (resumed or config.model.init_from):
+        fit_output_bias(model, corpora, config.data.passes)
+    freeze_unused(model)
+    packed = enable_packing(model)
+    if not packed:
+        log.warning("%s cannot be packed: training on padded batches", type(model.network).__name__)
+    return TrainingData(config, corpora, tokenizer, packed=packed, position_offset=model.position_offset)
+
+
+def build_model(config: Config, tokenizer: Tokenizer, resume_from: Path | None = None) -> MaskedLM:
+    """The model from the checkpoint to resume, from `model.init_from`, or with random weights from `train.seed`.
+
+    Raises `UserError` when it does not take rows of `model.max_length`, or does not fit into memory.
+    """
+    torch.manual_seed(config.train.seed)
+    if checkpoint := resume_from or config.model.init_from:
+        model = load_pretrained(str(checkpoint))[0]
+        if config.model.max_length > model.max_length():
+            _lengthen(model, config.model.max_length, checkpoint)
+        return model
+    name = config.model.architecture
+    hf_config = build_config(name, tokenizer, config.model.max_length)
+    # Weights are float32. On a CPU, gradients and AdamW's two moments come on top.
+    count, free = _count_parameters(hf_config), available_memory() / 1e9
+    if (needed := count / 1e9 * (16 if pick_device(config.train.device) == "cpu" else 4)) > free:
+        raise UserError(f"{name} takes {needed:,.1f} GB of memory for {count:,} parameters; {free:,.1f} GB are free")
+    return MaskedLM(AutoModelForMaskedLM.from_config(hf_config))
+
+
+def _count_parameters(hf_config: PreTrainedConfig) -> int:
+    with torch.device("meta"):
+        return AutoModelForMaskedLM.from_config(hf_config).num_parameters()
+
+
+def _lengthen(model: MaskedLM, length: int, name: str | Path) -> None:
+    """Let a model whose positions are computed, not learned, take rows of `length` tokens."""
+    limit, hf_config = model.max_length(), copy.deepcopy(model.network.config)
+    hf_config.get_text_config().max_position_embeddings += length - limit
+    if _count_parameters(hf_config) != model.network.num_parameters():
+        raise UserError(f"{name} has a table of {limit} positions: model.max_length ({length}) must not exceed it")
+    log.info("%s was made for rows of %d tokens; training it on %d", name, limit, length)
+    model.network.config.get_text_config().max_position_embeddings += length - limit

@@ -1,4 +1,4 @@
-"""Training a tokenizer on the corpus, saved so that `AutoTokenizer` loads it."""
+"""Train a tokenizer that `AutoTokenizer` can load."""
 
 from collections.abc import Callable, Iterable
 
@@ -26,20 +26,22 @@ BPE_SPECIALS = {
     "sep_token": "</s>",
 }
 
-# Longer words are cut. WordPiece makes one unknown token of more than 100 characters, and a higher limit costs time:
-# proteins take 6 us per letter in words of 100, 36 us in words of 500. Both trainers took 35 s for a word of 200,000.
-LONGEST_WORD, LONGEST_TRAINING_WORD = 100, 1000  # characters for WordPiece; bytes for BPE, while it trains only
+# Longer words are cut. WordPiece turns a word of more than 100 characters into one unknown token, and a higher limit
+# costs time: protein sequences take 6 us per letter in words of 100 and 36 us in words of 500. Both trainers took 35 s
+# for one word of 200,000.
+LONGEST_WORD = 100  # characters, WordPiece
+LONGEST_TRAINING_WORD = 1000  # bytes, BPE, while it trains
 
 
 def train_tokenizer(
     documents: Callable[[], Iterable[str]], config: TokenizerConfig, max_length: int
 ) -> PreTrainedTokenizerFast:
-    """WordPiece as BERT's, or byte-level BPE as RoBERTa's, of at most `vocab_size` entries.
+    """WordPiece like BERT's or byte-level BPE like RoBERTa's, with at most `vocab_size` entries.
 
-    `documents` is called for each pass over the text. The same text gives the same tokenizer. Accents are kept, lower
-    case or not: BERT's habit of dropping them with the case loses what tells "avó" from "avô".
+    `documents` is called once per pass over the text. The same text gives the same tokenizer. Accents are always kept:
+    BERT drops them when it lowercases, which merges "avó" and "avô".
 
-    Raises `UserError` when `vocab_size` does not even hold the characters.
+    Raises `UserError` when `vocab_size` is smaller than the number of characters.
     """
     wordpiece = config.kind == "wordpiece"
     rust = _train_wordpiece(documents, config) if wordpiece else _train_bpe(documents, config)
@@ -65,9 +67,9 @@ def _train_wordpiece(documents: Callable[[], Iterable[str]], config: TokenizerCo
         rust.train_from_iterator(documents(), trainer)
         return rust.get_vocab()
 
-    # The library numbers the characters inside words ("##a") in the order of a hash map, which differs from run to
-    # run, and breaks ties between merges by those numbers. A pass without merges finds them; naming them in order,
-    # where the trainer takes special tokens, fixes both.
+    # The library numbers the characters inside words ("##a") in hash map order, which differs from run to run, and
+    # breaks ties between merges by these numbers. A pass without merges lists the characters; passing them, sorted, as
+    # special tokens makes both deterministic.
     specials = list(WORDPIECE_SPECIALS.values())
     inner = sorted(token for token in train(0, specials) if len(token) == 3 and token.startswith("##"))
     return untrained(models.WordPiece(train(config.vocab_size, specials + inner), unk_token="[UNK]"))
@@ -92,7 +94,7 @@ def _train_bpe(documents: Callable[[], Iterable[str]], config: TokenizerConfig) 
 
 
 def _wrap(rust: RustTokenizer, specials: dict[str, str], max_length: int) -> PreTrainedTokenizerFast:
-    """Name the special tokens, and frame a text with [CLS] and [SEP] or their like."""
+    """Add the special tokens, and frame a text with [CLS] and [SEP] or their equivalents."""
     rust.add_special_tokens(list(dict.fromkeys(specials.values())))
     cls, sep = specials["cls_token"], specials["sep_token"]
     rust.post_processor = processors.TemplateProcessing(

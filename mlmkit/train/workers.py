@@ -1,8 +1,6 @@
-"""An iterator shared out to processes, its items in the order that one process would give them.
+"""Compute the items of an iterator in worker processes, in the order in which one process would give them.
 
-Each process sends through a pipe of its own and waits there until it is read: nothing lies in shared memory, and one
-whose reader is gone, killed or not, ends. They are started afresh, not forked: a fork copies the locks of torch's and
-the tokenizer's threads as they happen to be.
+This module imports no torch, so a worker needs 50 to 67 MiB. Why it is not torch's DataLoader: docs/decisions.md.
 """
 
 import atexit
@@ -17,14 +15,16 @@ from typing import Any
 
 from mlmkit.errors import UserError
 
-# A terminal or a scheduler signals every process of a group; what follows is the trainer's to decide.
-LEFT_TO_THE_TRAINER = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+# A terminal or a scheduler signals every process of a group; only the training process acts on it.
+IGNORED_BY_WORKERS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
-def from_processes(items: Callable[..., Iterator[Any]], workers: int) -> Generator[Any, None, None]:
-    """What `items()` would give; process w of n makes `items(index=w, every=n)`: items w, w + n, w + 2n and so on.
+def from_workers(items: Callable[..., Iterator[Any]], workers: int) -> Generator[Any, None, None]:
+    """Yield what `items()` would; worker w of n computes `items(index=w, every=n)`, that is items w, w + n, w + 2n, ...
 
-    `items` is pickled. An exception there is raised here. Raises `UserError` when a process is killed.
+    `items` is pickled. Each worker blocks in its own pipe until it is read, so nothing lies in shared memory and a
+    worker ends when its reader is gone. They are spawned, because a fork would copy locks held by torch's and the
+    tokenizer's threads. Raises what a worker raises, and `UserError` when one is killed.
     """
     context = multiprocessing.get_context("spawn")
     processes, pipes = [], []
@@ -36,12 +36,14 @@ def from_processes(items: Callable[..., Iterator[Any]], workers: int) -> Generat
             process.join()
             pipe.close()
 
-    atexit.register(stop)  # before multiprocessing's own, which would wait for them
+    atexit.register(stop)  # runs before multiprocessing's own handler, which would wait for them
     try:
         for index in range(workers):
             pipe, theirs = context.Pipe(duplex=False)
             process = context.Process(target=_send, args=(theirs, items, index, workers), daemon=True)
-            before = signal.pthread_sigmask(signal.SIG_BLOCK, LEFT_TO_THE_TRAINER)  # inherited, till it ignores them
+            before = signal.pthread_sigmask(
+                signal.SIG_BLOCK, IGNORED_BY_WORKERS
+            )  # inherited until `_send` ignores them
             process.start()
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
             theirs.close()
@@ -53,7 +55,7 @@ def from_processes(items: Callable[..., Iterator[Any]], workers: int) -> Generat
             except (EOFError, OSError):
                 process.join()
                 raise UserError(
-                    f"a process that builds batches was ended from outside (exit code {process.exitcode}): "
+                    f"a process that builds batches was killed (exit code {process.exitcode}): "
                     "if memory ran out, lower data.workers"
                 ) from None
             if isinstance(item, Exception):
@@ -67,16 +69,16 @@ def from_processes(items: Callable[..., Iterator[Any]], workers: int) -> Generat
 
 
 def _send(pipe: Connection, items: Callable[..., Iterator[Any]], index: int, every: int) -> None:
-    for ignored in LEFT_TO_THE_TRAINER:
+    for ignored in IGNORED_BY_WORKERS:
         signal.signal(ignored, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, LEFT_TO_THE_TRAINER)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, IGNORED_BY_WORKERS)
     with suppress(BrokenPipeError):  # the reader is gone
         for item in _with_end(items(index=index, every=every)):
             pipe.send(item)
 
 
 def _with_end(items: Iterator[Any]) -> Iterator[Any]:
-    """The items, then None, or what went wrong."""
+    """The items, then None, or the error that ended them."""
     try:
         yield from items
         yield None

@@ -1,7 +1,7 @@
-"""Which windows make a micro-batch, and what they are once mask-v1 has corrupted them. Arrays only, no torch.
+"""Which windows share a micro-batch, and their rows once framed and corrupted by mask-v1. NumPy only, no torch.
 
-All of it is a function of the corpora, the configuration and the cursor: planning is the same on every rank, and only
-what a rank trains on is built there.
+Everything is a function of corpora, configuration and cursor. Every rank computes the same packs, and builds only the
+rows that it trains on.
 """
 
 from collections.abc import Generator, Iterator, Sequence
@@ -25,31 +25,28 @@ from mlmkit.windows import ranges, window_table
 
 @dataclass(frozen=True)
 class Block:
-    """Windows in the order of the epoch: `source`, `number` (of the pass) and `length` `[windows]`, in tokens.
-
-    `rows` `[windows, 4]` are those of `window_table`.
-    """
+    """Windows in training order: `source` and `pass_number` `[windows]`, `table` `[windows, 4]` of `window_table`."""
 
     source: NDArray[np.int64]
-    number: NDArray[np.int64]
-    rows: NDArray[np.int64]
+    pass_number: NDArray[np.int64]
+    table: NDArray[np.int64]
 
     @property
     def length(self) -> NDArray[np.int64]:
         """Tokens of each window."""
-        return self.rows[:, 2]
+        return self.table[:, 2]
 
     def take(self, members: list[int]) -> "Block":
         """Some of the windows."""
-        return Block(self.source[members], self.number[members], self.rows[members])
+        return Block(self.source[members], self.pass_number[members], self.table[members])
 
 
 @dataclass(frozen=True)
 class Rows:
     """Framed and corrupted windows, end to end: `input_ids` `[tokens]`, `lengths` `[rows]`.
 
-    `positions` `[masked]`, ascending, index `input_ids`; `targets` `[masked]` are the ids that stood there.
-    `documents` names them, "corpus.txt:1234": the source, and the index in its order from 0.
+    `positions` `[masked]`, ascending, index `input_ids`; `targets` `[masked]` are the original ids there. `documents`
+    names the documents as "corpus.txt:1234": source, and index in corpus order from 0.
     """
 
     input_ids: NDArray[np.int64]
@@ -59,10 +56,11 @@ class Rows:
     documents: list[str]
 
 
-class Packs:
-    """Packs of windows (or with `packed` false, batches of similar length) of a budget of tokens, frames included.
+class RowBuilder:
+    """Packs windows up to a token budget, frames included, and builds their rows.
 
-    Raises `UserError` when there is nothing to train on.
+    Without `packed`, windows of similar length share a batch that fits the budget with its padding. Raises `UserError`
+    when there is nothing to train on.
     """
 
     def __init__(self, config: Config, corpora: Sequence[Corpus], tokenizer: Tokenizer, *, packed: bool) -> None:
@@ -70,7 +68,7 @@ class Packs:
         self.capacity = self.max_length - tokenizer.added_tokens
         if self.capacity < 1:
             raise UserError(
-                f"rows of {self.max_length} tokens have no room beside {tokenizer.added_tokens} special tokens"
+                f"model.max_length ({self.max_length}) leaves no room beside {tokenizer.added_tokens} special tokens"
             )
         self.corpora, self.masking, self.seed = corpora, config.masking, config.train.seed
         for corpus, windows in zip(corpora, self.windows, strict=True):
@@ -79,10 +77,10 @@ class Packs:
         passes = config.data.passes
         self.order = Order(tuple(len(windows) for windows in self.windows), passes, self.seed)
         if sum(size * weight for size, weight in zip(self.order.sizes, passes, strict=True)) < 1:
-            raise UserError("data.weights leave less than one document for an epoch: raise them")
+            raise UserError("data.weights leave less than one document per epoch: raise them")
         self.vocabulary, self.added = tokenizer.masking, tokenizer.added_tokens
         self.prefix, self.suffix = np.array(tokenizer.prefix, np.int64), np.array(tokenizer.suffix, np.int64)
-        # Packs are a sample of all lengths: on paragraphs of Wikipedia the fullest held 94 documents, 76 on average.
+        # Twice the mean number of documents per pack. On paragraphs of Wikipedia the mean was 76 and the most 94.
         mean = np.mean([len(corpus.ids) / max(len(corpus), 1) for corpus in corpora]) + self.added
         self.max_members = (
             int(2 * self.budget / min(mean, self.max_length)) + 8 if config.train.compile and packed else None
@@ -91,11 +89,11 @@ class Packs:
 
     @cached_property
     def windows(self) -> list[NDArray[np.int64]]:
-        """The table of each corpus."""
+        """The window table of each corpus."""
         return [window_table(corpus, self.capacity) for corpus in self.corpora]
 
     def __getstate__(self) -> dict[str, Any]:
-        """To another process without the tables, which it maps itself: a map is pickled with its content."""
+        """Leave the tables out: pickling a memory map copies its content, so a worker maps them itself."""
         return {name: value for name, value in vars(self).items() if name != "windows"}
 
     def global_batches(
@@ -109,21 +107,21 @@ class Packs:
         index: int = 0,
         every: int = 1,
     ) -> Generator[tuple[Cursor, list[Rows]], None, None]:
-        """The global batches from a place on until `steps` are done: the place after each, and the packs of `rank`.
+        """Yield the cursor after each global batch, with this rank's packs of it, from `cursor` until `steps` are done.
 
-        Only every `every`-th from the `index`-th on is built. The mask rate of a step is that of its share of `steps`.
+        Worker `index` of `every` builds every `every`-th batch only. The mask rate depends on the share of `steps`.
         """
-        plan = self.plan(cursor)
+        packs = self.packs(cursor)
         for step in range(cursor.step, steps):
-            batch = list(islice(plan, micro_batches))
+            batch = list(islice(packs, micro_batches))
             if (step - cursor.step) % every == index:
                 recipe = self.masking.recipe(step / max(steps - 1, 1))
-                place = batch[-1][0]
-                after = Cursor(step + 1, place.epoch, place.block, place.packs)
+                last = batch[-1][0]
+                after = Cursor(step + 1, last.epoch, last.block, last.packs)
                 yield after, [self.build(block.take(members), recipe) for _, block, members in batch[rank::world]]
 
-    def plan(self, cursor: Cursor) -> Iterator[tuple[Cursor, Block, list[int]]]:
-        """Packs without end from a place on: the place after each, its block, and its windows in the block."""
+    def packs(self, cursor: Cursor) -> Iterator[tuple[Cursor, Block, list[int]]]:
+        """Yield packs without end, starting at `cursor`: the cursor after each, its block, and its windows there."""
         epoch, block, taken = cursor.epoch, cursor.block, cursor.packs
         while True:
             for number in range(block, self.order.blocks(epoch)):
@@ -137,11 +135,11 @@ class Packs:
     def block(self, epoch: int, number: int) -> Block:
         """The windows of a block."""
         source, pass_number, window = self.order.block(epoch, number)
-        rows = np.empty((len(source), 4), np.int64)
+        table = np.empty((len(source), 4), np.int64)
         for index, windows in enumerate(self.windows):
             here = np.flatnonzero(source == index)
-            rows[here] = gather(windows, window[here])
-        return Block(source, pass_number, rows)
+            table[here] = gather(windows, window[here])
+        return Block(source, pass_number, table)
 
     def build(self, windows: Block, recipe: MaskRecipe) -> Rows:
         """Frame and corrupt windows, each with its pass as the epoch of mask-v1."""
@@ -152,23 +150,25 @@ class Packs:
         input_ids[begins[:, None] + np.arange(len(self.prefix))] = self.prefix
         input_ids[ends[:, None] - len(self.suffix) + np.arange(len(self.suffix))] = self.suffix
         originals, is_target = input_ids.copy(), np.zeros(len(input_ids), bool)
-        for source, number in sorted(set(zip(windows.source.tolist(), windows.number.tolist(), strict=True))):
-            here = np.flatnonzero((windows.source == source) & (windows.number == number))
-            place = ranges(begins[here] + len(self.prefix), windows.length[here])
-            originals[place], input_ids[place], selected = self._corrupt(source, number, windows.rows[here], recipe)
-            is_target[place[selected]] = True
+        for source, number in sorted(set(zip(windows.source.tolist(), windows.pass_number.tolist(), strict=True))):
+            here = np.flatnonzero((windows.source == source) & (windows.pass_number == number))
+            content = ranges(begins[here] + len(self.prefix), windows.length[here])
+            originals[content], input_ids[content], selected = self._corrupt(
+                source, number, windows.table[here], recipe
+            )
+            is_target[content[selected]] = True
         positions = np.flatnonzero(is_target)
-        documents = zip(windows.source.tolist(), windows.rows[:, 0].tolist(), strict=True)
+        documents = zip(windows.source.tolist(), windows.table[:, 0].tolist(), strict=True)
         names = (f"{self.corpora[source].name}:{document}" for source, document in documents)
         return Rows(input_ids, lengths, positions, originals[positions], list(dict.fromkeys(names)))
 
     def _corrupt(
-        self, source: int, number: int, rows: NDArray[np.int64], recipe: MaskRecipe
+        self, source: int, number: int, table: NDArray[np.int64], recipe: MaskRecipe
     ) -> tuple[NDArray[np.integer], NDArray[np.int64], NDArray[np.int64]]:
-        """Ids of the windows, what the model sees in their place, and which of them are asked for."""
-        corpus, (document, start, length, word_start) = self.corpora[source], rows.T
-        place = ranges(gather(corpus.starts, document) + start, length)
-        ids = gather(corpus.ids, place)
+        """Original ids of the windows, their corrupted ids, and the indices of the selected ones."""
+        corpus, (document, start, length, word_start) = self.corpora[source], table.T
+        tokens = ranges(gather(corpus.starts, document) + start, length)
+        ids = gather(corpus.ids, tokens)
         corruption = corrupt(
             ids,
             length,
@@ -178,7 +178,7 @@ class Packs:
             seed=self.seed,
             epoch=number,
             starts=start,
-            words=gather(corpus.words, place) if recipe.whole_word else None,
+            words=gather(corpus.words, tokens) if recipe.whole_word else None,
             word_starts=word_start,
         )
         return ids, corruption.input_ids, corruption.selected

@@ -1,8 +1,8 @@
-"""Checkpoints: Hugging Face folders with the optimisers' state beside them, whole or absent, never half-written.
+"""Checkpoints, written atomically: Hugging Face folders with the optimiser state and the cursor beside the weights.
 
 `RUN/checkpoints/step-00000500/` holds `config.json`, `model.safetensors` and the tokenizer's files, which any Hugging
-Face tool loads, `optimizer/`, written by `torch.distributed.checkpoint` as safetensors, each rank its share, and
-`trainer.json`, the cursor and the open sums of the log. `held-out/`, the evaluation of these weights, joins it later.
+Face tool loads; `optimizer/`, safetensors written by `torch.distributed.checkpoint`, one part per rank; and
+`trainer.json`, the cursor and the open sums of the log. `held-out/`, the evaluation of these weights, is added later.
 """
 
 import errno
@@ -32,15 +32,25 @@ from mlmkit.distributed import Ranks
 from mlmkit.errors import DamagedError, EndedElsewhereError, UserError, first_line
 from mlmkit.files import changed_file, hash_tree, new_folder, read_record, remove, write_record
 from mlmkit.model import MaskedLM
-from mlmkit.train.parallel import whole_weights
-
-# torch.distributed.checkpoint warns on every save and load of a single process, which most runs are.
-warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+from mlmkit.train.step import full_weights
 
 FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
 CURSOR, OPTIMIZER, HELD_OUT, HELD_OUT_METRICS = "trainer.json", "optimizer", "held-out", "held_out.json"
 
 log = logging.getLogger(__name__)
+
+
+def saved_checkpoints(run: Path) -> list[Path]:
+    """The checkpoints, oldest first. Each is complete, because it is created and removed atomically."""
+    return sorted((run / "checkpoints").glob(f"step-{'[0-9]' * 8}"))
+
+
+def last_checkpoint(run: Path) -> Path | None:
+    """The newest checkpoint, if there is one."""
+    return next(reversed(saved_checkpoints(run)), None)
+
+
+# ---------------------------------------------------------------- saving
 
 
 def save_checkpoint(
@@ -56,8 +66,9 @@ def save_checkpoint(
             folder = Path(ranks.from_first(lambda: str(stack.enter_context(new_folder(final, replaces=CURSOR)))))
             writer = HuggingFaceStorageWriter(str(folder / OPTIMIZER), save_distributed=True)
             tensors = _tensors(get_optimizer_state_dict(model, list(optimizers), options=FLAT))
-            save(tensors, storage_writer=writer, no_dist=ranks.world == 1)
-            save_model(model, run / "tokenizer", folder, ranks)
+            with _single_process_is_fine():
+                save(tensors, storage_writer=writer, no_dist=ranks.world == 1)
+            _save_model(model, run / "tokenizer", folder, ranks)
 
             def commit() -> None:
                 write_record(folder / CURSOR, {**state, "files": hash_tree(folder)})
@@ -65,29 +76,38 @@ def save_checkpoint(
 
             ranks.from_first(commit)
     except (UserError, SafetensorError, CheckpointException) as error:
-        cause = _cause(error)
-        last = next(reversed(checkpoints(run)), None)
-        go_on = f"the same command goes on from {last}" if last else "the same command begins anew"
-        raise UserError(f"{_one_line(final, cause)}: make room or mend the folder, then {go_on}") from error
+        text = first_line(_cause(error))
+        message = text if str(final) in text else f"cannot write {final}: {text}"
+        last = last_checkpoint(run)
+        resume = f"the same command resumes from {last}" if last else "the same command begins anew"
+        raise UserError(f"{message}: free some space or repair the folder, then {resume}") from error
     return final
 
 
+@contextmanager
+def _single_process_is_fine() -> Iterator[None]:
+    """torch.distributed.checkpoint warns on every single-process save and load."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
+
+
+def _tensors(state: dict[str, Any]) -> dict[str, Any]:
+    """The optimiser state that changes; learning rates and weight decay come from the configuration."""
+    return {name: value for name, value in state.items() if isinstance(value, Tensor)}
+
+
 def _cause(error: BaseException) -> BaseException:
-    """What a rank failed of. Raises `KeyboardInterrupt` if it was that."""
+    """The error of the first failed rank. Raises it if it is a `KeyboardInterrupt`."""
     cause = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
     if isinstance(cause, KeyboardInterrupt):
         raise cause from error
     return cause
 
 
-def _one_line(final: Path, cause: BaseException) -> str:
-    text = first_line(cause)
-    return text if str(final) in text else f"cannot write {final}: {text}"
-
-
-def save_model(model: MaskedLM, tokenizer_folder: Path, folder: Path, ranks: Ranks) -> None:
-    """The part of a checkpoint that Hugging Face tools read; every rank takes part."""
-    weights = whole_weights(model)
+def _save_model(model: MaskedLM, tokenizer_folder: Path, folder: Path, ranks: Ranks) -> None:
+    """Write the part of a checkpoint that Hugging Face tools read; every rank takes part."""
+    weights = full_weights(model)
 
     def write() -> None:
         model.network.save_pretrained(folder, state_dict=weights)
@@ -97,20 +117,18 @@ def save_model(model: MaskedLM, tokenizer_folder: Path, folder: Path, ranks: Ran
 
 
 def copy_model(checkpoint: Path, folder: Path) -> None:
-    """The same part of a checkpoint, alone."""
+    """Copy the part of a checkpoint that Hugging Face tools read."""
     with new_folder(folder, replaces="config.json") as building:
         ignored = shutil.ignore_patterns(OPTIMIZER, CURSOR, f"{HELD_OUT}*")
         shutil.copytree(checkpoint, building, ignore=ignored, dirs_exist_ok=True)
 
 
-def checkpoints(run: Path) -> list[Path]:
-    """The checkpoints, oldest first. Each is complete, as it appears and goes at once."""
-    return sorted((run / "checkpoints").glob(f"step-{'[0-9]' * 8}"))
+# ---------------------------------------------------------------- resuming
 
 
 @contextmanager
 def resuming(checkpoint: Path | None) -> Iterator[None]:
-    """Raise `UserError` that says what to do when a checkpoint, if there is one, cannot be resumed."""
+    """Turn an error while a checkpoint is loaded into a `UserError` that says what to do."""
     try:
         yield
     except (Exception, CheckpointException) as error:
@@ -118,61 +136,60 @@ def resuming(checkpoint: Path | None) -> Iterator[None]:
         is_of_system = isinstance(cause, OSError) and cause.errno not in (None, errno.ENOENT)
         if checkpoint is None or is_of_system or is_out_of_memory(cause) or isinstance(cause, EndedElsewhereError):
             raise
-        earlier = [other for other in checkpoints(checkpoint.parent.parent) if other < checkpoint]
-        go_on = f"goes on from {earlier[-1]}" if earlier else "begins anew"
-        advice = f"delete it if it is damaged, and the same command {go_on}"
+        earlier = [other for other in saved_checkpoints(checkpoint.parent.parent) if other < checkpoint]
+        resume = f"resumes from {earlier[-1]}" if earlier else "begins anew"
+        advice = f"delete it if it is damaged, and the same command {resume}"
         raise UserError(f"{checkpoint} cannot be resumed: {first_line(cause)}: {advice}") from error
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error of torch or Python says that there is too little memory, on a GPU or not."""
+    """Whether an error of torch or Python means that memory ran out, on a GPU or the CPU."""
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or "allocate memory" in str(error)
 
 
 def read_state(folder: Path) -> dict[str, Any]:
     """The state that `save_checkpoint` was given. Raises `DamagedError` if a file of the checkpoint has changed."""
-    state = read_record(folder / CURSOR, "the place in the text is lost")
+    state = read_record(folder / CURSOR, "its cursor is lost")
     if name := changed_file(folder, state.pop("files")):
         raise DamagedError(f"{name} is not what was saved")
     return state
 
 
 def load_optimizers(folder: Path, model: MaskedLM, optimizers: Sequence[Optimizer], ranks: Ranks) -> None:
-    """Restore the optimisers' state, whatever the number of ranks that wrote it."""
+    """Restore the optimiser state, whatever the number of ranks that wrote it."""
     state = get_optimizer_state_dict(model, list(optimizers), options=FLAT)
     tensors = _tensors(state)
-    load(tensors, storage_reader=HuggingFaceStorageReader(str(folder / OPTIMIZER)), no_dist=ranks.world == 1)
+    with _single_process_is_fine():
+        load(tensors, storage_reader=HuggingFaceStorageReader(str(folder / OPTIMIZER)), no_dist=ranks.world == 1)
     set_optimizer_state_dict(model, list(optimizers), {**state, **tensors}, options=FLAT)
 
 
+# ---------------------------------------------------------------- which to keep
+
+
 def prune(run: Path, keep: int) -> None:
-    """Delete all checkpoints but the newest `keep` and, of each held-out text, the one with the least cross-entropy."""
-    found, losses = checkpoints(run), {}
-    for checkpoint in found:
+    """Delete all but the newest `keep` checkpoints and, per held-out text, the one with the lowest cross-entropy."""
+    saved, best = saved_checkpoints(run), {}
+    for checkpoint in saved:
         for path in checkpoint.glob(f"{HELD_OUT}*/result.json"):
-            if result := recall(path):
+            if result := read_remeasurable(path):
                 loss = result["metrics"]["masked_cross_entropy"]["value"], checkpoint
-                losses[result["mask_digest"]] = min(loss, losses.get(result["mask_digest"], loss))
-    best = {checkpoint for _, checkpoint in losses.values()}
-    for old in found[:-keep]:
-        if old not in best:
+                best[result["mask_digest"]] = min(loss, best.get(result["mask_digest"], loss))
+    kept = {checkpoint for _, checkpoint in best.values()}
+    for old in saved[:-keep]:
+        if old not in kept:
             remove(old)
 
 
 def held_out_result(checkpoint: Path) -> dict[str, Any] | None:
     """`result.json` of the checkpoint's held-out evaluation, if there is one."""
-    return recall(checkpoint / HELD_OUT / "result.json")
+    return read_remeasurable(checkpoint / HELD_OUT / "result.json")
 
 
-def recall(path: Path) -> dict[str, Any] | None:
-    """A record that can be made again: None, with a warning, if it is damaged; None if it is missing."""
+def read_remeasurable(path: Path) -> dict[str, Any] | None:
+    """A record that can be measured again: None if it is missing, or, with a warning, if it is damaged."""
     try:
-        return read_record(path, "it does not count") if path.exists() else None
+        return read_record(path, "it is ignored") if path.exists() else None
     except DamagedError as error:
         log.warning("%s", error)
         return None
-
-
-def _tensors(state: dict[str, Any]) -> dict[str, Any]:
-    """What changes in the optimisers' state; rates and decay are the configuration's."""
-    return {name: value for name, value in state.items() if isinstance(value, Tensor)}

@@ -1,4 +1,4 @@
-"""Optimisers and the learning rate's course."""
+"""Optimisers and the learning rate schedule."""
 
 import math
 from collections.abc import Callable
@@ -11,23 +11,22 @@ from torch.overrides import TorchFunctionMode
 from mlmkit.errors import UserError
 from mlmkit.model import MaskedLM
 from mlmkit.train.config import OptimConfig
-from mlmkit.train.layers import encoder_layers
+from mlmkit.train.step import encoder_layers
 
 
 def build_optimizers(model: MaskedLM, config: OptimConfig) -> list[torch.optim.Optimizer]:
-    """AdamW for all that is trained; with `optim.name = "muon"`, Muon for the hidden matrices and AdamW for the rest.
+    """AdamW for everything that is trained; with `optim.name = "muon"`, Muon for the hidden matrices instead.
 
-    Weight decay is decoupled and leaves vectors alone: biases and the scales of normalisations. Every group carries
+    Weight decay is decoupled and leaves out vectors: biases and the scales of normalisations. Every group has an
     `initial_lr`, which `learning_rate_factor` scales. Muon's updates are scaled to the size of AdamW's (Liu et al.
-    2025, "Muon is scalable for LLM training", equation 4), so one learning rate serves both. Build them after
+    2025, "Muon is scalable for LLM training", equation 4), so one learning rate serves both. Call it after
     `fully_shard`, which replaces the parameters.
 
     Raises `UserError` when Muon is asked for and the model has no hidden matrix.
     """
-    parameters: list[Tensor] = [parameter for parameter in model.parameters() if parameter.requires_grad]
     hidden = [parameter for parameter in hidden_matrices(model) if config.name == "muon" and parameter.requires_grad]
     by_muon = {id(parameter) for parameter in hidden}
-    rest = [parameter for parameter in parameters if id(parameter) not in by_muon]
+    rest = [p for p in model.parameters() if p.requires_grad and id(p) not in by_muon]
     groups = [
         {"params": [p for p in rest if p.ndim >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0},
@@ -50,14 +49,14 @@ def build_optimizers(model: MaskedLM, config: OptimConfig) -> list[torch.optim.O
 def hidden_matrices(model: MaskedLM) -> list[Tensor]:
     """The weights of the linear maps inside the encoder's layers.
 
-    So neither embeddings nor the vocabulary head, whose rows belong to single ids.
+    Embeddings and the vocabulary head are left out, because their rows belong to single ids.
     """
     linear = [module for layer in encoder_layers(model) for module in layer.modules() if isinstance(module, nn.Linear)]
     return list({id(module.weight): module.weight for module in linear}.values())
 
 
 def learning_rate_factor(step: int, steps: int, config: OptimConfig) -> float:
-    """What the learning rate is multiplied with at `step` of `steps`, counted from 0: above 0, at most 1.
+    """The factor on the peak learning rate at `step` of `steps`, counted from 0: above 0, at most 1.
 
     Linear warm-up over `warmup_steps`; then `linear` or `cosine` decay, or `wsd`: constant, with linear decay over the
     last `decay_share` of all steps (Hu et al. 2024, MiniCPM; Hägele et al. 2024). Decay reaches zero at `steps`, so
@@ -75,19 +74,19 @@ def learning_rate_factor(step: int, steps: int, config: OptimConfig) -> float:
 
 
 class Muon(torch.optim.Muon):
-    """torch's, with its Newton-Schulz iteration in float32 on a CPU.
+    """torch's Muon with its Newton-Schulz iteration in float32 on a CPU.
 
     torch runs it in bfloat16, which takes ten times as long as float32 on a CPU without bfloat16 units.
     """
 
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """One update."""
+        """Take one step; returns what `closure` returns."""
         with _Float32OnCPU():
             return super().step(closure)
 
 
 class _Float32OnCPU(TorchFunctionMode):
-    """Turns `tensor.bfloat16()` into a copy as it is, for tensors on the CPU."""
+    """Makes `tensor.bfloat16()` copy a CPU tensor without converting it."""
 
     def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         if func is Tensor.bfloat16 and args[0].device.type == "cpu":
