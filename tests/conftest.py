@@ -1,4 +1,4 @@
-"""Tiny random models on small real text: the documentation that Python carries, and two Portuguese sentences."""
+"""Fixtures: tiny random models, and small real text from Python's documentation and two Portuguese sentences."""
 
 import json
 import os
@@ -11,7 +11,7 @@ import pytest
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # as the command line sets it
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
-os.environ["OMP_NUM_THREADS"] = "1"  # these models are so small that a second thread costs more than it brings
+os.environ["OMP_NUM_THREADS"] = "1"  # for models this small a second thread costs more than it gains
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 
 from mlmkit.export.proof_text import ProofText
@@ -33,7 +33,7 @@ PROOF = ProofText("paragraphs", paragraphs())
 
 
 def edit_record(path: Path, **changes: Any) -> None:
-    """Change a file of mlmkit's own as somebody would who can make its checksum too."""
+    """Change values in a record, with a valid checksum."""
     values = json.loads(path.read_text())
     values.pop(CHECKSUM, None)
     path.write_text(json.dumps(sealed(values | changes)))
@@ -41,13 +41,13 @@ def edit_record(path: Path, **changes: Any) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def cache(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """The token cache of the tests, not the user's."""
+    """Use a token cache for the tests instead of the user's."""
     os.environ["MLMKIT_CACHE"] = str(tmp_path_factory.mktemp("cache"))
 
 
 @pytest.fixture(scope="session")
 def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A corpus, a document a line."""
+    """A corpus, one document per line."""
     path = tmp_path_factory.mktemp("text") / "text.txt"
     path.write_text("".join(f"{line}\n" for line in paragraphs()), encoding="utf-8")
     return path
@@ -55,7 +55,7 @@ def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """A trained tokenizer by kind, `wordpiece` or `bpe`."""
+    """Makes a trained tokenizer of a kind, `wordpiece` or `bpe`."""
     folders: dict[str, Path] = {}
 
     def make(kind: str) -> Path:
@@ -75,7 +75,7 @@ def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str]
 def checkpoint(
     tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: Callable[[str], Path]
 ) -> Callable[[str], Path]:
-    """A checkpoint with random weights, large enough to make sharp predictions, for at most 64 tokens."""
+    """Makes a checkpoint for up to 64 tokens, with random weights large enough for sharp predictions."""
     folders: dict[str, Path] = {}
 
     def make(kind: str) -> Path:
@@ -107,7 +107,7 @@ def checkpoint(
 
 @pytest.fixture(scope="session")
 def artifact(tmp_path_factory: pytest.TempPathFactory, checkpoint: Callable[[str], Path]) -> Callable[[str], Path]:
-    """The checkpoint's artifact."""
+    """Makes the artifact of a checkpoint in fp32."""
     folders: dict[str, Path] = {}
 
     def make(kind: str) -> Path:
@@ -123,7 +123,7 @@ def artifact(tmp_path_factory: pytest.TempPathFactory, checkpoint: Callable[[str
 
 @pytest.fixture(scope="session")
 def lowered(tmp_path_factory: pytest.TempPathFactory, checkpoint: Callable[[str], Path]) -> Callable[[str, str], Path]:
-    """The checkpoint's artifact in a precision."""
+    """Makes the artifact of a checkpoint in a precision."""
     folders: dict[tuple[str, str], Path] = {}
 
     def make(kind: str, precision: str) -> Path:

@@ -1,4 +1,4 @@
-"""Something that happens at a chosen file operation: a kill, or a second process's whole work."""
+"""Make something happen at a chosen file operation: a kill, or all of a second process's work."""
 
 import multiprocessing
 import os
@@ -24,12 +24,12 @@ def _audit(event: str, arguments: tuple[Any, ...]) -> None:
 
 @contextmanager
 def at_operation(number: int, happening: Callable[[], None]) -> Iterator[list[int]]:
-    """Let something happen before the file operation of this number, from 0; yields a list with their count.
+    """Call `happening` before file operation `number` (from 0); yield a list with the count of operations.
 
-    The operations of what happens are not counted.
+    Operations of `happening` itself are not counted.
     """
     if not _watching:
-        sys.addaudithook(_audit)  # which cannot be taken back
+        sys.addaudithook(_audit)  # it cannot be removed again
         _watching.append(lambda: None)
     count = [0]
 
@@ -50,7 +50,7 @@ def at_operation(number: int, happening: Callable[[], None]) -> Iterator[list[in
 
 
 def killed(number: int, work: Callable[..., object], *arguments: Any, **options: Any) -> bool:
-    """Do `work` in a process that is killed at a file operation; whether it came so far."""
+    """Do `work` in a process that is killed at file operation `number`; return whether it got that far."""
     process = PROCESSES.Process(target=_work, args=(number, work, arguments, options))
     process.start()
     process.join(120)
@@ -64,5 +64,5 @@ def _work(number: int, work: Callable[..., object], arguments: tuple[Any, ...], 
 
 
 def names(folder: Path) -> set[str]:
-    """Everything in a folder, hidden or not."""
+    """List a folder, hidden files included."""
     return {path.name for path in folder.iterdir()}

@@ -21,7 +21,7 @@ def test_packs_hold_each_item_once_within_the_budget(lengths, budget, open_packs
 
 @given(lengths_strategy, st.integers(50, 120))
 def test_a_pack_opens_only_when_no_other_has_room(lengths, budget):
-    """And an item goes to the fullest that has."""
+    """And an item goes to the fullest pack that has room."""
     packs = list(pack(lengths, budget, open_packs=len(lengths) + 1))
     place = {index: number for number, members in enumerate(packs) for index in members}
     rooms = [budget] * len(packs)

@@ -1,4 +1,4 @@
-"""Strangers' files: what a model's folder may ask for, and what of it reaches a library or a terminal."""
+"""Untrusted files: what a model folder may ask for, and what of it reaches a library or a terminal."""
 
 import json
 import os
@@ -31,13 +31,13 @@ TEXT = {"Sequence": {"id": "A", "type_id": 0}}
 
 @pytest.fixture
 def copies(checkpoint, artifact, tmp_path) -> dict[str, Path]:
-    """A checkpoint and its artifact, to be spoiled."""
+    """Copies of a checkpoint and its artifact, to damage."""
     made = {"checkpoint": checkpoint("bert"), "artifact": artifact("bert")}
     return {name: Path(shutil.copytree(folder, tmp_path / name)) for name, folder in made.items()}
 
 
 def change(folder: Path, file: str, **values: object) -> None:
-    """Other values in a JSON file of the folder; an artifact's manifest tells the truth about it."""
+    """Change values in a JSON file of the folder, and the hash in an artifact's manifest."""
     (folder / file).write_text(json.dumps(json.loads((folder / file).read_text()) | values))
     if (folder / "mlmkit.json").exists():
         rehash(folder)
@@ -165,7 +165,7 @@ def test_a_hub_snapshot_of_links_is_loaded_and_checked(copies, tmp_path, sharded
 
 
 def sized(name: str, size: int) -> Callable[[Path], None]:
-    """A sparse file: large, and takes no room."""
+    """A sparse file: large, but without using disk space."""
 
     def make(folder: Path) -> None:
         with (folder / name).open("wb") as file:
@@ -236,7 +236,7 @@ def test_sizes_and_names_of_labels_are_no_counts(tmp_path):
 # ------------------------------------------------------------------ tokenizers
 
 
-# Each lengthens a text more than 256 times, and little enough for a test that fails.
+# Each lengthens a text more than 256 times, but not so much that a failing test runs out of memory.
 GROWING: dict[str, dict[str, Any]] = {
     "replace": {"normalizer": {"type": "Sequence", "normalizers": [replace({"String": "a"}, "a" * 20)] * 2}},
     "no type": {"normalizer": {"normalizers": [replace({"String": "a"}, "a" * 20)] * 2}},

@@ -1,4 +1,4 @@
-"""The command line as a user meets it: real processes where that matters, `main` in this one elsewhere."""
+"""The command line: in a process of its own where that matters, otherwise through `main`."""
 
 import ast
 import io
@@ -22,7 +22,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
-    """Exit code, standard output, standard error."""
+    """Run a command; return its exit code, standard output and standard error."""
     with pytest.raises(SystemExit) as stop:
         main([str(argument) for argument in arguments])
     captured = capsys.readouterr()
@@ -38,7 +38,7 @@ def process(*arguments: object, **options) -> subprocess.CompletedProcess[str]:
 
 
 def test_an_artifact_runs_without_torch_and_transformers(artifact, tmp_path):
-    """As in an environment that has the base install alone."""
+    """Like in an environment with the base install only."""
     (tmp_path / "text.txt").write_text("The statement\n")
     commands = [
         ["fill", str(artifact("bert")), "The [MASK] statement"],
@@ -192,7 +192,7 @@ def test_score_reads_standard_input_and_prints_a_line_a_text(artifact):
 
 
 def test_several_sets_have_a_folder_each(capsys, artifact, tmp_path, text_file):
-    # different lines: the masks of a text are its own, so equal lines are masked alike
+    # different lines, because equal texts get equal masks
     (tmp_path / "other.txt").write_text("".join(f"Another text, number {number}\n" for number in range(30)))
     arguments = ["eval", artifact("bert"), "--set", text_file, "--set", tmp_path / "other.txt", "--json"]
     code, out, err = run(capsys, *arguments, "--output", tmp_path / "results")
@@ -201,7 +201,7 @@ def test_several_sets_have_a_folder_each(capsys, artifact, tmp_path, text_file):
     assert (tmp_path / "results" / "text" / "result.json").exists()
     assert (tmp_path / "results" / "other" / "tokens.parquet").exists()
     code, again, err = run(capsys, *arguments, "--output", tmp_path / "results")
-    assert (code, again) == (0, out), err  # what is done is not done again
+    assert (code, again) == (0, out), err  # nothing is computed twice
     arguments += ["--mask-seed", "5"]
     code, _, err = run(capsys, *arguments, "--output", tmp_path / "results")
     assert code == 2
@@ -216,7 +216,7 @@ def test_several_sets_have_a_folder_each(capsys, artifact, tmp_path, text_file):
 
 
 def mistakes(folder: Path, checkpoint: Path, artifact: Path) -> dict[str, list[object]]:
-    """Commands that cannot work, by what their message must name."""
+    """Return commands that must fail, by a part of their message."""
     (folder / "empty.txt").write_text("")
     (folder / "latin.txt").write_bytes("ação\n".encode("latin-1"))
     (folder / "good.txt").write_text("The statement of the text\n" * 5)
@@ -371,7 +371,7 @@ def test_interrupting_says_so(capsys, monkeypatch, artifact):
 
 
 def test_demo_on_own_text_goes_the_whole_way(capsys, caplog, tmp_path, text_file, monkeypatch):
-    """All of the demo but its length: ten steps instead of hundreds."""
+    """The whole demo, with ten training steps instead of hundreds."""
     from dataclasses import replace
 
     from mlmkit import demo

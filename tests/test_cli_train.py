@@ -71,7 +71,7 @@ def test_a_sweep_ends_in_a_table(config, capsys, tmp_path, text_file):
 
 
 def test_torchrun_trains_and_says_it_once(config, tmp_path, text_file):
-    """Two processes by torch's own launcher, on a text that comes from two places."""
+    """Two processes started by torchrun, on a text from two sources."""
     second = tmp_path / "second.txt"
     second.write_text("Another text, a line of it.\n" * 20)
     settings = [

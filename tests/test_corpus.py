@@ -201,7 +201,7 @@ def test_nothing_is_left_in_the_cache_when_reading_fails(wordpiece, tmp_path, mo
 
 @pytest.mark.parametrize("room", [0, 1000, 5000])
 def test_a_full_disk_is_named_and_nothing_is_left(wordpiece, tmp_path, monkeypatch, room):
-    """Files may not grow over `room` bytes: the error is another one, the place the same."""
+    """Simulated by a limit of `room` bytes per file: a different error in the same code."""
     monkeypatch.setenv("MLMKIT_CACHE", str(tmp_path / "cache"))
     path = write(tmp_path / "a.txt", "\n".join(paragraphs()).encode())
     before = resource.getrlimit(resource.RLIMIT_FSIZE)

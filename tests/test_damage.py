@@ -1,4 +1,4 @@
-"""Files of mlmkit's own that are cut, flipped, missing or another's: one line says which, and what to do."""
+"""Damaged, missing or foreign files of mlmkit: one line names the file and what to do."""
 
 import json
 import os
@@ -39,7 +39,7 @@ DAMAGE: dict[str, Callable[[Path, random.Random], object]] = {
 
 
 def flipped(content: bytes, rng: random.Random) -> bytes:
-    """With one bit turned in a byte that is no space between values."""
+    """Flip one bit of a byte that is not white space between values."""
     place = rng.choice([place for place, byte in enumerate(content) if byte not in b" \n"])
     return content[:place] + bytes([content[place] ^ 1 << rng.randrange(8)]) + content[place + 1 :]
 
@@ -49,7 +49,7 @@ def flipped(content: bytes, rng: random.Random) -> bytes:
 
 @pytest.fixture(scope="module")
 def half(tmp_path_factory, text_file) -> tuple[Path, Path]:
-    """The configuration of a run and its folder, with checkpoints of steps 2, 4 and 6 of 6 and no model yet."""
+    """A run's configuration and folder, with checkpoints of steps 2, 4 and 6 of 6 but no final model."""
     folder = tmp_path_factory.mktemp("half")
     overrides = ["train.steps=6", "train.save_every=2", f"data.held_out={str(text_file)!r}"]
     train(write_config(folder, text_file, "bert-tiny", *overrides), folder / "run")
@@ -77,7 +77,7 @@ def test_a_damaged_run_is_named_with_what_to_do(capsys, half, tmp_path, text_fil
     [line] = [line for line in err.splitlines() if line.startswith("mlmkit: ")]
     assert (code, out, "Traceback" in err) == (2, "", False), err
     assert name.rpartition("/")[2] in line and ("delete" in line) and (LAST in line) == name.startswith(LAST)
-    if name.startswith(LAST) and kind == "removed":  # what the line says
+    if name.startswith(LAST) and kind == "removed":  # do what the line says
         shutil.rmtree(copy / LAST)
         assert f"{copy}/checkpoints/step-00000004" in line
         code, _, err = run(capsys, *command)
@@ -96,7 +96,7 @@ def test_a_damaged_log_or_held_out_result_is_made_good_and_said(capsys, caplog, 
     DAMAGE["flipped"](copy / LAST / "held-out" / "result.json", random.Random(0))
     command = ["train", config, "--set", "train.steps=6", "--set", "train.save_every=2"]
     code, _, err = run(capsys, *command, "--set", f"data.held_out={str(text_file)!r}", "--output", copy)
-    # the only entries with a loss are gone, so the run cannot say that it learned
+    # the only entries with a loss are gone, so the run does not know whether it learned
     assert "result.json is damaged" in caplog.text
     for number in broken:
         assert f"log.jsonl: line {number + 1} is damaged and left out" in caplog.text
@@ -108,7 +108,7 @@ def test_a_damaged_log_or_held_out_result_is_made_good_and_said(capsys, caplog, 
     "error", [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), MemoryError()]
 )
 def test_too_little_memory_is_no_damage(error, tmp_path):
-    """Nobody is told to delete a good checkpoint."""
+    """The user must not be told to delete a good checkpoint."""
     with pytest.raises(type(error)), resuming(tmp_path / "checkpoints" / "step-00000002"):
         raise error
 
@@ -136,7 +136,7 @@ def result(artifact, tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize("name", ["result.json", "tokens.parquet", "documents.parquet"])
 def test_a_result_is_what_was_written_or_named(capsys, result, artifact, tmp_path, name):
-    """Whatever bit is flipped; and measured again where the line says so."""
+    """For any flipped bit; following the line's advice measures it again."""
     copy, rng = Path(shutil.copytree(result, tmp_path / "copy")), random.Random(name)
     content = (copy / name).read_bytes()
     kinds = [*DAMAGE] if name == "result.json" else [*DAMAGE][:-1]
@@ -168,7 +168,7 @@ def test_a_folder_of_parts_of_something_else_is_left_alone(capsys, result, artif
 
 
 def test_parts_that_are_damaged_or_of_another_evaluation_are_scored_again(artifact, tmp_path, monkeypatch, caplog):
-    """Flipped anywhere, in a footer too; another's; one under another's name. No figure is read from any of them."""
+    """A flipped bit, in a footer too; a part of another evaluation; a part under another name. None is used."""
     monkeypatch.setattr(parts.cut_parts, "__defaults__", (600.0,))
     (tmp_path / "text.txt").write_text("\n".join(paragraphs()[:100]))
     model, source, rng = load(str(artifact("bert"))), tmp_path / "text.txt", random.Random(0)

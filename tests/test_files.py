@@ -1,4 +1,4 @@
-"""Files and folders appear whole or not at all, and what a kill leaves is removed."""
+"""Files and folders are written atomically, and leftovers of killed processes are removed."""
 
 import os
 import subprocess
@@ -42,7 +42,7 @@ def test_a_folder_takes_the_place_of_another(tmp_path):
 
 @pytest.mark.parametrize("folder", [False, True])
 def test_what_a_killed_process_has_left_is_removed(tmp_path, folder):
-    """But not what another process is writing, nor what is too young to be sure."""
+    """But not files that another process is writing, or that are too young to tell."""
     code = f"""
 import os, sys, signal
 from pathlib import Path
@@ -85,7 +85,7 @@ def test_a_folder_is_put_back_if_the_process_was_killed_between_the_two_renames(
 
 
 def test_a_mount_point_is_filled_where_it_is(tmp_path, monkeypatch):
-    """As a container's volume is: it cannot be renamed."""
+    """A mount point, such as a container's volume, cannot be renamed."""
     path = tmp_path / "volume"
     (path / "lost+found").mkdir(parents=True)
     monkeypatch.setattr(Path, "is_mount", lambda self: self == path)

@@ -1,4 +1,4 @@
-"""What stands in two places says the same in both."""
+"""Facts that are written in two places agree."""
 
 import re
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Two processes in one folder, and kills at any file operation: one of them works, and what it left is taken up."""
+"""Two processes in one folder: only one may work. Kills at any file operation: the next command recovers."""
 
 import json
 import os
@@ -25,11 +25,11 @@ from mlmkit.files import PARTIAL, locked, new_folder
 from mlmkit.train.log import read_log
 from mlmkit.train.loop import train
 
-KILLS = int(os.environ.get("MLMKIT_KILLS", "4"))  # points of each command; a round of 200 takes ten minutes
+KILLS = int(os.environ.get("MLMKIT_KILLS", "4"))  # per command; 200 take ten minutes
 
 
 def points(operations: int, count: int = KILLS) -> list[int]:
-    """Some of a command's file operations, spread over all of them."""
+    """Sample some of a command's file operations."""
     chosen = random.Random(0).sample(range(operations), min(count, operations))
     return sorted(chosen)
 
@@ -38,7 +38,7 @@ def points(operations: int, count: int = KILLS) -> list[int]:
 
 
 def put(path: Path, content: str, *, overwrite: bool) -> bool:
-    """Whether the folder could be written; as exports write theirs."""
+    """Write a folder as exports do; return whether it worked."""
     try:
         with new_folder(path, replaces="manifest" if overwrite else "") as folder:
             for name in ("weights", "manifest"):
@@ -49,7 +49,7 @@ def put(path: Path, content: str, *, overwrite: bool) -> bool:
 
 
 def operations(work: Callable[..., object], *arguments: Any, **options: Any) -> int:
-    """How many file operations something takes."""
+    """Count the file operations of a call."""
     with at_operation(-1, lambda: None) as count:
         work(*arguments, **options)
     return count[0]
@@ -58,7 +58,7 @@ def operations(work: Callable[..., object], *arguments: Any, **options: Any) -> 
 @pytest.mark.parametrize("overwrite", [False, True])
 @pytest.mark.parametrize("before", [False, True])
 def test_of_two_that_write_one_folder_one_does(tmp_path, overwrite, before):
-    """At every operation of the first, the second tries: what lies there is of one of them, and was allowed."""
+    """The second tries at every operation of the first. The folder is always from one of them that was allowed to."""
     for operation in range(operations(put, tmp_path / "counted", "first", overwrite=False)):
         path, second = tmp_path / str(operation) / "folder", []
         if before:
@@ -73,7 +73,7 @@ def test_of_two_that_write_one_folder_one_does(tmp_path, overwrite, before):
 
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_two_evaluations_into_one_folder(artifact, tmp_path, overwrite):
-    """The tables are always those of the result, and whoever is told that it is done finds its own."""
+    """The tables always belong to the result, and a call that succeeds finds its own."""
     model, source = load(str(artifact("bert"))), tmp_path / "text.txt"
     source.write_text("\n".join(paragraphs()[:3]))
 
@@ -98,7 +98,7 @@ def test_two_evaluations_into_one_folder(artifact, tmp_path, overwrite):
 
 
 def test_two_trainings_into_one_folder(text_file, tmp_path):
-    """What `run.json` says is what the weights were trained with."""
+    """The weights were trained with the configuration in `run.json`."""
     config = write_config(tmp_path, text_file, "bert-tiny", "train.steps=2", "train.save_every=2")
     configs = {lr: replace(config, optim=replace(config.optim, lr=lr)) for lr in (1e-3, 2e-3)}
     for lr, each in configs.items():
@@ -138,7 +138,7 @@ def test_a_lock_whose_file_was_removed_while_it_was_awaited_is_taken_anew(tmp_pa
 
 
 def left(folder: Path) -> set[str]:
-    """What is there, but for what is too young for a later command to be sure that it is nobody's."""
+    """List a folder without leftovers that are too young to be removed."""
     return {name for name in names(folder) if not name.endswith(PARTIAL)}
 
 
@@ -159,7 +159,7 @@ def measure(model: Path, source: Path, folder: Path, seed: int) -> None:
 
 
 def test_an_evaluation_after_a_kill(artifact, tmp_path):
-    """One that overwrites another: the old result or the new one is there, and the same command ends with the new."""
+    """When one overwrites another, the old or the new result is there, and running it again gives the new one."""
     source = tmp_path / "text.txt"
     source.write_text("\n".join(paragraphs()[:3]))
     command = artifact("bert"), source

@@ -1,4 +1,4 @@
-"""mask-v1 against its vectors, against a naive reading of the specification, and its invariances."""
+"""mask-v1: test vectors, comparison with a literal implementation of the specification, invariances."""
 
 import math
 
@@ -67,7 +67,7 @@ def run(documents, recipe, seed=0, epoch=0):
 
 
 def naive(text, ids, recipe, seed, epoch):
-    """docs/masking.md, read literally, a token at a time."""
+    """Implement docs/masking.md literally, one token at a time."""
     key = np.array([seed, document_key(text)], dtype=np.uint64)
     counter = np.array([0, 0, 0, epoch], dtype=np.uint64)
     w = [int(word) for word in np.random.Philox(counter=counter, key=key).random_raw(2 * len(ids))] if ids else []

@@ -1,4 +1,4 @@
-"""One forward for every architecture: the gathered head against the dense model."""
+"""The gathered head gives the same scores as the dense model, in every architecture. Loading checkpoints."""
 
 import re
 import shutil
@@ -58,7 +58,7 @@ CONFIGS = {
 
 
 def tiny(name: str, top_k: int = 10) -> MaskedLM:
-    """Random weights, scaled up so that attention matters: at the usual 0.02 a broken mask hardly shows."""
+    """Random weights, scaled up so that attention matters: with the usual 0.02 a broken mask hardly shows."""
     torch.manual_seed(0)
     network = T.AutoModelForMaskedLM.from_config(CONFIGS[name]()).eval()
     with torch.no_grad():
@@ -85,7 +85,7 @@ def test_gathered_head_equals_the_dense_forward(name):
     with torch.no_grad():
         found = model(input_ids, attention_mask, positions, targets)
         logits = model.network(input_ids=input_ids, attention_mask=attention_mask).logits
-    assert logits.shape == (3, 12, VOCABULARY)  # without positions the model is the plain one
+    assert logits.shape == (3, 12, VOCABULARY)  # without positions the model is unchanged
     expected = logits.flatten(0, 1)[positions].log_softmax(-1)
     chosen = expected.gather(1, targets[:, None])
     torch.testing.assert_close(found.log_prob, chosen[:, 0], atol=1e-5, rtol=0)
@@ -99,12 +99,12 @@ def test_gathered_head_equals_the_dense_forward(name):
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_who_sees_padding(name):
-    """By evidence again: MobileBERT with random weights has an embedding for the padding that neighbours see."""
+    """Probed too: MobileBERT with random weights embeds the padding, which neighbours see."""
     assert sees_padding(tiny(name), pad_id=3) == (name in {"convbert", "mobilebert"})
 
 
 def perceiver() -> MaskedLM:
-    """Its head attends from places of its own to the hidden states, so it can take no gathered rows."""
+    """Its head attends from its own positions to the hidden states, so it cannot use gathered rows."""
     torch.manual_seed(0)
     sizes: dict[str, Any] = {"num_latents": 8, "d_latents": 32, "d_model": 32, "num_self_attends_per_block": 1}
     config = T.PerceiverConfig(vocab_size=VOCABULARY, max_position_embeddings=16, **sizes)
@@ -119,7 +119,7 @@ def test_a_head_that_needs_every_position_is_found_out():
     with torch.no_grad():
         found = model(input_ids, attention_mask, positions, targets)
         logits = model.network(input_ids=input_ids, attention_mask=attention_mask).logits
-    assert logits.shape == (3, 16, VOCABULARY)  # as many places as it has, whatever the rows' length
+    assert logits.shape == (3, 16, VOCABULARY)  # its maximum length, whatever the rows' length
     expected = logits[:, :12].flatten(0, 1)[positions].log_softmax(-1)
     torch.testing.assert_close(found.log_prob, expected.gather(1, targets[:, None])[:, 0], atol=1e-5, rtol=0)
     assert not enable_packing(model)

@@ -1,4 +1,4 @@
-"""Packed documents against padded ones, in every masked LM of transformers that can be built tiny."""
+"""Packed and padded documents give the same results, in every masked LM of transformers that can be built tiny."""
 
 from typing import Any
 
@@ -17,18 +17,18 @@ PACKABLE = {
     "jina_embeddings_v3", "layoutlm", "modernbert", "modernvbert", "neomme", "nomic_bert", "roberta",
     "roberta-prelayernorm", "roc_bert", "ultrabert", "ultravbert", "xlm-roberta", "xlm-roberta-xl", "xmod",
 }  # fmt: skip
-# No attention interface, or something beside it that mixes positions: packing must be refused, not faked.
+# Without the attention interface, or mixing positions elsewhere too: packing must be refused.
 UNPACKABLE = {
     "bart", "big_bird", "convbert", "deberta", "deberta-v2", "flaubert", "fnet", "funnel", "ibert", "longformer",
     "luke", "mbart", "megatron-bert", "mobilebert", "mpnet", "mra", "mvp", "nystromformer", "perceiver", "reformer",
     "rembert", "roformer", "squeezebert", "tapas", "xlm", "yoso",
 }  # fmt: skip
-# What is trained beside attention: rope with a sliding window, position ids that begin at 2, tied and untied heads.
+# For gradients: rope with a sliding window, position ids that begin at 2, tied and untied heads.
 FAMILIES = ["bert", "modernbert", "roberta", "eurobert", "distilbert", "esm"]
 
 
 def model_and_documents(name: str) -> tuple[MaskedLM, list[torch.Tensor]]:
-    """The longest that the position table holds, a single token, and others between, of ids from the upper half."""
+    """Return a model and documents: one of maximum length, single tokens, and lengths between."""
     model = MaskedLM(build(name))
     generator = torch.Generator().manual_seed(0)
     lengths = [13, model.max_length(), 1, *torch.randint(2, 40, (4,), generator=generator).tolist(), 1]
@@ -79,7 +79,7 @@ def assert_same_gradients(found: dict[str, torch.Tensor], expected: dict[str, to
 
 
 def test_every_architecture_is_here():
-    """A new version of transformers may bring another: say which side it is on."""
+    """If a new version of transformers has another, add it to one of the two sets."""
     assert set(MODEL_FOR_MASKED_LM_MAPPING_NAMES) <= PACKABLE | UNPACKABLE
 
 
@@ -109,7 +109,7 @@ def test_what_cannot_be_packed_is_found_out_and_left_as_it_was(name):
     with torch.no_grad():
         before = model.logits(**inputs)
         assert not enable_packing(model)
-        torch.testing.assert_close(model.logits(**inputs), before, atol=2e-6, rtol=0)  # Reformer hashes at random
+        torch.testing.assert_close(model.logits(**inputs), before, atol=2e-6, rtol=0)  # Reformer hashes randomly
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -127,7 +127,7 @@ def test_packed_gradients_equal_padded_ones(name):
 
 
 def test_a_buffer_as_long_as_the_position_table_is_found_out():
-    """Segment ids cut from a buffer of that length are too few for a longer pack, and enough for a short one."""
+    """Segment ids come from a buffer of that length: too short for a longer pack, enough for a short one."""
     sizes: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     config = T.BertConfig(vocab_size=200, intermediate_size=64, max_position_embeddings=512, **sizes)
     model = MaskedLM(T.AutoModelForMaskedLM.from_config(config))
@@ -153,7 +153,7 @@ def test_position_ids_that_are_not_taken_are_found_out():
 
 @pytest.mark.parametrize("extra", [{"softcap": 50.0}, {"attention_mask": torch.full((1, 1, 1, 1), 1e-9)}])
 def test_an_attention_with_more_to_it_is_found_out(monkeypatch, extra):
-    """Too little to show in the logits of random weights."""
+    """Its effect is too small to show in the logits of random weights."""
     real = packing._packed_attention
 
     def with_more(module, query, key, value, attention_mask, **named):
@@ -212,7 +212,7 @@ def test_padding_changes_neither_logits_nor_gradients(name):
 @pytest.mark.parametrize("window", [None, 5])
 @pytest.mark.parametrize("heads", [4, 2])
 def test_both_forms_of_attention_agree(window, heads):
-    """The one that is compiled, with empty documents too, and the one that is not; with grouped queries."""
+    """The compiled and the eager form, with empty documents and grouped queries."""
     generator = torch.Generator().manual_seed(0)
     ends = torch.tensor([0, 1, 14, 14, 40, 40, 40], dtype=torch.int32)
     query, key, value = (

@@ -1,4 +1,4 @@
-"""What a command imports before it works: modules are counted, as a test cannot count seconds."""
+"""What a command imports. A test cannot measure seconds reliably, so it compares sets of packages."""
 
 import subprocess
 import sys
@@ -21,7 +21,7 @@ ENGINE = {"click", "numpy", "onnxruntime", "tokenizers"}
 
 
 def packages(code: str, *arguments: object) -> set[str]:
-    """Third-party packages that a fresh process has imported at its end, beyond those that every process here has."""
+    """Return the third-party packages that a new process has imported when it ends."""
     command = [sys.executable, "-c", code, *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120)
     assert done.returncode == 0, done.stderr
@@ -31,7 +31,7 @@ def packages(code: str, *arguments: object) -> set[str]:
 
 @pytest.fixture(scope="module")
 def always() -> set[str]:
-    """What `.pth` files import, as that of an editable install does."""
+    """What every process here imports, through the `.pth` file of an editable install."""
     return packages("import sys\nprint(*sys.modules, file=sys.stderr)")
 
 

@@ -1,4 +1,4 @@
-"""Corpus text is data; special tokens are known; both ways of loading agree."""
+"""Tokenizers of every kind against transformers, special tokens, words, unknown characters."""
 
 import json
 import os
@@ -67,7 +67,7 @@ def _byte_level(*, prefix: bool, splits: bool = True, **settings: Any) -> PreTra
 
 
 def _unigram(**settings: Any) -> PreTrainedTokenizerFast:
-    """SentencePiece-like, with a vocabulary that holds its special tokens as pieces."""
+    """Like SentencePiece: the vocabulary has the special tokens as pieces."""
     rust = RustTokenizer(models.Unigram())
     rust.pre_tokenizer, rust.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
     specials = list(ROBERTA.values())
@@ -77,8 +77,9 @@ def _unigram(**settings: Any) -> PreTrainedTokenizerFast:
 
 
 def _sentencepiece(*, prepend: bool, special_bytes: bool = False, text: str = "") -> PreTrainedTokenizerFast:
-    """Spaces become marks before pre-tokenising, as in Gemma's and in Llama's. What is not in `text`, if given, has no
-    token; without, BPE falls back to bytes.
+    """Spaces become marks before pre-tokenising, as in Gemma's and Llama's tokenizers.
+
+    With `text`, characters that are not in it have no token; without it, BPE falls back to bytes.
     """
     trained = RustTokenizer(models.BPE())
     trained.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never")
@@ -92,7 +93,7 @@ def _sentencepiece(*, prepend: bool, special_bytes: bool = False, text: str = ""
     replace = normalizers.Replace(" ", "\u2581")
     rust.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), replace]) if prepend else replace
     if not prepend:
-        rust.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")  # there is none left to split at
+        rust.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")  # no space is left to split at
         rust.add_tokens([AddedToken("\n\n", normalized=False)])
     spell = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
     rust.decoder = decoders.Sequence([*spell, decoders.Strip(" ", 1, 0)] if prepend else spell)
@@ -130,13 +131,13 @@ KINDS: dict[str, Callable[[], PreTrainedTokenizerFast]] = {
     "real bert uncased": lambda: _real_bert("bert-base-uncased", lowercase=True),
     "real byte-level": _real_byte_level,
 }
-# Spaces do not split: the whole text is one word, or what lies between added tokens.
+# Spaces do not split text: a word is the whole text, or the part between added tokens.
 UNSPLIT = {"byte-level, unsplit": "Ġ", "gemma": "▁", "llama": "▁", "special bytes": "▁", "greek": "▁"}
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory) -> Callable[[str], tuple[Tokenizer, Tokenizer, Any]]:
-    """Of a kind: our tokenizer from the folder and from transformers, and transformers' own."""
+    """Make a kind: our tokenizer from the folder, ours from transformers, and transformers' own."""
 
     @cache
     def make(kind: str) -> tuple[Tokenizer, Tokenizer, Any]:
@@ -187,7 +188,7 @@ def _same_ids(made: tuple[Tokenizer, Tokenizer, Any], texts: Sequence[str]) -> l
 def test_odd_texts_get_the_ids_that_transformers_gives(kind, made):
     light, full, theirs = made(kind)
     differs = [text for text, same in zip(ODD, _same_ids(made(kind), ODD), strict=True) if not same]
-    # Wanted: a vocabulary that holds "<s>" as a piece gives the control token for a text that spells it.
+    # A wanted difference: in transformers a text that spells "<s>" gets the control token, if that is a piece.
     assert differs == ([text for text in ODD if "<pad>" in text] if kind == "unigram" else [])
     assert (light.prefix, light.suffix) == (full.prefix, full.suffix) != ([], [])
     assert light.frame(light.encode(["α b"]).ids).tolist() == theirs("α b")["input_ids"]
@@ -223,7 +224,7 @@ def test_ids_become_the_text_that_transformers_gives(kind, made):
             expected = theirs.decode(ids, skip_special_tokens=skip)
             assert light.decode(ids, skip_special_tokens=skip) == expected
             assert full.decode(ids, skip_special_tokens=skip) == expected
-    if not kind.startswith("real"):  # whose decoders drop those spaces themselves
+    if not kind.startswith("real"):  # their decoders remove those spaces themselves
         cleaned = light.decode(light.encode([" a ."]).ids.tolist()).strip() == "a."
         assert cleaned == (kind.startswith("cleaned") and "does not" not in kind)
 
@@ -256,11 +257,11 @@ def test_words_are_the_tokenizers_own_or_begin_at_spaces(kind, made):
             begin += length
     before = [json.loads(light._serialized), light.named, sorted(light.special_ids)]
     same = light.fingerprint == sha256(json.dumps(before, sort_keys=True).encode()).hexdigest()
-    assert same == (kind not in UNSPLIT)  # so that caches of other tokenizers stay, and those with old words do not
+    assert same == (kind not in UNSPLIT)  # caches stay valid, except those with the old words
 
 
 def test_whole_words_of_an_unsplit_text_are_selected_one_by_one(made):
-    """`word_ids()` takes each of these documents for one word, so that all of it was selected, or nothing."""
+    """`word_ids()` treats each document as one word, which would be selected as a whole or not at all."""
     light, _, _ = made("gemma")
     corpus = tokenize([text for text in paragraphs() if len(text.split()) > 20], light)
     recipe = MaskRecipe(whole_word=True)
@@ -317,7 +318,7 @@ def test_other_threads_run_while_a_long_text_is_tokenised(tokenizer_folder):
         for tokenize_it in (tokenizer.encode_control, tokenizer.spans):
             before = counts[0]
             tokenize_it("1.!" * 100_000)
-            assert counts[0] - before > 100_000  # some 30,000 fit into the moments before and after
+            assert counts[0] - before > 100_000  # about 30,000 happen just before and after
     finally:
         is_over.set()
         thread.join()
@@ -338,7 +339,7 @@ def test_training_a_tokenizer_twice_gives_the_same(tokenizer_folder):
 
 @pytest.mark.parametrize("kind", ["wordpiece", "bpe"])
 def test_a_long_word_loses_no_character(kind):
-    """Proteins: WordPiece takes words of up to 100 characters, so longer ones are cut there."""
+    """WordPiece accepts words of up to 100 characters, so longer ones, such as proteins, are cut."""
     proteins = [
         "MKTAYIAKQRQISFVKSHFSRQLEERLGLIEVQAPILSRVGDGTQDNLSGAEKAVQVKVKALPDAQFEVV" * times for times in (1, 3, 40)
     ]

@@ -1,4 +1,4 @@
-"""The built wheel in an environment of its own: the base install alone runs artifacts."""
+"""The built wheel in a new environment: the base install runs artifacts."""
 
 import contextlib
 import json
@@ -16,7 +16,7 @@ from serving import running
 
 ROOT = Path(__file__).parent.parent
 EXTRAS = ("torch", "transformers", "onnx", "onnxscript", "safetensors", "datasets", "jinja2", "matplotlib")
-# Asked for and not found is an import that happens, even where something swallows its failure.
+# Reports every attempt to import an extra, even one whose failure is swallowed.
 WATCHED = f"""
 import sys
 class Watch:
@@ -30,7 +30,7 @@ main(sys.argv[1:])
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Built from a copy, as building leaves a folder behind whose stale files would go into the next wheel."""
+    """Build from a copy: building leaves a folder whose stale files would get into the next wheel."""
     source = tmp_path_factory.mktemp("source")
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
@@ -43,14 +43,14 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def base(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """The Python of an environment that holds the wheel and what it depends on."""
+    """The Python of an environment with the wheel and its dependencies."""
     with environment(str(wheel), tmp_path_factory.mktemp("environment")) as python:
         yield python
 
 
 @contextlib.contextmanager
 def environment(package: str, folder: Path) -> Iterator[Path]:
-    """A new one with this package. Skips where pip reaches no registry."""
+    """Create an environment with this package. Skips if pip cannot reach a registry."""
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
     python = folder / "bin" / "python"
     command = [sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--retries", "1"]
@@ -64,7 +64,7 @@ def environment(package: str, folder: Path) -> Iterator[Path]:
 
 
 def without_path() -> dict[str, str]:
-    """The environment's variables but the one that would show the source tree to it."""
+    """Return the environment variables without the one that would expose the source tree."""
     return {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
 
 
@@ -118,7 +118,7 @@ def test_the_base_install_runs_artifacts_as_the_whole_one_does(base, artifact, t
 
 
 def numbers(value: object) -> list[float]:
-    """Every number of a result but those that tell how long it took, in order."""
+    """Return the numbers of a result in order, without timings."""
     if isinstance(value, dict):
         return [n for key in value if key not in ("seconds", "tokens_per_second") for n in numbers(value[key])]
     if isinstance(value, list):
