@@ -15,6 +15,7 @@ from conftest import PORTUGUESE, PROOF
 
 from mlmkit.backends import load
 from mlmkit.cli import main
+from mlmkit.console import print_table
 from mlmkit.files import read_record
 from mlmkit.fill import fill
 
@@ -89,6 +90,24 @@ def test_each_command_has_help(capsys, command):
     assert code == 0
     assert out.startswith(f"Usage: mlmkit {command} ")
     assert max(map(len, out.splitlines())) <= 100
+
+
+def test_a_table_aligns_wide_characters_and_escapes_control_characters(capsys):
+    print_table([("日本", 1.5, "[b]"), ("a\x1b", 22, "x" * 200)], ("name", "value", ""), align="lr")
+    header, rule, first, second = capsys.readouterr().out.splitlines()
+    assert header == "name    value"
+    assert set(rule) == {"─"}
+    assert first == "日本      1.5   [b]"
+    assert second == f"a\\x1b     22   {'x' * 200}"  # whole, because this is not a terminal
+    print_table([("one", "1"), ("three", "3")])
+    assert capsys.readouterr().out == "one    1\nthree  3\n"
+
+
+def test_a_table_folds_long_cells_on_a_terminal(capsys, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "20")
+    print_table([("name", "x" * 30)])
+    assert max(map(len, capsys.readouterr().out.splitlines())) == 20
 
 
 # ------------------------------------------------------------------ the Portuguese sentences, all the way
