@@ -98,7 +98,7 @@ def test_a_table_aligns_wide_characters_and_escapes_control_characters(capsys):
     assert header == "name    value"
     assert set(rule) == {"─"}
     assert first == "日本      1.5   [b]"
-    assert second == f"a\\x1b     22   {'x' * 200}"  # whole, because this is not a terminal
+    assert second == f"a\\x1b      22   {'x' * 200}"  # whole, because this is not a terminal
     print_table([("one", "1"), ("three", "3")])
     assert capsys.readouterr().out == "one    1\nthree  3\n"
 
