@@ -1,9 +1,11 @@
 """A tokenised corpus, kept in a cache on disk and memory-mapped.
 
-documents.read_texts    files or a hub dataset → texts
-Tokenizer.encode        texts → token ids, word indices, counts of unknown characters
-stream_corpus           blocks of documents, appended to flat files in the cache
-load_corpus             the whole as a `Corpus`, mapped from the cache (`windows.py` cuts it into model inputs)
+The pipeline:
+
+    documents.read_texts    files or a hub dataset → texts
+    Tokenizer.encode        texts → token ids, word indices, counts of unknown characters
+    stream_corpus           blocks of documents, appended to flat files in the cache
+    load_corpus             the whole as a `Corpus`, mapped from the cache; `windows.py` cuts it into model inputs
 """
 
 import json

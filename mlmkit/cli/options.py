@@ -1,12 +1,14 @@
 """Commands declare their options as a dataclass: one field per argument or option, which `command` turns into click's.
 
-@option_class
-class FillOptions(ModelOptions):
-    text: str = argument()
-    top_k: int = option("--top-k", "Candidates per mask.", default=5)
+For example:
 
-@command(FillOptions)
-def fill(options: FillOptions) -> None: ...
+    @option_class
+    class FillOptions(ModelOptions):
+        text: str = argument()
+        top_k: int = option("--top-k", "Candidates per mask.", default=5)
+
+    @command(FillOptions)
+    def fill(options: FillOptions) -> None: ...
 """
 
 from collections.abc import Callable
@@ -53,11 +55,11 @@ def command(kind: type[Options], name: str | None = None) -> Callable[[Callable[
             function(kind(**values))
 
         declared: Any = fields(kind)  # pyright: ignore[reportArgumentType]
-        own = kind.__annotations__
-        params = [_param(each) for each in declared if "argument" in each.metadata]
-        params += [_param(each) for each in declared if "option" in each.metadata and each.name in own]
-        params += [_param(each) for each in declared if "option" in each.metadata and each.name not in own]
+        params = [_param(each) for each in sorted(declared, key=rank)]
         return click.command(name or function.__name__, params=params)(callback)
+
+    def rank(declared: Field) -> int:
+        return 0 if "argument" in declared.metadata else 1 if declared.name in kind.__annotations__ else 2
 
     return decorate
 
