@@ -8,7 +8,17 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mlmkit.cli.options import JsonOption, ModelOptions, TextOptions, argument, command, option, option_class, switch
+from mlmkit.cli.options import (
+    PATH,
+    JsonOption,
+    ModelOptions,
+    TextOptions,
+    argument,
+    command,
+    option,
+    option_class,
+    switch,
+)
 from mlmkit.console import print_json, print_table, say
 from mlmkit.errors import UserError, require
 
@@ -17,7 +27,6 @@ if TYPE_CHECKING:
     from mlmkit.eval.sets import Request
 
 PAIRS = "pairs"
-PATH = click.Path(path_type=Path)
 
 
 @option_class

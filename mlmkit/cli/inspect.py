@@ -4,9 +4,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import click
-
-from mlmkit.cli.options import json_option
+from mlmkit.cli.options import PATH, JsonOption, argument, command, option_class
 from mlmkit.console import print_json, print_table
 from mlmkit.errors import CheckError
 
@@ -17,23 +15,29 @@ if TYPE_CHECKING:
 Rows = list[tuple[str, str]]
 
 
-@click.command()
-@click.argument("artifact", type=click.Path(path_type=Path))
-@json_option
-def inspect(artifact: Path, as_json: bool) -> None:
+@option_class
+class InspectOptions(JsonOption):
+    """The arguments and options of `mlmkit inspect`."""
+
+    artifact: Path = argument(type=PATH)
+
+
+@command(InspectOptions)
+def inspect(options: InspectOptions) -> None:
     """Show ARTIFACT, check its files, and say what can run it here.
 
     Exit code 0 if it is exactly what was exported, 1 if it is damaged, 2 if it is not an artifact.
     """
     from mlmkit.inspection import inspect as run_inspection
 
-    inspection = run_inspection(artifact)
-    if as_json:
-        print_json(_as_json(artifact, inspection))
+    inspection = run_inspection(options.artifact)
+    if options.as_json:
+        print_json(_as_json(options.artifact, inspection))
     else:
         print_table(_rows(inspection))
     if inspection.problems:
-        raise CheckError(f"{artifact} is damaged ({len(inspection.problems)} problems): export the checkpoint again")
+        problems = f"{len(inspection.problems)} problems"
+        raise CheckError(f"{options.artifact} is damaged ({problems}): export the checkpoint again")
 
 
 def _as_json(artifact: Path, inspection: "Inspection") -> dict[str, Any]:

@@ -14,6 +14,7 @@ For example:
 from collections.abc import Callable
 from dataclasses import Field, dataclass, field, fields
 from functools import wraps
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, dataclass_transform
 
 import click
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from mlmkit.backends import Backend
 
 Options = TypeVar("Options")
+PATH = click.Path(path_type=Path)
 
 
 def argument(**settings: Any) -> Any:
