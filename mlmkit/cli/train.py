@@ -6,15 +6,21 @@ from pathlib import Path
 
 import click
 
-from mlmkit.cli.options import json_option
+from mlmkit.cli.options import PATH, JsonOption, argument, command, option, option_class, switch
 from mlmkit.console import print_json, say
 from mlmkit.errors import UserError, require
 
 
-@click.command()
-@click.option("--text", type=click.Path(), help="Train on this text file (one document per line) instead.")
-@click.option("--output", type=click.Path(path_type=Path), default=Path("mlmkit-demo"), show_default=True)
-def demo(text: str | None, output: Path) -> None:
+@option_class
+class DemoOptions:
+    """The options of `mlmkit demo`."""
+
+    text: str | None = option("--text", "Train on this text file (one document per line) instead.", type=click.Path())
+    output: Path = option("--output", "The demo's folder.", type=PATH, default=Path("mlmkit-demo"))
+
+
+@command(DemoOptions)
+def demo(options: DemoOptions) -> None:
     """Everything below, in minutes, on Python's own docs.
 
     Trains a tokenizer and a small BERT, exports it to ONNX with a parity check, evaluates both on held-out documents
@@ -23,25 +29,29 @@ def demo(text: str | None, output: Path) -> None:
     require("train", "torch", "transformers", "onnx", "onnxscript", "safetensors")
     from mlmkit.demo import run_demo
 
-    run_demo(output, text)
+    run_demo(options.output, options.text)
 
 
-@click.command()
-@click.argument("config", type=click.Path())
-@click.option("--set", "overrides", multiple=True, metavar="TABLE.KEY=VALUE", help="Override a setting. Repeatable.")
-@click.option("--output", type=click.Path(path_type=Path), help="The run folder.")
-@click.option("--dry-run", "dry", is_flag=True, help="Show what would be trained and what it costs, and exit.")
-@click.option(
-    "--sweep",
-    "sweeps",
-    multiple=True,
-    metavar="TABLE.KEY=VALUE,VALUE,...",
-    help="Train once per value and compare on data.held_out. Repeat to try all combinations.",
-)
-@json_option
-def train(
-    config: str, overrides: tuple[str, ...], output: Path | None, dry: bool, sweeps: tuple[str, ...], as_json: bool
-) -> None:
+@option_class
+class TrainOptions(JsonOption):
+    """The arguments and options of `mlmkit train`."""
+
+    config: str = argument(type=click.Path())
+    overrides: tuple[str, ...] = option(
+        "--set", "Override a setting. Repeatable.", multiple=True, metavar="TABLE.KEY=VALUE"
+    )
+    output: Path | None = option("--output", "The run folder.", type=PATH)
+    dry_run: bool = switch("--dry-run", "Show what would be trained and what it costs, and exit.")
+    sweeps: tuple[str, ...] = option(
+        "--sweep",
+        "Train once per value and compare on data.held_out. Repeat to try all combinations.",
+        multiple=True,
+        metavar="TABLE.KEY=VALUE,VALUE,...",
+    )
+
+
+@command(TrainOptions)
+def train(options: TrainOptions) -> None:
     """Train a model from CONFIG (a TOML file).
 
     Run the same command again to resume an interrupted run. The model is saved to OUTPUT/model, a Hugging Face folder.
@@ -51,42 +61,42 @@ def train(
     from mlmkit.train.config import load_config
 
     with said_once():
-        settings = load_config(config, overrides)
-        if dry and sweeps:
+        settings = load_config(options.config, options.overrides)
+        if options.dry_run and options.sweeps:
             raise UserError("--dry-run shows a single run: leave out --sweep")
-        if not dry and output is None:
+        if not options.dry_run and options.output is None:
             raise UserError("--output is missing: name the run folder")
         require("train", "torch", "transformers", "safetensors")
-    if dry:
+    if options.dry_run:
         from mlmkit.train.cost import dry_run, lines
 
         summary = dry_run(settings)
-        if as_json:
+        if options.as_json:
             print_json(asdict(summary))
         else:
             for line in lines(summary):
                 say(line)
-    elif output is not None and sweeps:
+    elif options.output and options.sweeps:
         from mlmkit.train.sweep import check, make_trials, sweep, table
 
         with said_once():
-            trials = make_trials(config, overrides, sweeps)
-        if results := sweep(trials, output):  # on the first rank
-            if as_json:
+            trials = make_trials(options.config, options.overrides, options.sweeps)
+        if results := sweep(trials, options.output):  # on the first rank
+            if options.as_json:
                 print_json(results)
             else:
                 for line in table(results).splitlines():
                     say(line)
             check(results)
-    elif output is not None:
+    elif options.output:
         from mlmkit.train.log import read_log
         from mlmkit.train.loop import train as run_training
 
-        model = run_training(settings, output)
+        model = run_training(settings, options.output)
         if os.environ.get("RANK", "0") != "0":
             return
-        if as_json:
-            last = [entry for entry in read_log(output) if "loss" in entry][-1:]
+        if options.as_json:
+            last = [entry for entry in read_log(options.output) if "loss" in entry][-1:]
             print_json({"model": str(model), "last_log_entry": last[0] if last else None})
         else:
             say(f"model: {model}")
