@@ -134,7 +134,7 @@ def test_a_head_that_mixes_positions_a_little_is_found_out():
 def test_a_model_that_cannot_be_scored_with_is_refused():
     network: Any = tiny("bert").network
     drawing = network.get_output_embeddings().register_forward_hook(lambda _m, _i, logits: logits + torch.randn(()))
-    with pytest.raises(UserError, match="other logits each time"):
+    with pytest.raises(UserError, match="different logits each time"):
         MaskedLM(network)
     drawing.remove()
     shortening = network.get_output_embeddings().register_forward_hook(lambda _m, _i, logits: logits[:, ::2])
