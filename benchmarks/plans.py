@@ -20,7 +20,7 @@ import numpy as np
 from harness import Report, SkippedError, Table, isolated, main, memory_mib, processor, say
 from inputs import TINY
 
-from mlmkit.artifact import FORMAT, Manifest, TensorRT
+from mlmkit.artifact import TensorRT
 from mlmkit.backends import Batch
 from mlmkit.export.profiles import PlanOptions
 
@@ -57,7 +57,7 @@ def random_batches(vocabulary_size: int, rows: int, length: int) -> list[Batch]:
 
 def write_plan_graph(graph: Path, precision: str, batches: Sequence[Batch]) -> None:
     """Rewrite a float32 graph file as `mlmkit export --trt` does for TensorRT in that precision."""
-    from mlmkit.export.graph_files import replace_graph
+    from mlmkit.export.graphs import replace_graph
     from mlmkit.export.plans import plan_model
     from mlmkit.export.precision import convert
 
@@ -69,24 +69,14 @@ def build(folder: Path, architecture: str, precision: str, max_length: int, opti
     """Build the plan of the folder's graph; return its entry in the manifest. Raises `UserError` if none is built."""
     from mlmkit.export.tensorrt import build_plan
 
-    manifest = Manifest(
-        format=FORMAT,
-        files={},
-        fingerprint="",
+    return build_plan(
+        folder / "model.onnx",
+        folder,
         architecture=architecture,
-        vocabulary_size=0,
-        max_length=max_length,
         precision=precision,
-        opset=0,
-        top_k=0,
-        sees_padding=False,
-        parity={},
-        drift_allowed=False,
-        calibration=None,
-        tensorrt=None,
-        mlmkit_version="",
+        max_length=max_length,
+        options=options,
     )
-    return build_plan(folder, manifest, options)
 
 
 def builder_name() -> str:

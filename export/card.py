@@ -1,4 +1,4 @@
-"""A model card for the hub: what the artifact is, how to run it, and what was proven and measured."""
+"""A model card for the Hugging Face hub: what the artifact is, how to run it, its parity and its metrics."""
 
 import json
 import re
@@ -15,7 +15,7 @@ HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
 INTRODUCTION = """\
 # {architecture} masked language model, {precision} ONNX
 
-An artifact of mlmkit{source}: a graph that scores masked positions alone, for ONNX Runtime{tensorrt}. It takes texts
+An artifact of mlmkit{source}: a graph that scores masked positions only, for ONNX Runtime{tensorrt}. It takes texts
 of up to {max_length:,} tokens and has a vocabulary of {vocabulary_size:,}. The files are hashed, and mlmkit refuses
 to run one that has changed.
 
@@ -38,21 +38,21 @@ fill(mlmkit.load("ARTIFACT"), "To be or not to {mask}.")
 mlmkit.pseudo_log_likelihood("ARTIFACT", ["The keys are here.", "The keys is here."])
 ```
 
-`AutoTokenizer` and `AutoConfig` of transformers read the folder. Pipelines of optimum and transformers.js cannot run
-the graph: beside `input_ids` and `attention_mask` it takes `positions` and `targets`, and it gives log-probabilities
-and ranks, not logits.
+`AutoTokenizer` and `AutoConfig` of transformers read the folder. The pipelines of optimum and transformers.js cannot
+run the graph: besides `input_ids` and `attention_mask` it takes `positions` and `targets`, and it returns
+log-probabilities and ranks, not logits.
 """
 
 
 def write_card(folder: Path, manifest: Manifest, *, checkpoint: str, results: Sequence[dict[str, Any]] = ()) -> None:
-    """Write the artifact's README.md, which is not hashed: its owner may edit it.
+    """Write the artifact's README.md. It is not hashed, so its owner may edit it.
 
-    `checkpoint` is what was exported, named as the base model if it is of the hub. `results` are `result.json`s, shown
-    as a table. Raises `UserError` for a result that was measured on other weights.
+    `checkpoint` is what was exported; a hub name becomes the base model. `results`, the contents of `result.json`
+    files, are shown as a table. Raises `UserError` for a result of other weights.
     """
     for result in results:
         if result["model"]["fingerprint"] != manifest.fingerprint:
-            raise UserError(f"the result of {result['model']['path']} was measured on other weights than {checkpoint}")
+            raise UserError(f"the result of {result['model']['path']} was not measured on the weights of {checkpoint}")
     base = checkpoint if HUB_NAME.fullmatch(checkpoint) and not Path(checkpoint).exists() else ""
     introduction = INTRODUCTION.format(
         architecture=manifest.architecture,
@@ -68,7 +68,7 @@ def write_card(folder: Path, manifest: Manifest, *, checkpoint: str, results: Se
 
 
 def _front_matter(manifest: Manifest, base: str) -> str:
-    """What the hub reads, in YAML: each value as JSON, which is YAML too."""
+    """The YAML that the hub reads. Each value is JSON, which is valid YAML."""
     values: dict[str, Any] = {"library_name": "mlmkit", "pipeline_tag": "fill-mask"}
     if base:
         values["base_model"] = base
@@ -83,7 +83,7 @@ def _front_matter(manifest: Manifest, base: str) -> str:
 def _parity(manifest: Manifest) -> str:
     verdict = "Within the bounds that the export demands."
     if manifest.drift_allowed:
-        verdict = "**Beyond the bounds that the export demands**; exported all the same, with `--allow-drift`."
+        verdict = "**Beyond the bounds that the export demands**; exported anyway, with `--allow-drift`."
     return (
         "## Parity with the checkpoint\n\nThe engine against the checkpoint in float32, on real text; differences of "
         f"log-probabilities in nats. {verdict}\n\n" + _table(("", "value"), report_rows(manifest.parity))
@@ -96,10 +96,10 @@ def _metrics(results: Sequence[dict[str, Any]]) -> str:
         source = result["corpus"]["source"]
         name = source["set"] or Path(source["location"] or "texts").name
         run_by = f"{result['backend']['name']} on {result['backend']['device']}, {result['model']['precision']}"
-        for metric, found in result["metrics"].items():
-            interval = "-" if found["low"] is None else f"{_number(found['low'])} to {_number(found['high'])}"
+        for metric, figures in result["metrics"].items():
+            interval = "-" if figures["low"] is None else f"{_number(figures['low'])} to {_number(figures['high'])}"
             digest = result.get("mask_digest", "")
-            rows.append((name, metric.replace("_", " "), _number(found["value"]), interval, run_by, digest))
+            rows.append((name, metric.replace("_", " "), _number(figures["value"]), interval, run_by, digest))
     if not rows:
         return ""
     head = ("set", "metric", "value", "95 % interval", "run by", "mask digest")
@@ -118,7 +118,7 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _cell(text: str) -> str:
-    """A value that stays in its cell and is read as text: names of sets come from users."""
+    """Text that cannot break out of its cell or act as HTML: the names of sets come from users."""
     return "".join(char for char in text.replace("|", "\\|").replace("<", "&lt;") if char.isprintable())
 
 

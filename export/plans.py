@@ -1,14 +1,21 @@
-"""TensorRT plans for an artifact, proven like the graph they are built from. Needs neither torch nor transformers."""
+"""TensorRT plans for an artifact: the graph that they are built from, the build, and the proof.
+
+    plan_model   the artifact's graph, rewritten for TensorRT
+    build_plan   that graph -> model.plan (mlmkit.export.tensorrt)
+    prove_plan   the plan's scores against the reference, on a GPU that can run it
+
+Needs neither torch nor transformers.
+"""
 
 import logging
+import os
 import shutil
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import onnx_ir as ir
+from onnx_ir.convenience import replace_nodes_and_values
 
 from mlmkit.artifact import (
     GRAPH,
@@ -16,8 +23,8 @@ from mlmkit.artifact import (
     PLAN,
     REEXPORT_HINT,
     Manifest,
-    hash_files,
     open_files,
+    read_manifest,
     refuse_changes,
     weight_bytes,
     write_manifest,
@@ -25,20 +32,16 @@ from mlmkit.artifact import (
 from mlmkit.backends import Backend, tensorrt_obstacle
 from mlmkit.backends.onnx import OnnxBackend
 from mlmkit.errors import UserError
-from mlmkit.export.graph_files import copy_artifact, save_graph
-from mlmkit.export.lowering import lower
-from mlmkit.export.parity import BOUNDS, check_parity, require_parity
-from mlmkit.export.plan_graph import plan_graph
+from mlmkit.export.graphs import add_constant, artifact_with
+from mlmkit.export.parity import ProofText, is_within, proof_text, require_parity
+from mlmkit.export.precision import lower
 from mlmkit.export.profiles import PlanOptions
-from mlmkit.export.proof_text import ProofText, proof_text
-from mlmkit.export.prove import prove_plan
-from mlmkit.export.tensorrt import LAYERS, build_plan, plan_targets
-from mlmkit.files import file_sha256, new_folder
+from mlmkit.files import file_sha256, locked, new_folder
 
 log = logging.getLogger(__name__)
 
 
-def add_plans(
+def add_plan(
     artifact: Path,
     output: Path,
     *,
@@ -47,12 +50,14 @@ def add_plans(
     allow_drift: bool = False,
     overwrite: bool = False,
 ) -> Manifest:
-    """Write a copy of an artifact with plans to `output`, and return its manifest.
+    """Write a copy of an artifact with a plan to `output`; return its manifest.
 
-    The plans are held to the artifact's own graph on ONNX Runtime. Raises as `mlmkit.export.export.export` does.
+    The reference of the proof is the artifact's graph on ONNX Runtime. Raises as `mlmkit.export.export.export` does.
     """
+    from mlmkit.export.tensorrt import LAYERS, plan_targets  # needs TensorRT
+
     manifest, files = open_files(artifact)
-    plan_targets(manifest.architecture, manifest.precision, plans)
+    plan_targets(manifest.architecture, manifest.precision, plans)  # fail before copying
     with new_folder(output, replaces=MANIFEST if overwrite else "") as folder:
         kept = {name: sha256 for name, sha256 in manifest.files.items() if name not in (PLAN, LAYERS)}
         for name in kept:
@@ -60,10 +65,10 @@ def add_plans(
         refuse_changes(artifact, files)
         manifest = replace(manifest, files=kept, tensorrt=None)
         write_manifest(folder, manifest)
-        return with_plans(folder, manifest, plans, None, text or proof_text(str(artifact)), allow_drift=allow_drift)
+        return with_plan(folder, manifest, plans, None, text or proof_text(str(artifact)), allow_drift=allow_drift)
 
 
-def with_plans(
+def with_plan(
     folder: Path,
     manifest: Manifest,
     options: PlanOptions,
@@ -72,58 +77,122 @@ def with_plans(
     *,
     allow_drift: bool,
 ) -> Manifest:
-    """Build the plans of the graph in `folder`, and prove them where this machine can run them.
+    """Build a plan of the graph in `folder`, and prove it if this machine can run it.
 
-    They are held to `reference`, by default the graph on ONNX Runtime. Writes the manifest, and returns it.
+    `reference` is by default the graph on ONNX Runtime. An int8 graph is changed before the build, so its parity is
+    checked again. Writes the manifest, and returns it.
     """
-    with _plan_graph(folder, manifest, reference, text, allow_drift=allow_drift) as (graph, drifts):
-        built = build_plan(folder, manifest, options, graph)
-    drift_allowed = manifest.drift_allowed or drifts
+    from mlmkit.export.tensorrt import LAYERS, build_plan  # needs TensorRT
+
+    is_int8, drifts = manifest.precision == "int8", False
+    overflowing = (manifest.calibration or {}).get("overflowing")
+    if is_int8 and not (isinstance(overflowing, list) and all(isinstance(name, str) for name in overflowing)):
+        raise UserError(f"{MANIFEST} does not say what overflows float16 (calibration.overflowing): {REEXPORT_HINT}")
+    model = plan_model(folder / GRAPH, manifest.precision, overflowing or ())
+    with artifact_with(model, folder, manifest) as copy:
+        if is_int8:
+            log.info("checking parity of int8 with float16, as TensorRT will compute it, with ONNX Runtime")
+            own, engine = reference or OnnxBackend(str(folder), "cpu"), OnnxBackend(str(copy), "cpu")
+            size = weight_bytes(folder)
+            drifts = not require_parity(own, engine, text, "int8", size, allow_drift=allow_drift).passed
+        built = build_plan(
+            copy / GRAPH,
+            folder,
+            architecture=manifest.architecture,
+            precision=manifest.precision,
+            max_length=manifest.max_length,
+            options=options,
+        )
     files = manifest.files | {name: file_sha256(folder / name) for name in (PLAN, LAYERS)}
+    drift_allowed = manifest.drift_allowed or drifts
     manifest = replace(manifest, files=files, tensorrt=built, drift_allowed=drift_allowed)
-    write_manifest(folder, manifest)  # the plans are loaded as a user will load them
+    write_manifest(folder, manifest)  # the plan is loaded as a user will load it
     if reason := tensorrt_obstacle(manifest):
         log.info("the plan is unproven: %s", reason)
         return manifest
-    return prove_plan(folder, manifest, reference, text, allow_drift=allow_drift)
+    return _prove(folder, manifest, reference, text, allow_drift=allow_drift)
 
 
-@contextmanager
-def _plan_graph(
+def prove_plan(artifact: Path, *, text: ProofText | None = None, allow_drift: bool = False) -> Manifest:
+    """Compare an artifact's plan with its graph on ONNX Runtime, and write the report into its manifest.
+
+    Returns the new manifest. Raises `UserError` if the plan cannot run here, and `CheckError` if parity does not hold;
+    the manifest then stays as it is.
+    """
+    with locked(artifact):
+        manifest = read_manifest(artifact)
+        if reason := tensorrt_obstacle(manifest):
+            raise UserError(f"{artifact}: {reason}")
+        if not os.access(artifact, os.W_OK):
+            raise UserError(f"{artifact} is not writable, and the report belongs into its {MANIFEST}")
+        return _prove(artifact, manifest, None, text or proof_text(str(artifact)), allow_drift=allow_drift)
+
+
+def _prove(
     folder: Path, manifest: Manifest, reference: Backend | None, text: ProofText, *, allow_drift: bool
-) -> Iterator[tuple[Path, bool]]:
-    """The graph that TensorRT is given, and whether it drifts. That of an int8 artifact is proven like any other."""
-    overflowing = (manifest.calibration or {}).get("overflowing")
-    if manifest.precision != "int8":
-        overflowing = []
-    elif not isinstance(overflowing, list) or not all(isinstance(name, str) for name in overflowing):
-        raise UserError(f"{MANIFEST} does not say what overflows float16 (calibration.overflowing): {REEXPORT_HINT}")
-    model = plan_model(folder / GRAPH, manifest.precision, overflowing)
-    with TemporaryDirectory() as temporary:
-        graph = Path(temporary) / "plan" / GRAPH
-        if manifest.precision != "int8":
-            graph.parent.mkdir()
-            save_graph(model, graph)
-            yield graph, False
-            return
-        copy_artifact(folder, graph.parent, model)
-        write_manifest(graph.parent, replace(manifest, files=hash_files(graph.parent)))
-        log.info("checking parity of int8 with float16, as TensorRT will compute it, with ONNX Runtime")
-        reference, engine = reference or OnnxBackend(str(folder), "cpu"), OnnxBackend(str(graph.parent), "cpu")
-        _, proven = text.split(manifest.precision)
-        parity = check_parity(reference, engine, proven, BOUNDS[manifest.precision], weight_bytes(folder))
-        require_parity(parity, allow_drift)
-        yield graph, not parity.passed
+) -> Manifest:
+    from mlmkit.backends.tensorrt.backend import TensorRTBackend  # needs TensorRT and cuda-python
+
+    engine = TensorRTBackend(str(folder))
+    log.info("checking parity with TensorRT on real text")
+    reference = reference or OnnxBackend(str(folder))
+    size = weight_bytes(folder)
+    parity = require_parity(reference, engine, text, manifest.precision, size, allow_drift=allow_drift)
+    assert manifest.tensorrt is not None  # the backend would have refused
+    manifest = replace(
+        manifest,
+        tensorrt=replace(manifest.tensorrt, gpu=engine.gpu, parity=parity.as_dict()),
+        drift_allowed=not (parity.passed and is_within(manifest.parity)),
+    )
+    write_manifest(folder, manifest)
+    return manifest
+
+
+# ---------------------------------------------------------------- the graph
 
 
 def plan_model(graph: Path, precision: str, overflowing: Collection[str] = ()) -> ir.Model:
-    """An artifact's graph in the form that TensorRT builds best; ONNX Runtime keeps the artifact's own.
+    """An artifact's graph in the form that TensorRT builds best; the artifact keeps its own for ONNX Runtime.
 
-    What an int8 graph leaves in float32 becomes float16, but for values that are `overflowing`: in float32 attention is
-    not fused (docs/decisions.md).
+    What is float32 in an int8 graph becomes float16, except for values in `overflowing`: TensorRT does not fuse float32
+    attention (docs/decisions.md).
     """
     model = ir.load(graph)
     if precision == "int8":
         lower(model, "fp16", overflowing)
-    plan_graph(model)
+    rewrite_for_tensorrt(model)
     return model
+
+
+def rewrite_for_tensorrt(model: ir.Model) -> None:
+    """Rewrite a graph of any precision in place for TensorRT. Its results change by rounding only.
+
+    - The rank is counted with a sum, which joins the log-softmax's kernel. The matrix product that ONNX Runtime prefers
+      (`MaskedLM.forward`) takes 450 to 830 MB at base sizes, and Turing has no float32 product.
+    - DeBERTa-v2 multiplies its query with scaled keys and with positions. Here the query is scaled instead of the key:
+      in float16 TensorRT joins products that read the same query, and then does not recognise attention.
+    """
+    graph = model.graph
+    for product in [node for node in graph if node.op_type == "MatMul"]:
+        left, right = product.inputs
+        assert left is not None and right is not None
+        scaling = right.producer()
+        if _is_column_of_ones(right):
+            total = ir.node("ReduceSum", [left, add_constant(graph, "last_axis", [-1])], {"keepdims": 1})
+            replace_nodes_and_values(graph, product, [product], [total], product.outputs, total.outputs)
+        elif scaling is not None and _scales(scaling) and len(left.uses()) > 1:
+            scaled = ir.node(scaling.op_type, [left, scaling.inputs[1]])
+            graph.insert_before(product, scaled)
+            product.replace_input_with(0, scaled.outputs[0])
+            product.replace_input_with(1, scaling.inputs[0])
+
+
+def _is_column_of_ones(value: ir.Value) -> bool:
+    constant = value.const_value
+    return constant is not None and constant.shape[1:] == (1,) and bool((constant.numpy() == 1).all())
+
+
+def _scales(node: ir.Node) -> bool:
+    """Whether the node multiplies or divides by a single constant."""
+    factor = node.inputs[1] if node.op_type in ("Mul", "Div") else None
+    return factor is not None and getattr(factor.const_value, "size", 0) == 1

@@ -5,16 +5,16 @@ from dataclasses import dataclass
 from mlmkit.artifact import Profile
 from mlmkit.errors import UserError
 
-TARGETS = {"sm75": "7.5", "sm121": "12.1"}  # what TensorRT for RTX builds for only if asked, by compute capability
-PORTABLE = ["8.0", "8.6", "8.9", "12.0+"]  # what it builds for otherwise: one plan, no larger than for one of them
+TARGETS = {"sm75": "7.5", "sm121": "12.1"}  # compute capabilities that TensorRT for RTX builds for only on request
+PORTABLE = ["8.0", "8.6", "8.9", "12.0+"]  # those of its default plan, which is no larger than a plan for one of them
 
 
 @dataclass(frozen=True)
 class PlanOptions:
-    """What one run may hold: at most `max_batch` rows of at most `max_seq` tokens, and `max_masked` positions.
+    """The largest run of a plan: `max_batch` rows of at most `max_seq` tokens, and `max_masked` positions.
 
-    Larger batches are split when they run. Rows longer than `max_seq`, up to what the model takes, run one by one.
-    `target` is one of `TARGETS`, for TensorRT for RTX alone.
+    Larger batches are split at run time. Rows longer than `max_seq`, up to the model's limit, run one at a time.
+    `target` is a key of `TARGETS`, for TensorRT for RTX only. Raises `UserError` for invalid values.
     """
 
     max_batch: int = 64
@@ -24,17 +24,17 @@ class PlanOptions:
 
     def __post_init__(self) -> None:
         for name in ("max_batch", "max_seq", "max_masked"):
-            if not 1 <= getattr(self, name) < 1 << 31:  # as TensorRT has sizes
+            if not 1 <= getattr(self, name) < 1 << 31:  # TensorRT's sizes are 32-bit
                 raise UserError(f"--{name.replace('_', '-')} must be between 1 and {(1 << 31) - 1}")
         if self.target not in (None, *TARGETS):
-            raise UserError(f"no target {self.target!r}: choose {', '.join(TARGETS)}")
+            raise UserError(f"unknown target {self.target!r}: choose {', '.join(TARGETS)}")
 
 
 def make_profiles(options: PlanOptions, max_length: int) -> list[Profile]:
-    """One for few short texts, one for full batches and, if the model takes longer rows than those, one for such a row.
+    """A profile for a few short texts, one for full batches and, if the model takes longer rows, one for a single row.
 
-    A profile's memory is that of its largest batch times its longest row, so that many rows and long ones must not
-    share one. What they are tuned for has not been measured yet.
+    A profile needs memory for its largest batch times its longest row, so many rows and long rows must not share one.
+    The sizes that the profiles are tuned for have not been measured yet.
     """
     batch, seq, masked = options.max_batch, min(options.max_seq, max_length), options.max_masked
     usual_rows, usual_length = -(-batch // 2), min(128, seq)

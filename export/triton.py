@@ -1,9 +1,9 @@
-"""An artifact as a model repository for NVIDIA's Triton Inference Server.
+"""An artifact → a model repository for NVIDIA's Triton Inference Server.
 
-Triton's dynamic batcher joins requests along the first axis of every tensor. The scoring graph's `positions` are flat
-indices into batch x seq and cannot be joined, so the graph gets a layer around it in which every tensor has a batch
-axis. The layout is that of https://github.com/triton-inference-server/server/blob/main/docs/user_guide/model_repository.md,
-the configuration's fields are those of model_configuration.md beside it.
+Triton's dynamic batcher concatenates requests along the first axis of every tensor. The scoring graph's `positions` are
+flat indices into batch x seq and cannot be concatenated, so `batched` wraps the graph in nodes that give every tensor a
+batch axis. Source of the layout and the configuration's fields: model_repository.md and model_configuration.md in
+https://github.com/triton-inference-server/server/blob/main/docs/user_guide/.
 """
 
 import logging
@@ -29,22 +29,23 @@ from mlmkit.artifact import (
 )
 from mlmkit.backends import INPUTS, OUTPUTS
 from mlmkit.errors import UserError
+from mlmkit.export.graphs import add_constant
 from mlmkit.files import new_folder, refuse_existing
 
 log = logging.getLogger(__name__)
 
 CONFIG = "config.pbtxt"
-MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")  # it stands in URLs
+MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")  # part of URLs
 MAX_BATCH = 64
 TYPES = {"int64": "TYPE_INT64", "float32": "TYPE_FP32"}
 
 
 def write_repository(artifact: Path, output: Path, *, overwrite: bool = False) -> list[str]:
-    """Write the model repository `output` for an artifact, and return the names of the models in it.
+    """Write the model repository `output` for an artifact; return the names of its models.
 
-    The first is the graph, named after the artifact's folder; an artifact with a TensorRT plan gives a second one, with
-    `-plan` behind the name, unless it is of TensorRT for RTX, which Triton does not load. Raises `UserError` for an
-    artifact that is not whole and as `check_repository` does.
+    The first model is the graph, named after the artifact's folder. A TensorRT plan becomes a second model, named with
+    `-plan` at the end; plans of TensorRT for RTX are left out, as Triton cannot load them. Raises `UserError` for a
+    damaged artifact, and as `check_repository` does.
     """
     name = artifact.resolve().name
     check_repository(name, output, overwrite=overwrite)
@@ -54,7 +55,7 @@ def write_repository(artifact: Path, output: Path, *, overwrite: bool = False) -
         (folder / name / CONFIG).write_text(graph_config(name, manifest), encoding="utf-8")
         models = [name]
         if manifest.tensorrt is not None and manifest.tensorrt.flavour != "tensorrt":
-            log.warning("Triton loads no plan of %s: the repository holds the graph alone", FLAVOURS["tensorrt_rtx"])
+            log.warning("Triton cannot load a plan of %s: the repository has the graph only", FLAVOURS["tensorrt_rtx"])
         elif manifest.tensorrt is not None and PLAN in manifest.files:
             models.append(f"{name}-plan")
             (folder / models[1] / "1").mkdir(parents=True)
@@ -65,24 +66,24 @@ def write_repository(artifact: Path, output: Path, *, overwrite: bool = False) -
 
 
 def check_repository(name: str, output: Path, *, overwrite: bool) -> None:
-    """Raise `UserError` now rather than after an export if `write_repository` would refuse the names.
+    """Raise `UserError` now rather than after an export if `write_repository` would refuse the name or the folder.
 
-    A repository is replaced only where it holds this model and no other.
+    With `overwrite`, a repository is replaced only if it holds no other model.
     """
     if not MODEL_NAME.fullmatch(name):
         raise UserError(
-            f"Triton's model is named after the artifact's folder, and {name!r} does not do in a URL: use letters, "
+            f"Triton's model is named after the artifact's folder, and {name!r} cannot be part of a URL: use letters, "
             "digits, '.', '_' and '-'"
         )
     refuse_existing(output, f"{name}/{CONFIG}" if overwrite else "")
     others = {path.name for path in output.iterdir()} - {name, f"{name}-plan"} if output.is_dir() else set()
     if others:
-        raise UserError(f"{output} holds {min(others)} too, which --overwrite would delete: choose another folder")
+        raise UserError(f"{output} also holds {min(others)}, which --overwrite would delete: choose another folder")
 
 
 def graph_config(name: str, manifest: Manifest) -> str:
     """`config.pbtxt` of the batched graph."""
-    # Scales found over a whole batch would let a request's numbers change with whoever came along: a row at a time.
+    # Scales measured over a whole batch would make a request's scores depend on the other requests: one row at a time.
     coupled = manifest.precision == DYNAMIC_INT8
     kind = "KIND_CPU" if coupled else "KIND_GPU" if manifest.precision == "bf16" else "KIND_AUTO"
     lines = [
@@ -95,12 +96,12 @@ def graph_config(name: str, manifest: Manifest) -> str:
     ]
     if not coupled:
         lines += [
-            "# Nothing waits: while one batch runs, the next one gathers. More trades latency for larger batches.",
+            "# No request waits: while one batch runs, the next one fills. A longer delay gives larger batches.",
             "dynamic_batching { max_queue_delay_microseconds: 0 }",
         ]
     if kind != "KIND_CPU":
         lines += [
-            "# TF32's ten bits of mantissa would break the parity that was proven at export.",
+            "# TF32's ten-bit mantissa would break the parity that was proven at export.",
             "optimization { execution_accelerators { gpu_execution_accelerator [",
             '  { name: "cuda" parameters { key: "use_tf32" value: "0" } }',
             "] } }",
@@ -109,107 +110,71 @@ def graph_config(name: str, manifest: Manifest) -> str:
 
 
 def plan_config(name: str, manifest: Manifest) -> str:
-    """`config.pbtxt` of the TensorRT plan, with the contract's own shapes and so without batching by Triton."""
+    """`config.pbtxt` of the TensorRT plan, which has the scoring graph's own shapes, so Triton cannot batch it."""
     assert manifest.tensorrt is not None
     profiles = manifest.tensorrt.profiles
+    numbers = ", ".join(f'"{number}"' for number in range(len(profiles)))
     lines = [
         f'name: "{name}"',
         'backend: "tensorrt"',
-        "# positions are flat indices into batch x seq: a client sends whole batches, and Triton joins none.",
+        "# positions are flat indices into batch x seq: clients send whole batches, and Triton does no batching.",
         "max_batch_size: 0",
         *_tensors("input", INPUTS, lambda axes: [-1] * axes),
         *_tensors("output", OUTPUTS, lambda axes: [-1, manifest.top_k][:axes]),
         *[
-            f"# profile {number}, {profile.name}: batch {_range(profile.batch)}, seq {_range(profile.seq)}, "
-            f"masked {_range(profile.masked)}"
+            f"# profile {number}, {profile.name}: batch {profile.batch[0]} to {profile.batch[2]}, "
+            f"seq {profile.seq[0]} to {profile.seq[2]}, masked {profile.masked[0]} to {profile.masked[2]}"
             for number, profile in enumerate(profiles)
         ],
-        f"instance_group [ {{ count: 1 kind: KIND_GPU profile: {_list(range(len(profiles)))} }} ]",
+        f"instance_group [ {{ count: 1 kind: KIND_GPU profile: [ {numbers} ] }} ]",
     ]
     return "\n".join(lines) + "\n"
 
 
 def batched(model: ir.Model, top_k: int) -> None:
-    """Give every input and output of the scoring graph a batch axis, in place; the weights are not touched.
+    """Give every input and output of the scoring graph a batch axis, in place; the weights stay as they are.
 
-    `positions` and `targets` become `[batch, masked]`, the positions columns of their own row; the outputs become
-    `[batch, masked]` and `[batch, masked, k]`. A position that is not in its row gives NaN and -1: as a flat index it
-    would lead into the row of another request.
+    `positions` and `targets` become `[batch, masked]`, where a position is a column of its own row. The outputs become
+    `[batch, masked]` and `[batch, masked, k]`. A position outside its row gives NaN and -1: used as a flat index, it
+    would read another request's row.
     """
-    layer = _Layer(model.graph)
-    inputs = {str(value.name): value for value in model.graph.inputs}
-    columns = layer.replace_input(inputs["positions"])
-    targets = layer.replace_input(inputs["targets"])
-    rows = layer.add("Squeeze", layer.add("Shape", inputs["input_ids"], start=0, end=1))
-    seq = layer.add("Shape", inputs["input_ids"], start=1, end=2)
-    numbers = layer.add("Range", layer.constant(0), rows, layer.constant(1))
-    begins = layer.add("Mul", layer.add("Unsqueeze", numbers, layer.constant([1])), seq)
-    valid = layer.add("And", layer.add("GreaterOrEqual", columns, layer.constant(0)), layer.add("Less", columns, seq))
-    safe = layer.add("Where", valid, columns, layer.constant(0))
-    layer.feed(inputs["positions"], layer.add("Add", safe, begins))
-    layer.feed(inputs["targets"], targets)
+    graph, tape = model.graph, ir.tape.Tape(model.graph)
+    inputs = {str(value.name): value for value in graph.inputs}
+    input_ids, flat_positions, flat_targets = (inputs[name] for name in ("input_ids", "positions", "targets"))
 
-    shape = layer.add("Shape", columns)
-    candidates = layer.add("Concat", shape, layer.constant([top_k]), axis=0)
-    each = layer.add("Unsqueeze", valid, layer.constant([2]))
-    for index, value in enumerate(model.graph.outputs):
-        kind, axes = OUTPUTS[str(value.name)]
-        nothing = layer.constant(-1 if kind == "int64" else math.nan)
-        layer.replace_output(index, shape if axes == 1 else candidates, valid if axes == 1 else each, nothing)
+    def constant(number: float | list[int]) -> ir.Value:
+        kind = np.float32 if isinstance(number, float) else np.int64
+        return add_constant(graph, f"batched_{number}", np.asarray(number, kind))
 
+    columns, targets = (
+        ir.val(value.name, shape=["batch", "row_masked"], type=value.type) for value in (flat_positions, flat_targets)
+    )
+    zero, seq = constant(0), tape.op("Shape", [input_ids], {"start": 1, "end": 2})
+    valid = tape.op("And", [tape.op("GreaterOrEqual", [columns, zero]), tape.op("Less", [columns, seq])])
+    rows = tape.op("Squeeze", [tape.op("Shape", [input_ids], {"start": 0, "end": 1})])
+    row_numbers = tape.op("Unsqueeze", [tape.op("Range", [zero, rows, constant(1)]), constant([1])])
+    positions = tape.op("Add", [tape.op("Where", [valid, columns, zero]), tape.op("Mul", [row_numbers, seq])])
+    for flat, value in ((flat_positions, positions), (flat_targets, targets)):
+        flat.replace_all_uses_with(tape.op("Reshape", [value, constant([-1])]))
+    graph.inputs[:] = [{"positions": columns, "targets": targets}.get(str(name), old) for name, old in inputs.items()]
 
-class _Layer:
-    """Nodes around a graph: those before it go to its head, those behind it to its end."""
-
-    def __init__(self, graph: ir.Graph) -> None:
-        self._graph, self._first = graph, graph[0]
-        self._count = 0
-
-    def constant(self, number: int | float | list[int]) -> ir.Value:
-        value = np.asarray(number, np.float32 if isinstance(number, float) else np.int64)
-        name = self._name()
-        constant = ir.Value(name=name, const_value=ir.tensor(value, name=name))
-        self._graph.register_initializer(constant)
-        return constant
-
-    def add(self, operator: str, *inputs: ir.Value, **attributes: int) -> ir.Value:
-        node = ir.node(operator, list(inputs), attributes)
-        node.outputs[0].name = self._name()
-        self._graph.insert_before(self._first, node)
-        return node.outputs[0]
-
-    def replace_input(self, old: ir.Value) -> ir.Value:
-        """An input `[batch, masked]` in the place and with the name of `old`, which keeps its readers until `feed`."""
-        new = ir.Value(name=old.name, type=old.type, shape=ir.Shape(["batch", "row_masked"]))
-        self._graph.inputs[self._graph.inputs.index(old)] = new
-        return new
-
-    def feed(self, old: ir.Value, value: ir.Value) -> None:
-        """Let the readers of `old` read `value`, flat."""
-        old.replace_all_uses_with(self.add("Reshape", value, self.constant([-1])))
-
-    def replace_output(self, index: int, shape: ir.Value, valid: ir.Value, nothing: ir.Value) -> None:
-        """The output in another shape, and `nothing` where it is not valid."""
-        old = self._graph.outputs[index]
-        name, old.name = old.name, f"{old.name}_flat"
-        # Without allowzero, a size of zero would mean "as it was".
-        reshaped = ir.node("Reshape", [old, shape], {"allowzero": 1})
-        reshaped.outputs[0].name = self._name()
-        chosen = ir.node("Where", [valid, reshaped.outputs[0], nothing])
-        output = chosen.outputs[0]
-        candidates = list(old.shape or ())[1:]
-        output.name, output.type = name, old.type
-        output.shape = ir.Shape(["batch", "row_masked", *candidates])
-        self._graph.extend([reshaped, chosen])
-        self._graph.outputs[index] = output
-
-    def _name(self) -> str:
-        self._count += 1
-        return f"batched_{self._count}"
+    shape = tape.op("Shape", [columns])
+    candidates = tape.op("Concat", [shape, constant([top_k])], {"axis": 0})
+    valid_candidates = tape.op("Unsqueeze", [valid, constant([2])])
+    for index, flat in enumerate([*graph.outputs]):
+        kind, axes = OUTPUTS[str(flat.name)]
+        output = ir.val(flat.name, shape=["batch", "row_masked", *list(flat.shape or ())[1:]], type=flat.type)
+        flat.name = f"{flat.name}_flat"
+        # allowzero: without it a size of zero would mean "the size of the input".
+        reshaped = tape.op("Reshape", [flat, shape if axes == 1 else candidates], {"allowzero": 1})
+        nothing = constant(-1 if kind == "int64" else math.nan)
+        tape.op("Where", [valid if axes == 1 else valid_candidates, reshaped, nothing], output=output)
+        graph.outputs[index] = output
+    graph.sort()  # the tape appends, but some of these nodes come first
 
 
 def _write_graph(artifact: Path, version: Path, manifest: Manifest) -> None:
-    """`version/model.onnx`, or a folder of that name where the weights are in files of their own."""
+    """Write `version/model.onnx`, or a folder of that name if the weights are in files of their own."""
     model = ir.load(artifact / GRAPH)
     for kind, values, tensors in (("input", model.graph.inputs, INPUTS), ("output", model.graph.outputs, OUTPUTS)):
         if {value.name for value in values} != set(tensors):
@@ -229,12 +194,3 @@ def _tensors(field: str, tensors: Mapping[str, tuple[str, int]], dims: Callable[
         for name, (kind, axes) in tensors.items()
     ]
     return [f"{field} [", ",\n".join(entries), "]"]
-
-
-def _range(sizes: tuple[int, int, int]) -> str:
-    return f"{sizes[0]} to {sizes[2]}"
-
-
-def _list(numbers: range) -> str:
-    quoted = ", ".join(f'"{number}"' for number in numbers)
-    return f"[ {quoted} ]"

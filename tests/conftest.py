@@ -1,8 +1,10 @@
 """Fixtures: tiny random models, and small real text from Python's documentation and two Portuguese sentences."""
 
+import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 os.environ["OMP_NUM_THREADS"] = "1"  # for models this small a second thread costs more than it gains
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 
-from mlmkit.export.proof_text import ProofText
+from mlmkit.export.parity import ProofText
 from mlmkit.files import CHECKSUM, sealed
 from mlmkit.pydocs import topics
 from mlmkit.tokenizer import Tokenizer
@@ -32,6 +34,16 @@ def paragraphs() -> list[str]:
 PROOF = ProofText("paragraphs", paragraphs())
 
 
+def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
+    """Run a command in this process: its exit code, standard output and standard error."""
+    from mlmkit.cli import main
+
+    with pytest.raises(SystemExit) as exit:
+        main([str(argument) for argument in arguments])
+    out, err = capsys.readouterr()
+    return int(exit.value.code or 0), out, err
+
+
 def edit_record(path: Path, **changes: Any) -> None:
     """Change values in a record, with a valid checksum."""
     values = json.loads(path.read_text())
@@ -40,7 +52,7 @@ def edit_record(path: Path, **changes: Any) -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+def token_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Use a token cache for the tests instead of the user's."""
     os.environ["MLMKIT_CACHE"] = str(tmp_path_factory.mktemp("cache"))
 
@@ -72,8 +84,47 @@ def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str]
 
 
 @pytest.fixture(scope="session")
+def graph_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Exports of the same weights share one graph: torch's exporter takes ten seconds for each."""
+    import onnx_ir as ir
+
+    from mlmkit.export import export
+    from mlmkit.export.graphs import save_graph
+    from mlmkit.export.onnx import write_onnx
+
+    folder = tmp_path_factory.mktemp("graphs")
+
+    def write(model: Any, path: Path) -> None:
+        digest = hashlib.sha256(repr(model.network.config).encode())
+        for name, weight in model.state_dict().items():
+            digest.update(name.encode() + weight.numpy().tobytes())
+        cached = folder / digest.hexdigest()
+        if not cached.exists():
+            write_onnx(model, cached)
+        save_graph(ir.load(cached), path)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(export, "write_onnx", write)
+        yield
+
+
+@pytest.fixture(scope="session")
+def architecture(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Any, Path]]:
+    """A tiny model of an architecture with heads of 64: its row for docs/architectures.md, and its graph's folder."""
+
+    @cache
+    def make(name: str) -> tuple[Any, Path]:
+        from benchmarks.architectures import check
+
+        folder = tmp_path_factory.mktemp(name)
+        return check(name, folder), folder
+
+    return make
+
+
+@pytest.fixture(scope="session")
 def checkpoint(
-    tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: Callable[[str], Path]
+    tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: Callable[[str], Path], graph_cache: None
 ) -> Callable[[str], Path]:
     """Makes a checkpoint for up to 64 tokens, with random weights large enough for sharp predictions."""
     folders: dict[str, Path] = {}
@@ -106,35 +157,24 @@ def checkpoint(
 
 
 @pytest.fixture(scope="session")
-def artifact(tmp_path_factory: pytest.TempPathFactory, checkpoint: Callable[[str], Path]) -> Callable[[str], Path]:
-    """Makes the artifact of a checkpoint in fp32."""
-    folders: dict[str, Path] = {}
+def lowered(tmp_path_factory: pytest.TempPathFactory, checkpoint: Callable[[str], Path]) -> Callable[[str, str], Path]:
+    """The checkpoint's artifact in a precision."""
 
-    def make(kind: str) -> Path:
+    @cache
+    def make(kind: str, precision: str) -> Path:
         from mlmkit.export.export import export
 
-        if kind not in folders:
-            folders[kind] = tmp_path_factory.mktemp("artifacts") / kind
-            export(str(checkpoint(kind)), folders[kind], text=PROOF)
-        return folders[kind]
+        folder = tmp_path_factory.mktemp("artifacts") / (kind if precision == "fp32" else f"{kind}-{precision}")
+        export(str(checkpoint(kind)), folder, precision=precision, text=PROOF)
+        return folder
 
     return make
 
 
 @pytest.fixture(scope="session")
-def lowered(tmp_path_factory: pytest.TempPathFactory, checkpoint: Callable[[str], Path]) -> Callable[[str, str], Path]:
-    """Makes the artifact of a checkpoint in a precision."""
-    folders: dict[tuple[str, str], Path] = {}
-
-    def make(kind: str, precision: str) -> Path:
-        from mlmkit.export.export import export
-
-        if (kind, precision) not in folders:
-            folder = folders[kind, precision] = tmp_path_factory.mktemp("lowered") / f"{kind}-{precision}"
-            export(str(checkpoint(kind)), folder, precision=precision, text=PROOF)
-        return folders[kind, precision]
-
-    return make
+def artifact(lowered: Callable[[str, str], Path]) -> Callable[[str], Path]:
+    """The checkpoint's artifact in float32."""
+    return lambda kind: lowered(kind, "fp32")
 
 
 SIZES = '"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48'

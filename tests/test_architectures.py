@@ -4,52 +4,56 @@ import shutil
 from importlib.util import find_spec
 from typing import Any
 
+import onnx_ir as ir
 import pytest
 import torch
 
-from benchmarks.architectures import SHAPES, Row, add_plans, build, check, compare
+from benchmarks.architectures import SHAPES, Row, add_plans, build, compare
 from benchmarks.architectures_page import NO_PLANS, plan_cells, write_page
 from benchmarks.plans import HEADER, measured_build, row
 from mlmkit.errors import UserError
+from mlmkit.export.attention import STANDARD_FORMS
 from mlmkit.export.onnx import write_onnx
 from mlmkit.model import MaskedLM, sees_context
 from mlmkit.pretrained import load_pretrained
 
 
-@pytest.mark.parametrize("name", ["deberta-v2", "electra", "mpnet", "perceiver"])
-def test_engine_equals_torch_at_unseen_shapes(name, tmp_path):
+@pytest.mark.parametrize("name", ["deberta-v2", "electra", "eurobert", "fnet", "mpnet", "perceiver", "xmod"])
+def test_engine_equals_torch_at_unseen_shapes(name, architecture):
     assert {batch for batch, _, _ in SHAPES} >= {1, 17}
     assert {masked for _, _, masked in SHAPES} >= {0, 1, 300}
-    row = check(name, tmp_path)
+    row, _ = architecture(name)
     assert (row.reason, row.torch_fails_at) == ("", [])
     assert row.max_log_prob_difference is not None
     assert row.max_log_prob_difference < 1e-5
     assert (row.rank_agreement, row.top_1_agreement) == (1, 1)
     assert row.gathers_before_head == (name != "perceiver")
-    assert row.max_length == (62 if name == "mpnet" else 64)
-    assert row.runs_at_max_length
-    assert row.fails_beyond
+    if name in ("deberta-v2", "electra", "mpnet", "perceiver"):
+        assert row.max_length == (62 if name == "mpnet" else 64)
+        assert row.runs_at_max_length
+        assert row.fails_beyond
     assert {"LogSoftmax", "TopK"} <= set(row.operators)
+    assert not {"DFT", "NonZero"} & set(row.operators), "FNet and X-MOD are exported with standard operators"
 
 
 @pytest.mark.skipif(not find_spec("tensorrt_rtx"), reason="TensorRT for RTX is not installed")
-def test_plans_are_built_in_each_precision_and_what_is_fused_is_counted(tmp_path):
-    found = check("bert", tmp_path)
-    files = {path.name for path in tmp_path.iterdir()}
-    add_plans(found, tmp_path)
-    assert found.plans == {"fp32": 0, "fp16": 2, "bf16": 2, "int8": 2}
-    assert {path.name for path in tmp_path.iterdir()} == files
+def test_plans_are_built_in_each_precision_and_what_is_fused_is_counted(architecture, tmp_path):
+    checked, folder = architecture("electra")
+    shutil.copy(folder / "model.onnx", tmp_path)
+    add_plans(checked, tmp_path)
+    assert checked.plans == {"fp32": 0, "fp16": 2, "bf16": 2, "int8": 2}
+    assert [path.name for path in tmp_path.iterdir()] == ["model.onnx"]
 
     refused = Row("tapas", max_length=64)  # refused by its name, whatever the graph
     add_plans(refused, tmp_path)
     assert plan_cells(refused) == ["no"] * 4
     assert all("ScatterElements" in str(reason) for reason in refused.plans.values())
 
-    figures = measured_build(tmp_path, "bert", "fp32", 64)
+    figures = measured_build(tmp_path, "electra", "fp32", 64)
     assert figures["profiles"] == list(figures["fused_attention"]) == list(figures["scratch_mib"])
     assert figures["layers"] >= 40
     assert all(figures[name] > 0 for name in ("seconds", "peak_mib", "plan_mib"))
-    assert len(["bert", "fp32", *row(figures)]) == len(HEADER)
+    assert len(["electra", "fp32", *row(figures)]) == len(HEADER)
 
 
 def test_the_page_says_what_builds_what_is_fused_and_why_the_rest_is_not_built(tmp_path):
@@ -99,15 +103,21 @@ def test_a_length_that_the_exporter_fixed_is_found_out(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_the_comparison_finds_another_model(tmp_path):
-    model = MaskedLM(build("distilbert"))
-    write_onnx(model, tmp_path / "model.onnx")
-    compare(model, tmp_path / "model.onnx", 64, Row("distilbert"))
-    bias = dict(model.network.named_parameters())["vocab_projector.bias"]
+def test_a_form_that_gives_other_logits_is_not_used(monkeypatch, tmp_path):
+    monkeypatch.setitem(STANDARD_FORMS, "FNetBasicFourierTransform", ("forward", lambda module, config, x: (x,)))
+    write_onnx(model := MaskedLM(build("fnet")), tmp_path / "model.onnx")
+    assert "DFT" in {node.op_type for node in ir.load(tmp_path / "model.onnx").graph}
+    assert not [module for module in model.network.modules() if "forward" in vars(module)]
+
+
+def test_the_comparison_finds_another_model(architecture):
+    graph = architecture("electra")[1] / "model.onnx"
+    compare(model := MaskedLM(build("electra")), graph, 64, Row("electra"))
+    bias = model.network.get_output_embeddings().bias
     with torch.no_grad():
         bias[150] += 0.1
     with pytest.raises(ValueError, match="other numbers"):
-        compare(model, tmp_path / "model.onnx", 64, Row("distilbert"))
+        compare(model, graph, 64, Row("electra"))
 
 
 def test_a_vocabulary_inside_a_larger_configuration():

@@ -90,7 +90,7 @@ def test_a_name_cannot_break_out_of_its_cell(copy, result):
 
 def test_a_result_of_other_weights_is_refused(copy, result):
     other = {**result, "model": {**result["model"], "fingerprint": "0" * 64}}
-    with pytest.raises(UserError, match="measured on other weights"):
+    with pytest.raises(UserError, match="was not measured on the weights"):
         write_card(copy, read_manifest(copy), checkpoint="x/y", results=[other])
     assert not (copy / "README.md").exists()
 

@@ -16,8 +16,7 @@ from mlmkit.corpus import tokenize
 from mlmkit.documents import Source
 from mlmkit.errors import CheckError, UserError
 from mlmkit.export import export as exporting
-from mlmkit.export.parity import BOUNDS, Parity, check_parity, parity_batches, parity_line, require_parity
-from mlmkit.export.proof_text import proof_text
+from mlmkit.export.parity import BOUNDS, Parity, check_parity, parity_batches, parity_line, proof_text, require_parity
 from mlmkit.files import write_record
 
 
@@ -69,7 +68,7 @@ def test_parity_is_proven_on_many_shapes_and_a_budget_of_work(artifact, weight_b
 
 
 def test_weights_beside_the_graph(checkpoint, artifact, tmp_path, monkeypatch):
-    monkeypatch.setattr("mlmkit.export.graph_files.EXTERNAL_DATA_BYTES", 1000)
+    monkeypatch.setattr("mlmkit.export.graphs.EXTERNAL_DATA_BYTES", 1000)
     exporting.export(str(checkpoint("bert")), tmp_path / "external", text=PROOF)
     assert (tmp_path / "external" / "model.onnx.data").exists()
     moved = tmp_path / "elsewhere"
@@ -165,7 +164,7 @@ def test_a_proof_shows_each_figure_beside_its_bound(artifact, skew, beyond):
     assert "masked tokens of paragraphs" in line
     if beyond:
         with pytest.raises(CheckError, match="BEYOND its bound of"):
-            require_parity(parity, allow_drift=False)
+            require_parity(model, Skewed(model, skew), PROOF, "fp32", 1, allow_drift=False)
 
 
 @pytest.mark.parametrize("field", [field.name for field in fields(Parity) if field.type is float])
@@ -200,5 +199,5 @@ def test_the_proof_of_a_runs_model_is_made_on_its_held_out_text(tmp_path, text_f
     shutil.rmtree(run / "checkpoints" / "step-00000002")
     with caplog.at_level("INFO"):
         assert proof_text(str(run / "model")).name == "Python's documentation"
-    assert "elsewhere.txt is not there" in caplog.text
-    assert "name a text like yours with --text" in caplog.text
+    assert "elsewhere.txt no longer exists" in caplog.text
+    assert "for a text like yours, use --text" in caplog.text

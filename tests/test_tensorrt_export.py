@@ -8,22 +8,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from conftest import edit_record
+from conftest import edit_record, run
 from tensorrt_fixtures import SMALL, add_plan, assert_equal, folder, machine, plan, random_batch, rtx, rtx_plan
 
 from mlmkit.artifact import PLAN, read_manifest
 from mlmkit.backends import load
-from mlmkit.cli import main
 from mlmkit.export.parity import BOUNDS
 
 SIZES = [text for name, value in SMALL.items() for text in (f"--{name.replace('_', '-')}", str(value))]
-
-
-def run(capsys, *arguments):
-    with pytest.raises(SystemExit) as exit:
-        main([str(argument) for argument in arguments])
-    out, err = capsys.readouterr()
-    return exit.value.code, out, err
 
 
 @pytest.fixture
@@ -80,7 +72,7 @@ def test_an_int8_plan_computes_in_float16_too_and_is_held_to_the_bounds(
 def test_triton_gets_no_plan_that_it_cannot_load(folder, tmp_path, capsys, caplog):
     add_plan(folder, "tensorrt_rtx")
     assert run(capsys, "export", folder, "--triton", tmp_path / "repository")[0] == 0
-    assert "Triton loads no plan of TensorRT for RTX" in caplog.text
+    assert "Triton cannot load a plan of TensorRT for RTX" in caplog.text
     assert [path.name for path in (tmp_path / "repository").iterdir()] == ["artifact"]
 
 
@@ -129,11 +121,11 @@ def test_a_plan_that_drifts_stays_unproven(rtx, rtx_plan, capsys, monkeypatch):
     ("options", "message"),
     [
         (["--prove"], "has no TensorRT plan"),
-        (["--prove", "--output", "x"], "--prove goes with --text, --allow-drift and --json only"),
-        (["--prove", "--trt"], "--prove goes with"),
-        (["--target", "sm75", "--output", "x"], "name the checkpoint"),
-        (["--trt", "--target", "sm90", "--output", "x"], "no target 'sm90': choose sm75, sm121"),
-        (["--trt"], "say where the artifact goes"),
+        (["--prove", "--output", "x"], "--prove can be combined with --text, --allow-drift and --json only"),
+        (["--prove", "--trt"], "--prove can be combined with"),
+        (["--target", "sm75", "--output", "x"], "or name the checkpoint"),
+        (["--trt", "--target", "sm90", "--output", "x"], "unknown target 'sm90': choose sm75, sm121"),
+        (["--trt"], "name the artifact folder to write"),
     ],
 )
 def test_options_that_do_not_fit(rtx, folder, tmp_path, monkeypatch, capsys, options, message):
@@ -170,7 +162,7 @@ def test_a_parity_report_that_cannot_be_read_is_said(rtx, rtx_plan, capsys):
 
 def test_a_checkpoint_has_nothing_to_prove(checkpoint, capsys):
     code, _, err = run(capsys, "export", checkpoint("bert"), "--prove")
-    assert (code, "is no artifact: --prove runs the plan of one" in err) == (2, True)
+    assert (code, "is not an artifact: --prove runs an artifact's plan" in err) == (2, True)
 
 
 @pytest.mark.parametrize("option", ["--trt", "--prove"])

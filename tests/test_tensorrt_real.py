@@ -21,7 +21,7 @@ from conftest import KINDS, edit_record, paragraphs
 from test_export import random_batch
 
 import mlmkit
-from mlmkit.artifact import GRAPH, hash_files, parse_manifest, read_manifest, write_manifest
+from mlmkit.artifact import GRAPH, hash_files, read_manifest, write_manifest
 from mlmkit.backends import Backend, load
 from mlmkit.errors import UserError
 from mlmkit.export.parity import BOUNDS
@@ -69,7 +69,7 @@ def export(checkpoint: Path, folder: Path, precision: str, text: Path) -> None:
 
 
 def add_plans(folder: Path, **options: Any) -> None:
-    from mlmkit.export.graph_files import save_graph
+    from mlmkit.export.graphs import save_graph
     from mlmkit.export.plans import plan_model
     from mlmkit.export.profiles import PlanOptions
     from mlmkit.export.tensorrt import build_plan
@@ -77,7 +77,14 @@ def add_plans(folder: Path, **options: Any) -> None:
     manifest = read_manifest(folder)
     with tempfile.TemporaryDirectory() as temporary:
         save_graph(plan_model(folder / GRAPH, manifest.precision), graph := Path(temporary) / GRAPH)
-        built = build_plan(folder, manifest, PlanOptions(**options), graph)
+        built = build_plan(
+            graph,
+            folder,
+            architecture=manifest.architecture,
+            precision=manifest.precision,
+            max_length=manifest.max_length,
+            options=PlanOptions(**options),
+        )
     # As if it had been proven, as each test does that for itself.
     built = replace(built, gpu="here", parity=manifest.parity)
     write_manifest(folder, replace(manifest, files=hash_files(folder), tensorrt=built))
@@ -174,16 +181,16 @@ def test_a_graph_that_is_none_is_refused_with_a_reason(planned, tmp_path):
     from mlmkit.export.tensorrt import build_plan
 
     with pytest.raises(UserError, match="cannot parse it"):
-        build_plan(folder, parse_manifest(folder), PlanOptions())
+        build_plan(folder / GRAPH, folder, architecture="bert", precision="fp32", max_length=64, options=PlanOptions())
 
 
 def test_a_plan_is_proven_by_the_command(planned, tmp_path):
-    from mlmkit.export.prove import prove
+    from mlmkit.export.plans import prove_plan
 
     folder = Path(shutil.copytree(planned(), tmp_path / "copy"))
     built = read_manifest(folder).tensorrt
     assert built is not None
     write_manifest(folder, replace(read_manifest(folder), tensorrt=replace(built, gpu=None, parity=None)))
     assert load(str(folder)).name == "onnx"
-    prove(folder)
+    prove_plan(folder)
     assert load(str(folder)).name == "tensorrt"

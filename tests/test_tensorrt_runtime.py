@@ -372,12 +372,12 @@ import pytest, tensorrt_stub
 with pytest.MonkeyPatch.context() as patch:
     tensorrt_stub.install(patch)
     from mlmkit.backends import load
-    from mlmkit.export.prove import prove
+    from mlmkit.export.plans import prove_plan
     from mlmkit.fill import fill
     folder = Path(sys.argv[1])
     backend = load(str(folder))
     assert backend.name == "tensorrt" and fill(backend, "O rato [MASK] a roupa.")
-    assert prove(folder).tensorrt.parity["masked"] > 300
+    assert prove_plan(folder).tensorrt.parity["masked"] > 300
 """
     command = [sys.executable, "-c", code, str(folder), str(Path(__file__).parent)]
     done = subprocess.run(command, capture_output=True, text=True)

@@ -19,7 +19,7 @@ from mlmkit.cli import main
 from mlmkit.distributed import Ranks
 from mlmkit.errors import CheckError, UserError
 from mlmkit.export.export import export
-from mlmkit.export.proof_text import ProofText
+from mlmkit.export.parity import ProofText
 from mlmkit.files import file_sha256
 from mlmkit.masking import MaskRecipe
 from mlmkit.model import MaskedLM

@@ -3,6 +3,8 @@
 
 import json
 import shutil
+from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -11,31 +13,30 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
-from conftest import KINDS, PROOF, paragraphs
+from conftest import KINDS, PROOF, run
 from google.protobuf import descriptor_pb2, descriptor_pool, json_format, message_factory, text_format
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tensorrt_fixtures import folder, machine, plan
 
-from mlmkit.artifact import parse_manifest, read_manifest
+from mlmkit.artifact import hash_files, parse_manifest, read_manifest, write_manifest
 from mlmkit.backends import Backend, Batch, load
-from mlmkit.cli import main
 from mlmkit.errors import UserError
+from mlmkit.export.export import export
 from mlmkit.export.triton import CONFIG, write_repository
 
 DESCRIPTOR = Path(__file__).parent / "data" / "triton-model-config.json"
 
 
 @pytest.fixture(scope="module")
-def repository(artifact, tmp_path_factory):
-    """The repository of an artifact, and its graph's file."""
-    made: dict[str, Path] = {}
+def repository(lowered, tmp_path_factory) -> Callable[..., Path]:
+    """The repository's folder of an artifact's graph."""
 
-    def make(kind: str) -> Path:
-        if kind not in made:
-            made[kind] = tmp_path_factory.mktemp("triton") / "repository"
-            assert write_repository(artifact(kind), made[kind]) == [kind]
-        return made[kind]
+    @cache
+    def make(kind: str, precision: str = "fp32") -> Path:
+        folder = tmp_path_factory.mktemp("triton") / "repository"
+        (name,) = write_repository(lowered(kind, precision), folder)
+        return folder / name
 
     return make
 
@@ -85,7 +86,7 @@ def assert_equals_backend(graph: Path, artifact: Path, inputs: dict[str, np.ndar
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_batches_equal_the_artifact(kind, artifact, repository):
-    graph = repository(kind) / kind / "1" / "model.onnx"
+    graph = repository(kind) / "1" / "model.onnx"
     onnx.checker.check_model(str(graph), full_check=True)
 
     @settings(max_examples=25, deadline=None)
@@ -97,7 +98,7 @@ def test_batches_equal_the_artifact(kind, artifact, repository):
 
 
 def test_requests_that_are_joined_get_what_each_gets_alone(repository):
-    graph = repository("bert") / "bert" / "1" / "model.onnx"
+    graph = repository("bert") / "1" / "model.onnx"
     requests = [random_inputs(rows, 12, 2, seed=rows) for rows in (1, 3, 2)]
     joined = run_graph(graph, {name: np.concatenate([one[name] for one in requests]) for name in requests[0]})
     alone = [run_graph(graph, request) for request in requests]
@@ -106,7 +107,7 @@ def test_requests_that_are_joined_get_what_each_gets_alone(repository):
 
 
 def test_a_position_outside_its_row_reads_no_other_row(repository):
-    graph = repository("bert") / "bert" / "1" / "model.onnx"
+    graph = repository("bert") / "1" / "model.onnx"
     inputs = random_inputs(3, 9, 4)
     whole = run_graph(graph, inputs)
     outside = np.array([-1, 9, 1 << 40, -(1 << 62)])
@@ -121,9 +122,7 @@ def test_a_position_outside_its_row_reads_no_other_row(repository):
 
 
 def test_large_weights_stay_in_a_file_beside_the_graph(checkpoint, artifact, tmp_path, monkeypatch):
-    from mlmkit.export.export import export
-
-    monkeypatch.setattr("mlmkit.export.graph_files.EXTERNAL_DATA_BYTES", 1000)
+    monkeypatch.setattr("mlmkit.export.graphs.EXTERNAL_DATA_BYTES", 1000)
     export(str(checkpoint("bert")), tmp_path / "external", text=PROOF)
     write_repository(tmp_path / "external", tmp_path / "repository")
     shutil.move(tmp_path / "external", tmp_path / "elsewhere")  # what is written stands alone
@@ -136,15 +135,13 @@ def test_large_weights_stay_in_a_file_beside_the_graph(checkpoint, artifact, tmp
     assert_equals_backend(graph, tmp_path / "elsewhere", random_inputs(4, 11, 3))
 
 
-def test_lower_precisions_are_batched_alike(lowered, tmp_path):
-    for precision in ("fp16", "int8"):
-        source = lowered("bert", precision)
-        write_repository(source, tmp_path / precision)
-        graph = tmp_path / precision / source.name / "1" / "model.onnx"
-        inputs = random_inputs(2, 9, 2)
-        found, wanted = run_graph(graph, inputs), backend(source).score(flattened(inputs))
-        # ONNX Runtime fuses quantizers here that mlmkit keeps apart, and float16 rounds where it fuses.
-        np.testing.assert_allclose(found["log_prob"].reshape(-1), wanted.log_prob, atol=2e-2, rtol=0)
+@pytest.mark.parametrize("precision", ["fp16", "int8"])
+def test_lower_precisions_are_batched_alike(precision, lowered, repository):
+    inputs = random_inputs(2, 9, 2)
+    found = run_graph(repository("bert", precision) / "1" / "model.onnx", inputs)
+    wanted = backend(lowered("bert", precision)).score(flattened(inputs))
+    # ONNX Runtime fuses quantizers here that mlmkit keeps apart, and float16 rounds where it fuses.
+    np.testing.assert_allclose(found["log_prob"].reshape(-1), wanted.log_prob, atol=2e-2, rtol=0)
 
 
 @cache
@@ -171,9 +168,9 @@ def shapes(entries: list[dict[str, Any]]) -> dict[str, tuple[str, list[int]]]:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_configuration_describes_the_graph(kind, repository):
-    config = read_config(repository(kind) / kind / CONFIG)
+    config = read_config(repository(kind) / CONFIG)
     types = {"TYPE_INT64": "tensor(int64)", "TYPE_FP32": "tensor(float)"}
-    engine = session(repository(kind) / kind / "1" / "model.onnx")
+    engine = session(repository(kind) / "1" / "model.onnx")
     for entries, declared in ((config["input"], engine.get_inputs()), (config["output"], engine.get_outputs())):
         found = {name: (types[kind], [-1, *dims]) for name, (kind, dims) in shapes(entries).items()}
         wanted = {
@@ -190,7 +187,7 @@ def test_the_configuration_describes_the_graph(kind, repository):
 
 
 def test_the_parser_of_these_tests_is_strict(repository):
-    text = (repository("bert") / "bert" / CONFIG).read_text()
+    text = (repository("bert") / CONFIG).read_text()
     for wrong in ("max_batch: 3", 'max_batch_size: "4"', 'name: "again"', "instance_group [ { kind: KIND_TPU } ]"):
         with pytest.raises(text_format.ParseError):
             text_format.Parse(f"{text}\n{wrong}", model_config()())
@@ -203,20 +200,13 @@ def test_the_descriptor_is_that_of_tritons_client():
     assert json.loads(DESCRIPTOR.read_text())["descriptor"] == json_format.MessageToDict(file)
 
 
-def test_dynamic_int8_is_served_row_by_row(lowered, tmp_path):
-    """Its scales span the batch, so that a request's numbers would change with whoever came along."""
-    source = lowered("bert", "int8-dynamic")
-    write_repository(source, tmp_path / "repository")
-    config = read_config(tmp_path / "repository" / source.name / CONFIG)
+def test_dynamic_int8_is_served_row_by_row_and_bf16_on_gpus_alone(repository):
+    """A scale of dynamic int8 spans the batch, so a request's scores would depend on the other requests."""
+    config = read_config(repository("bert", "int8-dynamic") / CONFIG)
     assert config["max_batch_size"] == 1
     assert "dynamic_batching" not in config
     assert config["instance_group"][0]["kind"] == "KIND_CPU"
-
-
-def test_bf16_is_served_on_gpus_alone(lowered, tmp_path):
-    source = lowered("bert", "bf16")
-    write_repository(source, tmp_path / "repository")
-    assert read_config(tmp_path / "repository" / source.name / CONFIG)["instance_group"][0]["kind"] == "KIND_GPU"
+    assert read_config(repository("bert", "bf16") / CONFIG)["instance_group"][0]["kind"] == "KIND_GPU"
 
 
 def test_a_plan_is_a_model_of_its_own(plan, tmp_path):
@@ -239,13 +229,6 @@ def test_a_plan_is_a_model_of_its_own(plan, tmp_path):
     assert built is not None
     group = config["instance_group"][0]
     assert (group["kind"], group["profile"]) == ("KIND_GPU", [str(number) for number in range(len(built.profiles))])
-
-
-def run(capsys, *arguments):
-    with pytest.raises(SystemExit) as exit:
-        main([str(argument) for argument in arguments])
-    out, err = capsys.readouterr()
-    return exit.value.code, out, err
 
 
 def test_the_command_writes_it_for_an_artifact(artifact, tmp_path, capsys):
@@ -281,15 +264,15 @@ def test_mistakes_are_one_line_and_write_nothing(artifact, checkpoint, tmp_path,
     (shared / "resnet").mkdir()
     before = sorted(path for path in tmp_path.rglob("*"))
     for message, arguments in {
-        "say --triton": [artifact("bert"), "--overwrite"],
-        "leave out --output": [artifact("bert"), "--triton", tmp_path / "new", "--output", tmp_path / "other"],
-        "keeps its precision": [artifact("bert"), "--triton", tmp_path / "new", "--precision", "fp16"],
+        "with --triton, or name the checkpoint": [artifact("bert"), "--overwrite"],
+        "omit --output": [artifact("bert"), "--triton", tmp_path / "new", "--output", tmp_path / "other"],
+        "need a checkpoint, not an artifact": [artifact("bert"), "--triton", tmp_path / "new", "--precision", "fp16"],
         "--output ARTIFACT": [checkpoint("bert"), "--triton", tmp_path / "new"],
         "SHA-256 differs": [broken, "--triton", tmp_path / "new"],
-        "does not do in a URL": [spaced, "--triton", tmp_path / "new"],
+        "cannot be part of a URL": [spaced, "--triton", tmp_path / "new"],
         "--overwrite": [artifact("bert"), "--triton", precious],
         "leaves it alone": [artifact("bert"), "--triton", precious, "--overwrite"],
-        "holds resnet too": [artifact("bert"), "--triton", shared, "--overwrite"],
+        "also holds resnet": [artifact("bert"), "--triton", shared, "--overwrite"],
         "choose another folder": [checkpoint("bert"), "--output", tmp_path / "out", "--triton", precious],
     }.items():
         code, out, err = run(capsys, "export", *arguments)
@@ -300,10 +283,6 @@ def test_mistakes_are_one_line_and_write_nothing(artifact, checkpoint, tmp_path,
 
 
 def test_a_graph_that_is_no_scoring_graph_is_refused(artifact, tmp_path):
-    from dataclasses import replace
-
-    from mlmkit.artifact import hash_files, write_manifest
-
     source = Path(shutil.copytree(artifact("bert"), tmp_path / "artifact"))
     model = onnx.load(source / "model.onnx")
     model.graph.output[1].name = "place"

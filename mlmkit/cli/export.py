@@ -2,7 +2,6 @@
 
 import shlex
 from dataclasses import asdict
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +9,6 @@ import click
 
 from mlmkit.cli.options import json_option, overwrite_option
 from mlmkit.console import print_json, say
-from mlmkit.errors import UserError, require
 
 if TYPE_CHECKING:
     from mlmkit.artifact import TensorRT
@@ -44,19 +42,12 @@ PRECISIONS = "fp32|fp16|bf16|int8|int8-dynamic"
 @overwrite_option
 @json_option
 def export(
-    checkpoint: str,
-    output: Path | None,
-    precision: str | None,
-    text: str | None,
-    allow_drift: bool,
-    trt: bool,
-    prove: bool,
-    triton: Path | None,
-    model_card: bool,
-    results: tuple[str, ...],
-    overwrite: bool,
     as_json: bool,
-    **plan: Any,
+    target: str | None,
+    max_batch: int | None,
+    max_seq: int | None,
+    max_masked: int | None,
+    **options: Any,
 ) -> None:
     """Export CHECKPOINT to ONNX, proven equal to it.
 
@@ -67,82 +58,18 @@ def export(
     and a machine with one proves the plan with --prove. With --prove or --triton alone, CHECKPOINT is an artifact and
     --output is left out.
     """
-    from mlmkit.artifact import MANIFEST, is_artifact, parse_manifest
-    from mlmkit.backends import INSTALL_TENSORRT
-    from mlmkit.files import refuse_existing
+    from mlmkit.export.request import ExportRequest
 
-    from_artifact = is_artifact(Path(checkpoint))
-    chosen: dict[str, Any] = {name: value for name, value in plan.items() if value}
-    if prove:
-        if not from_artifact:
-            raise UserError(f"{checkpoint} is no artifact: --prove runs the plan of one")
-        if output or precision or trt or triton or model_card or results or overwrite or chosen:
-            raise UserError("--prove goes with --text, --allow-drift and --json only")
-    if from_artifact:
-        if not (trt or triton or prove):
-            raise UserError(
-                f"{checkpoint} is an artifact: name the checkpoint it came from, add a plan with --trt, or say --triton"
-            )
-        if precision or model_card or results:
-            raise UserError("an artifact keeps its precision and gets no card: plans and --triton are made from it")
-        if not (trt or prove) and (output or text or allow_drift):
-            raise UserError("--triton alone reads an artifact as it is: leave out --output, --text and --allow-drift")
-    if output is None and (trt or not from_artifact):
-        raise UserError("say where the artifact goes: --output ARTIFACT")
-    artifact = output or Path(checkpoint)
-    if chosen and not trt:
-        raise UserError(f"--{next(iter(chosen)).replace('_', '-')} is about a TensorRT plan: say --trt too")
-    if results and not model_card:
-        raise UserError("--result is shown on the model card: say --model-card too")
-    if output:
-        refuse_existing(output, MANIFEST if overwrite else "")
-    if (trt or prove) and not (find_spec("tensorrt") or find_spec("tensorrt_rtx")):
-        raise UserError(f"this needs TensorRT: {INSTALL_TENSORRT}")
-    if trt:
-        require("rtx", "onnx", "onnx_ir")
-    if not from_artifact:
-        require("train", "torch", "transformers", "onnx", "onnxscript", "safetensors")
-    if triton:
-        require("train", "onnx_ir")
-        from mlmkit.export.triton import check_repository
-
-        check_repository(artifact.resolve().name, triton, overwrite=overwrite)
-    common: dict[str, Any] = {"allow_drift": allow_drift, "overwrite": overwrite}
-    if output or prove:
-        from mlmkit.export.proof_text import proof_text
-
-        common["text"] = proof_text(checkpoint, text)
-    if trt:
-        from mlmkit.export.profiles import PlanOptions
-
-        common["plans"] = PlanOptions(**chosen)
-    if prove:
-        from mlmkit.export.prove import prove as run_proof
-
-        manifest = run_proof(artifact, text=common["text"], allow_drift=allow_drift)
-    elif output is None:
-        manifest = parse_manifest(artifact)
-    elif from_artifact:
-        from mlmkit.export.plans import add_plans
-
-        manifest = add_plans(Path(checkpoint), output, **common)
-    else:
+    sizes = {"target": target, "max_batch": max_batch, "max_seq": max_seq, "max_masked": max_masked}
+    request = ExportRequest(plan={name: value for name, value in sizes.items() if value}, **options)
+    request.check()
+    evaluations = []
+    if request.results:
         from mlmkit.eval.stored import load_result
-        from mlmkit.export.export import export as run_export
 
-        manifest = run_export(
-            checkpoint,
-            output,
-            precision=precision or "fp32",
-            card=model_card,
-            results=[load_result(Path(folder)).result for folder in results],
-            **common,
-        )
-    models = None
-    if triton:
-        from mlmkit.export.triton import write_repository
-
-        models = write_repository(artifact, triton, overwrite=overwrite)
+        evaluations = [load_result(Path(folder)).result for folder in request.results]
+    manifest, models = request.run(evaluations)
+    artifact = request.artifact
     if as_json:
         print_json(
             {
@@ -157,12 +84,12 @@ def export(
         return
     from mlmkit.export.parity import parity_line
 
-    if output:
+    if request.output:
         say(f"parity {parity_line(manifest.parity)}")
     say(f"artifact: {artifact}")
     if models:
-        say(f"Triton's model repository: {triton}, with {' and '.join(models)}")
-    if manifest.tensorrt and (trt or prove):
+        say(f"Triton's model repository: {request.triton}, with {' and '.join(models)}")
+    if manifest.tensorrt and (request.trt or request.prove):
         for line in _plan_lines(artifact, manifest.tensorrt):
             say(line)
 

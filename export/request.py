@@ -1,0 +1,123 @@
+"""What one `mlmkit export` is asked to do: the checks of its options, and the calls that do the work.
+
+Nothing heavy is imported before `run`.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from mlmkit.artifact import MANIFEST, Manifest, is_artifact, parse_manifest
+from mlmkit.errors import UserError, require
+from mlmkit.export.profiles import PlanOptions
+from mlmkit.files import refuse_existing
+
+
+@dataclass(frozen=True)
+class ExportRequest:
+    """The options of the command; what was not given is None, False or empty.
+
+    `plan` holds the arguments of `PlanOptions` that were given.
+    """
+
+    checkpoint: str
+    output: Path | None = None
+    precision: str | None = None
+    text: str | None = None
+    allow_drift: bool = False
+    trt: bool = False
+    plan: Mapping[str, Any] = field(default_factory=dict)
+    prove: bool = False
+    triton: Path | None = None
+    model_card: bool = False
+    results: tuple[str, ...] = ()
+    overwrite: bool = False
+
+    @property
+    def artifact(self) -> Path:
+        """The artifact that is written, proven or converted."""
+        return self.output or Path(self.checkpoint)
+
+    def check(self) -> None:
+        """Raise `UserError` for options that contradict each other, paths that exist and packages that are missing."""
+        from_artifact = is_artifact(Path(self.checkpoint))
+        if self.prove:
+            others = (self.output, self.precision, self.trt, self.triton, self.model_card, self.results, self.plan)
+            if not from_artifact:
+                raise UserError(f"{self.checkpoint} is not an artifact: --prove runs an artifact's plan")
+            if any(others) or self.overwrite:
+                raise UserError("--prove can be combined with --text, --allow-drift and --json only")
+        elif from_artifact:
+            if not (self.trt or self.triton):
+                raise UserError(
+                    f"{self.checkpoint} is an artifact: add a plan with --trt or write a Triton repository with "
+                    "--triton, or name the checkpoint it was exported from"
+                )
+            if self.precision or self.model_card or self.results:
+                raise UserError("--precision, --model-card and --result need a checkpoint, not an artifact")
+            if not self.trt and (self.output or self.text or self.allow_drift):
+                raise UserError("--triton reads the artifact as it is: omit --output, --text and --allow-drift")
+        if self.output is None and (self.trt or not from_artifact):
+            raise UserError("name the artifact folder to write: --output ARTIFACT")
+        if self.plan and not self.trt:
+            raise UserError(f"--{next(iter(self.plan)).replace('_', '-')} applies to a TensorRT plan: add --trt")
+        if self.results and not self.model_card:
+            raise UserError("--result is shown on the model card: add --model-card")
+        if self.output:
+            refuse_existing(self.output, MANIFEST if self.overwrite else "")
+        if (self.trt or self.prove) and not (find_spec("tensorrt") or find_spec("tensorrt_rtx")):
+            from mlmkit.backends import INSTALL_TENSORRT
+
+            raise UserError(f"this needs TensorRT: {INSTALL_TENSORRT}")
+        if self.trt:
+            require("rtx", "onnx", "onnx_ir")
+        if not from_artifact:
+            require("train", "torch", "transformers", "onnx", "onnxscript", "safetensors")
+        if self.triton:
+            require("train", "onnx_ir")
+            from mlmkit.export.triton import check_repository
+
+            check_repository(self.artifact.resolve().name, self.triton, overwrite=self.overwrite)
+
+    def run(self, results: Sequence[dict[str, Any]] = ()) -> tuple[Manifest, list[str] | None]:
+        """Do the work, after `check`; return the artifact's manifest and the names of the Triton models written.
+
+        `results` are the contents of the `result.json` files that the model card shows. Raises as
+        `mlmkit.export.export.export` does.
+        """
+        manifest, models = self._write_artifact(results), None
+        if self.triton:
+            from mlmkit.export.triton import write_repository
+
+            models = write_repository(self.artifact, self.triton, overwrite=self.overwrite)
+        return manifest, models
+
+    def _write_artifact(self, results: Sequence[dict[str, Any]]) -> Manifest:
+        if self.output is None and not self.prove:
+            return parse_manifest(self.artifact)
+        from mlmkit.export.parity import proof_text
+
+        common: dict[str, Any] = {"text": proof_text(self.checkpoint, self.text), "allow_drift": self.allow_drift}
+        if self.output is None:
+            from mlmkit.export.plans import prove_plan
+
+            return prove_plan(self.artifact, **common)
+        common["overwrite"] = self.overwrite
+        plans = PlanOptions(**self.plan) if self.trt else None
+        if plans and is_artifact(Path(self.checkpoint)):
+            from mlmkit.export.plans import add_plan
+
+            return add_plan(Path(self.checkpoint), self.output, plans=plans, **common)
+        from mlmkit.export.export import export
+
+        return export(
+            self.checkpoint,
+            self.output,
+            precision=self.precision or "fp32",
+            plans=plans,
+            card=self.model_card,
+            results=results,
+            **common,
+        )
