@@ -1,26 +1,33 @@
 """Every masked LM of transformers, tiny and random: exported, and run at shapes that the export never saw.
 
 If TensorRT for RTX is installed, each exported graph is also built into plans in four precisions; none of them is run.
-Each architecture has a process of its own, two at a time. `--page docs/architectures.md` writes that page.
+Each architecture has a process of its own, two at a time. `--page docs/architectures.md` replaces the
+table on that page.
 """
 
 import argparse
 import os
+import platform
 import shutil
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from datetime import date
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from architectures_page import BOUND, LONGEST, NO_PLANS, PLANS_NOTE, UNBOUNDED, Row, cells, plan_cells, write_page
-from harness import ContestantError, Report, Table, contestants, main, say
+from harness import ContestantError, Report, Table, contestants, main, say, split_page, write_block
 from plans import PRECISIONS, builder_name, random_batches, write_plan_graph
 from plans import build as build_plan
 
 from mlmkit.export.profiles import PlanOptions
 
+BOUND = 1e-4  # nats, as in the export
+LONGEST = 64  # the limit in the configurations
+UNBOUNDED = 100  # the longest row that is tried if an architecture has no limit
 TIMEOUT = 600  # seconds per architecture, for export and plans each
 # (batch, longest row, masked positions), 0 for the longest possible row; the export sees 2 x 7 with 3 masked.
 SHAPES = ((1, 0, 5), (17, 13, 300), (3, 31, 1), (5, 7, 0), (1, 9, 300), (17, 0, 40), (2, 16, 8), (1, 1, 1))
@@ -65,7 +72,28 @@ EXTRAS: dict[str, dict[str, Any]] = {
     "squeezebert": {"embedding_size": 128},
     "xmod": {"default_language": "en_XX"},
 }
+
 # ---------------------------------------------------------------- one architecture
+
+
+@dataclass
+class Row:
+    """The results of one architecture. `reason` is empty if the graph was exported and agrees with torch."""
+
+    name: str
+    reason: str = ""
+    max_log_prob_difference: float | None = None
+    rank_agreement: float | None = None
+    top_1_agreement: float | None = None
+    torch_fails_at: list[str] = field(default_factory=list)
+    gathers_before_head: bool | None = None
+    packs: bool | None = None
+    sees_padding: bool | None = None
+    max_length: int | None = None
+    runs_at_max_length: bool | None = None
+    fails_beyond: bool | None = None
+    operators: list[str] = field(default_factory=list)
+    plans: dict[str, int | str] = field(default_factory=dict)  # by precision: fused attentions, or why none is built
 
 
 def build(name: str) -> Any:
@@ -254,6 +282,8 @@ def measure(options: argparse.Namespace) -> Report:
     """All architectures, or those in `--only`, two at a time."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
+    if options.page:
+        split_page(Path(options.page), SCRIPT)
     os.environ["OMP_NUM_THREADS"] = "1"
     named = [name for name in options.only if name] or list(MODEL_FOR_MASKED_LM_MAPPING_NAMES)
     rows = []
@@ -263,14 +293,85 @@ def measure(options: argparse.Namespace) -> Report:
             say(f"{cells(row)} {row.reason} {row.plans}")
     if options.page:
         write_page(Path(options.page), rows)
-    good = sum(not row.reason for row in rows)
-    summary = [[row.name, row.reason or f"{row.max_log_prob_difference:.1e}", *plan_cells(row)] for row in rows]
     return Report(
-        [Table("", ["architecture", "max Δ log P, or why it is not exported", *PRECISIONS], summary)],
-        [f"{good} of {len(rows)} export and agree. {PLANS_NOTE if builder_name() else NO_PLANS}"],
-        {"architectures_exported": good, "architectures_known": len(rows)},
+        [Table("", HEADER, [cells(row) for row in rows])],
+        summary(rows),
+        {"architectures_exported": sum(not row.reason for row in rows), "architectures_known": len(rows)},
         figures=[asdict(row) for row in rows],
     )
+
+
+# ---------------------------------------------------------------- the page
+
+SCRIPT = Path(__file__).name
+HEADER = ["architecture", "max \\|Δ log P\\|", "rank, best agree", "head sees", "packs", "sees padding", "longest row"]
+HEADER += PRECISIONS
+NO_PLANS = "TensorRT for RTX was not installed, so no plan was built."
+
+
+def write_page(page: Path, rows: list[Row]) -> None:
+    """Replace the block of `docs/architectures.md` between this script's markers."""
+    packages = ("transformers", "torch", "onnx", "onnxscript", "onnxruntime-gpu", "onnxruntime")
+    versions = [f"Python {platform.python_version()}"]
+    for name in packages:
+        with suppress(PackageNotFoundError):
+            versions.append(f"{name} {version(name)}")
+    written = f"*Written by `python benchmarks/{SCRIPT} --page docs/architectures.md` on {date.today()}: "
+    table = Table("", HEADER, [cells(row) for row in rows]).markdown()
+    write_block(page, SCRIPT, [f"{written}{', '.join(versions)}.*", *summary(rows), table, *reasons(rows)])
+
+
+def summary(rows: list[Row]) -> list[str]:
+    """How many export and agree, and how many plans are built."""
+    good = [row for row in rows if not row.reason]
+    worst = max((row.max_log_prob_difference or 0 for row in good), default=0)
+    plans = [plan for row in good for plan in row.plans.values()]
+    built = sum(isinstance(plan, int) for plan in plans)
+    return [
+        f"**{len(good)} of {len(rows)} export and agree**: no log-probability, of targets or of the 100 best, is off "
+        f"by more than {worst:.1e} nats (bound {BOUND:.0e}).",
+        f"**{built} of {len(plans)} plans build**, by {builder_name() or 'TensorRT for RTX'}." if plans else NO_PLANS,
+    ]
+
+
+def reasons(rows: list[Row]) -> list[str]:
+    """Why an architecture is not exported, runs at fewer shapes, or has no plan (in some precisions or in all)."""
+    lines = []
+    for row in rows:
+        if row.reason:
+            lines.append(f"- **{row.name}** is not exported: `{row.reason[:120]}`")
+        if row.torch_fails_at:
+            lines.append(f"- **{row.name}**: torch fails at {', '.join(row.torch_fails_at)}")
+        by_reason: dict[str, list[str]] = {}
+        for precision, plan in row.plans.items():
+            if isinstance(plan, str):
+                by_reason.setdefault(plan, []).append(precision)
+        for reason, precisions in by_reason.items():
+            where = "" if len(precisions) == len(PRECISIONS) else f" in {', '.join(precisions)}"
+            lines.append(f"- **{row.name}** has no plan{where}: `{reason}`")
+    return ["\n".join(lines)]
+
+
+def cells(row: Row) -> list[str]:
+    """A row of the page's table."""
+    yes = {True: "yes", False: "no", None: ""}
+    length = "" if row.max_length is None else "no limit" if row.max_length > UNBOUNDED else str(row.max_length)
+    if length.isdigit():
+        length += ", table" if row.fails_beyond else ", configured"
+    if length and not row.runs_at_max_length:
+        length += ", **fails**"
+    numbers = ["", ""]
+    if row.max_log_prob_difference is not None:
+        numbers = [f"{row.max_log_prob_difference:.1e}", f"{row.rank_agreement:.4g}, {row.top_1_agreement:.4g}"]
+    head = {True: "masked", False: "all", None: ""}[row.gathers_before_head]
+    return [row.name, *numbers, head, yes[row.packs], yes[row.sees_padding], length, *plan_cells(row)]
+
+
+def plan_cells(row: Row) -> list[str]:
+    """Cells per precision: whether a plan builds, and how many of its attentions are fused."""
+    shown = {None: "", 0: "yes"}
+    plans = [row.plans.get(precision) for precision in PRECISIONS]
+    return ["no" if isinstance(plan, str) else shown.get(plan, f"{plan} fused") for plan in plans]
 
 
 if __name__ == "__main__":

@@ -94,6 +94,23 @@ class Report:
         return "\n\n".join([*(table.markdown() for table in self.tables), *self.notes])
 
 
+def write_block(page: Path, script: str, paragraphs: Sequence[str]) -> None:
+    """Replace what is between the page's two markers of a script. Raises `SkippedError` if it has none."""
+    before, after = split_page(page, script)
+    page.write_text("\n".join([before, "", *(f"{text}\n" for text in paragraphs), after]), encoding="utf-8")
+
+
+def split_page(page: Path, script: str) -> tuple[str, str]:
+    """The page up to the marker before a script's block, and from the one behind it."""
+    begin, end = (f"<!-- {script}: {word} -->" for word in ("begin", "end"))
+    text = page.read_text(encoding="utf-8")
+    before, _, rest = text.partition(f"{begin}\n")
+    _, has_end, after = rest.partition(f"\n{end}")
+    if not has_end:
+        raise SkippedError(f"{page} has no lines {begin} and {end}")
+    return before + begin, end + after
+
+
 class SkippedError(Exception):
     """Says in one line why a benchmark cannot run here."""
 

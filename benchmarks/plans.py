@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from harness import Report, SkippedError, Table, isolated, main, memory_mib, processor, say
+from harness import Report, SkippedError, Table, isolated, main, memory_mib, processor, say, split_page, write_block
 from inputs import TINY
 
 from mlmkit.artifact import TensorRT
@@ -37,7 +37,7 @@ BY_PROFILE_NOTE = (
     "context takes beside the weights. Int8 plans compute the rest in float16. Ranges and scales come from random "
     "tokens: enough to count layers."
 )
-BEGIN, END = "<!-- plans.py: begin -->", "<!-- plans.py: end -->"  # the lines around the table on a page
+SCRIPT = Path(__file__).name
 
 
 # ---------------------------------------------------------------- the export's way to a plan
@@ -137,8 +137,8 @@ def measure(options: argparse.Namespace) -> Report:
     """One build after another, model by model."""
     if not (builder := builder_name()):
         raise SkippedError("TensorRT for RTX is not installed: pip install tensorrt_rtx")
-    if options.page and not {BEGIN, END} <= {*Path(options.page).read_text(encoding="utf-8").splitlines()}:
-        raise SkippedError(f"{options.page} has no lines {BEGIN} and {END} for the table")
+    if options.page:
+        split_page(Path(options.page), SCRIPT)
     rows, figures = list[list[str]](), dict[str, Any]()
     for architecture in options.models:
         title, precisions = MODELS[architecture]
@@ -158,17 +158,10 @@ def measure(options: argparse.Namespace) -> Report:
                 say(" ".join(rows[-1]))
     report = Report([Table("", HEADER, rows)], [f"Built by {builder}. {BY_PROFILE_NOTE}"], figures=figures)
     if options.page:
-        write_table(Path(options.page), report, builder)
+        written = f"*Written by `python benchmarks/{SCRIPT} --page docs/tensorrt.md` on {date.today()}: {builder}; "
+        paragraphs = [f"{written}{processor()}.*", report.tables[0].markdown(), BY_PROFILE_NOTE]
+        write_block(Path(options.page), SCRIPT, paragraphs)
     return report
-
-
-def write_table(page: Path, report: Report, builder: str) -> None:
-    """Replace the lines between the page's two markers."""
-    written = f"*Written by `python benchmarks/plans.py --page docs/tensorrt.md` on {date.today()}: {builder}; "
-    lines = ["", f"{written}{processor()}.*", "", report.tables[0].markdown(), "", BY_PROFILE_NOTE, ""]
-    before, _, rest = page.read_text(encoding="utf-8").partition(BEGIN)
-    after = rest.partition(END)[2]
-    page.write_text("\n".join([f"{before}{BEGIN}", *lines, f"{END}{after}"]), encoding="utf-8")
 
 
 if __name__ == "__main__":

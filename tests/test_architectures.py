@@ -8,8 +8,7 @@ import onnx_ir as ir
 import pytest
 import torch
 
-from benchmarks.architectures import SHAPES, Row, add_plans, build, compare
-from benchmarks.architectures_page import NO_PLANS, plan_cells, write_page
+from benchmarks.architectures import NO_PLANS, SHAPES, Row, add_plans, build, compare, plan_cells, write_page
 from benchmarks.plans import HEADER, measured_build, row
 from mlmkit.errors import UserError
 from mlmkit.export.attention import STANDARD_FORMS
@@ -64,22 +63,25 @@ def test_the_page_says_what_builds_what_is_fused_and_why_the_rest_is_not_built(t
         Row("xlm", **agrees, plans={"fp32": 0, "fp16": "A", "bf16": 0, "int8": "A"}),
         Row("mra", reason="torch: zeros"),
     ]
-    write_page(tmp_path / "page.md", rows)
-    page = (tmp_path / "page.md").read_text()
+    path = tmp_path / "page.md"
+    path.write_text("# Page\n\n<!-- architectures.py: begin -->\nold\n<!-- architectures.py: end -->\n\nThe rest.\n")
+    write_page(path, rows)
+    page = path.read_text()
     for said in (
         "**3 of 4 export and agree**",
-        "**6 of 12 build.**",
-        "| bert | yes | 2 fused | 2 fused | 2 fused |",
-        "| fnet | no | no | no | no |",
-        "- **fnet**: `no DFT`",
-        "- **xlm**: in fp16, int8: `A`",
+        "**6 of 12 plans build**",
+        "| bert | 1.0e-06 | 1, 1 |  |  |  |  | yes | 2 fused | 2 fused | 2 fused |",
+        "| no | no | no | no |",
+        "- **fnet** has no plan: `no DFT`",
+        "- **xlm** has no plan in fp16, int8: `A`",
+        "- **mra** is not exported: `torch: zeros`",
     ):
         assert said in page, said
-    assert "| mra | no" not in page
+    assert "old" not in page and page.startswith("# Page\n") and page.endswith("\nThe rest.\n")
     assert NO_PLANS not in page
 
-    write_page(tmp_path / "page.md", [Row("bert", **agrees), Row("mra", reason="torch: zeros")])
-    page = (tmp_path / "page.md").read_text()
+    write_page(path, [Row("bert", **agrees), Row("mra", reason="torch: zeros")])
+    page = path.read_text()
     assert NO_PLANS in page
     assert "fused" not in page
 

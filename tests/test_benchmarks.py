@@ -19,15 +19,16 @@ from benchmarks.harness import (
     Contestant,
     ContestantError,
     Report,
+    SkippedError,
     Table,
     alternate,
     isolated,
     machine,
     ratios,
     table,
+    write_block,
 )
 from benchmarks.page import HEADLINES, changes, figure, headlines_of, render, write_page
-from benchmarks.plans import BEGIN, END, write_table
 from benchmarks.profiles import STAGES
 from benchmarks.suite import SCRIPTS, STUDIES
 
@@ -176,23 +177,25 @@ def test_the_page_has_tables_plots_and_skipped_benchmarks(tmp_path):
     assert "<svg" in (tmp_path / "images" / "results-pll_vs_peers.svg").read_text()
 
 
-def test_a_table_replaces_the_lines_between_its_markers(tmp_path):
+def test_a_block_replaces_the_lines_between_its_markers(tmp_path):
     page = tmp_path / "page.md"
-    page.write_text(f"# Page\n\n{BEGIN}\nan old table\n{END}\n\nThe rest.\n")
-    report = Report([Table("", ["model", "MiB"], [["BERT-base", 225]])])
+    begin, end = "<!-- plans.py: begin -->", "<!-- plans.py: end -->"
+    page.write_text(f"# Page\n\n{begin}\nan old table\n{end}\n\nThe rest.\n")
     for _ in range(2):
-        write_table(page, report, "TensorRT for RTX 1.7.1")
+        write_block(page, "plans.py", ["A note.", table("", [{"model": "BERT-base", "MiB": 225}]).markdown()])
         lines = page.read_text().splitlines()
-        assert (lines[0], lines[2], lines[-3], lines[-1]) == ("# Page", BEGIN, END, "The rest.")
+        assert (lines[0], lines[2], lines[-3], lines[-1]) == ("# Page", begin, end, "The rest.")
         assert "| BERT-base | 225 |" in lines and "an old table" not in lines
+    with pytest.raises(SkippedError, match="has no lines <!-- masking"):
+        write_block(page, "masking.py", [])
 
 
 def test_the_committed_table_of_plans_matches_the_committed_figures():
-    found = json.loads((ROOT / "benchmarks" / "results" / "plans-cpu.json").read_text(encoding="utf-8"))
+    results = json.loads((ROOT / "benchmarks" / "results" / "plans-cpu.json").read_text(encoding="utf-8"))
     page = (ROOT / "docs" / "tensorrt.md").read_text(encoding="utf-8")
-    _, _, rest = page.partition(f"{BEGIN}\n")
-    assert Table(**found["tables"][0]).markdown() in rest.partition(END)[0]
-    assert all(f"TensorRT for RTX {found['versions']['tensorrt_rtx']}" in text for text in (rest, *found["notes"]))
+    _, _, rest = page.partition("<!-- plans.py: begin -->\n")
+    assert Table(**results["tables"][0]).markdown() in rest.partition("<!-- plans.py: end -->")[0]
+    assert all(f"TensorRT for RTX {results['versions']['tensorrt_rtx']}" in text for text in (rest, *results["notes"]))
 
 
 def test_headlines_are_compared_with_the_run_before():
