@@ -5,6 +5,7 @@ import re
 import shutil
 from contextlib import nullcontext
 from dataclasses import replace
+from importlib.util import find_spec
 from itertools import permutations
 from pathlib import Path
 
@@ -164,6 +165,7 @@ def test_training_learns_and_leaves_a_hugging_face_folder(config, tmp_path):
     filled = pipeline("fill-mask", model=str(model))("The [MASK] statement")
     assert len(filled) == 5
     assert {"model.safetensors", "config.json", "tokenizer.json"} <= {path.name for path in model.iterdir()}
+    assert not find_spec("matplotlib") or (tmp_path / "run" / "loss.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_folder_of_a_run_stands_for_its_model(config, tmp_path, text_file, caplog, capsys):
