@@ -30,7 +30,8 @@ from mlmkit.train.loop import train
 log = logging.getLogger(__name__)
 
 HELD_OUT_ONE_IN = 20
-PSEUDO_SAMPLE = 0.05
+PSEUDO_SAMPLE = 0.05  # share of the tokens
+TOLERANCE = 1e-4  # nats between the cross-entropies of checkpoint and artifact
 SENTENCES = (
     "Return a [MASK] object.",
     "If the argument is [MASK], an exception is raised.",
@@ -67,8 +68,17 @@ def run_demo(output: Path, text: str | None) -> None:
 
     log.info("3/4 evaluating both on %s, mask seed 0", heldout_text)
     models = {"checkpoint": load(str(checkpoint)), "artifact": load(str(artifact))}
-    evaluations = {name: evaluate_model(model, heldout_text, output / f"eval-{name}") for name, model in models.items()}
-    for name in models:
+    evaluations = {}
+    for name, model in models.items():
+        evaluations[name] = evaluate(
+            model,
+            Source(str(heldout_text)),
+            metrics=("masked", "pseudo"),
+            mask_seed=0,
+            pseudo_sample=PSEUDO_SAMPLE,
+            output=output / f"eval-{name}",
+            overwrite=True,
+        )
         write_report(load_result(output / f"eval-{name}"))
     difference = check_agreement(evaluations)
 
@@ -122,30 +132,17 @@ def prepare_text(output: Path, text: str | None) -> tuple[Path, Path]:
     return train_text, heldout_text
 
 
-def evaluate_model(model: Backend, heldout_text: Path, output: Path) -> Evaluation:
-    """Masked cross-entropy on the whole held-out text, pseudo-perplexity on a sample of its tokens."""
-    return evaluate(
-        model,
-        Source(str(heldout_text)),
-        metrics=("masked", "pseudo"),
-        mask_seed=0,
-        pseudo_sample=PSEUDO_SAMPLE,
-        output=output,
-        overwrite=True,
-    )
-
-
-def check_agreement(evaluations: dict[str, Evaluation], tolerance: float = 1e-4) -> float:
+def check_agreement(evaluations: dict[str, Evaluation]) -> float:
     """The difference of the two cross-entropies, in nats.
 
-    Raises `CheckError` if they scored different positions, or differ by more than `tolerance`.
+    Raises `CheckError` if they scored different positions, or differ by more than `TOLERANCE`.
     """
     first, second = (evaluation.result for evaluation in evaluations.values())
     if first["mask_digest"] != second["mask_digest"]:
         raise CheckError("the two evaluations have different mask digests")
     name = "masked_cross_entropy"
     difference = abs(first["metrics"][name]["value"] - second["metrics"][name]["value"])
-    if not difference <= tolerance:
+    if not difference <= TOLERANCE:
         raise CheckError(f"checkpoint and artifact disagree by {difference:.2e} nats of masked cross-entropy")
     return difference
 
