@@ -96,19 +96,22 @@ class MaskingConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """`[optim]`: AdamW, or Muon for the hidden matrices with AdamW for the rest; and the learning rate schedule."""
+    """`[optim]`: AdamW, or Muon for the hidden matrices with AdamW for the rest; and the learning rate schedule.
+
+    `decay_share` is the share of all steps in which `wsd` decays. The default of `beta2` is RoBERTa's (Liu et al. 2019,
+    section 4): 0.999 is unstable with large batches. A file without `warmup_steps` gets a tenth of the steps if there
+    are at most 100.
+    """
 
     name: Annotated[str, one_of("adamw", "muon")] = "adamw"
     lr: PositiveFloat = 1e-3
     beta1: Annotated[float, DECAY_RATE] = 0.9
-    beta2: Annotated[float, DECAY_RATE] = 0.98  # RoBERTa (Liu et al. 2019, section 4): 0.999 is unstable, large batches
+    beta2: Annotated[float, DECAY_RATE] = 0.98
     eps: PositiveFloat = 1e-6
     weight_decay: Annotated[float, NOT_NEGATIVE] = 0.01
     schedule: Annotated[str, one_of(*SCHEDULES)] = "linear"
-    warmup_steps: Annotated[int, NOT_NEGATIVE] = 100  # if the file does not say and steps <= 100, a tenth of the steps
-    decay_share: Annotated[float, Rule(lambda value: 0 < value <= 1, "above 0 and at most 1")] = (
-        0.2  # of steps, for wsd
-    )
+    warmup_steps: Annotated[int, NOT_NEGATIVE] = 100
+    decay_share: Annotated[float, Rule(lambda value: 0 < value <= 1, "above 0 and at most 1")] = 0.2
     max_grad_norm: PositiveFloat = 1.0
 
 

@@ -17,9 +17,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mlmkit.backends.torch import pick_device
 from mlmkit.distributed import Ranks
+from mlmkit.errors import UserError
 from mlmkit.model import MaskedLM, probe_inputs
 from mlmkit.packing import PACKED_ATTENTION, Pack, packed_inputs
 from mlmkit.tokenizer import Tokenizer
+from mlmkit.train.checkpoints import is_out_of_memory
 from mlmkit.train.config import Config
 from mlmkit.train.data import MicroBatch
 from mlmkit.train.log import check_loggers
@@ -157,7 +159,12 @@ def dry_run(config: Config) -> DryRun:
     model.to(device).train()
     optimizers = build_optimizers(model, config.optim)
     began = time.perf_counter()
-    backward(LossModule(model), batch[:1], [run.seed], scale=1.0, device=device)
+    try:
+        backward(LossModule(model), batch[:1], [run.seed], scale=1.0, device=device)
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        raise UserError(f"out of memory with train.micro_batch_tokens = {run.micro_batch_tokens}: lower it") from error
     micro_batch_seconds = time.perf_counter() - began
     update(optimizers, 0.0)
     step_seconds = time.perf_counter() - began + micro_batch_seconds * (micro_batches - 1)
