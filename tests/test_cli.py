@@ -38,23 +38,6 @@ def process(*arguments: object, **options) -> subprocess.CompletedProcess[str]:
 # ------------------------------------------------------------------ structure
 
 
-def test_an_artifact_runs_without_torch_and_transformers(artifact, tmp_path):
-    """Like in an environment with the base install only."""
-    (tmp_path / "text.txt").write_text("The statement\n")
-    commands = [
-        ["fill", str(artifact("bert")), "The [MASK] statement"],
-        ["score", str(artifact("bert")), str(tmp_path / "text.txt")],
-        ["eval", str(artifact("bert")), "--set", str(tmp_path / "text.txt"), "--mask-prob", "0.9"],
-    ]
-    blocked = "('torch', 'transformers', 'onnx', 'onnxscript', 'safetensors', 'datasets')"
-    code = (
-        f"import sys\nfor name in {blocked}: sys.modules[name] = None\nfrom mlmkit.cli import main\nmain(sys.argv[1:])"
-    )
-    for command in commands:
-        result = subprocess.run([sys.executable, "-c", code, *command], capture_output=True, text=True)
-        assert result.returncode == 0, result.stderr
-
-
 def test_imports_run_one_way():
     """cli, demo → serve, train → eval, export → backends → model → the rest: docs/architecture.md."""
     layers = [

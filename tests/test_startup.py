@@ -44,6 +44,10 @@ def test_help_imports_click_alone(always, arguments):
     assert packages(COMMAND, *arguments) - always == {"click"}
 
 
-def test_an_artifact_is_run_by_its_engine_and_tokenizer_alone(always, artifact):
+def test_an_artifact_runs_without_the_extras(always, artifact, tmp_path):
+    (tmp_path / "text.txt").write_text("The statement\n")
     assert packages(COMMAND, "fill", artifact("bert"), "The [MASK] statement", "--device", "cpu") - always == ENGINE
     assert packages(COMMAND, "inspect", artifact("bert")) - always == {*ENGINE, "rich"}
+    score = packages(COMMAND, "score", artifact("bert"), tmp_path / "text.txt")
+    evaluate = packages(COMMAND, "eval", artifact("bert"), "--set", tmp_path / "text.txt", "--mask-prob", "0.9")
+    assert not (score | evaluate) & {"torch", "transformers", "onnx", "onnxscript", "safetensors", "datasets"}

@@ -31,8 +31,6 @@ PAIRS = "pairs"
 
 @option_class
 class EvalOptions(JsonOption, ModelOptions, TextOptions):
-    """The arguments and options of `mlmkit eval`."""
-
     model: str = argument(default="")
     sets: tuple[str, ...] = option("--set", "What to measure on. Repeatable.", multiple=True, metavar="NAME|FILE")
     list_sets: bool = switch("--list-sets", "List the built-in sets and exit.")
@@ -218,8 +216,6 @@ def _value(metric: dict[str, float | None]) -> tuple[str, str]:
 
 @option_class
 class CompareOptions(JsonOption):
-    """The arguments and options of `mlmkit compare`."""
-
     results: tuple[str, ...] = argument(nargs=-1, required=True, metavar="RESULT_A RESULT_B [RESULT ...]")
     output: Path | None = option("--output", "Folder to write compare.html to.", type=PATH)
     top: int = option("--top", "How many tokens to show.", default=20, type=click.IntRange(min=0))
@@ -266,8 +262,6 @@ def report(result: Path) -> None:
 
 @option_class
 class ScoreOptions(JsonOption, ModelOptions, TextOptions):
-    """The arguments and options of `mlmkit score`."""
-
     file: str = argument(default="-")
     pll: str = option("--pll", "Pseudo-likelihood.", default="original", metavar="original|within-word")
     per_token: bool = switch("--per-token", "Show each token's log-probability.")

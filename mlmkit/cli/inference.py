@@ -15,8 +15,6 @@ from mlmkit.serve.limits import BATCH_TOKENS, QUEUE_TOKENS, Limits
 
 @option_class
 class FillOptions(JsonOption, ModelOptions):
-    """The arguments and options of `mlmkit fill`."""
-
     text: str = argument()
     top_k: int = option("--top-k", "Candidates per mask.", default=5)
     targets: tuple[str, ...] = option(
@@ -87,8 +85,6 @@ class LimitOptions:
 
 @option_class
 class ServeArguments(ModelOptions, LimitOptions):
-    """The arguments and options of `mlmkit serve`."""
-
     host: str = option("--host", "Address to listen on.", default="127.0.0.1")
     port: int = option("--port", "0 picks a free one.", type=click.IntRange(0, 65535), default=8000)
     workers: str | None = option("--workers", "", hidden=True)

@@ -17,8 +17,6 @@ Rows = list[tuple[str, str]]
 
 @option_class
 class InspectOptions(JsonOption):
-    """The arguments and options of `mlmkit inspect`."""
-
     artifact: Path = argument(type=PATH)
 
 

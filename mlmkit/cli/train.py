@@ -13,8 +13,6 @@ from mlmkit.errors import UserError, require
 
 @option_class
 class DemoOptions:
-    """The options of `mlmkit demo`."""
-
     text: str | None = option("--text", "Train on this text file (one document per line) instead.", type=click.Path())
     output: Path = option("--output", "The demo's folder.", type=PATH, default=Path("mlmkit-demo"))
 
@@ -34,8 +32,6 @@ def demo(options: DemoOptions) -> None:
 
 @option_class
 class TrainOptions(JsonOption):
-    """The arguments and options of `mlmkit train`."""
-
     config: str = argument(type=click.Path())
     overrides: tuple[str, ...] = option(
         "--set", "Override a setting. Repeatable.", multiple=True, metavar="TABLE.KEY=VALUE"
