@@ -244,7 +244,7 @@ def mistakes(folder: Path, checkpoint: Path, artifact: Path) -> dict[str, list[o
         "has no [MASK]": ["fill", artifact, "nothing to fill"],
         "the target '' has no token": ["fill", artifact, "a [MASK]", "--targets", ""],
         "not valid UTF-8": ["fill", artifact, "a [MASK] \udcff"],
-        "is an artifact: name": ["export", artifact, "--output", output],
+        "is an artifact: add": ["export", artifact, "--output", output],
         "name too long": ["score", artifact, "x" * 5000],
         "top_k must be": ["fill", artifact, "a [MASK]", "--top-k", 0],
         "tokens, and at most 64 are taken": ["fill", artifact, "a [MASK] " * 70],

@@ -1,13 +1,13 @@
-"""The command that exports: a checkpoint to an artifact, and an artifact to what else serves it."""
+"""The command that exports a checkpoint to an artifact, and an artifact to TensorRT plans or for Triton: export."""
 
 import shlex
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
-from mlmkit.cli.options import json_option, overwrite_option
+from mlmkit.cli.options import PATH, JsonOption, argument, command, option, option_class, switch
 from mlmkit.console import print_json, say
 
 if TYPE_CHECKING:
@@ -17,51 +17,53 @@ COUNT = click.IntRange(1, 2**31 - 1)
 PRECISIONS = "fp32|fp16|bf16|int8|int8-dynamic"
 
 
-@click.command()
-@click.argument("checkpoint")
-@click.option("--output", type=click.Path(path_type=Path), help="The artifact folder to write.")
-@click.option("--precision", metavar=PRECISIONS, help="What it computes in. Default: fp32.")
-@click.option("--text", type=click.Path(), help="Prove parity on this text. Default: the run's held-out one.")
-@click.option("--allow-drift", is_flag=True, help="Export even what differs from the checkpoint beyond the bounds.")
-@click.option("--trt", is_flag=True, help="Build a TensorRT plan too.")
-@click.option(
-    "--target", metavar="sm75|sm121", help="Build it for these cards alone, not for 8.0 to 8.9, 12.0 and later."
-)
-@click.option("--max-batch", type=COUNT, help="Rows that the plans take in one run. Default: 64.")
-@click.option("--max-seq", type=COUNT, help="Tokens a row, in a full batch. Default: 512.")
-@click.option("--max-masked", type=COUNT, help="Masked positions in one run. Default: 4096.")
-@click.option("--prove", is_flag=True, help="Run the artifact CHECKPOINT's plan on this machine's GPU and prove it.")
-@click.option(
-    "--triton",
-    type=click.Path(path_type=Path),
-    metavar="DIR",
-    help="Write a model repository for Triton Inference Server, too or alone.",
-)
-@click.option("--model-card", is_flag=True, help="Write a README.md for the hub.")
-@click.option("--result", "results", multiple=True, metavar="RESULT", help="An evaluation to show on it. Repeatable.")
-@overwrite_option
-@json_option
-def export(
-    as_json: bool,
-    target: str | None,
-    max_batch: int | None,
-    max_seq: int | None,
-    max_masked: int | None,
-    **options: Any,
-) -> None:
-    """Export CHECKPOINT to ONNX, proven equal to it.
+@option_class
+class PlanArguments:
+    target: str | None = option(
+        "--target", "Build the plan for this GPU only, not for 8.0 to 8.9, 12.0 and later.", metavar="sm75|sm121"
+    )
+    max_batch: int | None = option("--max-batch", "Rows per run of the plans. Default: 64.", type=COUNT)
+    max_seq: int | None = option("--max-seq", "Tokens per row in a full batch. Default: 512.", type=COUNT)
+    max_masked: int | None = option("--max-masked", "Masked positions per run. Default: 4096.", type=COUNT)
 
-    The proof is made on real text: the same masked tokens through both. Nothing is written unless log-probabilities
-    agree: within 1e-4 in fp32, within what docs/export.md says in the other precisions.
 
-    With --trt, CHECKPOINT may be an artifact: its plan is built without torch. TensorRT for RTX builds without a GPU,
-    and a machine with one proves the plan with --prove. With --prove or --triton alone, CHECKPOINT is an artifact and
-    --output is left out.
+@option_class
+class ExportOptions(PlanArguments, JsonOption):
+    checkpoint: str = argument()
+    output: Path | None = option("--output", "The artifact folder to write.", type=PATH)
+    precision: str | None = option("--precision", "Precision of the graph. Default: fp32.", metavar=PRECISIONS)
+    text: str | None = option(
+        "--text", "Check parity on this text. Default: the run's held-out text.", type=click.Path()
+    )
+    allow_drift: bool = switch("--allow-drift", "Export even if the artifact's scores are outside the bounds.")
+    trt: bool = switch("--trt", "Build a TensorRT plan too.")
+    prove: bool = switch("--prove", "Run the plan of the artifact CHECKPOINT on this machine's GPU and prove it.")
+    triton: Path | None = option(
+        "--triton", "Write a model repository for Triton Inference Server, too or only.", type=PATH, metavar="DIR"
+    )
+    model_card: bool = switch("--model-card", "Write a README.md for the hub.")
+    results: tuple[str, ...] = option(
+        "--result", "An evaluation to show on the model card. Repeatable.", multiple=True, metavar="RESULT"
+    )
+    overwrite: bool = switch("--overwrite", "Replace an existing artifact.")
+
+
+@command(ExportOptions)
+def export(options: ExportOptions) -> None:
+    """Export CHECKPOINT to ONNX, with a proof that both give the same scores.
+
+    The proof scores the same masked tokens of real text with both. Nothing is written unless their log-probabilities
+    agree: within 1e-4 in fp32, within the bounds of docs/export.md in the other precisions.
+
+    With --trt, CHECKPOINT may be an artifact: its plan is built without torch. TensorRT for RTX builds plans without a
+    GPU; --prove proves them on a machine with one. With only --prove or --triton, CHECKPOINT is an artifact, and there
+    is no --output.
     """
     from mlmkit.export.request import ExportRequest
 
-    sizes = {"target": target, "max_batch": max_batch, "max_seq": max_seq, "max_masked": max_masked}
-    request = ExportRequest(plan={name: value for name, value in sizes.items() if value}, **options)
+    values = {name: value for name, value in vars(options).items() if value and name != "as_json"}
+    plan = {name: values.pop(name) for name in PlanArguments.__annotations__ if name in values}
+    request = ExportRequest(plan=plan, **values)
     request.check()
     evaluations = []
     if request.results:
@@ -70,7 +72,7 @@ def export(
         evaluations = [load_result(Path(folder)).result for folder in request.results]
     manifest, models = request.run(evaluations)
     artifact = request.artifact
-    if as_json:
+    if options.as_json:
         print_json(
             {
                 "artifact": str(artifact),

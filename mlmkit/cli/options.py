@@ -101,7 +101,3 @@ class JsonOption:
     """Whether to print for programs."""
 
     as_json: bool = switch("--json", "Print one JSON object and nothing else.")
-
-
-json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
-overwrite_option = click.option("--overwrite", is_flag=True, help="Replace an existing artifact.")
