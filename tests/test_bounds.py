@@ -347,7 +347,7 @@ def test_no_text_or_name_steers_the_terminal(capsys, artifact, tmp_path):
     assert REAL in out
     assert not set(STEERING) - set("gnpx]0;2J") & {*out}
     ended = process("fill", folder, "The [MASK]", "--targets", f"the{STEERING}")
-    assert (ended.returncode, "stands for it" in ended.stderr) == (0, True)
+    assert (ended.returncode, "is scored instead" in ended.stderr) == (0, True)
     assert all(map(str.isprintable, ended.stderr.splitlines()))
 
 
