@@ -138,7 +138,7 @@ def test_a_model_that_cannot_be_scored_with_is_refused():
         MaskedLM(network)
     drawing.remove()
     shortening = network.get_output_embeddings().register_forward_hook(lambda _m, _i, logits: logits[:, ::2])
-    with pytest.raises(UserError, match="no logits for each token"):
+    with pytest.raises(UserError, match="does not give logits per token"):
         MaskedLM(network)
     shortening.remove()
     network.register_forward_pre_hook(lambda _m, _i: (_ for _ in ()).throw(ValueError("pixel_values?\nmore")))
