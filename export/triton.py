@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
+from google.protobuf.message import DecodeError
 
 from mlmkit.artifact import (
     DYNAMIC_INT8,
@@ -175,7 +176,10 @@ def batched(model: ir.Model, top_k: int) -> None:
 
 def _write_graph(artifact: Path, version: Path, manifest: Manifest) -> None:
     """Write `version/model.onnx`, or a folder of that name if the weights are in files of their own."""
-    model = ir.load(artifact / GRAPH)
+    try:
+        model = ir.load(artifact / GRAPH)
+    except DecodeError:
+        raise UserError(f"{artifact / GRAPH} is not an ONNX graph: {REEXPORT_HINT}") from None
     for kind, values, tensors in (("input", model.graph.inputs, INPUTS), ("output", model.graph.outputs, OUTPUTS)):
         if {value.name for value in values} != set(tensors):
             raise UserError(f"{artifact / GRAPH} does not have the {kind}s {', '.join(tensors)}: {REEXPORT_HINT}")
