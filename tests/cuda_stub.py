@@ -8,6 +8,7 @@ import ctypes
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import IntEnum
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -99,20 +100,8 @@ def free(kind: str, address: int) -> tuple[Any]:
     return (OK,)
 
 
-def cudaMalloc(size):
-    return allocate("device", size)
-
-
-def cudaMallocHost(size):
-    return allocate("host", size)
-
-
-def cudaFree(devPtr):
-    return free("device", devPtr)
-
-
-def cudaFreeHost(ptr):
-    return free("host", ptr)
+cudaMalloc, cudaMallocHost = partial(allocate, "device"), partial(allocate, "host")
+cudaFree, cudaFreeHost = partial(free, "device"), partial(free, "host")
 
 
 def check_memory(kind: str, address: int, size: int, alignment: int = 1) -> None:

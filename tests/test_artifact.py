@@ -226,34 +226,37 @@ def test_a_mutated_graph_under_a_true_hash_is_refused_or_runs(copy):
 # ------------------------------------------------------------------ other contents under true hashes
 
 
-def test_a_tokenizer_of_another_vocabulary_is_refused(copy, artifact):
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda tokenizer: tokenizer["model"]["vocab"].update(another=600), "ids up to 600 but the model's vocabulary"),
+        (
+            lambda tokenizer: tokenizer["post_processor"]["special_tokens"]["[CLS]"].update(ids=[600]),
+            "the tokenizer has ids up to 600 but the model's vocabulary has 600",
+        ),
+        # makes the tokenizers library panic
+        (lambda tokenizer: tokenizer["post_processor"].update(special_tokens={}), "the tokenizer cannot be read"),
+    ],
+)
+def test_a_tokenizer_of_another_model_is_refused(copy, spoil, message):
     tokenizer = json.loads((copy / "tokenizer.json").read_text())
-    tokenizer["model"]["vocab"]["another"] = 600
+    spoil(tokenizer)
     (copy / "tokenizer.json").write_text(json.dumps(tokenizer))
     rehash(copy)
-    assert "the tokenizer has ids up to 600 but the model's vocabulary has 600" in refused(copy)
+    assert message in refused(copy)
 
 
-@pytest.mark.parametrize("content", ['{"vocab_size": 601}', '{"vocab_size": "600"}', "[]", "{", "\xff", "[" * 99_999])
-def test_a_configuration_of_another_model_is_refused(copy, content):
-    (copy / "config.json").write_bytes(content.encode("latin-1"))
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("config.json", content) for content in
+     ('{"vocab_size": 601}', '{"vocab_size": "600"}', "[]", "{", "\xff", "[" * 99_999)]
+    + [("tokenizer_config.json", content) for content in
+       ("{}", "[]", '{"mask_token": {}}', '{"mask_token": "nowhere"}', "{", "null")],
+)  # fmt: skip
+def test_an_odd_configuration_is_refused(copy, name, content):
+    (copy / name).write_bytes(content.encode("latin-1"))
     rehash(copy)
-    assert "config.json" in refused(copy)
-
-
-@pytest.mark.parametrize("content", ["{}", "[]", '{"mask_token": {}}', '{"mask_token": "nowhere"}', "{", "null"])
-def test_an_odd_tokenizer_configuration_is_refused(copy, content):
-    (copy / "tokenizer_config.json").write_text(content)
-    rehash(copy)
-    assert "tokeni" in refused(copy)
-
-
-def test_a_tokenizer_that_makes_its_library_panic_is_refused(copy):
-    tokenizer = json.loads((copy / "tokenizer.json").read_text())
-    tokenizer["post_processor"]["special_tokens"] = {}
-    (copy / "tokenizer.json").write_text(json.dumps(tokenizer))
-    rehash(copy)
-    assert "the tokenizer cannot be read" in refused(copy)
+    assert {"config.json": "config.json", "tokenizer_config.json": "tokeni"}[name] in refused(copy)
 
 
 def test_a_graph_of_another_contract_is_refused(copy):
