@@ -1,4 +1,4 @@
-# ruff: noqa: N801, N802, N803, N815, N816
+# ruff: noqa: N801, N802, N815, N816
 """A stand-in for `cuda.bindings.runtime`, and the machine that it and tensorrt_stub.py run on.
 
 "Device" memory is host memory that only device calls may touch. Work waits on its stream until that is synchronised.
