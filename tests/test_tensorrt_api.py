@@ -5,10 +5,10 @@ of them lacks, fails here. `bindings.py` makes the stub files.
 """
 
 import json
-import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import bindings
 import pytest
@@ -16,8 +16,58 @@ import pytest
 ROOT = Path(__file__).parents[1]
 RUNTIME = ROOT / "mlmkit/backends/tensorrt"
 SOURCES = [*sorted(RUNTIME.glob("[!r_]*.py")), ROOT / "export/tensorrt.py"]
-PAIRS = {"tensorrt-11": "cuda-13", "tensorrt-10": "cuda-12", "tensorrt-rtx": "cuda-13"}
-# What stands in the sources, what to put in its place, and a word of the error.
+RTX_SOURCES = [*SOURCES, RUNTIME / "rtx.py"]
+PAIRS = [("tensorrt-11", "cuda-13"), ("tensorrt-10", "cuda-12"), ("tensorrt-rtx", "cuda-13")]
+
+
+@pytest.fixture(scope="session")
+def stub(request: pytest.FixtureRequest) -> Any:
+    """The stub file of one of the bindings; skips, with the reason, where they are not available."""
+    stubs: dict[str, str] = {}
+
+    def get(name: str) -> str:
+        if name not in stubs:
+            try:
+                stubs[name] = bindings.write_stub(name, Path(request.config.cache.mkdir("bindings")))
+            except bindings.UnavailableError as error:
+                pytest.skip(str(error))
+        return stubs[name]
+
+    return get
+
+
+def check(folder: Path, sources: list[Path], tensorrt: str, cuda: str) -> list[str]:
+    """What basedpyright finds in the sources: `file: message`. `tensorrt` and `cuda` are stub files."""
+    same = "from tensorrt import *\nfrom tensorrt import __version__ as __version__\n"
+    for package, content in {"tensorrt": tensorrt, "tensorrt_rtx": same, "cuda": "", "cuda/bindings": ""}.items():
+        (folder / "typings" / package).mkdir(parents=True)
+        (folder / "typings" / package / "__init__.pyi").write_text(content)
+    (folder / "typings/cuda/bindings/runtime.pyi").write_text(cuda)
+    settings = {
+        "include": [str(source) for source in sources],
+        "extraPaths": [str(ROOT)],
+        "stubPath": "typings",
+        "typeCheckingMode": "standard",
+        "enableTypeIgnoreComments": False,
+    }
+    (folder / "pyrightconfig.json").write_text(json.dumps(settings))
+    command = [sys.executable, "-m", "basedpyright", "-p", folder, "--pythonpath", sys.executable, "--outputjson"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    report = json.loads(done.stdout)
+    assert report["summary"]["filesAnalyzed"] >= len(sources), done.stderr
+    return [
+        f"{Path(item['file']).name}: {item['message']}"
+        for item in report["generalDiagnostics"]
+        if item["severity"] == "error"
+    ]
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+def test_every_name_and_argument_exists(stub, tmp_path, pair):
+    sources = RTX_SOURCES if pair[0] == "tensorrt-rtx" else SOURCES
+    assert check(tmp_path, sources, stub(pair[0]), stub(pair[1])) == []
+
+
 WRONG = [
     ("builder.create_network(", "builder.create_networks(", "create_networks"),
     ("trt.BuilderFlag.TF32", "trt.BuilderFlag.TF23", "TF23"),
@@ -45,69 +95,14 @@ WRONG = [
 ]
 
 
-@pytest.fixture(scope="session")
-def problems(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, str]]:
-    """What basedpyright finds, by pair of bindings and file; `wrong` holds a file for each entry of `WRONG`.
-
-    One run checks a copy of the sources for each pair. A pair whose bindings cannot be installed is left out.
-    """
-    folder, cache = tmp_path_factory.mktemp("sources"), Path(request.config.cache.mkdir("bindings"))
-    checked: dict[str, dict[str, str]] = {}
-    for tensorrt, cuda in PAIRS.items():
-        try:
-            write_stubs(folder / f"{tensorrt}-stubs", tensorrt, cuda, cache)
-        except bindings.UnavailableError:
-            continue
-        (folder / tensorrt).mkdir()
-        for source in [*SOURCES, *([RUNTIME / "rtx.py"] if tensorrt == "tensorrt-rtx" else [])]:
-            shutil.copy(source, folder / tensorrt / f"uses_{source.name}")  # tensorrt.py and cuda.py would be imported
-        checked[tensorrt] = {}
-    (folder / "wrong").mkdir()
+def test_a_wrong_name_is_found(stub, tmp_path):
+    """All in one run: each wrong use is a file of its own."""
+    wrong = []
     for number, (right, changed, _) in enumerate(WRONG):
         source = next(text for path in SOURCES if right in (text := path.read_text(encoding="utf-8")))
-        (folder / "wrong" / f"{number}.py").write_text(source.replace(right, changed), encoding="utf-8")
-    if "tensorrt-11" in checked:
-        checked["wrong"] = {}
-    environments = [
-        {"root": name, "extraPaths": [f"{'tensorrt-11' if name == 'wrong' else name}-stubs", str(ROOT)]}
-        for name in checked
-    ]
-    settings = {"include": list(checked), "executionEnvironments": environments, "typeCheckingMode": "standard"}
-    (folder / "pyrightconfig.json").write_text(json.dumps(settings))
-    command = [sys.executable, "-m", "basedpyright", "-p", folder, "--pythonpath", sys.executable, "--outputjson"]
-    report = json.loads(subprocess.run(command, capture_output=True, text=True).stdout)
-    assert report["summary"]["filesAnalyzed"] >= len(SOURCES) * bool(checked)
-    for item in report["generalDiagnostics"]:
-        if item["severity"] == "error":
-            file = Path(item["file"])
-            found = checked[file.parent.name]
-            found[file.name] = found.get(file.name, "") + item["message"] + "\n"
-    return checked
-
-
-def write_stubs(folder: Path, tensorrt: str, cuda: str, cache: Path) -> None:
-    """The stub files of a pair, for both names of TensorRT's module."""
-    contents = {
-        "tensorrt": bindings.write_stub(tensorrt, cache),
-        "tensorrt_rtx": "from tensorrt import *\nfrom tensorrt import __version__ as __version__\n",
-        "cuda": "",
-        "cuda/bindings": "",
-        "cuda/bindings/runtime": bindings.write_stub(cuda, cache),
-    }
-    for package, content in contents.items():
-        (folder / package).mkdir(parents=True)
-        (folder / package / "__init__.pyi").write_text(content)
-
-
-@pytest.mark.parametrize("name", PAIRS)
-def test_every_name_and_argument_exists(problems, name):
-    if name not in problems:
-        pytest.skip(f"the bindings of {name} or of {PAIRS[name]} cannot be installed here")
-    assert problems[name] == {}
-
-
-def test_a_wrong_name_is_found(problems):
-    if "wrong" not in problems:
-        pytest.skip("the bindings of TensorRT 11 or CUDA 13 cannot be installed here")
+        wrong.append(tmp_path / f"wrong_{number}.py")
+        wrong[-1].write_text(source.replace(right, changed), encoding="utf-8")
+    problems = check(tmp_path, wrong, stub("tensorrt-11"), stub("cuda-13"))
     for number, (_, changed, word) in enumerate(WRONG):
-        assert word in problems["wrong"].get(f"{number}.py", ""), changed
+        found = [problem for problem in problems if problem.startswith(f"wrong_{number}.py")]
+        assert any(word in problem for problem in found), (changed, found)
