@@ -1,7 +1,7 @@
-"""What the documentation needs beyond mkdocs: links that work on GitHub and on the site alike.
+"""mkdocs hooks: make links work both on GitHub and on the site, and insert the help of the commands.
 
-A link is written as GitHub wants it, relative to the file it stands in. On the site a link to a file outside `docs/`
-leads to the page made of that file, or else to the file on GitHub. One to nothing stays as it is, and fails the build.
+Links are written for GitHub, relative to their file. On the site, a link to a file outside `docs/` leads to the page
+made from that file, or else to the file on GitHub. A broken link is left unchanged and fails the build.
 """
 
 import os
@@ -19,12 +19,12 @@ DOCS = ROOT / "docs"
 PAGES = {"contributing.md": "CONTRIBUTING.md", "changelog.md": "CHANGELOG.md", "recipes.md": "recipes/README.md"}
 REPOSITORY = "https://github.com/mlmkit/mlmkit"
 HELP = "<!-- help of every command -->"
-# Code comes first, so that what looks like a link in it is passed over.
+# Code comes first in the pattern, so that anything like a link inside code is skipped.
 CODE_OR_LINK = re.compile(r"^(?:```|~~~).*?^(?:```|~~~)|`+[^`]+`+|(?<=\]\()(?P<target>[^()\s]+)(?=\))", re.M | re.S)
 
 
 def on_files(files: Files, config: Any) -> Files:
-    """Add the pages that are made of files outside `docs/`."""
+    """Add the pages made from files outside `docs/`."""
     for page, source in PAGES.items():
         if (ROOT / source).exists():
             files.append(File.generated(config, page, abs_src_path=str(ROOT / source)))
@@ -32,7 +32,7 @@ def on_files(files: Files, config: Any) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """Rewrite the page's links, and put the commands' help where it is asked for."""
+    """Rewrite the page's links, and insert the commands' help at its marker."""
     source = Path(page.file.abs_src_path)
     at = (DOCS / page.file.src_uri).parent
 
@@ -44,7 +44,7 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
 
 
 def commands_help() -> str:
-    """A section with `--help`'s text for each command."""
+    """Return one section per command with its `--help` text, as Markdown."""
     group = click.Context(cli, info_name="mlmkit", **{**cli.context_settings, "terminal_width": 96})
     commands = {name: cli.get_command(group, name) for name in cli.list_commands(group)}
     contexts = [group, *(click.Context(found, group, name) for name, found in commands.items() if found)]
@@ -52,7 +52,7 @@ def commands_help() -> str:
 
 
 def site_link(link: str, source: Path, at: Path) -> str:
-    """The link of a file in the folder `source`, for a page of the site in the folder `at`."""
+    """Return a link of a file in the folder `source` as a page of the site in the folder `at` needs it."""
     path, mark, anchor = link.partition("#")
     if not path or ":" in path:
         return link
