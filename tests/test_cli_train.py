@@ -39,7 +39,7 @@ def test_a_dry_run_shows_the_run_and_leaves_nothing(config, capsys, tmp_path):
     ("arguments", "message"),
     [
         ([], "--output is missing"),
-        (["--dry-run", "--sweep", "optim.lr=1,2"], "leave --sweep out"),
+        (["--dry-run", "--sweep", "optim.lr=1,2"], "leave out --sweep"),
         (["--output", "x", "--sweep", "optim.lr=1e-3,1e-2"], "name it with data.held_out"),
         (["--output", "x", "--set", "data.held_out=none.txt"], "none.txt: no such file"),
         (["--output", "x", "--set", "data.weights=[1.0, 2.0]"], "data.weights has 2 numbers for 1 texts"),

@@ -410,7 +410,7 @@ def test_a_step_without_a_target_has_no_loss(tmp_path, text_file, caplog):
     assert 20 > sum(int(found[1]) for found in empty if found) > 8
 
 
-@pytest.mark.parametrize(("kind", "effect"), [("wordpiece", "has no effect"), ("bpe", "hides whole stretches")])
+@pytest.mark.parametrize(("kind", "effect"), [("wordpiece", "has no effect"), ("bpe", "hides long stretches")])
 def test_whole_word_masking_of_text_without_spaces_is_warned_of(tmp_path, caplog, kind, effect):
     text, names = (
         tmp_path / "text.txt",
