@@ -124,21 +124,23 @@ def test_candidates_are_bounded_also_when_only_looked_up(artifact):
         assert refusal(server.ask("/v2/models/bert/infer", {"inputs": inputs})) == (413, "too_many_candidates")
 
 
-@pytest.mark.parametrize("value", ["[],", '"",', '{"a": 0},', "0,", "[0],"])
-def test_values_are_bounded_before_a_body_is_parsed(value, artifact):
+def test_values_are_bounded_before_a_body_is_parsed(artifact):
     """Parsing makes an object of each while nothing else runs: 2 MB of lists stopped the server for a second."""
-    many = f"[{value * 40_000}{value[:-1]}]"
-    fills = [
-        f'{{"inputs": "[MASK]", "options": {{"a": {many}}}}}',
-        f'{{"inputs": {many}}}',
-        f'{{"inputs": "a", "x": {many}}}',
-    ]
-    tensor = f'{{"inputs": [{{"name": "input_ids", "shape": [1, 1], "datatype": "INT64", "data": {many}}}]}}'
+    infer = "/v2/models/bert/infer"
     with running(artifact("bert"), "--max-candidates", "5000") as server:
-        for path, body in [(FILL, fill) for fill in fills] + [("/score", fills[1]), ("/v2/models/bert/infer", tensor)]:
-            assert refusal(server.ask(path, body.encode())) == (413, "too_many_values")
-        texts = [(f'\\"{value}' * 6000)[:6000]] * 40  # values inside a text do not count
-        assert refusal(server.ask("/score", {"inputs": texts})) == (422, "text_too_long")
+        for value in ("[]", '""', '{"a": 0}', "0", "[0]"):
+            many = f"[{f'{value},' * 40_000}{value}]"
+            tensor = f'{{"name": "input_ids", "shape": [1, 1], "datatype": "INT64", "data": {many}}}'
+            for path, body in (
+                (FILL, f'{{"inputs": "[MASK]", "options": {{"a": {many}}}}}'),
+                (FILL, f'{{"inputs": {many}}}'),
+                (FILL, f'{{"inputs": "a", "x": {many}}}'),
+                ("/score", f'{{"inputs": {many}}}'),
+                (infer, f'{{"inputs": [{tensor}]}}'),
+            ):
+                assert refusal(server.ask(path, body.encode())) == (413, "too_many_values"), (path, value)
+            texts = [(f'\\"{value},' * 6000)[:6000]] * 40  # values inside a text do not count
+            assert refusal(server.ask("/score", {"inputs": texts})) == (422, "text_too_long")
 
 
 def test_messages_name_the_field_and_do_not_repeat_the_body(server):
