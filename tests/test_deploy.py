@@ -66,8 +66,8 @@ def test_the_dockerfile_lints():
     linter = Path(sys.executable).with_name("hadolint")
     if not linter.exists():
         pytest.skip("hadolint is not installed: it has no wheel for this machine")
-    found = subprocess.run([linter, ROOT / "Dockerfile"], capture_output=True, text=True)
-    assert (found.returncode, found.stdout) == (0, ""), found.stdout
+    lint = subprocess.run([linter, ROOT / "Dockerfile"], capture_output=True, text=True)
+    assert (lint.returncode, lint.stdout) == (0, ""), lint.stdout
 
 
 @pytest.mark.parametrize(("limit", "expected"), [("100000 100000", 1), ("10000 100000", 1), ("max 100000", None)])

@@ -69,19 +69,19 @@ def test_requests_at_once_get_the_answers_of_fill(address, artifact):
     backend = load(str(artifact("bert")))
     with ThreadPoolExecutor(12) as clients:
         answers = list(clients.map(lambda text: post(address, {"inputs": text}), TEXTS * 8))
-    for text, (status, found) in zip(TEXTS * 8, answers, strict=True):
+    for text, (status, answer) in zip(TEXTS * 8, answers, strict=True):
         assert status == 200
-        lists = found if isinstance(found[0], list) else [found]
+        lists = answer if isinstance(answer[0], list) else [answer]
         for masks, expected in zip(lists, fill(backend, text), strict=True):
             for candidate, wanted in zip(masks, expected, strict=True):
                 assert candidate == {**wanted, "score": pytest.approx(wanted["score"], abs=1e-5)}
 
 
 def test_parameters_and_mistakes(address, artifact):
-    status, found = post(address, {"inputs": TEXTS[0], "parameters": {"top_k": 2, "targets": ["a", "the"]}})
+    status, answer = post(address, {"inputs": TEXTS[0], "parameters": {"top_k": 2, "targets": ["a", "the"]}})
     expected = fill(load(str(artifact("bert"))), TEXTS[0], top_k=2, targets=["a", "the"])[0]
-    assert (status, [one["token"] for one in found]) == (200, [one["token"] for one in expected])
+    assert (status, [one["token"] for one in answer]) == (200, [one["token"] for one in expected])
     for wrong in ({"inputs": "no mask"}, {"inputs": 3}, [], {}, {"inputs": TEXTS[0], "parameters": {"beam": 3}}):
-        status, found = post(address, wrong)
+        status, answer = post(address, wrong)
         assert status == 422, wrong
-        assert found["error_type"] == "invalid_request"
+        assert answer["error_type"] == "invalid_request"

@@ -71,14 +71,14 @@ def test_fill_mask_answers_the_inference_client(server, monkeypatch):
 
     url = server("bert").url
     for client in (InferenceClient(base_url=url), InferenceClient(model=f"{url}/fill-mask")):
-        found = client.fill_mask("The [MASK] is", targets=["the", "is"], top_k=2)
-        assert [item.token_str for item in found] == [
+        candidates = client.fill_mask("The [MASK] is", targets=["the", "is"], top_k=2)
+        assert [item.token_str for item in candidates] == [
             item["token_str"]
             for item in server("bert")
             .ask("/fill-mask", {"inputs": "The [MASK] is", "parameters": {"targets": ["the", "is"], "top_k": 2}})
             .json
         ]
-        assert isinstance(found[0].score, float)
+        assert isinstance(candidates[0].score, float)
 
 
 def test_a_target_of_several_tokens_is_ranked_by_its_first_and_counted_in_a_header(server):
@@ -99,8 +99,8 @@ def test_score_equals_the_library(variant, artifact, server):
     texts = ["The statement raises an exception.", "x", *PORTUGUESE, "a < b && <b>😀</b> [MASK]", ""]
     expected = score_texts(load(str(artifact("roberta"))), texts, variant=variant)
     parameters = {"pll": variant, "per_token": True}
-    found = server("roberta").ask("/score", {"inputs": texts, "parameters": parameters}).json
-    for text, answer, wanted in zip(texts, found, expected, strict=True):
+    answers = server("roberta").ask("/score", {"inputs": texts, "parameters": parameters}).json
+    for text, answer, wanted in zip(texts, answers, expected, strict=True):
         assert answer["pseudo_log_likelihood"] == pytest.approx(wanted.pseudo_log_likelihood, abs=1e-4)
         assert [token["token"] for token in answer["per_token"]] == wanted.token_ids.tolist()
         np.testing.assert_allclose([token["log_prob"] for token in answer["per_token"]], wanted.log_prob, atol=1e-5)
@@ -111,7 +111,7 @@ def test_score_equals_the_library(variant, artifact, server):
             assert answer["pseudo_perplexity"] is None
         for token in answer["per_token"]:
             assert 0 <= token["start"] < token["end"] <= len(text)
-    assert found[-1]["pseudo_log_likelihood"] is None  # no token, so no score
+    assert answers[-1]["pseudo_log_likelihood"] is None  # no token, so no score
     single = server("roberta").ask("/score", {"inputs": texts[0], "parameters": parameters}).json
     assert single["tokens"] == len(expected[0].token_ids)
     assert "per_token" not in server("roberta").ask("/score", {"inputs": "a"}).json
@@ -148,9 +148,9 @@ def test_infer_equals_the_backend(artifact, server, graph_batch):
         assert (answer["model_name"], answer["id"]) == ("bert", "7")
         for output in answer["outputs"]:
             wanted = getattr(expected, output["name"])
-            found = np.array(output["data"]).reshape(output["shape"])
-            assert found.shape == wanted.shape
-            np.testing.assert_allclose(found, wanted, atol=1e-5)
+            values = np.array(output["data"]).reshape(output["shape"])
+            assert values.shape == wanted.shape
+            np.testing.assert_allclose(values, wanted, atol=1e-5)
 
 
 def test_infer_speaks_binary_tensors(artifact, server, graph_batch):
@@ -168,8 +168,8 @@ def test_infer_speaks_binary_tensors(artifact, server, graph_batch):
     size = int(answer.headers["inference-header-content-length"])
     top, log_prob = json.loads(answer.body[:size])["outputs"]
     assert top["parameters"]["binary_data_size"] == len(answer.body) - size
-    found = np.frombuffer(answer.body[size:], "<i8").reshape(top["shape"])
-    np.testing.assert_array_equal(found, expected.top_id)
+    values = np.frombuffer(answer.body[size:], "<i8").reshape(top["shape"])
+    np.testing.assert_array_equal(values, expected.top_id)
     np.testing.assert_allclose(log_prob["data"], expected.log_prob, atol=1e-5)
 
 
@@ -200,7 +200,7 @@ def change(name: str, /, **values: Any) -> Callable[[list[dict[str, Any]]], None
 
 
 @pytest.mark.parametrize(
-    ("damage", "says"),
+    ("damage", "message"),
     [
         (change("input_ids", data=[600] * 10), "input_ids must be from 0 to 599"),
         (change("targets", data=[-1, 0, 0]), "targets must be from 0 to 599"),
@@ -220,12 +220,12 @@ def change(name: str, /, **values: Any) -> Callable[[list[dict[str, Any]]], None
         (lambda inputs: inputs.append(inputs[0]), "each once"),
     ],
 )
-def test_infer_refuses_invalid_tensors(damage, says, server, graph_batch):
+def test_infer_refuses_invalid_tensors(damage, message, server, graph_batch):
     inputs = tensors(*graph_batch)
     damage(inputs)
     answer = server("bert").ask("/v2/models/bert/infer", {"inputs": inputs})
     assert answer.status == 422
-    assert says in answer.json["error"]
+    assert message in answer.json["error"]
 
 
 def test_infer_refuses_an_output_named_twice(server, graph_batch):

@@ -75,11 +75,11 @@ def test_every_row_gets_the_scores_that_it_gets_alone(backend, requests, batch_t
     answers = serving(recorder, use, max_positions, batch_tokens=batch_tokens)
     assert max(len(call.positions) for call in recorder.calls) <= max_positions
     for request, answer in zip(requests, answers, strict=True):
-        for one, found in zip(request, answer, strict=True):
+        for one, scored in zip(request, answer, strict=True):
             expected = backend.score(one)
-            np.testing.assert_allclose(found.log_prob, expected.log_prob, atol=2e-5)
-            np.testing.assert_allclose(found.top_log_prob, expected.top_log_prob, atol=2e-5)
-            assert found.top_id.shape == expected.top_id.shape
+            np.testing.assert_allclose(scored.log_prob, expected.log_prob, atol=2e-5)
+            np.testing.assert_allclose(scored.top_log_prob, expected.top_log_prob, atol=2e-5)
+            assert scored.top_id.shape == expected.top_id.shape
 
 
 class Recorder:

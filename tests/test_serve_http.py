@@ -270,8 +270,8 @@ GZIPPED = gzip.compress(BODY, mtime=0)
 def test_gzip_is_read_and_its_content_is_limited(body, encoding, status, error_type, server):
     if len(body) > 1000:
         body = gzip.compress(body)
-    [(found, answer)] = exchange(server, post(body, more=b"Content-Encoding: %s\r\n" % encoding))
-    assert (found, None if found == 200 else answer["error_type"]) == (status, error_type)
+    [(answer_status, answer)] = exchange(server, post(body, more=b"Content-Encoding: %s\r\n" % encoding))
+    assert (answer_status, None if answer_status == 200 else answer["error_type"]) == (status, error_type)
     if status == 200:
         assert answer == server.ask("/fill-mask", FILL).json
     elif status == 415:

@@ -145,9 +145,9 @@ def test_values_are_bounded_before_a_body_is_parsed(artifact):
 
 def test_messages_name_the_field_and_do_not_repeat_the_body(server):
     body = {"inputs": ["secret", 3], "parameters": {"top_k": "secret"}}
-    said = server.ask(FILL, body).json["error"]
-    assert said.startswith("inputs")
-    assert "secret" not in said
+    message = server.ask(FILL, body).json["error"]
+    assert message.startswith("inputs")
+    assert "secret" not in message
     assert server.ask(FILL, {"inputs": 3}).json["error"] == (
         "inputs: Input should be a valid string, or: Input should be a valid array"
     )
@@ -250,7 +250,7 @@ def test_logs_hold_no_texts_unless_asked(artifact):
 
 
 @pytest.mark.parametrize(
-    ("options", "says"),
+    ("options", "message"),
     [
         (["--max-tokens", "65"], "--max-tokens 65: the model takes at most 64"),
         (["--max-queue-tokens", "63"], "--max-queue-tokens 63 is too small for one text of 64 tokens"),
@@ -264,22 +264,22 @@ def test_logs_hold_no_texts_unless_asked(artifact):
     ],
     ids=str,
 )
-def test_wrong_options_end_in_one_line(options, says, artifact):
+def test_wrong_options_end_in_one_line(options, message, artifact):
     command = [sys.executable, "-m", "mlmkit", "serve", str(artifact("bert")), "--port", "0", *options]
-    found = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert found.returncode == 2
-    lines = found.stderr.splitlines()
+    run = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert run.returncode == 2
+    lines = run.stderr.splitlines()
     assert len(lines) == 1
-    assert says in lines[0]
+    assert message in lines[0]
 
 
 def test_a_taken_port_is_named(artifact):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
         command = [sys.executable, "-m", "mlmkit", "serve", str(artifact("bert")), "--port", port]
-        found = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert (found.returncode, found.stdout) == (2, "")
-    assert found.stderr == f"mlmkit: cannot listen on 127.0.0.1, port {port}: Address already in use\n"
+        run = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert (run.returncode, run.stdout) == (2, "")
+    assert run.stderr == f"mlmkit: cannot listen on 127.0.0.1, port {port}: Address already in use\n"
 
 
 def test_a_checkpoint_is_served_with_torch(checkpoint):

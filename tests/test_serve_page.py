@@ -82,7 +82,7 @@ def ask(server: Server, path: str, text: str, **parameters: Any) -> Any:
 
 
 def fill_in(page: Any, text: str) -> None:
-    """Type a text, ask, and wait for what comes of it."""
+    """Type a text, ask, and wait for the answer."""
     page.fill("#fill-text", text)
     page.click("#fill-button")
     expect(page.locator("#fill-status")).to_have_text(re.compile(r" in \d"))
@@ -124,7 +124,7 @@ def check_bars(shown: list[list[tuple[str, str, float]]], answer: list[list[dict
 
 
 def fill_mask(page: Any, text: str, mask: str, index: int, candidates: list[dict[str, Any]]) -> list[str]:
-    """The page's own texts with each candidate in place of a mask."""
+    """The page's own texts, with each candidate instead of a mask."""
     return page.evaluate(
         """async ([text, mask, index, candidates]) => {
             const { fillMask } = await import("/static/text.js");
@@ -340,7 +340,7 @@ def test_the_token_is_asked_for_and_load_is_said_kindly(open_page: Open, servers
 
     half = f"POST /score HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {TOKEN}\r\nContent-Length: 99\r\n\r\n{{"
     with socket.create_connection(("127.0.0.1", servers["guarded"].port)) as slow:
-        slow.sendall(half.encode())  # the only place is taken while its body is awaited
+        slow.sendall(half.encode())  # it takes the only slot while the server waits for its body
         page.click("#fill-button")
         page.wait_for_selector("#fill-status.error")
     assert page.inner_text("#fill-status") == "The server is busy just now. Please try again in 1 second."

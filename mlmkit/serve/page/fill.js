@@ -91,20 +91,20 @@ async function refresh() {
     results.inert = true;
     return;
   }
-  const found = Array.isArray(answer.data[0]) ? answer.data : [answer.data];
+  const masks = Array.isArray(answer.data[0]) ? answer.data : [answer.data];
   find("filled").hidden = true;
-  results.replaceChildren(...found.map((candidates, index) => showMask(text, candidates, index, found)), note(found));
+  results.replaceChildren(...masks.map((candidates, index) => showMask(text, candidates, index, masks)), note(masks));
   results.inert = box.value !== text;
   find("undo").hidden = !earlier.length;
-  say(status, `${plural(found.length, "mask")} in ${duration(answer.milliseconds)}`);
+  say(status, `${plural(masks.length, "mask")} in ${duration(answer.milliseconds)}`);
 }
 
-const best = (found) => Math.max(...found.map((candidates) => candidates[0].score));
+const best = (masks) => Math.max(...masks.map((candidates) => candidates[0].score));
 
-function showMask(text, candidates, index, found) {
-  const parts = excerpt(text, mask, index).map((part) => showPart(part, index, found.length > 1));
+function showMask(text, candidates, index, masks) {
+  const parts = excerpt(text, mask, index).map((part) => showPart(part, index, masks.length > 1));
   const context = element("p", { class: "context" }, ...parts);
-  const heading = element("h2", {}, found.length > 1 ? `Mask ${index + 1}` : "Mask");
+  const heading = element("h2", {}, masks.length > 1 ? `Mask ${index + 1}` : "Mask");
   const isWhole = (candidate) => !candidate.token_str.includes("\ufffd"); // otherwise only some bytes of a character
   const first = candidates.find(isWhole);
   const rows = candidates.map((candidate) => {
@@ -117,7 +117,7 @@ function showMask(text, candidates, index, found) {
         title: `token ${candidate.token}, probability ${candidate.score.toPrecision(4)}`,
       },
       shownToken(candidate.token_str),
-      showBar(candidate.score / best(found)),
+      showBar(candidate.score / best(masks)),
       element("span", { class: "probability" }, percent(candidate.score)),
     );
     button.addEventListener("click", () => use(index, candidates, candidate));
@@ -144,11 +144,11 @@ function showBar(share) {
   return element("span", { class: "track" }, bar);
 }
 
-function note(found) {
+function note(masks) {
   const alone = "Each mask is judged with the others still masked: the best of each need not go together. ";
   const scale = "All bars share one scale. ";
   const keys = element("span", { class: "keys" }, "↑ ↓ choose, Enter fills.");
-  return element("p", { class: "note" }, found.length > 1 ? alone + scale : "", keys);
+  return element("p", { class: "note" }, masks.length > 1 ? alone + scale : "", keys);
 }
 
 async function use(index, candidates, candidate) {

@@ -41,13 +41,13 @@ function list(entries) {
 
 /** Flattens a nested report, with readable names and numbers. */
 function rows(report, prefix = "") {
-  const found = {};
+  const flat = {};
   for (const [name, value] of Object.entries(report)) {
     const words = prefix + name.replaceAll("_", " ").replaceAll("log prob", "log-probability");
-    if (value !== null && typeof value === "object") Object.assign(found, rows(value, `${words}, `));
-    else found[words] = figure(name, value);
+    if (value !== null && typeof value === "object") Object.assign(flat, rows(value, `${words}, `));
+    else flat[words] = figure(name, value);
   }
-  return found;
+  return flat;
 }
 
 function figure(name, value) {

@@ -81,17 +81,17 @@ function readable(value) {
 
 function showTokens(text, tokens, maskToken) {
   detail.replaceChildren(HINT, element("span", { class: "keys" }, KEYS));
-  const found = segments(text, tokens);
-  const first = found.find((segment) => segment.tokens);
-  find("unscored").hidden = !found.some((segment) => !segment.tokens && segment.text.trim());
-  const parts = found.map((segment, at) => {
+  const pieces = segments(text, tokens);
+  const first = pieces.find((segment) => segment.tokens);
+  find("unscored").hidden = !pieces.some((segment) => !segment.tokens && segment.text.trim());
+  const parts = pieces.map((segment, at) => {
     if (!segment.tokens) return segment.text;
     const surprisal = segment.tokens.reduce((sum, token) => sum + bits(token), 0);
     const level = LEVELS.filter((end) => surprisal >= end).length;
     const part = element(
       "span",
       {
-        class: `token level-${level}${found[at - 1]?.tokens ? " joined" : ""}`,
+        class: `token level-${level}${pieces[at - 1]?.tokens ? " joined" : ""}`,
         role: "button",
         tabindex: segment === first ? "0" : "-1",
         "aria-label": `${segment.text || segment.tokens[0].token_str}, ${surprisal.toFixed(1)} bits`,

@@ -73,10 +73,10 @@ export function segments(text, tokens) {
     }
   }
   const isSpace = (at) => /\s/.test(points[at]);
-  const found = [];
+  const pieces = [];
   let done = 0;
   const add = (start, end, tokens) => {
-    if (end > start || tokens) found.push({ text: points.slice(start, end).join(""), start, end, tokens });
+    if (end > start || tokens) pieces.push({ text: points.slice(start, end).join(""), start, end, tokens });
     done = end;
   };
   for (const group of groups) {
@@ -88,5 +88,5 @@ export function segments(text, tokens) {
     add(start, end, group.tokens);
   }
   add(done, points.length, null);
-  return found;
+  return pieces;
 }
