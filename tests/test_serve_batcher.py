@@ -103,6 +103,19 @@ class Recorder:
         return [call.input_ids.shape for call in self.calls]
 
 
+def with_batcher(**options: Any) -> Callable[[Callable[[Batcher, "Recorder"], Awaitable[None]]], Callable[..., None]]:
+    """Run an asynchronous test with a batcher and the recorder of its calls."""
+
+    def decorate(test: Callable[[Batcher, "Recorder"], Awaitable[None]]) -> Callable[..., None]:
+        def run(backend: Backend) -> None:
+            recorder = Recorder(backend)
+            serving(recorder, lambda batcher: test(batcher, recorder), **options)
+
+        return run
+
+    return decorate
+
+
 async def begin(batcher: Batcher, *requests: list[Batch]) -> list[asyncio.Task[Any]]:
     """Queue the requests, one after the other."""
     tasks = []
@@ -112,33 +125,25 @@ async def begin(batcher: Batcher, *requests: list[Batch]) -> list[asyncio.Task[A
     return tasks
 
 
-def test_many_masks_of_many_requests_share_one_call(backend):
-    recorder = Recorder(backend)
-
-    async def use(batcher: Batcher) -> None:
-        tasks = await begin(batcher, [row(8)], *[[row(8, 1, 2, 3)] for _ in range(6)])
-        recorder.leave.release(2)
-        await asyncio.gather(*tasks)
-
-    serving(recorder, use)
+@with_batcher()
+async def test_many_masks_of_many_requests_share_one_call(batcher: Batcher, recorder: Recorder) -> None:
+    tasks = await begin(batcher, [row(8)], *[[row(8, 1, 2, 3)] for _ in range(6)])
+    recorder.leave.release(2)
+    await asyncio.gather(*tasks)
     assert recorder.shapes == [(1, 8), (6, 8)]
     assert len(recorder.calls[1].positions) == 18
 
 
-def test_long_and_short_texts_do_not_starve_each_other(backend):
-    recorder = Recorder(backend)
+@with_batcher()
+async def test_long_and_short_texts_do_not_starve_each_other(batcher: Batcher, recorder: Recorder) -> None:
     done: list[str] = []
-
-    async def use(batcher: Batcher) -> None:
-        long = await begin(batcher, *[[row(64)] for _ in range(20)])
-        short = await begin(batcher, *[[row(8)] for _ in range(40)])
-        for kind, tasks in (("long", long), ("short", short)):
-            for task in tasks:
-                task.add_done_callback(lambda _, kind=kind: done.append(kind))
-        recorder.leave.release(100)
-        await asyncio.gather(*long, *short)
-
-    serving(recorder, use)
+    long = await begin(batcher, *[[row(64)] for _ in range(20)])
+    short = await begin(batcher, *[[row(8)] for _ in range(40)])
+    for kind, tasks in (("long", long), ("short", short)):
+        for task in tasks:
+            task.add_done_callback(lambda _, kind=kind: done.append(kind))
+    recorder.leave.release(100)
+    await asyncio.gather(*long, *short)
     # Two long ones or sixteen short ones fill a call, and calls alternate while both wait.
     assert "short" in done[:4]
     last_short = len(done) - 1 - done[::-1].index("short")
@@ -146,21 +151,17 @@ def test_long_and_short_texts_do_not_starve_each_other(backend):
     assert done.count("long") == 20
 
 
-def test_a_request_of_many_rows_does_not_delay_the_others(backend):
-    recorder = Recorder(backend)
+@with_batcher()
+async def test_a_request_of_many_rows_does_not_delay_the_others(batcher: Batcher, recorder: Recorder) -> None:
     order: list[str] = []
-
-    async def use(batcher: Batcher) -> None:
-        (large,) = await begin(batcher, [row(16, seed=seed) for seed in range(200)])
-        small = await begin(batcher, [row(16)], [row(16)])
-        large.add_done_callback(lambda _: order.append("large"))
-        small[1].add_done_callback(lambda _: order.append("small"))
-        recorder.leave.release(3)
-        await asyncio.gather(*small)
-        recorder.leave.release(200)
-        await large
-
-    serving(recorder, use)
+    (large,) = await begin(batcher, [row(16, seed=seed) for seed in range(200)])
+    small = await begin(batcher, [row(16)], [row(16)])
+    large.add_done_callback(lambda _: order.append("large"))
+    small[1].add_done_callback(lambda _: order.append("small"))
+    recorder.leave.release(3)
+    await asyncio.gather(*small)
+    recorder.leave.release(200)
+    await large
     assert order == ["small", "large"]
 
 
@@ -183,41 +184,33 @@ def test_calls_keep_to_the_budget_and_to_the_models_limits(backend, lengths, bud
             assert call.attention_mask.all()
 
 
-def test_a_cancelled_request_leaves_the_queue(backend):
-    recorder = Recorder(backend)
-
-    async def use(batcher: Batcher) -> None:
-        first, gone, last = await begin(batcher, [row(8)], [row(40), row(41)], [row(9)])
-        assert batcher.tokens == 90
-        gone.cancel()
-        await asyncio.sleep(0.01)
-        assert batcher.tokens == 9
-        recorder.leave.release(2)
-        await asyncio.gather(first, last)
-        assert not batcher.waiting
-        assert batcher.tokens == 0
-
-    serving(recorder, use)
+@with_batcher()
+async def test_a_cancelled_request_leaves_the_queue(batcher: Batcher, recorder: Recorder) -> None:
+    first, gone, last = await begin(batcher, [row(8)], [row(40), row(41)], [row(9)])
+    assert batcher.tokens == 90
+    gone.cancel()
+    await asyncio.sleep(0.01)
+    assert batcher.tokens == 9
+    recorder.leave.release(2)
+    await asyncio.gather(first, last)
+    assert not batcher.waiting
+    assert batcher.tokens == 0
     assert recorder.shapes == [(1, 8), (1, 9)]
 
 
-def test_a_full_queue_and_too_much_work_are_refused(backend):
-    recorder = Recorder(backend)
-
-    async def use(batcher: Batcher) -> None:
-        tasks = await begin(batcher, [row(8)], [row(60)])
-        with pytest.raises(ApiError) as full:
-            await batcher.score([row(50)])
-        assert (full.value.status, full.value.error_type) == (429, "overloaded")
-        assert int(full.value.headers["Retry-After"]) >= 1
-        with pytest.raises(ApiError) as large:
-            await batcher.score([row(60), row(60)])
-        assert (large.value.status, large.value.error_type) == (413, "too_much_work")
-        recorder.leave.release(2)
-        await asyncio.gather(*tasks)
-        assert await batcher.score([]) == []
-
-    serving(recorder, use, queue_tokens=100)
+@with_batcher(queue_tokens=100)
+async def test_a_full_queue_and_too_much_work_are_refused(batcher: Batcher, recorder: Recorder) -> None:
+    tasks = await begin(batcher, [row(8)], [row(60)])
+    with pytest.raises(ApiError) as full:
+        await batcher.score([row(50)])
+    assert (full.value.status, full.value.error_type) == (429, "overloaded")
+    assert int(full.value.headers["Retry-After"]) >= 1
+    with pytest.raises(ApiError) as large:
+        await batcher.score([row(60), row(60)])
+    assert (large.value.status, large.value.error_type) == (413, "too_much_work")
+    recorder.leave.release(2)
+    await asyncio.gather(*tasks)
+    assert await batcher.score([]) == []
 
 
 def test_an_engine_error_reaches_only_the_requests_of_that_call(backend):
@@ -264,54 +257,44 @@ def test_close_answers_or_refuses_the_requests_in_the_queue(backend):
     serving(recorder, refuse)
 
 
-def test_clients_that_come_back_together_are_waited_for(backend):
-    recorder = Recorder(backend)
-
+@with_batcher(max_wait=5.0)
+async def test_clients_that_come_back_together_are_waited_for(batcher: Batcher, recorder: Recorder) -> None:
     async def client(batcher: Batcher) -> None:
         for _ in range(3):
             await batcher.score([row(8)])
             await asyncio.sleep(0.05)
 
-    async def use(batcher: Batcher) -> None:
-        clients = [asyncio.create_task(client(batcher)) for _ in range(4)]
-        for _ in range(10):
-            await asyncio.sleep(0.5)  # each call takes this long, which bounds the wait
-            recorder.leave.release()
-            if all(task.done() for task in clients):
-                break
-        await asyncio.gather(*clients)
-
-    serving(recorder, use, max_wait=5.0)
+    clients = [asyncio.create_task(client(batcher)) for _ in range(4)]
+    for _ in range(10):
+        await asyncio.sleep(0.5)  # each call takes this long, which bounds the wait
+        recorder.leave.release()
+        if all(task.done() for task in clients):
+            break
+    await asyncio.gather(*clients)
     assert recorder.shapes[-2:] == [(4, 8), (4, 8)]
 
 
-def test_a_request_cancelled_while_its_call_waits_for_more_leaves_nothing(backend):
-    recorder = Recorder(backend)
-
-    async def use(batcher: Batcher) -> None:
-        first, *pair = await begin(batcher, [row(8)], [row(8)], [row(8)])
-        await asyncio.sleep(0.3)  # the next call waits this long for two requests
-        recorder.leave.release(100)
-        await asyncio.gather(first, *pair)
-        batcher._last_seconds = 0.3  # as if the call of two had been slow
-        (alone,) = await begin(batcher, [row(8)])
-        alone.cancel()
-        await asyncio.sleep(0.4)
-        assert len(await batcher.score([row(9)])) == 1
-
-    serving(recorder, use, max_wait=5.0)
+@with_batcher(max_wait=5.0)
+async def test_a_request_cancelled_while_its_call_waits_for_more_leaves_nothing(
+    batcher: Batcher, recorder: Recorder
+) -> None:
+    first, *pair = await begin(batcher, [row(8)], [row(8)], [row(8)])
+    await asyncio.sleep(0.3)  # the next call waits this long for two requests
+    recorder.leave.release(100)
+    await asyncio.gather(first, *pair)
+    batcher._last_seconds = 0.3  # as if the call of two had been slow
+    (alone,) = await begin(batcher, [row(8)])
+    alone.cancel()
+    await asyncio.sleep(0.4)
+    assert len(await batcher.score([row(9)])) == 1
     assert recorder.shapes == [(1, 8), (2, 8), (1, 9)]
 
 
-def test_no_request_waits_longer_than_a_call_takes(backend):
-    recorder = Recorder(backend)
+@with_batcher(max_wait=1000.0)
+async def test_no_request_waits_longer_than_a_call_takes(batcher: Batcher, recorder: Recorder) -> None:
     recorder.leave.release(100)
-
-    async def use(batcher: Batcher) -> None:
-        await asyncio.gather(*(batcher.score([row(8)]) for _ in range(4)))
-        await batcher.score([row(8)])
-
-    serving(recorder, use, max_wait=1000.0)
+    await asyncio.gather(*(batcher.score([row(8)]) for _ in range(4)))
+    await batcher.score([row(8)])
     assert sum(shape[0] for shape in recorder.shapes) == 5
 
 
