@@ -34,7 +34,7 @@ def address(artifact, tmp_path_factory) -> Iterator[str]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    temporary = tempfile.mkdtemp(prefix="ray-")  # not pytest's: Ray's sockets in it need a short path
+    temporary = tempfile.mkdtemp(prefix="ray-")  # not pytest's: Ray's sockets need a short path
     try:
         ray.init(
             address="local",
@@ -44,7 +44,7 @@ def address(artifact, tmp_path_factory) -> Iterator[str]:
             log_to_driver=False,
             _temp_dir=temporary,
         )
-    except Exception as error:  # no shared memory, no time: nothing that is ours
+    except Exception as error:  # too little shared memory or time, say
         pytest.skip(f"Ray does not start on this machine: {error}")
     try:
         serve.start(http_options={"host": "127.0.0.1", "port": port})
