@@ -5,7 +5,7 @@ process of its own:
 
 - the plain loop, as minicons has it: a masked copy per token, padded, and the logits of every position, of which the
   masked one is kept; its batch size is the fastest in a short trial,
-- mlmkit on torch and on ONNX Runtime, through `score_texts`,
+- mlmkit on torch and on ONNX Runtime, through `pseudo_log_likelihood`,
 - mlmkit on a dynamic int8 artifact (what it costs in accuracy differs for a trained model).
 
 The floor is two operations per encoder parameter and real token, at the best rate at which torch multiplies float32
@@ -80,12 +80,14 @@ def plain_loop(source: str) -> Scorer:
 
 
 def mlmkit_scorer(source: str, backend: str) -> Scorer:
-    """`score_texts`, which chooses its own batches."""
+    """`pseudo_log_likelihood`, which chooses its own batches."""
     from mlmkit.backends import load
-    from mlmkit.eval.pseudo import score_texts
+    from mlmkit.eval.score_texts import pseudo_log_likelihood
 
     model = load(source, backend, "cpu")
-    return lambda texts, _: [text.log_prob.tolist() for text in score_texts(model, texts, allow_batch_coupling=True)]
+    return lambda texts, _: [
+        text.log_prob.tolist() for text in pseudo_log_likelihood(model, texts, allow_batch_coupling=True)
+    ]
 
 
 def transformers_reader(source: str, documents: list[str]) -> Callable[[], Pass]:

@@ -23,11 +23,11 @@ LEAST = 0.5  # per cent of a workload; a stage below that everywhere is left out
 STAGES = {
     "the model": "backends/ model.py packing.py loss.py train/step.py",  # backward is called there
     "the optimiser": "train/optimisers.py",
-    "reading, tokenising": "documents.py tokenizer.py corpus.py eval/material.py train/tokenizer.py",
+    "reading, tokenising": "documents.py tokenizer.py corpus.py eval/data.py train/tokenizer.py",
     "hashing": "files.py artifact.py",
-    "masks, packs, batches": "masking.py batching.py train/rows.py train/order.py train/data.py eval/plan.py",
-    "scores into tables": "eval/scoring.py eval/store.py eval/stored.py eval/parts.py eval/passes.py eval/examples.py",
-    "metrics, bootstrap": "eval/measure.py eval/metrics.py eval/slices.py eval/statistics.py",
+    "masks, packs, batches": "masking.py batching.py train/rows.py train/order.py train/data.py eval/rows.py",
+    "scores into tables": "eval/scoring.py eval/results_store.py eval/evaluate.py",
+    "metrics, bootstrap": "eval/metrics.py eval/pairs.py eval/statistics.py",
     "report": "eval/report.py eval/plots.py",
     "making or loading a model": "train/start.py train/presets.py",
     "checkpoints": "train/checkpoints.py",

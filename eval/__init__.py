@@ -1,1 +1,1 @@
-"""Measuring masked language models: deterministic masks, exact pseudo-likelihood, intervals, evidence a token."""
+"""Evaluation of masked language models: deterministic masks, exact pseudo-likelihood, intervals, stored evidence."""

@@ -1,6 +1,9 @@
-"""Comparing evaluations of the same text and positions, with paired intervals."""
+"""Compare evaluations of the same text and positions, with paired intervals.
 
-from collections.abc import Iterator, Sequence
+two stored results → refuse what does not compare → differences of metrics, slices, pairs and single tokens
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,20 +12,21 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from mlmkit.errors import UserError
-from mlmkit.eval.measure import column_count, document_sums, each_slice
 from mlmkit.eval.metrics import FAMILIES, HIGHER_IS_BETTER, PER_TEXT, UNKNOWN_LIMIT, WITHOUT_INTERVAL, describe_unknown
-from mlmkit.eval.pair_metrics import ESTIMATORS, pair_columns, pair_groups
+from mlmkit.eval.pairs import ACCURACIES, pair_columns, pair_groups
+from mlmkit.eval.results_store import StoredResult, load_result, read_blocks
 from mlmkit.eval.statistics import Bootstrap, Estimator, finite, percentiles
-from mlmkit.eval.stored import Stored, load_result, read_blocks
 
-# Metrics that mean the same whatever the tokens are.
-TOKENIZER_FREE = ("pseudo_log_likelihood", *PER_TEXT)
+TOKENIZER_FREE = frozenset({"pseudo_log_likelihood", *PER_TEXT})  # metrics that mean the same for any tokenizer
+POSITION = ["document", "offset", "token_id", "input_id"]  # columns that identify a scored token and its mask
 
 
 def compare(folders: Sequence[Path], top: int = 20) -> dict[str, Any]:
-    """Each evaluation against the first: differences (its value less the first's), intervals, p-values, tokens.
+    """Compare each evaluation with the first one: differences (its value minus the first's), intervals, p-values.
 
-    Raises `UserError`, with the reason, for evaluations of different text, masks or metrics.
+    Returns `first` and `comparisons`: a description of each result, and for the others `metrics`, `slices`, `pairs`
+    and the `top` tokens whose scores differ most. Raises `UserError`, with the reason, for evaluations of different
+    text, masks or metrics.
     """
     first, *others = [load_result(folder) for folder in folders]
     return {
@@ -31,158 +35,184 @@ def compare(folders: Sequence[Path], top: int = 20) -> dict[str, Any]:
     }
 
 
-def _describe(stored: Stored) -> dict[str, Any]:
+def _describe(stored: StoredResult) -> dict[str, Any]:
     result = stored.result
-    model, backend = result["model"], result["backend"]
+    model, source = result["model"], result["corpus"]["source"]
     return {
         "folder": str(stored.folder),
         "model": model["path"],
         "architecture": model["architecture"],
         "precision": model["precision"],
-        "backend": backend["name"],
-        "set": result["corpus"]["source"]["set"] or result["corpus"]["source"]["location"],
+        "backend": result["backend"]["name"],
+        "set": source["set"] or source["location"],
         "variant": (result["pseudo"] or {}).get("variant"),
         "unknown": result["unknown"],
     }
 
 
-def _compare(a: Stored, b: Stored, top: int) -> dict[str, Any]:
+def _compare(a: StoredResult, b: StoredResult, top: int) -> dict[str, Any]:
     one, two = a.result, b.result
     if one["corpus"]["fingerprint"] != two["corpus"]["fingerprint"]:
         raise UserError(
             f"{a.folder} and {b.folder} measure different texts (corpus fingerprints {one['corpus']['fingerprint']} "
             f"and {two['corpus']['fingerprint']}): evaluate both on the same"
         )
-    common = [name for name in one["digests"] if name in two["digests"]]
-    if not common:
+    seeds: dict[str, list[int | None]] = {}
+    for name in one["digests"]:
+        if name in two["digests"]:
+            metric, _, seed = name.partition("-")
+            seeds.setdefault(metric, []).append(int(seed) if seed else None)
+    if not seeds:
         raise UserError(
             f"{a.folder} measures {' and '.join(one['digests'])}, {b.folder} {' and '.join(two['digests'])}: "
             "they share nothing to compare"
         )
-    other_tokens, other_tokenizer = False, one["model"]["tokenizer"] != two["model"]["tokenizer"]
-    seeds: dict[str, list[int | None]] = {}
-    for name in common:
-        metric, _, number = name.partition("-")
-        seed = int(number) if number else None
-        seeds.setdefault(metric, []).append(seed)
-        is_same = one["digests"][name] == two["digests"][name]
-        if is_same and other_tokenizer:  # a digest covers positions and masks, under which the tokens may still differ
-            is_same = all(_is_same(*tables) for tables in _token_blocks(a, b, metric, seed))
-        if is_same:
-            continue
-        if not (metric == "pseudo" and other_tokenizer and one["pseudo"]["sample"] == two["pseudo"]["sample"] == 1):
-            why = "their tokenizers differ: compare --metric pseudo" if other_tokenizer else "use the same recipe"
-            raise UserError(
-                f"{a.folder} and {b.folder} scored different positions or tokens ({name} digests "
-                f"{one['digests'][name]} and {two['digests'][name]}): {why}"
-            )
-        other_tokens = True
-    found: dict[str, Any] = {"metrics": {}, "slices": {}, "tokens": []}
+    checks = [_check_positions(a, b, metric, seed) for metric in seeds for seed in seeds[metric]]
+    same_tokens = all(checks)
     unknown = max(one["unknown"], two["unknown"], key=lambda side: side["character_share"])
-    if other_tokens and unknown["character_share"] > UNKNOWN_LIMIT:
+    is_lossy = unknown["character_share"] > UNKNOWN_LIMIT
+    if not same_tokens and is_lossy:
         raise UserError(f"{a.folder}, {b.folder}: their tokenizers differ, and in one {describe_unknown(unknown)}")
     if "pairs" in one:
-        found["metrics"], found["pairs"] = _compare_pairs(a, b)
-        return found
-    for metric, wanted in seeds.items():
-        names = set(TOKENIZER_FREE if other_tokens else FAMILIES[metric].estimators)
-        names -= set(PER_TEXT if unknown["character_share"] > UNKNOWN_LIMIT else ())
-        _compare_scores(a, b, metric, wanted, names, found)
-    if not other_tokens:
-        found["tokens"] = _largest_differences(a, b, next(iter(seeds)), next(iter(seeds.values()))[0], top)
-    return found
+        metrics, groups = _compare_pairs(a, b)
+        return {"metrics": metrics, "slices": {}, "tokens": [], "pairs": groups}
+    metrics, slices = {}, {}
+    for metric in seeds:
+        names = set(FAMILIES[metric].estimators if same_tokens else TOKENIZER_FREE) - set(PER_TEXT if is_lossy else ())
+        differences, slice_differences = _compare_scores(a, b, metric, seeds[metric], names)
+        metrics |= differences
+        slices |= {metric: slice_differences} if slice_differences else {}
+    metric = next(iter(seeds))
+    tokens = _largest_differences(a, b, metric, seeds[metric][0], top) if same_tokens else []
+    return {"metrics": metrics, "slices": slices, "tokens": tokens}
+
+
+def _check_positions(a: StoredResult, b: StoredResult, metric: str, seed: int | None) -> bool:
+    """Whether both scored the same tokens at the same positions in a pass.
+
+    Other tokens are accepted only of complete pseudo-likelihoods with two tokenizers. Raises `UserError` otherwise.
+    """
+    one, two = a.result, b.result
+    name = metric if seed is None else f"{metric}-{seed}"
+    other_tokenizer = one["model"]["tokenizer"] != two["model"]["tokenizer"]
+    is_same = one["digests"][name] == two["digests"][name]
+    if is_same and other_tokenizer:  # a digest covers positions and masks, but not the masked tokens
+        is_same = all(
+            left.select(POSITION).equals(right.select(POSITION)) for left, right in _tokens(a, b, metric, seed)
+        )
+    if is_same:
+        return True
+    samples = {(result["pseudo"] or {}).get("sample") for result in (one, two)}
+    if metric == "pseudo" and other_tokenizer and samples == {1.0}:
+        return False
+    why = "their tokenizers differ: compare --metric pseudo" if other_tokenizer else "use the same recipe"
+    raise UserError(
+        f"{a.folder} and {b.folder} scored different positions or tokens ({name} digests "
+        f"{one['digests'][name]} and {two['digests'][name]}): {why}"
+    )
 
 
 def _compare_scores(
-    a: Stored, b: Stored, metric: str, seeds: list[int | None], names: set[str], found: dict[str, Any]
-) -> None:
-    """Add the differences of a metric's `names` to `found`, and those of its slices."""
-    family, width = FAMILIES[metric], column_count(metric)
-    draws = Bootstrap(a.result["corpus"]["documents"], 2 * width)
-    sides = [[read_blocks(side.folder, metric, seed) for seed in seeds] for side in (a, b)]
-    for left, right in zip(zip(*sides[0], strict=True), zip(*sides[1], strict=True), strict=True):
+    a: StoredResult, b: StoredResult, metric: str, seeds: list[int | None], names: set[str]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Differences of the metrics in `names`, and those of the slices by slicing and label."""
+    family = FAMILIES[metric]
+    draws = Bootstrap(a.result["corpus"]["documents"], 2 * family.column_count)
+    sides = [zip(*(read_blocks(side.folder, metric, seed) for seed in seeds), strict=True) for side in (a, b)]
+    for stretches in zip(*sides, strict=True):
         sums = []
-        for side, stretch in ((a, left), (b, right)):
-            sums.append(np.sum([document_sums(metric, *tables, side.mask_id) for tables in stretch], axis=0))
+        for side, stretch in zip((a, b), stretches, strict=True):
+            mask_id = side.result["model"]["mask_id"]
+            sums.append(np.sum([family.document_sums(*tables, mask_id) for tables in stretch], axis=0))
         draws.add(np.concatenate(sums, axis=1))
 
-    def difference(name: str, estimator: Estimator, columns: slice) -> dict[str, Any]:
-        other = slice(columns.start + width, columns.stop + width)
-        tokens = [int(draws.totals[side][0]) for side in (columns, other)]
-        return {**paired_difference(name, estimator, draws, columns, other), "tokens": tokens}
+    def differences(estimators: Mapping[str, Estimator], one: slice) -> dict[str, Any]:
+        two = slice(one.start + family.column_count, one.stop + family.column_count)
+        tokens = [int(draws.totals[side][0]) for side in (one, two)]
+        return {
+            name: {**paired_difference(name, estimator, draws, one, two), "tokens": tokens}
+            for name, estimator in estimators.items()
+            if name in names
+        }
 
-    for name, estimator in family.estimators.items():
-        if name in names:
-            found["metrics"][name] = difference(name, estimator, slice(0, width))
-    for split, label, columns in each_slice(metric):
+    slices: dict[str, Any] = {}
+    for slicing, label, columns in family.slices():
         if draws.totals[columns][0] and names.issuperset(family.slice_estimators):
-            rows = {name: difference(name, estimator, columns) for name, estimator in family.slice_estimators.items()}
-            found["slices"].setdefault(metric, {}).setdefault(split, {})[label] = rows
+            slices.setdefault(slicing, {})[label] = differences(family.slice_estimators, columns)
+    return differences(family.estimators, slice(0, family.column_count)), slices
 
 
 def paired_difference(name: str, estimator: Estimator, draws: Bootstrap, one: slice, two: slice) -> dict[str, Any]:
-    """B less A: the same documents are drawn for both, so what makes a document hard for either cancels.
+    """The value of columns `two` minus that of columns `one`, with a paired interval and a p-value.
 
-    The p-value is twice the smaller share of draws on the other side of zero, counting the observed one (Davison and
-    Hinkley 1997, section 4.2). A draw without a scored token has no difference, and counts for both sides.
+    The same documents are drawn for both, so what makes a document hard for either cancels. The p-value is twice the
+    smaller share of draws on the other side of zero, counting the observed one (Davison and Hinkley 1997, section
+    4.2). A draw without a scored token has no difference, and counts for both sides.
     """
     with np.errstate(all="ignore"):
         values = [finite(estimator(draws.totals[side])) for side in (one, two)]
         changes = estimator(draws.resampled[:, two]) - estimator(draws.resampled[:, one])
     documents = int(min(draws.documents[one][0], draws.documents[two][0]))
-    change, low, high, p_value = (None,) * 4
-    if None not in values:
-        change = values[1] - values[0]
+    difference = low = high = p_value = None
+    if values[0] is not None and values[1] is not None:
+        difference = values[1] - values[0]
         if documents > 1 and name not in WITHOUT_INTERVAL:
             low, high = map(finite, percentiles(changes))
             fewest = min(int((~(changes > 0)).sum()), int((~(changes < 0)).sum()))
             p_value = min(1.0, 2 * (fewest + 1) / (len(changes) + 1))
-    better = "higher" if any(part in name for part in HIGHER_IS_BETTER) else "lower"
-    found = {"better": better, "a": values[0], "b": values[1], "difference": change}
-    return {**found, "low": low, "high": high, "p_value": p_value, "documents": documents}
+    return {
+        "better": "higher" if any(part in name for part in HIGHER_IS_BETTER) else "lower",
+        "a": values[0],
+        "b": values[1],
+        "difference": difference,
+        "low": low,
+        "high": high,
+        "p_value": p_value,
+        "documents": documents,
+    }
 
 
-def _compare_pairs(a: Stored, b: Stored) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Pair accuracies, overall and by group, resampling pairs."""
+def _compare_pairs(a: StoredResult, b: StoredResult) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Differences of pair accuracies, overall and by group, from resampling pairs."""
     columns = np.concatenate([pair_columns(side.folder) for side in (a, b)], axis=1)
     width = columns.shape[1] // 2
 
-    def differences(rows: NDArray[np.float64]) -> dict[str, Any]:
-        draws = Bootstrap(len(rows), rows.shape[1])
+    def group_differences(rows: NDArray[np.float64]) -> dict[str, Any]:
+        draws = Bootstrap(*rows.shape)
         draws.add(rows)
-        one, two = slice(0, width), slice(width, 2 * width)
-        found = {name: paired_difference(name, estimator, draws, one, two) for name, estimator in ESTIMATORS.items()}
-        return {name: {**row, "pairs": row.pop("documents")} for name, row in found.items()}
+        sides = slice(0, width), slice(width, 2 * width)
+        differences = {
+            name: paired_difference(name, estimator, draws, *sides) for name, estimator in ACCURACIES.items()
+        }
+        return {name: {**row, "pairs": row.pop("documents")} for name, row in differences.items()}
 
     groups: dict[str, Any] = {}
     for plural, names in pair_groups(a.folder).items():
-        groups[plural] = {name: differences(columns[names == name]) for name in sorted(set(names.tolist()) - {""})}
-    return differences(columns), groups
+        groups[plural] = {
+            name: group_differences(columns[names == name]) for name in sorted(set(names.tolist()) - {""})
+        }
+    return group_differences(columns), groups
 
 
-def _largest_differences(a: Stored, b: Stored, metric: str, seed: int | None, top: int) -> list[dict[str, Any]]:
+def _largest_differences(
+    a: StoredResult, b: StoredResult, metric: str, seed: int | None, top: int
+) -> list[dict[str, Any]]:
     """The tokens whose log-probabilities differ most, the largest difference first."""
     largest: list[dict[str, Any]] = []
-    for left, right in _token_blocks(a, b, metric, seed):
+    for left, right in _tokens(a, b, metric, seed):
         change = right["log_prob"].to_numpy().astype(np.float64) - left["log_prob"].to_numpy()
         rows = np.argsort(-np.abs(change), kind="stable")[:top]
         sides = (table.take(rows).to_pylist() for table in (left, right))
         for one, two, difference in zip(*sides, change[rows].tolist(), strict=True):
             entry = {name: one[name] for name in ("document", "offset", "token")} | {"metric": metric}
-            entry |= {f"{name}_a": one[name] for name in ("log_prob", "rank")}
-            entry |= {f"{name}_b": two[name] for name in ("log_prob", "rank")}
+            for letter, side in (("a", one), ("b", two)):
+                entry |= {f"log_prob_{letter}": side["log_prob"], f"rank_{letter}": side["rank"]}
             largest.append({**entry, "difference": difference})
         largest = sorted(largest, key=lambda entry: -abs(entry["difference"]))[:top]
     return largest
 
 
-def _token_blocks(a: Stored, b: Stored, metric: str, seed: int | None) -> Iterator[tuple[pa.Table, pa.Table]]:
-    """Both results' rows of a pass, the same documents at a time."""
+def _tokens(a: StoredResult, b: StoredResult, metric: str, seed: int | None) -> Iterator[tuple[pa.Table, pa.Table]]:
+    """Both results' token rows of a pass, the same documents at a time."""
     blocks = (read_blocks(side.folder, metric, seed) for side in (a, b))
     return ((left, right) for (left, _), (right, _) in zip(*blocks, strict=True))
-
-
-def _is_same(left: pa.Table, right: pa.Table) -> bool:
-    """Whether both score the same tokens, in the same places and behind the same mask."""
-    place = ["document", "offset", "token_id", "input_id"]
-    return left.select(place).equals(right.select(place))

@@ -1,4 +1,10 @@
-"""Evaluating a model: passes over parts, gathered into tables, measured, and the record of it all."""
+"""Evaluate a model.
+
+    data → parts → rows of each pass (`rows`) → scores (`scoring`) → stored parts (`results_store`)
+    stored parts → tokens.parquet + documents.parquet → metrics (`metrics`, `pairs`) → result.json → report.html
+
+Every part is stored as soon as it is scored, so an interrupted evaluation resumes after its last part.
+"""
 
 import platform
 import sys
@@ -8,7 +14,10 @@ from contextlib import ExitStack
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
+
+import numpy as np
+import pyarrow as pa
 
 from mlmkit import __version__
 from mlmkit.backends import Backend, capacity
@@ -16,29 +25,28 @@ from mlmkit.console import progress
 from mlmkit.corpus import Corpus, warn_of_words
 from mlmkit.distributed import Ranks
 from mlmkit.errors import UserError
-from mlmkit.eval.examples import token_examples
-from mlmkit.eval.material import Material
-from mlmkit.eval.measure import measure, spread
-from mlmkit.eval.metrics import PER_TEXT, UNKNOWN_LIMIT
-from mlmkit.eval.pair_metrics import measure_pairs
-from mlmkit.eval.pairs import PairMaterial
-from mlmkit.eval.parts import Part, cut_parts
-from mlmkit.eval.passes import Pass, Settings
-from mlmkit.eval.plan import Plan
+from mlmkit.eval.data import EvalData, Part, cut_parts
+from mlmkit.eval.metrics import PER_TEXT, UNKNOWN_LIMIT, measure, seed_spread
+from mlmkit.eval.pairs import PairData, measure_pairs
 from mlmkit.eval.report import write_report
+from mlmkit.eval.result import RESULT_FORMAT, Result, Timing
+from mlmkit.eval.results_store import PartRecord, ResultsStore, StoredResult, read_blocks, token_table
+from mlmkit.eval.rows import Pass, Rows, Settings
 from mlmkit.eval.scoring import refuse_batch_coupling, score_parts
 from mlmkit.eval.sets import EvalSet
-from mlmkit.eval.store import PartFacts, Store, part_facts, token_table
-from mlmkit.eval.stored import RESULT_FORMAT, Stored
 from mlmkit.files import locked
 from mlmkit.masking import DIGEST_MODULUS, format_digest
+from mlmkit.tokenizer import Tokenizer
 
-Facts = dict[str, list[PartFacts]]  # by pass
+EXAMPLES = 12
+CONTEXT = 14  # tokens shown on either side of an example
+
+Records = dict[str, list[PartRecord]]  # by name of the pass
 
 
-def evaluate(
+def run_evaluation(
     backend: Backend,
-    material: Material,
+    data: EvalData,
     settings: Settings,
     folder: Path,
     *,
@@ -48,90 +56,81 @@ def evaluate(
     overwrite: bool = False,
     report: bool = False,
     ranks: Ranks | None = None,
-) -> dict[str, Any]:
-    """Measure a model into `folder` and return its `result.json`; on other ranks than the first, nothing.
+) -> Result:
+    """Evaluate a model into `folder`, with the HTML page if `report`, and return its `result.json`.
 
-    What an interrupted call with the same arguments left in `folder` is not done again. With `report`, the page is
-    written too. Raises `UserError` for unusable text, options or another evaluation there, and `CheckError` when a
+    A call with the same arguments resumes what an interrupted one left in `folder`, and returns a finished result at
+    once. All `ranks` share the parts; those other than the first return an empty result.
+
+    Raises `UserError` for unusable text or options, or if another evaluation is in `folder`, and `CheckError` when a
     score is not finite.
     """
     ranks = ranks or Ranks()
     began = time.perf_counter()
     refuse_batch_coupling(backend, allow_batch_coupling)
-    passes = settings.passes(material.chosen())
-    store = Store(folder, _identity(backend, material, settings))
+    passes = settings.passes(data.pseudo_targets())
+    store = ResultsStore(folder, _identity(backend, data, settings))
     with ExitStack() as stack:
         ranks.from_first(lambda: stack.enter_context(locked(folder)))
         finished, store.folder = ranks.from_first(lambda: (store.finished(overwrite=overwrite), store.folder))
         if finished:
             if report and ranks.is_first:
-                write_report(Stored(store.final, finished))
+                write_report(StoredResult(store.final, finished))
             return finished
         if ranks.is_first:
             stack.enter_context(store.working())
         if ranks.is_first and ranks.world > 1:
-            material.corpus()  # tokenised once for all
+            data.corpus()  # tokenised once for all ranks
         ranks.barrier()
         for item in passes:
-            _score(backend, material, item, store, batch_tokens, ranks)
+            _score_pass(backend, data, item, store, batch_tokens, ranks)
         ranks.barrier()
         if not ranks.is_first:
-            return {}
-        facts = {item.name: store.parts(item.name) for item in passes}
-        _require_tokens(passes, facts, material, store)
+            return cast(Result, {})
+        records = {item.name: store.parts(item.name) for item in passes}
+        _require_tokens(passes, records, data, store)
         if settings.recipe.whole_word and "masked" in settings.metrics:
-            warn_of_words(material.corpus())
-        unknown = _unknown(material.corpus(), store.gather(facts, material, backend.tokenizer))
-        result: dict[str, Any] = {
-            "format": RESULT_FORMAT,
-            "unknown": unknown,
-            **_measured(store.folder, settings, material, backend.tokenizer.mask_id, facts),
-            **_record(backend, material, settings, passes, facts),
-            "set": asdict(declared) if declared else None,
-            "identity": store.identity,
-            "examples": token_examples(store.folder, passes[0], material.corpus(), backend.tokenizer),
-            "seconds": time.perf_counter() - began,
-        }
-        if unknown["character_share"] > UNKNOWN_LIMIT:
-            nothing = {"value": None, "low": None, "high": None}
-            result["metrics"] |= {name: nothing for name in PER_TEXT if name in result["metrics"]}
+            warn_of_words(data.corpus())
+        unknown_tokens = store.write_tables(records, data, backend.tokenizer)
+        result = _build_result(backend, data, settings, passes, records, store, unknown_tokens)
+        result["set"] = asdict(declared) if declared else None
+        result["seconds"] = time.perf_counter() - began
         result = store.finish(result)
         if report:
-            write_report(Stored(store.final, result))
+            write_report(StoredResult(store.final, result))
         return result
 
 
-def _score(backend: Backend, material: Material, item: Pass, store: Store, batch_tokens: int, ranks: Ranks) -> None:
-    """One pass: every part that is this rank's and not yet done, written as it is finished."""
+def _score_pass(
+    backend: Backend, data: EvalData, item: Pass, store: ResultsStore, batch_tokens: int, ranks: Ranks
+) -> None:
+    """Score and store every part of a pass that is this rank's and not stored yet."""
     room, tokenizer = capacity(backend), backend.tokenizer
 
-    def work(parts: Iterator[Part]) -> Iterator[tuple[Part, Plan]]:
+    def remaining(parts: Iterator[Part]) -> Iterator[tuple[Part, Rows]]:
         for part in parts:
             if part.index % ranks.world != ranks.rank or store.part(item.name, part.index):
                 bar.advance(task, len(part.corpus))
             else:
-                yield part, item.plan(part, tokenizer, room)
+                yield part, item.rows(part, tokenizer, room)
 
     with progress() as bar:
-        task = bar.add_task(f"{item.name}, documents", total=material.known_size())
-        planned = work(cut_parts(material.blocks(), item.cost))
+        task = bar.add_task(f"{item.name}, documents", total=data.known_size())
+        work = remaining(cut_parts(data.blocks(), item.cost))
         began = time.perf_counter()
-        for part, plan, scores in score_parts(
-            backend,
-            planned,
-            batch_tokens=batch_tokens,
-            advance=lambda documents: bar.advance(task, documents),
+        for part, rows, scores in score_parts(
+            backend, work, batch_tokens=batch_tokens, advance=lambda documents: bar.advance(task, documents)
         ):
-            facts = part_facts(part, plan, tokenizer, time.perf_counter() - began)
-            store.write_part(item.name, part.index, token_table(item, part, plan, scores, tokenizer), facts)
+            record = PartRecord.of(part, rows, tokenizer, time.perf_counter() - began)
+            store.write_part(item.name, part.index, token_table(item, part, rows, scores, tokenizer), record)
             began = time.perf_counter()
 
 
-def _identity(backend: Backend, material: Material, settings: Settings) -> dict[str, Any]:
-    """What an evaluation must share with an unfinished one to go on with it; a batch size changes nothing."""
+def _identity(backend: Backend, data: EvalData, settings: Settings) -> dict[str, Any]:
+    """What a call must share with an unfinished evaluation to resume it. A different batch size is fine."""
     return {
         "format": RESULT_FORMAT,
-        "text": material.identity(),
+        "text": data.identity(),
         "model": backend.info.fingerprint,
         "tokenizer": backend.tokenizer.fingerprint,
         "backend": [backend.name, backend.device, backend.info.precision],
@@ -139,110 +138,159 @@ def _identity(backend: Backend, material: Material, settings: Settings) -> dict[
     }
 
 
-def _require_tokens(passes: Sequence[Pass], facts: Facts, material: Material, store: Store) -> None:
-    """Raise `UserError` when a metric has no token at all."""
+def _require_tokens(passes: Sequence[Pass], records: Records, data: EvalData, store: ResultsStore) -> None:
+    """Raise `UserError` when a kind of score has no token."""
     problems = {
         "masked": "the masks select no token (never an unknown one): use more text or a higher --mask-prob",
         "pseudo": "there is no token to score",
     }
     for metric in {item.metric for item in passes}:
-        if not any(part.scored for item in passes if item.metric == metric for part in facts[item.name]):
+        if not any(record.scored for item in passes if item.metric == metric for record in records[item.name]):
             store.discard()
-            raise UserError(f"{material.describe()['location']}: {problems[metric]}")
+            raise UserError(f"{data.source['location']}: {problems[metric]}")
 
 
-def _measured(folder: Path, settings: Settings, material: Material, mask_id: int, facts: Facts) -> dict[str, Any]:
-    """The numbers: everything that follows from the two tables."""
-    documents, digests = len(material.corpus()), {name: format_digest(_digest(parts)) for name, parts in facts.items()}
-    masked = [f"masked-{seed}" for seed in settings.mask_seeds if "masked" in settings.metrics]
-    # Without masked passes, of the positions that pseudo-likelihood scored.
-    digest = sum(int(digests[name], 16) for name in masked or digests) % DIGEST_MODULUS
-    found: dict[str, Any] = {"metrics": {}, "mask_digest": format_digest(digest), "digests": digests, "slices": {}}
-    if masked:
-        measured = measure(folder, "masked", settings.mask_seeds, documents, mask_id)
-        found["metrics"] |= measured.metrics
-        found["slices"]["masked"] = measured.slices
-        if len(masked) > 1:
-            by_seed = {
-                seed: {"mask_digest": digests[f"masked-{seed}"], **values} for seed, values in measured.by_seed.items()
-            }
-            found["mask_seeds"] = {"by_seed": by_seed, "spread": spread(measured.by_seed)}
-    if isinstance(material, PairMaterial):
-        found["metrics"], found["pairs"] = measure_pairs(folder)
-    elif "pseudo" in settings.metrics:
-        measured = measure(folder, "pseudo", [None], documents, mask_id)
-        found["metrics"] |= measured.metrics
-        found["slices"]["pseudo"] = measured.slices
-    return found
+# ---------------------------------------------------------------- result.json
 
 
-def _unknown(corpus: Corpus, tokens: int) -> dict[str, Any]:
-    """How much of the text the tokenizer has no token for: counts, and shares of all tokens and all characters."""
-    shares = {"token_share": tokens / len(corpus.ids), "character_share": corpus.unknown_share}
-    return {"tokens": tokens, "characters": int(corpus.text_sizes[:, 3].sum()), **shares}
-
-
-def _record(
-    backend: Backend, material: Material, settings: Settings, passes: Sequence[Pass], facts: Facts
-) -> dict[str, Any]:
-    """What was measured, by what, and how fast."""
-    by_metric: dict[str, list[PartFacts]] = {}
+def _build_result(
+    backend: Backend,
+    data: EvalData,
+    settings: Settings,
+    passes: Sequence[Pass],
+    records: Records,
+    store: ResultsStore,
+    unknown_tokens: int,
+) -> Result:
+    """The result of an evaluation whose tables are in the store's folder, but for its `set` and `seconds`."""
+    corpus, mask_id, described = data.corpus(), backend.tokenizer.mask_id, settings.describe()
+    lengths = corpus.lengths
+    words, characters, size, unknown_characters = corpus.text_sizes.sum(axis=0).tolist()
+    by_metric: Records = {}
     for item in passes:
-        by_metric.setdefault(item.metric, []).extend(facts[item.name])
-    scored = {metric: sum(part.scored for part in parts) for metric, parts in by_metric.items()}
-    described = settings.describe()
-    masking = {"seed": settings.mask_seeds[0], "selected": scored.get("masked", 0)}
-    return {
-        "corpus": _describe_corpus(material, capacity(backend)),
-        "masking": {**described["masking"], **masking},
+        by_metric.setdefault(item.metric, []).extend(records[item.name])
+    scored = {metric: sum(record.scored for record in parts) for metric, parts in by_metric.items()}
+    digests = {name: sum(int(record.digest, 16) for record in parts) for name, parts in records.items()}
+    masked = [item.name for item in passes if item.metric == "masked"]
+    result: Result = {
+        "format": RESULT_FORMAT,
+        "unknown": {
+            "tokens": unknown_tokens,
+            "characters": unknown_characters,
+            "token_share": unknown_tokens / len(corpus.ids),
+            "character_share": corpus.unknown_share,
+        },
+        "metrics": {},
+        "mask_digest": _format_digest(sum(digests[name] for name in masked or digests)),
+        "digests": {name: _format_digest(digest) for name, digest in digests.items()},
+        "slices": {},
+        "corpus": {
+            "source": data.source,
+            "fingerprint": corpus.fingerprint,
+            "documents": len(corpus),
+            "empty_texts": corpus.empty_texts,
+            "documents_without_tokens": int((lengths == 0).sum()),
+            "windowed_documents": int((lengths > capacity(backend)).sum()),
+            "tokens": int(lengths.sum()),
+            "words": words,
+            "characters": characters,
+            "bytes": size,
+        },
+        "masking": {**described["masking"], "seed": settings.mask_seeds[0], "selected": scored.get("masked", 0)},
         "pseudo": described["pseudo"],
         "scored": scored,
         "model": {
-            **asdict(backend.info),
+            **cast(Any, asdict(backend.info)),
             "tokenizer": backend.tokenizer.fingerprint,
-            "mask_id": backend.tokenizer.mask_id,
+            "mask_id": mask_id,
         },
         "backend": {"name": backend.name, "device": backend.device},
         "batch_coupling": backend.info.couples_batch,
         "timing": {metric: _timing(parts) for metric, parts in by_metric.items()},
         "versions": _versions(),
         "command": sys.argv,
+        "set": None,
+        "identity": store.identity,
+        "examples": _token_examples(store.folder, passes[0], corpus, backend.tokenizer),
+        "seconds": 0.0,
     }
+    for metric in by_metric:
+        if metric == "pseudo" and isinstance(data, PairData):
+            pair_metrics, result["pairs"] = measure_pairs(store.folder)
+            result["metrics"] |= pair_metrics
+            continue
+        seeds = settings.mask_seeds if metric == "masked" else [None]
+        measured = measure(store.folder, metric, seeds, len(corpus), mask_id)
+        result["metrics"] |= measured.metrics
+        result["slices"][metric] = measured.slices
+        if len(seeds) > 1:
+            digest_of = {seed: result["digests"][f"masked-{seed}"] for seed in measured.by_seed}
+            by_seed = {seed: {"mask_digest": digest_of[seed], **own} for seed, own in measured.by_seed.items()}
+            result["mask_seeds"] = {"by_seed": by_seed, "spread": seed_spread(measured.by_seed)}
+    if corpus.unknown_share > UNKNOWN_LIMIT:
+        for name in result["metrics"].keys() & PER_TEXT:
+            result["metrics"][name] = {"value": None, "low": None, "high": None}
+    return result
 
 
-def _digest(facts: Sequence[PartFacts]) -> int:
-    return sum(int(part.digest, 16) for part in facts) % DIGEST_MODULUS
+def _format_digest(digest: int) -> str:
+    return format_digest(digest % DIGEST_MODULUS)
 
 
-def _timing(facts: Sequence[PartFacts]) -> dict[str, float]:
-    seconds = sum(part.seconds for part in facts)
-    rows, tokens = (sum(getattr(part, name) for part in facts) for name in ("rows", "tokens"))
-    return {"seconds": seconds, "rows": rows, "tokens_per_second": tokens / seconds}
-
-
-def _describe_corpus(material: Material, room: int) -> dict[str, Any]:
-    corpus = material.corpus()
-    lengths = corpus.lengths
-    words, characters, size, _ = corpus.text_sizes.sum(axis=0).tolist()
-    return {
-        "source": material.describe(),
-        "fingerprint": corpus.fingerprint,
-        "documents": len(corpus),
-        "empty_texts": corpus.empty_texts,
-        "documents_without_tokens": int((lengths == 0).sum()),
-        "windowed_documents": int((lengths > room).sum()),
-        "tokens": int(lengths.sum()),
-        "words": words,
-        "characters": characters,
-        "bytes": size,
-    }
+def _timing(parts: Sequence[PartRecord]) -> Timing:
+    seconds, tokens = sum(part.seconds for part in parts), sum(part.tokens for part in parts)
+    return {"seconds": seconds, "rows": sum(part.rows for part in parts), "tokens_per_second": tokens / seconds}
 
 
 def _versions() -> dict[str, str]:
-    found = {"mlmkit": __version__, "python": platform.python_version()}
+    versions = {"mlmkit": __version__, "python": platform.python_version()}
     for package in ("numpy", "onnxruntime", "onnxruntime-gpu", "tokenizers", "torch", "transformers"):
         try:
-            found[package] = version(package)
+            versions[package] = version(package)
         except PackageNotFoundError:
             continue
-    return found
+    return versions
+
+
+def _token_examples(folder: Path, item: Pass, corpus: Corpus, tokenizer: Tokenizer) -> dict[str, list[dict[str, Any]]]:
+    """The `worst` and `best` tokens of a pass, at most one per document, each with its neighbours and their scores."""
+    chosen: dict[str, list[tuple[float, int, dict[str, Any]]]] = {"worst": [], "best": []}
+    for tokens, _ in read_blocks(folder, item.metric, item.mask_seed):
+        log_prob, document = tokens["log_prob"].to_numpy(), tokens["document"].to_numpy()
+        for name, sign in (("worst", 1.0), ("best", -1.0)):
+            order = np.argsort(sign * log_prob, kind="stable")
+            first_of_document = np.sort(np.unique(document[order], return_index=True)[1])
+            for row in order[first_of_document[:EXAMPLES]].tolist():
+                example = _in_context(tokens, row, corpus, tokenizer)
+                chosen[name].append((sign * float(log_prob[row]), int(document[row]), example))
+            chosen[name] = sorted(chosen[name])[:EXAMPLES]
+    return {name: [example for _, _, example in examples] for name, examples in chosen.items()}
+
+
+def _in_context(tokens: pa.Table, row: int, corpus: Corpus, tokenizer: Tokenizer) -> dict[str, Any]:
+    token = tokens.slice(row, 1).to_pylist()[0]
+    document, offset = token["document"], token["offset"]
+    begin, end = np.searchsorted(tokens["document"].to_numpy(), [document, document + 1]).tolist()
+    neighbours = tokens.slice(begin, end - begin)
+    log_prob = dict(zip(neighbours["offset"].to_pylist(), neighbours["log_prob"].to_pylist(), strict=True))
+    first, length = int(corpus.starts[document]), int(corpus.starts[document + 1] - corpus.starts[document])
+    shown = range(max(offset - CONTEXT, 0), min(offset + CONTEXT + 1, length))
+    words = [int(corpus.words[first + at]) for at in shown]
+    return {
+        "document": document,
+        "offset": offset,
+        "log_prob": token["log_prob"],
+        "rank": token["rank"],
+        "shown": tokenizer.readable(token["input_id"]),
+        "guess": None if token["top_id"] is None else tokenizer.readable(token["top_id"]),
+        "target": offset - shown.start,
+        "cut": [shown.start > 0, shown.stop < length],
+        "tokens": [
+            {
+                "text": tokenizer.readable(int(corpus.ids[first + at])),
+                "begins_word": number == 0 or words[number] < 0 or words[number] != words[number - 1],
+                "log_prob": log_prob.get(at),
+            }
+            for number, at in enumerate(shown)
+        ],
+    }

@@ -1,6 +1,6 @@
-"""Minimal pairs: which of two sentences does the model prefer, and by how many of them is it right.
+"""Minimal pairs: how often does the model prefer the better of two sentences?
 
-A pair is two documents, the better sentence first; what is scored is their pseudo-log-likelihood.
+file, zip or hub dataset → `Pair`s → documents 2i (better) and 2i + 1 (worse) → pseudo-log-likelihoods → accuracies
 """
 
 import io
@@ -17,12 +17,16 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from mlmkit.corpus import tokenize
 from mlmkit.documents import checked_text, csv_rows, is_table, json_rows, read_rows
 from mlmkit.errors import UserError
-from mlmkit.eval.material import InMemory
+from mlmkit.eval.data import EvalData
+from mlmkit.eval.result import Metrics
+from mlmkit.eval.results_store import DOCUMENTS, read_blocks
+from mlmkit.eval.statistics import Estimator, bootstrap, sum_by
 from mlmkit.tokenizer import Tokenizer
 from mlmkit.windows import ranges
 
@@ -30,9 +34,12 @@ SCORINGS = ("all", "shared")
 LARGEST_UNPACKED = 256 << 20  # bytes, of a zip; BLiMP has 27 MB
 
 
+# ---------------------------------------------------------------- reading
+
+
 @dataclass(frozen=True)
 class Pair:
-    """`good` should be the more probable. `phenomenon` and `paradigm` are its coarser and finer group, "" for none."""
+    """`good` should be more probable. `phenomenon` and `paradigm` are its coarser and finer group, "" for none."""
 
     good: str
     bad: str
@@ -41,17 +48,18 @@ class Pair:
     id: str = ""
 
     @property
-    def is_whole(self) -> bool:
-        """Whether neither sentence is white space only."""
-        return bool(self.good.strip() and self.bad.strip())
+    def has_empty_sentence(self) -> bool:
+        """Whether a sentence is whitespace only."""
+        return not (self.good.strip() and self.bad.strip())
 
 
 @dataclass(frozen=True)
 class PairColumns:
-    """Where a row holds a pair. `a.b` reaches into nested rows, `a|b` takes the first that is there.
+    """Where a row holds a pair. `a.b` reaches into nested rows, `a|b` takes the first that exists.
 
-    With `label`, `good` and `bad` name a list, and the parallel list `label` says which entry is which. `scoring`:
-    `all` scores whole sentences, `shared` the tokens that both share alone (CrowS-Pairs).
+    With `label`, `good` and `bad` name a list of sentences, and the parallel list `label` says which entry is which.
+    `scoring`: `all` scores whole sentences, `shared` only the tokens that both have in common (CrowS-Pairs). Raises
+    `UserError` for another scoring.
     """
 
     good: str = "sentence_good"
@@ -70,46 +78,56 @@ class PairColumns:
 
 
 def read_pairs(location: str, columns: PairColumns) -> list[Pair]:
-    """Pairs from a `.jsonl`, `.csv`, `.tsv` or `.parquet` file, a `.zip` of `.jsonl` files, or `hub:...`, `*` for every
-    configuration.
+    """Read pairs from a `.jsonl`, `.csv`, `.tsv` or `.parquet` file, a `.zip` of `.jsonl` files, or `hub:...`.
 
-    Raises `UserError` naming the row that has no pair.
+    In a hub location, `*` stands for every configuration. Raises `UserError` for a file that cannot be read or holds
+    no pairs, and naming the row for one that holds no pair.
     """
-    pairs = [_pair(row, columns, place) for place, row in _rows(location)]
-    if not any(pair.is_whole for pair in pairs):
-        raise UserError(f"{location}: there are no pairs in it")
+    if Path(location).suffix.lower() == ".zip":
+        rows = _zip_rows(location)
+    elif is_table(location):
+        rows = read_rows(location)
+    else:
+        raise UserError(f"{location}: pairs are read from .jsonl, .csv, .tsv, .parquet and .zip files")
+    pairs = [_pair(row, columns, where) for where, row in rows]
+    if all(pair.has_empty_sentence for pair in pairs):
+        raise UserError(f"{location}: it holds no pairs")
     return pairs
 
 
 def keep_pairs(pairs: Iterable[Pair], listing: Path) -> list[Pair]:
-    """The pairs that a table names, with columns `UID` (paradigm) and `pairIDs` (separated by commas)."""
+    """The pairs that a table lists, with columns `UID` (paradigm) and `pairIDs` (separated by commas).
+
+    Raises `UserError` for a file that is not such a table, or that lists pairs that do not exist.
+    """
     rows = [row for _, row in csv_rows(listing, "\t")]
     if not rows or not {"UID", "pairIDs"} <= rows[0].keys():
         raise UserError(f"{listing}: not a table of pairs to keep: it needs columns UID and pairIDs")
     wanted = {(row["UID"], id) for row in rows for id in row["pairIDs"].split(",")}
     kept = [pair for pair in pairs if (pair.paradigm, pair.id) in wanted]
     if len(kept) < len(wanted):
-        raise UserError(f"{listing} names {len(wanted)} pairs, of which {len(kept)} are there")
+        raise UserError(f"{listing} lists {len(wanted)} pairs, of which {len(kept)} exist")
     return kept
 
 
-def _pair(row: dict[str, Any], columns: PairColumns, place: str) -> Pair:
-    good, bad = _value(row, columns.good, place), _value(row, columns.bad, place)
+def _pair(row: dict[str, Any], columns: PairColumns, where: str) -> Pair:
+    good, bad = _value(row, columns.good, where), _value(row, columns.bad, where)
     if columns.label:
-        labels = _value(row, columns.label, place)
-        if not all(isinstance(found, list) and len(found) == len(good) for found in (good, bad, labels)):
-            raise UserError(f"{place}: {columns.good!r} and {columns.label!r} are not lists of one length")
+        labels = _value(row, columns.label, where)
+        if not all(isinstance(values, list) and len(values) == len(good) for values in (good, bad, labels)):
+            raise UserError(f"{where}: {columns.good!r} and {columns.label!r} are not lists of one length")
         if columns.good_label not in labels or columns.bad_label not in labels:
-            raise UserError(f"{place}: no sentence is labelled {columns.good_label!r} or {columns.bad_label!r}")
+            raise UserError(f"{where}: no sentence is labelled {columns.good_label!r} or {columns.bad_label!r}")
         good, bad = good[labels.index(columns.good_label)], bad[labels.index(columns.bad_label)]
-    named = {name: str(_value(row, getattr(columns, name), place)) for name in ("phenomenon", "paradigm", "id")}
-    for name, value in named.items():
-        checked_text(value, f"{place}, field {getattr(columns, name)!r}")
-    good, bad = checked_text(good, f"{place}, {columns.good!r}"), checked_text(bad, f"{place}, {columns.bad!r}")
-    return Pair(good, bad, **named)
+    groups = {}
+    for name in ("phenomenon", "paradigm", "id"):
+        column = getattr(columns, name)
+        groups[name] = checked_text(str(_value(row, column, where)), f"{where}, field {column!r}")
+    good, bad = checked_text(good, f"{where}, {columns.good!r}"), checked_text(bad, f"{where}, {columns.bad!r}")
+    return Pair(good, bad, **groups)
 
 
-def _value(row: dict[str, Any], column: str, place: str) -> Any:
+def _value(row: dict[str, Any], column: str, where: str) -> Any:
     if not column:
         return ""
     for alternative in column.split("|"):
@@ -118,16 +136,8 @@ def _value(row: dict[str, Any], column: str, place: str) -> Any:
             value = value.get(key) if isinstance(value, dict) else None
         if value is not None:
             return value
-    known = f"{place} has no field {column!r} (it has {', '.join(map(str, row))})"
-    raise UserError(f"{known}: name the columns in a set of your own (docs/evaluation.md)")
-
-
-def _rows(location: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    if Path(location).suffix.lower() == ".zip":
-        return _zip_rows(location)
-    if is_table(location):
-        return read_rows(location)
-    raise UserError(f"{location}: pairs are read from .jsonl, .csv, .tsv, .parquet and .zip files")
+    problem = f"{where} has no field {column!r} (it has {', '.join(map(str, row))})"
+    raise UserError(f"{problem}: name the columns in a set of your own (docs/evaluation.md)")
 
 
 def _zip_rows(location: str) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -139,7 +149,7 @@ def _zip_rows(location: str) -> Iterator[tuple[str, dict[str, Any]]]:
                 if name.lower().endswith(".jsonl") and not name.startswith("__MACOSX"):
                     with io.TextIOWrapper(archive.open(name), encoding="utf-8-sig", newline="\n") as lines:
                         yield from json_rows(f"{location}/{name}", lines)
-    # RuntimeError: encrypted, or compressed in a way that Python does not know
+    # RuntimeError: encrypted, or compressed in a way that Python does not support
     except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, RuntimeError, EOFError, OSError, ValueError) as error:
         cause = str(error) or type(error).__name__
         raise UserError(f"{location}: cannot be read: {cause}: unpack it, and name the .jsonl file in it") from None
@@ -148,55 +158,136 @@ def _zip_rows(location: str) -> Iterator[tuple[str, dict[str, Any]]]:
 # ---------------------------------------------------------------- as documents to be scored
 
 
-class PairMaterial(InMemory):
+class PairData(EvalData):
     """Pairs as a corpus: documents 2i and 2i + 1 are the better and the worse sentence of pair i.
 
-    Pairs with a sentence of white space only are left out, and counted as `empty_texts`.
+    Pairs with a whitespace-only sentence are left out and counted as `empty_texts`. `source` says where the pairs came
+    from.
     """
 
-    def __init__(self, given: Sequence[Pair], tokenizer: Tokenizer, origin: dict[str, Any], scoring: str) -> None:
-        self.pairs, self.scoring, self._origin = [pair for pair in given if pair.is_whole], scoring, origin
-        pairs = self.pairs
-        texts = [text for pair in pairs for text in (pair.good, pair.bad)]
-        corpus, self._tokenizer = tokenize(texts, tokenizer), tokenizer
-        # Groups are part of what is measured: other labels on the same sentences are another corpus.
+    def __init__(self, given: Sequence[Pair], tokenizer: Tokenizer, source: dict[str, Any], scoring: str) -> None:
+        self.pairs = pairs = [pair for pair in given if not pair.has_empty_sentence]
+        self._tokenizer = tokenizer
+        corpus = tokenize([text for pair in pairs for text in (pair.good, pair.bad)], tokenizer)
+        # The groups are part of what is measured: the same sentences with other labels are another corpus.
         labels = json.dumps([(pair.phenomenon, pair.paradigm, pair.id) for pair in pairs] + [scoring])
         fingerprint = blake2b((corpus.fingerprint + labels).encode(), digest_size=16).hexdigest()
-        super().__init__(replace(corpus, fingerprint=fingerprint, empty_texts=len(given) - len(pairs)))
+        corpus = replace(corpus, fingerprint=fingerprint, empty_texts=len(given) - len(pairs))
+        super().__init__(corpus, {**source, "scoring": scoring})
 
-    def describe(self) -> dict[str, Any]:
-        return {**self._origin, "scoring": self.scoring}
+    def pseudo_targets(self) -> NDArray[np.int64] | None:
+        """With `shared` scoring, the flat indices of the tokens that the two sentences have in common.
 
-    def chosen(self) -> NDArray[np.int64] | None:
-        """With `shared`, the tokens that the two sentences have in common.
-
-        They are what `difflib.SequenceMatcher` calls equal between the two token sequences with their special tokens,
-        as in the script of Nangia et al. 2020.
+        They are those that `difflib.SequenceMatcher` matches between the two token sequences with their special
+        tokens, as in the script of Nangia et al. 2020.
         """
-        if self.scoring == "all":
+        if self.source["scoring"] == "all":
             return None
-        corpus, spans, begins = self._corpus, [], len(self._tokenizer.prefix)
+        corpus, spans, prefix = self.corpus(), [], len(self._tokenizer.prefix)
         for pair in range(len(self.pairs)):
             starts, ends = corpus.starts[2 * pair : 2 * pair + 2], corpus.starts[2 * pair + 1 : 2 * pair + 3]
             framed = [self._tokenizer.frame(corpus.ids[a:b]).tolist() for a, b in zip(starts, ends, strict=True)]
             for match in SequenceMatcher(None, *framed).get_matching_blocks():
-                for start, end, place in zip(starts, ends, (match.a, match.b), strict=True):
-                    first = max(int(start) + place - begins, int(start))
-                    spans.append((first, min(int(start) + place - begins + match.size, int(end)) - first))
-        begin, size = np.array(spans, dtype=np.int64).reshape(-1, 2).T
-        return np.sort(ranges(begin, np.maximum(size, 0)))
+                for start, end, matched in zip(starts, ends, (match.a, match.b), strict=True):
+                    begin = int(start) + matched - prefix
+                    first = max(begin, int(start))
+                    spans.append((first, min(begin + match.size, int(end)) - first))
+        first, size = np.array(spans, dtype=np.int64).reshape(-1, 2).T
+        return np.sort(ranges(first, np.maximum(size, 0)))
 
-    def columns(self, begin: int, end: int) -> dict[str, pa.Array]:
+    def document_columns(self, begin: int, end: int) -> dict[str, pa.Array]:
+        documents = np.arange(begin, end)
         pairs = [self.pairs[document // 2] for document in range(begin, end)]
         same = [self._ids(document & ~1) == self._ids(document | 1) for document in range(begin, end)]
-        return {
-            "pair": pa.array(np.arange(begin, end) // 2),
-            "is_good": pa.array(np.arange(begin, end) % 2 == 0),
-            "same_ids": pa.array(same),
-            "phenomenon": pa.array([pair.phenomenon for pair in pairs]),
-            "paradigm": pa.array([pair.paradigm for pair in pairs]),
-            "id": pa.array([pair.id for pair in pairs]),
-        }
+        columns = {"pair": documents // 2, "is_good": documents % 2 == 0, "same_ids": same}
+        columns |= {name: [getattr(pair, name) for pair in pairs] for name in ("phenomenon", "paradigm", "id")}
+        return {name: pa.array(values) for name, values in columns.items()}
 
     def _ids(self, document: int) -> bytes:
-        return self._corpus.ids[self._corpus.starts[document] : self._corpus.starts[document + 1]].tobytes()
+        starts = self.corpus().starts
+        return self.corpus().ids[starts[document] : starts[document + 1]].tobytes()
+
+
+# ---------------------------------------------------------------- accuracies
+
+COUNT, UNSCORED, CORRECT, TIE, CORRECT_PER_TOKEN, TIE_PER_TOKEN = range(6)  # columns of `pair_columns`
+ACCURACIES: dict[str, Estimator] = {
+    "pair_accuracy": lambda totals: totals[..., CORRECT] / totals[..., COUNT],
+    "pair_accuracy_per_token": lambda totals: totals[..., CORRECT_PER_TOKEN] / totals[..., COUNT],
+}
+GROUPS = {"phenomenon": "phenomena", "paradigm": "paradigms"}
+
+
+def measure_pairs(folder: Path) -> tuple[Metrics, dict[str, Any]]:
+    """Metrics, and `pairs` of the result: counts, ties, and the accuracies of each group, with intervals.
+
+    A pair is right only if the better sentence has the strictly greater PLL. Sentences with the same ids tie, whatever
+    the last bits say. A sentence without a scored token has no PLL, so its pair is neither right nor a tie.
+    """
+    scores = _sentence_scores(folder)
+    columns = _pair_columns(scores)
+    metrics = bootstrap(columns, ACCURACIES)
+    described: dict[str, Any] = _counts(columns)
+    for plural, names in pair_groups(folder).items():
+        groups = {name: columns[names == name] for name in dict.fromkeys(names.tolist()) if name}
+        if groups:
+            described[plural] = {
+                name: {**_counts(rows), **bootstrap(rows, ACCURACIES)} for name, rows in sorted(groups.items())
+            }
+        if groups and plural == "paradigms":
+            metrics |= _macro_accuracy(columns, names, list(groups))
+    for name, sentences in (("good", scores[::2]), ("bad", scores[1::2])):
+        perplexity = {f"pseudo_perplexity_{name}": lambda totals: np.exp(-totals[..., 1] / totals[..., 0])}
+        metrics |= bootstrap(sentences, perplexity)
+    return metrics, described
+
+
+def pair_columns(folder: Path) -> NDArray[np.float64]:
+    """For each pair `[pairs, 6]`: 1, unscored, right, tied, and the latter two by mean log-probability per token."""
+    return _pair_columns(_sentence_scores(folder))
+
+
+def pair_groups(folder: Path) -> dict[str, NDArray[np.str_]]:
+    """The names of each pair's phenomenon and paradigm, `[pairs]` each; "" for none."""
+    labels = pq.read_table(folder / DOCUMENTS, columns=list(GROUPS))
+    return {plural: np.array(labels[column].to_pylist()[::2]) for column, plural in GROUPS.items()}
+
+
+def _sentence_scores(folder: Path) -> NDArray[np.float64]:
+    """For each sentence `[2 * pairs, 3]`: scored tokens, PLL, and whether both of its pair have the same ids."""
+    scores = []
+    for tokens, documents in read_blocks(folder, "pseudo", None):
+        document = tokens["document"].to_numpy() - documents["document"][0].as_py()
+        log_prob, same = tokens["log_prob"].to_numpy(), documents["same_ids"].to_numpy()
+        sums = [sum_by(values, document, len(documents)) for values in (np.ones(len(log_prob)), log_prob)]
+        scores.append(np.stack([*sums, same], axis=1))
+    return np.concatenate(scores)
+
+
+def _pair_columns(scores: NDArray[np.float64]) -> NDArray[np.float64]:
+    count, total = scores[:, 0], scores[:, 1]
+    is_same = scores[::2, 2] == 1
+    mean = np.divide(total, count, out=np.zeros_like(total), where=count > 0)
+    is_scored = (count[::2] > 0) & (count[1::2] > 0)
+    columns = [np.ones(len(is_same)), ~is_scored]
+    for score in (total, mean):
+        good, bad = score[::2], score[1::2]
+        columns += [is_scored & (good > bad) & ~is_same, is_scored & ((good == bad) | is_same)]
+    return np.stack(columns, axis=1).astype(np.float64)
+
+
+def _counts(columns: NDArray[np.float64]) -> dict[str, int]:
+    sums = columns.sum(axis=0).astype(int).tolist()
+    names = {"pairs": COUNT, "ties": TIE, "ties_per_token": TIE_PER_TOKEN, "unscored": UNSCORED}
+    return {name: sums[column] for name, column in names.items()}
+
+
+def _macro_accuracy(columns: NDArray[np.float64], names: NDArray[np.str_], groups: list[str]) -> Metrics:
+    """The mean of the paradigms' accuracies, all weighted equally."""
+    membership = names[:, None] == np.array(groups)
+    sums = np.concatenate([columns[:, [COUNT]], membership, membership * columns[:, [CORRECT]]], axis=1)
+    end = len(groups) + 1
+    estimators: dict[str, Estimator] = {
+        "pair_accuracy_macro": lambda totals: np.nanmean(totals[..., end:] / totals[..., 1:end], axis=-1)
+    }
+    return bootstrap(sums.astype(np.float64), estimators)

@@ -1,190 +1,287 @@
-"""`report.html`: one page without a network, from a finished evaluation's stored files alone."""
+"""Results and comparisons for people: `report.html`, `compare.html`, and the comparison's lines for the terminal.
+
+The pages need no network and are made from stored results alone.
+"""
 
 import logging
 import math
 import os
+from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from mlmkit.errors import UserError, require
 from mlmkit.eval.metrics import CALIBRATION_BINS, calibration_bin, describe_unknown
+from mlmkit.eval.results_store import REPORT, StoredResult, read_blocks
 from mlmkit.eval.statistics import RESAMPLES
-from mlmkit.eval.stored import REPORT, Stored, read_blocks
 from mlmkit.files import write_text
 
 log = logging.getLogger(__name__)
 
-LARGEST_LOSS = 14.0
-LOSS_BINS = 28
-PROBABILITY_BINS = 20
-# What the page leads with, by task, and how each number is written.
-HEADLINES = {
-    "masked_cross_entropy": ("masked cross-entropy", "nats a token", "{:.4f}"),
+LARGEST_LOSS, LOSS_BINS, PROBABILITY_BINS = 14.0, 28, 20
+ROUNDING = 1e-6  # scores are float32
+HEADLINES = {  # the cards of the report: label, unit, format
+    "masked_cross_entropy": ("masked cross-entropy", "nats per token", "{:.4f}"),
     "masked_perplexity": ("masked perplexity", "", "{:,.2f}"),
     "masked_accuracy": ("masked accuracy", "", "{:.2%}"),
     "masked_top5_accuracy": ("top-5 accuracy", "", "{:.2%}"),
     "mean_reciprocal_rank": ("mean reciprocal rank", "", "{:.4f}"),
     "expected_calibration_error": ("calibration error", "", "{:.2%}"),
-    "pseudo_perplexity": ("pseudo-perplexity", "a token", "{:,.2f}"),
-    "pseudo_perplexity_per_word": ("pseudo-perplexity", "a word", "{:,.4g}"),
-    "pseudo_perplexity_per_character": ("pseudo-perplexity", "a character", "{:,.4f}"),
+    "pseudo_perplexity": ("pseudo-perplexity", "per token", "{:,.2f}"),
+    "pseudo_perplexity_per_word": ("pseudo-perplexity", "per word", "{:,.4g}"),
+    "pseudo_perplexity_per_character": ("pseudo-perplexity", "per character", "{:,.4f}"),
     "bits_per_byte": ("bits per byte", "", "{:.4f}"),
     "pseudo_log_likelihood": ("pseudo-log-likelihood", "nats", "{:,.1f}"),
-    "pair_accuracy": ("pairs right", "by the sum", "{:.2%}"),
-    "pair_accuracy_per_token": ("pairs right", "by the mean a token", "{:.2%}"),
+    "pair_accuracy": ("pairs right", "by PLL", "{:.2%}"),
+    "pair_accuracy_per_token": ("pairs right", "by PLL per token", "{:.2%}"),
     "pair_accuracy_macro": ("pairs right", "mean of paradigms", "{:.2%}"),
     "pseudo_perplexity_good": ("pseudo-perplexity", "better sentences", "{:,.2f}"),
     "pseudo_perplexity_bad": ("pseudo-perplexity", "worse sentences", "{:,.2f}"),
 }
-SPLITS = {
+SLICINGS = {
     "frequency": ("token frequency", "How often the token occurs in this corpus."),
     "position": ("position", "Tokens before it in its document."),
     "length": ("document length", "Tokens in its document."),
     "piece": ("word or subword", "Whether the token is a whole word, or the first or a later piece of one."),
     "treatment": ("treatment", "What the model saw in its place: the mask, a random token, or the token itself."),
 }
+SLICE_METRICS = {  # drawn by slice: metric, label of the axis
+    "masked": ("masked_cross_entropy", "cross-entropy, nats"),
+    "pseudo": ("pseudo_perplexity", "pseudo-perplexity"),
+}
+
+# ---------------------------------------------------------------- the report of a result
 
 
-def write_report(stored: Stored) -> bool:
-    """Write the page into an evaluation's folder, if what it needs (`mlmkit[report]`) is installed; whether it did.
+def write_report(stored: StoredResult) -> bool:
+    """Write `report.html` into an evaluation's folder. Returns False if `mlmkit[report]` is not installed.
 
-    A read-only folder is left as it is, with a warning.
+    A read-only folder gets a warning and no report, and returns False too.
     """
     if find_spec("jinja2") is None or find_spec("matplotlib") is None:
         return False
     if not os.access(stored.folder, os.W_OK):
         log.warning("%s is read-only: %s stays as it is", stored.folder, REPORT)
         return False
-    render("report.html.jinja", stored.folder / REPORT, **_content(stored))
+    result = stored.result
+    metric = "masked" if "masked" in result["scored"] else "pseudo"
+    declared = result["set"] or {}
+    references = [item for item in declared.get("reference", []) if item["metric"] in result["metrics"]]
+    pairs = result.get("pairs", {})
+    figures, pairs_figure = _figures(stored, metric, pairs.get("phenomena") or pairs.get("paradigms"), references)
+    _render(
+        "report.html.jinja",
+        stored.folder / REPORT,
+        result=result,
+        unknown=describe_unknown(result["unknown"]),
+        metric=metric,
+        title=declared.get("name") or Path(result["corpus"]["source"]["location"]).name,
+        model=Path(result["model"]["path"]).name,
+        headlines=[(*HEADLINES[name], value) for name, value in result["metrics"].items() if name in HEADLINES],
+        figures=figures,
+        pairs_figure=pairs_figure,
+        references=references,
+        slicings=SLICINGS,
+    )
     return True
 
 
-def render(template: str, path: Path, **content: Any) -> None:
-    """A template of `eval/templates`, everything in it escaped but what it marks safe."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent / "templates"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"number": number, "signed": signed, "span": span, "p_value": p_value, "heat": heat}
-    write_text(path, environment.get_template(template).render(**content))
-
-
-def _content(stored: Stored) -> dict[str, Any]:
+def _figures(
+    stored: StoredResult, metric: str, pair_groups: dict[str, Any] | None, references: list[dict[str, Any]]
+) -> tuple[list[tuple[str, str, str]], str]:
+    """Caption, SVG and note of each figure, and the figure of pairs, "" without pairs."""
     from mlmkit.eval import plots
 
-    result = stored.result
-    metric = "masked" if "masked" in result["scored"] else "pseudo"
-    shapes = _shapes(stored, metric)
-    drawn = [
+    result, histograms = stored.result, _histograms(stored, metric)
+    tokens, losses = histograms["tokens"], histograms["losses"]
+    figures = [
         (
-            f"Loss of the {shapes['tokens'].sum():,.0f} scored tokens",
-            plots.loss_histogram(*shapes["histogram"]),
+            f"Loss of the {tokens.sum():,.0f} scored tokens",
+            plots.loss_histogram(histograms["counts"], histograms["best"], histograms["edges"]),
             f"Tokens of {LARGEST_LOSS:.0f} nats and more are in the last bar.",
         ),
         (
             "Where the loss comes from",
-            plots.loss_by_probability(shapes["tokens"], shapes["losses"]),
+            plots.loss_by_probability(tokens, losses),
             "Tokens, and their share of the summed loss, by the probability that the original token was given.",
         ),
     ]
     if metric == "masked":
         error = result["metrics"]["expected_calibration_error"]["value"]
-        drawn.append(
-            (
-                "Calibration",
-                plots.calibration(*shapes["calibration"]),
-                f"On the dashed line the model is right as often as it says. Expected error {error:.2%}.",
-            )
-        )
-    by_slice = "masked_cross_entropy" if metric == "masked" else "pseudo_perplexity"
-    axis = "cross-entropy, nats" if metric == "masked" else "pseudo-perplexity"
-    slices = result["slices"].get(metric, {})
-    for split, (label, note) in SPLITS.items():
-        if split in slices:
-            values = {name: group[by_slice]["value"] for name, group in slices[split].items()}
-            drawn.append((f"Loss by {label}", plots.slice_bars(split, values, axis), note))
-    declared = result["set"] or {}
-    references = [item for item in declared.get("reference", []) if item["metric"] in result["metrics"]]
-    groups = result.get("pairs", {}).get("phenomena") or result.get("pairs", {}).get("paradigms") or {}
-    pairs_figure = ""
-    if groups:
-        pairs_figure = plots.pair_accuracies(groups, [item for item in references if item["phenomena"]][:5])
-    return {
-        "result": result,
-        "unknown": describe_unknown(result["unknown"]),
-        "metric": metric,
-        "title": declared.get("name") or Path(result["corpus"]["source"]["location"]).name,
-        "model": Path(result["model"]["path"]).name,
-        "headlines": [(*HEADLINES[name], found) for name, found in result["metrics"].items() if name in HEADLINES],
-        "figures": drawn,
-        "pairs_figure": pairs_figure,
-        "references": references,
-        "splits": SPLITS,
-    }
+        note = f"On the dashed line the model is right as often as it says. Expected error {error:.2%}."
+        with np.errstate(invalid="ignore"):
+            count, confidence, right = histograms["calibration"]
+            figures.append(("Calibration", plots.calibration(confidence / count, right / count, count), note))
+    name, axis = SLICE_METRICS[metric]
+    for slicing, (label, note) in SLICINGS.items():
+        if slices := result["slices"].get(metric, {}).get(slicing):
+            values = {slice_name: found[name]["value"] for slice_name, found in slices.items()}
+            figures.append((f"Loss by {label}", plots.slice_bars(slicing, values, axis), note))
+    published = [reference for reference in references if reference["phenomena"]][:5]
+    return figures, plots.pair_accuracies(pair_groups, published) if pair_groups else ""
 
 
-def _shapes(stored: Stored, metric: str) -> dict[str, Any]:
-    """Histograms over the scored tokens, read in stretches."""
+def _histograms(stored: StoredResult, metric: str) -> dict[str, Any]:
+    """Counts of the scored tokens by loss and by probability, and calibration bins, read in blocks."""
     edges = np.linspace(0, LARGEST_LOSS, LOSS_BINS + 1)
-    counts, right = np.zeros(LOSS_BINS), np.zeros(LOSS_BINS)
-    tokens, losses = np.zeros(PROBABILITY_BINS), np.zeros(PROBABILITY_BINS)
-    bins = np.zeros((3, CALIBRATION_BINS))
-    seeds = stored.result["masking"]["seeds"] if metric == "masked" else [None]
-    for seed in seeds:
+    sums = {"counts": np.zeros(LOSS_BINS), "best": np.zeros(LOSS_BINS), "calibration": np.zeros((3, CALIBRATION_BINS))}
+    sums |= {"tokens": np.zeros(PROBABILITY_BINS), "losses": np.zeros(PROBABILITY_BINS)}
+    for seed in stored.result["masking"]["seeds"] if metric == "masked" else [None]:
         for table, _ in read_blocks(stored.folder, metric, seed):
             loss = -table["log_prob"].to_numpy().astype(np.float64)
-            is_right = table["rank"].to_numpy() == 0
-            place = np.minimum(np.searchsorted(edges, loss, side="right") - 1, LOSS_BINS - 1)
-            counts += np.bincount(place, minlength=LOSS_BINS)
-            right += np.bincount(place, weights=is_right, minlength=LOSS_BINS)
-            place = np.minimum((np.exp(-loss) * PROBABILITY_BINS).astype(int), PROBABILITY_BINS - 1)
-            tokens += np.bincount(place, minlength=PROBABILITY_BINS)
-            losses += np.bincount(place, weights=loss, minlength=PROBABILITY_BINS)
+            is_best = table["rank"].to_numpy() == 0
+            by_loss = np.minimum(np.searchsorted(edges, loss, side="right") - 1, LOSS_BINS - 1)
+            sums["counts"] += np.bincount(by_loss, minlength=LOSS_BINS)
+            sums["best"] += np.bincount(by_loss, weights=is_best, minlength=LOSS_BINS)
+            by_probability = np.minimum((np.exp(-loss) * PROBABILITY_BINS).astype(int), PROBABILITY_BINS - 1)
+            sums["tokens"] += np.bincount(by_probability, minlength=PROBABILITY_BINS)
+            sums["losses"] += np.bincount(by_probability, weights=loss, minlength=PROBABILITY_BINS)
             if metric == "masked":
                 confidence = np.exp(table["top_log_prob"].to_numpy().astype(np.float64))
-                place = calibration_bin(confidence)
-                for row, weights in enumerate((np.ones(len(loss)), confidence, is_right)):
-                    bins[row] += np.bincount(place, weights=weights, minlength=CALIBRATION_BINS)
-    with np.errstate(invalid="ignore"):
-        calibration = (bins[1] / bins[0], bins[2] / bins[0], bins[0])
-    return {
-        "histogram": (counts, right, edges),
-        "tokens": tokens,
-        "losses": losses,
-        "calibration": calibration,
-    }
+                weights = (np.ones(len(loss)), confidence, is_best)
+                bins = [np.bincount(calibration_bin(confidence), each, CALIBRATION_BINS) for each in weights]
+                sums["calibration"] += bins
+    return {**sums, "edges": edges}
+
+
+# ---------------------------------------------------------------- comparisons
+
+Row = dict[str, Any]
+
+
+def comparison_lines(comparison: dict[str, Any]) -> Iterator[str]:
+    """What `compare` returned, as lines of text."""
+    first = comparison["first"]
+    yield from _describe_side("A", first)
+    for other in comparison["comparisons"]:
+        yield from _describe_side("B", other)
+        if other["variant"] != first["variant"]:
+            yield f"note: A is scored as {first['variant']}, B as {other['variant']}"
+        different, agreement = _differing_rows(other)
+        if agreement:
+            yield agreement
+        if not different:
+            continue
+        n = "pairs" if "pairs" in other else "tokens / documents"
+        yield f"{'metric':44} {'better':6} {'A':>12} {'B':>12} {'B - A':>11}   {'95 %':23} {'p':>7}   n: {n}"
+        for name, row in different:
+            values = f"{number(row['a']):>12} {number(row['b']):>12} {signed(row['difference']):>11}"
+            tested = f"{span(row):23} {p_value(row['p_value']):>7}"
+            yield f"{name:44} {row['better']:6} {values}   {tested}   {_size(row)}"
+        if other["tokens"]:
+            yield "tokens that differ most (log P):"
+        for token in other["tokens"]:
+            where = f"document {token['document']}, token {token['offset']}"
+            values = f"{token['log_prob_a']:9.3f} {token['log_prob_b']:9.3f} {token['difference']:+9.3f}"
+            yield f"  {token['token']!r:24} {where:32} {values}"
+
+
+def write_comparison(comparison: dict[str, Any], folder: Path) -> None:
+    """Write `compare.html` into `folder`. Raises `UserError` without `mlmkit[report]`, or if it cannot be written."""
+    require("report", "jinja2", "matplotlib")
+    from mlmkit.eval import plots
+
+    sections = []
+    for other in comparison["comparisons"]:
+        different, agreement = _differing_rows(other)
+        figures = {}
+        for name in ("masked_cross_entropy", "pseudo_perplexity", "pair_accuracy"):
+            own = [(label, row) for label, row in different if label.split()[0] == name]
+            rows = [(f"{label[len(name) :] or 'all'} (n: {_size(row)})".strip(), row) for label, row in own]
+            if len(rows) > 1:
+                title = name.replace("_", " ")
+                axis = f"{title}, B − A ({rows[0][1]['better']} is better)"
+                figures[f"{title.capitalize()} by slice"] = plots.differences(rows, axis)
+        sections.append({"other": other, "different": different, "agreement": agreement, "figures": figures})
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        content = {"comparison": comparison, "sections": sections, "size": _size, "describe_unknown": describe_unknown}
+        _render("compare.html.jinja", folder / "compare.html", **content)
+    except OSError as error:
+        raise UserError(f"cannot write {folder}: {error.strerror}") from None
+
+
+def _describe_side(letter: str, side: Mapping[str, Any]) -> Iterator[str]:
+    yield f"{letter}: {side['folder']} ({side['model']}, {side['backend']})"
+    if unknown := describe_unknown(side["unknown"]):
+        yield f"note: in {letter}, {unknown}"
+
+
+def _named_rows(other: dict[str, Any]) -> Iterator[tuple[str, Row]]:
+    """Every difference with its name: overall, then one metric by slice and by group of pairs."""
+    yield from other["metrics"].items()
+    for metric, slicings in other["slices"].items():
+        name, _ = SLICE_METRICS[metric]
+        for slicing, slices in slicings.items():
+            yield from ((f"{name} {slicing} {label}", row[name]) for label, row in slices.items())
+    for groups in other.get("pairs", {}).values():
+        yield from ((f"pair_accuracy {name}", row["pair_accuracy"]) for name, row in groups.items())
+
+
+def _differing_rows(other: dict[str, Any]) -> tuple[list[tuple[str, Row]], str]:
+    """The rows where A and B differ by more than rounding, and a line about the others, "" if there are none."""
+    gaps = [(_gap(row), name, row) for name, row in _named_rows(other)]
+    agreed = [gap for gap, _, _ in gaps if gap <= ROUNDING]
+    largest = f"to {max(agreed):.0e}" if any(agreed) else "exactly"
+    line = f"A and B agree {largest} in {len(agreed)} of {len(gaps)} rows" if agreed else ""
+    return [(name, row) for gap, name, row in gaps if gap > ROUNDING], line
+
+
+def _gap(row: Row) -> float:
+    """How far A and B, or an end of the interval, are apart; relative to values above 1."""
+    if row["difference"] is None:
+        return math.inf
+    widest = max(abs(row[name] or 0) for name in ("difference", "low", "high"))
+    return widest / max(1.0, abs(row["a"]), abs(row["b"]))
+
+
+def _size(row: Row) -> str:
+    """What a row is measured on: tokens (of A and of B, if they differ) and documents, or pairs."""
+    if "pairs" in row:
+        return f"{row['pairs']:,}"
+    return " / ".join(f"{count:,}" for count in (*dict.fromkeys(row["tokens"]), row["documents"]))
+
+
+# ---------------------------------------------------------------- templates and numbers
+
+
+def _render(template: str, path: Path, **content: Any) -> None:
+    """Write a template of `eval/templates`, with everything escaped that it does not mark as safe."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    loader = FileSystemLoader(Path(__file__).parent / "templates")
+    options = {"autoescape": True, "undefined": StrictUndefined, "trim_blocks": True, "lstrip_blocks": True}
+    environment = Environment(loader=loader, **options)
+    environment.filters |= {"number": number, "signed": signed, "span": span, "p_value": p_value, "heat": heat}
+    write_text(path, environment.get_template(template).render(**content))
 
 
 def number(value: float | None, form: str = "{:.4f}") -> str:
-    """A metric for people; a dash for one that does not exist."""
+    """A metric's value; a dash for None."""
     return "–" if value is None else (form if abs(value) < 1e6 else form.replace(".4f", ".3e")).format(value)
 
 
 def signed(value: float | None) -> str:
-    """A difference for people, small ones by their power of ten."""
+    """A difference; small ones in scientific notation."""
     return number(value, "{:+.1e}" if value and abs(value) < 1e-3 else "{:+.4f}")
 
 
-def span(metric: dict[str, Any], form: str = "") -> str:
-    """An interval for people, of a difference unless a form is given; a dash for one that does not exist."""
+def span(metric: Mapping[str, Any], form: str = "") -> str:
+    """An interval, of a difference unless `form` is given; a dash if there is none."""
     if metric["low"] is metric["high"] is None:
         return "–"
     return " to ".join(number(metric[key], form) if form else signed(metric[key]) for key in ("low", "high"))
 
 
 def p_value(value: float | None) -> str:
-    """A p-value for people. The smallest that the bootstrap's draws can give is shown as a bound."""
+    """A p-value; the smallest that the bootstrap can give is shown as a bound."""
     lowest = 2 / (RESAMPLES + 1)
     return f"< {lowest:.3f}" if value == lowest else number(value, "{:.3f}")
 
 
 def heat(log_prob: float | None) -> str:
-    """How unexpected a token was, as a share of the strongest colour: 0 for certain, 1 from 8 nats on."""
+    """How unexpected a token was, as a share of the strongest colour: 0 if certain, 1 from 8 nats."""
     return "0" if log_prob is None else f"{math.sqrt(min(-log_prob, 8.0) / 8.0):.2f}"

@@ -1,4 +1,7 @@
-"""Benchmark sets, declared in TOML: a name, where its text or pairs come from, and what others have reached on it."""
+"""Evaluation sets, declared in TOML: name, source of the text or pairs, and published scores.
+
+--set NAME_OR_FILE → `find_set` → `Request` → `Request.read` → evaluation data
+"""
 
 import os
 import re
@@ -7,8 +10,8 @@ from pathlib import Path
 
 from mlmkit.documents import HUB, Source, existing_file
 from mlmkit.errors import UserError
-from mlmkit.eval.material import Material, TextMaterial
-from mlmkit.eval.pairs import PairColumns, PairMaterial, keep_pairs, read_pairs
+from mlmkit.eval.data import EvalData, FileData
+from mlmkit.eval.pairs import PairColumns, PairData, keep_pairs, read_pairs
 from mlmkit.tokenizer import Tokenizer
 from mlmkit.toml import build, read_toml
 
@@ -18,7 +21,7 @@ TASKS = ("text", "pairs")
 
 @dataclass(frozen=True)
 class TextReading:
-    """How a text set is read: see `mlmkit.documents.Source`."""
+    """How a text set is read; the fields are those of `mlmkit.documents.Source`."""
 
     field: str = "text"
     blank_line: bool = False
@@ -27,7 +30,7 @@ class TextReading:
 
 @dataclass(frozen=True)
 class PairReading(PairColumns):
-    """How pairs are read. `keep` is a table, in the data folder, of the pairs to keep; `keep_from` says whence."""
+    """How pairs are read. `keep` is a table of the pairs to keep, in the data folder; `keep_from` is its source."""
 
     keep: str = ""
     keep_from: str = ""
@@ -35,7 +38,7 @@ class PairReading(PairColumns):
 
 @dataclass(frozen=True)
 class Reference:
-    """A published value of `metric`, with its origin, and those of single phenomena if they were published too."""
+    """A published value of `metric` with its source, and the values of single phenomena if published."""
 
     model: str
     metric: str
@@ -47,7 +50,7 @@ class Reference:
 
 @dataclass(frozen=True)
 class EvalSet:
-    """A declared set. `hub` is a location as in `Source`; `local` a path under the data folder."""
+    """A declared set. `hub` is a location as in `Source`, `local` a path in the data folder."""
 
     name: str
     task: str
@@ -63,20 +66,20 @@ class EvalSet:
     reference: tuple[Reference, ...] = ()
 
     def location(self, data: Path | None) -> str:
-        """Where it is read from: a local copy if there is one, the hub otherwise. Raises `UserError` for neither."""
-        if found := _local(self.local, data):
-            return str(found)
+        """Where to read it from: a local copy if there is one, else the hub. Raises `UserError` if there is neither."""
+        if path := _local(self.local, data):
+            return str(path)
         if self.hub:
             return self.hub
         where = f"put {self.local} (from {self.homepage or 'its publisher'}) under --data-dir or $MLMKIT_DATA"
         raise UserError(f"the set {self.name} is not on the hub: {where}")
 
     def kept(self, data: Path | None) -> Path | None:
-        """The table of pairs to keep, if the set has one. Raises `UserError` where it is missing."""
+        """The table of pairs to keep, or None. Raises `UserError` if the set needs one that is missing."""
         if not self.pairs.keep:
             return None
-        if found := _local(self.pairs.keep, data):
-            return found
+        if path := _local(self.pairs.keep, data):
+            return path
         raise UserError(
             f"the set {self.name} needs {self.pairs.keep} under --data-dir or $MLMKIT_DATA (made from "
             f"{self.pairs.keep_from or self.homepage})"
@@ -85,7 +88,7 @@ class EvalSet:
 
 @dataclass(frozen=True)
 class Request:
-    """A set to measure on, found but not yet read."""
+    """A set that was found but not read yet."""
 
     name: str
     task: str
@@ -95,24 +98,24 @@ class Request:
     columns: PairColumns = field(default_factory=PairColumns)
     keep: Path | None = None
 
-    def read(self, tokenizer: Tokenizer) -> Material:
-        """Pairs are read and tokenised now, text while it is measured. Raises `UserError` for what cannot be read."""
+    def read(self, tokenizer: Tokenizer) -> EvalData:
+        """The set's data. Pairs are tokenised now, text while it is scored. Raises `UserError` if it is unreadable."""
+        set_name = self.declared.name if self.declared else None
         if self.source is not None:
-            return TextMaterial(self.source, tokenizer, self.declared.name if self.declared else None)
+            return FileData(self.source, tokenizer, set_name)
         pairs = read_pairs(self.location, self.columns)
         if self.keep:
             pairs = keep_pairs(pairs, self.keep)
-        origin = {"set": self.declared.name if self.declared else None, "location": self.location}
-        return PairMaterial(pairs, tokenizer, origin, self.columns.scoring)
+        return PairData(pairs, tokenizer, {"set": set_name, "location": self.location}, self.columns.scoring)
 
 
 def find_set(
     name: str, data: Path | None = None, *, text_field: str = "text", blank_line: bool = False, pairs: bool = False
 ) -> Request:
-    """What `--set NAME_OR_FILE` means: a built-in set, a declaration's path, or a file or hub dataset as it is.
+    """Find what `--set NAME_OR_FILE` names: a built-in set, the path of a declaration, or a file or hub dataset.
 
-    `data` is the data folder. `text_field`, `blank_line` and `pairs` are for the latter. Raises `UserError` if it is
-    none of them.
+    `data` is the data folder. `text_field`, `blank_line` and `pairs` say how to read a file or hub dataset. Raises
+    `UserError` if `name` is none of these, or if its declaration is invalid.
     """
     if (own := name.lower().endswith(".toml")) or name in {path.stem for path in BUILT_IN.glob("*.toml")}:
         declared = read_set(existing_file(name) if own else BUILT_IN / f"{name}.toml", own=own)
@@ -135,12 +138,12 @@ def find_set(
 
 
 def built_in_sets() -> list[EvalSet]:
-    """The declarations that come with mlmkit, by name."""
+    """The declarations that come with mlmkit, sorted by name."""
     return [read_set(path) for path in sorted(BUILT_IN.glob("*.toml"))]
 
 
 def data_folder(option: str | None) -> Path | None:
-    """`--data-dir`, or `$MLMKIT_DATA`. Raises `UserError` if it is no folder."""
+    """`--data-dir`, or `$MLMKIT_DATA`, or None. Raises `UserError` if the folder does not exist."""
     chosen = option or os.environ.get("MLMKIT_DATA")
     if not chosen:
         return None
@@ -150,27 +153,27 @@ def data_folder(option: str | None) -> Path | None:
 
 
 def read_set(path: Path, *, own: bool = False) -> EvalSet:
-    """A declaration. Raises `UserError` naming the key that is wrong."""
-    found: EvalSet = build(EvalSet, read_toml(path), f"{path}: ")
+    """Read a declaration; `own` is for one outside mlmkit. Raises `UserError` naming the key that is wrong."""
+    declared: EvalSet = build(EvalSet, read_toml(path), f"{path}: ")
     if own:
-        pairs = replace(found.pairs, keep=_beside(path, found.pairs.keep))
-        found = replace(found, local=_beside(path, found.local), pairs=pairs)
-    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", found.name):
-        raise UserError(f"{path}: the name {found.name!r} is not of letters, digits, '.', '-' and '_' alone")
-    if found.task not in TASKS:
-        raise UserError(f"{path}: no task {found.task!r}: choose {' or '.join(TASKS)}")
-    if not found.hub and not found.local:
+        pairs = replace(declared.pairs, keep=_beside(path, declared.pairs.keep))
+        declared = replace(declared, local=_beside(path, declared.local), pairs=pairs)
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", declared.name):
+        raise UserError(f"{path}: the name {declared.name!r} may only have letters, digits, '.', '-' and '_'")
+    if declared.task not in TASKS:
+        raise UserError(f"{path}: no task {declared.task!r}: choose {' or '.join(TASKS)}")
+    if not declared.hub and not declared.local:
         raise UserError(f"{path}: it needs hub or local, to say where the data is")
-    return found
+    return declared
 
 
 def _beside(declaration: Path, name: str) -> str:
-    """A file that lies beside a user's own declaration, by its whole path."""
-    found = declaration.absolute().parent / name
-    return str(found) if name and found.exists() else name
+    """The absolute path of a file beside a declaration; the name itself if there is none."""
+    path = declaration.absolute().parent / name
+    return str(path) if name and path.exists() else name
 
 
 def _local(name: str, data: Path | None) -> Path | None:
-    """A file in the data folder, or one that lies beside its declaration."""
+    """An existing file in the data folder, or at an absolute path; else None."""
     path = Path(name) if data is None else data / name
     return path if name and (data or path.is_absolute()) and path.exists() else None

@@ -12,7 +12,8 @@ from mlmkit.errors import CheckError, UserError
 
 if TYPE_CHECKING:
     from mlmkit.backends import load
-    from mlmkit.eval.api import Evaluation, evaluate, pseudo_log_likelihood
+    from mlmkit.eval.api import Evaluation, evaluate
+    from mlmkit.eval.score_texts import pseudo_log_likelihood
 
 # ONNX Runtime reads this on import. Without it, a device id and an event queue are written to the user's cache folder;
 # turning telemetry off later is too late.
@@ -25,7 +26,7 @@ _HOMES = {
     "load": "mlmkit.backends",
     "Evaluation": "mlmkit.eval.api",
     "evaluate": "mlmkit.eval.api",
-    "pseudo_log_likelihood": "mlmkit.eval.api",
+    "pseudo_log_likelihood": "mlmkit.eval.score_texts",
 }
 
 

@@ -17,7 +17,7 @@ from mlmkit.documents import Source, read_documents
 from mlmkit.errors import CheckError, UserError
 from mlmkit.eval.api import Evaluation, evaluate
 from mlmkit.eval.report import write_report
-from mlmkit.eval.stored import load_result
+from mlmkit.eval.results_store import load_result
 from mlmkit.export.export import export
 from mlmkit.files import write_text
 from mlmkit.fill import fill

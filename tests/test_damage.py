@@ -20,9 +20,9 @@ from training import Ranks, same_weights, write_config
 from mlmkit.backends import load
 from mlmkit.corpus import load_corpus
 from mlmkit.documents import Source
-from mlmkit.eval import parts
 from mlmkit.eval.api import evaluate
-from mlmkit.eval.stored import load_result
+from mlmkit.eval.data import cut_parts
+from mlmkit.eval.results_store import load_result
 from mlmkit.files import write_json
 from mlmkit.tokenizer import Tokenizer
 from mlmkit.train.checkpoints import resuming
@@ -169,7 +169,7 @@ def test_a_folder_of_parts_of_something_else_is_left_alone(capsys, result, artif
 
 def test_parts_that_are_damaged_or_of_another_evaluation_are_scored_again(artifact, tmp_path, monkeypatch, caplog):
     """A flipped bit, in a footer too; a part of another evaluation; a part under another name. None is used."""
-    monkeypatch.setattr(parts.cut_parts, "__defaults__", (600.0,))
+    monkeypatch.setattr(cut_parts, "__defaults__", (600.0,))
     (tmp_path / "text.txt").write_text("\n".join(paragraphs()[:100]))
     model, source, rng = load(str(artifact("bert"))), tmp_path / "text.txt", random.Random(0)
     for name, seed in (("one", 0), ("other", 1)):

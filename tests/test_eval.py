@@ -21,11 +21,11 @@ from mlmkit.backends import DYNAMIC_INT8, Batch, Scored, load
 from mlmkit.corpus import tokenize
 from mlmkit.documents import Source
 from mlmkit.errors import CheckError, UserError
-from mlmkit.eval.api import evaluate, pseudo_log_likelihood
-from mlmkit.eval.metrics import MASKED
-from mlmkit.eval.passes import Settings
-from mlmkit.eval.plan import pseudo_plan
-from mlmkit.eval.scoring import run_plan
+from mlmkit.eval.api import evaluate
+from mlmkit.eval.metrics import FAMILIES
+from mlmkit.eval.rows import Settings, pseudo_rows
+from mlmkit.eval.score_texts import pseudo_log_likelihood
+from mlmkit.eval.scoring import score_rows
 from mlmkit.eval.statistics import bootstrap
 from mlmkit.export.export import export
 from mlmkit.files import read_record
@@ -267,8 +267,9 @@ def test_worked_examples_of_the_loss(probabilities, losses, mean):
     log_prob = np.log(np.array(probabilities, dtype=np.float32))
     assert [round(-float(value), 3) for value in log_prob] == pytest.approx(losses, abs=0.005)
     tokens = pa.table({"log_prob": log_prob, "rank": [0, 7], "top_log_prob": np.log(np.array([0.7, 0.5], np.float32))})
-    totals = MASKED.columns(tokens).sum(axis=0)
-    metrics = {name: float(estimator(totals)) for name, estimator in MASKED.estimators.items()}
+    masked = FAMILIES["masked"]
+    totals = masked.token_columns(tokens).sum(axis=0)
+    metrics = {name: float(estimator(totals)) for name, estimator in masked.estimators.items()}
     assert metrics["masked_cross_entropy"] == pytest.approx(-np.log(probabilities).mean(), rel=1e-6)
     assert metrics["masked_cross_entropy"] == pytest.approx(mean, abs=0.001)
     assert metrics["masked_perplexity"] == pytest.approx(1 / math.sqrt(math.prod(probabilities)), rel=1e-6)
@@ -332,7 +333,7 @@ def test_scores_that_are_not_finite_are_named(checkpoint):
             return scored._replace(log_prob=np.where(batch.targets == corpus.ids[-1], np.nan, scored.log_prob))
 
     with pytest.raises(CheckError, match=f"document 1, token {corpus.lengths[1] - 1}"):
-        run_plan(Broken(), corpus, pseudo_plan(corpus, model.tokenizer, CAPACITY))
+        score_rows(Broken(), corpus, pseudo_rows(corpus, model.tokenizer, CAPACITY))
 
 
 def test_unusable_text_and_options_are_named(checkpoint, tmp_path):

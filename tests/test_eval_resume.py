@@ -19,9 +19,10 @@ from mlmkit.backends import load
 from mlmkit.corpus import Corpus
 from mlmkit.documents import Source
 from mlmkit.errors import CheckError, UserError
-from mlmkit.eval import parts as parts_module
+from mlmkit.eval import results_store
 from mlmkit.eval.api import evaluate
-from mlmkit.eval.parts import cut_parts
+from mlmkit.eval.data import cut_parts
+from mlmkit.eval.results_store import ResultsStore
 from mlmkit.eval.statistics import Bootstrap
 
 TIMES = ("seconds", "timing", "command", "checksum")
@@ -42,7 +43,7 @@ def source(tmp_path: Path) -> Source:
 
 @pytest.fixture
 def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(parts_module.cut_parts, "__defaults__", (600.0,))
+    monkeypatch.setattr(cut_parts, "__defaults__", (600.0,))
 
 
 class Interrupted:
@@ -228,25 +229,22 @@ def test_a_bootstrap_in_stretches_is_a_bootstrap():
 
 
 def test_a_part_that_went_missing_is_noticed(artifact, source, tmp_path, small_parts, monkeypatch):
-    from mlmkit.eval.store import Store
-
     model = load(str(artifact("bert")))
-    write = Store.write_part
-    monkeypatch.setattr(Store, "write_part", lambda self, *part: part[1] == 2 or write(self, *part))
+    write = ResultsStore.write_part
+    monkeypatch.setattr(ResultsStore, "write_part", lambda self, *part: part[1] == 2 or write(self, *part))
     with pytest.raises(CheckError, match="parts of masked-0 are missing"):
         evaluate(model, source, output=tmp_path / "result")
 
 
 def test_a_folder_that_was_never_more_than_begun_is_gone_on_with(artifact, source, tmp_path, small_parts, monkeypatch):
     """Killed while the folder is made: nothing of it is in the way."""
-    from mlmkit.eval import store
 
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
     model = load(str(artifact("bert")))
     with monkeypatch.context() as patch:
-        patch.setattr(store, "write_record", interrupt)
+        patch.setattr(results_store, "write_record", interrupt)
         with pytest.raises(KeyboardInterrupt):
             evaluate(model, source, output=tmp_path / "result")
     assert not (tmp_path / "result").exists()

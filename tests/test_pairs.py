@@ -17,9 +17,10 @@ from test_eval import Dense
 
 from mlmkit.backends import load
 from mlmkit.errors import UserError
-from mlmkit.eval.api import evaluate, pseudo_log_likelihood
-from mlmkit.eval.pairs import Pair, PairColumns, PairMaterial, keep_pairs, read_pairs
-from mlmkit.eval.passes import Settings
+from mlmkit.eval.api import evaluate
+from mlmkit.eval.pairs import Pair, PairColumns, PairData, keep_pairs, read_pairs
+from mlmkit.eval.rows import Settings
+from mlmkit.eval.score_texts import pseudo_log_likelihood
 from mlmkit.eval.sets import built_in_sets, find_set, read_set
 
 PAIRS = [
@@ -226,7 +227,7 @@ def test_keeping_a_subset(tmp_path):
     (tmp_path / "keep.tsv").write_text("file\tUID\tn\tpairIDs\np\tp\t2\t1,3\n")
     assert [pair.id for pair in keep_pairs(pairs, tmp_path / "keep.tsv")] == ["1", "3"]
     (tmp_path / "keep.tsv").write_text("file\tUID\tn\tpairIDs\np\tp\t2\t1,9\n")
-    with pytest.raises(UserError, match="names 2 pairs, of which 1"):
+    with pytest.raises(UserError, match="lists 2 pairs, of which 1"):
         keep_pairs(pairs, tmp_path / "keep.tsv")
 
 
@@ -256,7 +257,7 @@ def test_mistakes_in_a_declaration_are_named(tmp_path):
         ("name = \n", "TOML"),
         (f"name = {'[' * 5000}{']' * 5000}\n", "not valid TOML"),
         ('name = "x"\ntask = "text"\nlocal = "a"\n[text]\nstrip = "yes"\n', "must be true or false"),
-        ('name = "../x"\ntask = "text"\nlocal = "a"\n', "not of letters"),
+        ('name = "../x"\ntask = "text"\nlocal = "a"\n', "may only have letters"),
         ('name = 3\ntask = "text"\nlocal = "a"\n', "name must be text"),
         ('name = "x"\ntask = "text"\nlocal = "a"\nreference = 3\n', "reference must be a table"),
         ('name = "x"\ntask = "text"\nlocal = "a"\n[[reference]]\nvalue = nan\n', "must be a number"),
@@ -293,11 +294,11 @@ def test_blimp_and_its_filter_are_whole(checkpoint):
     tokenizer = load(str(checkpoint("bert"))).tokenizer
     for name, size in (("blimp", 67000), ("blimp-filtered", 59875)):
         request = find_set(name, DATA)
-        material = request.read(tokenizer)
-        assert isinstance(material, PairMaterial)
-        assert len(material.pairs) == size
-        assert len({pair.paradigm for pair in material.pairs}) == 67
-        assert len({(pair.paradigm, pair.id) for pair in material.pairs}) == size
+        data = request.read(tokenizer)
+        assert isinstance(data, PairData)
+        assert len(data.pairs) == size
+        assert len({pair.paradigm for pair in data.pairs}) == 67
+        assert len({(pair.paradigm, pair.id) for pair in data.pairs}) == size
 
 
 @pytest.mark.skipif(not (DATA / "crows_pairs").exists(), reason="needs MLMKIT_DATA with crows_pairs")

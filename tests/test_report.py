@@ -5,6 +5,7 @@ import re
 import shutil
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -44,9 +45,7 @@ class Page(HTMLParser):
 
     def __init__(self, text: str) -> None:
         super().__init__()
-        self.tags: list[str] = []
-        self.attributes: list[tuple[str, str | None]] = []
-        self.text: list[str] = []
+        self.tags, self.attributes, self.text = [], [], ""
         self.feed(text)
 
     def handle_starttag(self, tag, attrs):
@@ -54,40 +53,39 @@ class Page(HTMLParser):
         self.attributes += attrs
 
     def handle_data(self, data):
-        self.text.append(data)
+        self.text += data
+
+
+def read_result(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "result.json").read_text())
 
 
 def test_the_report_is_one_safe_page(capsys, results):
-    code, _, err = run(capsys, "report", results["torch"])
-    assert code == 0, err
-    text = (results["torch"] / "report.html").read_text(encoding="utf-8")
-    page = Page(text)
+    pages = []
+    for _ in range(2):
+        code, _, err = run(capsys, "report", results["torch"])
+        assert code == 0, err
+        pages.append((results["torch"] / "report.html").read_text(encoding="utf-8"))
+    assert pages[0] == pages[1]
+    page = Page(pages[0])
     assert not {"script", "img", "link", "iframe"} & set(page.tags)
-    assert "<b>evil" not in text
-    for name, value in page.attributes:
-        if name in ("src", "href", "xlink:href"):
-            assert value is not None and value.startswith("#"), value
-    assert not re.search(r"url\((?!#)", text)
+    assert "<b>evil" not in pages[0]
+    assert all(value.startswith("#") for name, value in page.attributes if name in ("src", "href", "xlink:href"))
+    assert not re.search(r"url\((?!#)", pages[0])
     assert page.tags.count("svg") == 8
-    shown = "".join(page.text)
-    result = json.loads((results["torch"] / "result.json").read_text())
-    assert f"{result['metrics']['masked_cross_entropy']['value']:.4f}" in shown
-    assert result["mask_digest"] in shown
-    before = text
-    assert run(capsys, "report", results["torch"])[0] == 0
-    assert (results["torch"] / "report.html").read_text(encoding="utf-8") == before
+    result = read_result(results["torch"])
+    assert f"{result['metrics']['masked_cross_entropy']['value']:.4f}" in page.text
+    assert result["mask_digest"] in page.text
 
 
 def test_examples_are_the_extremes(results):
-    result = json.loads((results["onnx"] / "result.json").read_text())
+    examples = read_result(results["onnx"])["examples"]
     tokens = pq.read_table(results["onnx"] / "tokens.parquet").to_pandas()
     tokens = tokens[(tokens.metric == "masked") & (tokens.mask_seed == 0)]
-    worst = tokens.sort_values("log_prob").drop_duplicates("document").head(12)
-    assert [item["log_prob"] for item in result["examples"]["worst"]] == pytest.approx(worst.log_prob.tolist())
-    best = tokens.sort_values("log_prob", ascending=False).drop_duplicates("document").head(12)
-    assert [item["log_prob"] for item in result["examples"]["best"]] == pytest.approx(best.log_prob.tolist())
-    for item in result["examples"]["worst"]:
-        assert item["tokens"][item["target"]]["log_prob"] == item["log_prob"]
+    for name, ascending in (("worst", True), ("best", False)):
+        expected = tokens.sort_values("log_prob", ascending=ascending).drop_duplicates("document").head(12)
+        assert [item["log_prob"] for item in examples[name]] == pytest.approx(expected.log_prob.tolist())
+        assert all(item["tokens"][item["target"]]["log_prob"] == item["log_prob"] for item in examples[name])
 
 
 def test_pairs_have_a_report_and_a_comparison(capsys, checkpoint, artifact, tmp_path):
@@ -109,16 +107,13 @@ def test_pairs_have_a_report_and_a_comparison(capsys, checkpoint, artifact, tmp_
     code, out, err = run(capsys, "compare", tmp_path / "a", tmp_path / "b", "--json", "--output", tmp_path / "page")
     assert code == 0, err
     (found,) = json.loads(out)["comparisons"]
-    values = [json.loads((tmp_path / name / "result.json").read_text())["metrics"]["pair_accuracy"] for name in "ab"]
+    values = [read_result(tmp_path / name)["metrics"]["pair_accuracy"] for name in "ab"]
     difference = found["metrics"]["pair_accuracy"]
     assert difference["difference"] == pytest.approx(values[1]["value"] - values[0]["value"])
     assert found["pairs"]["phenomena"]["agreement"]["pair_accuracy"]["pairs"] == 3
     alone = found["pairs"]["phenomena"]["order"]["pair_accuracy"]
     assert (alone["pairs"], alone["low"], alone["high"], alone["p_value"]) == (1, None, None, None)
-    assert (
-        json.loads((tmp_path / "a" / "result.json").read_text())["pairs"]["phenomena"]["order"]["pair_accuracy"]["low"]
-        is None
-    )
+    assert read_result(tmp_path / "a")["pairs"]["phenomena"]["order"]["pair_accuracy"]["low"] is None
     assert (tmp_path / "page" / "compare.html").exists()
     # a plain file of pairs needs no declaration
     code, out, err = run(capsys, "eval", artifact("bert"), "--set", path, "--metric", "pairs", "--json")
@@ -171,89 +166,96 @@ def test_a_result_compared_with_itself_differs_in_nothing(results):
         assert (difference["low"], difference["high"], difference["p_value"]) == bounds
 
 
-def test_what_cannot_be_compared_is_refused_with_the_reason(capsys, results, checkpoint, texts, tmp_path):
+def test_what_cannot_be_compared_is_refused_with_the_reason(results, checkpoint, texts, tmp_path):
     other = tmp_path / "other.txt"
     other.write_text("Another text of some words.\nAnd another line.\n" * 3)
-    evaluate(str(checkpoint("bert")), other, output=tmp_path / "text")
-    evaluate(str(checkpoint("bert")), texts, mask_seed=[0, 1], recipe=None, metrics="masked", output=tmp_path / "masks")
-    with pytest.raises(UserError, match="different texts"):
-        compare([results["torch"], tmp_path / "text"])
+    evaluate(checkpoint("bert"), other, output=tmp_path / "text")
+    evaluate(checkpoint("bert"), texts, mask_seed=[0, 1], output=tmp_path / "masks")
+    evaluate(checkpoint("roberta"), texts, mask_seed=[0, 1], output=tmp_path / "tokens")
+    evaluate(checkpoint("bert"), texts, metrics="pseudo", output=tmp_path / "pseudo")
     assert compare([results["torch"], tmp_path / "masks"])["comparisons"][0]["metrics"]  # what both measure
-    evaluate(str(checkpoint("roberta")), texts, mask_seed=[0, 1], metrics=["masked"], output=tmp_path / "tokens")
-    with pytest.raises(UserError, match=r"different positions .*tokenizers differ"):
-        compare([results["torch"], tmp_path / "tokens"])
-    evaluate(str(checkpoint("bert")), texts, metrics="pseudo", output=tmp_path / "pseudo")
-    with pytest.raises(UserError, match="share nothing"):
-        compare([tmp_path / "masks", tmp_path / "pseudo"])
-    code, _, err = run(capsys, "compare", results["torch"], tmp_path / "none")
-    assert (code, "does not exist" in err) == (2, True)
-    code, _, err = run(capsys, "compare", results["torch"], results["torch"] / "result.json")
-    assert (code, "is a file: name the folder" in err) == (2, True)
-    code, _, err = run(capsys, "compare", results["torch"])
-    assert (code, "two results" in err) == (2, True)
-    path = tmp_path / "masks" / "result.json"
-    whole = json.loads(path.read_text())
+    for first, second, message in (
+        (results["torch"], "text", "different texts"),
+        (results["torch"], "tokens", r"different positions .*tokenizers differ"),
+        (tmp_path / "masks", "pseudo", "share nothing"),
+    ):
+        with pytest.raises(UserError, match=message):
+            compare([first, tmp_path / second])
+
+
+def test_what_is_no_result_is_refused_with_the_reason(capsys, results, tmp_path):
+    for others, message in (
+        ([tmp_path / "none"], "does not exist"),
+        ([results["torch"] / "result.json"], "is a file: name the folder"),
+        ([], "two results"),
+    ):
+        code, _, err = run(capsys, "compare", results["torch"], *others)
+        assert (code, message in err) == (2, True)
+    folder = Path(shutil.copytree(results["torch"], tmp_path / "changed"))
+    whole = read_result(folder)
     for changes, message in (
         ({"files": {**whole["files"], "tokens.parquet": "0"}}, "not that of result.json"),
         ({"format": 1}, "format 1"),
     ):
-        edit_record(path, **changes)
+        edit_record(folder / "result.json", **changes)
         with pytest.raises(UserError, match=message):
-            compare([results["torch"], tmp_path / "masks"])
-        assert run(capsys, "report", tmp_path / "masks")[0] == 2
-    path.write_text(json.dumps({**whole, "model": {}}))
+            compare([results["torch"], folder])
+        assert run(capsys, "report", folder)[0] == 2
+    (folder / "result.json").write_text(json.dumps({**whole, "model": {}}))
     with pytest.raises(UserError, match="is damaged"):
-        compare([results["torch"], tmp_path / "masks"])
-
-
-def test_flipped_bytes_are_noticed(results, tmp_path):
-    folder = tmp_path / "flipped"
-    shutil.copytree(results["torch"], folder)
-    content = bytearray((folder / "tokens.parquet").read_bytes())
-    content[200:220] = bytes(20)
-    (folder / "tokens.parquet").write_bytes(content)
-    with pytest.raises(UserError, match="damaged"):
         compare([results["torch"], folder])
+    flipped = Path(shutil.copytree(results["torch"], tmp_path / "flipped"))
+    content = bytearray((flipped / "tokens.parquet").read_bytes())
+    content[200:220] = bytes(20)
+    (flipped / "tokens.parquet").write_bytes(content)
+    with pytest.raises(UserError, match="damaged"):
+        compare([results["torch"], flipped])
 
 
-def test_tokenizers_that_read_alike_are_compared(checkpoint, texts, tmp_path):
-    """Another decoder is another fingerprint, but the same ids and masks."""
-    copy = Path(shutil.copytree(checkpoint("bert"), tmp_path / "copy"))
+def compared_with_another_tokenizer(checkpoint, folder: Path, texts: Path, edit, **options: Any) -> dict[str, Any]:
+    """The comparison of bert with a copy whose `tokenizer.json` was edited."""
+    copy = Path(shutil.copytree(checkpoint("bert"), folder / "copy"))
     tokenizer = json.loads((copy / "tokenizer.json").read_text())
-    tokenizer["decoder"]["cleanup"] = not tokenizer["decoder"]["cleanup"]
+    edit(tokenizer)
     (copy / "tokenizer.json").write_text(json.dumps(tokenizer))
     for name, model in (("a", checkpoint("bert")), ("b", copy)):
-        evaluate(str(model), texts, output=tmp_path / name)
-    (found,) = compare([tmp_path / "a", tmp_path / "b"])["comparisons"]
-    assert found["metrics"]["masked_cross_entropy"]["difference"] == 0
+        evaluate(model, texts, output=folder / name, **options)
+    (comparison,) = compare([folder / "a", folder / "b"])["comparisons"]
+    return comparison
+
+
+def test_tokenizers_that_give_the_same_ids_are_compared(checkpoint, texts, tmp_path):
+    """A different decoder changes the fingerprint, but neither ids nor masks."""
+
+    def edit(tokenizer: dict[str, Any]) -> None:
+        tokenizer["decoder"]["cleanup"] = not tokenizer["decoder"]["cleanup"]
+
+    comparison = compared_with_another_tokenizer(checkpoint, tmp_path, texts, edit)
+    assert comparison["metrics"]["masked_cross_entropy"]["difference"] == 0
+
+
+def test_tokenizers_with_the_same_counts_and_other_tokens_compare_by_bytes(checkpoint, tmp_path):
+    """The digest covers positions and the mask's id, which both share."""
+
+    def edit(tokenizer: dict[str, Any]) -> None:
+        vocabulary = tokenizer["model"]["vocab"]
+        vocabulary["of"], vocabulary["is"] = vocabulary["is"], vocabulary["of"]
+
+    (tmp_path / "known.txt").write_text("A name is bound.\nThe value of a name.\n")
+    found = compared_with_another_tokenizer(checkpoint, tmp_path, tmp_path / "known.txt", edit, metrics="pseudo")
+    assert "bits_per_byte" in found["metrics"] and "pseudo_perplexity" not in found["metrics"]
+    assert found["slices"] == {} and found["tokens"] == []
 
 
 def test_other_tokenizers_compare_by_bytes(checkpoint, texts, tmp_path):
-    for name in ("bert", "roberta"):
-        evaluate(str(checkpoint(name)), texts, metrics="pseudo", output=tmp_path / name)
-    (found,) = compare([tmp_path / "bert", tmp_path / "roberta"])["comparisons"]
-    values = [
-        json.loads((tmp_path / name / "result.json").read_text())["metrics"]["bits_per_byte"]["value"]
-        for name in ("bert", "roberta")
-    ]
+    names = ("bert", "roberta")
+    for name in names:
+        evaluate(checkpoint(name), texts, metrics="pseudo", output=tmp_path / name)
+    (found,) = compare([tmp_path / name for name in names])["comparisons"]
+    values = [read_result(tmp_path / name)["metrics"]["bits_per_byte"]["value"] for name in names]
     assert found["metrics"]["bits_per_byte"]["difference"] == pytest.approx(values[1] - values[0])
     assert "pseudo_perplexity" not in found["metrics"]
     assert found["tokens"] == []
-
-
-def test_tokenizers_with_the_same_counts_and_other_tokens_compare_by_bytes_too(checkpoint, texts, tmp_path):
-    """The digest covers positions and the mask's id, which they share."""
-    copy = Path(shutil.copytree(checkpoint("bert"), tmp_path / "copy"))
-    tokenizer = json.loads((copy / "tokenizer.json").read_text())
-    vocabulary = tokenizer["model"]["vocab"]
-    vocabulary["of"], vocabulary["is"] = vocabulary["is"], vocabulary["of"]
-    (copy / "tokenizer.json").write_text(json.dumps(tokenizer))
-    (tmp_path / "known.txt").write_text("A name is bound.\nThe value of a name.\n")
-    for name, model in (("a", checkpoint("bert")), ("b", copy)):
-        evaluate(model, tmp_path / "known.txt", metrics="pseudo", output=tmp_path / name)
-    (found,) = compare([tmp_path / "a", tmp_path / "b"])["comparisons"]
-    assert "bits_per_byte" in found["metrics"] and "pseudo_perplexity" not in found["metrics"]
-    assert found["slices"] == {} and found["tokens"] == []
 
 
 def test_the_comparison_as_lines_and_page(capsys, results, tmp_path):

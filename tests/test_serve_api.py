@@ -94,10 +94,10 @@ def test_a_target_of_several_tokens_is_ranked_by_its_first_and_counted_in_a_head
 
 @pytest.mark.parametrize("variant", ["original", "within-word"])
 def test_score_equals_the_library(variant, artifact, server):
-    from mlmkit.eval.pseudo import score_texts
+    from mlmkit.eval.score_texts import pseudo_log_likelihood
 
     texts = ["The statement raises an exception.", "x", *PORTUGUESE, "a < b && <b>😀</b> [MASK]", ""]
-    expected = score_texts(load(str(artifact("roberta"))), texts, variant=variant)
+    expected = pseudo_log_likelihood(load(str(artifact("roberta"))), texts, variant=variant)
     parameters = {"pll": variant, "per_token": True}
     answers = server("roberta").ask("/score", {"inputs": texts, "parameters": parameters}).json
     for text, answer, wanted in zip(texts, answers, expected, strict=True):

@@ -19,7 +19,7 @@ from tokenizers import Tokenizer as RustTokenizer
 from transformers import AutoTokenizer, BertTokenizer, PreTrainedTokenizerFast, RobertaTokenizer
 
 from mlmkit.corpus import tokenize
-from mlmkit.eval.plan import LATER_PIECE, pieces, word_ends
+from mlmkit.eval.rows import LATER_PIECE, pieces, word_ends
 from mlmkit.masking import MaskRecipe, corrupt
 from mlmkit.pretrained import load_tokenizer
 from mlmkit.tokenizer import CLEAN_UP, CLEAN_UP_BPE, Tokenizer

@@ -18,9 +18,10 @@ from tokenizers.trainers import BpeTrainer
 from mlmkit.backends import load
 from mlmkit.corpus import tokenize
 from mlmkit.errors import UserError
-from mlmkit.eval.api import evaluate, pseudo_log_likelihood
+from mlmkit.eval.api import evaluate
 from mlmkit.eval.compare import compare
-from mlmkit.eval.plan import VARIANTS
+from mlmkit.eval.rows import VARIANTS
+from mlmkit.eval.score_texts import pseudo_log_likelihood
 from mlmkit.eval.sets import find_set
 from mlmkit.masking import random_words
 from mlmkit.tokenizer import Tokenizer

@@ -4,7 +4,7 @@ import os
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -23,7 +23,8 @@ from mlmkit.console import print_json, print_table, say
 from mlmkit.errors import UserError, require
 
 if TYPE_CHECKING:
-    from mlmkit.eval.passes import Settings
+    from mlmkit.eval.result import Metric, Result
+    from mlmkit.eval.rows import Settings
     from mlmkit.eval.sets import Request
 
 PAIRS = "pairs"
@@ -79,7 +80,7 @@ def evaluate(options: EvalOptions) -> None:
 
     from mlmkit.distributed import claim_gpu, said_once
     from mlmkit.distributed import ranks as find_ranks
-    from mlmkit.eval.evaluate import evaluate as run_evaluation
+    from mlmkit.eval.evaluate import run_evaluation
 
     ranks = find_ranks()
     output = options.output
@@ -118,7 +119,7 @@ def evaluate(options: EvalOptions) -> None:
 
 
 def _settings(options: EvalOptions, request: "Request") -> "Settings":
-    from mlmkit.eval.passes import Settings
+    from mlmkit.eval.rows import Settings
     from mlmkit.masking import MaskRecipe
 
     metrics = options.metrics or ("masked",)
@@ -171,7 +172,7 @@ def _list_sets(data: Path | None, as_json: bool) -> None:
     print_table([[row[name] for name in columns] for row in rows], columns)
 
 
-def _print_result(result: dict[str, Any]) -> None:
+def _print_result(result: "Result") -> None:
     from mlmkit.eval.metrics import describe_unknown
 
     corpus = result["corpus"]
@@ -208,7 +209,7 @@ def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.4f}"
 
 
-def _value(metric: dict[str, float | None]) -> tuple[str, str]:
+def _value(metric: "Metric") -> tuple[str, str]:
     """A metric's value and interval."""
     low, high = metric["low"], metric["high"]
     return _number(metric["value"]), "-" if low is high is None else f"[{_number(low)}, {_number(high)}]"
@@ -229,17 +230,17 @@ def compare(options: CompareOptions) -> None:
     two differ most. Refuses results on different text or with different masks.
     """
     from mlmkit.eval.compare import compare as run_comparison
-    from mlmkit.eval.compare_page import print_lines, write_page
+    from mlmkit.eval.report import comparison_lines, write_comparison
 
     if len(options.results) < 2:
         raise UserError("name at least two results to compare")
     comparison = run_comparison([Path(item) for item in options.results], options.top)
     if options.output:
-        write_page(comparison, options.output)
+        write_comparison(comparison, options.output)
     if options.as_json:
         print_json(comparison)
         return
-    for line in print_lines(comparison):
+    for line in comparison_lines(comparison):
         say(line)
     if options.output:
         say(f"page: {options.output / 'compare.html'}")
@@ -250,7 +251,7 @@ def compare(options: CompareOptions) -> None:
 def report(result: Path) -> None:
     """Write RESULT/report.html again, from the stored result."""
     from mlmkit.eval.report import write_report
-    from mlmkit.eval.stored import load_result
+    from mlmkit.eval.results_store import load_result
 
     require("report", "jinja2", "matplotlib")
     stored = load_result(result)
@@ -277,7 +278,7 @@ def score(options: ScoreOptions) -> None:
     Prints one line per text: the sum ("-" without a scored token), the number of tokens, the text. Skips blank lines.
     """
     from mlmkit.documents import Source, read_documents
-    from mlmkit.eval.pseudo import score_texts
+    from mlmkit.eval.score_texts import pseudo_log_likelihood
 
     location = "/dev/stdin" if options.file == "-" else options.file
     texts = list(read_documents(Source(location, options.text_field, options.blank_line)))
@@ -285,7 +286,8 @@ def score(options: ScoreOptions) -> None:
         raise UserError(f"{'standard input' if options.file == '-' else options.file}: there is no text to score")
     backend = options.load()
     entries = []
-    for item in score_texts(backend, texts, variant=options.pll, allow_batch_coupling=options.allow_batch_coupling):
+    coupling = options.allow_batch_coupling
+    for item in pseudo_log_likelihood(backend, texts, variant=options.pll, allow_batch_coupling=coupling):
         tokens = [
             {"token": id, "token_str": backend.tokenizer.token(id), "log_prob": log_prob}
             for id, log_prob in zip(item.token_ids.tolist(), item.log_prob.tolist(), strict=True)

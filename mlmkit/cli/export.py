@@ -67,7 +67,7 @@ def export(options: ExportOptions) -> None:
     request.check()
     evaluations = []
     if request.results:
-        from mlmkit.eval.stored import load_result
+        from mlmkit.eval.results_store import load_result
 
         evaluations = [load_result(Path(folder)).result for folder in request.results]
     manifest, models = request.run(evaluations)

@@ -19,8 +19,8 @@ import numpy as np
 from mlmkit.backends import Batch, Scored, capacity
 from mlmkit.corpus import Corpus, concatenate, tokenize
 from mlmkit.errors import CheckError
-from mlmkit.eval.plan import Plan, pseudo_plan
-from mlmkit.eval.pseudo import TextScore, text_scores
+from mlmkit.eval.rows import Rows, pseudo_rows
+from mlmkit.eval.score_texts import TextScore, text_scores
 from mlmkit.eval.scoring import build_batch
 from mlmkit.fill import Question, answer, ask_all, check_length
 from mlmkit.serve.batcher import split_rows
@@ -100,7 +100,7 @@ class ScoreJob:
 
     texts: list[str]
     corpus: Corpus
-    plan: Plan
+    plan: Rows
     rows: list[Batch]
     per_token: bool
     is_single: bool
@@ -122,8 +122,8 @@ def read_score(service: Service, body: bytes) -> ScoreJob:
         parts.append(tokenize([text], tokenizer))
         check_length(len(parts[-1].ids) + tokenizer.added_tokens, "tokens", limit)
     corpus = concatenate(parts)
-    plan = pseudo_plan(corpus, tokenizer, capacity(backend), parameters.pll or "original")
-    service.batcher.check_size(int((plan.rows.length + tokenizer.added_tokens).sum()))  # before the rows are made
+    plan = pseudo_rows(corpus, tokenizer, capacity(backend), parameters.pll or "original")
+    service.batcher.check_size(int((plan.windows.length + tokenizer.added_tokens).sum()))  # before the rows are made
     rows = _rows(corpus, plan, tokenizer)
     return ScoreJob(texts, corpus, plan, rows, bool(parameters.per_token), isinstance(request.inputs, str))
 
@@ -138,7 +138,7 @@ def write_score(service: Service, job: ScoreJob, scored: list[Scored]) -> bytes:
     return _json(answers[0] if job.is_single else answers)
 
 
-def _rows(corpus: Corpus, plan: Plan, tokenizer: Tokenizer) -> list[Batch]:
+def _rows(corpus: Corpus, plan: Rows, tokenizer: Tokenizer) -> list[Batch]:
     """One row per scored token, in the plan's order. The windows of a text have one length: nothing is padded."""
     texts = np.split(np.arange(len(plan)), np.flatnonzero(np.diff(plan.document)) + 1)
     batches = (build_batch(corpus, plan, rows, tokenizer)[0] for rows in texts if len(rows))

@@ -13,9 +13,9 @@ from mlmkit.backends import load
 from mlmkit.corpus import Corpus, load_corpus
 from mlmkit.distributed import Ranks
 from mlmkit.errors import UserError
-from mlmkit.eval.evaluate import evaluate
-from mlmkit.eval.material import TextMaterial
-from mlmkit.eval.passes import Settings
+from mlmkit.eval.data import FileData
+from mlmkit.eval.evaluate import run_evaluation
+from mlmkit.eval.rows import Settings
 from mlmkit.masking import DIGEST_MODULUS, corrupt, format_digest, mask_digest
 from mlmkit.tokenizer import Tokenizer
 from mlmkit.train.checkpoints import HELD_OUT, held_out_result
@@ -59,5 +59,5 @@ def evaluate_checkpoint(checkpoint: Path, config: Config, digest: str, device: s
         ranks.from_first(lambda: (shutil.rmtree(kept, ignore_errors=True), folder.rename(kept)))
     backend = load(str(checkpoint), "torch", device)
     # Overwrites what a killed evaluation of another text left behind.
-    evaluate(backend, TextMaterial(source, backend.tokenizer), SETTINGS, folder, overwrite=True, ranks=ranks)
+    run_evaluation(backend, FileData(source, backend.tokenizer), SETTINGS, folder, overwrite=True, ranks=ranks)
     return ranks.from_first(lambda: held_out_result(checkpoint) or {})

@@ -1,0 +1,82 @@
+"""Pseudo-log-likelihood of single texts: `mlmkit.pseudo_log_likelihood`, `mlmkit score` and the server's `/score`."""
+
+import logging
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from os import PathLike
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mlmkit.backends import Backend, capacity, load
+from mlmkit.console import progress
+from mlmkit.corpus import Corpus, tokenize
+from mlmkit.documents import checked_text
+from mlmkit.eval.rows import Rows, pseudo_rows
+from mlmkit.eval.scoring import refuse_batch_coupling, score_rows
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class TextScore:
+    """A text's pseudo-log-likelihood in nats (summed in float64), and the log-probabilities that it sums.
+
+    `token_ids` and `offset` (int64) and `log_prob` (float32) are `[scored]`. A token's offset counts the tokens before
+    it. Without a scored token the pseudo-log-likelihood is None, because 0 would mean certainty.
+    """
+
+    text: str
+    pseudo_log_likelihood: float | None
+    token_ids: NDArray[np.int64]
+    offset: NDArray[np.int64]
+    log_prob: NDArray[np.float32]
+
+
+def pseudo_log_likelihood(
+    model: str | PathLike[str] | Backend,
+    texts: Iterable[str],
+    *,
+    variant: str = "original",
+    batch_tokens: int = 0,
+    allow_batch_coupling: bool = False,
+    backend: str = "auto",
+    device: str = "auto",
+) -> list[TextScore]:
+    """Pseudo-log-likelihood of each text, in nats: every token masked alone (Salazar et al. 2020).
+
+    ```python
+    good, bad = mlmkit.pseudo_log_likelihood("artifact", ["The keys are here.", "The keys is here."])
+    good.pseudo_log_likelihood > bad.pseudo_log_likelihood
+    ```
+
+    An unknown token is scored like any other; other special tokens are context. With `variant="within-word"` the later
+    tokens of the same word are masked too (Kauf and Ivanova 2023). `model` is as in `evaluate`. Raises
+    `mlmkit.UserError` for texts or options that cannot be used, and `mlmkit.CheckError` when a score is not finite.
+    """
+    loaded = load(model, backend, device) if isinstance(model, str | PathLike) else model
+    refuse_batch_coupling(loaded, allow_batch_coupling)
+    texts = [texts] if isinstance(texts, str) else texts
+    texts = [checked_text(text, f"text {number}") for number, text in enumerate(texts)]
+    if not texts:
+        return []
+    corpus = tokenize(texts, loaded.tokenizer)
+    rows = pseudo_rows(corpus, loaded.tokenizer, capacity(loaded), variant)
+    with progress() as bar:
+        task = bar.add_task("scoring, documents", total=len(corpus))
+        scores = score_rows(loaded, corpus, rows, batch_tokens, lambda documents: bar.advance(task, documents))
+    if unknown := int(corpus.text_sizes[:, 3].sum()):
+        log.warning("%d characters are unknown to the tokenizer: scored as its unknown token, or not at all", unknown)
+    return text_scores(texts, corpus, rows, scores.log_prob)
+
+
+def text_scores(texts: Sequence[str], corpus: Corpus, rows: Rows, log_prob: NDArray[np.float32]) -> list[TextScore]:
+    """The scores `[scored]` of `pseudo_rows`, divided among the texts."""
+    ids = corpus.ids[corpus.starts[rows.document] + rows.offset].astype(np.int64)
+    ends = np.searchsorted(rows.document, np.arange(len(corpus) + 1))
+    scores = []
+    for text, begin, end in zip(texts, ends, ends[1:], strict=False):
+        own = log_prob[begin:end]
+        total = float(own.sum(dtype=np.float64)) if len(own) else None
+        scores.append(TextScore(text, total, ids[begin:end], rows.offset[begin:end], own))
+    return scores
