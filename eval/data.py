@@ -72,8 +72,11 @@ class FileData(EvalData):
         self.source = {"set": set_name, **asdict(source)}
 
     @cached_property
-    def _corpus(self) -> Corpus:  # pyright: ignore[reportIncompatibleVariableOverride]
+    def _cached_corpus(self) -> Corpus:
         return load_corpus(self._file, self._tokenizer, self._folder)
+
+    def corpus(self) -> Corpus:
+        return self._cached_corpus
 
     def blocks(self) -> Iterator[Corpus]:
         if self._folder.exists():

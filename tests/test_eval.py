@@ -23,13 +23,13 @@ from mlmkit.documents import Source
 from mlmkit.errors import CheckError, UserError
 from mlmkit.eval.api import evaluate
 from mlmkit.eval.metrics import FAMILIES
-from mlmkit.eval.rows import Settings, pseudo_rows
+from mlmkit.eval.rows import VARIANTS, pseudo_rows
 from mlmkit.eval.score_texts import pseudo_log_likelihood
 from mlmkit.eval.scoring import score_rows
 from mlmkit.eval.statistics import bootstrap
 from mlmkit.export.export import export
 from mlmkit.files import read_record
-from mlmkit.masking import MaskRecipe, corrupt, document_key
+from mlmkit.masking import DIGEST_MODULUS, MaskRecipe, corrupt, document_key, format_digest, mask_digest
 from mlmkit.windows import overlapping_windows
 
 TIMES = ("seconds", "timing", "command")
@@ -59,6 +59,16 @@ class Dense:
         cls, sep = self.tokenizer.cls_token_id, self.tokenizer.sep_token_id
         with torch.no_grad():
             return self.network(torch.tensor([[cls, *ids, sep]])).logits[0, 1:-1].log_softmax(-1)
+
+    def pseudo(self, text: str, variant: str) -> list[float]:
+        """The log-probability of each token, masked alone or with the later tokens of its word."""
+        encoding = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)
+        ids, words, scores = encoding["input_ids"], encoding.word_ids(), []
+        for i, id in enumerate(ids):
+            later = {j for j in range(i + 1, len(ids)) if variant == "within-word" and words[j] == words[i]}
+            shown = [self.tokenizer.mask_token_id if j == i or j in later else ids[j] for j in range(len(ids))]
+            scores.append(self.log_probs(shown)[i, id].item())
+        return scores
 
 
 def window_of(length: int, offset: int) -> tuple[int, int]:
@@ -139,35 +149,21 @@ def test_every_number_can_be_recomputed(
     assert evaluation.result["corpus"]["windowed_documents"] == sum(len(ids) > CAPACITY for ids in documents)
 
 
-def test_masks_and_digest_are_those_of_the_specification(short_file, checkpoint):
-    """Worked out again for each document alone, with whole words, as docs/masking.md says."""
-    model = load(str(checkpoint("roberta")))
-    recipe = MaskRecipe(0.3, 0.5, 0.3, whole_word=True)
-    evaluation = evaluate(model, Source(str(short_file)), recipe=recipe, mask_seed=2**64 - 1)
-    found = {(row["document"], row["offset"]): row["input_id"] for row in evaluation.tokens.to_pylist()}
-    digest, total, tokenizer = 0, {}, AutoTokenizer.from_pretrained(checkpoint("roberta"))
-    from hashlib import blake2b
-
-    special = set(tokenizer.all_special_ids)
-    ordinary = sorted(set(tokenizer.get_vocab().values()) - special)
+def test_masks_and_digest_are_those_of_mask_v1(short_file, checkpoint):
+    """For each document alone, with the tokens and words that transformers gives; test_masking proves mask-v1."""
+    model, recipe, seed = load(str(checkpoint("roberta"))), MaskRecipe(0.3, 0.5, 0.3, whole_word=True), 2**64 - 1
+    evaluation = evaluate(model, Source(str(short_file)), recipe=recipe, mask_seed=seed)
+    tokenizer, expected, digest = AutoTokenizer.from_pretrained(checkpoint("roberta")), {}, 0
     for d, text in enumerate(short_file.read_text(encoding="utf-8").split("\n")[:-1]):
         encoding = tokenizer(text, add_special_tokens=False, split_special_tokens=True)
-        ids, words = encoding["input_ids"], encoding.word_ids()
-        key = np.array([2**64 - 1, document_key(text)], dtype=np.uint64)
-        w = [int(x) for x in np.random.Philox(counter=np.zeros(4, dtype=np.uint64), key=key).random_raw(2 * len(ids))]
-        hashed = blake2b(document_key(text).to_bytes(8, "little"), digest_size=16)
-        for i, id in enumerate(ids):
-            if id not in special and w[2 * words.index(words[i])] >> 11 < math.floor(0.3 * 2**53):
-                t, put = w[2 * i + 1] >> 32, id
-                if t < math.floor(0.5 * 2**32):
-                    put = tokenizer.mask_token_id
-                elif t < math.floor(0.8 * 2**32):
-                    put = ordinary[((w[2 * i + 1] & 0xFFFFFFFF) * len(ordinary)) >> 32]
-                total[d, i] = put
-                hashed.update(i.to_bytes(4, "little") + put.to_bytes(4, "little"))
-        digest += int.from_bytes(hashed.digest(), "little")
-    assert found == total
-    assert evaluation.result["mask_digest"] == f"{digest % 2**128:032x}"
+        ids, words = np.array(encoding["input_ids"]), np.array(encoding.word_ids())
+        lengths, keys = np.array([len(ids)]), np.array([document_key(text)], dtype=np.uint64)
+        corruption = corrupt(ids, lengths, keys, recipe, model.tokenizer.masking, seed=seed, words=words)
+        expected |= {(d, i): corruption.input_ids[i] for i in corruption.selected.tolist()}
+        digest += mask_digest(corruption, lengths, keys)
+    tokens = evaluation.tokens.to_pylist()
+    assert {(row["document"], row["offset"]): row["input_id"] for row in tokens} == expected
+    assert evaluation.result["mask_digest"] == format_digest(digest % DIGEST_MODULUS)
 
 
 @pytest.mark.parametrize("kind", ["bert", "convbert"])
@@ -230,18 +226,15 @@ def test_another_order_of_documents_has_the_same_digest(short_file, checkpoint, 
     assert first.metrics[value]["value"] == pytest.approx(second.metrics[value]["value"], abs=1e-5)
 
 
-def test_within_word_masks_the_later_tokens_of_the_word(checkpoint):
-    text = "The interpreter distinguishes representations."
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_each_token_is_masked_alone_or_with_the_rest_of_its_word(variant, checkpoint):
+    texts = ["The interpreter distinguishes representations.", "The 日本語 日本語 is executed."]  # six unknown tokens
     model, dense = load(str(checkpoint("bert"))), Dense(checkpoint("bert"))
-    (scored,) = pseudo_log_likelihood(model, [text], variant="within-word")
-    encoding = dense.tokenizer(text, add_special_tokens=False)
-    ids, words = encoding["input_ids"], encoding.word_ids()
-    assert len(set(words)) < len(ids)
-    for i, (id, log_prob) in enumerate(zip(ids, scored.log_prob, strict=True)):
-        hidden = [dense.tokenizer.mask_token_id if j >= i and words[j] == words[i] else ids[j] for j in range(len(ids))]
-        assert log_prob == pytest.approx(dense.log_probs(hidden)[i, id].item(), abs=1e-4)
-    (original,) = pseudo_log_likelihood(model, [text])
-    assert original.pseudo_log_likelihood != scored.pseudo_log_likelihood
+    for scored, text in zip(pseudo_log_likelihood(model, texts, variant=variant), texts, strict=True):
+        assert scored.token_ids.tolist() == dense.ids(text)
+        assert scored.log_prob == pytest.approx(dense.pseudo(text, variant), abs=1e-4)
+    assert dense.ids(texts[1]).count(dense.tokenizer.unk_token_id) == 6
+    assert dense.pseudo(texts[0], "original") != dense.pseudo(texts[0], "within-word")
 
 
 def test_pseudo_sample_is_mask_v1s_choice_and_estimates_the_whole(text_file, artifact):
@@ -284,13 +277,13 @@ def test_intervals_are_those_of_the_bootstrap():
     """For a mean of independent documents the percentile interval is close to the normal one."""
     generator = np.random.default_rng(0)
     sums = np.column_stack([generator.normal(3, 1, 400), np.ones(400)])
-    found = bootstrap(sums, {"mean": lambda totals: totals[..., 0] / totals[..., 1]})["mean"]
+    mean = {"mean": lambda totals: totals[..., 0] / totals[..., 1]}
+    found = bootstrap(sums, mean)["mean"]
     assert found["value"] == pytest.approx(sums[:, 0].mean())
     half = 1.96 * sums[:, 0].std() / 20
     assert found["low"] == pytest.approx(found["value"] - half, abs=0.02)
     assert found["high"] == pytest.approx(found["value"] + half, abs=0.02)
-    again = bootstrap(sums, {"mean": lambda totals: totals[..., 0] / totals[..., 1]})["mean"]
-    assert again == found
+    assert bootstrap(sums, mean)["mean"] == found
 
 
 def test_a_resample_without_a_scored_token_has_no_value():
@@ -336,18 +329,24 @@ def test_scores_that_are_not_finite_are_named(checkpoint):
         score_rows(Broken(), corpus, pseudo_rows(corpus, model.tokenizer, CAPACITY))
 
 
-def test_unusable_text_and_options_are_named(checkpoint, tmp_path):
-    model = load(str(checkpoint("bert")))
-    (tmp_path / "a.txt").write_text("Roma\n")
-    source = Source(str(tmp_path / "a.txt"))
-    with pytest.raises(UserError, match="select no token"):
-        evaluate(model, source, recipe=MaskRecipe(mask_prob=0.0))
-    with pytest.raises(UserError, match="no metric 'bleu'"):
-        evaluate(model, source, metrics=("bleu",))
-    with pytest.raises(UserError, match="sample must be"):
-        Settings(pseudo_sample=0)
-    with pytest.raises(UserError, match="variant 'l2r'"):
-        evaluate(model, source, metrics=("pseudo",), variant="l2r")
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"recipe": MaskRecipe(mask_prob=0.0)}, "select no token"),
+        ({"metrics": ("bleu",)}, "no metric 'bleu'"),
+        ({"metrics": ()}, "no metric"),
+        ({"pseudo_sample": 0}, "sample must be"),
+        ({"metrics": "pseudo", "variant": "l2r"}, "variant 'l2r'"),
+        ({"mask_seed": ()}, "seed"),
+        ({"mask_seed": (1, 1)}, "seed"),
+        ({"mask_seed": -1}, "seed"),
+        ({"mask_seed": 1.0}, "whole number"),
+        ({"mask_seed": [0.5]}, "whole number"),
+    ],
+)
+def test_unusable_options_are_named(options, message, checkpoint):
+    with pytest.raises(UserError, match=message):
+        evaluate(checkpoint("bert"), ["Roma"], **options)
 
 
 def test_a_path_is_taken_wherever_text_is(checkpoint, short_file, tmp_path):

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -47,7 +48,7 @@ def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Interrupted:
-    """A backend whose power goes after a number of batches."""
+    """A backend that is interrupted after a number of batches."""
 
     def __init__(self, backend, batches: int) -> None:
         self.inner, self.left = backend, batches
@@ -61,27 +62,43 @@ class Interrupted:
         return self.inner.score(batch)
 
 
-def test_an_interrupted_evaluation_goes_on_and_ends_the_same(artifact, source, tmp_path, small_parts):
+def interrupt(model, batches: int, source: Source, folder: Path, **options: Any) -> None:
+    """Evaluate until the model has scored some batches."""
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(Interrupted(model, batches), source, output=folder, batch_tokens=300, **options)
+
+
+def same_tables(first: Path, second: Path) -> bool:
+    names = ("tokens.parquet", "documents.parquet")
+    return all(pq.read_table(first / name).equals(pq.read_table(second / name)) for name in names)
+
+
+@pytest.fixture(scope="module")
+def long_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file that takes seconds to evaluate."""
+    path = tmp_path_factory.mktemp("long") / "text.txt"
+    path.write_text("".join(f"{number} {line}\n" for number in range(10) for line in paragraphs()), encoding="utf-8")
+    return path
+
+
+def test_an_interrupted_evaluation_resumes_and_ends_the_same(artifact, source, tmp_path, small_parts):
     model = load(str(artifact("bert")))
     options = {"metrics": ("masked", "pseudo"), "pseudo_sample": 0.2, "mask_seed": (0, 7), "batch_tokens": 300}
     evaluate(model, source, output=tmp_path / "whole", **options)
     broken = Interrupted(model, 0)
-    runs, done = 0, 0
+    parts = [0]
     while True:
         broken.left = 40
-        runs += 1
         try:
             evaluate(broken, source, output=tmp_path / "cut", **options)
             break
         except KeyboardInterrupt:
             assert not (tmp_path / "cut" / "result.json").exists()
-            found = len(list((tmp_path / "cut" / "parts").glob("*.parquet")))
-            assert found > done  # what was finished stays
-            done = found
-    assert runs > 3
+            parts.append(len(list((tmp_path / "cut" / "parts").glob("*.parquet"))))
+            assert parts[-1] > parts[-2]  # finished parts stay
+    assert len(parts) > 3
     assert without_times(tmp_path / "cut") == without_times(tmp_path / "whole")
-    for name in ("tokens.parquet", "documents.parquet"):
-        assert pq.read_table(tmp_path / "cut" / name).equals(pq.read_table(tmp_path / "whole" / name))
+    assert same_tables(tmp_path / "cut", tmp_path / "whole")
     assert sorted(path.name for path in (tmp_path / "cut").iterdir()) == [
         "documents.parquet",
         "result.json",
@@ -91,10 +108,9 @@ def test_an_interrupted_evaluation_goes_on_and_ends_the_same(artifact, source, t
     evaluate(broken, source, output=tmp_path / "cut", **options)
 
 
-def test_another_evaluation_does_not_go_on_with_it(artifact, source, tmp_path, small_parts):
+def test_another_evaluation_does_not_resume_it(artifact, source, tmp_path, small_parts):
     model = load(str(artifact("bert")))
-    with pytest.raises(KeyboardInterrupt):
-        evaluate(Interrupted(model, 12), source, output=tmp_path / "cut", batch_tokens=300)
+    interrupt(model, 12, source, tmp_path / "cut")
     with pytest.raises(UserError, match=r"another masking: .*--overwrite"):
         evaluate(model, source, output=tmp_path / "cut", mask_seed=1)
     with pytest.raises(UserError, match="another model"):
@@ -113,27 +129,28 @@ def test_nothing_is_left_behind_by_a_mistake(artifact, tmp_path):
         assert not (tmp_path / "result").exists()
 
 
-def test_a_damaged_part_is_not_taken_for_a_whole_one(artifact, source, tmp_path, small_parts):
-    """A part is renamed when it is complete; a missing one in the middle is scored again."""
+def test_a_missing_or_damaged_part_is_scored_again(artifact, source, tmp_path, small_parts):
     model = load(str(artifact("bert")))
-    with pytest.raises(KeyboardInterrupt):
-        evaluate(Interrupted(model, 9), source, output=tmp_path / "cut", batch_tokens=300)
-    parts = sorted((tmp_path / "cut" / "parts").glob("*.parquet"))
-    parts[1].unlink()
+    interrupt(model, 14, source, tmp_path / "cut")
+    first, missing, *_ = sorted((tmp_path / "cut" / "parts").glob("*.parquet"))
+    first.write_bytes(first.read_bytes()[:100])  # cut short
+    interrupt(model, 6, source, tmp_path / "cut")
+    content = bytearray(first.read_bytes())
+    content[40:60] = bytes(20)  # noticed by its checksum
+    first.write_bytes(content)
+    missing.unlink()
     (tmp_path / "cut" / "parts" / "masked-0-0000001.4711").write_bytes(b"half a file")
     evaluate(model, source, output=tmp_path / "cut")
     evaluate(model, source, output=tmp_path / "whole")
     assert without_times(tmp_path / "cut") == without_times(tmp_path / "whole")
 
 
-def test_kill_minus_nine(artifact, tmp_path):
-    """The real thing: SIGKILL as soon as there is a part, then the same command."""
-    text = tmp_path / "text.txt"
-    text.write_text("".join(f"{number} {line}\n" for number in range(10) for line in paragraphs()), encoding="utf-8")
-    command = [sys.executable, "-m", "mlmkit", "eval", str(artifact("bert")), "--set", str(text), "--metric", "masked"]
+def test_kill_minus_nine(artifact, long_text, tmp_path):
+    """SIGKILL as soon as there is a part, then the same command."""
+    command = [sys.executable, "-m", "mlmkit", "eval", artifact("bert"), "--set", long_text, "--metric", "masked"]
     command += ["--mask-seeds", "0,1", "--batch-tokens", "300"]
     killed = tmp_path / "killed"
-    process = subprocess.Popen([*command, "--output", str(killed)], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen([*command, "--output", killed], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
     while not list(killed.glob("parts/*.parquet")):
         assert process.poll() is None, process.stderr.read().decode() if process.stderr else ""
@@ -144,18 +161,16 @@ def test_kill_minus_nine(artifact, tmp_path):
     assert not (killed / "result.json").exists()
     kept = {path: path.stat().st_mtime_ns for path in killed.glob("parts/*.parquet")}
     assert kept
-    subprocess.run([*command, "--output", str(killed)], check=True, capture_output=True)
-    subprocess.run([*command, "--output", str(tmp_path / "whole")], check=True, capture_output=True)
+    for folder in (killed, tmp_path / "whole"):
+        subprocess.run([*command, "--output", folder], check=True, capture_output=True)
     assert without_times(killed) == without_times(tmp_path / "whole")
-    assert pq.read_table(killed / "tokens.parquet").equals(pq.read_table(tmp_path / "whole" / "tokens.parquet"))
+    assert same_tables(killed, tmp_path / "whole")
 
 
 @pytest.mark.parametrize("kind", ["checkpoint", "artifact"])
-def test_two_ranks_give_what_one_gives(kind, checkpoint, artifact, tmp_path):
-    text = tmp_path / "text.txt"
-    text.write_text("".join(f"{number} {line}\n" for number in range(10) for line in paragraphs()), encoding="utf-8")
+def test_two_ranks_give_what_one_gives(kind, checkpoint, artifact, long_text, tmp_path):
     model = checkpoint("bert") if kind == "checkpoint" else artifact("bert")
-    arguments = ["-m", "mlmkit", "eval", str(model), "--set", str(text), "--json", "--metric", "masked"]
+    arguments = ["-m", "mlmkit", "eval", str(model), "--set", str(long_text), "--json", "--metric", "masked"]
     arguments += ["--metric", "pseudo", "--pseudo-sample", "0.05", "--output"]
     one = subprocess.run([sys.executable, *arguments, tmp_path / "one"], check=True, capture_output=True, text=True)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
@@ -165,8 +180,7 @@ def test_two_ranks_give_what_one_gives(kind, checkpoint, artifact, tmp_path):
     )
     assert json.loads(two.stdout)["metrics"] == json.loads(one.stdout)["metrics"]  # printed once, by one rank
     assert without_times(tmp_path / "two") == without_times(tmp_path / "one")
-    tables = [pq.read_table(tmp_path / name / "tokens.parquet") for name in ("one", "two")]
-    assert tables[0].equals(tables[1])
+    assert same_tables(tmp_path / "one", tmp_path / "two")
 
 
 # ------------------------------------------------------------------ parts
@@ -236,9 +250,7 @@ def test_a_part_that_went_missing_is_noticed(artifact, source, tmp_path, small_p
         evaluate(model, source, output=tmp_path / "result")
 
 
-def test_a_folder_that_was_never_more_than_begun_is_gone_on_with(artifact, source, tmp_path, small_parts, monkeypatch):
-    """Killed while the folder is made: nothing of it is in the way."""
-
+def test_a_crash_while_the_folder_is_made_blocks_no_later_run(artifact, source, tmp_path, small_parts, monkeypatch):
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
@@ -251,32 +263,13 @@ def test_a_folder_that_was_never_more_than_begun_is_gone_on_with(artifact, sourc
     evaluate(model, source, output=tmp_path / "result")
 
 
-def test_a_part_that_cannot_be_read_is_scored_again(artifact, source, tmp_path, small_parts):
-    model = load(str(artifact("bert")))
-    with pytest.raises(KeyboardInterrupt):
-        evaluate(Interrupted(model, 14), source, output=tmp_path / "cut", batch_tokens=300)
-    part = sorted((tmp_path / "cut" / "parts").glob("*.parquet"))[0]
-    part.write_bytes(part.read_bytes()[:100])  # cut short
-    with pytest.raises(KeyboardInterrupt):
-        evaluate(Interrupted(model, 6), source, output=tmp_path / "cut", batch_tokens=300)
-    content = bytearray(part.read_bytes())
-    content[40:60] = bytes(20)  # its body damaged: noticed by its checksum
-    part.write_bytes(content)
-    evaluate(model, source, output=tmp_path / "cut")
-    evaluate(model, source, output=tmp_path / "whole")
-    assert without_times(tmp_path / "cut") == without_times(tmp_path / "whole")
-
-
 def test_overwriting_keeps_the_old_result_until_there_is_a_new_one(artifact, source, tmp_path, small_parts):
     model, folder = load(str(artifact("bert"))), tmp_path / "result"
     evaluate(model, source, output=folder)
     old = without_times(folder)
     (tmp_path / "link").symlink_to(folder)
     for interrupted in range(2):
-        with pytest.raises(KeyboardInterrupt):
-            evaluate(
-                Interrupted(model, 5), source, output=tmp_path / "link", mask_seed=4, overwrite=True, batch_tokens=300
-            )
+        interrupt(model, 5, source, tmp_path / "link", mask_seed=4, overwrite=True)
         assert without_times(folder) == old, interrupted
     evaluate(model, source, output=tmp_path / "link", mask_seed=4, overwrite=True)
     assert without_times(folder)["masking"] != old["masking"]
@@ -300,7 +293,7 @@ def test_a_mount_point_takes_an_evaluation_and_its_replacement(artifact, source,
 
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_two_processes_do_not_write_one_folder(overwrite, artifact, source, tmp_path, small_parts):
-    """The second is refused while the first is at it, and goes on once it is gone."""
+    """The second is refused while the first works, and resumes once it is gone."""
     model, options = load(str(artifact("bert"))), {"output": tmp_path / "result", "overwrite": overwrite}
     if overwrite:
         evaluate(model, source, **options)

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from conftest import paragraphs
 from test_cli import run
-from test_eval import Dense
 from tokenizers import Tokenizer as RustTokenizer
 from tokenizers.models import BPE
 from tokenizers.normalizers import BertNormalizer
@@ -20,28 +19,12 @@ from mlmkit.corpus import tokenize
 from mlmkit.errors import UserError
 from mlmkit.eval.api import evaluate
 from mlmkit.eval.compare import compare
-from mlmkit.eval.rows import VARIANTS
-from mlmkit.eval.score_texts import pseudo_log_likelihood
 from mlmkit.eval.sets import find_set
 from mlmkit.masking import random_words
 from mlmkit.tokenizer import Tokenizer
 
 UNKNOWN = "日本語 日本語"  # six unknown tokens of the WordPiece
 NOTHING = "\u200b"  # no token at all
-
-
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_an_unknown_token_is_scored_like_any_other(variant, checkpoint):
-    text = f"The {UNKNOWN} is executed."
-    model, dense = load(str(checkpoint("bert"))), Dense(checkpoint("bert"))
-    (scored,) = pseudo_log_likelihood(model, [text], variant=variant)
-    ids, words = dense.ids(text), dense.tokenizer(text, add_special_tokens=False).word_ids()
-    assert ids.count(dense.tokenizer.unk_token_id) == 6
-    assert scored.token_ids.tolist() == ids
-    for i, (id, log_prob) in enumerate(zip(ids, scored.log_prob, strict=True)):
-        hidden = {j for j in range(len(ids)) if j == i or (variant == "within-word" and j > i and words[j] == words[i])}
-        shown = [dense.tokenizer.mask_token_id if j in hidden else id for j, id in enumerate(ids)]
-        assert log_prob == pytest.approx(dense.log_probs(shown)[i, id].item(), abs=1e-4)
 
 
 def test_a_sample_draws_unknown_tokens_as_often_and_masks_never_do(checkpoint):
