@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from mlmkit.errors import UserError
 from mlmkit.eval.metrics import FAMILIES, HIGHER_IS_BETTER, PER_TEXT, UNKNOWN_LIMIT, WITHOUT_INTERVAL, describe_unknown
-from mlmkit.eval.pairs import ACCURACIES, pair_columns, pair_groups
+from mlmkit.eval.pairs import ACCURACIES, pair_columns, pair_groups, sentence_scores
 from mlmkit.eval.results_store import StoredResult, load_result, read_blocks
 from mlmkit.eval.statistics import Bootstrap, Estimator, finite, percentiles
 
@@ -174,7 +174,7 @@ def paired_difference(name: str, estimator: Estimator, draws: Bootstrap, one: sl
 
 def _compare_pairs(a: StoredResult, b: StoredResult) -> tuple[dict[str, Any], dict[str, Any]]:
     """Differences of pair accuracies, overall and by group, from resampling pairs."""
-    columns = np.concatenate([pair_columns(side.folder) for side in (a, b)], axis=1)
+    columns = np.concatenate([pair_columns(sentence_scores(side.folder)) for side in (a, b)], axis=1)
     width = columns.shape[1] // 2
 
     def group_differences(rows: NDArray[np.float64]) -> dict[str, Any]:

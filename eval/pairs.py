@@ -224,8 +224,8 @@ def measure_pairs(folder: Path) -> tuple[Metrics, dict[str, Any]]:
     A pair is right only if the better sentence has the strictly greater PLL. Sentences with the same ids tie, whatever
     the last bits say. A sentence without a scored token has no PLL, so its pair is neither right nor a tie.
     """
-    scores = _sentence_scores(folder)
-    columns = _pair_columns(scores)
+    scores = sentence_scores(folder)
+    columns = pair_columns(scores)
     metrics = bootstrap(columns, ACCURACIES)
     described: dict[str, Any] = _counts(columns)
     for plural, names in pair_groups(folder).items():
@@ -242,18 +242,13 @@ def measure_pairs(folder: Path) -> tuple[Metrics, dict[str, Any]]:
     return metrics, described
 
 
-def pair_columns(folder: Path) -> NDArray[np.float64]:
-    """For each pair `[pairs, 6]`: 1, unscored, right, tied, and the latter two by mean log-probability per token."""
-    return _pair_columns(_sentence_scores(folder))
-
-
 def pair_groups(folder: Path) -> dict[str, NDArray[np.str_]]:
     """The names of each pair's phenomenon and paradigm, `[pairs]` each; "" for none."""
     labels = pq.read_table(folder / DOCUMENTS, columns=list(GROUPS))
     return {plural: np.array(labels[column].to_pylist()[::2]) for column, plural in GROUPS.items()}
 
 
-def _sentence_scores(folder: Path) -> NDArray[np.float64]:
+def sentence_scores(folder: Path) -> NDArray[np.float64]:
     """For each sentence `[2 * pairs, 3]`: scored tokens, PLL, and whether both of its pair have the same ids."""
     scores = []
     for tokens, documents in read_blocks(folder, "pseudo", None):
@@ -264,7 +259,8 @@ def _sentence_scores(folder: Path) -> NDArray[np.float64]:
     return np.concatenate(scores)
 
 
-def _pair_columns(scores: NDArray[np.float64]) -> NDArray[np.float64]:
+def pair_columns(scores: NDArray[np.float64]) -> NDArray[np.float64]:
+    """For each pair `[pairs, 6]`: 1, unscored, right, tied, and the latter two by mean log-probability per token."""
     count, total = scores[:, 0], scores[:, 1]
     is_same = scores[::2, 2] == 1
     mean = np.divide(total, count, out=np.zeros_like(total), where=count > 0)

@@ -168,16 +168,12 @@ def test_masks_and_digest_are_those_of_mask_v1(short_file, checkpoint):
 
 @pytest.mark.parametrize("kind", ["bert", "convbert"])
 @pytest.mark.parametrize("batch_tokens", [1, 70, 300])
-def test_batches_change_no_mask_and_hardly_a_score(kind, batch_tokens, short_file, artifact):
-    """Also where the architecture sees padding, as ConvBERT's convolutions do."""
+def test_batches_change_no_bit_on_onnx_runtime(kind, batch_tokens, short_file, artifact):
+    """As docs/evaluation.md promises for the CPU, also where scores depend on padding (ConvBERT's convolutions)."""
     model = load(str(artifact(kind)))
     assert model.info.sees_padding == (kind == "convbert")
     whole = evaluate(model, Source(str(short_file)), metrics=("masked", "pseudo"))
     cut = evaluate(model, Source(str(short_file)), metrics=("masked", "pseudo"), batch_tokens=batch_tokens)
-    assert cut.result["mask_digest"] == whole.result["mask_digest"]
-    columns = ["document", "offset", "token_id", "input_id", "word", "metric"]
-    assert cut.tokens.select(columns).equals(whole.tokens.select(columns))
-    # On ONNX Runtime's CPU provider every bit is the same (docs/evaluation.md).
     assert cut.tokens.equals(whole.tokens)
     without = [{key: value for key, value in one.result.items() if key not in TIMES} for one in (cut, whole)]
     assert without[0] == without[1]
@@ -194,10 +190,9 @@ def test_onnx_scores_are_the_same_bits_whatever_the_batch(kind, artifact):
         mates = generator.integers(10, 600, size=(32, 60))
         positions = np.arange(length)
         alone = model.score(Batch(row[None], np.ones((1, length), np.int64), positions, row))
-        single = [
-            model.score(Batch(row[None], np.ones((1, length), np.int64), positions[[i]], row[[i]])) for i in positions
-        ]
-        assert np.array_equal(np.concatenate([scored.log_prob for scored in single]), alone.log_prob)
+        for i in positions:
+            single = model.score(Batch(row[None], np.ones((1, length), np.int64), positions[[i]], row[[i]]))
+            assert single.log_prob[0] == alone.log_prob[i]
         for size in (1, 7, 32):
             ids, mask = mates[:size].copy(), np.ones((size, 60), np.int64)
             ids[-1, :length], mask[-1, length:] = row, 0
@@ -232,7 +227,7 @@ def test_each_token_is_masked_alone_or_with_the_rest_of_its_word(variant, checkp
     model, dense = load(str(checkpoint("bert"))), Dense(checkpoint("bert"))
     for scored, text in zip(pseudo_log_likelihood(model, texts, variant=variant), texts, strict=True):
         assert scored.token_ids.tolist() == dense.ids(text)
-        assert scored.log_prob == pytest.approx(dense.pseudo(text, variant), abs=1e-4)
+        assert scored.log_prob.tolist() == pytest.approx(dense.pseudo(text, variant), abs=1e-4)
     assert dense.ids(texts[1]).count(dense.tokenizer.unk_token_id) == 6
     assert dense.pseudo(texts[0], "original") != dense.pseudo(texts[0], "within-word")
 
