@@ -183,10 +183,10 @@ def test_parts_that_are_damaged_or_of_another_evaluation_are_scored_again(artifa
         shutil.copy(third.with_suffix(suffix), second.with_suffix(suffix))
         shutil.copy(next((tmp_path / "other").glob(f"parts/*{suffix}")), third.with_suffix(suffix))
     evaluate(model, source, output=tmp_path / "one")
-    assert caplog.text.count("is damaged, or another's: scoring it again") == 3
+    assert caplog.text.count("is damaged or belongs to another evaluation: scoring it again") == 3
     DAMAGE["flipped"](next((tmp_path / "other").glob("parts/*.parquet")), rng)
     evaluate(model, source, mask_seed=1, output=tmp_path / "other")
-    assert caplog.text.count("is damaged, or another's: scoring it again") == 4
+    assert caplog.text.count("is damaged or belongs to another evaluation: scoring it again") == 4
     evaluate(model, source, output=tmp_path / "whole")
     tables = [pq.read_table(tmp_path / name / "tokens.parquet") for name in ("one", "whole")]
     assert tables[0].equals(tables[1])

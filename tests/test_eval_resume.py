@@ -275,7 +275,7 @@ def test_overwriting_keeps_the_old_result_until_there_is_a_new_one(artifact, sou
     assert without_times(folder)["masking"] != old["masking"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "result", "source.txt"]
     (folder / "tokens.parquet").unlink()
-    with pytest.raises(UserError, match=r"tokens.parquet is missing or damaged.*--overwrite"):
+    with pytest.raises(UserError, match=r"tokens.parquet is missing, damaged.*--overwrite"):
         evaluate(model, source, output=folder, mask_seed=4)
     evaluate(model, source, output=folder, mask_seed=4, overwrite=True)
 
