@@ -126,10 +126,7 @@ def test_a_lock_whose_file_was_removed_while_it_was_awaited_is_taken_anew(tmp_pa
     lock = tmp_path / ".folder.mlmkit-lock"
     with at_operation(2, lock.unlink), locked(tmp_path / "folder"):  # between opening and locking it
         assert lock.exists()
-        with (
-            pytest.raises(UserError, match=r"another process is using .*folder: wait"),
-            locked(tmp_path / "folder"),
-        ):
+        with pytest.raises(UserError, match="another process is using"), locked(tmp_path / "folder"):
             pass
     assert names(tmp_path) == set()
 
