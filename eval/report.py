@@ -152,33 +152,6 @@ def _histograms(stored: StoredResult, metric: str) -> dict[str, Any]:
 Row = dict[str, Any]
 
 
-def comparison_lines(comparison: dict[str, Any]) -> Iterator[str]:
-    """What `compare` returned, as lines of text."""
-    first = comparison["first"]
-    yield from _describe_side("A", first)
-    for other in comparison["comparisons"]:
-        yield from _describe_side("B", other)
-        if other["variant"] != first["variant"]:
-            yield f"note: A is scored as {first['variant']}, B as {other['variant']}"
-        different, agreement = _differing_rows(other)
-        if agreement:
-            yield agreement
-        if not different:
-            continue
-        n = "pairs" if "pairs" in other else "tokens / documents"
-        yield f"{'metric':44} {'better':6} {'A':>12} {'B':>12} {'B - A':>11}   {'95 %':23} {'p':>7}   n: {n}"
-        for name, row in different:
-            values = f"{number(row['a']):>12} {number(row['b']):>12} {signed(row['difference']):>11}"
-            tested = f"{span(row):23} {p_value(row['p_value']):>7}"
-            yield f"{name:44} {row['better']:6} {values}   {tested}   {_size(row)}"
-        if other["tokens"]:
-            yield "tokens that differ most (log P):"
-        for token in other["tokens"]:
-            where = f"document {token['document']}, token {token['offset']}"
-            values = f"{token['log_prob_a']:9.3f} {token['log_prob_b']:9.3f} {token['difference']:+9.3f}"
-            yield f"  {token['token']!r:24} {where:32} {values}"
-
-
 def write_comparison(comparison: dict[str, Any], folder: Path) -> None:
     """Write `compare.html` into `folder`. Raises `UserError` without `mlmkit[report]`, or if it cannot be written."""
     require("report", "jinja2", "matplotlib")
@@ -186,11 +159,11 @@ def write_comparison(comparison: dict[str, Any], folder: Path) -> None:
 
     sections = []
     for other in comparison["comparisons"]:
-        different, agreement = _differing_rows(other)
+        different, agreement = differing_rows(other)
         figures = {}
         for name in ("masked_cross_entropy", "pseudo_perplexity", "pair_accuracy"):
             own = [(label, row) for label, row in different if label.split()[0] == name]
-            rows = [(f"{label[len(name) :] or 'all'} (n: {_size(row)})".strip(), row) for label, row in own]
+            rows = [(f"{label[len(name) :] or 'all'} (n: {measured_on(row)})".strip(), row) for label, row in own]
             if len(rows) > 1:
                 title = name.replace("_", " ")
                 axis = f"{title}, B − A ({rows[0][1]['better']} is better)"
@@ -198,13 +171,19 @@ def write_comparison(comparison: dict[str, Any], folder: Path) -> None:
         sections.append({"other": other, "different": different, "agreement": agreement, "figures": figures})
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        content = {"comparison": comparison, "sections": sections, "size": _size, "describe_unknown": describe_unknown}
+        content = {
+            "comparison": comparison,
+            "sections": sections,
+            "size": measured_on,
+            "describe_unknown": describe_unknown,
+        }
         _render("compare.html.jinja", folder / "compare.html", **content)
     except OSError as error:
         raise UserError(f"cannot write {folder}: {error.strerror}") from None
 
 
-def _describe_side(letter: str, side: Mapping[str, Any]) -> Iterator[str]:
+def describe_side(letter: str, side: Mapping[str, Any]) -> Iterator[str]:
+    """Yield lines that say what a side of a comparison is."""
     yield f"{letter}: {side['folder']} ({side['model']}, {side['backend']})"
     if unknown := describe_unknown(side["unknown"]):
         yield f"note: in {letter}, {unknown}"
@@ -221,7 +200,7 @@ def _named_rows(other: dict[str, Any]) -> Iterator[tuple[str, Row]]:
         yield from ((f"pair_accuracy {name}", row["pair_accuracy"]) for name, row in groups.items())
 
 
-def _differing_rows(other: dict[str, Any]) -> tuple[list[tuple[str, Row]], str]:
+def differing_rows(other: dict[str, Any]) -> tuple[list[tuple[str, Row]], str]:
     """The rows where A and B differ by more than rounding, and a line about the others, "" if there are none."""
     gaps = [(_gap(row), name, row) for name, row in _named_rows(other)]
     agreed = [gap for gap, _, _ in gaps if gap <= ROUNDING]
@@ -238,7 +217,7 @@ def _gap(row: Row) -> float:
     return widest / max(1.0, abs(row["a"]), abs(row["b"]))
 
 
-def _size(row: Row) -> str:
+def measured_on(row: Row) -> str:
     """What a row is measured on: tokens (of A and of B, if they differ) and documents, or pairs."""
     if "pairs" in row:
         return f"{row['pairs']:,}"

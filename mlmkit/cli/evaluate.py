@@ -4,7 +4,7 @@ import os
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -230,7 +230,7 @@ def compare(options: CompareOptions) -> None:
     two differ most. Refuses results on different text or with different masks.
     """
     from mlmkit.eval.compare import compare as run_comparison
-    from mlmkit.eval.report import comparison_lines, write_comparison
+    from mlmkit.eval.report import write_comparison
 
     if len(options.results) < 2:
         raise UserError("name at least two results to compare")
@@ -240,10 +240,41 @@ def compare(options: CompareOptions) -> None:
     if options.as_json:
         print_json(comparison)
         return
-    for line in comparison_lines(comparison):
-        say(line)
+    _print_comparison(comparison)
     if options.output:
         say(f"page: {options.output / 'compare.html'}")
+
+
+def _print_comparison(comparison: dict[str, Any]) -> None:
+    from mlmkit.eval.report import describe_side, differing_rows, measured_on, number, p_value, signed, span
+
+    first = comparison["first"]
+    for line in describe_side("A", first):
+        say(line)
+    for other in comparison["comparisons"]:
+        for line in describe_side("B", other):
+            say(line)
+        if other["variant"] != first["variant"]:
+            say(f"note: A is scored as {first['variant']}, B as {other['variant']}")
+        different, agreement = differing_rows(other)
+        if agreement:
+            say(agreement)
+        if not different:
+            continue
+        rows = []
+        for name, row in different:
+            sides = number(row["a"]), number(row["b"]), signed(row["difference"])
+            rows.append([name, row["better"], *sides, span(row), p_value(row["p_value"]), measured_on(row)])
+        n = "pairs" if "pairs" in other else "tokens / documents"
+        print_table(rows, ["metric", "better", "A", "B", "B - A", "95 %", "p", f"n: {n}"], align="llrrrlrl")
+        if other["tokens"]:
+            say("tokens that differ most (log P):")
+            tokens = []
+            for token in other["tokens"]:
+                where = f"document {token['document']}, token {token['offset']}"
+                sides = (f"{token[name]:.3f}" for name in ("log_prob_a", "log_prob_b"))
+                tokens.append([repr(token["token"]), where, *sides, f"{token['difference']:+.3f}"])
+            print_table(tokens, ["token", "where", "A", "B", "B - A"], align="llrrr")
 
 
 @click.command()
