@@ -264,7 +264,7 @@ def test_the_comparison_as_lines_and_page(capsys, results, tmp_path):
     lines = out.splitlines()
     (overall,) = (line for line in lines if line.startswith("masked_cross_entropy  "))
     assert overall.split()[1] == "lower" and re.search(r" < 0\.002   [\d,]+ / 32$", overall)
-    assert sum(line.startswith("  '") for line in lines) == 3
+    assert sum(line.startswith("'") for line in lines) == 3
     text = (tmp_path / "compare.html").read_text(encoding="utf-8")
     assert "&lt; 0.002" in text and "(lower is better)" in text and re.search(r"\ball \(n: [\d,]+ / 32\)", text)
     assert "<b>evil" not in text
