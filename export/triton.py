@@ -28,7 +28,7 @@ from mlmkit.artifact import (
     open_files,
     refuse_changes,
 )
-from mlmkit.backends import INPUTS, OUTPUTS
+from mlmkit.backends.protocol import INPUTS, OUTPUTS
 from mlmkit.errors import UserError
 from mlmkit.export.graphs import add_constant
 from mlmkit.files import new_folder, refuse_existing

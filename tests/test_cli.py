@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,20 @@ def test_imports_run_one_way():
                 other = node.module.split(".")[1]
                 if own not in ("__init__", other) and (own, other) not in same_layer:
                     assert level[other] < level[own], f"{path} imports {node.module}"
+
+
+def test_no_two_modules_import_each_other():
+    """Not through others, not inside functions, and not for types alone."""
+    modules = {}
+    for path in [*ROOT.glob("mlmkit/**/*.py"), *ROOT.glob("eval/*.py"), *ROOT.glob("export/*.py")]:
+        parts = ("mlmkit", *path.relative_to(ROOT).with_suffix("").parts)
+        modules[".".join(parts[1:] if parts[1] == "mlmkit" else parts).removesuffix(".__init__")] = path
+    imports = {}
+    for name, path in modules.items():
+        nodes = [node for node in ast.walk(ast.parse(path.read_text("utf-8"))) if isinstance(node, ast.ImportFrom)]
+        named = {f"{node.module}.{alias.name}" for node in nodes for alias in node.names}
+        imports[name] = ({node.module for node in nodes} | named) & modules.keys() - {name, "mlmkit"}
+    TopologicalSorter(imports).prepare()  # raises CycleError, which names the modules
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import numpy as np
 import onnxruntime as ort
 
 from mlmkit.artifact import GRAPH, REEXPORT_HINT, WEIGHTS, Manifest, refuse_changes
-from mlmkit.backends import INPUTS, OUTPUTS, Batch, Scored, open_artifact
+from mlmkit.backends.protocol import INPUTS, OUTPUTS, Batch, Scored, open_artifact
 from mlmkit.distributed import cores
 from mlmkit.errors import CheckError, UserError, first_line
 

@@ -8,7 +8,7 @@ from hashlib import sha256
 import torch
 from transformers import PreTrainedModel
 
-from mlmkit.backends import Batch, ModelInfo, Scored
+from mlmkit.backends.protocol import Batch, ModelInfo, Scored
 from mlmkit.errors import UserError
 from mlmkit.model import MaskedLM, sees_padding
 from mlmkit.pretrained import load_pretrained

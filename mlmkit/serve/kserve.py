@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, BeforeValidator, Field, StrictInt, StrictStr
 
 from mlmkit import __version__
-from mlmkit.backends import INPUTS, OUTPUTS, Batch, ModelInfo, Scored
+from mlmkit.backends.protocol import INPUTS, OUTPUTS, Batch, ModelInfo, Scored
 from mlmkit.serve.batcher import split_rows
 from mlmkit.serve.bodies import json_body, parse_body
 from mlmkit.serve.errors import ApiError

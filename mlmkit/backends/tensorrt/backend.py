@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mlmkit.artifact import FLAVOURS, PLAN, Manifest, TensorRT
-from mlmkit.backends import INPUTS, OUTPUTS, Batch, Scored, open_artifact
+from mlmkit.backends.protocol import INPUTS, OUTPUTS, Batch, Scored, open_artifact
 from mlmkit.backends.tensorrt.batch_splitting import first_profile, largest_profile, shape_of, split_batch
 from mlmkit.backends.tensorrt.bindings import FLAVOUR, LOGGER, NAME, RTX, create_runtime, trt
 from mlmkit.backends.tensorrt.cuda import find_gpu

@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mlmkit.artifact import Profile
-from mlmkit.backends import Batch
+from mlmkit.backends.protocol import Batch
 
 
 class Shape(NamedTuple):

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mlmkit.backends import OUTPUTS, Batch
+from mlmkit.backends.protocol import OUTPUTS, Batch
 from mlmkit.backends.tensorrt.batch_splitting import Shape, shape_of
 from mlmkit.backends.tensorrt.bindings import trt
 from mlmkit.backends.tensorrt.cuda import Arena, Stream
