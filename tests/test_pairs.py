@@ -159,7 +159,7 @@ def test_unusable_pairs_are_named(tmp_path):
         ('{"sentence_good": 1, "sentence_bad": "b"}\n', "holds int, not text"),
         ('{"sentence_good": "a \\ud800", "sentence_bad": "b"}\n', "surrogate"),
         ('{"a": "b"}\n', "no field 'sentence_good' .it has a.: name the columns in a set"),
-        ("[1]\n", "no JSON object"),
+        ("[1]\n", "not a JSON object"),
         ("{\n", "not JSON"),
         ("", "no pairs"),
         ('{"sentence_good": " ", "sentence_bad": "b"}\n', "no pairs"),
