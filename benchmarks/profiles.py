@@ -76,7 +76,7 @@ def measure(options: argparse.Namespace) -> Report:
     most = {stage: max(column.get(stage, 0.0) for column in percent.values()) for stage in chain(*percent.values())}
     shown = sorted((stage for stage in most if most[stage] >= LEAST), key=lambda stage: -most[stage])
     rows: list[dict[str, object]] = [
-        {"": stage, **{name: f"{column.get(stage, 0.0):.0f}".strip("0") for name, column in percent.items()}}
+        {"": stage, **{name: round(column.get(stage, 0.0)) or None for name, column in percent.items()}}
         for stage in shown
     ]
     rows.append({"": "seconds seen", **{name: looks.total() / LOOKS for name, looks in seen.items()}})
