@@ -1,4 +1,4 @@
-"""Architectures beyond the three of the other tests, through the function that writes docs/architectures.md."""
+"""More architectures, checked with the functions that write docs/architectures.md."""
 
 import shutil
 from importlib.util import find_spec
@@ -130,7 +130,7 @@ def test_a_vocabulary_inside_a_larger_configuration():
 
 
 def test_a_model_that_does_not_look_at_the_context_is_refused(tokenizer_folder, tmp_path):
-    """Without its CUDA kernel MRA's attention is zeros, as transformers has it."""
+    """Without its CUDA kernel, transformers replaces MRA's attention by zeros."""
     network = build("mra")
     network.resize_token_embeddings(600)
     network.save_pretrained(tmp_path)

@@ -1,4 +1,4 @@
-"""The model card is what the hub can read, and tells what was proven and measured."""
+"""The model card: the hub can read it, and it states parity and metrics."""
 
 import json
 import shutil
@@ -31,7 +31,7 @@ def result(artifact, text_file, tmp_path_factory) -> dict:
 
 
 def front_matter(folder: Path) -> dict:
-    """As the hub's own library reads it."""
+    """The front matter as huggingface_hub reads it."""
     return ModelCard.load(folder / "README.md").data.to_dict()
 
 

@@ -1,4 +1,4 @@
-"""Artifacts: parity at shapes the export never saw, and files that refuse to lie."""
+"""Export: parity at shapes that the export did not check, and everything that must stop an export."""
 
 import json
 import re
@@ -21,7 +21,7 @@ from mlmkit.files import write_record
 
 
 def random_batch(batch: int, seq: int, masked: int, vocabulary: int = 600) -> Batch:
-    """Ragged rows of ordinary ids."""
+    """Rows of different lengths with ordinary ids."""
     generator = np.random.default_rng(batch * 1000 + seq)
     input_ids = generator.integers(5, vocabulary, (batch, seq))
     attention_mask = np.ones_like(input_ids)
@@ -40,11 +40,11 @@ def test_engine_equals_checkpoint_at_unseen_shapes(kind, checkpoint, artifact):
     assert onnx_backend.info.max_length == torch_backend.info.max_length == 64
     for shape in [(1, 1, 1), (1, 64, 5), (17, 13, 300), (3, 31, 1), (5, 7, 0)]:
         batch = random_batch(*shape)
-        expected, found = torch_backend.score(batch), onnx_backend.score(batch)
-        np.testing.assert_allclose(found.log_prob, expected.log_prob, atol=1e-4, rtol=0)
-        np.testing.assert_allclose(found.top_log_prob, expected.top_log_prob, atol=1e-4, rtol=0)
-        assert found.top_id.shape == (shape[2], 100)
-        assert (found.top_id[:, 0] == expected.top_id[:, 0]).all()
+        expected, actual = torch_backend.score(batch), onnx_backend.score(batch)
+        np.testing.assert_allclose(actual.log_prob, expected.log_prob, atol=1e-4, rtol=0)
+        np.testing.assert_allclose(actual.top_log_prob, expected.top_log_prob, atol=1e-4, rtol=0)
+        assert actual.top_id.shape == (shape[2], 100)
+        assert (actual.top_id[:, 0] == expected.top_id[:, 0]).all()
 
 
 def test_manifest_says_what_was_proven(artifact):
@@ -74,8 +74,8 @@ def test_weights_beside_the_graph(checkpoint, artifact, tmp_path, monkeypatch):
     moved = tmp_path / "elsewhere"
     (tmp_path / "external").rename(moved)
     batch = random_batch(3, 9, 5)
-    found, expected = load(str(moved)).score(batch), load(str(artifact("bert"))).score(batch)
-    np.testing.assert_allclose(found.log_prob, expected.log_prob, atol=1e-5, rtol=0)
+    actual, expected = load(str(moved)).score(batch), load(str(artifact("bert"))).score(batch)
+    np.testing.assert_allclose(actual.log_prob, expected.log_prob, atol=1e-5, rtol=0)
 
 
 def test_nothing_is_exported_when_parity_does_not_hold(checkpoint, tmp_path, monkeypatch):
@@ -125,7 +125,7 @@ def test_the_wrong_backend_is_refused(artifact, checkpoint):
 
 
 class Skewed:
-    """An engine whose scores are off by what `skew` makes of them."""
+    """An engine whose scores are changed by `skew`."""
 
     def __init__(self, backend: Backend, skew: Callable[[Scored], Scored]) -> None:
         self.name, self.device, self.info, self.tokenizer = "skewed", "cpu", backend.info, backend.tokenizer
@@ -192,9 +192,9 @@ def test_the_proof_of_a_runs_model_is_made_on_its_held_out_text(tmp_path, text_f
         source = {"set": None, **asdict(Source(location))}
         write_record(folder / "result.json", {"corpus": {"source": source}})
     for checkpoint in (run / "model", run / "checkpoints" / "step-00000001"):
-        found = proof_text(str(checkpoint))
-        assert found.name == f"the run's held-out text ({text_file})"
-        assert list(found.texts) == paragraphs()[:1024]
+        actual = proof_text(str(checkpoint))
+        assert actual.name == f"the run's held-out text ({text_file})"
+        assert list(actual.texts) == paragraphs()[:1024]
     assert proof_text(str(run / "model"), str(text_file)).name == str(text_file)
     shutil.rmtree(run / "checkpoints" / "step-00000002")
     with caplog.at_level("INFO"):

@@ -1,4 +1,4 @@
-"""Lower precisions: what computes in which type, what it costs, and what overflows."""
+"""Lower precisions: which node computes in which type, how far scores move, and what overflows."""
 
 import json
 import shutil
@@ -64,9 +64,9 @@ def test_engine_is_near_the_checkpoint_at_unseen_shapes(kind, precision, checkpo
     assert engine.info.precision == precision
     for shape in [(1, 1, 1), (1, 64, 5), (17, 13, 300), (5, 7, 0)]:
         batch = random_batch(*shape)
-        expected, found = reference.score(batch), engine.score(batch)
-        np.testing.assert_allclose(found.log_prob, expected.log_prob, atol=BOUNDS[precision].max_log_prob, rtol=0)
-        assert found.log_prob.dtype == found.top_log_prob.dtype == np.float32
+        expected, actual = reference.score(batch), engine.score(batch)
+        np.testing.assert_allclose(actual.log_prob, expected.log_prob, atol=BOUNDS[precision].max_log_prob, rtol=0)
+        assert actual.log_prob.dtype == actual.top_log_prob.dtype == np.float32
 
 
 @pytest.mark.parametrize(("precision", "name"), [("fp16", "FLOAT16"), ("bf16", "BFLOAT16")])
@@ -91,7 +91,7 @@ def test_bfloat16_needs_a_gpu(lowered):
 
 
 def test_the_stand_in_for_bfloat16_rounds_every_value(lowered):
-    """Parity of a bf16 graph on a CPU: float32, with a bfloat16 number wherever the graph would have one."""
+    """On a CPU, bf16 is proven with a float32 graph that holds a bfloat16 number wherever the bf16 graph does."""
     model = ir.load(lowered("bert", "bf16") / "model.onnx")
     bfloat16 = [value for node in model.graph for value in node.outputs if value.dtype == ir.DataType.BFLOAT16]
     emulate(model, "bf16")
@@ -106,7 +106,7 @@ def test_the_stand_in_for_bfloat16_rounds_every_value(lowered):
 
 
 def overflowing_checkpoint(source, target):
-    """Feed-forward outputs beyond 65504, which the layer normalisation after them brings back."""
+    """A checkpoint whose feed-forward outputs exceed 65504; the layer normalisation after them scales them down."""
     import safetensors.numpy
 
     shutil.copytree(source, target)
@@ -142,7 +142,7 @@ def test_what_overflows_float16_stays_float32(checkpoint, tmp_path):
 
 @pytest.mark.parametrize("name", ["eurobert", "deberta"])
 def test_a_written_out_normalisation_stays_float32(name, tmp_path):
-    """Its squares leave float16's range from 256 on, and eight bits are few for what a whole row is scaled by."""
+    """Squares overflow float16 from 256 on, and bfloat16's eight bits are too few for a number that scales a row."""
     network = build(name)
     with torch.no_grad():
         network.get_input_embeddings().weight.mul_(3000)
@@ -154,13 +154,13 @@ def test_a_written_out_normalisation_stays_float32(name, tmp_path):
         assert [types_of(model.graph, operator) for operator in ("Pow", "ReduceMean", "Sqrt")] == [{"FLOAT"}] * 3
         assert types_of(model.graph, "Gelu" if name == "deberta" else "Sigmoid") == {TYPES[precision].name}
         emulate(model, precision)
-        (found,) = run(model, ["log_prob"], batch)
-        np.testing.assert_allclose(found, expected, atol=BOUNDS[precision].max_log_prob, rtol=0.02)  # logits of 1,000s
+        (actual,) = run(model, ["log_prob"], batch)
+        np.testing.assert_allclose(actual, expected, atol=BOUNDS[precision].max_log_prob, rtol=0.02)  # logits of 1,000s
 
 
 @pytest.mark.parametrize("kind", ["bert", "modernbert"])
 def test_what_int8_leaves_can_be_float16(kind, checkpoint, lowered):
-    """As TensorRT computes it: a scale has the type of what it scales, and the numbers keep int8's bounds."""
+    """As TensorRT computes it: a scale has the type of the values it scales, and scores stay within int8's bounds."""
     model = ir.load(lowered(kind, "int8") / "model.onnx")
     lower(model, "fp16", (read_manifest(lowered(kind, "int8")).calibration or {})["overflowing"])
     assert types_of(model.graph, "QuantizeLinear") == {"INT8"}
@@ -168,12 +168,12 @@ def test_what_int8_leaves_can_be_float16(kind, checkpoint, lowered):
     reference = load(str(checkpoint(kind)))
     for shape in [(1, 64, 5), (17, 13, 300)]:
         expected = reference.score(batch := random_batch(*shape)).log_prob
-        (found,) = run(model, ["log_prob"], batch)
-        np.testing.assert_allclose(found, expected, atol=BOUNDS["int8"].max_log_prob, rtol=0)
+        (actual,) = run(model, ["log_prob"], batch)
+        np.testing.assert_allclose(actual, expected, atol=BOUNDS["int8"].max_log_prob, rtol=0)
 
 
 def test_a_column_of_zeros_has_a_scale():
-    """TensorRT takes no scale of zero, in float16 either."""
+    """TensorRT refuses a scale of zero, also one that is zero only in float16."""
     numbers, scales = quantize_weight(np.zeros((4, 3), np.float32))
     assert not numbers.any()
     assert (scales.astype(np.float16) > 0).all()
@@ -213,7 +213,7 @@ def test_int8_reads_int8_and_keeps_the_head(lowered):
 
 @pytest.mark.parametrize(("precision", "share"), [("fp16", 0.6), ("bf16", 0.6), ("int8", 0.75), ("int8-dynamic", 0.75)])
 def test_old_weights_do_not_stay(precision, share, artifact, lowered):
-    """The graph of a tiny model is mostly its embedding, which int8 leaves as it is."""
+    """The share is high because a tiny model is mostly its embedding, which int8 does not change."""
     size = sum(path.stat().st_size for path in artifact("bert").glob("model.onnx*"))
     stored = graph_of(lowered("bert", precision)).initializers.values()
     assert all(value.uses() for value in stored)

@@ -1,4 +1,4 @@
-"""TensorRT for RTX builds real plans here, without a GPU: eight architectures, four precisions, and what goes wrong."""
+"""Real builds with TensorRT for RTX, which need no GPU: eight architectures, four precisions, and failing builds."""
 
 import json
 import logging
@@ -54,14 +54,14 @@ BUILT = [
 
 
 def build(graph: Path, folder: Path | None = None, **changes: Any) -> TensorRT:
-    """A plan of the graph, by default in its folder."""
+    """Build a plan of the graph, by default in the graph's folder."""
     values = {"architecture": "bert", "precision": "fp32", "max_length": 64, "options": OPTIONS}
     return build_plan(graph, folder or graph.parent, **{**values, **changes})
 
 
 @pytest.fixture(scope="module")
 def graph(architecture, tmp_path_factory) -> Callable[..., Path]:
-    """An architecture's graph in a precision, as plans are built from it."""
+    """Makes the graph that a plan of an architecture is built from, in a precision."""
 
     @cache
     def make(kind: str, precision: str = "fp32") -> Path:
@@ -121,10 +121,10 @@ def test_the_rewritten_graph_has_the_same_numbers(kind, architecture):
     ]
     for shape in [(1, 1, 1), (17, 13, 300), (3, 31, 1), (1, 60, 5)]:
         batch = random_batch(*shape, vocabulary=200)._asdict()
-        expected, found = (Scored(*map(np.asarray, session.run(None, batch))) for session in sessions)
-        np.testing.assert_allclose(found.log_prob, expected.log_prob, atol=1e-5, rtol=0)
-        np.testing.assert_array_equal(found.rank, expected.rank)
-        assert kind != "bert" or (found.top_log_prob[:, 0] == found.top_log_prob[:, 1]).any()
+        expected, actual = (Scored(*map(np.asarray, session.run(None, batch))) for session in sessions)
+        np.testing.assert_allclose(actual.log_prob, expected.log_prob, atol=1e-5, rtol=0)
+        np.testing.assert_array_equal(actual.rank, expected.rank)
+        assert kind != "bert" or (actual.top_log_prob[:, 0] == actual.top_log_prob[:, 1]).any()
 
 
 def test_weights_beside_the_graph_are_read(checkpoint, tmp_path, monkeypatch):
@@ -135,7 +135,7 @@ def test_weights_beside_the_graph_are_read(checkpoint, tmp_path, monkeypatch):
 
 
 def test_no_input_is_a_shape(artifact):
-    """Else its values would have to lie in host memory, and its profile be one of values."""
+    """The values of a shape input would have to be in host memory, and its profile would list values."""
     model = onnx.load(artifact("bert") / GRAPH)
     values = {value.name: value.type.tensor_type for value in model.graph.input}
     assert {name: kind.elem_type for name, kind in values.items()} == dict.fromkeys(values, TensorProto.INT64)
@@ -219,7 +219,7 @@ def test_what_no_plan_can_be_built_of_is_refused_in_one_line(values, damaged, me
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_cancels_the_build(artifact, text_file, tmp_path, number, code):
-    """Python would raise it inside a call of TensorRT's, whose bindings swallow exceptions. Nothing needs torch."""
+    """Python would raise it in a callback of TensorRT, whose bindings swallow exceptions. The build needs no torch."""
     code = "import sys; sys.modules.update(torch=None, transformers=None); from mlmkit.cli import main; main()"
     command = [sys.executable, "-c", code, "export", str(artifact("bert")), "--text", str(text_file), "--trt"]
     with subprocess.Popen([*command, "--output", str(tmp_path / "out")], stderr=subprocess.PIPE, text=True) as it:

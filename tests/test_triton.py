@@ -1,5 +1,5 @@
 # ruff: noqa: F401, F811 (fixtures are imported)
-"""Triton's model repository: the batched graph against the artifact's own backend, the configuration by protobuf."""
+"""Triton's model repository: its graph against the artifact's own backend, its configuration with protobuf."""
 
 import json
 import shutil
@@ -30,7 +30,7 @@ DESCRIPTOR = Path(__file__).parent / "data" / "triton-model-config.json"
 
 @pytest.fixture(scope="module")
 def repository(lowered, tmp_path_factory) -> Callable[..., Path]:
-    """The repository's folder of an artifact's graph."""
+    """Makes the folder of an artifact's graph in a repository."""
 
     @cache
     def make(kind: str, precision: str = "fp32") -> Path:
@@ -52,7 +52,7 @@ def backend(path: Path) -> Backend:
 
 
 def random_inputs(batch: int, seq: int, masked: int, seed: int = 0) -> dict[str, np.ndarray]:
-    """Ragged rows, and columns that are tokens of their row, in no order."""
+    """Rows of different lengths, and unordered positions within each row."""
     generator = np.random.default_rng(seed)
     lengths = generator.integers(1, seq + 1, (batch, 1))
     return {
@@ -69,19 +69,19 @@ def run_graph(path: Path, inputs: dict[str, np.ndarray]) -> dict[str, Any]:
 
 
 def flattened(inputs: dict[str, np.ndarray]) -> Batch:
-    """What the artifact's own graph is asked for the same."""
+    """The same request for the artifact's own graph, whose positions are flat."""
     begins = np.arange(len(inputs["positions"]))[:, None] * inputs["input_ids"].shape[1]
     flat = {"positions": (inputs["positions"] + begins).reshape(-1), "targets": inputs["targets"].reshape(-1)}
     return Batch(**{**inputs, **flat})
 
 
 def assert_equals_backend(graph: Path, artifact: Path, inputs: dict[str, np.ndarray]) -> None:
-    found = run_graph(graph, inputs)
+    actual = run_graph(graph, inputs)
     for name, values in backend(artifact).score(flattened(inputs))._asdict().items():
-        assert found[name].dtype == values.dtype
-        assert found[name].shape == (*inputs["positions"].shape, *values.shape[1:])
-        expected = values.reshape(found[name].shape)
-        np.testing.assert_allclose(found[name], expected, atol=1e-6, rtol=0, err_msg=name)
+        assert actual[name].dtype == values.dtype
+        assert actual[name].shape == (*inputs["positions"].shape, *values.shape[1:])
+        expected = values.reshape(actual[name].shape)
+        np.testing.assert_allclose(actual[name], expected, atol=1e-6, rtol=0, err_msg=name)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -112,12 +112,12 @@ def test_a_position_outside_its_row_reads_no_other_row(repository):
     whole = run_graph(graph, inputs)
     outside = np.array([-1, 9, 1 << 40, -(1 << 62)])
     inputs["positions"][1] = outside
-    found = run_graph(graph, inputs)
-    assert np.isnan(found["log_prob"][1]).all()
-    assert np.isnan(found["top_log_prob"][1]).all()
-    assert (found["rank"][1] == -1).all()
-    assert (found["top_id"][1] == -1).all()
-    for name, values in found.items():
+    actual = run_graph(graph, inputs)
+    assert np.isnan(actual["log_prob"][1]).all()
+    assert np.isnan(actual["top_log_prob"][1]).all()
+    assert (actual["rank"][1] == -1).all()
+    assert (actual["top_id"][1] == -1).all()
+    for name, values in actual.items():
         np.testing.assert_allclose(values[[0, 2]], whole[name][[0, 2]], atol=1e-6, rtol=0)
 
 
@@ -138,15 +138,15 @@ def test_large_weights_stay_in_a_file_beside_the_graph(checkpoint, artifact, tmp
 @pytest.mark.parametrize("precision", ["fp16", "int8"])
 def test_lower_precisions_are_batched_alike(precision, lowered, repository):
     inputs = random_inputs(2, 9, 2)
-    found = run_graph(repository("bert", precision) / "1" / "model.onnx", inputs)
+    actual = run_graph(repository("bert", precision) / "1" / "model.onnx", inputs)
     wanted = backend(lowered("bert", precision)).score(flattened(inputs))
     # ONNX Runtime fuses quantizers here that mlmkit keeps apart, and float16 rounds where it fuses.
-    np.testing.assert_allclose(found["log_prob"].reshape(-1), wanted.log_prob, atol=2e-2, rtol=0)
+    np.testing.assert_allclose(actual["log_prob"].reshape(-1), wanted.log_prob, atol=2e-2, rtol=0)
 
 
 @cache
 def model_config() -> Any:
-    """Triton's own ModelConfig message, from the descriptor that its client carries."""
+    """Triton's ModelConfig message, from the descriptor in Triton's Python client."""
     file = json_format.ParseDict(json.loads(DESCRIPTOR.read_text())["descriptor"], descriptor_pb2.FileDescriptorProto())
     pool = descriptor_pool.DescriptorPool()
     pool.Add(file)
@@ -154,7 +154,7 @@ def model_config() -> Any:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """By protobuf's parser, which takes no unknown field, no wrong type and no singular field twice."""
+    """Read with protobuf's parser, which refuses unknown fields, wrong types and repeated singular fields."""
     return json_format.MessageToDict(
         text_format.Parse(path.read_text(encoding="utf-8"), model_config()()),
         preserving_proto_field_name=True,
@@ -172,12 +172,12 @@ def test_the_configuration_describes_the_graph(kind, repository):
     types = {"TYPE_INT64": "tensor(int64)", "TYPE_FP32": "tensor(float)"}
     engine = session(repository(kind) / "1" / "model.onnx")
     for entries, declared in ((config["input"], engine.get_inputs()), (config["output"], engine.get_outputs())):
-        found = {name: (types[kind], [-1, *dims]) for name, (kind, dims) in shapes(entries).items()}
+        actual = {name: (types[kind], [-1, *dims]) for name, (kind, dims) in shapes(entries).items()}
         wanted = {
             value.name: (value.type, [size if isinstance(size, int) else -1 for size in value.shape])
             for value in declared
         }
-        assert found == wanted
+        assert actual == wanted
     assert config["name"] == kind
     assert (config["backend"], config["max_batch_size"]) == ("onnxruntime", 64)
     assert "dynamic_batching" in config
