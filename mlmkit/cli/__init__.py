@@ -8,16 +8,28 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 
 import click
 
 from mlmkit import __version__
-from mlmkit.cli import evaluate, export, inference, inspect, train
 from mlmkit.console import printable
 from mlmkit.distributed import RESUME
 from mlmkit.errors import CheckError, EndedElsewhereError, StoppedError, UserError
 
 INTERRUPTED, TERMINATED = 130, 143
+MODULES = {  # of each command, in the order in which they are used
+    "demo": "train",
+    "train": "train",
+    "export": "export",
+    "inspect": "inspect",
+    "eval": "evaluate",
+    "compare": "evaluate",
+    "report": "evaluate",
+    "score": "evaluate",
+    "fill": "inference",
+    "serve": "inference",
+}
 
 
 class _PrintableFormatter(logging.Formatter):
@@ -27,12 +39,20 @@ class _PrintableFormatter(logging.Formatter):
         return printable(super().formatMessage(record))
 
 
-class _OrderedGroup(click.Group):
+class _Commands(click.Group):
+    """Imports the module of a command when the command is asked for."""
+
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return list(self.commands)  # in the order in which they are used, not by name
+        return list(MODULES)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in MODULES:
+            return None
+        declared = vars(import_module(f"mlmkit.cli.{MODULES[cmd_name]}")).values()
+        return next(each for each in declared if isinstance(each, click.Command) and each.name == cmd_name)
 
 
-@click.group(cls=_OrderedGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__, prog_name="mlmkit")
 @click.option("-v", "--verbose", is_flag=True, help="Show more messages, and tracebacks.")
 def cli(verbose: bool) -> None:
@@ -49,21 +69,6 @@ def cli(verbose: bool) -> None:
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # 30 lines at each check for a dead rank
-
-
-for _command in (
-    train.demo,
-    train.train,
-    export.export,
-    inspect.inspect,
-    evaluate.evaluate,
-    evaluate.compare,
-    evaluate.report,
-    evaluate.score,
-    inference.fill,
-    inference.serve,
-):
-    cli.add_command(_command)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
