@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +44,7 @@ log-probabilities and ranks, not logits.
 """
 
 
-def write_card(folder: Path, manifest: Manifest, *, checkpoint: str, results: Sequence[dict[str, Any]] = ()) -> None:
+def write_card(folder: Path, manifest: Manifest, *, checkpoint: str, results: Sequence[Mapping[str, Any]] = ()) -> None:
     """Write the artifact's README.md. It is not hashed, so its owner may edit it.
 
     `checkpoint` is what was exported; a hub name becomes the base model. `results`, the contents of `result.json`
@@ -90,7 +90,7 @@ def _parity(manifest: Manifest) -> str:
     )
 
 
-def _metrics(results: Sequence[dict[str, Any]]) -> str:
+def _metrics(results: Sequence[Mapping[str, Any]]) -> str:
     rows = []
     for result in results:
         source = result["corpus"]["source"]

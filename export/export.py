@@ -9,7 +9,7 @@ write_card      describe it all for the hub, if requested
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from os import PathLike, fspath
@@ -46,7 +46,7 @@ def export(
     allow_drift: bool = False,
     plans: PlanOptions | None = None,
     card: bool = False,
-    results: Sequence[dict[str, Any]] = (),
+    results: Sequence[Mapping[str, Any]] = (),
     overwrite: bool = False,
 ) -> Manifest:
     """Export a checkpoint folder or hub name to the artifact folder `output`; return the manifest.

@@ -81,7 +81,7 @@ class ExportRequest:
 
             check_repository(self.artifact.resolve().name, self.triton, overwrite=self.overwrite)
 
-    def run(self, results: Sequence[dict[str, Any]] = ()) -> tuple[Manifest, list[str] | None]:
+    def run(self, results: Sequence[Mapping[str, Any]] = ()) -> tuple[Manifest, list[str] | None]:
         """Do the work, after `check`; return the artifact's manifest and the names of the Triton models written.
 
         `results` are the contents of the `result.json` files that the model card shows. Raises as
@@ -94,7 +94,7 @@ class ExportRequest:
             models = write_repository(self.artifact, self.triton, overwrite=self.overwrite)
         return manifest, models
 
-    def _write_artifact(self, results: Sequence[dict[str, Any]]) -> Manifest:
+    def _write_artifact(self, results: Sequence[Mapping[str, Any]]) -> Manifest:
         if self.output is None and not self.prove:
             return parse_manifest(self.artifact)
         from mlmkit.export.parity import proof_text

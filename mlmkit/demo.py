@@ -141,7 +141,8 @@ def check_agreement(evaluations: dict[str, Evaluation]) -> float:
     if first["mask_digest"] != second["mask_digest"]:
         raise CheckError("the two evaluations have different mask digests")
     name = "masked_cross_entropy"
-    difference = abs(first["metrics"][name]["value"] - second["metrics"][name]["value"])
+    values = [result["metrics"][name]["value"] for result in (first, second)]
+    difference = abs(np.subtract(*np.array(values, dtype=np.float64)))  # NaN for a value that does not exist
     if not difference <= TOLERANCE:
         raise CheckError(f"checkpoint and artifact disagree by {difference:.2e} nats of masked cross-entropy")
     return difference

@@ -11,6 +11,7 @@ import json
 import sys
 import threading
 import types
+from collections.abc import Mapping
 from importlib.machinery import ModuleSpec
 from typing import Any
 
@@ -45,7 +46,7 @@ def install(monkeypatch: Any, flavour: str = "tensorrt") -> Machine:
     return MACHINE
 
 
-def module(name: str, *contents: dict[str, Any], **values: Any) -> Any:
+def module(name: str, *contents: Mapping[str, Any], **values: Any) -> Any:
     created = types.ModuleType(name)
     for given in (*contents, values):
         vars(created).update(given)

@@ -16,8 +16,8 @@ from conftest import KINDS, PORTUGUESE, PROOF, paragraphs
 from test_cli import run
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 
-from mlmkit.artifact import hash_files, read_manifest, write_manifest
-from mlmkit.backends import DYNAMIC_INT8, Batch, Scored, load
+from mlmkit.artifact import DYNAMIC_INT8, hash_files, read_manifest, write_manifest
+from mlmkit.backends import Batch, Scored, load
 from mlmkit.corpus import tokenize
 from mlmkit.documents import Source
 from mlmkit.errors import CheckError, UserError
@@ -243,6 +243,7 @@ def test_pseudo_sample_is_mask_v1s_choice_and_estimates_the_whole(text_file, art
     flat = corpus.starts[part.tokens["document"].to_numpy()] + part.tokens["offset"].to_numpy()
     assert flat.tolist() == chosen.tolist()
     exact, estimate = (e.result["metrics"]["pseudo_log_likelihood"]["value"] for e in (whole, part))
+    assert exact is not None and estimate is not None
     spread = float(np.std(whole.tokens["log_prob"].to_numpy())) / math.sqrt(len(flat)) * len(whole.tokens)
     assert abs(estimate - exact) < 5 * spread
 

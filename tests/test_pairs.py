@@ -62,6 +62,7 @@ def test_pairs_are_counted_as_defined(kind, variant, checkpoint, pair_set, tmp_p
     right_per_token = [means[2 * i] > means[2 * i + 1] and PAIRS[i][0] != PAIRS[i][1] for i in range(len(PAIRS))]
     assert evaluation.metrics["pair_accuracy"]["value"] == pytest.approx(np.mean(right))
     assert evaluation.metrics["pair_accuracy_per_token"]["value"] == pytest.approx(np.mean(right_per_token))
+    assert "pairs" in evaluation.result
     pairs = evaluation.result["pairs"]
     assert (pairs["pairs"], pairs["ties"]) == (6, 1)
     agreement = pairs["phenomena"]["agreement"]
@@ -86,6 +87,7 @@ def test_a_constant_model_gets_no_pair_right(checkpoint, pair_set):
 
     evaluation = evaluate(Constant(), find_set(str(pair_set)))  # pyright: ignore[reportArgumentType]
     assert evaluation.metrics["pair_accuracy"]["value"] == 0
+    assert "pairs" in evaluation.result
     assert evaluation.result["pairs"]["ties"] == 6
 
 
@@ -290,10 +292,12 @@ def test_blimp_and_its_filter_are_whole(checkpoint):
 def test_local_sets_are_evaluated(checkpoint, tmp_path):
     model = load(str(checkpoint("bert")))
     evaluation = evaluate(model, find_set("crows-pairs", DATA))
+    assert "pairs" in evaluation.result
     assert evaluation.result["pairs"]["pairs"] == 1508
     assert len(evaluation.result["pairs"]["phenomena"]) == 9
     bosque = evaluate(model, find_set("ud-pt-bosque", DATA))
     assert bosque.result["corpus"]["documents"] == 1167
+    assert bosque.result["set"]
     assert bosque.result["set"]["name"] == "ud-pt-bosque"
 
 
@@ -320,5 +324,6 @@ def test_a_pair_with_an_empty_sentence_is_left_out_and_counted(checkpoint, tmp_p
     rows = [{"sentence_good": good, "sentence_bad": "The words."} for good in ("A word.", " ", "")]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     evaluation = evaluate(str(checkpoint("bert")), find_set(str(path), pairs=True))
+    assert "pairs" in evaluation.result
     assert evaluation.result["pairs"]["pairs"] == 1
     assert evaluation.result["corpus"]["empty_texts"] == 2

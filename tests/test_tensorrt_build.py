@@ -110,10 +110,13 @@ def test_the_rewritten_graph_has_the_same_numbers(kind, architecture):
     before, after = (ir.load(architecture(kind)[1] / GRAPH) for _ in range(2))
     for model in (before, after) if kind == "bert" else ():  # logits that are whole numbers, so many tie
         (logits,) = next(node for node in model.graph if node.op_type == "LogSoftmax").inputs
+        assert logits
+        producer = logits.producer()
+        assert producer
         rounding = ir.node("Round", [None])
         logits.replace_all_uses_with(rounding.outputs[0])
         rounding.replace_input_with(0, logits)
-        model.graph.insert_after(logits.producer(), rounding)
+        model.graph.insert_after(producer, rounding)
     rewrite_for_tensorrt(after)
     sessions = [
         onnxruntime.InferenceSession(ir.to_proto(model).SerializeToString(), providers=["CPUExecutionProvider"])

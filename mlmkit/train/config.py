@@ -19,7 +19,8 @@ NOT_NEGATIVE = Rule(lambda value: 0 <= value < 1 << 40, "at least 0 and finite")
 DECAY_RATE = Rule(lambda value: 0 <= value < 1, "at least 0 and below 1")
 # 0.001 is eight tokens of a batch of 8,192. A model learns to predict masked tokens from the others.
 MASK_RATE = Rule(lambda value: 0.001 <= value < 1, "at least 0.001 and below 1")
-PositiveInt, PositiveFloat = Annotated[int, POSITIVE], Annotated[float, POSITIVE]
+PositiveInt = Annotated[int, POSITIVE]
+PositiveFloat = Annotated[float, POSITIVE]
 
 
 @dataclass(frozen=True)
