@@ -96,7 +96,8 @@ def run_demo(output: Path, text: str | None) -> None:
         f"Same masks, and cross-entropies {difference:.0e} nats apart. Parity at export, over {parity['masked']} "
         f"masked tokens: log P differs by at most {parity['max_log_prob_difference']:.1e} nats."
     )
-    say(f"\nFinished in {time.perf_counter() - began:.0f} s. Results:")
+    say("")
+    say(f"Finished in {time.perf_counter() - began:.0f} s. Results:")
     contents = {
         "run/model": "the checkpoint, for any Hugging Face tool",
         "run/log.jsonl": "the training log",
@@ -105,7 +106,8 @@ def run_demo(output: Path, text: str | None) -> None:
     }
     print_table([(f"  {output / name}", content) for name, content in contents.items()])
     command = "mlmkit" if shutil.which("mlmkit") else os.path.relpath(Path(sys.executable).with_name("mlmkit"))
-    say(f'\nTry next:  {command} fill {artifact} "{sentences[0]}"')
+    say("")
+    say(f'Try next:  {command} fill {artifact} "{sentences[0]}"')
 
 
 def prepare_text(output: Path, text: str | None) -> tuple[Path, Path]:

@@ -401,6 +401,7 @@ def test_demo_on_own_text_goes_the_whole_way(capsys, caplog, tmp_path, text_file
     code, out, err = run(capsys, "demo", "--text", text_file, "--output", tmp_path / "demo")
     assert code == 0, err
     assert "unigram entropy" in out
+    assert "\n\nFinished in" in out and "\n\nTry next:" in out
     results = [
         json.loads((tmp_path / "demo" / f"eval-{name}" / "result.json").read_text())
         for name in ("checkpoint", "artifact")

@@ -121,14 +121,14 @@ def serve(options: ServeArguments) -> None:
     token = token and token.strip()  # a secret read from a file may end in a newline
     run_server(
         ServeOptions(
-            options.model,
-            options.backend,
-            options.device,
-            options.host,
-            options.port,
-            token,
-            options.names,
-            options.log_texts,
-            limits,
+            model=options.model,
+            backend=options.backend,
+            device=options.device,
+            host=options.host,
+            port=options.port,
+            token=token,
+            allowed_hosts=options.names,
+            log_texts=options.log_texts,
+            limits=limits,
         )
     )
