@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.gpu import has_tensorrt
+from benchmarks.gpu_evaluation import has_tensorrt
 from benchmarks.harness import (
     Bars,
     Contestant,
