@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 from engines import SHAPES, Engine, rounds_at, run_backend, take_turn, worst_difference
-from harness import ROOT, Bars, Contestant, Report, SkippedError, contestants, last_line, main, ratios, say, table
+from harness import ROOT, Contestant, Report, SkippedError, contestants, last_line, main, ratios, say, table
 from inputs import artifact, checkpoint, real_batch
 
 from mlmkit.backends import Batch
@@ -143,12 +143,7 @@ def measure(options: argparse.Namespace) -> Report:
         [table("", rows)],
         [f"Log-probabilities differ by at most {apart:.1e} nats."],
         {f"optimum_{size}x{length}_times_as_fast": median(fast[size, length]["optimum"]) for size, length in SHAPES},
-        Bars(
-            "Scoring 32 rows of 128 tokens",
-            "tokens per second",
-            {name: [32 * 128 / each for each in taken] for name, taken in seconds[32, 128].items()},
-        ),
-        {f"{size} x {length}": of_shape for (size, length), of_shape in seconds.items()},
+        figures={f"{size} x {length}": of_shape for (size, length), of_shape in seconds.items()},
     )
 
 

@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from harness import Bars, Report, isolated, main, memory_mib, table
+from harness import Report, isolated, main, memory_mib, table
 from inputs import TINY, artifact, checkpoint, documents
 from train_data import training_data
 
@@ -71,12 +71,7 @@ def measure(options: argparse.Namespace) -> Report:
             "evaluation_memory_growth_mib": evaluated[-1] - evaluated[0],
             "training_memory_growth_mib": epoch[-1] - epoch[0],
         },
-        Bars(
-            "Peak memory above the start, evaluating",
-            "MiB",
-            {f"{size} of text": [value] for size, value in zip(sizes, evaluated, strict=True)},
-        ),
-        figures,
+        figures=figures,
     )
 
 

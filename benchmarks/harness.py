@@ -71,22 +71,12 @@ def cell(value: object) -> str:
 
 
 @dataclass(frozen=True)
-class Bars:
-    """A bar chart: each contestant's values, one per round, shown as their median and range."""
-
-    title: str
-    unit: str
-    values: Mapping[str, Sequence[float]]
-
-
-@dataclass(frozen=True)
 class Report:
     """The result of a benchmark. `headlines` are figures that other pages quote, `figures` everything measured."""
 
     tables: Sequence[Table]
     notes: Sequence[str] = ()
     headlines: Mapping[str, float] = field(default_factory=dict)
-    bars: Bars | None = None
     figures: Any = None
 
     def markdown(self) -> str:

@@ -1,7 +1,7 @@
 """A load generator: each connection sends a request, waits for the answer and sends the next, for a bounded time.
 
 It runs in a process of its own, against 127.0.0.1 only, with as little work per request as Python allows, and prints a
-JSON object. A client that is refused asks again after `--patience` seconds; one whose connection is closed reconnects.
+JSON object. A client that is refused asks again a little later; one whose connection is closed reconnects.
 """
 
 import argparse
@@ -97,8 +97,13 @@ class Seen:
         self.last_error = ""
 
 
-async def run(port: int, requests: list[bytes], connections: int, seconds: float, patience: float) -> dict[str, Any]:
-    """Load a server. Returns counts by status, requests per second, and latencies of answered requests in seconds."""
+async def run(
+    port: int, requests: list[bytes], connections: int, seconds: float, patience: float = 0.2
+) -> dict[str, Any]:
+    """Load a server. Returns counts by status, requests per second, and latencies of answered requests in seconds.
+
+    A client that is refused asks again after `patience` seconds.
+    """
     begun, endless = time.perf_counter(), itertools.cycle(requests)
     seen = Seen(begun + seconds)
     await asyncio.gather(*(connect(port, endless, patience, seen) for _ in range(connections)))
@@ -120,9 +125,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("port", type=int)
     parser.add_argument("requests", type=Path, help="JSON: a list of [path, body], sent in turn")
-    parser.add_argument("--connections", type=int, default=1)
-    parser.add_argument("--seconds", type=float, default=5.0)
-    parser.add_argument("--patience", type=float, default=0.2)
+    parser.add_argument("connections", type=int)
+    parser.add_argument("seconds", type=float)
     options = parser.parse_args()
     requests = [encode(path, body) for path, body in json.loads(options.requests.read_text(encoding="utf-8"))]
     seconds = min(options.seconds, 3600.0)
@@ -130,7 +134,7 @@ def main() -> None:
         import uvloop
 
         asyncio.set_event_loop_policy(uvloop.EventLoopPolicy())
-    json.dump(asyncio.run(run(options.port, requests, options.connections, seconds, options.patience)), sys.stdout)
+    json.dump(asyncio.run(run(options.port, requests, options.connections, seconds)), sys.stdout)
 
 
 if __name__ == "__main__":

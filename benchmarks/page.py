@@ -1,12 +1,11 @@
-"""docs/results.md and its plots, from a file that suite.py wrote."""
+"""docs/results.md, from a file that suite.py wrote."""
 
 import argparse
 import json
 from pathlib import Path
-from statistics import median
 from typing import Any
 
-from harness import ROOT, Bars, Table
+from harness import ROOT, Table
 
 REMOVED_AT = "20ba236"  # the last commit with the scripts whose question docs/decisions.md answers
 # What README quotes, by its key: a description and a unit. Values with "x" are medians of the ratios within a round.
@@ -31,15 +30,6 @@ HEADLINES = {
     "pack_fill_8192": ("how full packs of 8,192 tokens are", ""),
     "mask_seconds_a_million_tokens": ("masks and digest of a million tokens", "s"),
 }
-
-
-def write_page(results: dict[str, Any], name: str, path: Path) -> None:
-    """Write the page to `path` and its plots to `images/` beside it."""
-    (path.parent / "images").mkdir(parents=True, exist_ok=True)
-    for script, report in results["benchmarks"].items():
-        if report.get("bars") and not report["is_dry_run"]:
-            plot(Bars(**report["bars"]), path.parent / "images" / f"results-{script}.svg")
-    path.write_text(render(results, name), encoding="utf-8")
 
 
 def render(results: dict[str, Any], name: str) -> str:
@@ -73,8 +63,6 @@ def render(results: dict[str, Any], name: str) -> str:
             continue
         removed = "" if (ROOT / f"benchmarks/{script}.py").exists() else f" (removed since; at commit {REMOVED_AT})"
         lines += [f"`python benchmarks/{script}.py`{removed}, {report['seconds']:.0f} s.", ""]
-        if report["bars"]:
-            lines += [f"![{report['bars']['title']}, {report['bars']['unit']}](images/results-{script}.svg)", ""]
         for table in report["tables"]:
             lines += [Table(**table).markdown(), ""]
         lines += [part for note in report["notes"] for part in (note, "")]
@@ -113,41 +101,10 @@ def figure(value: float, unit: str) -> str:
     return f"{value:.0%}" if value < 0.995 else f"{value:.1%}"
 
 
-def plot(bars: Bars, path: Path) -> None:
-    """Draw horizontal bars of medians with the range of the rounds; mlmkit's are darker."""
-    import matplotlib
-    import matplotlib.pyplot as plt
-
-    middles = {name: median(values) for name, values in bars.values.items()}
-    settings: dict[Any, Any] = {
-        "svg.hashsalt": path.name,
-        "svg.fonttype": "none",
-        "font.family": "sans-serif",
-        "font.size": 10,
-    }
-    with matplotlib.rc_context(settings):
-        chart, axes = plt.subplots(figsize=(7, 0.6 + 0.42 * len(middles)), layout="constrained")
-        ours = {"mlmkit", "torch", "onnx", "onnx, int8-dynamic", "mlmkit --help", "mlmkit fill"}
-        colours = ["#3949ab" if name in ours or len(ours & middles.keys()) == 0 else "#b0b4c3" for name in middles]
-        axes.barh(range(len(middles)), list(middles.values()), color=colours, height=0.66)
-        for row, (name, values) in enumerate(bars.values.items()):
-            axes.plot([min(values), max(values)], [row, row], color="#20242e", linewidth=1.2)
-            axes.annotate(
-                f" {middles[name]:,.4g}", (max(values), row), va="center", xytext=(3, 0), textcoords="offset points"
-            )
-        axes.set_yticks(range(len(middles)), list(middles))
-        axes.invert_yaxis()
-        axes.set_xlim(0, max(map(max, bars.values.values())) * 1.18)
-        axes.set_title(f"{bars.title}, {bars.unit}", loc="left", fontsize=10, fontweight="bold")
-        axes.spines[["top", "right", "left"]].set_visible(False)
-        axes.tick_params(left=False)
-        chart.savefig(path, metadata={"Date": None}, facecolor="white")
-        plt.close(chart)
-
-
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("results", type=argparse.FileType(encoding="utf-8"), help="a file that suite.py wrote")
     parser.add_argument("page", nargs="?", type=Path, default=ROOT / "docs" / "results.md")
     arguments = parser.parse_args()
-    write_page(json.load(arguments.results), Path(arguments.results.name).name, arguments.page)
+    page = render(json.load(arguments.results), Path(arguments.results.name).name)
+    arguments.page.write_text(page, encoding="utf-8")

@@ -16,13 +16,14 @@ not counted on either side.
 """
 
 import argparse
+import operator
 from collections.abc import Callable
 from itertools import chain
 from statistics import mean, median
 from typing import Any, NamedTuple
 
 from engines import matrix_rate
-from harness import Bars, Report, Table, alternate, calls, contestants, isolated, main, ratios, table, timed
+from harness import Report, Table, alternate, calls, contestants, isolated, main, ratios, table, timed
 from inputs import artifact, bert_tokenizer, checkpoint, encoder_parameters, held_out, sentences
 
 BOUND = 1e-3  # nats per sentence
@@ -122,11 +123,6 @@ def mlmkit_reader(source: str, backend: str, documents: list[str]) -> Callable[[
     return read
 
 
-def masked_pass(read: Callable[[], Pass]) -> Pass:
-    """For `Contestant.call`."""
-    return read()
-
-
 # ---------------------------------------------------------------- rounds and tables
 
 
@@ -159,7 +155,7 @@ def measure(options: argparse.Namespace) -> Report:
         scored = alternate(calls(started, pseudo_pass, texts, size), options.rounds, warm=True)
         peaks = {name: contestant.peak_gib() for name, contestant in started.items()}
     with contestants(readers) as started:
-        read = alternate(calls(started, masked_pass), options.rounds)
+        read = alternate(calls(started, operator.call), options.rounds)
         peaks |= {name: contestant.peak_gib() for name, contestant in started.items()}
     rate = max(rate, isolated(matrix_rate, "cpu"))  # other work on the machine only lowers it
 
@@ -179,12 +175,7 @@ def measure(options: argparse.Namespace) -> Report:
             "masked_times_as_fast": median(fast[f"masked, {BEST}"]),
             "pll_share_of_floor": scored[BEST][0].tokens / median(seconds[BEST]) / floor,
         },
-        Bars(
-            "Exact pseudo-log-likelihood",
-            "rows per second, with one masked token each",
-            {name: [each.rows / each.seconds for each in passes] for name, passes in scored.items()},
-        ),
-        {"seconds": seconds, "operations_per_second": rate, "trial": trial, "peak_gib": peaks},
+        figures={"seconds": seconds, "operations_per_second": rate, "trial": trial, "peak_gib": peaks},
     )
 
 

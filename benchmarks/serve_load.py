@@ -29,7 +29,6 @@ from typing import Any
 
 from harness import (
     ROOT,
-    Bars,
     ContestantError,
     Report,
     alternate,
@@ -38,6 +37,7 @@ from harness import (
     main,
     memory_mib,
     ratios,
+    run_command,
     say,
     table,
     timed,
@@ -134,16 +134,9 @@ def _port(process: subprocess.Popen[bytes], log: Any) -> int:
     raise ContestantError("a server did not start in time")
 
 
-def client_command(port: int, requests: Path, connections: int, seconds: float) -> list[str]:
-    """The command that loads a server (load.py)."""
-    command = [sys.executable, str(Path(__file__).with_name("load.py")), str(port), str(requests)]
-    return [*command, "--connections", str(connections), "--seconds", str(seconds)]
-
-
 def load(port: int, requests: Path, connections: int, seconds: float) -> dict[str, Any]:
-    """What the clients saw."""
-    command = client_command(port, requests, connections, seconds)
-    return json.loads(subprocess.run(command, capture_output=True, check=True, text=True).stdout)
+    """What the clients of load.py saw."""
+    return json.loads(run_command("benchmarks/load.py", port, requests, connections, seconds))
 
 
 # ---------------------------------------------------------------- the bare engine
@@ -239,8 +232,7 @@ def compare(options: argparse.Namespace, path: Path) -> Report:
             "second in calls of 64: the floor."
         ],
         headlines,
-        Bars("64 connections", "requests per second", {name: rates[name, 64] for name in runs}),
-        {"overhead": alone, "runs": runs},
+        figures={"overhead": alone, "runs": runs},
     )
 
 

@@ -12,7 +12,7 @@ from itertools import pairwise
 from pathlib import Path
 from statistics import median
 
-from harness import Bars, Report, alternate, isolated, main, memory_mib, run_command, table, timed
+from harness import Report, alternate, isolated, main, memory_mib, run_command, table, timed
 from inputs import artifact, checkpoint
 
 TEXT = "The [MASK] of the statement is an expression that is evaluated first."
@@ -56,7 +56,6 @@ def measure(options: argparse.Namespace) -> Report:
             "fill_seconds": median(taken["mlmkit fill"]),
             "pipeline_seconds": median(taken["transformers.pipeline"]),
         },
-        bars=Bars("A fill from the command line", "seconds", {name: taken[name] for name in list(commands)[2:]}),
         figures={"processes": taken, "steps": runs},
     )
 

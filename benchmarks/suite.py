@@ -2,8 +2,8 @@
 
     python benchmarks/suite.py [--quick] [--only NAME ...] [--results FOLDER] [--page FILE]
 
-Writes all figures to <results>/<machine>-<date>.json (with `--only`, <date>-part.json), and tables and plots to the
-page (page.py). A benchmark that cannot run here, or fails, is listed with the reason; after a failure the exit code is
+Writes all figures to <results>/<machine>-<date>.json (with `--only`, <date>-part.json), and tables to the page
+(page.py). A benchmark that cannot run here, or fails, is listed with the reason; after a failure the exit code is
 1. In the end the headlines are shown beside those of the last run on this machine, so the cost of a change is seen at
 once. Nothing else should run on the machine meanwhile. inputs.py says which text is used.
 """
@@ -21,7 +21,7 @@ from typing import Any
 
 from harness import ROOT, last_line, machine, say, use_cores
 from inputs import KEPT
-from page import changes, write_page
+from page import changes, render
 
 # In the order of the page. Surveys that take hours are dry-run here; the docs have their results.
 SCRIPTS = {
@@ -31,7 +31,6 @@ SCRIPTS = {
     "serve_load": "Serving under load, against transformers.pipeline",
     "startup": "Start-up",
     "growth": "Growth with the corpus",
-    "profiles": "Where the time goes",
     "train_data": "Packing and reading training data",
     "masking": "Masking",
     "loss_memory": "Memory of the loss",
@@ -90,9 +89,8 @@ def main() -> None:
             left_out = [name for name in SCRIPTS | STUDIES if name not in reports]
             results |= {"seconds": round(time.perf_counter() - began), "left_out": left_out}
             path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-            write_page(
-                results, path.name, options.page
-            )  # after each script, as an interruption would lose half an hour
+            # After each script, as an interruption would lose half an hour.
+            options.page.write_text(render(results, path.name), encoding="utf-8")
     say(f"{time.perf_counter() - began:.0f} s in all; figures in {path}, tables in {options.page}")
     if before:
         say(changes(before, results).markdown())

@@ -31,7 +31,7 @@ from statistics import median
 from typing import Any, NamedTuple
 
 from engines import matrix_rate
-from harness import Bars, Report, SkippedError, alternate, contestants, isolated, main, memory_mib, ratios, say, table
+from harness import Report, SkippedError, alternate, contestants, isolated, main, memory_mib, ratios, say, table
 from inputs import TINY, documents, encoder_parameters, write_lines
 
 from mlmkit.documents import Source, read_documents
@@ -307,7 +307,6 @@ def measure(options: argparse.Namespace) -> Report:
             "train_times_run_mlm": median(fast[RUN_MLM]),
             "train_tokens_per_second": median(rates[MLMKIT]),
         },
-        bars=Bars(f"Training {case.architecture}", "real tokens per second", rates),
         figures={
             "case": asdict(case),
             "operations_per_second": rate,
