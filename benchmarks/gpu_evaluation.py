@@ -8,7 +8,6 @@ from typing import Any
 
 import inputs
 import numpy as np
-from engines import SHAPES
 from gpu_models import Captured, compiled, copies_by_length, on_device, operations, scorer, shared_model
 from gpu_parity import log_prob_difference
 from gpu_timing import Alternative, Figures, Function, LogProbs, Row, Setting, attempt, compared
@@ -39,9 +38,9 @@ def evaluation(setting: Setting) -> Iterator[Row]:
 def runtimes(setting: Setting) -> Iterator[Row]:
     """ONNX Runtime on CUDA and TensorRT beside torch on BERT-base, with 15 % of the positions masked.
 
-    In fp16, at the smallest and the largest of `SHAPES`; with `--only` in every precision and shape. TensorRT for RTX
-    builds plans everywhere but does not run on H100 and H200: its row has the reason. Raises `SkippedError` if neither
-    runtime is installed.
+    In fp16, at the smallest and the largest of `inputs.SHAPES`; with `--only` in every precision and shape. TensorRT
+    for RTX builds plans everywhere but does not run on H100 and H200: its row has the reason. Raises `SkippedError` if
+    neither runtime is installed.
     """
     import onnxruntime
 
@@ -65,7 +64,9 @@ def runtimes(setting: Setting) -> Iterator[Row]:
                     makers[f"tensorrt, {precision}"] = partial(backend_engine, folder, "tensorrt", device)
                 break
             yield f"{'tensorrt' if plan else 'export'}, {precision}", folder
-    shapes = ((1, 16), (4, 32)) if setting.quick else (*SHAPES, (64, 256)) if setting.all_runtimes else SHAPES[::2]
+    shapes = (*inputs.SHAPES, (64, 256)) if setting.all_runtimes else inputs.SHAPES[::2]
+    if setting.quick:
+        shapes = ((1, 16), (4, 32))
     batches = [("masked", inputs.real_batch(*shape)) for shape in shapes]
     yield from _compared_engines(setting, path, makers, batches, FASTEST)
 

@@ -14,8 +14,7 @@ from typing import Any, NamedTuple
 
 import inputs
 import numpy as np
-from engines import matrix_rate
-from harness import SkippedError, alternate, ratios
+from harness import SkippedError, alternate, matrix_rate, ratios
 from numpy.typing import NDArray
 
 Figures = dict[str, Any]

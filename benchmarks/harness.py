@@ -32,6 +32,9 @@ PACKAGES = (
     *("tokenizers", "numpy", "fastapi"),
 )
 ROOT = Path(__file__).resolve().parent.parent
+# Rows, inner size and columns of matrix products, as models have them, and two that are large enough to fill a GPU.
+MATRICES = [(440, 768, 768), (440, 768, 3072), (440, 3072, 768), (2048, 768, 3072), (2048, 2048, 2048)]
+LARGE_MATRICES = [(65536, 768, 3072), (8192, 8192, 8192)]
 
 
 # ---------------------------------------------------------------- the report
@@ -206,6 +209,21 @@ def timed(function: Callable[..., object], *arguments: object) -> float:
 def ratios(ours: Sequence[float], theirs: Sequence[float]) -> list[float]:
     """Theirs over ours in each round. For seconds: how many times as fast we are."""
     return [their / our for our, their in zip(ours, theirs, strict=True)]
+
+
+def matrix_rate(device: str, dtype: str = "float32") -> float:
+    """The most operations per second at which torch multiplies matrices here."""
+    import torch
+
+    best, kind = 0.0, getattr(torch, dtype)
+    for rows, inner, columns in MATRICES + LARGE_MATRICES * (device == "cuda"):
+        left = torch.randn(rows, inner, device=device).to(kind)
+        right = torch.randn(inner, columns, device=device).to(kind)
+        end = time.perf_counter() + 0.5
+        while (began := time.perf_counter()) < end:
+            torch.mm(left, right)[-1, -1].item()  # waits for the device
+            best = max(best, 2 * rows * inner * columns / (time.perf_counter() - began))
+    return best
 
 
 # ---------------------------------------------------------------- processes

@@ -3,8 +3,8 @@
 The text is Python's own documentation, so everyone measures on the same and nothing is downloaded. If MLMKIT_DATA names
 a folder, it is English Wikipedia and web sentences from there: wiki_en/train.txt, wiki_en/heldout.txt,
 ud_en_ewt/test.txt and tokenizers/bert-base-uncased/vocab.txt. Times do not depend on the weights, so these are random.
-They are three times the usual size: smaller ones give nearly flat distributions, which hide errors. What takes long to
-build is kept for one run of the suite.
+They are three times the usual size: smaller ones give nearly flat distributions, which hide errors. Files that take
+long to build are kept for one run of the suite.
 """
 
 import atexit
@@ -28,6 +28,7 @@ from mlmkit.backends import Batch
 KEPT = "MLMKIT_BENCHMARK_FOLDER"
 VOCABULARY = 30_522  # bert-base-uncased's
 MASKED_SHARE, WEIGHT_SCALE = 0.15, 3.0
+SHAPES = ((1, 16), (8, 128), (32, 128))  # rows and tokens per row of the batches that exported graphs run
 HELD_OUT_EVERY = 8  # every eighth section of Python's documentation is held out
 TINY = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 128}
 

@@ -1,9 +1,9 @@
 """Peak memory of one forward and backward at a large vocabulary: logits everywhere, at the masked tokens, in slices.
 
 A BERT of one layer with random weights, one in seven tokens masked, each way in a process of its own. Shown: how far
-the resident memory rose above what it was before the step, and the loss, which must agree. A step before that, on a row
-of 8 tokens, allocates what stays: the gradients and the libraries' own buffers. The floor is one copy of the logits
-that a way computes, in float32.
+the resident memory rises during the step, and the loss, which must be the same for all. A warm-up step on a row of 8
+tokens allocates what stays: the gradients and the libraries' own buffers. The floor is one float32 copy of the logits
+that a way computes.
 """
 
 import argparse

@@ -22,8 +22,7 @@ from itertools import chain
 from statistics import mean, median
 from typing import Any, NamedTuple
 
-from engines import matrix_rate
-from harness import Report, Table, alternate, calls, contestants, isolated, main, ratios, table, timed
+from harness import Report, Table, alternate, calls, contestants, isolated, main, matrix_rate, ratios, table, timed
 from inputs import artifact, bert_tokenizer, checkpoint, encoder_parameters, held_out, sentences
 
 BOUND = 1e-3  # nats per sentence

@@ -237,7 +237,7 @@ def compare(options: argparse.Namespace, path: Path) -> Report:
 
 
 def mixed(options: argparse.Namespace, path: Path) -> Report:
-    """The server under more than it can do, in parts of half a minute."""
+    """The overloaded server, in parts of half a minute."""
     path.write_text(json.dumps(mixed_requests()))
     records: list[dict[str, Any]] = []
     target = artifact("bert-base", num_hidden_layers=options.layers)

@@ -30,8 +30,19 @@ from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
-from engines import matrix_rate
-from harness import Report, SkippedError, alternate, contestants, isolated, main, memory_mib, ratios, say, table
+from harness import (
+    Report,
+    SkippedError,
+    alternate,
+    contestants,
+    isolated,
+    main,
+    matrix_rate,
+    memory_mib,
+    ratios,
+    say,
+    table,
+)
 from inputs import TINY, documents, encoder_parameters, write_lines
 
 from mlmkit.documents import Source, read_documents
@@ -95,7 +106,7 @@ class Rows:
 def open_contestant(
     case: Case, text: Path, tokenizer: Path, architecture: str, way: str, device: str
 ) -> "Config | Rows":
-    """What a contestant keeps between turns."""
+    """The state that a contestant keeps between turns."""
     if way == MLMKIT:
         return mlmkit_config(case, text, tokenizer, architecture, device)
     return tokenised_rows(case, text, tokenizer, architecture, way)
@@ -121,7 +132,7 @@ def train(kept: "Config | Rows", case: Case, way: str, device: str, micro_batche
 
 
 def mlmkit_config(case: Case, text: Path, tokenizer: Path, architecture: str, device: str) -> Config:
-    """The defaults with what the case sets."""
+    """mlmkit's defaults with the settings of the case."""
     return Config(
         data=DataConfig(train=(str(text),)),
         tokenizer=TokenizerConfig(path=str(tokenizer)),
