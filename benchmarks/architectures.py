@@ -255,26 +255,22 @@ def operators(graph: Any) -> set[str]:
 
 
 def check_apart(name: str) -> Row:
-    """`check` and `add_plans` in a process of its own, so a crash or a hang costs no other row."""
-    with tempfile.TemporaryDirectory() as temporary, contestants({name: (str, temporary)}) as started:
+    """`check` and `add_plans` in a process of its own, so that a crash or a hang does not affect other rows."""
+    with tempfile.TemporaryDirectory() as temporary, contestants({name: (str, name)}) as started:
         try:
-            row: Row = started[name].call(_check_in, name, timeout=TIMEOUT)
+            row: Row = started[name].call(check, Path(temporary), timeout=TIMEOUT)
         except ContestantError as error:
             return Row(name, str(error))
         if builder_name() and not row.reason:
             try:
-                row.plans = started[name].call(_plans_in, row, timeout=TIMEOUT)
+                row.plans = started[name].call(_plans_of, row, Path(temporary), timeout=TIMEOUT)
             except ContestantError as error:
                 row.plans = dict.fromkeys(PRECISIONS, str(error))
         return row
 
 
-def _check_in(folder: str, name: str) -> Row:
-    return check(name, Path(folder))
-
-
-def _plans_in(folder: str, row: Row) -> dict[str, int | str]:
-    add_plans(row, Path(folder))
+def _plans_of(_name: str, row: Row, folder: Path) -> dict[str, int | str]:
+    add_plans(row, folder)
     return row.plans
 
 
