@@ -14,7 +14,7 @@ from starlette.responses import JSONResponse
 
 from mlmkit.backends import load
 from mlmkit.errors import UserError
-from mlmkit.fill import Candidate, Question, answer, ask
+from mlmkit.fill import Candidate, Question, answer, ask_all
 from mlmkit.serve.batcher import score_rows
 
 
@@ -31,7 +31,7 @@ class FillMask:
         try:
             body = await request.json()
             parameters = body.get("parameters") or {}
-            question = ask(self.backend.tokenizer, self.backend.info, body["inputs"], **parameters)
+            (question,) = ask_all(self.backend.tokenizer, self.backend.info, [body["inputs"]], **parameters)
         except (UserError, ValueError, KeyError, TypeError, AttributeError) as error:
             return JSONResponse({"error": str(error), "error_type": "invalid_request"}, 422)
         filled = await self.fill(question)
