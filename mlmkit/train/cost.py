@@ -167,6 +167,8 @@ def dry_run(config: Config) -> DryRun:
         raise UserError(f"out of memory with train.micro_batch_tokens = {run.micro_batch_tokens}: lower it") from error
     micro_batch_seconds = time.perf_counter() - began
     update(optimizers, 0.0)
+    if device.type == "cuda":
+        torch.cuda.synchronize()  # `backward` waits for its kernels when it reads the loss; the update does not
     step_seconds = time.perf_counter() - began + micro_batch_seconds * (micro_batches - 1)
     states = (chain.from_iterable(state.values() for state in each.state.values()) for each in optimizers)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
