@@ -11,9 +11,7 @@ class Metric(TypedDict):
     value: float | None
     low: float | None
     high: float | None
-    standard_error: NotRequired[
-        float
-    ]  # where `pseudo.sample` is below 1: the error from scoring a sample of the tokens
+    standard_error: NotRequired[float]  # of scoring a sample of the tokens, where `pseudo.sample` is below 1
 
 
 Metrics = dict[str, Metric]

@@ -261,7 +261,7 @@ def test_words_are_the_tokenizers_own_or_begin_at_spaces(kind, made):
 
 
 def test_whole_words_of_an_unsplit_text_are_selected_one_by_one(made):
-    """`word_ids()` treats each document as one word, which would be selected as a whole or not at all."""
+    """`word_ids()` takes each document for one word, so either all of its tokens would be selected or none."""
     light, _, _ = made("gemma")
     corpus = tokenize([text for text in paragraphs() if len(text.split()) > 20], light)
     recipe = MaskRecipe(whole_word=True)

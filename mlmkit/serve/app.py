@@ -85,7 +85,7 @@ def _add_routes(app: FastAPI, service: Service) -> None:
     async def score(request: Request) -> Response:
         """Pseudo-log-likelihood of each text: the sum of its tokens' log-probabilities, each token masked alone."""
         job = await service.in_thread(read_score, service, await json_body(request))
-        answer = await service.in_thread(write_score, service, job, await service.batcher.score(job.rows))
+        answer = await service.in_thread(write_score, service, job, await service.batcher.score(job.batches))
         return Response(answer, media_type="application/json")
 
     @app.get("/health", tags=["Server"])

@@ -96,12 +96,12 @@ def write_fill(service: Service, job: FillJob, scored: list[Scored]) -> bytes:
 
 @dataclass(frozen=True)
 class ScoreJob:
-    """A scoring request: its texts, which tokens to score, and one row for the engine per scored token."""
+    """A scoring request: its texts, the rows that score their tokens, and each row as a batch for the engine."""
 
     texts: list[str]
     corpus: Corpus
-    plan: Rows
-    rows: list[Batch]
+    rows: Rows
+    batches: list[Batch]
     per_token: bool
     is_single: bool
 
@@ -122,10 +122,10 @@ def read_score(service: Service, body: bytes) -> ScoreJob:
         parts.append(tokenize([text], tokenizer))
         check_length(len(parts[-1].ids) + tokenizer.added_tokens, "tokens", limit)
     corpus = concatenate(parts)
-    plan = pseudo_rows(corpus, tokenizer, capacity(backend), parameters.pll or "original")
-    service.batcher.check_size(int((plan.windows.length + tokenizer.added_tokens).sum()))  # before the rows are made
-    rows = _rows(corpus, plan, tokenizer)
-    return ScoreJob(texts, corpus, plan, rows, bool(parameters.per_token), isinstance(request.inputs, str))
+    rows = pseudo_rows(corpus, tokenizer, capacity(backend), parameters.pll or "original")
+    service.batcher.check_size(int((rows.windows.length + tokenizer.added_tokens).sum()))  # before they are built
+    batches = _batches(corpus, rows, tokenizer)
+    return ScoreJob(texts, corpus, rows, batches, bool(parameters.per_token), isinstance(request.inputs, str))
 
 
 def write_score(service: Service, job: ScoreJob, scored: list[Scored]) -> bytes:
@@ -133,15 +133,15 @@ def write_score(service: Service, job: ScoreJob, scored: list[Scored]) -> bytes:
     log_prob = np.array([row.log_prob[0] for row in scored], dtype=np.float32)
     if not np.isfinite(log_prob).all():
         raise CheckError("the model gives scores that are not finite: its weights or activations are not")
-    scores = text_scores(job.texts, job.corpus, job.plan, log_prob)
+    scores = text_scores(job.texts, job.corpus, job.rows, log_prob)
     answers = [_scored_text(service.backend.tokenizer, score, job.per_token) for score in scores]
     return _json(answers[0] if job.is_single else answers)
 
 
-def _rows(corpus: Corpus, plan: Rows, tokenizer: Tokenizer) -> list[Batch]:
-    """One row per scored token, in the plan's order. The windows of a text have one length: nothing is padded."""
-    texts = np.split(np.arange(len(plan)), np.flatnonzero(np.diff(plan.document)) + 1)
-    batches = (build_batch(corpus, plan, rows, tokenizer)[0] for rows in texts if len(rows))
+def _batches(corpus: Corpus, rows: Rows, tokenizer: Tokenizer) -> list[Batch]:
+    """One batch per row, in the same order. The windows of a text have one length, so nothing is padded."""
+    texts = np.split(np.arange(len(rows)), np.flatnonzero(np.diff(rows.document)) + 1)
+    batches = (build_batch(corpus, rows, indices, tokenizer)[0] for indices in texts if len(indices))
     return [row for batch in batches for row in split_rows(batch)]
 
 

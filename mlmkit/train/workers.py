@@ -41,9 +41,8 @@ def from_workers(items: Callable[..., Iterator[Any]], workers: int) -> Generator
         for index in range(workers):
             pipe, theirs = context.Pipe(duplex=False)
             process = context.Process(target=_send, args=(theirs, items, index, workers), daemon=True)
-            before = signal.pthread_sigmask(
-                signal.SIG_BLOCK, IGNORED_BY_WORKERS
-            )  # inherited until `_send` ignores them
+            # The worker inherits the blocked signals until `_send` ignores them.
+            before = signal.pthread_sigmask(signal.SIG_BLOCK, IGNORED_BY_WORKERS)
             process.start()
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
             theirs.close()
