@@ -1,14 +1,19 @@
 """Fixtures: tiny random models, and small real text from Python's documentation and two Portuguese sentences."""
 
+import contextlib
 import hashlib
 import json
 import os
+import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
+from serving import Server, running
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # as the command line sets it
@@ -42,6 +47,26 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, st
         main([str(argument) for argument in arguments])
     out, err = capsys.readouterr()
     return int(exit.value.code or 0), out, err
+
+
+def run_json(capsys: pytest.CaptureFixture[str], *arguments: object) -> Any:
+    """The object that a command prints with `--json`."""
+    code, out, err = run(capsys, *arguments, "--json")
+    assert code == 0, err
+    return json.loads(out)
+
+
+def refusal(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    """The one line with which a command refuses its arguments."""
+    code, out, err = run(capsys, *arguments)
+    assert (code, out, len(err.splitlines())) == (2, "", 1), (arguments, err)
+    return err
+
+
+def process(*arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
+    """Run a command in a process of its own."""
+    command = [sys.executable, "-m", "mlmkit", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, **options)
 
 
 def edit_record(path: Path, **changes: Any) -> None:
@@ -175,6 +200,19 @@ def lowered(tmp_path_factory: pytest.TempPathFactory, checkpoint: Callable[[str]
 def artifact(lowered: Callable[[str, str], Path]) -> Callable[[str], Path]:
     """The checkpoint's artifact in float32."""
     return lambda kind: lowered(kind, "fp32")
+
+
+@pytest.fixture
+def copy(artifact: Callable[[str], Path], tmp_path: Path) -> Path:
+    """BERT's artifact, to damage."""
+    return Path(shutil.copytree(artifact("bert"), tmp_path / "copy"))
+
+
+@pytest.fixture(scope="session")
+def served(artifact: Callable[[str], Path]) -> Iterator[Callable[..., Server]]:
+    """A running server of a kind of model, one for each set of options."""
+    with contextlib.ExitStack() as stack:
+        yield cache(lambda kind, *options: stack.enter_context(running(artifact(kind), *options)))
 
 
 SIZES = '"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48'

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -13,8 +14,9 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from http.client import parse_headers
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -32,6 +34,14 @@ class Answer:
     @property
     def json(self) -> Any:
         return json.loads(self.body)
+
+    @property
+    def error(self) -> tuple[int, str]:
+        """Status and `error_type` of an error, whose form is checked."""
+        assert set(self.json) == {"error", "error_type"}, self
+        assert self.headers["content-type"] == "application/json"
+        assert self.json["error"] == " ".join(self.json["error"].split())
+        return self.status, self.json["error_type"]
 
 
 @dataclass(frozen=True)
@@ -60,10 +70,32 @@ class Server:
         except urllib.error.HTTPError as error:
             return Answer(error.code, _lower(error.headers), error.read())
 
+    def connect(self) -> socket.socket:
+        return socket.create_connection(("127.0.0.1", self.port), 30)
+
+    def exchange(self, *parts: bytes, count: int = 1, half_closes: bool = False) -> list[Answer]:
+        """All answers to these bytes. The client closes its side after `count` answers, or before the first."""
+        with self.connect() as client:
+            client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            for part in parts:
+                client.sendall(part)
+                time.sleep(0.002 if len(parts) > 1 else 0)
+            file, answers = client.makefile("rb"), []
+            with contextlib.suppress(ConnectionError):  # the server may close first
+                while True:
+                    if half_closes or len(answers) == count:
+                        with contextlib.suppress(OSError):
+                            client.shutdown(socket.SHUT_WR)
+                    answer = read_answer(file)
+                    if answer is None:
+                        break
+                    answers.append(answer)
+            return answers
+
     def metric(self, name: str) -> float:
-        """The sum over a metric's labels."""
+        """A metric: the sum over its labels, or the value for `name{label="value"}`."""
         page = self.ask("/metrics").body.decode()
-        return sum(map(float, re.findall(rf"^{name}(?:\{{.*\}})? (\S+)$", page, re.MULTILINE)))
+        return sum(map(float, re.findall(rf"^{re.escape(name)}(?:\{{.*\}})? (\S+)$", page, re.MULTILINE)))
 
     def stop(self) -> int:
         """Send SIGTERM and return the exit code."""
@@ -78,6 +110,15 @@ def tensors(*arrays: Any) -> list[dict[str, Any]]:
         {"name": name, "shape": list(np.shape(array)), "datatype": "INT64", "data": np.ravel(array).tolist()}
         for name, array in zip(names, arrays, strict=True)
     ]
+
+
+def read_answer(file: BinaryIO) -> Answer | None:
+    """The next answer on a connection; None where the server has closed it."""
+    line = file.readline()
+    if not line:
+        return None
+    headers = _lower(parse_headers(file))
+    return Answer(int(line.split()[1]), headers, file.read(int(headers["content-length"])))
 
 
 @contextlib.contextmanager

@@ -4,17 +4,15 @@ import json
 import os
 import shutil
 import zipfile
-from collections.abc import Callable
 from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import edit_record
+from conftest import edit_record, process, refusal, run
 from safetensors.torch import load_file
-from test_artifact import rehash
-from test_cli import process, run
+from test_artifact import refused, rehash
 
 from mlmkit.backends import load
 from mlmkit.bounds import read_config
@@ -47,9 +45,6 @@ def replace(pattern: dict[str, str], content: str) -> dict[str, Any]:
     return {"type": "Replace", "pattern": pattern, "content": content}
 
 
-# ------------------------------------------------------------------ code
-
-
 EVIL = """
 from pathlib import Path
 from transformers import BertConfig, BertForMaskedLM, PreTrainedTokenizerFast
@@ -65,11 +60,26 @@ AUTO_MAP = {
 }
 
 
-def test_no_answer_in_a_text_runs_a_folders_code(capsys, monkeypatch, copies, text_file, tmp_path):
-    folder, canary, home = copies["checkpoint"], tmp_path / "canary", tmp_path / "home"
-    (folder / "evil.py").write_text(EVIL.format(canary=str(canary)))
-    change(folder, "config.json", auto_map=AUTO_MAP, model_type="evil")
-    change(folder, "tokenizer_config.json", auto_map=AUTO_MAP, tokenizer_class="EvilTokenizer")
+@pytest.fixture
+def canary(copies, tmp_path) -> Path:
+    """A file that the code in the checkpoint's folder would make."""
+    folder = copies["checkpoint"]
+    (folder / "evil.py").write_text(EVIL.format(canary=str(tmp_path / "canary")))
+    change(folder, "config.json", auto_map=AUTO_MAP)
+    change(folder, "tokenizer_config.json", auto_map=AUTO_MAP)
+    return tmp_path / "canary"
+
+
+def test_a_folders_code_is_not_run_where_its_classes_are_known(copies, canary):
+    ended = process("score", copies["checkpoint"], input="y\n" * 9)
+    assert not canary.exists()
+    assert "[y/N]" not in ended.stdout + ended.stderr
+
+
+def test_no_answer_in_a_text_runs_a_folders_code(capsys, monkeypatch, copies, canary, text_file, tmp_path):
+    folder, home = copies["checkpoint"], tmp_path / "home"
+    change(folder, "config.json", model_type="evil")
+    change(folder, "tokenizer_config.json", tokenizer_class="EvilTokenizer")
     config = tmp_path / "train.toml"
     config.write_text(f'[data]\ntrain = "{text_file}"\n')
     train = ["train", config, "--output", tmp_path / "run", "--set"]
@@ -87,7 +97,7 @@ def test_no_answer_in_a_text_runs_a_folders_code(capsys, monkeypatch, copies, te
         else:
             monkeypatch.setattr("sys.stdin", StringIO("1\ny\n" * 9))
             code, out, err = run(capsys, *command)
-        assert (code, out, "never runs a model's code" in err) == (2, "", True), command
+        assert (code, out, "[y/N]" in err, "never runs a model's code" in err) == (2, "", False, True), command
     assert not canary.exists()
     assert not home.exists()
 
@@ -103,17 +113,12 @@ def test_no_answer_in_a_text_runs_a_folders_code(capsys, monkeypatch, copies, te
 )
 def test_what_would_read_other_files_or_run_other_code_is_refused(copies, file, values, message):
     change(copies["checkpoint"], file, **values)
-    with pytest.raises(UserError, match=f"has {message}, which mlmkit does not accept"):
-        load(copies["checkpoint"])
+    assert f"has {message}, which mlmkit does not accept" in refused(copies["checkpoint"])
 
 
 def test_an_adapter_is_refused(copies):
     (copies["checkpoint"] / "adapter_config.json").write_text("{}")
-    with pytest.raises(UserError, match="merge it into the model"):
-        load(copies["checkpoint"])
-
-
-# ------------------------------------------------------------------ weights
+    assert "merge it into the model" in refused(copies["checkpoint"])
 
 
 @pytest.mark.parametrize("name", ["w.bin", "../out.safetensors", "{folder}/w.safetensors", "adapter_model.bin"])
@@ -132,8 +137,7 @@ def test_weights_are_safetensors_files_of_the_folder(copies, name, by):
         (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     else:
         change(folder, "config.json", transformers_weights=name)
-    with pytest.raises(UserError, match="which is not a safetensors file in the folder"):
-        load(folder)
+    assert "which is not a safetensors file in the folder" in refused(folder)
 
 
 @pytest.mark.parametrize("sharded", [False, True])
@@ -161,19 +165,6 @@ def test_a_hub_snapshot_of_links_is_loaded_and_checked(copies, tmp_path, sharded
         load("someone/model")
 
 
-# ------------------------------------------------------------------ sizes
-
-
-def sized(name: str, size: int) -> Callable[[Path], None]:
-    """A sparse file: large, but without using disk space."""
-
-    def make(folder: Path) -> None:
-        with (folder / name).open("wb") as file:
-            file.truncate(size)
-
-    return make
-
-
 @pytest.mark.parametrize(
     ("name", "size"),
     [
@@ -188,11 +179,11 @@ def sized(name: str, size: int) -> Callable[[Path], None]:
 def test_a_file_too_large_to_be_what_it_is_called_is_not_read(capsys, copies, name, size):
     for folder in copies.values():
         if folder.name == "checkpoint" or (folder / name).exists():
-            sized(name, size)(folder)
+            with (folder / name).open("wb") as file:
+                file.truncate(size)  # sparse: it uses no disk space
     if name != "model.onnx":
-        with pytest.raises(UserError, match=f"{name} is not a file of at most"):
-            load(copies["checkpoint"])
-    if (copies["artifact"] / name).stat().st_size == size if (copies["artifact"] / name).exists() else False:
+        assert f"{name} is not a file of at most" in refused(copies["checkpoint"])
+    if (copies["artifact"] / name).exists():
         code, out, err = run(capsys, "inspect", copies["artifact"])
         assert (code, len(err.splitlines())) == (1, 1)
         assert f"{name} is larger than any such file" in out
@@ -203,8 +194,7 @@ def test_a_pipe_or_a_device_is_not_waited_for(copies, name):
     for make in (os.mkfifo, lambda path: path.symlink_to("/dev/zero")):
         (copies["checkpoint"] / name).unlink()
         make(copies["checkpoint"] / name)
-        with pytest.raises(UserError, match=f"{name} is not a file of at most"):
-            load(copies["checkpoint"])
+        assert f"{name} is not a file of at most" in refused(copies["checkpoint"])
 
 
 @pytest.mark.parametrize(
@@ -223,17 +213,13 @@ def test_a_pipe_or_a_device_is_not_waited_for(copies, name):
 )
 def test_a_configuration_asks_for_no_more_than_the_weights_hold(copies, values, message):
     change(copies["checkpoint"], "config.json", **values)
-    with pytest.raises(UserError, match=message):
-        load(copies["checkpoint"])
+    assert message in refused(copies["checkpoint"])
 
 
 def test_sizes_and_names_of_labels_are_no_counts(tmp_path):
     values = {"expert_intermediate_size": 4096, "hidden_layer_size": 4096, "label2id": {"group theory": 5012}}
     (tmp_path / "config.json").write_text(json.dumps(values))
     assert read_config(tmp_path / "config.json") == values
-
-
-# ------------------------------------------------------------------ tokenizers
 
 
 # Each lengthens a text more than 256 times, but not so much that a failing test runs out of memory.
@@ -271,8 +257,7 @@ def test_a_tokenizer_that_multiplies_a_text_is_refused(capsys, copies, name):
             tokens = json.loads((folder / "tokenizer.json").read_text())["added_tokens"]
             values["added_tokens"] = [*tokens, {"id": 600, "content": "c" * 300_000, **ADDED}]
         change(folder, "tokenizer.json", **values)
-    with pytest.raises(UserError, match="turns one character into up to"):
-        load(copies["checkpoint"])
+    assert "turns one character into up to" in refused(copies["checkpoint"])
     code, out, err = run(capsys, "inspect", copies["artifact"])
     assert (code, len(err.splitlines()), "turns one character into up to" in out) == (1, 1, True)
 
@@ -282,20 +267,14 @@ def test_a_pattern_that_gives_up_is_one_line(capsys, copies, tmp_path):
     (tmp_path / "text.txt").write_text("a" * 40 + "!\n")
     for folder in copies.values():
         change(folder, "tokenizer.json", pre_tokenizer=pattern)
-        code, out, err = run(capsys, "score", folder, tmp_path / "text.txt")
-        assert (code, out, len(err.splitlines())) == (2, "", 1)
-        assert "a text: the tokenizer cannot process it" in err
+        assert "a text: the tokenizer cannot process it" in refusal(capsys, "score", folder, tmp_path / "text.txt")
 
 
 def test_ids_far_beyond_any_vocabulary_are_refused(copies):
     vocabulary = json.loads((copies["checkpoint"] / "tokenizer.json").read_text())["model"]
     vocabulary["vocab"]["zz"] = 30_000_000
     change(copies["checkpoint"], "tokenizer.json", model=vocabulary)
-    with pytest.raises(UserError, match="ids up to 30000000, above the limit of 16777216"):
-        load(copies["checkpoint"])
-
-
-# ------------------------------------------------------------------ max_length
+    assert "ids up to 30000000, above the limit of 16777216" in refused(copies["checkpoint"])
 
 
 @pytest.mark.parametrize("kind", ["bert", "roberta"])
@@ -304,13 +283,9 @@ def test_a_manifest_that_promises_longer_rows_is_refused(capsys, artifact, tmp_p
     code, *_ = run(capsys, "inspect", folder)
     assert code == 0
     edit_record(folder / "mlmkit.json", max_length=65)
-    with pytest.raises(UserError, match="has rows of 65 tokens, and the model takes 64"):
-        load(folder)
+    assert "has rows of 65 tokens, and the model takes 64" in refused(folder)
     code, out, _ = run(capsys, "inspect", folder)
     assert (code, "rows of 65 tokens" in out) == (1, True)
-
-
-# ------------------------------------------------------------------ terminals
 
 
 STEERING = "\x1b]0;x\x07\x9b2J\u202egnp\u2066\u2028\r"
@@ -349,9 +324,6 @@ def test_no_text_or_name_steers_the_terminal(capsys, artifact, tmp_path):
     ended = process("fill", folder, "The [MASK]", "--targets", f"the{STEERING}")
     assert (ended.returncode, "is scored instead" in ended.stderr) == (0, True)
     assert all(map(str.isprintable, ended.stderr.splitlines()))
-
-
-# ------------------------------------------------------------------ archives
 
 
 def test_a_small_zip_that_unpacks_to_much_is_not_unpacked(tmp_path):

@@ -12,8 +12,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import paragraphs
-from test_cli import run
+from conftest import paragraphs, refusal, run
 from test_eval_resume import Interrupted
 from training import Ranks, same_weights, write_config
 
@@ -48,15 +47,15 @@ def flipped(content: bytes, rng: random.Random) -> bytes:
 
 
 @pytest.fixture(scope="module")
-def half(tmp_path_factory, text_file) -> tuple[Path, Path]:
-    """A run's configuration and folder, with checkpoints of steps 2, 4 and 6 of 6 but no final model."""
+def half(tmp_path_factory, text_file) -> tuple[Path, list[object]]:
+    """A run with checkpoints of steps 2, 4 and 6 of 6 but no final model, and the command without `--output`."""
     folder = tmp_path_factory.mktemp("half")
     overrides = ["train.steps=6", "train.save_every=2", f"data.held_out={str(text_file)!r}"]
     train(write_config(folder, text_file, "bert-tiny", *overrides), folder / "run")
     shutil.copytree(folder / "run" / "model", folder / "model")
     shutil.rmtree(folder / "run" / "model")
     (folder / "run" / "held_out.json").unlink()
-    return folder / "config.toml", folder / "run"
+    return folder / "run", ["train", folder / "config.toml", *(part for each in overrides for part in ("--set", each))]
 
 
 LAST = "checkpoints/step-00000006"
@@ -67,26 +66,24 @@ SHARD = "shard-00001-model-00001-of-00001.safetensors"
     "name", ["run.json", f"{LAST}/trainer.json", f"{LAST}/config.json", f"{LAST}/optimizer/{SHARD}"]
 )
 @pytest.mark.parametrize("kind", DAMAGE)
-def test_a_damaged_run_is_named_with_what_to_do(capsys, half, tmp_path, text_file, name, kind):
-    config, folder = half
+def test_a_damaged_run_is_named_with_what_to_do(capsys, half, tmp_path, name, kind):
+    folder, command = half
     copy = Path(shutil.copytree(folder, tmp_path / "run"))
     DAMAGE[kind](copy / name, random.Random(name + kind))
-    command = ["train", config, "--set", "train.steps=6", "--set", "train.save_every=2"]
-    command += ["--set", f"data.held_out={str(text_file)!r}", "--output", copy]
-    code, out, err = run(capsys, *command)
+    code, out, err = run(capsys, *command, "--output", copy)
     [line] = [line for line in err.splitlines() if line.startswith("mlmkit: ")]
     assert (code, out, "Traceback" in err) == (2, "", False), err
     assert name.rpartition("/")[2] in line and ("delete" in line) and (LAST in line) == name.startswith(LAST)
     if name.startswith(LAST) and kind == "removed":  # do what the line says
         shutil.rmtree(copy / LAST)
         assert f"{copy}/checkpoints/step-00000004" in line
-        code, _, err = run(capsys, *command)
+        code, _, err = run(capsys, *command, "--output", copy)
         assert code == 0, err
         assert same_weights(copy / "model", folder.parent / "model")
 
 
-def test_a_damaged_log_or_held_out_result_is_made_good_and_said(capsys, caplog, half, tmp_path, text_file):
-    config, folder = half
+def test_a_damaged_log_or_held_out_result_is_made_good_and_said(capsys, caplog, half, tmp_path):
+    folder, command = half
     copy = Path(shutil.copytree(folder, tmp_path / "run"))
     log = copy / "log.jsonl"
     lines = log.read_text().splitlines(keepends=True)
@@ -94,8 +91,7 @@ def test_a_damaged_log_or_held_out_result_is_made_good_and_said(capsys, caplog, 
     broken = dict(zip(steps, ("[" * 100_000, "\x00\xff", '{"step": "2"}', "[1]"), strict=False))
     log.write_text("".join(f"{broken[number]}\n" if number in broken else line for number, line in enumerate(lines)))
     DAMAGE["flipped"](copy / LAST / "held-out" / "result.json", random.Random(0))
-    command = ["train", config, "--set", "train.steps=6", "--set", "train.save_every=2"]
-    code, _, err = run(capsys, *command, "--set", f"data.held_out={str(text_file)!r}", "--output", copy)
+    code, _, err = run(capsys, *command, "--output", copy)
     # the only entries with a loss are gone, so the run does not know whether it learned
     assert "result.json is damaged" in caplog.text
     for number in broken:
@@ -143,9 +139,7 @@ def test_a_result_is_what_was_written_or_named(capsys, result, artifact, tmp_pat
     for kind in kinds + 40 * ["flipped"]:
         (copy / name).write_bytes(content)
         DAMAGE[kind](copy / name, rng)
-        code, out, err = run(capsys, "report", copy)
-        assert (code, out, len(err.splitlines())) == (2, "", 1), (kind, err)
-        assert name in err
+        assert name in refusal(capsys, "report", copy), kind
         if (copy / name).is_dir():
             (copy / name).rmdir()
     assert run(capsys, "compare", result, copy)[0] == 2
