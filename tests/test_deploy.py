@@ -1,4 +1,7 @@
-"""Dockerfile and manifest agree with the server on paths, names and times. Neither has been built or applied."""
+"""Facts that are written in two places agree: versions, and what Dockerfile and Kubernetes manifest say of the server.
+
+Neither has been built or applied.
+"""
 
 import re
 import subprocess
@@ -9,6 +12,8 @@ from typing import Any
 import pytest
 import yaml
 
+import mlmkit
+from mlmkit import distributed
 from mlmkit.cli.inference import serve
 from mlmkit.serve.limits import Limits
 from mlmkit.serve.metrics import Metrics
@@ -17,10 +22,35 @@ from mlmkit.serve.middleware import ENDPOINTS
 ROOT = Path(__file__).parent.parent
 
 
+def read(name: str) -> str:
+    return (ROOT / name).read_text(encoding="utf-8")
+
+
+def test_the_citation_is_of_this_version():
+    assert yaml.safe_load(read("CITATION.cff"))["version"] == mlmkit.__version__
+
+
+def test_pre_commit_checks_with_the_ruff_of_the_tests():
+    repositories = yaml.safe_load(read(".pre-commit-config.yaml"))["repos"]
+    (revision,) = [each["rev"] for each in repositories if "ruff" in each["repo"]]
+    assert f"ruff=={revision.removeprefix('v')}" in read("constraints.txt").split()
+
+
+def test_the_workflow_runs_targets_that_exist_from_the_oldest_python_on():
+    jobs = yaml.safe_load(read(".github/workflows/test.yml"))["jobs"]
+    runs = [step["run"] for job in jobs.values() for step in job["steps"] if "run" in step]
+    wanted = set(re.findall(r"make ([a-z]+)", "\n".join(runs)))
+    assert {"test", "docs"} <= wanted <= set(re.findall(r"^([a-z]+):", read("Makefile"), re.MULTILINE))
+    oldest = re.search(r'requires-python = ">=([\d.]+)"', read("pyproject.toml"))
+    assert oldest and jobs["test"]["strategy"]["matrix"]["python"][0] == oldest[1]
+
+
+# ---------------------------------------------------------------- image and manifest
+
+
 @pytest.fixture(scope="module")
 def manifest() -> dict[str, Any]:
-    documents = yaml.safe_load_all((ROOT / "deploy" / "kubernetes.yaml").read_text(encoding="utf-8"))
-    return {document["kind"]: document for document in documents}
+    return {document["kind"]: document for document in yaml.safe_load_all(read("deploy/kubernetes.yaml"))}
 
 
 def test_the_grace_period_covers_the_drain(manifest):
@@ -53,9 +83,9 @@ def test_the_parts_of_the_manifest_refer_to_each_other(manifest):
 
 
 def test_the_image_is_made_of_existing_files(manifest):
-    dockerfile = (ROOT / "Dockerfile").read_text(encoding="utf-8")
+    dockerfile = read("Dockerfile")
     copied = {name for line in re.findall(r"^COPY (.+)$", dockerfile, re.MULTILINE) for name in line.split()[:-1]}
-    let_in = set(re.findall(r"^!(.+)$", (ROOT / ".dockerignore").read_text(encoding="utf-8"), re.MULTILINE))
+    let_in = set(re.findall(r"^!(.+)$", read(".dockerignore"), re.MULTILINE))
     assert copied == let_in
     assert all((ROOT / name).exists() for name in copied)
     user = manifest["Deployment"]["spec"]["template"]["spec"]["securityContext"]["runAsUser"]
@@ -72,8 +102,6 @@ def test_the_dockerfile_lints():
 
 @pytest.mark.parametrize(("limit", "expected"), [("100000 100000", 1), ("10000 100000", 1), ("max 100000", None)])
 def test_a_containers_limit_bounds_the_threads(limit, expected, tmp_path, monkeypatch):
-    from mlmkit import distributed
-
     (tmp_path / "cpu.max").write_text(f"{limit}\n")
     monkeypatch.setattr(distributed, "CPU_LIMIT", tmp_path / "none")
     unlimited = distributed.cores()
