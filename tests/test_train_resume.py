@@ -1,18 +1,24 @@
 """A run that is killed, stopped, out of disk or on another number of ranks resumes as if nothing had happened."""
 
+import contextlib
 import json
+import os
 import random
 import resource
 import shutil
 import signal
+import subprocess
+import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from training import Ranks, log_lines, same_weights, weights, write_config
+from training import Ranks, log_lines, same_weights, small_architecture, weights, write_config
 
+from mlmkit import evaluate
 from mlmkit.distributed import ranks as find_ranks
 from mlmkit.errors import StoppedError, UserError
 from mlmkit.train.checkpoints import HELD_OUT, saved_checkpoints
@@ -20,19 +26,44 @@ from mlmkit.train.config import Config
 from mlmkit.train.loop import stop_signals, train
 
 
-@pytest.fixture
-def config(tmp_path, text_file) -> Config:
+@pytest.fixture(scope="module")
+def config(tmp_path_factory, text_file) -> Config:
     """With dropout, which must depend on the micro-batch alone."""
-    architecture = {"model_type": "bert", "num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 2}
-    (tmp_path / "dropout.json").write_text(json.dumps({**architecture, "hidden_dropout_prob": 0.2}))
-    return write_config(tmp_path, text_file, str(tmp_path / "dropout.json"), "train.steps=30", "train.save_every=3")
+    folder = tmp_path_factory.mktemp("config")
+    settings = ("train.steps=18", "train.save_every=3", "train.log_every=1")
+    return write_config(folder, text_file, small_architecture(folder, hidden_dropout_prob=0.2), *settings)
 
 
-def run_straight(config: Config, tmp_path: Path, world: int) -> tuple[Path, float]:
-    began = time.perf_counter()
-    ranks = Ranks(config, tmp_path / f"straight-{world}", world)
+@pytest.fixture(scope="module")
+def killed(config, tmp_path_factory) -> Path:
+    """A run that was killed after its first checkpoint. A test that resumes it takes a copy."""
+    run = tmp_path_factory.mktemp("killed") / "run"
+    kill_when(lambda: saved_checkpoints(run), Ranks(config, run))
+    return run
+
+
+def last_step(run: Path) -> int:
+    return max((line["step"] for line in log_lines(run)), default=0) if (run / "log.jsonl").exists() else 0
+
+
+def wait_for(condition: Callable[[], object], ranks: Ranks) -> None:
+    until = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < until, ranks.messages()
+        time.sleep(0.02)
+
+
+def kill_when(condition: Callable[[], object], ranks: Ranks, seconds: float = 0) -> None:
+    """Kill all ranks some seconds after the condition holds."""
+    wait_for(condition, ranks)
+    time.sleep(seconds)
+    ranks.signal(signal.SIGKILL)
+    ranks.wait()
+
+
+def complete(config: Config, run: Path, world: int) -> None:
+    ranks = Ranks(config, run, world)
     assert ranks.wait() == [0] * world, ranks.messages()
-    return tmp_path / f"straight-{world}" / "model", time.perf_counter() - began
 
 
 @pytest.mark.parametrize(
@@ -45,31 +76,32 @@ def run_straight(config: Config, tmp_path: Path, world: int) -> tuple[Path, floa
     ],
 )
 def test_killed_at_any_moment_it_ends_with_the_same_weights(config, tmp_path, text_file, world, overrides):
-    settings = ("train.steps=30", "train.save_every=3", "train.log_every=4", *overrides)
+    settings = ("train.steps=24", "train.save_every=3", "train.log_every=4", *overrides)
     config = write_config(tmp_path, text_file, config.model.architecture, *settings)
-    expected, seconds = run_straight(config, tmp_path, world)
-    moments, run = random.Random(), tmp_path / "killed"
-    for reached in (0, 4, 12, 20):  # the first while it begins
-        ranks = Ranks(config, run, world)
-        wait_for(lambda step=reached: last_step(run) >= step, ranks)
-        time.sleep(moments.uniform(0, 0.4 if reached else seconds / 2))
-        ranks.signal(signal.SIGKILL)
-        ranks.wait()
-    ranks = Ranks(config, run, world)
-    assert ranks.wait() == [0] * world, ranks.messages()
-    assert same_weights(run / "model", expected)
-    kept, whole = ([entry | {"tokens_per_second": 0} for entry in log_lines(each)] for each in (run, expected.parent))
+    expected, run, began = tmp_path / "straight", tmp_path / "killed", time.perf_counter()
+    complete(config, expected, world)
+    longest = (time.perf_counter() - began) / 2
+    for reached in (0, 4, 16):  # the first while it begins
+        seconds = random.Random().uniform(0, 0.2 if reached else longest)
+        kill_when(lambda step=reached: last_step(run) >= step, Ranks(config, run, world), seconds)
+    complete(config, run, world)
+    assert same_weights(run / "model", expected / "model")
+    kept, whole = ([entry | {"tokens_per_second": 0} for entry in log_lines(each)] for each in (run, expected))
     assert kept == whole
     assert not list(run.rglob(".*"))
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
-@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize(
+    ("world", "number"), [(1, signal.SIGINT), (2, signal.SIGINT), (2, signal.SIGTERM), (1, signal.SIGUSR1)]
+)
 def test_a_signal_saves_and_leaves(config, tmp_path, world, number):
+    """Until then, a second training in its folder is refused."""
     config = replace(config, train=replace(config.train, steps=100_000, save_every=100_000))
     run = tmp_path / "run"
     ranks = Ranks(config, run, world)
     wait_for(lambda: last_step(run), ranks)
+    with pytest.raises(UserError, match=r"another process is using .*run: wait for it"):
+        train(config, run)
     ranks.signal(number)
     assert ranks.wait() == [128 + number] * world, ranks.messages()
     [saved] = saved_checkpoints(run)
@@ -103,74 +135,32 @@ def test_an_interrupt_that_python_ignores_comes_again(tmp_path):
         time.sleep(60)
 
 
-def last_step(run: Path) -> int:
-    return max((line["step"] for line in log_lines(run)), default=0) if (run / "log.jsonl").exists() else 0
-
-
-def wait_for(condition, ranks: Ranks) -> None:
-    until = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < until, ranks.messages()
-        time.sleep(0.02)
-
-
-def test_the_number_of_ranks_and_workers_may_change(config, tmp_path):
+def test_the_number_of_ranks_and_workers_may_change(config, killed, tmp_path):
     """The same documents and masks in every global batch, so the same loss but for rounding."""
-    dropped = [record_batches(config, tmp_path / f"{world}-{workers}", world, workers) for world, workers in RUNS]
-    for other in dropped[1:]:
-        for (loss, gradient, *counts), (other_loss, other_gradient, *other_counts) in zip(
-            dropped[0], other, strict=True
-        ):
-            assert counts == other_counts
-            assert other_loss == pytest.approx(loss, abs=2e-5)
-            assert other_gradient == pytest.approx(gradient, rel=1e-3)
+    for world, workers in ((1, 0), (2, 0), (1, 2)):
+        run = shutil.copytree(killed, tmp_path / f"{world}-{workers}")
+        complete(replace(config, data=replace(config.data, workers=workers)), run, world)
+    first, *others = (log_lines(run) for run in sorted(tmp_path.iterdir()) if run.is_dir())
+    for other in others:
+        for entry, same in zip(first, other, strict=True):
+            assert [entry[name] for name in ("step", "tokens", "masked")] == [
+                same[name] for name in ("step", "tokens", "masked")
+            ]
+            assert same["loss"] == pytest.approx(entry["loss"], abs=2e-5)
+            assert same["gradient_norm"] == pytest.approx(entry["gradient_norm"], rel=1e-3)
 
 
-RUNS = ((1, 0), (2, 0), (1, 2))
-
-
-def record_batches(config: Config, run: Path, world: int, workers: int) -> list[tuple]:
-    """Half of the run with one rank and no worker, the rest as asked."""
-    half = replace(config, train=replace(config.train, log_every=1))
-    ranks = Ranks(half, run)
-    wait_for(lambda: saved_checkpoints(run), ranks)
-    ranks.signal(signal.SIGKILL)
-    ranks.wait()
-    ranks = Ranks(replace(half, data=replace(half.data, workers=workers)), run, world)
-    assert ranks.wait() == [0] * world, ranks.messages()
-    names = ("loss", "gradient_norm", "step", "tokens", "masked")
-    return [tuple(line[name] for name in names) for line in log_lines(run)]
-
-
-def test_a_disk_that_is_full_leaves_the_last_checkpoint(config, tmp_path):
+def test_a_disk_that_is_full_leaves_the_last_checkpoint(config, killed, tmp_path):
     """A limit on file size stands in for the full disk."""
-    run = tmp_path / "run"
-    ranks = Ranks(config, run)
-    wait_for(lambda: saved_checkpoints(run), ranks)
-    ranks.signal(signal.SIGKILL)
-    ranks.wait()
+    run = shutil.copytree(killed, tmp_path / "run")
     saved = saved_checkpoints(run)
-    before = weights(saved[-1])
     ranks = Ranks(config, run, limits=((resource.RLIMIT_FSIZE, 20_000),))
     assert ranks.wait() == [2], ranks.messages()
     [message] = ranks.messages()
     assert "File too large" in message and f"the same command resumes from {saved[-1]}" in message
     assert saved_checkpoints(run) == saved
-    assert all(torch.equal(before[name], value) for name, value in weights(saved[-1]).items())
+    assert same_weights(saved[-1], killed / saved[-1].relative_to(run))
     assert not list((run / "checkpoints").glob(".*"))
-
-
-def test_one_run_at_a_time(config, tmp_path):
-    config = replace(config, train=replace(config.train, steps=100_000))
-    run = tmp_path / "run"
-    ranks = Ranks(config, run)
-    wait_for(lambda: last_step(run), ranks)
-    try:
-        with pytest.raises(UserError, match=r"another process is using .*run: wait for it"):
-            train(config, run)
-    finally:
-        ranks.signal(signal.SIGKILL)
-        ranks.wait()
 
 
 def test_held_out_evaluation_keeps_the_best(config, tmp_path, text_file):
@@ -193,9 +183,6 @@ def test_held_out_evaluation_keeps_the_best(config, tmp_path, text_file):
     best = min(losses, key=lambda step: losses[step])
     assert best < 35, losses  # else this tests nothing
     assert [int(folder.name[5:]) for folder in saved_checkpoints(run)] == [best, 35, 40]
-
-    from mlmkit import evaluate
-
     again = evaluate(model, held_out)
     summary = json.loads((run / "held_out.json").read_text())
     assert summary["mask_digest"] == again.result["mask_digest"]
@@ -217,10 +204,7 @@ def test_another_held_out_text_is_measured_anew(config, tmp_path, text_file):
         for path in texts.values()
     )
     run = tmp_path / "run"
-    ranks = Ranks(first, run)
-    wait_for(lambda: last_step(run) >= 17, ranks)
-    ranks.signal(signal.SIGKILL)
-    ranks.wait()
+    kill_when(lambda: last_step(run) >= 17, Ranks(first, run))
     resumed = saved_checkpoints(run)[-1]
     model = train(second, run)
     measured = [(line["step"], line["held_out"]["mask_digest"]) for line in log_lines(run) if "held_out" in line]
@@ -246,3 +230,60 @@ def test_another_held_out_text_is_measured_anew(config, tmp_path, text_file):
         shutil.rmtree(checkpoint)
     with pytest.raises(UserError, match="is finished and has no checkpoint to evaluate: use mlmkit eval"):
         train(first, run)
+
+
+TRAINS = """
+if __name__ == "__main__":
+    import multiprocessing, sys, time
+    from pathlib import Path
+    from mlmkit.corpus import load_corpus
+    from mlmkit.documents import Source
+    from mlmkit.tokenizer import Tokenizer
+    from mlmkit.train.config import Config, DataConfig, ModelConfig, RunConfig
+    from mlmkit.train.data import TrainingData
+    from mlmkit.train.order import Cursor
+
+    tokenizer = Tokenizer.from_folder(Path(sys.argv[2]))
+    corpus = load_corpus(Source(sys.argv[1]), tokenizer)
+    run = RunConfig(global_batch_tokens=64, micro_batch_tokens=64)
+    config = Config(data=DataConfig(train=("text.txt",)), model=ModelConfig(max_length=32), train=run)
+    data = TrainingData(config, [corpus], tokenizer, packed=True)
+    batches = data.batches(Cursor(), micro_batches=500, steps=10**9, workers=2)
+    next(batches)
+    print(*(child.pid for child in multiprocessing.active_children()), flush=True)
+    if sys.argv[3] == "raise":
+        raise SystemExit(3)
+    for _ in batches:
+        time.sleep(0.01)
+"""
+
+
+@pytest.mark.parametrize("end", ["kill", "raise"])
+def test_workers_end_with_the_trainer(text_file, tokenizer_folder, tmp_path, end):
+    """The trainer is killed, or exits with the batches still open."""
+    (tmp_path / "trains.py").write_text(TRAINS)
+    shared = set(Path("/dev/shm").iterdir())
+    command = [sys.executable, str(tmp_path / "trains.py"), str(text_file), str(tokenizer_folder("wordpiece")), end]
+    trainer = subprocess.Popen(
+        command, stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": str(Path.cwd())}
+    )
+    assert trainer.stdout
+    workers = [int(pid) for pid in trainer.stdout.readline().split()]
+    assert len(workers) == 2
+    if end == "kill":
+        assert all(is_alive(pid) for pid in workers)
+        trainer.kill()
+    assert trainer.wait(timeout=30) == (-9 if end == "kill" else 3)
+    trainer.stdout.close()
+    deadline = time.monotonic() + 20
+    while any(is_alive(pid) for pid in workers) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not any(is_alive(pid) for pid in workers)
+    assert set(Path("/dev/shm").iterdir()) <= shared
+
+
+def is_alive(pid: int) -> bool:
+    """Whether the process runs; a zombie does not."""
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    return False

@@ -1,13 +1,13 @@
 """Shared by the tests of training: a small configuration, and runs in processes that can be killed."""
 
 import json
-import multiprocessing
 import os
 import socket
 import sys
 from pathlib import Path
 
 import torch
+from interruptions import PROCESSES
 from safetensors.torch import load_file
 
 from mlmkit.errors import CheckError, StoppedError, UserError
@@ -33,10 +33,6 @@ log_every = 2
 device = "cpu"
 """
 
-# Forks of a server that has imported everything once and started no thread.
-PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["mlmkit.train.loop"])
-
 
 def write_config(tmp_path: Path, text_file: Path, architecture: str, *overrides: str) -> Config:
     path = tmp_path / "config.toml"
@@ -47,6 +43,15 @@ def write_config(tmp_path: Path, text_file: Path, architecture: str, *overrides:
             content = "".join(line for line in content.splitlines(True) if not line.startswith(key))
     path.write_text(content)
     return load_config(path, overrides)
+
+
+def small_architecture(folder: Path, **settings: object) -> str:
+    """A file with a small BERT, or with these settings instead of its own."""
+    from conftest import ARCHITECTURES  # not above: a rank imports this module, and pytest takes time
+
+    path = folder / "architecture.json"
+    path.write_text(json.dumps(json.loads(ARCHITECTURES["bert"]) | settings))
+    return str(path)
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
