@@ -9,12 +9,14 @@ A fence of `bash` or `python` has a mark before it, an HTML comment that no read
 Each page runs in a folder of its own, which holds what `material` puts there.
 """
 
+import contextlib
 import os
 import re
 import shutil
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -23,6 +25,7 @@ from typing import NamedTuple
 
 import pytest
 from conftest import paragraphs
+from interruptions import PROCESSES, command
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
 
@@ -34,7 +37,10 @@ MARK = re.compile(r"<!-- (?:(?P<runnable>runnable)(?:: (?P<changes>.+))?|not run
 SHELL = """
 set -eu
 mlmkit() {
-    if [ "${1:-}" != serve ]; then command mlmkit "$@"; return; fi
+    if [ "${1:-}" != serve ]; then
+        if [ -n "$FORKS" ]; then python -S -c "$CLIENT" "$@"; else command mlmkit "$@"; fi
+        return
+    fi
     command mlmkit "$@" --port "$PORT" & SERVER=$!
     until curl --silent --fail --output /dev/null "http://127.0.0.1:$PORT/ready"; do
         kill -0 "$SERVER"; sleep 0.1
@@ -42,6 +48,13 @@ mlmkit() {
 }
 end() { trap - EXIT; [ -z "${SERVER:-}" ] || { kill "$SERVER" && wait "$SERVER"; }; }
 trap end EXIT
+"""
+CLIENT = """
+import json, os, socket, sys
+with socket.socket(socket.AF_UNIX) as server:
+    server.connect(os.environ["FORKS"])
+    socket.send_fds(server, [json.dumps([os.getcwd(), *sys.argv[1:]]).encode()], [0, 1, 2])
+    sys.exit(server.recv(1)[0])
 """
 
 
@@ -186,12 +199,33 @@ def shell() -> None:
 @pytest.mark.parametrize(
     "page", [page for page in PAGES.values() if any(block.runs for block in page.blocks())], ids=lambda page: page.name
 )
-def test_the_commands_run(page: Page, shell, material, tmp_path):
-    done = run_page(page, material, tmp_path)
+def test_the_commands_run(page: Page, shell, material, forks, tmp_path):
+    """In README.md and wherever a page serves, `mlmkit` is the installed script, else a fork: imports take seconds."""
+    done = run_page(page, material, tmp_path, "" if page.name == "README.md" else forks)
     assert done.returncode == 0, done.stdout[-3000:]
 
 
-def run_page(page: Page, material: Path, folder: Path) -> subprocess.CompletedProcess[str]:
+@pytest.fixture(scope="module")
+def forks(tmp_path_factory) -> Iterator[str]:
+    """The socket of a server that forks for each command of a page, with everything imported."""
+    path = str(tmp_path_factory.mktemp("forks") / "socket")
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(path)
+        listener.listen()
+        threading.Thread(target=start_commands, args=(listener,), daemon=True).start()
+        yield path
+        listener.shutdown(socket.SHUT_RDWR)
+
+
+def start_commands(listener: socket.socket) -> None:
+    with contextlib.suppress(OSError):  # the listener is closed
+        while True:
+            client, _ = listener.accept()
+            with client:
+                PROCESSES.Process(target=command, args=(client,)).start()
+
+
+def run_page(page: Page, material: Path, folder: Path, forks: str) -> subprocess.CompletedProcess[str]:
     """Its runnable blocks, one after another, in a folder with what they take for granted."""
     port = free_port()
     script = [SHELL]
@@ -203,7 +237,7 @@ def run_page(page: Page, material: Path, folder: Path) -> subprocess.CompletedPr
     for source in material.iterdir():
         if not re.search(rf"--output {source.name}\s", "\n".join(script)):  # else the page makes its own
             (shutil.copytree if source.is_dir() else shutil.copy)(source, folder / source.name)
-    return run_bash("\n".join([*script, "end"]), folder, {"PORT": str(port)})
+    return run_bash("\n".join([*script, "end"]), folder, {"PORT": str(port), "FORKS": forks, "CLIENT": CLIENT})
 
 
 def free_port() -> int:
