@@ -1,0 +1,119 @@
+"""The configuration of a training: its checks, its defaults, the presets."""
+
+from contextlib import nullcontext
+from pathlib import Path
+
+import pytest
+import torch
+from training import write_config
+from transformers import AutoModelForMaskedLM
+
+from mlmkit.errors import UserError
+from mlmkit.model import MaskedLM
+from mlmkit.tokenizer import Tokenizer
+from mlmkit.train.config import Config, DataConfig, load_config
+from mlmkit.train.presets import PRESETS, build_config
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("optim.lrr=1", "unknown setting optim.lrr: did you mean optim.lr"),
+        ("optimizer.lr=1", "unknown setting optimizer: did you mean optim"),
+        ("optim.lr=fast", "optim.lr must be a number"),
+        ("train.steps=1.5", "train.steps must be a whole number"),
+        ("train.steps=true", "train.steps must be a whole number"),
+        ("train.steps=0", "train.steps must be positive and finite, not 0"),
+        ("data.workers=257", "data.workers must be between 0 and 256"),
+        ("data.weights=[0.0]", "data.weights must be positive"),
+        ("data.weights=[1.0, 2.0]", "data.weights has 2 numbers for 1 texts"),
+        ("masking.final_mask_prob=0.0", "masking.final_mask_prob must be at least 0.001"),
+        ("optim.decay_share=0", "optim.decay_share must be above 0"),
+        ("optim.name=lion", "optim.name must be one of adamw, muon"),
+        ("data=3", "table.key=value"),
+        ("masking.random_prob=0.9", "replace_prob"),
+        ("masking.mask_prob=nan", "mask_prob must be a number"),
+        ("masking.mask_prob=1e-300", "masking.mask_prob must be at least 0.001 and below 1, not 1e-300"),
+        ("masking.mask_prob=1", "masking.mask_prob must be at least 0.001 and below 1, not 1.0"),
+        ("train.micro_batch_tokens=8", "must hold one row"),
+        ("train.global_batch_tokens=300", "multiple of"),
+        ("tokenizer.kind=words", "tokenizer.kind must be one of wordpiece, bpe"),
+        ("lr=1", "table.key=value"),
+        ("data.train=", "data.train is missing"),
+        ("model=3", "table.key=value"),
+        ("optim.lr=inf", "optim.lr must be positive and finite"),
+        ("optim.eps=0", "optim.eps must be positive"),
+        ("optim.beta2=1.0", "optim.beta2 must be"),
+        ("optim.beta1=nan", "optim.beta1 must be"),
+        ("optim.weight_decay=-0.1", "optim.weight_decay must be"),
+        ("optim.warmup_steps=-1", "optim.warmup_steps must be"),
+        ("train.seed=-1", "train.seed must be"),
+        ("train.device=tpu", "train.device must be one of auto, cpu, cuda"),
+        ("tokenizer.vocab_size=99999999999", r"tokenizer.vocab_size must be between 1 and 2\*\*24, not 99999999999"),
+    ],
+)
+def test_wrong_settings_are_named(tmp_path, text_file, override, message):
+    with pytest.raises(UserError, match=message):
+        write_config(tmp_path, text_file, "bert-tiny", override)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ("model.init_from=x model.architecture=bert-small", "model.architecture has no effect, as model.init_from"),
+        ("model.init_from=x tokenizer.lowercase=false", "tokenizer.lowercase has no effect, as model.init_from"),
+        ("model.init_from=x tokenizer.path=y", "tokenizer.path has no effect, as model.init_from"),
+        ("tokenizer.path=y tokenizer.vocab_size=16000", "tokenizer.vocab_size has no effect, as tokenizer.path"),
+        ("optim.decay_share=0.2", "optim.decay_share has no effect, as optim.schedule"),
+        ("data.text_field=text", "data.text_field has no effect, as text files"),
+        ("data.train=a.jsonl data.blank_line=true", "data.blank_line has no effect"),
+        ("data.weights=[2.0]", "data.weights has no effect"),
+        ("data.train=['a','b'] data.weights=[0.5,0.5]", "data.weights has no effect"),
+        ("train.steps=1 masking.final_mask_prob=0.3", "masking.final_mask_prob has no effect"),
+        ("train.steps=12 optim.warmup_steps=12", r"warmup_steps \(12\) must be below train.steps \(12\)"),
+        ("model.init_from=x model.architecture=", ""),
+        ("optim.decay_share=0.2 optim.schedule=wsd", ""),
+        ("data.held_out=a.parquet data.text_field=text", ""),
+        ("data.train=a.jsonl data.blank_line=false", ""),
+        ("data.train=['a.txt','b.jsonl'] data.blank_line=true data.text_field=text data.weights=[1,1]", ""),
+    ],
+)
+def test_a_setting_without_effect_is_refused(tmp_path, settings, message):
+    (tmp_path / "config.toml").write_text('[data]\ntrain = "text.txt"\n')
+    with pytest.raises(UserError, match=message) if message else nullcontext():
+        load_config(tmp_path / "config.toml", settings.split())
+
+
+@pytest.mark.parametrize(("steps", "warmup"), [(1, 0), (4, 0), (100, 10), (101, 100), (5000, 100)])
+def test_a_short_run_warms_up_for_a_tenth_of_it(tmp_path, steps, warmup):
+    (tmp_path / "config.toml").write_text(f'[data]\ntrain = "text.txt"\n[train]\nsteps = {steps}\n')
+    assert load_config(tmp_path / "config.toml").optim.warmup_steps == warmup
+
+
+def test_the_documented_configuration_is_that_of_the_defaults(tmp_path):
+    page = (Path(__file__).parent.parent / "docs" / "training.md").read_text(encoding="utf-8")
+    (tmp_path / "config.toml").write_text(page.partition("```toml\n")[2].partition("```")[0], encoding="utf-8")
+    assert load_config(tmp_path / "config.toml") == Config(data=DataConfig(train=("corpus.txt",)))
+
+
+def test_overrides_take_values_of_their_type(tmp_path, text_file):
+    config = write_config(tmp_path, text_file, "bert-tiny", "optim.lr=1", "data.train=some file.txt", "train.steps=7")
+    assert (config.optim.lr, config.data.train, config.train.steps) == (1.0, ("some file.txt",), 7)
+
+
+@pytest.mark.parametrize(("content", "message"), [("[data\n", "not valid TOML"), (None, "cannot be read")])
+def test_a_file_that_is_not_toml_is_named(tmp_path, content, message):
+    if content:
+        (tmp_path / "a.toml").write_text(content)
+    with pytest.raises(UserError, match=message):
+        load_config(tmp_path / "a.toml")
+
+
+@pytest.mark.parametrize("name", sorted(set(PRESETS) - {"bert-large", "modernbert-large"}))
+def test_presets_take_the_length_asked_for(name, tokenizer_folder):
+    tokenizer = Tokenizer.from_folder(tokenizer_folder("bpe" if name == "roberta-base" else "wordpiece"))
+    with torch.device("meta"):
+        model = MaskedLM(AutoModelForMaskedLM.from_config(build_config(name, tokenizer, 48)))
+    assert model.max_length() == 48
+    assert model.network.config.vocab_size == tokenizer.vocabulary_size
+    assert model.network.config.pad_token_id == tokenizer.pad_id
