@@ -19,9 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from harness import ContestantError, Report, Table, contestants, main, say, split_page, write_block
+from harness import Report, Table, main, say, split_page, write_block
 from plans import PRECISIONS, builder_name, random_batches, write_plan_graph
 from plans import build as build_plan
+from processes import ContestantError, contestants
 
 from mlmkit.export.profiles import PlanOptions
 

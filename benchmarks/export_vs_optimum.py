@@ -26,22 +26,10 @@ from statistics import median
 from typing import Any, NamedTuple
 
 import numpy as np
-from harness import (
-    ROOT,
-    Contestant,
-    Report,
-    SkippedError,
-    alternate,
-    calls,
-    contestants,
-    last_line,
-    main,
-    ratios,
-    say,
-    table,
-)
+from harness import Report, SkippedError, alternate, main, ratios, say, table
 from inputs import SHAPES, artifact, checkpoint, real_batch
 from numpy.typing import NDArray
+from processes import ROOT, Contestant, calls, contestants, last_line
 
 from mlmkit.backends import Batch
 
@@ -68,7 +56,6 @@ class Turn(NamedTuple):
 
 
 def take_turn(engine: Engine, batch: Batch, repeats: int) -> Turn:
-    """Run a batch `repeats` times."""
     forward_seconds, began, log_prob = 0.0, time.perf_counter(), np.zeros(0, np.float32)
     for _ in range(repeats):
         start = time.perf_counter()
@@ -83,17 +70,14 @@ def optimum_environment(folder: Path) -> Path:
     commands = folder / "bin"
     if not (commands / "optimum-cli").exists():
         say(f"installing {OPTIMUM} into {folder}")
-        torch = f"torch=={version('torch').split('+')[0]}"
-        try:
-            subprocess.run([sys.executable, "-m", "venv", folder], check=True)
-            subprocess.run([commands / "python", "-m", "pip", "install", "--quiet", torch, OPTIMUM], check=True)
-        except subprocess.CalledProcessError as error:
-            raise SkippedError(f"{OPTIMUM} could not be installed: {error}") from None
+        install = [commands / "python", "-m", "pip", "install", "--quiet", f"torch=={version('torch').split('+')[0]}"]
+        for command in ([sys.executable, "-m", "venv", folder], [*install, OPTIMUM]):
+            if code := subprocess.run(command).returncode:
+                raise SkippedError(f"{OPTIMUM} could not be installed: exit code {code}")
     return commands
 
 
 def export_with_optimum(commands: Path, source: Path, output: Path, *flags: str) -> Path:
-    """The graph that optimum writes into the folder."""
     command = [commands / "optimum-cli", "export", "onnx", "--task", "fill-mask", "--model", source, *flags, output]
     result = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"})
     if result.returncode:
@@ -125,7 +109,6 @@ def run_optimum(graph: Path, threads: int) -> Engine:
 
 
 def run_mlmkit(artifact: Path) -> Engine:
-    """mlmkit's ONNX backend as its users run it."""
     from mlmkit.backends import load
 
     backend = load(str(artifact), "onnx", "cpu")
@@ -133,7 +116,6 @@ def run_mlmkit(artifact: Path) -> Engine:
 
 
 def run_torch(source: Path, threads: int) -> Engine:
-    """The eager model with full logits."""
     import torch
     from transformers import AutoModelForMaskedLM
 
@@ -152,7 +134,6 @@ def run_torch(source: Path, threads: int) -> Engine:
 
 
 def measure(options: argparse.Namespace) -> Report:
-    """Export, check that all agree, then let them take turns."""
     commands = optimum_environment(VENV)
     source = checkpoint("bert-base", num_hidden_layers=options.layers)
     target = artifact("bert-base", num_hidden_layers=options.layers)
@@ -167,37 +148,30 @@ def measure(options: argparse.Namespace) -> Report:
         }
         with contestants(makers) as started:
             apart = check(started)
-            turns = {}
-            for shape in SHAPES:
-                repeats = max(1, TURN_TOKENS // (shape[0] * shape[1]))
-                repeated = calls(started, take_turn, real_batch(*shape), min(repeats, 20))
-                turns[shape] = alternate(repeated, options.rounds)
+            turns: dict[tuple[int, int, str], list[Turn]] = {}
+            for size, length in SHAPES:
+                repeats = min(max(1, TURN_TOKENS // (size * length)), 20)
+                taken = alternate(calls(started, take_turn, real_batch(size, length), repeats), options.rounds)
+                turns |= {(size, length, name): of_name for name, of_name in taken.items()}
             memory = {name: contestant.peak_gib() for name, contestant in started.items()}
-    seconds = {
-        shape: {name: [turn.seconds for turn in taken] for name, taken in of_shape.items()}
-        for shape, of_shape in turns.items()
-    }
-    fast = {
-        shape: {name: ratios(of_shape["mlmkit"], taken) for name, taken in of_shape.items()}
-        for shape, of_shape in seconds.items()
-    }
+    seconds = {key: [turn.seconds for turn in taken] for key, taken in turns.items()}
+    fast = {key: ratios(seconds[*key[:2], "mlmkit"], taken) for key, taken in seconds.items()}
     rows = [
         {
             "shape": f"{size} x {length}",
             "": name,
-            "tokens/s": size * length / median(seconds[size, length][name]),
+            "tokens/s": size * length / median(seconds[size, length, name]),
             "tokens/s, session alone": size * length / median(turn.forward_seconds for turn in taken),
-            "mlmkit is x times as fast": fast[size, length][name],
+            "mlmkit is x times as fast": fast[size, length, name],
             "peak RSS GiB": memory[name],
         }
-        for (size, length), of_shape in turns.items()
-        for name, taken in of_shape.items()
+        for (size, length, name), taken in turns.items()
     ]
     return Report(
         [table("", rows)],
         [f"Log-probabilities differ by at most {apart:.1e} nats."],
-        {f"optimum_{size}x{length}_times_as_fast": median(fast[size, length]["optimum"]) for size, length in SHAPES},
-        figures={f"{size} x {length}": of_shape for (size, length), of_shape in seconds.items()},
+        {f"optimum_{size}x{length}_times_as_fast": median(fast[size, length, "optimum"]) for size, length in SHAPES},
+        figures={f"{size} x {length}, {name}": taken for (size, length, name), taken in seconds.items()},
     )
 
 

@@ -30,19 +30,8 @@ from typing import Any, NamedTuple
 
 import inputs
 from gpu_timing import FAILED, Figures, Row, Setting, failure
-from harness import (
-    ROOT,
-    Contestant,
-    ContestantError,
-    Report,
-    SkippedError,
-    isolated,
-    main,
-    processor,
-    say,
-    table,
-    write,
-)
+from harness import Report, SkippedError, main, processor, say, table, write
+from processes import ROOT, Contestant, ContestantError, isolated
 
 SKIPPED, STOPPED = "the section", "the rest"  # names of the rows that say why a section was skipped or stopped
 NO_DEADLINE = 86_400  # seconds
@@ -78,7 +67,7 @@ def measure(options: argparse.Namespace) -> Report:
     only = [name for name in options.only if name]
     if unknown := set(only) - SECTIONS.keys():
         raise SkippedError(f"no section {', '.join(unknown)}: there are {', '.join(SECTIONS)}")
-    device, name = isolated(find_device, options.device)
+    device, name = isolated(find_device)
     if device == "cpu" and not options.quick:
         raise SkippedError("torch finds no GPU here: --quick makes a dry run on the CPU")
     setting = Setting(device, name, options.quick, options.rounds, all_runtimes=bool(only))
@@ -109,14 +98,11 @@ def measure(options: argparse.Namespace) -> Report:
     return report(setting, results, ended)
 
 
-def find_device(device: str) -> tuple[str, str]:
-    """The device that `device` (auto, cuda, cpu) means here, and its name."""
+def find_device() -> tuple[str, str]:
+    """The device to measure, cuda or cpu, and its name."""
     import torch
 
-    from mlmkit.backends.torch import pick_device
-
-    device = pick_device(device)
-    return device, torch.cuda.get_device_name() if device == "cuda" else processor()
+    return ("cuda", torch.cuda.get_device_name()) if torch.cuda.is_available() else ("cpu", processor())
 
 
 def _rows(worker: Contestant, section: str, setting: Setting, until: float) -> Iterator[Row]:
@@ -129,7 +115,6 @@ def _rows(worker: Contestant, section: str, setting: Setting, until: float) -> I
 
 
 def report(setting: Setting, results: Results, ended: dict[str, float]) -> Report:
-    """The report of the rows so far."""
     notes = [f"On {setting.name}."]
     if setting.quick:
         notes.append("A dry run with tiny models: these figures mean nothing.")
@@ -139,9 +124,6 @@ def report(setting: Setting, results: Results, ended: dict[str, float]) -> Repor
         notes,
         figures={"device": setting.name, "quick": setting.quick, "ended_after_seconds": ended, "sections": titled},
     )
-
-
-# ---------------------------------------------------------------- in the worker
 
 
 def start_worker() -> dict[str, Any]:
@@ -169,4 +151,4 @@ def next_row(state: dict[str, Any], section: str, setting: Setting) -> Row | Non
 
 if __name__ == "__main__":
     cores = os.cpu_count() or 2
-    main(__doc__, measure, device=("auto", "auto"), rounds=(3, 1), only=(("",), ("",)), threads=(cores, 2))
+    main(__doc__, measure, rounds=(3, 1), only=(("",), ("",)), threads=(cores, 2))

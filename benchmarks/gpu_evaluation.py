@@ -129,7 +129,6 @@ def _pseudo_batch(count: int, tokens: int) -> Batch:
 
 
 def has_tensorrt() -> bool:
-    """Whether TensorRT or TensorRT for RTX is installed."""
     return any(map(find_spec, ("tensorrt", "tensorrt_rtx")))
 
 
@@ -204,9 +203,6 @@ def recorded_engine(folder: Path, device: str) -> Engine:
         return log_prob.numpy()
 
     return score
-
-
-# ---------------------------------------------------------------- experiment: a CUDA graph per length
 
 
 def graphs(setting: Setting) -> Iterator[Row]:

@@ -17,7 +17,6 @@ from mlmkit.train.cost import flops_per_token
 
 
 def load_model(path: Path, device: str, dtype: str) -> Any:
-    """`MaskedLM` in evaluation mode."""
     model, _ = load_pretrained(str(path))
     torch.set_float32_matmul_precision("highest")
     return model.to(device, getattr(torch, dtype))
@@ -69,11 +68,7 @@ class Captured:
         return self._output
 
 
-# ---------------------------------------------------------------- batches
-
-
 def on_device(batch: Batch, device: str) -> list[Any]:
-    """The arrays of a batch as tensors."""
     return [torch.from_numpy(values).to(device) for values in batch]
 
 

@@ -65,7 +65,6 @@ def attempt(function: Function, *arguments: object) -> Any:
 
 
 def failure(error: Exception) -> Figures:
-    """The reason in one line."""
     reason = " ".join(str(error).split())[:300]
     return {FAILED: reason if isinstance(error, SkippedError) else f"{type(error).__name__}: {reason}"}
 
@@ -116,9 +115,6 @@ def compared(setting: Setting, makers: Mapping[str, Callable[[], Alternative]], 
         else:
             yield name, result
     yield from take_turns(made, setting.rounds)
-
-
-# ---------------------------------------------------------------- rates of the device
 
 
 def rates(setting: Setting) -> Iterator[Row]:

@@ -1,5 +1,6 @@
 """Training on a GPU: mlmkit beside transformers.Trainer, and two experiments with a step on a pack."""
 
+import operator
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
@@ -13,7 +14,8 @@ import torch
 import train_vs_transformers as trainings
 from gpu_models import load_model, pack_of
 from gpu_timing import FAILED, NEEDS_GPU, Alternative, Figures, Row, Setting, attempt, compared, failure
-from harness import SkippedError, contestants, ratios
+from harness import SkippedError, ratios
+from processes import contestants
 from torch.nn import attention
 
 from mlmkit.packing import enable_packing
@@ -56,10 +58,7 @@ def _training_case(setting: Setting, case: trainings.Case, text: Path) -> Iterat
         way: (trainings.open_contestant, case, text, tokenizer, architecture, way, setting.device) for way in ways
     }
     with contestants(makers) as started:
-        turns = {
-            way: partial(contestant.call, trainings.train, case, way, setting.device, MICRO_BATCHES[way], steps)
-            for way, contestant in started.items()
-        }
+        turns = {way: partial(started[way].call, operator.call, MICRO_BATCHES[way], steps) for way in started}
         yield from _training_rounds(setting, turns, operations)
 
 
@@ -88,9 +87,6 @@ def _training_rounds(setting: Setting, turns: dict[str, Any], operations: float)
                     "peak GiB": turn.peak_gib,
                 },
             )
-
-
-# ---------------------------------------------------------------- experiments: a training step on a pack
 
 
 def step_on_pack(setting: Setting, prepare: Callable[[Any], None] = lambda _: None) -> Alternative:

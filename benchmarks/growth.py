@@ -7,16 +7,17 @@ seconds of 20 steps, which must not depend on the corpus.
 """
 
 import argparse
-import json
 import os
 import tempfile
 import time
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from harness import Report, isolated, main, memory_mib, table
-from inputs import TINY, artifact, checkpoint, documents
-from train_data import training_data
+from harness import Report, main, table
+from inputs import TINY, artifact, checkpoint, documents, logged_steps
+from processes import isolated, memory_mib
+from train_data import epoch, training_data
 
 from mlmkit.documents import Source
 
@@ -24,12 +25,11 @@ STEPS, MAX_LENGTH = 20, 128
 
 
 def measure(options: argparse.Namespace) -> Report:
-    """A table per kind of work."""
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         os.environ["MLMKIT_CACHE"] = str(folder / "cache")
         source, target = checkpoint("bert-mini", **TINY), artifact("bert-mini", **TINY)
-        texts = {times: write_text(folder / f"{times}.txt", options.megabytes, times) for times in options.times}
+        texts = [write_text(folder / f"{times}.txt", options.megabytes, times) for times in options.times]
         figures: dict[str, list[dict[str, float]]] = {}
         # In this order: tokenising fills the cache that training reads; evaluation has its own.
         for name, work, model in (
@@ -39,40 +39,31 @@ def measure(options: argparse.Namespace) -> Report:
             ("an epoch of training batches", read_epoch, source),
             (f"{STEPS} steps of training", train, source),
         ):
-            figures[name] = [isolated(work, model, text, folder / f"output-{len(figures)}") for text in texts.values()]
+            figures[name] = [isolated(work, model, text, folder / f"output-{len(figures)}") for text in texts]
     sizes = [f"{options.megabytes * times:g} MB" for times in options.times]
-    tables = [
-        table(
-            name,
-            [
-                {
-                    "text": size,
-                    "documents, or steps": row["documents"],
-                    "tokens": row["tokens"],
-                    "seconds": row["seconds"],
-                    "tokens/s": row["tokens"] / row["seconds"],
-                    "x the first's": row["seconds"] / rows[0]["seconds"],
-                    "peak above the start, MiB": row["growth"],
-                }
-                for size, row in zip(sizes, rows, strict=True)
-            ],
-        )
-        for name, rows in figures.items()
-    ]
-    growth = {name: [row["growth"] for row in rows] for name, rows in figures.items()}
-    evaluated, epoch = growth["evaluating (masked, ONNX Runtime)"], growth["an epoch of training batches"]
     return Report(
-        tables,
+        [table(name, records(sizes, rows)) for name, rows in figures.items()],
         [
             f"Linear is {' : '.join(f'{times / options.times[0]:g}' for times in options.times)} in seconds. "
             "Evaluation works in parts of about 262,144 tokens: a text smaller than one part takes less memory."
         ],
-        {
-            "evaluation_memory_growth_mib": evaluated[-1] - evaluated[0],
-            "training_memory_growth_mib": epoch[-1] - epoch[0],
-        },
         figures=figures,
     )
+
+
+def records(sizes: list[str], rows: list[dict[str, float]]) -> list[dict[str, object]]:
+    return [
+        {
+            "text": size,
+            "documents, or steps": row["documents"],
+            "tokens": row["tokens"],
+            "seconds": row["seconds"],
+            "tokens/s": row["tokens"] / row["seconds"],
+            "x the first's": row["seconds"] / rows[0]["seconds"],
+            "peak above the start, MiB": row["growth"],
+        }
+        for size, row in zip(sizes, rows, strict=True)
+    ]
 
 
 def write_text(path: Path, megabytes: float, times: int) -> Path:
@@ -89,9 +80,6 @@ def write_text(path: Path, megabytes: float, times: int) -> Path:
     return path
 
 
-# ---------------------------------------------------------------- the work, each in a process of its own
-
-
 def tokenise(source: Path, text: Path, _output: Path) -> dict[str, Any]:
     """Tokenise the text into the cache, or read it from there."""
     from mlmkit.corpus import load_corpus
@@ -104,7 +92,6 @@ def tokenise(source: Path, text: Path, _output: Path) -> dict[str, Any]:
 
 
 def evaluate(target: Path, text: Path, output: Path) -> dict[str, Any]:
-    """`mlmkit eval`, masked."""
     from mlmkit.backends import load
     from mlmkit.eval.api import evaluate
 
@@ -115,37 +102,25 @@ def evaluate(target: Path, text: Path, output: Path) -> dict[str, Any]:
 
 
 def read_epoch(source: Path, text: Path, _output: Path) -> dict[str, Any]:
-    """An epoch's micro-batches."""
-    import mlmkit.train.data
-    from mlmkit.train.order import Cursor
-
-    assert mlmkit.train.data  # its imports are not part of the measurement
+    import_module("mlmkit.train.data")  # its imports are not part of the measurement
     before, began = memory_mib(), time.perf_counter()
     data, count = training_data(source, text, 8192, MAX_LENGTH)
-    tokens = 0
-    for cursor, batch in data.batches(Cursor(), micro_batches=1, steps=1 << 30, workers=0):
-        if cursor.epoch:
-            break
-        tokens += sum(micro.tokens for micro in batch)
-    return _figures(before, began, count, tokens)
+    return _figures(before, began, count, sum(epoch(data, micro_batches=1)))
 
 
 def train(source: Path, text: Path, output: Path) -> dict[str, Any]:
-    """`mlmkit train`, from the cache."""
     from mlmkit.train.config import Config, DataConfig, ModelConfig, RunConfig, TokenizerConfig
-    from mlmkit.train.loop import train
 
-    output = output / text.stem
     config = Config(
         data=DataConfig(train=(str(text),)),
         tokenizer=TokenizerConfig(path=str(source)),
         model=ModelConfig(architecture=str(source / "config.json"), max_length=MAX_LENGTH),
         train=RunConfig(steps=STEPS, global_batch_tokens=2048, micro_batch_tokens=2048, device="cpu", log_every=1),
     )
+    import_module("mlmkit.train.loop")  # its imports are not part of the measurement
     before, began = memory_mib(), time.perf_counter()
-    train(config, output)
-    lines = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
-    return _figures(before, began, STEPS, sum(line["tokens"] for line in lines))
+    steps = logged_steps(config, output / text.stem)
+    return _figures(before, began, len(steps), sum(step["tokens"] for step in steps))
 
 
 def _figures(memory_before: float, began: float, documents: int, tokens: int) -> dict[str, Any]:

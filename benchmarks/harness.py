@@ -1,4 +1,4 @@
-"""What every benchmark shares: options, tables and reports, alternating rounds, processes of their own.
+"""What every benchmark shares: options, tables and reports, alternating rounds. processes.py has the contestants.
 
 A script declares its options and one function, `measure(options) -> Report`, and ends with `main(__doc__, measure,
 ...)`. It then runs alone (`python benchmarks/NAME.py`; `--quick` for a dry run, `--json FILE` for all figures) and in
@@ -9,29 +9,27 @@ contestants that take turns, medians, and ratios within a round.
 import argparse
 import contextlib
 import json
-import multiprocessing
 import os
 import platform
-import signal
-import subprocess
+import re
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
-from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from itertools import chain
 from pathlib import Path
 from statistics import median
 from typing import Any, TypeVar
 
+from processes import ContestantError
+
 T = TypeVar("T")
 PACKAGES = (
     *("torch", "transformers", "accelerate", "onnxruntime-gpu", "onnxruntime", "tensorrt", "tensorrt_rtx", "onnx"),
     *("tokenizers", "numpy", "fastapi"),
 )
-ROOT = Path(__file__).resolve().parent.parent
 # Rows, inner size and columns of matrix products, as models have them, and two that are large enough to fill a GPU.
 MATRICES = [(440, 768, 768), (440, 768, 3072), (440, 3072, 768), (2048, 768, 3072), (2048, 2048, 2048)]
 LARGE_MATRICES = [(65536, 768, 3072), (8192, 8192, 8192)]
@@ -49,10 +47,9 @@ class Table:
     rows: Sequence[Sequence[object]]
 
     def markdown(self) -> str:
-        """The table in Markdown, its title above it."""
-        title = [f"**{self.title}**", ""] if self.title else []
         lines = [self.header, ["---"] * len(self.header), *self.rows]
-        return "\n".join([*title, *("| " + " | ".join(map(str, line)) + " |" for line in lines)])
+        title = f"**{self.title}**\n\n" if self.title else ""
+        return title + "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
 def table(title: str, records: Iterable[Mapping[str, object]]) -> Table:
@@ -83,25 +80,22 @@ class Report:
     figures: Any = None
 
     def markdown(self) -> str:
-        """Tables and notes."""
         return "\n\n".join([*(table.markdown() for table in self.tables), *self.notes])
 
 
 def write_block(page: Path, script: str, paragraphs: Sequence[str]) -> None:
     """Replace what is between the page's two markers of a script. Raises `SkippedError` if it has none."""
     before, after = split_page(page, script)
-    page.write_text("\n".join([before, "", *(f"{text}\n" for text in paragraphs), after]), encoding="utf-8")
+    page.write_text("\n".join([before, *(f"{text}\n" for text in paragraphs), after]), encoding="utf-8")
 
 
 def split_page(page: Path, script: str) -> tuple[str, str]:
     """The page up to the marker before a script's block, and from the one behind it."""
     begin, end = (f"<!-- {script}: {word} -->" for word in ("begin", "end"))
-    text = page.read_text(encoding="utf-8")
-    before, _, rest = text.partition(f"{begin}\n")
-    _, has_end, after = rest.partition(f"\n{end}")
-    if not has_end:
+    block = re.fullmatch(f"(.*{begin}\n).*\n({end}.*)", page.read_text(encoding="utf-8"), re.DOTALL)
+    if not block:
         raise SkippedError(f"{page} has no lines {begin} and {end}")
-    return before + begin, end + after
+    return block[1], block[2]
 
 
 class SkippedError(Exception):
@@ -154,35 +148,36 @@ def use_cores(count: int) -> None:
 
 
 def say(line: str) -> None:
-    """Report progress on standard error."""
     print(line, file=sys.stderr, flush=True)  # noqa: T201
 
 
 def machine() -> dict[str, Any]:
     """The date, processor, cores, versions and kind of text of a run."""
-    versions = {"python": platform.python_version()}
-    for package in PACKAGES:
-        with contextlib.suppress(PackageNotFoundError):
-            versions[package] = version(package)
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "processor": processor(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "versions": versions,
+        "versions": versions(*PACKAGES),
         "text": "MLMKIT_DATA" if os.environ.get("MLMKIT_DATA") else "Python's documentation",
     }
 
 
+def versions(*packages: str) -> dict[str, str]:
+    """The versions of those that are installed, Python's among them."""
+    numbers = {"python": platform.python_version()}
+    for package in packages:
+        with contextlib.suppress(PackageNotFoundError):
+            numbers[package] = version(package)
+    return numbers
+
+
 def processor() -> str:
     """The processor's name and its widest vector unit."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    fields = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
-    flags = fields.get("flags", "").split()
-    widest = next((name for name in ("amx_tile", "avx512f", "avx2") if name in flags), "")
-    return f"{fields.get('model name', platform.machine())} {widest}".strip()
+    path = Path("/proc/cpuinfo")
+    described = path.read_text() if path.exists() else ""
+    name = re.search(r"^model name\s*: (.*)", described, re.MULTILINE)
+    widest = next((unit for unit in ("amx_tile", "avx512f", "avx2") if f" {unit} " in described), "")
+    return f"{name[1] if name else platform.machine()} {widest}".strip()
 
 
 # ---------------------------------------------------------------- rounds
@@ -200,7 +195,6 @@ def alternate(calls: Mapping[str, Callable[[], T]], rounds: int, *, warm: bool =
 
 
 def timed(function: Callable[..., object], *arguments: object) -> float:
-    """The seconds that a call takes."""
     began = time.perf_counter()
     function(*arguments)
     return time.perf_counter() - began
@@ -224,123 +218,3 @@ def matrix_rate(device: str, dtype: str = "float32") -> float:
             torch.mm(left, right)[-1, -1].item()  # waits for the device
             best = max(best, 2 * rows * inner * columns / (time.perf_counter() - began))
     return best
-
-
-# ---------------------------------------------------------------- processes
-
-
-class ContestantError(Exception):
-    """Says in one line why a contestant failed."""
-
-
-class Contestant:
-    """A process that keeps what `make(*arguments)` returns and calls functions on it."""
-
-    def __init__(self, make: Callable[..., Any], *arguments: object) -> None:
-        context = multiprocessing.get_context("spawn")
-        self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, make, arguments))
-        self._process.start()
-        theirs.close()
-
-    def call(self, function: Callable[..., Any], *arguments: object, timeout: float | None = None) -> Any:
-        """`function(made, *arguments)`, run in that process.
-
-        Raises `ContestantError` if it or `make` fails, or takes more than `timeout` seconds; then the process is ended.
-        """
-        try:
-            self._pipe.send((function, arguments))
-            if not self._pipe.poll(timeout):
-                self.kill()
-                raise ContestantError(f"stopped: no answer within {timeout:.0f} s")
-            worked, result = self._pipe.recv()
-        except (EOFError, OSError):
-            self._process.join()
-            raise ContestantError(f"its process ended with {self._process.exitcode}") from None
-        if not worked:
-            raise ContestantError(result)
-        return result
-
-    def peak_gib(self) -> float:
-        """The peak resident memory of the process so far."""
-        return self.call(_peak_mib) / 1024
-
-    def kill(self) -> None:
-        """End the process at once, with those that it has started if it leads a process group."""
-        assert self._process.pid
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.kill()
-        self.stop()
-
-    def stop(self) -> None:
-        """Let the process end."""
-        self._pipe.close()
-        self._process.join()
-
-
-def _serve(pipe: Any, make: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
-    sys.stdout = sys.stderr  # libraries print, and standard output is for the report
-    made, failure = None, ""
-    try:
-        made = make(*arguments)
-    except Exception as error:
-        failure = f"{type(error).__name__}: {last_line(str(error))}"
-    with contextlib.suppress(EOFError):  # the other end is closed: the work is done
-        while True:
-            function, more = pipe.recv()
-            try:
-                pipe.send((False, failure) if failure else (True, function(made, *more)))
-            except Exception as error:
-                pipe.send((False, f"{type(error).__name__}: {last_line(str(error))}"))
-
-
-def _peak_mib(_: object) -> float:
-    return memory_mib()
-
-
-@contextlib.contextmanager
-def contestants(makers: Mapping[str, tuple[Any, ...]]) -> Iterator[dict[str, Contestant]]:
-    """Contestants by name, each from a function and its arguments; all of them are stopped in the end."""
-    with contextlib.ExitStack() as stack:
-        started = {name: Contestant(*maker) for name, maker in makers.items()}
-        for contestant in started.values():
-            stack.callback(contestant.stop)
-        yield started
-
-
-def calls(started: Mapping[str, Contestant], function: Callable[..., Any], *arguments: object) -> dict[str, Any]:
-    """The same call of each contestant, for `alternate`."""
-    return {name: partial(contestant.call, function, *arguments) for name, contestant in started.items()}
-
-
-def isolated(function: Callable[..., Any], *arguments: object) -> Any:
-    """`function(*arguments)`, run in a process that ends after it. Raises `ContestantError` if it fails."""
-    with contestants({"": (function, *arguments)}) as started:
-        return started[""].call(_itself)
-
-
-def _itself(made: Any) -> Any:
-    return made
-
-
-def run_command(*arguments: object) -> str:
-    """What a Python process prints. Raises `ContestantError` with the last line of its errors if it fails."""
-    done = subprocess.run([sys.executable, *map(str, arguments)], capture_output=True, text=True, cwd=ROOT)
-    if done.returncode:
-        raise ContestantError(last_line(done.stderr))
-    return done.stdout
-
-
-def last_line(text: str) -> str:
-    """The last line that is not empty, where errors say what happened, at most 300 characters of it."""
-    return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "no reason given")[:300]
-
-
-def memory_mib(field: str = "VmHWM", process: int | str = "self") -> float:
-    """A process's peak resident memory so far, or another field of its status, in MiB.
-
-    Not from getrusage, which includes the parent's peak from before the exec.
-    """
-    status = dict(line.split(":", 1) for line in Path(f"/proc/{process}/status").read_text().splitlines())
-    return int(status[field].split()[0]) / 1024

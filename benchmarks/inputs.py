@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from harness import isolated, run_command
+from processes import isolated, run_command
 
 from mlmkit.backends import Batch
 
@@ -106,23 +106,27 @@ def tokenizer_folder() -> Path:
 
 
 def bert_tokenizer() -> Any:
-    """The same tokenizer, loaded by transformers."""
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(tokenizer_folder())
 
 
 def _write_tokenizer(folder: Path) -> None:
-    if vocabulary := _lines("tokenizers/bert-base-uncased/vocab.txt"):
-        from transformers import BertTokenizer
+    vocabulary = _lines("tokenizers/bert-base-uncased/vocab.txt")
+    if not vocabulary:
+        return write_tokenizer(folder, _documentation(), VOCABULARY, 512)
+    from transformers import BertTokenizer
 
-        tokenizer: Any = BertTokenizer(vocab={token: id for id, token in enumerate(vocabulary)}, model_max_length=512)
-    else:
-        from mlmkit.train.config import TokenizerConfig
-        from mlmkit.train.tokenizer import train_tokenizer
+    tokenizer: Any = BertTokenizer(vocab={token: id for id, token in enumerate(vocabulary)}, model_max_length=512)
+    return tokenizer.save_pretrained(folder)
 
-        tokenizer = train_tokenizer(_documentation, TokenizerConfig(kind="wordpiece", vocab_size=VOCABULARY), 512)
-    tokenizer.save_pretrained(folder)
+
+def write_tokenizer(folder: Path, texts: list[str], vocabulary: int, length: int) -> None:
+    from mlmkit.train.config import TokenizerConfig
+    from mlmkit.train.tokenizer import train_tokenizer
+
+    settings = TokenizerConfig(kind="wordpiece", vocab_size=vocabulary)
+    train_tokenizer(lambda: texts, settings, length).save_pretrained(folder)
 
 
 def checkpoint(architecture: str, **changes: int) -> Path:
@@ -161,6 +165,14 @@ def _write_checkpoint(folder: Path, architecture: str, changes: dict[str, int], 
 def _export(folder: Path, source: Path, flags: tuple[str, ...]) -> None:
     text = write_lines(folder.with_suffix(".txt"), [line[:400] for line in held_out()[:64]])
     run_command("-m", "mlmkit", "export", source, "--output", folder, "--text", text, *flags)
+
+
+def logged_steps(config: Any, folder: Path) -> list[dict[str, Any]]:
+    """Run a training; return what its log says of each step."""
+    from mlmkit.train.loop import train
+
+    train(config, folder)
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
 
 
 def encoder_parameters(source: Any) -> int:

@@ -9,7 +9,8 @@ that a way computes.
 import argparse
 from pathlib import Path
 
-from harness import Report, isolated, main, memory_mib, table
+from harness import Report, main, table
+from processes import isolated, memory_mib
 
 WAYS = {
     "everywhere": "logits of every token, cross-entropy at the masked ones",
@@ -20,7 +21,6 @@ EVERY = 7  # one in seven tokens is masked
 
 
 def measure(options: argparse.Namespace) -> Report:
-    """A row per way."""
     sizes = (options.vocabulary, options.tokens, options.hidden)
     steps = {way: isolated(step, way, *sizes) for way in WAYS}
     losses = [loss for _, loss in steps.values()]

@@ -34,23 +34,18 @@ def masker(tokens: int, length: int, *, whole_word: bool) -> Callable[[], float]
 
 
 def measure(options: argparse.Namespace) -> Report:
-    """Seconds per million tokens."""
     maskers = {
         f"{length} tokens{', whole words' * whole_word}": masker(options.tokens, length, whole_word=whole_word)
         for length in LENGTHS
         for whole_word in (False, True)
     }
     taken = alternate(maskers, options.rounds)
-    seconds = {name: median(times) * 1e6 / options.tokens for name, times in taken.items()}
+    seconds = {name: [time * 1e6 / options.tokens for time in times] for name, times in taken.items()}
     rows = [
-        {"documents of": name, "seconds per million tokens": value, "tokens/s": 1e6 / value}
-        for name, value in seconds.items()
+        {"documents of": name, "seconds per million tokens": median(times), "tokens/s": 1e6 / median(times)}
+        for name, times in seconds.items()
     ]
-    return Report(
-        [table("", rows)],
-        headlines={"mask_seconds_a_million_tokens": seconds["100 tokens"]},
-        figures={name: [time * 1e6 / options.tokens for time in times] for name, times in taken.items()},
-    )
+    return Report([table("", rows)], (), {"mask_seconds_a_million_tokens": median(seconds["100 tokens"])}, seconds)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from harness import ROOT, Table
+from harness import Table
+from processes import ROOT
 
 REMOVED_AT = "20ba236"  # the last commit with the scripts whose question docs/decisions.md answers
 # What README quotes, by its key: a description and a unit. Values with "x" are medians of the ratios within a round.
@@ -33,7 +34,6 @@ HEADLINES = {
 
 
 def render(results: dict[str, Any], name: str) -> str:
-    """The page in Markdown."""
     versions = ", ".join(f"{package} {number}" for package, number in results["versions"].items())
     reports = results["benchmarks"]
     lines = [
@@ -77,7 +77,6 @@ def render(results: dict[str, Any], name: str) -> str:
 
 
 def headlines_of(results: dict[str, Any]) -> dict[str, float]:
-    """The headlines of all benchmarks that ran."""
     return {
         key: value for report in results["benchmarks"].values() for key, value in report.get("headlines", {}).items()
     }

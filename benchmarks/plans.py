@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from harness import Report, SkippedError, Table, isolated, main, memory_mib, processor, say, split_page, write_block
+from harness import Report, SkippedError, Table, main, processor, say, split_page, write_block
 from inputs import TINY
+from processes import isolated, memory_mib
 
 from mlmkit.artifact import TensorRT
 from mlmkit.backends import Batch

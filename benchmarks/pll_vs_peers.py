@@ -17,13 +17,15 @@ not counted on either side.
 
 import argparse
 import operator
+import time
 from collections.abc import Callable
 from itertools import chain
 from statistics import mean, median
 from typing import Any, NamedTuple
 
-from harness import Report, Table, alternate, calls, contestants, isolated, main, matrix_rate, ratios, table, timed
+from harness import Report, Table, alternate, main, matrix_rate, ratios, table, timed
 from inputs import artifact, bert_tokenizer, checkpoint, encoder_parameters, held_out, sentences
+from processes import calls, contestants, isolated
 
 BOUND = 1e-3  # nats per sentence
 BATCH_DOCUMENTS = 32  # of transformers
@@ -42,19 +44,16 @@ class Pass(NamedTuple):
     scores: list[list[float]]
 
 
-# ---------------------------------------------------------------- contestants, each in a process of its own
-
-
 def pseudo_pass(score: Scorer, texts: list[str], size: int) -> Pass:
     """One pass over the sentences, in batches of `size` if the scorer does not choose its own."""
-    scores: list[list[float]] = []
-    seconds = timed(lambda: scores.extend(score(texts, size)))
+    began = time.perf_counter()
+    scores = score(texts, size)
+    seconds = time.perf_counter() - began
     lengths = [len(text) for text in scores]
     return Pass(seconds, sum(lengths), sum(length * (length + 2) for length in lengths), scores)  # 2: [CLS] and [SEP]
 
 
 def plain_loop(source: str) -> Scorer:
-    """The loop that people write with transformers, as minicons has it."""
     import torch
     from transformers import AutoModelForMaskedLM, AutoTokenizer
 
@@ -122,11 +121,7 @@ def mlmkit_reader(source: str, backend: str, documents: list[str]) -> Callable[[
     return read
 
 
-# ---------------------------------------------------------------- rounds and tables
-
-
 def measure(options: argparse.Namespace) -> Report:
-    """Both comparisons, in rounds."""
     layers = {"num_hidden_layers": options.layers}
     source, target = str(checkpoint("bert-base", **layers)), str(artifact("bert-base", **layers))
     small = str(artifact("bert-base", "--precision", "int8-dynamic", "--allow-drift", **layers))
@@ -162,11 +157,9 @@ def measure(options: argparse.Namespace) -> Report:
     seconds = {name: [each.seconds for each in passes] for name, passes in (scored | read).items()}
     fast = {name: ratios(times, seconds[PEER if name in read else PLAIN]) for name, times in seconds.items()}
     agreed = agreement({name: passes[0].scores for name, passes in scored.items()})
+    titled = {"Pseudo-log-likelihood": scored, "Masked cross-entropy": read}
     return Report(
-        [
-            speeds("Pseudo-log-likelihood", scored, fast, floor, rate, peaks),
-            speeds("Masked cross-entropy", read, fast, floor, rate, peaks),
-        ],
+        [speeds(title, passes, fast, floor, rate, peaks) for title, passes in titled.items()],
         [f"The plain loop: {size} sentences per batch, the best of {', '.join(map(str, trial))}. {agreed}."],
         {
             "pll_times_as_fast": median(fast[BEST]),
@@ -179,32 +172,19 @@ def measure(options: argparse.Namespace) -> Report:
 
 
 def speeds(
-    title: str,
-    passes: dict[str, list[Pass]],
-    fast: dict[str, list[float]],
-    floor: float,
-    rate: float,
-    peaks: dict[str, float],
+    title: str, passes: dict[str, list[Pass]], fast: dict[str, Any], floor: float, rate: float, peaks: dict[str, float]
 ) -> Table:
     """A row per contestant, below the floor: medians over the rounds."""
-    _, count, tokens, _ = next(iter(passes.values()))[0]
-    rows: list[dict[str, object]] = [
-        {
-            "": f"floor, {rate / 1e9:.0f} GFLOP/s",
-            "rows/s": floor * count / tokens,
-            "tokens/s": floor,
-            "share of the floor": 1.0,
-        }
-    ]
+
+    def speed(name: str, one: Pass, seconds: float) -> dict[str, object]:
+        share = one.tokens / seconds / floor
+        return {"": name, "rows/s": one.rows / seconds, "tokens/s": one.tokens / seconds, "share of the floor": share}
+
+    first = next(iter(passes.values()))[0]
+    rows = [speed(f"floor, {rate / 1e9:.0f} GFLOP/s", first, first.tokens / floor)]
     for name, taken in passes.items():
-        _, count, tokens, _ = taken[0]
-        seconds = median(each.seconds for each in taken)
-        speed = {
-            "rows/s": count / seconds,
-            "tokens/s": tokens / seconds,
-            "share of the floor": tokens / seconds / floor,
-        }
-        rows.append({"": name, **speed, "x the peer": fast[name], "peak RSS GiB": peaks[name]})
+        row = speed(name, taken[0], median(each.seconds for each in taken))
+        rows.append(row | {"x the peer": fast[name], "peak RSS GiB": peaks[name]})
     return table(title, rows)
 
 

@@ -1,6 +1,6 @@
 """`mlmkit serve` under load, against the same weights behind FastAPI and transformers.pipeline.
 
-A BERT-base shape with random weights in float32 fills one mask in English sentences of `--tokens` tokens; the clients
+A BERT-base shape with random weights in float32 fills one mask in English sentences of 16 tokens; the clients
 share its cores. The peer is what people write: a FastAPI route that calls the pipeline, one request at a time. For each
 number of connections: requests per second, and the latency's median and 99th percentile, as clients in a process of
 their own see them. Rounds alternate, each with fresh servers. Before them, on one connection, what the server adds to
@@ -14,7 +14,6 @@ fail it.
 
 import argparse
 import contextlib
-import json
 import re
 import subprocess
 import sys
@@ -27,24 +26,13 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from harness import (
-    ROOT,
-    ContestantError,
-    Report,
-    alternate,
-    cell,
-    contestants,
-    main,
-    memory_mib,
-    ratios,
-    run_command,
-    say,
-    table,
-    timed,
-)
+from harness import Report, alternate, cell, main, ratios, say, table, timed
 from inputs import artifact, bert_tokenizer, checkpoint, held_out, sentences
+from load import run_alone
+from processes import ROOT, ContestantError, contestants, isolated, memory_mib
 
 CONNECTIONS, PEER = (1, 8, 64), "pipeline"
+TOKENS = 16  # per sentence to fill
 START_SECONDS = 300.0  # that a server may take to load
 Requests = list[tuple[str, dict[str, Any]]]  # path, body
 
@@ -52,14 +40,14 @@ Requests = list[tuple[str, dict[str, Any]]]  # path, body
 # ---------------------------------------------------------------- requests
 
 
-def short_requests(count: int, tokens: int) -> Requests:
-    """Sentences cut to `tokens` wordpieces including the special ones, with one wordpiece masked."""
-    tokenizer = bert_tokenizer()
-    texts = sentences(2 * count, tokens, tokenizer)
-    rows = [ids for ids in tokenizer(texts, add_special_tokens=False)["input_ids"] if len(ids) >= tokens - 2]
+def short_requests(count: int) -> Requests:
+    """Sentences cut to `TOKENS` wordpieces including the special ones, with one wordpiece masked."""
+    tokenizer, length = bert_tokenizer(), TOKENS - 2
+    texts = sentences(2 * count, TOKENS, tokenizer)
+    rows = [ids for ids in tokenizer(texts, add_special_tokens=False)["input_ids"] if len(ids) >= length]
     requests = []
     for number, ids in enumerate(rows[:count]):
-        ids = ids[: tokens - 2]
+        ids = ids[:length]
         ids[number % len(ids)] = tokenizer.mask_token_id
         requests.append(("/fill-mask", {"inputs": tokenizer.decode(ids)}))
     return requests
@@ -67,7 +55,7 @@ def short_requests(count: int, tokens: int) -> Requests:
 
 def mixed_requests() -> Requests:
     """Texts to fill: short, long, with several masks, in lists, with targets; and texts to score."""
-    short, requests = short_requests(64, 16), []
+    short, requests = short_requests(64), []
     texts = [line.split() for line in held_out() if len(line.split()) > 200][:8]
     for words, (path, body) in zip(texts, short[::8], strict=False):
         requests += [
@@ -84,13 +72,11 @@ def mixed_requests() -> Requests:
 
 
 def mlmkit_command(folder: Path, *more: str) -> list[str]:
-    """The command of mlmkit's server on a free port."""
     return [sys.executable, "-m", "mlmkit", "serve", str(folder), "--port", "0", *more]
 
 
 def serve_pipeline(source: str) -> None:
     """The peer. The route runs on the event loop, so requests are answered one at a time."""
-    import logging
     import socket
 
     import uvicorn
@@ -104,9 +90,8 @@ def serve_pipeline(source: str) -> None:
     async def fill_mask(inputs: str | list[str] = Body(embed=True)) -> Any:  # noqa: B008
         return fill(inputs)
 
-    logging.basicConfig(level=logging.INFO, stream=sys.stderr)
     listener = socket.create_server(("127.0.0.1", 0), backlog=2048)
-    logging.info("serving on http://127.0.0.1:%d", listener.getsockname()[1])
+    say(f"serving on http://127.0.0.1:{listener.getsockname()[1]}")
     uvicorn.Server(uvicorn.Config(app, log_level="warning")).run([listener])
 
 
@@ -132,11 +117,6 @@ def _port(process: subprocess.Popen[bytes], log: Any) -> int:
             raise ContestantError(f"a server ended: {text[-300:]}")
         time.sleep(0.1)
     raise ContestantError("a server did not start in time")
-
-
-def load(port: int, requests: Path, connections: int, seconds: float) -> dict[str, Any]:
-    """What the clients of load.py saw."""
-    return json.loads(run_command("benchmarks/load.py", port, requests, connections, seconds))
 
 
 # ---------------------------------------------------------------- the bare engine
@@ -175,12 +155,12 @@ def rows_per_second(engine: tuple[Any, list[Any]]) -> float:
     return len(rows) / median([timed(backend.score, batch) for _ in range(4)][1:])
 
 
-def overhead(folder: Path, requests: Requests, path: Path, slices: int) -> dict[str, list[float]]:
+def overhead(folder: Path, requests: Requests, slices: int) -> dict[str, list[float]]:
     """Alternating slices of a second of the bare engine and of one connection to a server; and the engine's rows."""
     with contestants({"": (open_engine, folder, requests)}) as engine, running(mlmkit_command(folder)) as (port, _):
         turns = {
             "bare": partial(engine[""].call, seconds_per_call, 1.0),
-            "served": lambda: load(port, path, 1, 1.0)["p50"],
+            "served": lambda: isolated(run_alone, port, requests, 1, 1.0)["p50"],
         }
         taken = alternate(turns, slices)
         return taken | {"rows per second": [engine[""].call(rows_per_second)]}
@@ -189,39 +169,36 @@ def overhead(folder: Path, requests: Requests, path: Path, slices: int) -> dict[
 # ---------------------------------------------------------------- the two measurements
 
 
-def compare(options: argparse.Namespace, path: Path) -> Report:
+def compare(options: argparse.Namespace) -> Report:
     """Rounds of both servers at each number of connections."""
-    requests = short_requests(256, options.tokens)
-    path.write_text(json.dumps(requests))
+    requests = short_requests(256)
     layers = {"num_hidden_layers": options.layers}
     target, source = artifact("bert-base", **layers), checkpoint("bert-base", **layers)
     commands = {"mlmkit": mlmkit_command(target), PEER: [sys.executable, __file__, PEER, str(source)]}
-    runs: dict[str, dict[int, list[Any]]] = {name: {count: [] for count in CONNECTIONS} for name in commands}
-    alone = overhead(target, requests, path, 3 * options.rounds)
+    runs: dict[tuple[str, int], list[Any]] = {(name, count): [] for count in CONNECTIONS for name in commands}
+    alone = overhead(target, requests, 3 * options.rounds)
     for _ in range(options.rounds):  # not `alternate`: each round has fresh servers, which warm up for themselves
         for name, command in commands.items():
             with running(command) as (port, _):
-                load(port, path, 4, 2.0)
+                isolated(run_alone, port, requests, 4, 2.0)
                 for count in CONNECTIONS:
-                    runs[name][count].append(load(port, path, count, options.seconds))
-                    assert runs[name][count][-1]["statuses"].keys() == {"200"}, runs[name][count][-1]
-    records, headlines = [], {}
-    rates = {
-        (name, count): [run["requests_per_second"] for run in rounds]
-        for name, counts in runs.items()
-        for count, rounds in counts.items()
-    }
-    for count in CONNECTIONS:
-        for name, counts in runs.items():
-            fast = ratios(rates[PEER, count], rates[name, count])
-            p50, p99 = (1e3 * median(run[key] for run in counts[count]) for key in ("p50", "p99"))
-            rate = median(rates[name, count])
-            latencies = {"p50 ms": p50, "p99 ms": p99}
-            speed = {"requests/s": rate, **latencies, "x the pipeline's requests/s": fast}
-            records.append({"connections": count, "server": name, **speed})
-            if name == "mlmkit":
-                headlines[f"serve_{count}_times_as_fast"] = median(fast)
-                headlines[f"serve_{count}_requests_per_second"] = rate
+                    seen = isolated(run_alone, port, requests, count, options.seconds)
+                    assert seen["statuses"].keys() == {"200"}, seen
+                    runs[name, count].append(seen)
+    rates = {key: [seen["requests_per_second"] for seen in rounds] for key, rounds in runs.items()}
+    fast = {(name, count): ratios(rates[PEER, count], rates[name, count]) for name, count in runs}
+    records = [
+        {
+            "connections": count,
+            "server": name,
+            "requests/s": median(rates[name, count]),
+            "p50 ms": 1e3 * median(seen["p50"] for seen in rounds),
+            "p99 ms": 1e3 * median(seen["p99"] for seen in rounds),
+            "x the pipeline's requests/s": fast[name, count],
+        }
+        for (name, count), rounds in runs.items()
+    ]
+    headlines = {f"serve_{count}_times_as_fast": median(fast["mlmkit", count]) for count in CONNECTIONS}
     added = [(served - bare) * 1e3 for served, bare in zip(alone["served"], alone["bare"], strict=True)]
     headlines["serve_overhead_ms"] = median(added)
     return Report(
@@ -232,41 +209,34 @@ def compare(options: argparse.Namespace, path: Path) -> Report:
             "second in calls of 64: the floor."
         ],
         headlines,
-        figures={"overhead": alone, "runs": runs},
+        figures={"overhead": alone, "runs": {f"{name}, {count}": rounds for (name, count), rounds in runs.items()}},
     )
 
 
-def mixed(options: argparse.Namespace, path: Path) -> Report:
+def mixed(options: argparse.Namespace) -> Report:
     """The overloaded server, in parts of half a minute."""
-    path.write_text(json.dumps(mixed_requests()))
+    requests = mixed_requests()
     records: list[dict[str, Any]] = []
     target = artifact("bert-base", num_hidden_layers=options.layers)
     with running(mlmkit_command(target, "--max-requests", "48", "--deadline", "120")) as (port, process):
         until = time.monotonic() + options.mixed
         while time.monotonic() < until:
-            part = load(port, path, 64, min(30.0, max(until - time.monotonic(), 1.0)))
+            part = isolated(run_alone, port, requests, 64, min(30.0, max(until - time.monotonic(), 1.0)))
             resident = memory_mib("VmRSS", process) / 1024
             records.append({"resident GiB": resident, "p99 seconds": part["p99"], "answers": part["statuses"]})
             say(f"{records[-1]}")
             assert part["statuses"].keys() <= {"200", "429"}, (part["statuses"], part["last_error"])
     statuses = sum((Counter(record["answers"]) for record in records), Counter[str]())
-    figures = {
-        "statuses": dict(statuses),
-        "resident_gib": [record["resident GiB"] for record in records],
-        "p99": [record["p99 seconds"] for record in records],
-    }
+    figures = {"statuses": dict(statuses), "parts": records}
     return Report([table("Mixed load, a row per half minute", records)], figures=figures)
 
 
 def measure(options: argparse.Namespace) -> Report:
-    """The comparison, or the mixed load."""
-    with tempfile.TemporaryDirectory() as temporary:
-        return (mixed if options.mixed else compare)(options, Path(temporary) / "requests.json")
+    return mixed(options) if options.mixed else compare(options)
 
 
 if __name__ == "__main__":
     if sys.argv[1:2] == [PEER]:
         serve_pipeline(sys.argv[2])
     else:
-        sizes = {"rounds": (2, 1), "seconds": (6.0, 1.0), "tokens": (16, 16), "layers": (0, 2), "mixed": (0.0, 0.0)}
-        main(__doc__, measure, **sizes)
+        main(__doc__, measure, rounds=(2, 1), seconds=(6.0, 1.0), layers=(0, 2), mixed=(0.0, 0.0))

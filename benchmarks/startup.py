@@ -12,8 +12,9 @@ from itertools import pairwise
 from pathlib import Path
 from statistics import median
 
-from harness import Report, alternate, isolated, main, memory_mib, run_command, table, timed
+from harness import Report, alternate, main, table, timed
 from inputs import artifact, checkpoint
+from processes import isolated, memory_mib, run_command
 
 TEXT = "The [MASK] of the statement is an expression that is evaluated first."
 PEER = "import sys, transformers; print(transformers.pipeline('fill-mask', model=sys.argv[1])(sys.argv[2]))"

@@ -19,9 +19,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from harness import ROOT, last_line, machine, say, use_cores
+from harness import machine, say, use_cores
 from inputs import KEPT
 from page import changes, render
+from processes import ROOT, last_line
 
 # In the order of the page. Surveys that take hours are dry-run here; the docs have their results.
 SCRIPTS = {
@@ -60,7 +61,6 @@ def run(name: str, quick: bool) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Run all scripts in order."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="dry runs; their figures mean nothing")
     parser.add_argument("--only", nargs="+", choices=[*SCRIPTS, *STUDIES], default=[*SCRIPTS, *STUDIES], metavar="NAME")

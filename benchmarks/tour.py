@@ -13,7 +13,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from harness import ROOT, machine
+from harness import machine
+from processes import ROOT
 
 from mlmkit.backends import load
 from mlmkit.demo import unigram_entropy
@@ -23,7 +24,6 @@ SENTENCES = "Return the name of the file.\nReturn the file of name the.\n"
 
 
 def mlmkit(folder: Path, *words: object, text: str = "") -> str:
-    """The output of a command, run in `folder`."""
     command = [sys.executable, "-m", "mlmkit", *map(str, words)]
     return subprocess.run(command, cwd=folder, input=text, stdout=subprocess.PIPE, text=True, check=True).stdout
 
@@ -34,7 +34,6 @@ def kept(result: dict[str, Any]) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Run the demo and the commands of README."""
     figures: dict[str, Any] = {"command": "python benchmarks/tour.py", **machine(), "text": "Python's documentation"}
     demo = Path("mlmkit-demo")
     models = {"onnx": demo / "artifact", "torch": demo / "run" / "model"}

@@ -9,17 +9,19 @@ import multiprocessing
 import os
 import tempfile
 import time
+from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from harness import Report, isolated, main, memory_mib, table
+from harness import Report, main, table
 from inputs import documents, tokenizer_folder, write_lines
+from processes import isolated, memory_mib
 
 BUDGETS = (512, 4096, 8192, 16384)
 
 
 def measure(options: argparse.Namespace) -> Report:
-    """Planning by pack size, and reading by number of workers."""
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         os.environ["MLMKIT_CACHE"] = str(folder / "cache")
@@ -77,24 +79,27 @@ def plan(tokenizer: Path, text: Path, budget: int) -> dict[str, Any]:
     }
 
 
-def read(tokenizer: Path, text: Path, workers: int) -> dict[str, Any]:
-    """An epoch's micro-batches of 8,192 tokens, built and laid out."""
-    import mlmkit.train.data
+def epoch(data: Any, micro_batches: int, workers: int = 0) -> Iterator[int]:
+    """The tokens of each step of an epoch, whose micro-batches are built and laid out."""
     from mlmkit.train.order import Cursor
 
-    assert mlmkit.train.data  # its imports are not part of the measurement
-    before, began = memory_mib(), time.perf_counter()
-    data, _ = training_data(tokenizer, text, 8192)
-    tokens, first, worker = 0, 0.0, 0.0
-    for cursor, batch in data.batches(Cursor(), micro_batches=4, steps=1 << 30, workers=workers):
-        if not first:
-            first = time.perf_counter() - began
-            began = time.perf_counter()
-        elif cursor.epoch:
+    for cursor, batch in data.batches(Cursor(), micro_batches=micro_batches, steps=1 << 30, workers=workers):
+        if cursor.epoch:
             break
-        else:
-            tokens += sum(micro.tokens for micro in batch)
-        if cursor.step % 64 == 0:
+        yield sum(micro.tokens for micro in batch)
+
+
+def read(tokenizer: Path, text: Path, workers: int) -> dict[str, Any]:
+    """An epoch's micro-batches of 8,192 tokens; the first step, which starts the workers, has a figure of its own."""
+    import_module("mlmkit.train.data")  # its imports are not part of the measurement
+    before, began = memory_mib(), time.perf_counter()
+    steps = epoch(training_data(tokenizer, text, 8192)[0], 4, workers)
+    next(steps, 0)
+    first, began = time.perf_counter() - began, time.perf_counter()
+    tokens, worker = 0, 0.0
+    for step, of_step in enumerate(steps):
+        tokens += of_step
+        if step % 64 == 0:
             children = multiprocessing.active_children()
             worker = max([worker, *(memory_mib(process=str(child.pid)) for child in children)])
     return {

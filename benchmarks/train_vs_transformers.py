@@ -20,8 +20,10 @@ under bfloat16 autocast.
 import argparse
 import gc
 import json
+import operator
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.util import find_spec
@@ -30,36 +32,18 @@ from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
-from harness import (
-    Report,
-    SkippedError,
-    alternate,
-    contestants,
-    isolated,
-    main,
-    matrix_rate,
-    memory_mib,
-    ratios,
-    say,
-    table,
-)
-from inputs import TINY, documents, encoder_parameters, write_lines
+from harness import Report, SkippedError, alternate, main, matrix_rate, ratios, say, table
+from inputs import TINY, documents, encoder_parameters, logged_steps, write_lines, write_tokenizer
+from processes import contestants, isolated, memory_mib
 
 from mlmkit.documents import Source, read_documents
-from mlmkit.train.config import (
-    Config,
-    DataConfig,
-    MaskingConfig,
-    ModelConfig,
-    OptimConfig,
-    RunConfig,
-    TokenizerConfig,
-)
+from mlmkit.train.config import Config, DataConfig, MaskingConfig, ModelConfig, OptimConfig, RunConfig, TokenizerConfig
 
 UNCOUNTED_STEPS = 2  # at the start of a turn: kernels are chosen, memory grows
 MLMKIT, PARAGRAPHS, BY_LENGTH = "mlmkit", "Trainer, paragraphs", "Trainer, by length"
 RUN_MLM = "Trainer, run_mlm.py"
-SEED = 1
+WARMUP_STEPS, SEED = 10, 1
+Examples = list[dict[str, list[int]]]  # as Trainer takes them
 
 
 @dataclass(frozen=True)
@@ -94,32 +78,22 @@ class Turn(NamedTuple):
     peak_gib: float
 
 
-@dataclass(frozen=True)
-class Rows:
-    """Trainer's tokenised examples, and the same Hugging Face configuration that mlmkit builds."""
-
-    tokenizer: Any
-    config: Any
-    examples: list[dict[str, list[int]]]
-
-
 def open_contestant(
     case: Case, text: Path, tokenizer: Path, architecture: str, way: str, device: str
-) -> "Config | Rows":
-    """The state that a contestant keeps between turns."""
+) -> Callable[[int, int], Turn]:
+    """What a contestant keeps between turns. A call with numbers of micro-batches and steps is a turn."""
     if way == MLMKIT:
-        return mlmkit_config(case, text, tokenizer, architecture, device)
-    return tokenised_rows(case, text, tokenizer, architecture, way)
+        work = partial(train_with_mlmkit, mlmkit_config(case, text, tokenizer, architecture, device))
+    else:
+        work = partial(train_with_trainer, *tokenised(case, text, tokenizer, architecture, way), case, way, device)
+    return partial(take_turn, work, device)
 
 
-def train(kept: "Config | Rows", case: Case, way: str, device: str, micro_batches: int, steps: int) -> Turn:
-    """A turn, and the contestant's peak memory: resident, or allocated on the GPU, which is then freed for the next."""
+def take_turn(work: Callable[[int, int], Turn], device: str, micro_batches: int, steps: int) -> Turn:
+    """A turn with the contestant's peak memory: resident, or allocated on the GPU, which is then freed for the next."""
     import torch
 
-    if isinstance(kept, Config):
-        turn = train_with_mlmkit(kept, micro_batches, steps)
-    else:
-        turn = train_with_trainer(kept, case, way, device, micro_batches, steps)
+    turn = work(micro_batches, steps)
     if device == "cpu":
         return turn._replace(peak_gib=memory_mib() / 1024)
     peak = torch.cuda.max_memory_allocated() / 2**30
@@ -128,17 +102,13 @@ def train(kept: "Config | Rows", case: Case, way: str, device: str, micro_batche
     return turn._replace(peak_gib=peak)
 
 
-# ---------------------------------------------------------------- mlmkit
-
-
 def mlmkit_config(case: Case, text: Path, tokenizer: Path, architecture: str, device: str) -> Config:
-    """mlmkit's defaults with the settings of the case."""
     return Config(
         data=DataConfig(train=(str(text),)),
         tokenizer=TokenizerConfig(path=str(tokenizer)),
         model=ModelConfig(architecture=architecture, max_length=case.length),
         masking=MaskingConfig(mask_prob=case.mask_prob),
-        optim=OptimConfig(warmup_steps=10),
+        optim=OptimConfig(warmup_steps=WARMUP_STEPS),
         train=RunConfig(
             global_batch_tokens=case.step_tokens,
             micro_batch_tokens=case.step_tokens,
@@ -153,24 +123,20 @@ def mlmkit_config(case: Case, text: Path, tokenizer: Path, architecture: str, de
 
 def train_with_mlmkit(config: Config, micro_batches: int, steps: int) -> Turn:
     """A whole run; the log's lines after the uncounted steps give the figures."""
-    from mlmkit.train.loop import train
-
     size = max(config.train.global_batch_tokens // micro_batches, config.model.max_length)
     settings = replace(config.train, micro_batch_tokens=size, steps=steps + UNCOUNTED_STEPS)
     with tempfile.TemporaryDirectory() as folder:
-        train(replace(config, train=settings), Path(folder) / "run")
-        lines = [json.loads(line) for line in (Path(folder) / "run" / "log.jsonl").read_text().splitlines()]
-    lines = lines[UNCOUNTED_STEPS:]
+        lines = logged_steps(replace(config, train=settings), Path(folder) / "run")[UNCOUNTED_STEPS:]
     tokens = sum(line["tokens"] for line in lines)
     seconds = sum(line["tokens"] / line["tokens_per_second"] for line in lines)
     return Turn(tokens / seconds, tokens, sum(line["loss"] for line in lines) / len(lines), 0.0)
 
 
-# ---------------------------------------------------------------- transformers
+def tokenised(case: Case, text: Path, tokenizer_folder: Path, architecture: str, way: str) -> tuple[Any, Any, Examples]:
+    """Trainer's tokenizer, the Hugging Face configuration that mlmkit builds, and the examples.
 
-
-def tokenised_rows(case: Case, text: Path, tokenizer_folder: Path, architecture: str, way: str) -> Rows:
-    """As `run_mlm.py` tokenises, with and without its `--line_by_line`."""
+    As `run_mlm.py` tokenises, with and without its `--line_by_line`.
+    """
     from transformers import AutoTokenizer
 
     from mlmkit.pretrained import load_tokenizer
@@ -186,17 +152,19 @@ def tokenised_rows(case: Case, text: Path, tokenizer_folder: Path, architecture:
     else:
         columns = tokenizer(lines, truncation=True, max_length=case.length, return_special_tokens_mask=True)
         examples = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
-    return Rows(tokenizer, build_config(architecture, load_tokenizer(str(tokenizer_folder)), case.length), examples)
+    return tokenizer, build_config(architecture, load_tokenizer(str(tokenizer_folder)), case.length), examples
 
 
-def train_with_trainer(rows: Rows, case: Case, way: str, device: str, micro_batches: int, steps: int) -> Turn:
+def train_with_trainer(
+    tokenizer: Any, config: Any, examples: Examples, case: Case, way: str, device: str, micro_batches: int, steps: int
+) -> Turn:
     """Time is taken between steps, tokens are counted where the model takes its inputs."""
     import torch
     from transformers import AutoModelForMaskedLM, DataCollatorForLanguageModeling, Trainer, TrainerCallback
     from transformers import TrainingArguments as Arguments
 
     torch.manual_seed(SEED)
-    model = AutoModelForMaskedLM.from_config(rows.config)
+    model = AutoModelForMaskedLM.from_config(config)
     counted: list[Any] = []
     times: list[float] = []
 
@@ -214,7 +182,7 @@ def train_with_trainer(rows: Rows, case: Case, way: str, device: str, micro_batc
                     counted.clear()
 
     model.register_forward_hook(count, with_kwargs=True)
-    mean_length = sum(len(example["input_ids"]) for example in rows.examples) / len(rows.examples)
+    mean_length = sum(len(example["input_ids"]) for example in examples) / len(examples)
     optim = OptimConfig()
     with tempfile.TemporaryDirectory() as folder:
         arguments = Arguments(
@@ -228,52 +196,39 @@ def train_with_trainer(rows: Rows, case: Case, way: str, device: str, micro_batc
             adam_epsilon=optim.eps,
             weight_decay=optim.weight_decay,
             max_grad_norm=optim.max_grad_norm,
-            warmup_steps=10,
+            warmup_steps=WARMUP_STEPS,
             seed=SEED,
             bf16=device == "cuda",
             use_cpu=device == "cpu",
-            dataloader_num_workers=0,
             train_sampling_strategy="group_by_length" if way == BY_LENGTH else "random",
             logging_strategy="no",
             save_strategy="no",
             report_to=[],
             disable_tqdm=True,
         )
-        collator = DataCollatorForLanguageModeling(rows.tokenizer, mlm_probability=case.mask_prob)
-        trainer = Trainer(model, arguments, collator, rows.examples, callbacks=[Clock()])  # pyright: ignore[reportArgumentType]
+        collator = DataCollatorForLanguageModeling(tokenizer, mlm_probability=case.mask_prob)
+        trainer = Trainer(model, arguments, collator, examples, callbacks=[Clock()])  # pyright: ignore[reportArgumentType]
         trainer.train()
     tokens, losses = zip(*counted, strict=True)
     total = int(sum(tokens))
     return Turn(total / (times[1] - times[0]), total, float(sum(losses)) / steps, 0.0)
 
 
-# ---------------------------------------------------------------- the comparison
-
-
-def write_tokenizer(folder: Path, text: Path, case: Case) -> None:
-    """Train a WordPiece tokenizer with the case's vocabulary size."""
-    from mlmkit.train.tokenizer import train_tokenizer
-
-    settings = TokenizerConfig(vocab_size=case.vocabulary)
-    train_tokenizer(lambda: read_documents(Source(str(text))), settings, case.length).save_pretrained(folder)
-
-
 def tiny_architecture(case: Case, folder: Path) -> str:
-    """A configuration file for a dry run."""
     path = folder / f"{case.architecture}.json"
     path.write_text(json.dumps(TINY | {"model_type": case.architecture.split("-")[0]}))
     return str(path)
 
 
 def measure(options: argparse.Namespace) -> Report:
-    """Find each contestant's batch size, then let them take turns."""
     if not find_spec("accelerate"):
         raise SkippedError("transformers.Trainer needs accelerate: pip install accelerate")
     case = replace(CPU_CASE, length=64, vocabulary=2000, step_tokens=1024) if options.quick else CPU_CASE
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        text, tokenizer = write_lines(folder / "train.txt", documents()[: options.documents]), folder / "tokenizer"
-        isolated(write_tokenizer, tokenizer, text, case)
+        lines, tokenizer = documents()[: options.documents], folder / "tokenizer"
+        text = write_lines(folder / "train.txt", lines)
+        isolated(write_tokenizer, tokenizer, lines, case.vocabulary, case.length)
         architecture = tiny_architecture(case, folder) if options.quick else case.architecture
         makers = {
             way: (open_contestant, case, text, tokenizer, architecture, way, "cpu")
@@ -282,41 +237,37 @@ def measure(options: argparse.Namespace) -> Report:
         with contestants(makers) as started:
 
             def turn(way: str, micro_batches: int, steps: int) -> Turn:
-                taken = started[way].call(train, case, way, "cpu", micro_batches, steps)
+                taken = started[way].call(operator.call, micro_batches, steps)
                 say(f"{way}, {micro_batches} micro-batches per step: {taken.rate:,.0f} tokens/s")
                 return taken
 
             fastest = {way: max(case.micro_batches, key=lambda count: turn(way, count, 1).rate) for way in started}
             turns = {way: partial(turn, way, fastest[way], options.steps) for way in started}
             taken = alternate(turns, options.rounds, warm=True)  # each turn has uncounted steps of its own
-            encoder = started[PARAGRAPHS].call(encoder_of)
-    rate = isolated(matrix_rate, "cpu")
-    floor = rate / 6 / encoder
+        rate = isolated(matrix_rate, "cpu")
+        floor = rate / 6 / isolated(trained_parameters, tokenizer, architecture, case.length)
     rates = {way: [turn.rate for turn in of_way] for way, of_way in taken.items()}
     fast = {way: ratios(of_way, rates[MLMKIT]) for way, of_way in rates.items()}
-    rows: list[dict[str, Any]] = [
-        {"": f"floor, {rate / 1e9:,.0f} GFLOP/s", "real tokens/s": floor, "of the floor": 1.0},
-        *(
-            {
-                "": way,
-                "real tokens/s": median(rates[way]),
-                "of the floor": median(rates[way]) / floor,
-                "mlmkit is x times as fast": fast[way],
-                "micro-batches per step": fastest[way],
-                "tokens per turn": int(median(turn.tokens for turn in of_way)),
-                "loss per step": median(turn.loss for turn in of_way),
-                "peak RSS GiB": max(turn.peak_gib for turn in of_way),
-            }
-            for way, of_way in taken.items()
-        ),
+    floor_row = {"": f"floor, {rate / 1e9:,.0f} GFLOP/s", "real tokens/s": floor, "of the floor": 1.0}
+    rows = [
+        {
+            "": way,
+            "real tokens/s": median(rates[way]),
+            "of the floor": median(rates[way]) / floor,
+            "mlmkit is x times as fast": fast[way],
+            "micro-batches per step": fastest[way],
+            "tokens per turn": int(median(turn.tokens for turn in of_way)),
+            "loss per step": median(turn.loss for turn in of_way),
+            "peak RSS GiB": max(turn.peak_gib for turn in of_way),
+        }
+        for way, of_way in taken.items()
     ]
     return Report(
-        [table(f"{case.architecture} at {case.length}", rows)],
+        [table(f"{case.architecture} at {case.length}", [floor_row, *rows])],
         headlines={
             "train_times_trainer_paragraphs": median(fast[PARAGRAPHS]),
             "train_times_trainer_by_length": median(fast[BY_LENGTH]),
             "train_times_run_mlm": median(fast[RUN_MLM]),
-            "train_tokens_per_second": median(rates[MLMKIT]),
         },
         figures={
             "case": asdict(case),
@@ -327,9 +278,12 @@ def measure(options: argparse.Namespace) -> Report:
     )
 
 
-def encoder_of(rows: Rows) -> int:
+def trained_parameters(tokenizer: Path, architecture: str, length: int) -> int:
     """The parameters that the floor counts, of the network that all contestants train."""
-    return encoder_parameters(rows.config)
+    from mlmkit.pretrained import load_tokenizer
+    from mlmkit.train.presets import build_config
+
+    return encoder_parameters(build_config(architecture, load_tokenizer(str(tokenizer)), length))
 
 
 if __name__ == "__main__":

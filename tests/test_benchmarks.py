@@ -14,27 +14,17 @@ from pathlib import Path
 import pytest
 
 from benchmarks.gpu_evaluation import has_tensorrt
-from benchmarks.harness import (
-    Contestant,
-    ContestantError,
-    Report,
-    SkippedError,
-    Table,
-    alternate,
-    isolated,
-    machine,
-    ratios,
-    table,
-    write_block,
-)
+from benchmarks.harness import Report, SkippedError, Table, alternate, machine, ratios, table, write_block
 from benchmarks.page import HEADLINES, changes, figure, headlines_of, render
+from benchmarks.processes import Contestant, ContestantError, isolated
 from benchmarks.suite import SCRIPTS, STUDIES
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def run(*arguments: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True)
+def run(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | environment)
 
 
 # ---------------------------------------------------------------- the harness
@@ -87,13 +77,11 @@ def test_a_script_runs_alone_and_writes_its_figures(tmp_path):
 def test_a_failing_contestant_exits_with_1(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(
-        "from harness import Report, isolated, main\n"
+        "from harness import Report, main\nfrom processes import isolated\n"
         "def measure(options):\n    return Report([], figures=isolated(int, 'many'))\n"
         "if __name__ == '__main__':\n    main(None, measure)\n"
     )
-    command = [sys.executable, script]
-    environment = os.environ | {"PYTHONPATH": str(ROOT / "benchmarks")}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    done = run(script, PYTHONPATH=str(ROOT / "benchmarks"))
     assert done.returncode == 1
     assert done.stderr.startswith("script.py: ValueError: invalid literal")
 
@@ -129,8 +117,16 @@ def test_the_suite_runs_every_script():
 
 
 def test_the_suite_writes_figures_and_page_and_shows_what_changed(tmp_path):
-    options = ["--only", "masking", "--results", tmp_path, "--page", tmp_path / "p.md"]
-    command = ["benchmarks/suite.py", "--quick", *options]
+    command = [
+        "benchmarks/suite.py",
+        "--quick",
+        "--only",
+        "masking",
+        "--results",
+        tmp_path,
+        "--page",
+        tmp_path / "p.md",
+    ]
     done = run(*command)
     assert done.returncode == 0, done.stderr
     assert "change for the better" not in done.stderr  # there is no run before
@@ -142,11 +138,8 @@ def test_the_suite_writes_figures_and_page_and_shows_what_changed(tmp_path):
 
 
 def test_the_page_has_tables_and_skipped_benchmarks():
-    report = Report(
-        [Table("Speeds", ["", "tokens/s"], [["mlmkit", 2], ["peer", 1]])],
-        ["A note."],
-        {"pll_times_as_fast": 2.0},
-    )
+    speeds = Table("Speeds", ["", "tokens/s"], [["mlmkit", 2], ["peer", 1]])
+    report = Report([speeds], ["A note."], {"pll_times_as_fast": 2.0})
     reports = {
         "pll_vs_peers": {"title": "Evaluation", "is_dry_run": False, "seconds": 3.0, **asdict(report)},
         "gpu": {"title": "On a GPU", "is_dry_run": False, "skipped": "no GPU"},
@@ -154,15 +147,8 @@ def test_the_page_has_tables_and_skipped_benchmarks():
     }
     machine = {"date": "2026-11-25T00:00:00", "processor": "P", "cores": 2, "versions": {"torch": "2"}, "text": "T"}
     page = render({**machine, "seconds": 60, "left_out": ["masking"], "benchmarks": reports}, "p.json")
-    for said in (
-        "| mlmkit | 2 |",
-        "A note.",
-        "2.00 x the plain loop",
-        "Not run: no GPU.",
-        "`plans` (**failed**)",
-        "`masking`",
-    ):
-        assert said in page
+    assert "| mlmkit | 2 |" in page and "A note." in page and "2.00 x the plain loop" in page
+    assert "Not run: no GPU." in page and "`plans` (**failed**)" in page and "`masking`" in page
 
 
 def test_a_block_replaces_the_lines_between_its_markers(tmp_path):
@@ -188,10 +174,8 @@ def test_the_committed_table_of_plans_matches_the_committed_figures():
 
 def test_headlines_are_compared_with_the_run_before():
     def ran(**headlines: float) -> dict[str, object]:
-        return {
-            "date": "2026-11-25T00:00:00",
-            "benchmarks": {"a": {"headlines": headlines}, "b": {"skipped": "no GPU"}},
-        }
+        reports = {"a": {"headlines": headlines}, "b": {"skipped": "no GPU"}}
+        return {"date": "2026-11-25T00:00:00", "benchmarks": reports}
 
     before = ran(pll_times_as_fast=2.0, pll_share_of_floor=0.8, fill_seconds=1.0, help_seconds=1.0, import_seconds=1.0)
     after = ran(pll_times_as_fast=1.5, pll_share_of_floor=0.79, fill_seconds=2.0, help_seconds=0.5, serve_overhead_ms=1)
