@@ -13,7 +13,7 @@ import pytest
 from conftest import PROOF, paragraphs
 from interruptions import at_operation, killed, names
 from test_eval_resume import without_times
-from training import same_weights, write_config
+from training import same_weights, small_architecture, write_config
 
 from mlmkit.artifact import read_manifest
 from mlmkit.backends import load
@@ -99,7 +99,8 @@ def test_two_evaluations_into_one_folder(artifact, tmp_path, overwrite):
 
 def test_two_trainings_into_one_folder(text_file, tmp_path):
     """The weights were trained with the configuration in `run.json`."""
-    config = write_config(tmp_path, text_file, "bert-tiny", "train.steps=2", "train.save_every=2")
+    settings = ("train.steps=2", "train.save_every=2")
+    config = write_config(tmp_path, text_file, small_architecture(tmp_path), *settings)
     configs = {lr: replace(config, optim=replace(config.optim, lr=lr)) for lr in (1e-3, 2e-3)}
     for lr, each in configs.items():
         train(each, tmp_path / f"alone-{lr}")
@@ -173,8 +174,10 @@ def test_an_evaluation_after_a_kill(artifact, tmp_path):
 
 
 def test_a_training_after_a_kill(text_file, tmp_path):
-    overrides = ["train.steps=4", "train.save_every=2", "train.log_every=1", f"data.held_out={str(text_file)!r}"]
-    config = write_config(tmp_path, text_file, "bert-tiny", *overrides)
+    held_out = tmp_path / "held-out.txt"
+    held_out.write_text("".join(text_file.read_text().splitlines(keepends=True)[::20]))
+    settings = ["train.steps=4", "train.save_every=2", "train.log_every=1", f"data.held_out={held_out}"]
+    config = write_config(tmp_path, text_file, small_architecture(tmp_path), *settings)
     count = operations(train, config, tmp_path / "whole" / "run")
     timeless = [
         (entry["step"], entry.get("loss"), entry.get("held_out")) for entry in read_log(tmp_path / "whole" / "run")

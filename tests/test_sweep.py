@@ -5,22 +5,18 @@ from itertools import product
 from pathlib import Path
 
 import pytest
-from training import write_config
+from training import small_architecture, write_config
 
 from mlmkit.errors import CheckError, UserError
 from mlmkit.train.loop import train
 from mlmkit.train.sweep import check, make_trials, sweep, table
 
-ARCHITECTURE = {"model_type": "bert", "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-
 
 @pytest.fixture
 def path(tmp_path: Path, text_file: Path) -> Path:
-    text, architecture = tmp_path / "text.txt", tmp_path / "architecture.json"
+    text, config = tmp_path / "text.txt", tmp_path / "config.toml"
     text.write_text("".join(text_file.read_text(encoding="utf-8").splitlines(keepends=True)[:60]), encoding="utf-8")
-    architecture.write_text(json.dumps(ARCHITECTURE))
-    write_config(tmp_path, text, str(architecture))
-    config = tmp_path / "config.toml"
+    write_config(tmp_path, text, small_architecture(tmp_path))
     content = config.read_text().replace("steps = 12", "steps = 2").replace("batch_tokens = 256", "batch_tokens = 512")
     config.write_text(content.replace("[data]", f"[data]\nheld_out = {str(text)!r}"))
     return config
