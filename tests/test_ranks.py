@@ -1,34 +1,55 @@
 """Ranks started without torchrun: when one is killed, the others exit and say so."""
 
 import os
-import signal
 import socket
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
-from conftest import ARCHITECTURES, paragraphs
-from training import CONFIG
+from conftest import paragraphs
+from interruptions import PROCESSES
+from training import small_architecture, write_config
 
-SHORT = "import mlmkit.distributed as d; d.BEAT_SECONDS, d.BEATS, d.MEETING_BEATS = 0.1, 20, 600"
+from mlmkit import distributed
+from mlmkit.cli import main
+from mlmkit.eval import evaluate
+
 SAID = "does not answer. Start all ranks again with the same command: it resumes from what was saved last\n"
 
 
-def start(arguments: Sequence[str], folder: Path, before: str = SHORT) -> list[subprocess.Popen[bytes]]:
-    """Both ranks, whose standard error goes to `FOLDER/RANK`. `before` is Python that runs first."""
+def start(arguments: Sequence[str], folder: Path, *, meeting_beats: int = 600, report_seconds: int = 0) -> list[Any]:
+    """Both ranks, whose standard error goes to `FOLDER/RANK`."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
     processes = []
     for rank in ("0", "1"):
-        environment = os.environ | shared | {"RANK": rank, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": "2"}
-        command = [sys.executable, "-c", f"{before}; from mlmkit.cli import main; main()", *arguments]
-        with (folder / rank).open("wb") as said:
-            processes.append(subprocess.Popen(command, env=environment, stderr=said, stdout=subprocess.DEVNULL))
+        environment = shared | {"RANK": rank, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": "2"}
+        settings = (environment, arguments, folder / rank, meeting_beats, report_seconds)
+        processes.append(PROCESSES.Process(target=be_rank, args=settings))
+        processes[-1].start()
     return processes
+
+
+def be_rank(
+    environment: dict[str, str], arguments: Sequence[str], said: Path, meeting_beats: int, report_seconds: int
+) -> None:
+    """The command in this process, with short beats and a report that takes that long."""
+    os.environ |= environment
+    with said.open("wb") as file:
+        os.dup2(file.fileno(), 2)
+    distributed.BEAT_SECONDS, distributed.BEATS, distributed.MEETING_BEATS = 0.1, 20, meeting_beats
+    if report_seconds:
+        evaluate.write_report = lambda *_: time.sleep(report_seconds)
+    main(list(arguments))
+
+
+def code_of(process: Any, seconds: float) -> int | None:
+    """Its exit code; None if it still runs after so many seconds."""
+    process.join(seconds)
+    return process.exitcode
 
 
 @pytest.fixture
@@ -46,10 +67,8 @@ def test_a_rank_that_is_killed_ends_the_other(
     """It used to hang in a collective for days."""
     output = tmp_path / "output"
     if command == "train":
-        (tmp_path / "architecture.json").write_text(ARCHITECTURES["bert"])
-        config = CONFIG.format(text=str(text), architecture=str(tmp_path / "architecture.json"))
-        (tmp_path / "config.toml").write_text(config.replace("steps = 12", "steps = 100_000"))
-        arguments = ["train", str(tmp_path / "config.toml")]
+        write_config(tmp_path, text, small_architecture(tmp_path))
+        arguments = ["train", str(tmp_path / "config.toml"), "--set", "train.steps=100000"]
     else:
         arguments = ["eval", str(checkpoint("bert")), "--set", str(text), "--metric", "pseudo"]
     processes = start([*arguments, "--output", str(output)], tmp_path)
@@ -58,8 +77,8 @@ def test_a_rank_that_is_killed_ends_the_other(
         while not ((output / "log.jsonl").exists() or list(output.glob("parts/*.parquet"))):
             assert time.monotonic() < until
             time.sleep(0.05)
-        processes[victim].send_signal(signal.SIGKILL)
-        assert processes[1 - victim].wait(30) == 1
+        processes[victim].kill()
+        assert code_of(processes[1 - victim], 30) == 1
     finally:
         for process in processes:
             process.kill()
@@ -71,10 +90,10 @@ def test_a_rank_that_is_killed_ends_the_other(
 def test_a_rank_that_dies_before_they_meet_ends_the_other(text, checkpoint, tmp_path) -> None:
     """The first one used to wait for a week."""
     arguments = ["eval", str(checkpoint("bert")), "--set", str(text), "--output", str(tmp_path / "output")]
-    first, second = start(arguments, tmp_path, SHORT.replace("600", "30"))
+    first, second = start(arguments, tmp_path, meeting_beats=30)
     second.kill()
     try:
-        assert first.wait(60) == 1
+        assert code_of(first, 60) == 1
     finally:
         first.kill()
     assert (tmp_path / "0").read_text() == f"mlmkit: rank 1 {SAID}"
@@ -84,13 +103,12 @@ def test_a_rank_that_is_done_is_not_taken_for_dead(
     text: Path, checkpoint: Callable[[str], Path], tmp_path: Path
 ) -> None:
     """The first one still evaluates and writes long after the other has left."""
-    slow = f"{SHORT}; import time, mlmkit.eval.report as r; r.write_report = lambda _: time.sleep(5)"
     output = ["--metric", "masked", "--output", str(tmp_path / "output")]
-    first, second = start(["eval", str(checkpoint("bert")), "--set", str(text), *output], tmp_path, slow)
+    first, second = start(["eval", str(checkpoint("bert")), "--set", str(text), *output], tmp_path, report_seconds=4)
     try:
-        assert second.wait(60) == 0
-        assert first.poll() is None
-        assert first.wait(60) == 0, (tmp_path / "0").read_text()
+        assert code_of(second, 60) == 0
+        assert first.is_alive()
+        assert code_of(first, 60) == 0, (tmp_path / "0").read_text()
     finally:
         first.kill()
         second.kill()
