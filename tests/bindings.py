@@ -1,8 +1,8 @@
 """Stub files of the real Python bindings of TensorRT and CUDA, for a type checker.
 
 `python bindings.py MODULE PATH...` prints such a file for a module. The bindings of TensorRT 10 and 11 and of both CUDA
-versions come from the package index (once: pytest's cache keeps them). TensorRT's import if three libraries with a few
-symbols exist, so these are compiled here. TensorRT for RTX is installed for the tests and has its own libraries.
+versions come from the package index. TensorRT's import if three libraries with a few symbols exist, so these are
+compiled here. TensorRT for RTX is installed for the tests and has its own libraries.
 """
 
 import builtins
@@ -46,19 +46,21 @@ class UnavailableError(Exception):
     """The bindings cannot be installed here."""
 
 
-def write_stub(name: str, cache: Path) -> str:
-    """The stub file for a key of `WHEELS` or for `tensorrt-rtx`. Raises `UnavailableError`."""
+def write_stub(name: str, wheels: Path) -> str:
+    """The stub file for a key of `WHEELS` or for `tensorrt-rtx`, from wheels that are installed into folders of
+    `wheels`. Raises `UnavailableError`.
+    """
     command, environment = [sys.executable, __file__], dict(os.environ)
     if name == "tensorrt-rtx":
         command += ["tensorrt_rtx_bindings"]
     else:
-        folder = install(WHEELS[name], cache / name)
+        folder = install(WHEELS[name], wheels / name)
         environment.pop("PYTHONPATH", None)
         if name.startswith("tensorrt"):
             environment["LD_LIBRARY_PATH"] = str(compile_libraries(folder, name.removeprefix("tensorrt-")))
             command += ["tensorrt_bindings", str(folder)]
         else:
-            pathfinder = install("cuda-pathfinder", cache / "cuda-pathfinder")
+            pathfinder = install("cuda-pathfinder", wheels / "cuda-pathfinder")
             command += ["cuda.bindings.runtime", str(folder), str(pathfinder)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode:
@@ -67,15 +69,13 @@ def write_stub(name: str, cache: Path) -> str:
 
 
 def install(wheel: str, folder: Path) -> Path:
-    """Install a wheel into a folder of its own, once. Returns the folder."""
-    if not (folder / "installed").exists():
-        shutil.rmtree(folder, ignore_errors=True)
+    """Install a wheel into a folder of its own, unless that exists. Returns the folder."""
+    if not folder.exists():
         options = ["--quiet", "--no-deps", "--disable-pip-version-check", "--retries", "1", "--target", str(folder)]
         command = [sys.executable, "-m", "pip", "install", *options, wheel]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             raise UnavailableError(f"pip cannot install {wheel}: {done.stderr.strip().splitlines()[-1]}")
-        (folder / "installed").touch()
     return folder
 
 
@@ -124,8 +124,7 @@ def class_lines(name: str, item: type, known: set[str]) -> Iterator[str]:
     yield f"class {name}({', '.join(bases)}):"
     yield "    def __int__(self) -> builtins.int: ..."
     yield "    def __buffer__(self, flags: builtins.int) -> builtins.memoryview: ..."
-    members = list(getattr(item, "__members__", ()))
-    if members:
+    if members := list(getattr(item, "__members__", ())):
         yield f"    __members__: builtins.dict[builtins.str, {item.__qualname__}]"
     for inner in dir(item):
         value = inspect.getattr_static(item, inner)
@@ -158,12 +157,9 @@ def signatures(name: str, item: Any, known: set[str]) -> list[tuple[str, str]]:
     found = re.findall(SIGNATURE.format(name=re.escape(name)), item.__doc__ or "", re.MULTILINE)
     found = [(arguments, returns) for arguments, returns in found if arguments != "*args, **kwargs"]
     if found:
-        returns_none = name == "__init__"
-        return [
-            (", ".join(parameter(text, known) for text in split_arguments(arguments)),
-             "None" if returns_none else type_name(returns, known))
-            for arguments, returns in found
-        ]  # fmt: skip
+        parameters = [", ".join(parameter(text, known) for text in split_arguments(each)) for each, _ in found]
+        kinds = ["None" if name == "__init__" else type_name(returns, known) for _, returns in found]
+        return list(zip(parameters, kinds, strict=True))
     try:
         names = [value for value in inspect.signature(item).parameters.values() if value.kind != value.VAR_KEYWORD]
     except ValueError:
