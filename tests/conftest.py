@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,9 @@ os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 os.environ["OMP_NUM_THREADS"] = "1"  # for models this small a second thread costs more than it gains
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 
+from mlmkit.artifact import GRAPH
 from mlmkit.export.parity import ProofText
-from mlmkit.files import CHECKSUM, sealed
+from mlmkit.files import CHECKSUM, locked, sealed
 from mlmkit.pydocs import topics
 from mlmkit.tokenizer import Tokenizer
 
@@ -109,7 +111,26 @@ def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str]
 
 
 @pytest.fixture(scope="session")
-def graph_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callable[[Path], object]], Path]:
+    """Fills a folder of this name once, for all workers of pytest-xdist together."""
+    base = tmp_path_factory.getbasetemp()
+    parent = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+    def make(name: str, fill: Callable[[Path], object]) -> Path:
+        folder, unfinished = parent / name, parent / f"{name}-unfinished"
+        if not folder.exists():
+            with locked(folder, wait=True):
+                if not folder.exists():
+                    unfinished.mkdir(exist_ok=True)
+                    fill(unfinished)
+                    unfinished.rename(folder)
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def graph_cache(shared: Callable[[str, Callable[[Path], object]], Path]) -> Iterator[None]:
     """Exports of the same weights share one graph: torch's exporter takes ten seconds for each."""
     import onnx_ir as ir
 
@@ -117,16 +138,12 @@ def graph_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     from mlmkit.export.graphs import save_graph
     from mlmkit.export.onnx import write_onnx
 
-    folder = tmp_path_factory.mktemp("graphs")
-
     def write(model: Any, path: Path) -> None:
         digest = hashlib.sha256(repr(model.network.config).encode())
         for name, weight in model.state_dict().items():
             digest.update(name.encode() + weight.numpy().tobytes())
-        cached = folder / digest.hexdigest()
-        if not cached.exists():
-            write_onnx(model, cached)
-        save_graph(ir.load(cached), path)
+        folder = shared(f"graph-{digest.hexdigest()}", lambda folder: write_onnx(model, folder / GRAPH))
+        save_graph(ir.load(folder / GRAPH), path)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(export, "write_onnx", write)
@@ -134,15 +151,19 @@ def graph_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def architecture(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Any, Path]]:
+def architecture(shared: Callable[[str, Callable[[Path], object]], Path]) -> Callable[[str], tuple[Any, Path]]:
     """A tiny model of an architecture with heads of 64: its row for docs/architectures.md, and its graph's folder."""
 
     @cache
     def make(name: str) -> tuple[Any, Path]:
-        from benchmarks.architectures import check
+        from benchmarks.architectures import Row, check
 
-        folder = tmp_path_factory.mktemp(name)
-        return check(name, folder), folder
+        def fill(folder: Path) -> None:
+            row = check(name, folder)
+            (folder / "row.json").write_text(json.dumps(asdict(row)))
+
+        folder = shared(f"architecture-{name}", fill)
+        return Row(**json.loads((folder / "row.json").read_text())), folder
 
     return make
 
