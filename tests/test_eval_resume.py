@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from conftest import paragraphs
+from conftest import paragraphs, run
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlmkit.backends import load
+from mlmkit.backends import Backend, load
 from mlmkit.corpus import Corpus
 from mlmkit.documents import Source
 from mlmkit.errors import CheckError, UserError
@@ -40,6 +40,11 @@ def source(tmp_path: Path) -> Source:
     path = tmp_path / "source.txt"
     path.write_text("".join(f"{line}\n" for line in paragraphs()[:40]), encoding="utf-8")
     return Source(str(path))
+
+
+@pytest.fixture
+def model(artifact) -> Backend:
+    return load(str(artifact("bert")))
 
 
 @pytest.fixture
@@ -69,20 +74,11 @@ def interrupt(model, batches: int, source: Source, folder: Path, **options: Any)
 
 
 def same_tables(first: Path, second: Path) -> bool:
-    names = ("tokens.parquet", "documents.parquet")
-    return all(pq.read_table(first / name).equals(pq.read_table(second / name)) for name in names)
+    tables = [[pq.read_table(each / f"{name}.parquet") for name in ("tokens", "documents")] for each in (first, second)]
+    return tables[0] == tables[1]
 
 
-@pytest.fixture(scope="module")
-def long_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A file that takes seconds to evaluate."""
-    path = tmp_path_factory.mktemp("long") / "text.txt"
-    path.write_text("".join(f"{number} {line}\n" for number in range(10) for line in paragraphs()), encoding="utf-8")
-    return path
-
-
-def test_an_interrupted_evaluation_resumes_and_ends_the_same(artifact, source, tmp_path, small_parts):
-    model = load(str(artifact("bert")))
+def test_an_interrupted_evaluation_resumes_and_ends_the_same(model, source, tmp_path, small_parts):
     options = {"metrics": ("masked", "pseudo"), "pseudo_sample": 0.2, "mask_seed": (0, 7), "batch_tokens": 300}
     evaluate(model, source, output=tmp_path / "whole", **options)
     broken = Interrupted(model, 0)
@@ -99,17 +95,13 @@ def test_an_interrupted_evaluation_resumes_and_ends_the_same(artifact, source, t
     assert len(parts) > 3
     assert without_times(tmp_path / "cut") == without_times(tmp_path / "whole")
     assert same_tables(tmp_path / "cut", tmp_path / "whole")
-    assert sorted(path.name for path in (tmp_path / "cut").iterdir()) == [
-        "documents.parquet",
-        "result.json",
-        "tokens.parquet",
-    ]
+    names = ["documents.parquet", "result.json", "tokens.parquet"]
+    assert sorted(path.name for path in (tmp_path / "cut").iterdir()) == names
     broken.left = 0  # a finished evaluation is not done again
     evaluate(broken, source, output=tmp_path / "cut", **options)
 
 
-def test_another_evaluation_does_not_resume_it(artifact, source, tmp_path, small_parts):
-    model = load(str(artifact("bert")))
+def test_another_evaluation_does_not_resume_it(model, artifact, source, tmp_path, small_parts):
     interrupt(model, 12, source, tmp_path / "cut")
     with pytest.raises(UserError, match=r"another masking: .*--overwrite"):
         evaluate(model, source, output=tmp_path / "cut", mask_seed=1)
@@ -119,8 +111,7 @@ def test_another_evaluation_does_not_resume_it(artifact, source, tmp_path, small
     assert replaced.result["masking"]["seed"] == 1
 
 
-def test_nothing_is_left_behind_by_a_mistake(artifact, tmp_path):
-    model = load(str(artifact("bert")))
+def test_nothing_is_left_behind_by_a_mistake(model, tmp_path):
     (tmp_path / "empty.txt").write_text(" \n\n")
     (tmp_path / "latin.txt").write_bytes(b"good\n\xe9\n")
     for name, message in (("empty.txt", "no documents"), ("latin.txt", "not UTF-8")):
@@ -129,8 +120,7 @@ def test_nothing_is_left_behind_by_a_mistake(artifact, tmp_path):
         assert not (tmp_path / "result").exists()
 
 
-def test_a_missing_or_damaged_part_is_scored_again(artifact, source, tmp_path, small_parts):
-    model = load(str(artifact("bert")))
+def test_a_missing_or_damaged_part_is_scored_again(model, source, tmp_path, small_parts):
     interrupt(model, 14, source, tmp_path / "cut")
     first, missing, *_ = sorted((tmp_path / "cut" / "parts").glob("*.parquet"))
     first.write_bytes(first.read_bytes()[:100])  # cut short
@@ -145,40 +135,47 @@ def test_a_missing_or_damaged_part_is_scored_again(artifact, source, tmp_path, s
     assert without_times(tmp_path / "cut") == without_times(tmp_path / "whole")
 
 
-def test_kill_minus_nine(artifact, long_text, tmp_path):
+# The command line in another process, with the parts of `small_parts`.
+PROGRAM = """
+from mlmkit.eval.data import cut_parts
+cut_parts.__defaults__ = (600.0,)
+from mlmkit.cli import main
+main()
+"""
+OPTIONS = ("--metric", "masked", "--metric", "pseudo", "--pseudo-sample", "0.1", "--mask-seeds", "0,1", "--json")
+
+
+def test_kill_minus_nine(artifact, text_file, tmp_path, small_parts, capsys):
     """SIGKILL as soon as there is a part, then the same command."""
-    command = [sys.executable, "-m", "mlmkit", "eval", artifact("bert"), "--set", long_text, "--metric", "masked"]
-    command += ["--mask-seeds", "0,1", "--batch-tokens", "300"]
+    arguments = ["eval", artifact("bert"), "--set", text_file, *OPTIONS, "--batch-tokens", "300", "--output"]
     killed = tmp_path / "killed"
-    process = subprocess.Popen([*command, "--output", killed], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
-    while not list(killed.glob("parts/*.parquet")):
-        assert process.poll() is None, process.stderr.read().decode() if process.stderr else ""
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert not (killed / "result.json").exists()
-    kept = {path: path.stat().st_mtime_ns for path in killed.glob("parts/*.parquet")}
-    assert kept
+    command = [sys.executable, "-c", PROGRAM, *arguments, killed]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as process:
+        deadline = time.monotonic() + 120
+        while not list(killed.glob("parts/*.parquet")):
+            assert process.poll() is None, process.stderr.read() if process.stderr else ""
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+    assert list(killed.glob("parts/*.parquet")) and not (killed / "result.json").exists()
     for folder in (killed, tmp_path / "whole"):
-        subprocess.run([*command, "--output", folder], check=True, capture_output=True)
+        assert run(capsys, *arguments, folder)[0] == 0
     assert without_times(killed) == without_times(tmp_path / "whole")
     assert same_tables(killed, tmp_path / "whole")
 
 
 @pytest.mark.parametrize("kind", ["checkpoint", "artifact"])
-def test_two_ranks_give_what_one_gives(kind, checkpoint, artifact, long_text, tmp_path):
+def test_two_ranks_give_what_one_gives(kind, checkpoint, artifact, source, tmp_path, small_parts, capsys):
     model = checkpoint("bert") if kind == "checkpoint" else artifact("bert")
-    arguments = ["-m", "mlmkit", "eval", str(model), "--set", str(long_text), "--json", "--metric", "masked"]
-    arguments += ["--metric", "pseudo", "--pseudo-sample", "0.05", "--output"]
-    one = subprocess.run([sys.executable, *arguments, tmp_path / "one"], check=True, capture_output=True, text=True)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
+    (tmp_path / "program.py").write_text(PROGRAM)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
+    arguments = ["eval", model, "--set", source.location, *OPTIONS, "--output"]
+    command += [tmp_path / "program.py", *arguments, tmp_path / "two"]
     environment = os.environ | {"MLMKIT_CACHE": str(tmp_path / "cache")}
-    two = subprocess.run(
-        [*torchrun, *arguments, tmp_path / "two"], check=True, capture_output=True, text=True, env=environment
-    )
-    assert json.loads(two.stdout)["metrics"] == json.loads(one.stdout)["metrics"]  # printed once, by one rank
+    two = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
+    code, one, err = run(capsys, *arguments, tmp_path / "one")
+    assert code == 0, err
+    assert json.loads(two.stdout)["metrics"] == json.loads(one)["metrics"]  # printed once, by one rank
     assert without_times(tmp_path / "two") == without_times(tmp_path / "one")
     assert same_tables(tmp_path / "one", tmp_path / "two")
 
@@ -242,19 +239,17 @@ def test_a_bootstrap_in_stretches_is_a_bootstrap():
     assert means.std() == pytest.approx(values[:, 1].std() / 30, rel=0.1)
 
 
-def test_a_part_that_went_missing_is_noticed(artifact, source, tmp_path, small_parts, monkeypatch):
-    model = load(str(artifact("bert")))
+def test_a_part_that_went_missing_is_noticed(model, source, tmp_path, small_parts, monkeypatch):
     write = ResultsStore.write_part
     monkeypatch.setattr(ResultsStore, "write_part", lambda self, *part: part[1] == 2 or write(self, *part))
     with pytest.raises(CheckError, match="parts of masked-0 are missing"):
         evaluate(model, source, output=tmp_path / "result")
 
 
-def test_a_crash_while_the_folder_is_made_blocks_no_later_run(artifact, source, tmp_path, small_parts, monkeypatch):
+def test_a_crash_while_the_folder_is_made_blocks_no_later_run(model, source, tmp_path, small_parts, monkeypatch):
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    model = load(str(artifact("bert")))
     with monkeypatch.context() as patch:
         patch.setattr(results_store, "write_record", interrupt)
         with pytest.raises(KeyboardInterrupt):
@@ -263,8 +258,8 @@ def test_a_crash_while_the_folder_is_made_blocks_no_later_run(artifact, source, 
     evaluate(model, source, output=tmp_path / "result")
 
 
-def test_overwriting_keeps_the_old_result_until_there_is_a_new_one(artifact, source, tmp_path, small_parts):
-    model, folder = load(str(artifact("bert"))), tmp_path / "result"
+def test_overwriting_keeps_the_old_result_until_there_is_a_new_one(model, source, tmp_path, small_parts):
+    folder = tmp_path / "result"
     evaluate(model, source, output=folder)
     old = without_times(folder)
     (tmp_path / "link").symlink_to(folder)
@@ -280,9 +275,9 @@ def test_overwriting_keeps_the_old_result_until_there_is_a_new_one(artifact, sou
     evaluate(model, source, output=folder, mask_seed=4, overwrite=True)
 
 
-def test_a_mount_point_takes_an_evaluation_and_its_replacement(artifact, source, tmp_path, small_parts, monkeypatch):
+def test_a_mount_point_takes_an_evaluation_and_its_replacement(model, source, tmp_path, small_parts, monkeypatch):
     """As a container's volume is: it cannot be renamed."""
-    model, folder = load(str(artifact("bert"))), tmp_path / "volume"
+    folder = tmp_path / "volume"
     (folder / "lost+found").mkdir(parents=True)
     monkeypatch.setattr(Path, "is_mount", lambda self: self == folder)
     evaluate(model, source, output=folder)
@@ -292,9 +287,9 @@ def test_a_mount_point_takes_an_evaluation_and_its_replacement(artifact, source,
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
-def test_two_processes_do_not_write_one_folder(overwrite, artifact, source, tmp_path, small_parts):
+def test_two_processes_do_not_write_one_folder(overwrite, model, source, tmp_path, small_parts):
     """The second is refused while the first works, and resumes once it is gone."""
-    model, options = load(str(artifact("bert"))), {"output": tmp_path / "result", "overwrite": overwrite}
+    options: dict[str, Any] = {"output": tmp_path / "result", "overwrite": overwrite}
     if overwrite:
         evaluate(model, source, **options)
 
