@@ -14,11 +14,7 @@ import torch
 import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_optimizer_state_dict,
-    set_optimizer_state_dict,
-)
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.multiprocessing.spawn import spawn
@@ -251,14 +247,9 @@ def test_schedules_have_their_shapes():
 
 def test_a_new_model_begins_at_the_frequencies_of_its_text(text_file, tmp_path):
     """The first loss is the unigram entropy, not log V; a text of twice the weight counts twice."""
-    settings = (
-        "train.steps=1",
-        "optim.warmup_steps=0",
-        "train.log_every=1",
-        "train.global_batch_tokens=2048",
-        "train.micro_batch_tokens=2048",
-    )
-    loop.train(write_config(tmp_path, text_file, "bert-tiny", *settings), tmp_path / "run")
+    settings = ("train.steps=1", "optim.warmup_steps=0", "train.log_every=1")
+    sizes = ("train.global_batch_tokens=2048", "train.micro_batch_tokens=2048")
+    loop.train(write_config(tmp_path, text_file, "bert-tiny", *settings, *sizes), tmp_path / "run")
     tokenizer = Tokenizer.from_folder(tmp_path / "run" / "tokenizer")
     ids = tokenize(read_documents(Source(str(text_file))), tokenizer).ids
     counts = np.bincount(ids, minlength=tokenizer.vocabulary_size) + 1

@@ -4,14 +4,13 @@ import json
 import logging
 import re
 import tempfile
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from training import write_config
+from training import small_architecture, write_config
 from transformers import AutoConfig, AutoModelForMaskedLM
 
 from mlmkit.errors import UserError
@@ -21,7 +20,6 @@ from mlmkit.train.config import Config, DataConfig, RunConfig
 from mlmkit.train.cost import dry_run, flops_per_token, lines, peak_flops
 from mlmkit.train.log import TrainingLog, check_loggers, draw_loss, read_log
 
-SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
 DIGEST = "1c044900ad748e10e57622261079d324"
 
 
@@ -39,13 +37,8 @@ needs_wandb = pytest.mark.skipif(not installed("wandb", "init"), reason="wandb i
 
 
 def make_config(**train) -> Config:
-    settings: dict[str, Any] = {
-        "steps": 12,
-        "log_every": 2,
-        "global_batch_tokens": 1000,
-        "micro_batch_tokens": 1000,
-    } | train
-    return Config(data=DataConfig(train=("text.txt",)), train=RunConfig(**settings))
+    defaults = RunConfig(steps=12, log_every=2, global_batch_tokens=1000, micro_batch_tokens=1000)
+    return Config(data=DataConfig(train=("text.txt",)), train=replace(defaults, **train))
 
 
 def write_steps(run: Path, config: Config, first: int, last: int, **options) -> None:
@@ -53,16 +46,8 @@ def write_steps(run: Path, config: Config, first: int, last: int, **options) -> 
     run.mkdir(exist_ok=True)
     with TrainingLog(run, config, first - 1, **options) as log:
         for step in range(first, last + 1):
-            log.record(
-                step,
-                epoch=step // 5,
-                loss=1.0 / step,
-                learning_rate=1e-3,
-                gradient_norm=0.5,
-                tokens=990,
-                masked=150,
-                mask_prob=0.15,
-            )
+            means = {"loss": 1.0 / step, "learning_rate": 1e-3, "gradient_norm": 0.5, "mask_prob": 0.15}
+            log.record(step, epoch=step // 5, tokens=990, masked=150, **means)
             if step % 4 == 0:
                 log.held_out(step, held_out_result(2.0 / step))
 
@@ -158,13 +143,8 @@ def test_without_a_terminal_a_line_comes_now_and_then(tmp_path, monkeypatch, cap
     assert read_log(tmp_path)[-1]["mfu"] == pytest.approx(0.2475)
     assert line == "training  loss 1.500  248 tokens/s  MFU 25%  lr 1.00e-03  fill 99.0%"
     said = [re.match(r"step (\d+)/12  loss 1.500 .* (0:\d\d:\d\d) left", message) for message in caplog.messages]
-    assert [match and match.groups() for match in said] == [
-        ("1", "0:00:44"),
-        ("4", "0:00:32"),
-        ("7", "0:00:20"),
-        ("10", "0:00:08"),
-        ("12", "0:00:00"),
-    ]
+    assert [match and int(match[1]) for match in said] == [1, 4, 7, 10, 12]
+    assert [match and match[2] for match in said] == [f"0:00:{seconds:02}" for seconds in (44, 32, 20, 8, 0)]
 
 
 @pytest.mark.parametrize(
@@ -301,11 +281,8 @@ def test_a_dry_run_shows_the_batch_and_leaves_nothing(tmp_path, text_file, monke
 
 def test_muon_keeps_one_number_per_hidden_weight(tmp_path, text_file):
     """And AdamW two, beside the weights and the gradients; all are float32. Each tensor also has a step count."""
-    (tmp_path / "architecture.json").write_text(json.dumps({"model_type": "bert"} | SIZES))
-    architecture = str(tmp_path / "architecture.json")
-    adamw, muon = (
-        dry_run(write_config(tmp_path, text_file, architecture, f"optim.name={name}")) for name in ("adamw", "muon")
-    )
+    path = small_architecture(tmp_path)
+    adamw, muon = (dry_run(write_config(tmp_path, text_file, path, f"optim.name={name}")) for name in ("adamw", "muon"))
     assert adamw.state_bytes == pytest.approx(16 * adamw.parameters, abs=1000)
     assert adamw.state_bytes - muon.state_bytes == pytest.approx(4 * 2 * (4 * 32 * 32 + 2 * 32 * 48), abs=100)
 
@@ -313,9 +290,7 @@ def test_muon_keeps_one_number_per_hidden_weight(tmp_path, text_file):
 @pytest.mark.parametrize("architecture", ["bert", "mpnet"])
 def test_the_decoded_batch_is_the_text(tmp_path, text_file, architecture):
     """Packed and padded: with the original tokens put back, each text is a document or a window of one."""
-    path = tmp_path / "architecture.json"
-    path.write_text(json.dumps({"model_type": architecture} | SIZES))
-    found = dry_run(write_config(tmp_path, text_file, str(path)))
+    found = dry_run(write_config(tmp_path, text_file, small_architecture(tmp_path, model_type=architecture)))
     assert found.packed == (architecture == "bert")
     squeezed = re.sub(r"\s", "", text_file.read_text(encoding="utf-8"))
     for text in found.first_batch:
