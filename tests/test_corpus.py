@@ -40,12 +40,9 @@ def write(path: Path, content: bytes) -> Path:
 # ------------------------------------------------------------------ reading
 
 
-def test_lines_split_at_lf_alone(tmp_path):
+def test_lines_split_at_lf_alone_and_blocks_at_blank_lines(tmp_path):
     content = "one\r\n\ntwo\u2028still two\x0cand still\n \t\n  three  \nlast\r".encode()
     assert read(write(tmp_path / "a.txt", content)) == ["one", "two\u2028still two\x0cand still", "  three  ", "last\r"]
-
-
-def test_blocks_between_blank_lines(tmp_path):
     path = write(tmp_path / "a.txt", b"\n\none\ntwo\n \nthree\r\nfour\n\n\n")
     assert read(path, blank_line=True) == ["one\ntwo", "three\nfour"]
 
@@ -142,12 +139,14 @@ def test_missing_column_folder_and_file_are_named(tmp_path):
     pq.write_table(pa.table({"body": ["a"]}), tmp_path / "a.parquet")
     with pytest.raises(UserError, match=r"row 0 has no field 'text' .it has body."):
         read(tmp_path / "a.parquet")
-    with pytest.raises(UserError, match="is a folder"):
-        read(tmp_path)
-    with pytest.raises(UserError, match="no such file"):
-        read(tmp_path / "none.txt")
-    with pytest.raises(UserError, match="cannot be loaded"):
-        read(f"hub:{tmp_path / 'none'}")
+    missing = f"hub:{tmp_path / 'none'}"
+    for path, message in (
+        (tmp_path, "is a folder"),
+        (tmp_path / "none.txt", "no such file"),
+        (missing, "cannot be loaded"),
+    ):
+        with pytest.raises(UserError, match=message):
+            read(path)
 
 
 # ------------------------------------------------------------------ tokenising
@@ -156,6 +155,13 @@ def test_missing_column_folder_and_file_are_named(tmp_path):
 @pytest.fixture
 def wordpiece(tokenizer_folder) -> Tokenizer:
     return Tokenizer.from_folder(tokenizer_folder("wordpiece"))
+
+
+@pytest.fixture
+def entries(tmp_path, monkeypatch) -> Path:
+    """The folder of cached tokens, in a token cache of the test's own."""
+    monkeypatch.setenv("MLMKIT_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "tokens"
 
 
 def test_corpus_is_what_transformers_says(wordpiece, tokenizer_folder, text_file):
@@ -174,14 +180,11 @@ def test_corpus_is_what_transformers_says(wordpiece, tokenizer_folder, text_file
         assert corpus.text_sizes[index].tolist() == [len(text.split()), len(text), len(text.encode()), 0]
 
 
-def test_cache_is_used_and_follows_content_tokenizer_and_options(wordpiece, tokenizer_folder, tmp_path, monkeypatch):
-    monkeypatch.setenv("MLMKIT_CACHE", str(tmp_path / "cache"))
-    entries = tmp_path / "cache" / "tokens"
+def test_cache_is_used_and_follows_content_tokenizer_and_options(wordpiece, tokenizer_folder, tmp_path, entries):
     path = write(tmp_path / "a.txt", b"one two\n\nthree\n")
     first = load_corpus(Source(str(path)), wordpiece)
-    assert load_corpus(Source(str(write(tmp_path / "copy.txt", path.read_bytes()))), wordpiece).starts.tolist() == (
-        first.starts.tolist()
-    )
+    copy = load_corpus(Source(str(write(tmp_path / "copy.txt", path.read_bytes()))), wordpiece)
+    assert copy.starts.tolist() == first.starts.tolist()
     assert len(list(entries.iterdir())) == 1
     load_corpus(Source(str(path), blank_line=True), wordpiece)
     load_corpus(Source(str(path)), Tokenizer.from_folder(tokenizer_folder("bpe")))
@@ -191,18 +194,16 @@ def test_cache_is_used_and_follows_content_tokenizer_and_options(wordpiece, toke
     assert not list(entries.glob(".*"))
 
 
-def test_nothing_is_left_in_the_cache_when_reading_fails(wordpiece, tmp_path, monkeypatch):
-    monkeypatch.setenv("MLMKIT_CACHE", str(tmp_path / "cache"))
+def test_nothing_is_left_in_the_cache_when_reading_fails(wordpiece, tmp_path, entries):
     for content in (b"good\n\xff\n", b"", b" \n\t\n"):
         with pytest.raises(UserError):
             load_corpus(Source(str(write(tmp_path / "a.txt", content))), wordpiece)
-    assert not list((tmp_path / "cache" / "tokens").iterdir())
+    assert not list(entries.iterdir())
 
 
 @pytest.mark.parametrize("room", [0, 1000, 5000])
-def test_a_full_disk_is_named_and_nothing_is_left(wordpiece, tmp_path, monkeypatch, room):
+def test_a_full_disk_is_named_and_nothing_is_left(wordpiece, tmp_path, entries, room):
     """Simulated by a limit of `room` bytes per file: a different error in the same code."""
-    monkeypatch.setenv("MLMKIT_CACHE", str(tmp_path / "cache"))
     path = write(tmp_path / "a.txt", "\n".join(paragraphs()).encode())
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (room, before[1]))
@@ -211,7 +212,7 @@ def test_a_full_disk_is_named_and_nothing_is_left(wordpiece, tmp_path, monkeypat
             load_corpus(Source(str(path)), wordpiece)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert not list((tmp_path / "cache" / "tokens").iterdir())
+    assert not list(entries.iterdir())
 
 
 def flip(content: bytes) -> bytes:
@@ -220,46 +221,41 @@ def flip(content: bytes) -> bytes:
 
 @pytest.mark.parametrize("name", ["ids", "words", "starts", "keys", "text_sizes", "meta.json"])
 @pytest.mark.parametrize("damage", [flip, lambda content: content[: len(content) // 2], lambda _: b"", None])
-def test_a_damaged_cache_is_made_again(wordpiece, tmp_path, monkeypatch, caplog, name, damage):
-    monkeypatch.setenv("MLMKIT_CACHE", str(tmp_path / "cache"))
+def test_a_damaged_cache_is_made_again(wordpiece, tmp_path, entries, caplog, name, damage):
     path = write(tmp_path / "a.txt", b"one two three\nfour\n")
     expected = pickle.dumps(load_corpus(Source(str(path)), wordpiece).part(0, 2))
-    (entry,) = (tmp_path / "cache" / "tokens").iterdir()
+    (entry,) = entries.iterdir()
     content = (entry / name).read_bytes()
     (entry / name).unlink()
     if damage is not None:
         (entry / name).write_bytes(damage(content))
     assert pickle.dumps(load_corpus(Source(str(path)), wordpiece).part(0, 2)) == expected
-    assert [record.message for record in caplog.records] == [
-        f"the token cache {entry} is damaged: tokenising {path} again"
-    ]
+    assert caplog.messages == [f"the token cache {entry} is damaged: tokenising {path} again"]
     assert (entry / name).read_bytes() == content
 
 
-def test_a_text_that_grows_while_it_is_read_is_not_kept_under_its_old_hash(wordpiece, tmp_path, monkeypatch):
-    monkeypatch.setenv("MLMKIT_CACHE", str(tmp_path / "cache"))
+def test_a_text_that_grows_while_it_is_read_is_not_kept_under_its_old_hash(wordpiece, tmp_path, entries):
     path = write(tmp_path / "a.txt", b"one two three\n")
     source = Source(str(path))
     folder = cache_folder(source, wordpiece)
-    path.write_bytes(b"one two three\nfour\n")
+    write(path, b"one two three\nfour\n")
     with pytest.raises(UserError, match="was changed while it was being read"):
         list(stream_corpus(source, wordpiece, folder))
-    assert not list(folder.parent.iterdir())
+    assert folder.parent == entries and not list(entries.iterdir())
     assert len(load_corpus(source, wordpiece)) == 2
-    path.write_bytes(b"one two three\n")
+    write(path, b"one two three\n")
     assert len(load_corpus(source, wordpiece)) == 1
 
 
 @pytest.mark.parametrize("umask", [0o022, 0o002, 0o077])
-def test_the_umask_decides_who_may_read_the_cache(wordpiece, tmp_path, monkeypatch, umask):
-    monkeypatch.setenv("MLMKIT_CACHE", str(tmp_path / "cache"))
+def test_the_umask_decides_who_may_read_the_cache(wordpiece, tmp_path, entries, umask):
     path = write(tmp_path / "a.txt", b"one two three\n")
     before = os.umask(umask)
     try:
         window_table(load_corpus(Source(str(path)), wordpiece), 13)
     finally:
         os.umask(before)
-    for made in (tmp_path / "cache").rglob("*"):
+    for made in entries.parent.rglob("*"):
         assert made.stat().st_mode & 0o777 == (0o777 if made.is_dir() else 0o666) & ~umask
 
 
@@ -302,8 +298,7 @@ def test_a_cached_corpus_travels_as_its_place(wordpiece, text_file):
 # ------------------------------------------------------------------ windows
 
 
-def test_a_cached_table_of_windows_is_the_one_made_in_memory(wordpiece, tmp_path, monkeypatch, caplog):
-    monkeypatch.setenv("MLMKIT_CACHE", str(tmp_path / "cache"))
+def test_a_cached_table_of_windows_is_the_one_made_in_memory(wordpiece, tmp_path, entries, monkeypatch, caplog):
     monkeypatch.setattr("mlmkit.windows.DOCUMENTS_PER_BLOCK", 7)
     (tmp_path / "a.txt").write_text("\n".join(paragraphs()))
     corpus = load_corpus(Source(str(tmp_path / "a.txt")), wordpiece)
@@ -322,9 +317,7 @@ def test_a_cached_table_of_windows_is_the_one_made_in_memory(wordpiece, tmp_path
         rows.write_bytes(damaged)
         caplog.clear()
         assert (window_table(corpus, 13) == table).all()
-        assert [record.message for record in caplog.records] == [
-            f"the token cache {rows.parent} is damaged: rebuilding it"
-        ]
+        assert caplog.messages == [f"the token cache {rows.parent} is damaged: rebuilding it"]
 
 
 @given(lengths_strategy, st.integers(1, 20), st.integers(1, 9))

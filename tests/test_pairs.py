@@ -6,6 +6,7 @@ import json
 import math
 import os
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +15,9 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import paragraphs
 from test_eval import Dense
+from test_export import with_scores
 
-from mlmkit.backends import load
+from mlmkit.backends import Scored, load
 from mlmkit.errors import UserError
 from mlmkit.eval.api import evaluate
 from mlmkit.eval.pairs import Pair, PairColumns, PairData, keep_pairs, read_pairs
@@ -32,22 +34,19 @@ PAIRS = [
 ]
 
 
-@pytest.fixture
-def pair_file(tmp_path: Path) -> Path:
-    path = tmp_path / "pairs.jsonl"
+def write_pairs(path: Path, pairs: Sequence[tuple[str, ...]] = PAIRS) -> None:
     keys = ("sentence_good", "sentence_bad", "linguistics_term", "UID")
-    path.write_text("".join(json.dumps(dict(zip(keys, pair, strict=True))) + "\n" for pair in PAIRS))
-    return path
+    path.write_text("".join(json.dumps(dict(zip(keys, pair, strict=False))) + "\n" for pair in pairs))
 
 
 @pytest.fixture
-def pair_set(tmp_path: Path, pair_file: Path) -> Path:
-    path = tmp_path / "mine.toml"
-    path.write_text(
+def pair_set(tmp_path: Path) -> Path:
+    write_pairs(tmp_path / "pairs.jsonl")
+    (tmp_path / "mine.toml").write_text(
         'name = "mine"\ntask = "pairs"\nlocal = "pairs.jsonl"\n'
         '[pairs]\nphenomenon = "linguistics_term"\nparadigm = "UID"\n'
     )
-    return path
+    return tmp_path / "mine.toml"
 
 
 @pytest.mark.parametrize("variant", ["original", "within-word"])
@@ -58,8 +57,9 @@ def test_pairs_are_counted_as_defined(kind, variant, checkpoint, pair_set, tmp_p
     scores = [dense.pseudo(text, variant) for pair in PAIRS for text in pair[:2]]
     sums, means = [sum(each) for each in scores], [sum(each) / len(each) for each in scores]
     evaluation = evaluate(str(checkpoint(kind)), pair_set, variant=variant, output=tmp_path / "result")
-    right = [sums[2 * i] > sums[2 * i + 1] and PAIRS[i][0] != PAIRS[i][1] for i in range(len(PAIRS))]
-    right_per_token = [means[2 * i] > means[2 * i + 1] and PAIRS[i][0] != PAIRS[i][1] for i in range(len(PAIRS))]
+    right, right_per_token = (
+        [each[2 * i] > each[2 * i + 1] and pair[0] != pair[1] for i, pair in enumerate(PAIRS)] for each in (sums, means)
+    )
     assert evaluation.metrics["pair_accuracy"]["value"] == pytest.approx(np.mean(right))
     assert evaluation.metrics["pair_accuracy_per_token"]["value"] == pytest.approx(np.mean(right_per_token))
     assert "pairs" in evaluation.result
@@ -77,15 +77,12 @@ def test_pairs_are_counted_as_defined(kind, variant, checkpoint, pair_set, tmp_p
 
 def test_a_constant_model_gets_no_pair_right(checkpoint, pair_set):
     """Ties count as wrong: some pipelines give such a model full marks."""
-    model = load(str(checkpoint("bert")))
 
-    class Constant:
-        name, device, info, tokenizer, manifest = "torch", "cpu", model.info, model.tokenizer, None
+    def with_equal_scores(scored: Scored) -> Scored:
+        return scored._replace(log_prob=np.full(len(scored.rank), -0.0, np.float32))
 
-        def score(self, batch):
-            return model.score(batch)._replace(log_prob=np.full(len(batch.targets), -0.0, np.float32))
-
-    evaluation = evaluate(Constant(), find_set(str(pair_set)))  # pyright: ignore[reportArgumentType]
+    constant = with_scores(load(str(checkpoint("bert"))), with_equal_scores)
+    evaluation = evaluate(constant, find_set(str(pair_set)))
     assert evaluation.metrics["pair_accuracy"]["value"] == 0
     assert "pairs" in evaluation.result
     assert evaluation.result["pairs"]["ties"] == 6
@@ -135,14 +132,13 @@ def test_pairs_from_every_kind_of_file(tmp_path):
     with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
         archive.writestr("data/a.jsonl", lines)
         archive.writestr("__MACOSX/data/._a.jsonl", b"\xff\xfe")
-    folder = tmp_path / "dataset"
-    folder.mkdir()
-    (folder / "train.jsonl").write_text(lines)
+    (tmp_path / "dataset").mkdir()
+    (tmp_path / "dataset/train.jsonl").write_text(lines)
     expected = [Pair(f"good {i}", f"bad {i}", "g", "", str(i)) for i in range(4)]
     columns = PairColumns("good", "bad", phenomenon="group", id="missing|n.id")
-    for location in ("a.jsonl", "a.parquet", "a.zip"):
-        assert read_pairs(str(tmp_path / location), columns) == expected
-    assert read_pairs(f"hub:{folder}@train", columns) == expected
+    locations = [str(tmp_path / name) for name in ("a.jsonl", "a.parquet", "a.zip")]
+    for location in (*locations, f"hub:{tmp_path / 'dataset'}@train"):
+        assert read_pairs(location, columns) == expected
     (tmp_path / "a.tsv").write_text('good\tbad\nx y\tz "w\n')
     assert read_pairs(str(tmp_path / "a.tsv"), PairColumns("good", "bad"))[0].good == "x y"
 
@@ -220,6 +216,8 @@ def test_keeping_a_subset(tmp_path):
 
 # ------------------------------------------------------------------ declared sets
 
+TEXT_SET = 'task = "text"\nlocal = "a"\n'
+
 
 def test_every_declared_set_can_be_read_and_says_what_it_is():
     sets = {item.name: item for item in built_in_sets()}
@@ -233,29 +231,31 @@ def test_every_declared_set_can_be_read_and_says_what_it_is():
             assert reference.source, item.name
 
 
-def test_mistakes_in_a_declaration_are_named(tmp_path):
-    path = tmp_path / "x.toml"
-    for content, message in (
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
         ('name = "x"\ntask = "text"\n', "hub or local"),
         ('name = "x"\ntask = "poem"\nlocal = "a"\n', "no task 'poem'"),
-        ('name = "x"\ntask = "text"\nlocal = "a"\nlocale = 1\n', "unknown setting .*locale: did you mean .*local"),
         ('name = "x"\ntask = "pairs"\nlocal = "a"\n[pairs]\nscoring = "half"\n', "no scoring 'half'"),
-        ('task = "text"\nlocal = "a"\n', "name is missing"),
         ("name = \n", "TOML"),
         (f"name = {'[' * 5000}{']' * 5000}\n", "not valid TOML"),
-        ('name = "x"\ntask = "text"\nlocal = "a"\n[text]\nstrip = "yes"\n', "must be true or false"),
-        ('name = "../x"\ntask = "text"\nlocal = "a"\n', "may only have letters"),
-        ('name = 3\ntask = "text"\nlocal = "a"\n', "name must be text"),
-        ('name = "x"\ntask = "text"\nlocal = "a"\nreference = 3\n', "reference must be a table"),
-        ('name = "x"\ntask = "text"\nlocal = "a"\n[[reference]]\nvalue = nan\n', "must be a number"),
-        (
-            'name = "x"\ntask = "text"\nlocal = "a"\n[[reference]]\nphenomena = {a = "z"}\n',
-            "a must be a number",
-        ),
-    ):
-        path.write_text(content)
-        with pytest.raises(UserError, match=message):
-            read_set(path)
+        (TEXT_SET, "name is missing"),
+        (f'name = "../x"\n{TEXT_SET}', "may only have letters"),
+        (f"name = 3\n{TEXT_SET}", "name must be text"),
+        (f'name = "x"\n{TEXT_SET}locale = 1\n', "unknown setting .*locale: did you mean .*local"),
+        (f'name = "x"\n{TEXT_SET}[text]\nstrip = "yes"\n', "must be true or false"),
+        (f'name = "x"\n{TEXT_SET}reference = 3\n', "reference must be a table"),
+        (f'name = "x"\n{TEXT_SET}[[reference]]\nvalue = nan\n', "must be a number"),
+        (f'name = "x"\n{TEXT_SET}[[reference]]\nphenomena = {{a = "z"}}\n', "a must be a number"),
+    ],
+)
+def test_mistakes_in_a_declaration_are_named(content, message, tmp_path):
+    (tmp_path / "x.toml").write_text(content)
+    with pytest.raises(UserError, match=message):
+        read_set(tmp_path / "x.toml")
+
+
+def test_a_set_that_is_not_known_is_named():
     with pytest.raises(UserError, match="the sets are"):
         find_set("wikitex-2")
 
@@ -293,12 +293,11 @@ def test_local_sets_are_evaluated(checkpoint, tmp_path):
     model = load(str(checkpoint("bert")))
     evaluation = evaluate(model, find_set("crows-pairs", DATA))
     assert "pairs" in evaluation.result
-    assert evaluation.result["pairs"]["pairs"] == 1508
-    assert len(evaluation.result["pairs"]["phenomena"]) == 9
+    pairs = evaluation.result["pairs"]
+    assert (pairs["pairs"], len(pairs["phenomena"])) == (1508, 9)
     bosque = evaluate(model, find_set("ud-pt-bosque", DATA))
     assert bosque.result["corpus"]["documents"] == 1167
-    assert bosque.result["set"]
-    assert bosque.result["set"]["name"] == "ud-pt-bosque"
+    assert (bosque.result["set"] or {})["name"] == "ud-pt-bosque"
 
 
 def test_texts_from_python(checkpoint):
@@ -320,10 +319,8 @@ def test_texts_from_python(checkpoint):
 
 
 def test_a_pair_with_an_empty_sentence_is_left_out_and_counted(checkpoint, tmp_path):
-    path = tmp_path / "a.jsonl"
-    rows = [{"sentence_good": good, "sentence_bad": "The words."} for good in ("A word.", " ", "")]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    evaluation = evaluate(str(checkpoint("bert")), find_set(str(path), pairs=True))
-    assert "pairs" in evaluation.result
-    assert evaluation.result["pairs"]["pairs"] == 1
-    assert evaluation.result["corpus"]["empty_texts"] == 2
+    write_pairs(tmp_path / "a.jsonl", [(good, "The words.") for good in ("A word.", " ", "")])
+    result = evaluate(str(checkpoint("bert")), find_set(str(tmp_path / "a.jsonl"), pairs=True)).result
+    assert "pairs" in result
+    assert result["pairs"]["pairs"] == 1
+    assert result["corpus"]["empty_texts"] == 2

@@ -6,8 +6,8 @@ from math import floor
 
 import numpy as np
 import pytest
-from conftest import paragraphs
-from test_cli import run
+from conftest import paragraphs, run
+from test_pairs import write_pairs
 from tokenizers import Tokenizer as RustTokenizer
 from tokenizers.models import BPE
 from tokenizers.normalizers import BertNormalizer
@@ -75,8 +75,7 @@ def test_tokenizers_are_not_compared_where_one_loses_text(checkpoint, tmp_path):
     for order in (("bert", "roberta"), ("roberta", "bert")):
         with pytest.raises(UserError, match=r"tokenizers differ, .* 6 tokens .*too many"):
             compare([tmp_path / name for name in order])
-    pairs = tmp_path / "pairs.jsonl"
-    pairs.write_text(json.dumps({"sentence_good": "The end.", "sentence_bad": f"The {UNKNOWN}."}), encoding="utf-8")
+    write_pairs(pairs := tmp_path / "pairs.jsonl", [("The end.", f"The {UNKNOWN}.")])
     for name in ("bert", "roberta"):
         evaluate(checkpoint(name), find_set(str(pairs), pairs=True), output=tmp_path / f"pairs-{name}")
     with pytest.raises(UserError, match=r"tokenizers differ, .*too many"):
@@ -122,8 +121,7 @@ def test_a_text_without_a_scored_token_has_no_score(capsys, caplog, checkpoint, 
 
 @pytest.mark.parametrize(("good", "bad"), [(NOTHING, "The end."), ("The end.", NOTHING), (NOTHING, NOTHING)])
 def test_a_pair_with_a_sentence_without_a_scored_token_is_wrong(good, bad, capsys, checkpoint, tmp_path):
-    rows = [{"sentence_good": good, "sentence_bad": bad}] * 2
-    (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_pairs(tmp_path / "p.jsonl", [(good, bad)] * 2)
     arguments = ["eval", checkpoint("bert"), "--set", tmp_path / "p.jsonl", "--metric", "pairs"]
     code, out, err = run(capsys, *arguments, "--output", tmp_path / "result")
     if good == bad:
