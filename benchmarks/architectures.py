@@ -7,21 +7,17 @@ table on that page.
 
 import argparse
 import os
-import platform
 import shutil
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from datetime import date
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from harness import Report, Table, main, say, split_page, write_block
+from harness import Report, Table, main, say, split_page, versions, write_block
 from plans import PRECISIONS, builder_name, random_batches, write_plan_graph
-from plans import build as build_plan
 from processes import ContestantError, contestants
 
 from mlmkit.export.profiles import PlanOptions
@@ -158,17 +154,16 @@ def check(name: str, folder: Path) -> Row:
 
 def add_plans(row: Row, folder: Path) -> None:
     """Build a plan in each precision from the graph that `check` left in `folder`; fill in the row."""
-    from mlmkit.export.tensorrt import SEE_ARCHITECTURES
+    from mlmkit.export.tensorrt import SEE_ARCHITECTURES, build_plan
 
-    assert row.max_length is not None
+    facts: dict[str, Any] = {"architecture": row.name, "max_length": row.max_length, "options": PLAN_OPTIONS}
     batches = random_batches(SIZES["vocab_size"], 4, 32)
     for precision in PRECISIONS:
         with tempfile.TemporaryDirectory() as temporary:
-            copy = Path(temporary) / "plan"
-            shutil.copytree(folder, copy)
+            graph = shutil.copytree(folder, Path(temporary) / "plan") / "model.onnx"
             try:
-                write_plan_graph(copy / "model.onnx", precision, batches)
-                built = build_plan(copy, row.name, precision, row.max_length, PLAN_OPTIONS)
+                write_plan_graph(graph, precision, batches)
+                built = build_plan(graph, graph.parent, precision=precision, **facts)
                 row.plans[precision] = min(built.fused_attention.get(profile.name, 0) for profile in built.profiles)
             except Exception as error:
                 reason = str(error).removeprefix("model.onnx: ").removesuffix(f": {SEE_ARCHITECTURES}")
@@ -177,13 +172,15 @@ def add_plans(row: Row, folder: Path) -> None:
 
 def compare(model: Any, path: Path, longest: int, row: Row) -> None:
     """Run the graph beside torch at every shape that torch can run; fill in the row."""
-    import onnx
+    import onnx_ir
     import onnxruntime as ort
     import torch
 
     from mlmkit.backends import Scored
 
-    row.operators = sorted(operators(onnx.load(path).graph))
+    row.operators = sorted(
+        {f"{node.domain}::{node.op_type}".lstrip(":") for node in onnx_ir.load(path).graph.all_nodes()}
+    )
     options = ort.SessionOptions()
     options.log_severity_level = 4
     options.intra_op_num_threads = 1
@@ -224,12 +221,10 @@ def ragged(model: Any, batch: int, seq: int, masked: int) -> dict[str, np.ndarra
 
 
 def pad_id(model: Any) -> int:
-    """The configuration's padding id, or 0."""
     return getattr(model.network.config.get_text_config(), "pad_token_id", None) or 0
 
 
 def runs(model: Any, length: int) -> bool:
-    """Whether torch can run a row of this length."""
     import torch
 
     input_ids = torch.full((1, length), model.vocabulary_size - 1)
@@ -239,17 +234,6 @@ def runs(model: Any, length: int) -> bool:
     except (RuntimeError, LookupError, ValueError, AssertionError):
         return False
     return True
-
-
-def operators(graph: Any) -> set[str]:
-    """All operators, those of subgraphs too, with their domain if it is not ONNX's own."""
-    names = set()
-    for node in graph.node:
-        names.add(f"{node.domain}::{node.op_type}" if node.domain else node.op_type)
-        for attribute in node.attribute:
-            for inner in (attribute.g, *attribute.graphs):
-                names |= operators(inner)
-    return names
 
 
 # ---------------------------------------------------------------- all of them
@@ -276,11 +260,10 @@ def _plans_of(_name: str, row: Row, folder: Path) -> dict[str, int | str]:
 
 
 def measure(options: argparse.Namespace) -> Report:
-    """All architectures, or those in `--only`, two at a time."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
     if options.page:
-        split_page(Path(options.page), SCRIPT)
+        split_page(Path(options.page), SCRIPT)  # fails before the hours, not after them
     os.environ["OMP_NUM_THREADS"] = "1"
     named = [name for name in options.only if name] or list(MODEL_FOR_MASKED_LM_MAPPING_NAMES)
     rows = []
@@ -293,7 +276,6 @@ def measure(options: argparse.Namespace) -> Report:
     return Report(
         [Table("", HEADER, [cells(row) for row in rows])],
         summary(rows),
-        {"architectures_exported": sum(not row.reason for row in rows), "architectures_known": len(rows)},
         figures=[asdict(row) for row in rows],
     )
 
@@ -307,19 +289,16 @@ NO_PLANS = "TensorRT for RTX was not installed, so no plan was built."
 
 
 def write_page(page: Path, rows: list[Row]) -> None:
-    """Replace the block of `docs/architectures.md` between this script's markers."""
-    packages = ("transformers", "torch", "onnx", "onnxscript", "onnxruntime-gpu", "onnxruntime")
-    versions = [f"Python {platform.python_version()}"]
-    for name in packages:
-        with suppress(PackageNotFoundError):
-            versions.append(f"{name} {version(name)}")
-    written = f"*Written by `python benchmarks/{SCRIPT} --page docs/architectures.md` on {date.today()}: "
+    of_packages = versions("transformers", "torch", "onnx", "onnxscript", "onnxruntime-gpu", "onnxruntime")
+    written = (
+        f"*Written by `python benchmarks/{SCRIPT} --page docs/architectures.md` on {date.today()}: "
+        f"{', '.join(f'{name} {number}' for name, number in of_packages.items())}.*"
+    )
     table = Table("", HEADER, [cells(row) for row in rows]).markdown()
-    write_block(page, SCRIPT, [f"{written}{', '.join(versions)}.*", *summary(rows), table, *reasons(rows)])
+    write_block(page, SCRIPT, [written, *summary(rows), table, *reasons(rows)])
 
 
 def summary(rows: list[Row]) -> list[str]:
-    """How many export and agree, and how many plans are built."""
     good = [row for row in rows if not row.reason]
     worst = max((row.max_log_prob_difference or 0 for row in good), default=0)
     plans = [plan for row in good for plan in row.plans.values()]
@@ -350,7 +329,6 @@ def reasons(rows: list[Row]) -> list[str]:
 
 
 def cells(row: Row) -> list[str]:
-    """A row of the page's table."""
     yes = {True: "yes", False: "no", None: ""}
     length = "" if row.max_length is None else "no limit" if row.max_length > UNBOUNDED else str(row.max_length)
     if length.isdigit():

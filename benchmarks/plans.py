@@ -21,7 +21,6 @@ from harness import Report, SkippedError, Table, main, processor, say, split_pag
 from inputs import TINY
 from processes import isolated, memory_mib
 
-from mlmkit.artifact import TensorRT
 from mlmkit.backends import Batch
 from mlmkit.export.profiles import PlanOptions
 
@@ -39,9 +38,6 @@ BY_PROFILE_NOTE = (
     "tokens: enough to count layers."
 )
 SCRIPT = Path(__file__).name
-
-
-# ---------------------------------------------------------------- the export's way to a plan
 
 
 def random_batches(vocabulary_size: int, rows: int, length: int) -> list[Batch]:
@@ -66,20 +62,6 @@ def write_plan_graph(graph: Path, precision: str, batches: Sequence[Batch]) -> N
     replace_graph(plan_model(graph, precision, facts.get("overflowing", ())), graph)
 
 
-def build(folder: Path, architecture: str, precision: str, max_length: int, options: PlanOptions) -> TensorRT:
-    """Build the plan of the folder's graph; return its entry in the manifest. Raises `UserError` if none is built."""
-    from mlmkit.export.tensorrt import build_plan
-
-    return build_plan(
-        folder / "model.onnx",
-        folder,
-        architecture=architecture,
-        precision=precision,
-        max_length=max_length,
-        options=options,
-    )
-
-
 def builder_name() -> str:
     """TensorRT for RTX with its version, or nothing if it is not installed. No other builds without a GPU."""
     try:
@@ -87,9 +69,6 @@ def builder_name() -> str:
     except (ImportError, OSError):  # OSError: a library that the bindings need is missing
         return ""
     return f"{NAME} {trt.__version__}" if RTX else ""
-
-
-# ---------------------------------------------------------------- the benchmark
 
 
 def write_graph(folder: Path, architecture: str, quick: bool) -> tuple[int, int]:
@@ -110,8 +89,11 @@ def write_graph(folder: Path, architecture: str, quick: bool) -> tuple[int, int]
 
 def measured_build(folder: Path, architecture: str, precision: str, max_length: int) -> dict[str, Any]:
     """The figures of a build, made in this process, which does nothing else."""
+    facts: dict[str, Any] = {"architecture": architecture, "precision": precision, "max_length": max_length}
     began = time.process_time()
-    built = build(folder, architecture, precision, max_length, PlanOptions())
+    from mlmkit.export.tensorrt import build_plan  # loading the builder counts, as in all figures so far
+
+    built = build_plan(folder / "model.onnx", folder, **facts, options=PlanOptions())
     seconds = time.process_time() - began
     names = [profile.name for profile in built.profiles]
     described = json.loads((folder / "layers.json").read_text(encoding="utf-8"))
@@ -128,19 +110,18 @@ def measured_build(folder: Path, architecture: str, precision: str, max_length: 
 
 
 def row(figures: dict[str, Any]) -> list[str]:
-    """Cells of the table after model and precision."""
     by_profile = [", ".join(f"{value:,.0f}" for value in figures[name].values()) for name in BY_PROFILE]
     sizes = f"{figures['seconds']:.1f}", f"{figures['peak_mib']:,.0f}", f"{figures['plan_mib']:,.0f}"
     return [*sizes, str(figures["layers"]), *by_profile]
 
 
 def measure(options: argparse.Namespace) -> Report:
-    """One build after another, model by model."""
     if not (builder := builder_name()):
         raise SkippedError("TensorRT for RTX is not installed: pip install tensorrt_rtx")
     if options.page:
         split_page(Path(options.page), SCRIPT)
-    rows, figures = list[list[str]](), dict[str, Any]()
+    rows: list[list[str]] = []
+    figures: dict[str, Any] = {}
     for architecture in options.models:
         title, precisions = MODELS[architecture]
         with tempfile.TemporaryDirectory() as temporary:

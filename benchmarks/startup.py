@@ -18,11 +18,16 @@ from processes import isolated, memory_mib, run_command
 
 TEXT = "The [MASK] of the statement is an expression that is evaluated first."
 PEER = "import sys, transformers; print(transformers.pipeline('fill-mask', model=sys.argv[1])(sys.argv[2]))"
+HEADLINES = {
+    "import_seconds": "import mlmkit",
+    "help_seconds": "mlmkit --help",
+    "fill_seconds": "mlmkit fill",
+    "pipeline_seconds": "transformers.pipeline",
+}
 AIMS = {"import mlmkit": 0.1, "mlmkit --help": 0.3, "mlmkit fill": 1.5}
 
 
 def measure(options: argparse.Namespace) -> Report:
-    """Whole processes, then steps."""
     source = checkpoint("bert-base", num_hidden_layers=options.layers)
     target = artifact("bert-base", num_hidden_layers=options.layers)
     commands = {
@@ -36,56 +41,38 @@ def measure(options: argparse.Namespace) -> Report:
     taken = alternate(turns, options.rounds)
     taken["import mlmkit"] = [a - b for a, b in zip(taken["import mlmkit"], taken["python"], strict=True)]
     runs = {work: [isolated(steps, work, target) for _ in range(options.rounds)] for work in ("fill", "score")}
-    return Report(
-        [
-            table(
-                "Whole processes (the import beyond Python's own time)",
-                [{"": name, "seconds": times, "aim": AIMS.get(name)} for name, times in taken.items()],
-            ),
-            table(
-                "Steps",
-                [
-                    {"": work, "step": name, "seconds, or MB": median(run[name] for run in of_work)}
-                    for work, of_work in runs.items()
-                    for name in of_work[0]
-                ],
-            ),
-        ],
-        headlines={
-            "import_seconds": median(taken["import mlmkit"]),
-            "help_seconds": median(taken["mlmkit --help"]),
-            "fill_seconds": median(taken["mlmkit fill"]),
-            "pipeline_seconds": median(taken["transformers.pipeline"]),
-        },
-        figures={"processes": taken, "steps": runs},
-    )
+    processes = [{"": name, "seconds": times, "aim": AIMS.get(name)} for name, times in taken.items()]
+    steps_of_all = [
+        {"": work, "step": name, "seconds, or MB": median(run[name] for run in of_work)}
+        for work, of_work in runs.items()
+        for name in of_work[0]
+    ]
+    tables = [table("Whole processes (the import beyond Python's own time)", processes), table("Steps", steps_of_all)]
+    headlines = {key: median(taken[name]) for key, name in HEADLINES.items()}
+    return Report(tables, headlines=headlines, figures={"processes": taken, "steps": runs})
 
 
 def steps(work: str, folder: Path) -> dict[str, float]:
     """The seconds of each step, then the memory, in a process of its own."""
-    marks = [("", time.perf_counter())]
-
-    def mark(name: str) -> None:
-        marks.append((name, time.perf_counter()))
-
+    marks = {"": time.perf_counter()}
     from mlmkit.backends import load
     from mlmkit.fill import fill
 
-    mark("import mlmkit.fill, numpy")
+    marks["import mlmkit.fill, numpy"] = time.perf_counter()
     import onnxruntime  # noqa: F401
 
-    mark("import onnxruntime")
+    marks["import onnxruntime"] = time.perf_counter()
     from mlmkit.artifact import read_manifest
 
     read_manifest(folder)
-    mark("hashing the files, once")
+    marks["hashing the files, once"] = time.perf_counter()
     model = load(str(folder), device="cpu")
-    mark("load, which hashes too")
+    marks["load, which hashes too"] = time.perf_counter()
     targets = ["the", "name"] if work == "score" else []
     for name in (f"first {work}", f"second {work}"):
         fill(model, TEXT, targets=targets)
-        mark(name)
-    figures = {name: after - before for (_, before), (name, after) in pairwise(marks)}
+        marks[name] = time.perf_counter()
+    figures = {name: after - before for (_, before), (name, after) in pairwise(marks.items())}
     weights = sum(path.stat().st_size for path in folder.iterdir()) / 1e6
     return figures | {"peak less the artifact, MB": memory_mib() * 1.048576 - weights}
 
