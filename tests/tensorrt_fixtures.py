@@ -85,15 +85,6 @@ def backend(folder: Path) -> Any:
     return TensorRTBackend(str(folder))
 
 
-def random_batch(rows: int, seq: int, masked: int) -> Batch:
-    """Ragged rows; unordered positions, some of them repeated."""
-    generator = np.random.default_rng(rows * 1000 + seq)
-    attention_mask = (np.arange(seq) < generator.integers(1, seq + 1, (rows, 1))).astype(np.int64)
-    positions = generator.choice(np.flatnonzero(attention_mask), masked)
-    input_ids, targets = generator.integers(5, 600, (rows, seq)), generator.integers(5, 600, masked)
-    return Batch(input_ids, attention_mask, positions, targets)
-
-
 def assert_equal(scored: Any, expected: Any) -> None:
     for name, values in expected._asdict().items():
         got = getattr(scored, name)

@@ -10,8 +10,8 @@ from huggingface_hub import ModelCard
 
 from mlmkit.artifact import read_manifest
 from mlmkit.backends import load
-from mlmkit.cli import main
 from mlmkit.errors import UserError
+from mlmkit.eval.api import evaluate
 from mlmkit.export.card import write_card
 
 
@@ -23,10 +23,7 @@ def copy(artifact, tmp_path) -> Path:
 @pytest.fixture(scope="module")
 def result(artifact, text_file, tmp_path_factory) -> dict:
     folder = tmp_path_factory.mktemp("result") / "result"
-    command = ["eval", str(artifact("bert")), "--set", str(text_file), "--output", str(folder)]
-    with pytest.raises(SystemExit) as stop:
-        main(command)
-    assert not stop.value.code
+    evaluate(artifact("bert"), text_file, output=folder)
     return json.loads((folder / "result.json").read_text())
 
 
@@ -37,8 +34,7 @@ def front_matter(folder: Path) -> dict:
 
 def test_the_front_matter_is_what_the_hub_reads(copy):
     write_card(copy, read_manifest(copy), checkpoint="google-bert/bert-base-uncased")
-    data = front_matter(copy)
-    assert data == {
+    assert front_matter(copy) == {
         "library_name": "mlmkit",
         "pipeline_tag": "fill-mask",
         "base_model": "google-bert/bert-base-uncased",
@@ -48,18 +44,13 @@ def test_the_front_matter_is_what_the_hub_reads(copy):
     assert front_matter(copy)["base_model_relation"] == "quantized"
 
 
-@pytest.mark.parametrize("name", ["/home/someone/run/model", "./model", "a/b/c", "a b"])
-def test_a_local_checkpoint_is_no_base_model_and_its_path_stays_private(copy, name):
+@pytest.mark.parametrize("name", ["/home/someone/run/model", "./model", "a/b/c", "a b", "existing/folder"])
+def test_a_local_checkpoint_is_no_base_model_and_its_path_stays_private(copy, name, tmp_path, monkeypatch):
+    (tmp_path / "existing/folder").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
     write_card(copy, read_manifest(copy), checkpoint=name)
     assert "base_model" not in front_matter(copy)
     assert name not in (copy / "README.md").read_text()
-
-
-def test_a_folder_of_that_name_is_no_base_model(copy, tmp_path, monkeypatch):
-    (tmp_path / "model").mkdir()
-    monkeypatch.chdir(tmp_path)
-    write_card(copy, read_manifest(copy), checkpoint="model")
-    assert "base_model" not in front_matter(copy)
 
 
 def test_the_body_says_what_was_proven_and_measured(copy, result, text_file):

@@ -43,9 +43,8 @@ def write_tables(folder: Path, metric: str, documents: list[list[tuple[float, in
     pq.write_table(pa.table(tokens), folder / "tokens.parquet")
     sizes = {"scorable": counts, "words": number % 3 + 1, "characters": number % 5 + 3, "bytes": number % 5 + 4}
     groups = {"phenomenon": [f"p{n // 4}" for n in number], "paradigm": [f"q{n // 8}" for n in number]}
-    pq.write_table(
-        pa.table({"document": number, **sizes, "same_ids": number < 0, **groups}), folder / "documents.parquet"
-    )
+    table = pa.table({"document": number, **sizes, "same_ids": number < 0, **groups})
+    pq.write_table(table, folder / "documents.parquet")
 
 
 def each_interval(found: dict[str, Any], name: str = "") -> Iterator[tuple[str, dict[str, Any]]]:

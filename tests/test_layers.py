@@ -47,10 +47,8 @@ def packs(model: MaskedLM, count: int) -> list[Pack]:
     generator = torch.Generator().manual_seed(1)
     made = []
     for documents in torch.randint(1, 8, (count,), generator=generator).tolist():
-        lengths = torch.randint(1, 30, (documents,), generator=generator).tolist()
-        made.append(
-            lay_end_to_end(model, [torch.randint(5, 200, (length,), generator=generator) for length in lengths])
-        )
+        lengths = torch.randint(1, 30, (documents,), generator=generator)
+        made.append(lay_end_to_end(model, [torch.randint(5, 200, (n,), generator=generator) for n in lengths.tolist()]))
     return made
 
 
@@ -77,13 +75,12 @@ def test_ten_packs_compile_once(model, kinds):
             value = loss(model, fixed, tokens)
             expected = loss(eager, pack, tokens)
             torch.testing.assert_close(value, expected, rtol=1e-5, atol=0)
-            for each in (value, expected):
-                each.backward()
+            (value + expected).backward()
         grads = [
             {name: parameter.grad for name, parameter in each.named_parameters() if parameter.grad is not None}
             for each in (model, eager)
         ]
-        assert_same_gradients(grads[0], grads[1], 1e-5)
+        assert_same_gradients(*grads, 1e-5)
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()

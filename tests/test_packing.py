@@ -7,7 +7,7 @@ import torch
 import transformers as T
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
-from benchmarks.architectures import build
+from benchmarks.architectures import SIZES, build
 from mlmkit import packing
 from mlmkit.model import MaskedLM
 from mlmkit.packing import Pack, enable_packing, packed_inputs, pad_pack
@@ -37,14 +37,10 @@ def model_and_documents(name: str) -> tuple[MaskedLM, list[torch.Tensor]]:
 
 
 def padded(documents: list[torch.Tensor]) -> dict[str, Any]:
-    lengths = torch.tensor([len(document) for document in documents])
     input_ids = torch.nn.utils.rnn.pad_sequence(documents, batch_first=True)
-    is_token = torch.arange(input_ids.shape[1]) < lengths[:, None]
-    return {
-        "positions": is_token.flatten().nonzero().squeeze(1),
-        "input_ids": input_ids,
-        "attention_mask": is_token.long(),
-    }
+    is_token = torch.arange(input_ids.shape[1]) < torch.tensor([len(document) for document in documents])[:, None]
+    positions = is_token.flatten().nonzero().squeeze(1)
+    return {"positions": positions, "input_ids": input_ids, "attention_mask": is_token.long()}
 
 
 def lay_end_to_end(model: MaskedLM, documents: list[torch.Tensor]) -> Pack:
@@ -55,10 +51,7 @@ def lay_end_to_end(model: MaskedLM, documents: list[torch.Tensor]) -> Pack:
 
 
 def packed(model: MaskedLM, documents: list[torch.Tensor]) -> dict[str, Any]:
-    return {
-        "positions": torch.arange(sum(map(len, documents))),
-        **packed_inputs(lay_end_to_end(model, documents)),
-    }
+    return {"positions": torch.arange(sum(map(len, documents))), **packed_inputs(lay_end_to_end(model, documents))}
 
 
 def gradients(model: MaskedLM, inputs: dict[str, Any]) -> dict[str, torch.Tensor]:
@@ -126,11 +119,10 @@ def test_packed_gradients_equal_padded_ones(name):
 # ------------------------------------------------------------------ what the probe must not miss
 
 
-def test_a_buffer_as_long_as_the_position_table_is_found_out():
+def test_a_buffer_as_long_as_the_position_table_is_found_out(monkeypatch):
     """Segment ids come from a buffer of that length: too short for a longer pack, enough for a short one."""
-    sizes: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    config = T.BertConfig(vocab_size=200, intermediate_size=64, max_position_embeddings=512, **sizes)
-    model = MaskedLM(T.AutoModelForMaskedLM.from_config(config))
+    monkeypatch.setitem(SIZES, "max_position_embeddings", 512)
+    model = MaskedLM(build("bert"))
     embeddings: Any = model.network.base_model.embeddings
 
     def add(_module, inputs, named):
@@ -181,11 +173,9 @@ def test_a_padded_pack_has_the_shapes_asked_for():
     assert fixed.cu_seqlens.dtype == torch.int32
     assert fixed.input_ids[0, :13].tolist() == pack.input_ids[0].tolist()
     assert set(fixed.input_ids[0, 13:].tolist()) == {3}
-    expected = [*range(2, 15), *range(2, 64), *range(2, 27)]
-    assert fixed.position_ids[0].tolist() == expected
+    assert fixed.position_ids[0].tolist() == [*range(2, 15), *range(2, 64), *range(2, 27)]
     full = pad_pack(pack, total=13, most=1, longest=13, pad_id=3)
-    assert full.input_ids.shape == (1, 13)
-    assert full.cu_seqlens.tolist() == [0, 13, 13]
+    assert (full.input_ids.shape, full.cu_seqlens.tolist()) == ((1, 13), [0, 13, 13])
 
 
 @pytest.mark.parametrize("sizes", [(12, 3, 13), (13, 0, 13), (13, 1, 12)])

@@ -10,9 +10,8 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from conftest import edit_record
-from test_cli import run
-from test_pairs import PAIRS
+from conftest import PORTUGUESE, edit_record, paragraphs, run
+from test_pairs import write_pairs
 
 from mlmkit.errors import UserError
 from mlmkit.eval.api import evaluate
@@ -23,8 +22,6 @@ EVIL = "<script>alert('x')</script> & \"quotes\" $\\frac{1}{2}$ </style> {{ 7 * 
 
 @pytest.fixture(scope="module")
 def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from conftest import PORTUGUESE, paragraphs
-
     path = tmp_path_factory.mktemp("texts") / "<b>evil.txt"
     path.write_text("".join(f"{line}\n" for line in [*PORTUGUESE, EVIL, *paragraphs()[:30]]), encoding="utf-8")
     return path
@@ -89,17 +86,14 @@ def test_examples_are_the_extremes(results):
 
 
 def test_pairs_have_a_report_and_a_comparison(capsys, checkpoint, artifact, tmp_path):
-    path = tmp_path / "pairs.jsonl"
-    keys = ("sentence_good", "sentence_bad", "linguistics_term", "UID")
-    path.write_text("".join(json.dumps(dict(zip(keys, pair, strict=True))) + "\n" for pair in PAIRS))
+    write_pairs(tmp_path / "pairs.jsonl")
     (tmp_path / "p.toml").write_text(
         'name = "p"\ntask = "pairs"\nlocal = "pairs.jsonl"\n[pairs]\nphenomenon = "linguistics_term"\n'
         '[[reference]]\nmodel = "R<i>ef"\nmetric = "pair_accuracy"\nvalue = 0.5\nsource = "x"\n'
         "phenomena = { agreement = 0.7 }\n"
     )
     for name, model in (("a", checkpoint("bert")), ("b", checkpoint("roberta"))):
-        arguments = ["eval", model, "--set", tmp_path / "p.toml", "--output", tmp_path / name]
-        code, out, err = run(capsys, *arguments)
+        code, out, err = run(capsys, "eval", model, "--set", tmp_path / "p.toml", "--output", tmp_path / name)
         assert code == 0, err
         assert "agreement" in out and "1 ties" in out
     text = (tmp_path / "a" / "report.html").read_text(encoding="utf-8")
@@ -116,7 +110,9 @@ def test_pairs_have_a_report_and_a_comparison(capsys, checkpoint, artifact, tmp_
     assert read_result(tmp_path / "a")["pairs"]["phenomena"]["order"]["pair_accuracy"]["low"] is None
     assert (tmp_path / "page" / "compare.html").exists()
     # a plain file of pairs needs no declaration
-    code, out, err = run(capsys, "eval", artifact("bert"), "--set", path, "--metric", "pairs", "--json")
+    code, out, err = run(
+        capsys, "eval", artifact("bert"), "--set", tmp_path / "pairs.jsonl", "--metric", "pairs", "--json"
+    )
     assert code == 0, err
     assert json.loads(out)["pairs"]["pairs"] == 6
     code, _, err = run(capsys, "eval", artifact("bert"), "--set", tmp_path / "p.toml", "--metric", "masked")
@@ -131,30 +127,24 @@ def test_a_comparison_is_paired(results):
     same, other = comparison["comparisons"]
     assert abs(same["metrics"]["masked_cross_entropy"]["difference"]) < 1e-5
     found = other["metrics"]["masked_cross_entropy"]
+    assert found["low"] <= found["difference"] <= found["high"]
+    assert 0 < found["p_value"] <= 1
     tables = [pq.read_table(results[name] / "tokens.parquet").to_pandas() for name in ("torch", "modern")]
     masked = [table[table.metric == "masked"] for table in tables]
     change = masked[0].log_prob.astype(float).mean() - masked[1].log_prob.astype(float).mean()
     assert found["difference"] == pytest.approx(change)
     # The interval is that of resampling documents with the same draws for both.
     by_document = [table.groupby("document").log_prob.agg(["sum", "size"]) for table in masked]
-    generator = np.random.default_rng(1)
-    documents, draws = len(by_document[0]), []
-    for _ in range(2000):
-        rows = generator.integers(documents, size=documents)
-        means = [-frame["sum"].to_numpy()[rows].sum() / frame["size"].to_numpy()[rows].sum() for frame in by_document]
-        draws.append(means[1] - means[0])
+    rows = np.random.default_rng(1).integers(len(by_document[0]), size=(2000, len(by_document[0])))
+    sums, sizes = ([frame[name].to_numpy()[rows].sum(axis=1) for frame in by_document] for name in ("sum", "size"))
+    draws = sums[0] / sizes[0] - sums[1] / sizes[1]
     spread = float(np.std(draws))
     assert found["low"] == pytest.approx(np.quantile(draws, 0.025), abs=0.35 * spread)
     assert found["high"] == pytest.approx(np.quantile(draws, 0.975), abs=0.35 * spread)
-    assert found["low"] <= found["difference"] <= found["high"]
-    assert 0 < found["p_value"] <= 1
     treatment = other["slices"]["masked"]["treatment"]
     assert sum(group["masked_cross_entropy"]["tokens"][0] for group in treatment.values()) == len(masked[0])
-    largest = other["tokens"][0]
-    first = [table[table.mask_seed == 0] for table in masked]
-    assert abs(largest["difference"]) == pytest.approx(
-        np.abs(first[0].log_prob.to_numpy() - first[1].log_prob.to_numpy()).max(), abs=1e-5
-    )
+    first = [table[table.mask_seed == 0].log_prob.to_numpy() for table in masked]
+    assert abs(other["tokens"][0]["difference"]) == pytest.approx(np.abs(first[0] - first[1]).max(), abs=1e-5)
     assert len(other["tokens"]) == 20
 
 
@@ -167,8 +157,7 @@ def test_a_result_compared_with_itself_differs_in_nothing(results):
 
 
 def test_what_cannot_be_compared_is_refused_with_the_reason(results, checkpoint, texts, tmp_path):
-    other = tmp_path / "other.txt"
-    other.write_text("Another text of some words.\nAnd another line.\n" * 3)
+    other = ["Another text of some words.", "And another line."] * 3
     evaluate(checkpoint("bert"), other, output=tmp_path / "text")
     evaluate(checkpoint("bert"), texts, mask_seed=[0, 1], output=tmp_path / "masks")
     evaluate(checkpoint("roberta"), texts, mask_seed=[0, 1], output=tmp_path / "tokens")
@@ -184,11 +173,9 @@ def test_what_cannot_be_compared_is_refused_with_the_reason(results, checkpoint,
 
 
 def test_what_is_no_result_is_refused_with_the_reason(capsys, results, tmp_path):
-    for others, message in (
-        ([tmp_path / "none"], "does not exist"),
-        ([results["torch"] / "result.json"], "is a file: name the folder"),
-        ([], "two results"),
-    ):
+    file = results["torch"] / "result.json"
+    refusals = ([tmp_path / "none"], "does not exist"), ([file], "is a file: name the folder"), ([], "two results")
+    for others, message in refusals:
         code, _, err = run(capsys, "compare", results["torch"], *others)
         assert (code, message in err) == (2, True)
     folder = Path(shutil.copytree(results["torch"], tmp_path / "changed"))
@@ -202,14 +189,13 @@ def test_what_is_no_result_is_refused_with_the_reason(capsys, results, tmp_path)
             compare([results["torch"], folder])
         assert run(capsys, "report", folder)[0] == 2
     (folder / "result.json").write_text(json.dumps({**whole, "model": {}}))
-    with pytest.raises(UserError, match="is damaged"):
-        compare([results["torch"], folder])
     flipped = Path(shutil.copytree(results["torch"], tmp_path / "flipped"))
     content = bytearray((flipped / "tokens.parquet").read_bytes())
     content[200:220] = bytes(20)
     (flipped / "tokens.parquet").write_bytes(content)
-    with pytest.raises(UserError, match="damaged"):
-        compare([results["torch"], flipped])
+    for damaged in (folder, flipped):
+        with pytest.raises(UserError, match="is damaged"):
+            compare([results["torch"], damaged])
 
 
 def compared_with_another_tokenizer(checkpoint, folder: Path, texts: Path, edit, **options: Any) -> dict[str, Any]:
@@ -248,11 +234,12 @@ def test_tokenizers_with_the_same_counts_and_other_tokens_compare_by_bytes(check
 
 
 def test_other_tokenizers_compare_by_bytes(checkpoint, texts, tmp_path):
-    names = ("bert", "roberta")
-    for name in names:
-        evaluate(checkpoint(name), texts, metrics="pseudo", output=tmp_path / name)
-    (found,) = compare([tmp_path / name for name in names])["comparisons"]
-    values = [read_result(tmp_path / name)["metrics"]["bits_per_byte"]["value"] for name in names]
+    folders = [tmp_path / name for name in ("bert", "roberta")]
+    values = [
+        evaluate(checkpoint(folder.name), texts, metrics="pseudo", output=folder).metrics["bits_per_byte"]["value"]
+        for folder in folders
+    ]
+    (found,) = compare(folders)["comparisons"]
     assert found["metrics"]["bits_per_byte"]["difference"] == pytest.approx(values[1] - values[0])
     assert "pseudo_perplexity" not in found["metrics"]
     assert found["tokens"] == []

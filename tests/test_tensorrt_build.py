@@ -109,10 +109,8 @@ def test_what_has_standard_operators_is_built(kind, architecture, graph, tmp_pat
 def test_the_rewritten_graph_has_the_same_numbers(kind, architecture):
     before, after = (ir.load(architecture(kind)[1] / GRAPH) for _ in range(2))
     for model in (before, after) if kind == "bert" else ():  # logits that are whole numbers, so many tie
-        (logits,) = next(node for node in model.graph if node.op_type == "LogSoftmax").inputs
-        assert logits
+        logits: Any = next(node for node in model.graph if node.op_type == "LogSoftmax").inputs[0]
         producer = logits.producer()
-        assert producer
         rounding = ir.node("Round", [None])
         logits.replace_all_uses_with(rounding.outputs[0])
         rounding.replace_input_with(0, logits)
@@ -156,9 +154,8 @@ def test_a_target_that_the_default_does_not_reach(target, capability, lowered, t
     built = add_plan(lowered("bert", "fp16"), tmp_path / "out", plans=options).tensorrt
     assert built is not None and built.targets == [capability]
     if target == "sm75":  # the rank's matrix product is float32, which Turing does not have
-        with pytest.raises(
-            UserError, match=r"cannot build a plan of model.onnx: .*FP32 GEMM is not supported"
-        ) as caught:
+        message = r"cannot build a plan of model.onnx: .*FP32 GEMM is not supported"
+        with pytest.raises(UserError, match=message) as caught:
             build(lowered("bert", "fp16") / GRAPH, tmp_path, precision="fp16", options=options)
         assert "cudaError 35" not in str(caught.value), "every error has one about the missing driver beside it"
         assert "--max-batch" not in str(caught.value), "memory was not the reason"
@@ -188,11 +185,11 @@ def test_options_that_do_not_fit(options, message):
 # ------------------------------------------------------------------ what goes wrong
 
 
-def write_graph(path: Path, *nodes: onnx.NodeProto) -> None:
+def graph_with_dft() -> bytes:
     x = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["a", 4])
-    y = helper.make_empty_tensor_value_info("y")
-    model = helper.make_model(helper.make_graph(nodes, "graph", [x], [y]), opset_imports=[helper.make_opsetid("", 20)])
-    path.write_bytes(model.SerializeToString())
+    nodes = [helper.make_node("Abs", ["x"], ["z"]), helper.make_node("DFT", ["z"], ["y"], name="spectrum")]
+    graph = helper.make_graph(nodes, "graph", [x], [helper.make_empty_tensor_value_info("y")])
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)]).SerializeToString()
 
 
 @pytest.mark.parametrize(
@@ -202,19 +199,11 @@ def write_graph(path: Path, *nodes: onnx.NodeProto) -> None:
         ({"options": replace(OPTIONS, target="sm75")}, False, "sm75 (Turing) computes in float16 only, not in fp32"),
         ({"architecture": "tapas"}, False, "cannot run a tapas model: its pooling over cells needs ScatterElements"),
         ({}, True, "TensorRT for RTX cannot parse it: model deserialize failed"),
-        (
-            {},
-            False,
-            "does not take DFT (node 'spectrum': invalid node): docs/architectures.md lists",
-        ),
+        ({}, False, "does not take DFT (node 'spectrum': invalid node): docs/architectures.md lists"),
     ],
 )
 def test_what_no_plan_can_be_built_of_is_refused_in_one_line(values, damaged, message, tmp_path):
-    write_graph(
-        tmp_path / GRAPH, helper.make_node("Abs", ["x"], ["z"]), helper.make_node("DFT", ["z"], ["y"], name="spectrum")
-    )
-    if damaged:
-        (tmp_path / GRAPH).write_bytes(b"no graph")
+    (tmp_path / GRAPH).write_bytes(b"no graph" if damaged else graph_with_dft())
     with pytest.raises(UserError) as caught:
         build(tmp_path / GRAPH, **values)
     assert message in str(caught.value) and "\n" not in str(caught.value)

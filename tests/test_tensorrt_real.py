@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -46,15 +47,12 @@ def gpu() -> Any:
 @pytest.fixture(scope="session")
 def planned(gpu, tmp_path_factory, checkpoint) -> Callable[..., Path]:
     """An artifact with a plan, by kind and precision."""
-    folders: dict[str, Path] = {}
 
+    @cache
     def make(kind: str = "bert", precision: str = "fp32") -> Path:
-        key = f"{kind}-{precision}"
-        if key not in folders:
-            folders[key] = tmp_path_factory.mktemp("planned") / "artifact"
-            plans = PlanOptions(max_batch=8, max_masked=256)
-            export(str(checkpoint(kind)), folders[key], precision=precision, text=PROOF, plans=plans)
-        return folders[key]
+        folder, plans = tmp_path_factory.mktemp("planned") / "artifact", PlanOptions(max_batch=8, max_masked=256)
+        export(str(checkpoint(kind)), folder, precision=precision, text=PROOF, plans=plans)
+        return folder
 
     return make
 

@@ -17,19 +17,8 @@ from typing import Any
 import pytest
 import tensorrt_stub
 from conftest import edit_record
-from tensorrt_fixtures import (
-    SHAPES,
-    SMALL,
-    add_plan,
-    assert_equal,
-    backend,
-    folder,
-    machine,
-    plan,
-    random_batch,
-    rtx,
-    rtx_plan,
-)
+from tensorrt_fixtures import SHAPES, SMALL, add_plan, assert_equal, backend, folder, machine, plan, rtx, rtx_plan
+from test_export import random_batch
 
 from mlmkit.artifact import hash_files, parse_manifest, read_manifest, write_manifest
 from mlmkit.backends import load, tensorrt_obstacle
@@ -39,12 +28,15 @@ from mlmkit.errors import CheckError, UserError
 
 def change(folder: Path, **values: Any) -> None:
     """Change the manifest's description of the plan."""
-    built = json.loads((folder / "mlmkit.json").read_text())["tensorrt"]
-    edit_record(folder / "mlmkit.json", tensorrt=built | values)
+    edit_record(folder / "mlmkit.json", tensorrt=described(folder) | values)
+
+
+def described(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "mlmkit.json").read_text())["tensorrt"]
 
 
 def change_profiles(folder: Path, axis: str, smallest: int) -> None:
-    profiles = json.loads((folder / "mlmkit.json").read_text())["tensorrt"]["profiles"]
+    profiles = described(folder)["profiles"]
     change(folder, profiles=[profile | {axis: [smallest, *profile[axis][1:]]} for profile in profiles])
 
 
@@ -58,8 +50,10 @@ def drop_candidates(folder: Path) -> None:
 
 
 def drop_profile(folder: Path) -> None:
-    change(folder, profiles=json.loads((folder / "mlmkit.json").read_text())["tensorrt"]["profiles"][1:])
+    change(folder, profiles=described(folder)["profiles"][1:])
 
+
+DIRECT = (backend, lambda folder: load(str(folder), backend="tensorrt"))
 
 # ------------------------------------------------------------------ running
 
@@ -132,11 +126,7 @@ def test_long_rows_run_one_by_one(machine, plan):
 @pytest.mark.parametrize(
     ("refuses", "error", "message"),
     [
-        (
-            "shape",
-            CheckError,
-            r"shape \(2, 9\) with 3 positions: TensorRT refused input_ids .*\(input_ids is out of the",
-        ),
+        ("shape", CheckError, r"shape \(2, 9\) with 3 positions: TensorRT refused input_ids .*\(input_ids is out of"),
         ("address", CheckError, r"TensorRT refused the address of input_ids \(TensorRT gives no reason\)"),
         ("output shape", CheckError, "shape of log_prob does not follow"),
         ("execution", CheckError, "TensorRT refused to run it"),
@@ -184,14 +174,12 @@ def test_an_index_out_of_range_never_reaches_the_gpu(machine, plan, name, value,
 
 def test_the_best_backend_is_picked(machine, plan, folder):
     assert load(str(folder)).name == "onnx"
-    for make in (backend, lambda folder: load(str(folder), backend="tensorrt")):
+    for make in DIRECT:
         with pytest.raises(UserError, match="has no TensorRT plan"):
             make(folder)
     plan()
-    assert load(str(folder)).name == "tensorrt"
-    assert load(str(folder), device="cuda").name == "tensorrt"
-    assert load(str(folder), device="cpu").name == "onnx"
-    assert load(str(folder), backend="onnx").name == "onnx"
+    assert load(str(folder)).name == load(str(folder), device="cuda").name == "tensorrt"
+    assert load(str(folder), device="cpu").name == load(str(folder), backend="onnx").name == "onnx"
     with pytest.raises(UserError, match="on CUDA only"):
         load(str(folder), backend="tensorrt", device="cpu")
 
@@ -209,7 +197,7 @@ def test_a_plan_runs_only_where_it_was_built_for(machine, plan, caplog, here, me
     for name, value in here.items():
         setattr(machine, name, value)
     sys.modules["tensorrt"].__version__ = machine.version  # type: ignore[attr-defined]
-    for make in (backend, lambda folder: load(str(folder), backend="tensorrt")):
+    for make in DIRECT:
         with pytest.raises(UserError, match=message):
             make(folder)
     with caplog.at_level(logging.INFO):
@@ -327,15 +315,11 @@ def test_compiled_kernels_are_kept_for_each_gpu(rtx, rtx_plan, tmp_path, monkeyp
 
 
 @pytest.mark.parametrize(
-    ("validity", "message"),
-    [
-        (("INVALID", 5), r"cannot run model.plan here \(VERSION_MISMATCH, OLD_CUDA_DRIVER\): build"),
-        (("INVALID", 0), r"cannot run model.plan here \(no reason given\)"),
-    ],
+    ("flags", "reason"), [(5, r"\(VERSION_MISMATCH, OLD_CUDA_DRIVER\): build"), (0, r"\(no reason given\)")]
 )
-def test_tensorrt_for_rtx_is_asked_whether_a_plan_is_valid(rtx, rtx_plan, validity, message):
-    folder, rtx.validity = rtx_plan(), validity
-    with pytest.raises(UserError, match=message):
+def test_tensorrt_for_rtx_is_asked_whether_a_plan_is_valid(rtx, rtx_plan, flags, reason):
+    folder, rtx.validity = rtx_plan(), ("INVALID", flags)
+    with pytest.raises(UserError, match=f"cannot run model.plan here {reason}"):
         backend(folder)
 
 

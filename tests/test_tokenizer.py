@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import threading
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -58,10 +59,8 @@ def _byte_level(*, prefix: bool, splits: bool = True, **settings: Any) -> PreTra
     rust, byte_level = RustTokenizer(models.BPE()), pre_tokenizers.ByteLevel(add_prefix_space=prefix)
     rust.pre_tokenizer, rust.decoder = byte_level, decoders.ByteLevel()
     specials, alphabet = list(ROBERTA.values()), pre_tokenizers.ByteLevel.alphabet()
-    rust.train_from_iterator(
-        paragraphs(),
-        trainers.BpeTrainer(vocab_size=600, special_tokens=specials, initial_alphabet=alphabet, show_progress=False),
-    )
+    options: dict[str, Any] = {"special_tokens": specials, "initial_alphabet": alphabet, "show_progress": False}
+    rust.train_from_iterator(paragraphs(), trainers.BpeTrainer(vocab_size=600, **options))
     rust.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=prefix, use_regex=splits)
     return _framed(rust, ROBERTA, **settings)
 
@@ -116,7 +115,8 @@ def _real_byte_level() -> PreTrainedTokenizerFast:
     return RobertaTokenizer(vocab=vocab, merges=merges)
 
 
-KINDS: dict[str, Callable[[], PreTrainedTokenizerFast]] = {
+Makers = dict[str, Callable[[], PreTrainedTokenizerFast]]
+KINDS: Makers = {
     "wordpiece cased": lambda: _wordpiece(lowercase=False),
     "wordpiece uncased": lambda: _wordpiece(lowercase=True),
     "byte-level": lambda: _byte_level(prefix=False),
@@ -131,6 +131,12 @@ KINDS: dict[str, Callable[[], PreTrainedTokenizerFast]] = {
     "real bert uncased": lambda: _real_bert("bert-base-uncased", lowercase=True),
     "real byte-level": _real_byte_level,
 }
+CLEANED: Makers = {
+    "cleaned wordpiece": lambda: _wordpiece(lowercase=True, **{CLEAN_UP: True}),
+    "cleaned unigram": lambda: _unigram(**{CLEAN_UP: True}),
+    "cleaned byte-level, which does not": lambda: _byte_level(prefix=False, **{CLEAN_UP: True}),
+    "cleaned byte-level, all the same": lambda: _byte_level(prefix=False, **{CLEAN_UP: True, CLEAN_UP_BPE: True}),
+}
 # Spaces do not split text: a word is the whole text, or the part between added tokens.
 UNSPLIT = {"byte-level, unsplit": "Ġ", "gemma": "▁", "llama": "▁", "special bytes": "▁", "greek": "▁"}
 
@@ -144,7 +150,7 @@ def made(tmp_path_factory) -> Callable[[str], tuple[Tokenizer, Tokenizer, Any]]:
         if kind.startswith("real") and not DATA.exists():
             pytest.skip("needs MLMKIT_DATA with tokenizers")
         folder = tmp_path_factory.mktemp("kind")
-        (KINDS | {f"cleaned {name}": make for name, make in CLEANED.items()})[kind]().save_pretrained(folder)
+        (KINDS | CLEANED)[kind]().save_pretrained(folder)
         return Tokenizer.from_folder(folder), load_tokenizer(str(folder)), AutoTokenizer.from_pretrained(folder)
 
     return make
@@ -153,16 +159,8 @@ def made(tmp_path_factory) -> Callable[[str], tuple[Tokenizer, Tokenizer, Any]]:
 ODD = (
     *("", " ", "\t", "a\tb", "a\r\nb", "one\ntwo\n\nthree", "  around  ", "a    b", "x" * 300, "1234567890 3.14 1,000"),
     *("👍🏽 👩‍👩‍👧", "🏴󠁧󠁢󠁥󠁮󠁧󠁿 flag", "cafe\u0301 A\u030a", "café Å ﬁ ½ Ⅷ", "z̸̢a̶̧l̴g̵o", "𝔘𝔫𝔦 𐍈", "İstanbul ß ǅ"),
-    *(
-        "שלום עולם",
-        "مرحبا \u200f! بك",
-        "\u202eabc\u202c",
-        "日本語 テキスト",
-        "中文没有空格",
-        "ภาษาไทย",
-        "αβγ δεζ",
-        "한국어 단어",
-    ),
+    *("שלום עולם", "مرحبا \u200f! بك", "\u202eabc\u202c", "日本語 テキスト", "中文没有空格"),
+    *("ภาษาไทย", "αβγ δεζ", "한국어 단어"),
     *(
         "a\u00a0b",
         "a\u200bb",
@@ -207,15 +205,7 @@ def test_any_text_gets_the_ids_that_transformers_gives(kind, made):
     check()
 
 
-CLEANED: dict[str, Callable[[], PreTrainedTokenizerFast]] = {
-    "wordpiece": lambda: _wordpiece(lowercase=True, **{CLEAN_UP: True}),
-    "unigram": lambda: _unigram(**{CLEAN_UP: True}),
-    "byte-level, which does not": lambda: _byte_level(prefix=False, **{CLEAN_UP: True}),
-    "byte-level, all the same": lambda: _byte_level(prefix=False, **{CLEAN_UP: True, CLEAN_UP_BPE: True}),
-}
-
-
-@pytest.mark.parametrize("kind", [*KINDS, *(f"cleaned {kind}" for kind in CLEANED)])
+@pytest.mark.parametrize("kind", [*KINDS, *CLEANED])
 def test_ids_become_the_text_that_transformers_gives(kind, made):
     light, full, theirs = made(kind)
     texts = (*ODD, "it 's [MASK] , I 'm here . he ' s don't ! 've 're ?", *paragraphs()[:20])
@@ -278,9 +268,17 @@ def test_whole_words_of_an_unsplit_text_are_selected_one_by_one(made):
     assert (word_ends(corpus)[begins] - np.flatnonzero(begins)).max() < 30
 
 
-@pytest.mark.parametrize("kind", ["wordpiece", "bpe", "unigram"])
-def test_corpus_text_yields_no_control_token(kind, tokenizer_folder, made):
-    tokenizer = made(kind)[0] if kind == "unigram" else Tokenizer.from_folder(tokenizer_folder(kind))
+@pytest.fixture(params=["wordpiece", "bpe", "unigram"])
+def kind(request) -> str:
+    return request.param
+
+
+@pytest.fixture
+def tokenizer(kind, tokenizer_folder, made) -> Tokenizer:
+    return made(kind)[0] if kind == "unigram" else Tokenizer.from_folder(tokenizer_folder(kind))
+
+
+def test_corpus_text_yields_no_control_token(tokenizer):
     tokens = tokenizer.encode([HOSTILE, *PORTUGUESE, HOSTILE])
     assert set(tokens.ids.tolist()) & tokenizer.special_ids <= {tokenizer.unk_id}
     assert tokens.lengths.sum() == len(tokens.ids) == len(tokens.words)
@@ -289,9 +287,7 @@ def test_corpus_text_yields_no_control_token(kind, tokenizer_folder, made):
     assert tokens.ids[begin : begin + len(alone)].tolist() == alone
 
 
-@pytest.mark.parametrize("kind", ["wordpiece", "bpe", "unigram"])
-def test_characters_that_are_lost_to_the_unknown_token_are_counted(kind, tokenizer_folder, made):
-    tokenizer = made(kind)[0] if kind == "unigram" else Tokenizer.from_folder(tokenizer_folder(kind))
+def test_characters_that_are_lost_to_the_unknown_token_are_counted(kind, tokenizer):
     texts = ["the name of the 日本語 object", "日本語  日本語", "the object", "日本 e 語", ""]
     expected = [0] * 5 if kind == "bpe" else [3, 6, 0, 3, 0]  # byte-level BPE spells everything
     assert tokenizer.encode(texts).unknown.tolist() == expected
@@ -301,8 +297,7 @@ def test_text_for_fill_keeps_its_masks(tokenizer_folder):
     tokenizer = Tokenizer.from_folder(tokenizer_folder("wordpiece"))
     ids = tokenizer.encode_control("O rato [MASK] a [MASK].").ids
     assert ids.count(tokenizer.mask_id) == 2
-    assert ids[0] == tokenizer.prefix[0]
-    assert ids[-1] == tokenizer.suffix[0]
+    assert (ids[0], ids[-1]) == (tokenizer.prefix[0], tokenizer.suffix[0])
 
 
 def test_other_threads_run_while_a_long_text_is_tokenised(tokenizer_folder):
@@ -340,9 +335,8 @@ def test_training_a_tokenizer_twice_gives_the_same(tokenizer_folder):
 @pytest.mark.parametrize("kind", ["wordpiece", "bpe"])
 def test_a_long_word_loses_no_character(kind):
     """WordPiece accepts words of up to 100 characters, so longer ones, such as proteins, are cut."""
-    proteins = [
-        "MKTAYIAKQRQISFVKSHFSRQLEERLGLIEVQAPILSRVGDGTQDNLSGAEKAVQVKVKALPDAQFEVV" * times for times in (1, 3, 40)
-    ]
+    protein = "MKTAYIAKQRQISFVKSHFSRQLEERLGLIEVQAPILSRVGDGTQDNLSGAEKAVQVKVKALPDAQFEVV"
+    proteins = [protein, protein * 3, protein * 40]
     trained = train_tokenizer(lambda: proteins, TokenizerConfig(kind=kind, vocab_size=300), max_length=64)
     tokens = Tokenizer.from_transformers(trained).encode(proteins)
     assert tokens.unknown.tolist() == [0, 0, 0]
@@ -353,8 +347,7 @@ def test_a_long_word_loses_no_character(kind):
 
 
 def test_truncation_and_padding_of_the_file_are_switched_off(tokenizer_folder, tmp_path):
-    for file in tokenizer_folder("wordpiece").iterdir():
-        (tmp_path / file.name).write_bytes(file.read_bytes())
+    shutil.copytree(tokenizer_folder("wordpiece"), tmp_path, dirs_exist_ok=True)
     rust = RustTokenizer.from_file(str(tmp_path / "tokenizer.json"))
     rust.enable_truncation(4)
     rust.enable_padding(length=9)

@@ -110,13 +110,10 @@ def test_a_position_outside_its_row_reads_no_other_row(repository):
     graph = repository("bert") / "1" / "model.onnx"
     inputs = random_inputs(3, 9, 4)
     whole = run_graph(graph, inputs)
-    outside = np.array([-1, 9, 1 << 40, -(1 << 62)])
-    inputs["positions"][1] = outside
+    inputs["positions"][1] = -1, 9, 1 << 40, -(1 << 62)
     actual = run_graph(graph, inputs)
-    assert np.isnan(actual["log_prob"][1]).all()
-    assert np.isnan(actual["top_log_prob"][1]).all()
-    assert (actual["rank"][1] == -1).all()
-    assert (actual["top_id"][1] == -1).all()
+    assert all(np.isnan(actual[name][1]).all() for name in ("log_prob", "top_log_prob"))
+    assert all((actual[name][1] == -1).all() for name in ("rank", "top_id"))
     for name, values in actual.items():
         np.testing.assert_allclose(values[[0, 2]], whole[name][[0, 2]], atol=1e-6, rtol=0)
 
@@ -126,7 +123,7 @@ def test_large_weights_stay_in_a_file_beside_the_graph(checkpoint, artifact, tmp
     export(str(checkpoint("bert")), tmp_path / "external", text=PROOF)
     write_repository(tmp_path / "external", tmp_path / "repository")
     shutil.move(tmp_path / "external", tmp_path / "elsewhere")  # what is written stands alone
-    graph = tmp_path / "repository" / "external" / "1" / "model.onnx" / "model.onnx"
+    graph = tmp_path / "repository/external/1/model.onnx/model.onnx"
     assert sorted(path.name for path in graph.parent.iterdir()) == ["model.onnx", "model.onnx.data"]
     assert graph.stat().st_size < (tmp_path / "elsewhere" / "model.onnx").stat().st_size + 10_000
     weights = (graph.parent / "model.onnx.data").read_bytes()
@@ -173,13 +170,9 @@ def test_the_configuration_describes_the_graph(kind, repository):
     engine = session(repository(kind) / "1" / "model.onnx")
     for entries, declared in ((config["input"], engine.get_inputs()), (config["output"], engine.get_outputs())):
         actual = {name: (types[kind], [-1, *dims]) for name, (kind, dims) in shapes(entries).items()}
-        wanted = {
-            value.name: (value.type, [size if isinstance(size, int) else -1 for size in value.shape])
-            for value in declared
-        }
-        assert actual == wanted
-    assert config["name"] == kind
-    assert (config["backend"], config["max_batch_size"]) == ("onnxruntime", 64)
+        sizes = {each.name: [size if isinstance(size, int) else -1 for size in each.shape] for each in declared}
+        assert actual == {each.name: (each.type, sizes[each.name]) for each in declared}
+    assert (config["name"], config["backend"], config["max_batch_size"]) == (kind, "onnxruntime", 64)
     assert "dynamic_batching" in config
     assert [(group["count"], group["kind"]) for group in config["instance_group"]] == [(1, "KIND_AUTO")]
     accelerators = config["optimization"]["execution_accelerators"]["gpu_execution_accelerator"]
@@ -217,14 +210,9 @@ def test_a_plan_is_a_model_of_its_own(plan, tmp_path):
     config = read_config(model / CONFIG)
     assert config["max_batch_size"] == 0
     assert "dynamic_batching" not in config
-    k = parse_manifest(source).top_k
-    assert shapes(config["input"]) == {
-        "input_ids": ("TYPE_INT64", [-1, -1]),
-        "attention_mask": ("TYPE_INT64", [-1, -1]),
-        "positions": ("TYPE_INT64", [-1]),
-        "targets": ("TYPE_INT64", [-1]),
-    }
-    assert shapes(config["output"])["top_id"] == ("TYPE_INT64", [-1, k])
+    wanted = {"input_ids": [-1, -1], "attention_mask": [-1, -1], "positions": [-1], "targets": [-1]}
+    assert shapes(config["input"]) == {name: ("TYPE_INT64", dims) for name, dims in wanted.items()}
+    assert shapes(config["output"])["top_id"] == ("TYPE_INT64", [-1, read_manifest(source).top_k])
     built = read_manifest(source).tensorrt
     assert built is not None
     group = config["instance_group"][0]
@@ -256,20 +244,19 @@ def test_mistakes_are_one_line_and_write_nothing(artifact, checkpoint, tmp_path,
     broken = Path(shutil.copytree(artifact("bert"), tmp_path / "broken"))
     (broken / "model.onnx").write_bytes(b"another")
     spaced = Path(shutil.copytree(artifact("bert"), tmp_path / "my model"))
-    precious = tmp_path / "precious"
+    precious, shared, new = (tmp_path / name for name in ("precious", "shared", "new"))
     precious.mkdir()
     (precious / "thesis.tex").write_text("precious")
-    shared = tmp_path / "shared"
     write_repository(artifact("bert"), shared)
     (shared / "resnet").mkdir()
-    before = sorted(path for path in tmp_path.rglob("*"))
+    before = sorted(tmp_path.rglob("*"))
     for message, arguments in {
         "with --triton, or name the checkpoint": [artifact("bert"), "--overwrite"],
-        "omit --output": [artifact("bert"), "--triton", tmp_path / "new", "--output", tmp_path / "other"],
-        "need a checkpoint, not an artifact": [artifact("bert"), "--triton", tmp_path / "new", "--precision", "fp16"],
-        "--output ARTIFACT": [checkpoint("bert"), "--triton", tmp_path / "new"],
-        "SHA-256 differs": [broken, "--triton", tmp_path / "new"],
-        "cannot be part of a URL": [spaced, "--triton", tmp_path / "new"],
+        "omit --output": [artifact("bert"), "--triton", new, "--output", tmp_path / "other"],
+        "need a checkpoint, not an artifact": [artifact("bert"), "--triton", new, "--precision", "fp16"],
+        "--output ARTIFACT": [checkpoint("bert"), "--triton", new],
+        "SHA-256 differs": [broken, "--triton", new],
+        "cannot be part of a URL": [spaced, "--triton", new],
         "--overwrite": [artifact("bert"), "--triton", precious],
         "leaves it alone": [artifact("bert"), "--triton", precious, "--overwrite"],
         "also holds resnet": [artifact("bert"), "--triton", shared, "--overwrite"],
@@ -277,9 +264,8 @@ def test_mistakes_are_one_line_and_write_nothing(artifact, checkpoint, tmp_path,
     }.items():
         code, out, err = run(capsys, "export", *arguments)
         assert (code, out) == (2, ""), arguments
-        assert message in err
-        assert "Traceback" not in err
-        assert sorted(path for path in tmp_path.rglob("*")) == before, arguments
+        assert message in err and "Traceback" not in err
+        assert sorted(tmp_path.rglob("*")) == before, arguments
 
 
 def test_a_graph_that_is_no_scoring_graph_is_refused(artifact, tmp_path):
