@@ -193,8 +193,8 @@ def test_what_is_no_result_is_refused_with_the_reason(capsys, results, tmp_path)
     content = bytearray((flipped / "tokens.parquet").read_bytes())
     content[200:220] = bytes(20)
     (flipped / "tokens.parquet").write_bytes(content)
-    for damaged in (folder, flipped):
-        with pytest.raises(UserError, match="is damaged"):
+    for damaged, message in ((folder, "is damaged"), (flipped, "tokens.parquet is missing, damaged")):
+        with pytest.raises(UserError, match=message):
             compare([results["torch"], damaged])
 
 
