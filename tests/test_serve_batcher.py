@@ -3,6 +3,7 @@
 import asyncio
 import threading
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlmkit.backends import Backend, Batch, Scored, load
-from mlmkit.serve.batcher import Batcher, _Call, merge_rows, score_rows, split_rows
+from mlmkit.serve.batcher import Batcher, _Call, merge_rows, split_rows
 from mlmkit.serve.errors import ApiError
 from mlmkit.serve.metrics import Metrics
 
@@ -86,8 +87,6 @@ class Recorder:
     """A real backend that records its calls, and waits for `leave` before each."""
 
     def __init__(self, backend: Backend, *, sees_padding: bool = False, precision: str = "fp32") -> None:
-        from dataclasses import replace
-
         self.name, self.device, self.tokenizer = backend.name, backend.device, backend.tokenizer
         self.manifest = backend.manifest
         self.info = replace(backend.info, sees_padding=sees_padding, precision=precision)
@@ -231,30 +230,26 @@ def test_an_engine_error_reaches_only_the_requests_of_that_call(backend):
     assert len(first) == len(last) == 1
 
 
-def test_close_answers_or_refuses_the_requests_in_the_queue(backend):
-    recorder = Recorder(backend)
+@with_batcher()
+async def test_close_answers_the_requests_in_the_queue(batcher: Batcher, recorder: Recorder) -> None:
+    tasks = await begin(batcher, [row(8)], [row(9)])
+    closing = asyncio.create_task(batcher.close())
+    await asyncio.sleep(0.01)
+    with pytest.raises(ApiError, match="shutting down"):
+        await batcher.score([row(8)])
+    recorder.leave.release(2)
+    await asyncio.gather(*tasks, closing)
 
-    async def use(batcher: Batcher) -> None:
-        first, second = await begin(batcher, [row(8)], [row(9)])
-        closing = asyncio.create_task(batcher.close())
-        await asyncio.sleep(0.01)
+
+@with_batcher()
+async def test_close_can_refuse_the_requests_in_the_queue(batcher: Batcher, recorder: Recorder) -> None:
+    tasks = await begin(batcher, [row(8)], [row(9)])
+    closing = asyncio.create_task(batcher.close(answer=False))
+    for task in tasks:
         with pytest.raises(ApiError, match="shutting down"):
-            await batcher.score([row(8)])
-        recorder.leave.release(2)
-        await asyncio.gather(first, second, closing)
-
-    serving(recorder, use)
-
-    async def refuse(batcher: Batcher) -> None:
-        first, second = await begin(batcher, [row(8)], [row(9)])
-        closing = asyncio.create_task(batcher.close(answer=False))
-        for task in (first, second):
-            with pytest.raises(ApiError, match="shutting down"):
-                await task
-        recorder.leave.release(2)
-        await closing
-
-    serving(recorder, refuse)
+            await task
+    recorder.leave.release(2)
+    await closing
 
 
 @with_batcher(max_wait=5.0)
@@ -308,9 +303,3 @@ def test_a_call_looks_at_no_more_rows_than_it_has_room_for(backend, monkeypatch)
 
     serving(backend, use)  # 128 tokens are not a multiple of 3
     assert len(looks) == 500
-
-
-def test_run_of_one_row_and_of_many_agree(backend):
-    many = [row(n, 0, n - 1, seed=n) for n in (3, 9, 20)]
-    for together, one in zip(score_rows(backend, many), many, strict=True):
-        np.testing.assert_allclose(together.log_prob, score_rows(backend, [one])[0].log_prob, atol=2e-5)

@@ -2,13 +2,9 @@
 
 import gzip
 import json
-import socket
 import time
 import zlib
-from collections.abc import Callable, Iterator
-from http.client import HTTPResponse
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable
 
 import pytest
 from serving import Server, running, tensors
@@ -24,9 +20,8 @@ WEBSOCKET = b"Connection: keep-alive, upgrade\r\nupgrade: websocket\r\nSec-WebSo
 
 
 @pytest.fixture(scope="module")
-def server(artifact: Callable[[str], Path]) -> Iterator[Server]:
-    with running(artifact("bert"), "--max-body-bytes", "20000") as server:
-        yield server
+def server(served: Callable[..., Server]) -> Server:
+    return served("bert", "--max-body-bytes", "20000")
 
 
 def post(body: bytes = BODY, *, path: str = "/fill-mask", more: bytes = b"", kind: bytes = JSON) -> bytes:
@@ -36,55 +31,15 @@ def post(body: bytes = BODY, *, path: str = "/fill-mask", more: bytes = b"", kin
     return b"%sContent-Length: %d\r\n\r\n%s" % (head, len(body), body)
 
 
-def chunked(body: bytes, *, more: bytes = b"") -> bytes:
-    head = b"POST /fill-mask HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n" + more
-    half = len(body) // 2
-    chunks = b"".join(b"%x\r\n%s\r\n" % (len(part), part) for part in (body[:half], body[half:], b""))
-    return head + b"Transfer-Encoding: chunked\r\n\r\n" + chunks
-
-
-def exchange(server: Server, *parts: bytes, count: int = 1, half_closes: bool = False) -> list[tuple[int, Any]]:
-    """Status and JSON of `count` answers, and of any more until the server closes or sends nothing for 0.1 s."""
-    with socket.create_connection(("127.0.0.1", server.port), 30) as client:
-        client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        for part in parts:
-            client.sendall(part)
-            time.sleep(0.002 if len(parts) > 1 else 0)
-        if half_closes:
-            client.shutdown(socket.SHUT_WR)
-        file, answers = client.makefile("rb"), []
-        while True:
-            answer = HTTPResponse(_Reader(file))  # pyright: ignore[reportArgumentType]
-            try:
-                answer.begin()
-            except (ConnectionError, TimeoutError):
-                return answers
-            content = answer.read()
-            is_json = answer.headers.get_content_type() == "application/json"
-            answers.append((answer.status, json.loads(content) if is_json else content))
-            if len(answers) == count:
-                client.settimeout(0.1)
-
-
 def pieces(data: bytes, size: int) -> list[bytes]:
     return [data[start : start + size] for start in range(0, len(data), size)]
 
 
-class _Reader:
-    """What `HTTPResponse` needs of a socket. It closes its file; here the next answer is read from the same file."""
-
-    def __init__(self, file: Any) -> None:
-        self.file = file
-
-    def makefile(self, _: str) -> Any:
-        return self
-
-    def close(self) -> None: ...
-
-    def flush(self) -> None: ...
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.file, name)
+def chunked(body: bytes, *, size: int = 20, more: bytes = b"") -> bytes:
+    """A request whose body comes in chunks of `size` bytes."""
+    head = b"POST /fill-mask HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n" + more
+    chunks = b"".join(b"%x\r\n%s\r\n" % (len(part), part) for part in [*pieces(body, size), b""])
+    return head + b"Transfer-Encoding: chunked\r\n\r\n" + chunks
 
 
 # ---------------------------------------------------------------- upgrades
@@ -95,32 +50,43 @@ class _Reader:
 @pytest.mark.parametrize("piece", [10_000, 7])
 def test_an_offer_to_upgrade_is_ignored_and_a_body_is_never_a_second_request(offer, frame, piece, server):
     """RFC 9110, 7.8; CWE-444."""
-    [(_, expected)] = exchange(server, post())
-    for body, first in ((BODY, (200, expected)), (SMUGGLED, (400, "malformed_json"))):
-        second = HEALTH.replace(b"\r\n\r\n", b"\r\n" + offer + b"\r\n")
-        sent = (post if frame == "whole" else chunked)(body, more=offer) + second
-        (status, answer), *others = exchange(server, *pieces(sent, piece), count=2)
-        assert (status, answer["error_type"] if status == 400 else answer) == first
-        assert others == [(200, {"status": "ok"})]
+    [expected] = server.exchange(post())
+    for body in (BODY, SMUGGLED):
+        then = HEALTH.replace(b"\r\n\r\n", b"\r\n" + offer + b"\r\n")
+        sent = (post if frame == "whole" else chunked)(body, more=offer) + then
+        first, second = server.exchange(*pieces(sent, piece), count=2)
+        assert first.error == (400, "malformed_json") if body == SMUGGLED else first.json == expected.json
+        assert (second.status, second.json) == (200, {"status": "ok"})
 
 
 def test_a_tunnel_is_refused_and_nothing_in_it_is_read(server):
-    [(status, answer)] = exchange(server, b"CONNECT x:80 HTTP/1.1\r\nHost: localhost\r\n\r\n" + SMUGGLED)
-    assert (status, answer["error_type"]) == (405, "method_not_allowed")
+    [answer] = server.exchange(b"CONNECT x:80 HTTP/1.1\r\nHost: localhost\r\n\r\n" + SMUGGLED)
+    assert answer.error == (405, "method_not_allowed")
 
 
 @pytest.mark.parametrize("rest", [b"nonsense\r\n\r\n", b"GET / HTTP/1.1\r\nX: " + b"a" * 70_000 + b"\r\n\r\n"])
 def test_an_error_is_not_sent_in_place_of_a_pending_answer(rest, server):
     slow = post(json.dumps({"inputs": "a " * 60}).encode(), path="/score")
-    [(status, answer)] = exchange(server, slow + rest)
-    assert (status, answer["tokens"]) == (200, 60)
+    [answer] = server.exchange(slow + rest)
+    assert (answer.status, answer.json["tokens"]) == (200, 60)
 
 
 def test_trailer_fields_after_a_chunked_body_are_ignored(server):
     trailer = b"0\r\nAuthorization: x\r\nContent-Encoding: gzip\r\nUpgrade: h2c\r\nConnection: upgrade\r\n\r\n"
     sent = chunked(BODY).removesuffix(b"0\r\n\r\n") + trailer
     for parts in ([sent], [sent[:-40], sent[-40:]]):
-        assert [status for status, _ in exchange(server, *parts)] == [200]
+        assert [answer.status for answer in server.exchange(*parts)] == [200]
+
+
+def test_malformed_http_gets_a_json_error(server):
+    [answer] = server.exchange(b"\x16\x03\x01 nonsense\r\n\r\n")
+    assert answer.error == (400, "malformed_http")
+
+
+def test_monitors_may_ask_with_head(server):
+    for path in (b"/", b"/health", b"/ready", b"/metrics"):
+        [answer] = server.exchange(HEALTH.replace(b"GET /health", b"HEAD " + path), half_closes=True)
+        assert (answer.status, answer.body) == (200, b"")
 
 
 # ---------------------------------------------------------------- heads
@@ -142,14 +108,14 @@ def test_a_head_of_many_fields_is_refused(server):
 
 
 def check_head(server: Server, expected: int, *parts: bytes) -> None:
-    [(status, answer)] = exchange(server, *parts)
-    assert status == expected
-    assert status == 200 or answer["error_type"] == "head_too_large"
+    [answer] = server.exchange(*parts)
+    assert answer.status == 200 if expected == 200 else answer.error == (expected, "head_too_large")
 
 
 def test_a_head_that_does_not_end_is_closed_before_its_10_seconds(server):
     """After 256 KiB."""
-    with socket.create_connection(("127.0.0.1", server.port), 5) as client, pytest.raises(OSError, match=r"reset|pipe"):
+    with server.connect() as client, pytest.raises(OSError, match=r"reset|pipe"):
+        client.settimeout(5)
         for _ in range(2):
             client.sendall(b"GET / HTTP/1.1\r\nX: " + b"a" * 150_000)
             time.sleep(0.3)
@@ -160,11 +126,8 @@ def test_a_head_that_does_not_end_is_closed_before_its_10_seconds(server):
 @pytest.mark.parametrize("size", [1, 3])
 def test_a_body_in_chunks_of_a_byte_is_read(size, server):
     """Passed on one by one, each copied all before it: 40,000 stopped the event loop for 0.2 s."""
-    body = BODY + b" " * 15_000
-    chunks = b"".join(b"%x\r\n%s\r\n" % (len(part), part) for part in pieces(body, size))
-    head = chunked(b"").partition(b"\r\n\r\n")[0]
-    answers = exchange(server, head + b"\r\n\r\n" + chunks + b"0\r\n\r\n" + HEALTH, count=2)
-    assert [status for status, _ in answers] == [200, 200]
+    answers = server.exchange(chunked(BODY + b" " * 15_000, size=size) + HEALTH, count=2)
+    assert [answer.status for answer in answers] == [200, 200]
 
 
 # ---------------------------------------------------------------- Host and Origin
@@ -177,8 +140,8 @@ OTHERS += ("0.0.0.0", "x@localhost", "")
 
 def statuses(server: Server, *lines: str, method: str = "GET", version: str = "1.1") -> tuple[int, str | None]:
     head = "".join(f"{line}\r\n" for line in (f"{method} /health HTTP/{version}", *lines, ""))
-    [(status, answer)] = exchange(server, head.encode())
-    return status, answer.get("error_type")
+    [answer] = server.exchange(head.encode())
+    return (200, None) if answer.status == 200 else answer.error
 
 
 def test_on_loopback_only_its_own_names_are_answered(server):
@@ -187,8 +150,10 @@ def test_on_loopback_only_its_own_names_are_answered(server):
         assert statuses(server, f"Host: {host}") == (200, None), host
     for host in OTHERS:
         assert statuses(server, f"Host: {host}") == (403, "host_not_allowed"), host
-    [(_, answer)] = exchange(server, HEALTH.replace(b"localhost", b"rebound.example"))
-    assert answer["error"].startswith("'rebound.example' may not use this server: to allow it, start with --allow-host")
+    [answer] = server.exchange(HEALTH.replace(b"localhost", b"rebound.example"))
+    assert answer.json["error"].startswith(
+        "'rebound.example' may not use this server: to allow it, start with --allow-host"
+    )
 
 
 def test_a_request_has_one_host_unless_it_is_of_http_1_0(server):
@@ -221,12 +186,12 @@ def test_allow_host_adds_names_and_other_addresses_take_any_host(artifact):
 @pytest.mark.parametrize("digits", ["9" * 4301, "0" * 4301, "9" * 20, "-1", "٣", "1_0"])
 def test_odd_lengths_are_the_clients_mistake(digits, server):
     header = f"Inference-Header-Content-Length: {digits}\r\n".encode()
-    [(status, answer)] = exchange(server, post(path="/v2/models/bert/infer", more=header))
-    assert (status, answer["error_type"]) in [(400, "bad_header_length"), (400, "malformed_json")]
+    [answer] = server.exchange(post(path="/v2/models/bert/infer", more=header))
+    assert answer.error in [(400, "bad_header_length"), (400, "malformed_json")]
     if digits.strip("0"):
         sent = post().replace(b"Content-Length: %d" % len(BODY), f"Content-Length: {digits}".encode())
-        [(status, answer)] = exchange(server, sent)
-        assert (status, answer["error_type"]) == (400, "malformed_http")
+        [answer] = server.exchange(sent)
+        assert answer.error == (400, "malformed_http")
 
 
 # ---------------------------------------------------------------- bodies
@@ -237,10 +202,10 @@ def test_a_body_without_a_type_is_json_unless_it_comes_from_another_page(path, s
     """Triton's own client sends no type with JSON tensors."""
     inputs = {"inputs": tensors([[0]], [[0]], [0], [0])}
     body = json.dumps(inputs if path.startswith("/v2") else FILL).encode()
-    assert [status for status, _ in exchange(server, post(body, path=path, kind=b""))] == [200]
+    assert [answer.status for answer in server.exchange(post(body, path=path, kind=b""))] == [200]
     for more, refused in ((b"Origin: https://other.example\r\n", 403), (b"Origin: null\r\n", 403), (b"", 415)):
-        [(status, _)] = exchange(server, post(body, path=path, more=more, kind=b"" if more else b"text/plain"))
-        assert status == refused
+        [answer] = server.exchange(post(body, path=path, more=more, kind=b"" if more else b"text/plain"))
+        assert answer.status == refused
 
 
 GZIPPED = gzip.compress(BODY, mtime=0)
@@ -270,12 +235,12 @@ GZIPPED = gzip.compress(BODY, mtime=0)
 def test_gzip_is_read_and_its_content_is_limited(body, encoding, status, error_type, server):
     if len(body) > 1000:
         body = gzip.compress(body)
-    [(answer_status, answer)] = exchange(server, post(body, more=b"Content-Encoding: %s\r\n" % encoding))
-    assert (answer_status, None if answer_status == 200 else answer["error_type"]) == (status, error_type)
+    [answer] = server.exchange(post(body, more=b"Content-Encoding: %s\r\n" % encoding))
     if status == 200:
-        assert answer == server.ask("/fill-mask", FILL).json
-    elif status == 415:
-        assert "gzip" in answer["error"]
+        assert answer.json == server.ask("/fill-mask", FILL).json
+    else:
+        assert answer.error == (status, error_type)
+        assert status != 415 or "gzip" in answer.json["error"]
 
 
 # ---------------------------------------------------------------- half-closed connections
@@ -295,12 +260,17 @@ def test_gzip_is_read_and_its_content_is_limited(body, encoding, status, error_t
     ],
 )  # fmt: skip
 def test_a_client_that_half_closes_gets_its_answers(requests, server):
-    answers = exchange(server, b"".join(requests), count=len(requests), half_closes=True)
-    assert [status for status, _ in answers] == [200] * sum(b"\r\n\r\n" in request for request in requests)
+    answers = server.exchange(b"".join(requests), count=len(requests), half_closes=True)
+    assert [answer.status for answer in answers] == [200] * sum(b"\r\n\r\n" in request for request in requests)
+
+
+def test_a_chunked_body_is_bounded_too(server):
+    [answer] = server.exchange(chunked(b"a" * 30_000, size=1024))
+    assert answer.error == (413, "body_too_large")
 
 
 def test_an_incomplete_body_gets_no_answer(server):
-    assert exchange(server, post()[:-1], half_closes=True) == []
+    assert server.exchange(post()[:-1], half_closes=True) == []
 
 
 # ---------------------------------------------------------------- the OpenAPI document

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from serving import Server, running
+from serving import Server
 
 from mlmkit.tokenizer import Tokenizer
 
@@ -31,14 +31,10 @@ document.addEventListener("securitypolicyviolation", (event) => violations.push(
 
 
 @pytest.fixture(scope="module")
-def servers(artifact: Artifact) -> Iterator[Servers]:
+def servers(served: Callable[..., Server]) -> Servers:
     """WordPiece, byte-level BPE, and one with a token and room for a single request."""
-    with (
-        running(artifact("bert")) as bert,
-        running(artifact("roberta")) as roberta,
-        running(artifact("bert"), "--token", TOKEN, "--max-requests", "1") as guarded,
-    ):
-        yield {"bert": bert, "roberta": roberta, "guarded": guarded}
+    guarded = served("bert", "--token", TOKEN, "--max-requests", "1")
+    return {"bert": served("bert"), "roberta": served("roberta"), "guarded": guarded}
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +63,8 @@ def open_page(browser: Any, servers: Servers) -> Iterator[Open]:
         page.on("pageerror", lambda error: faults.append(str(error)))
         opened.append((page, faults, expected))
         page.goto(servers[name].url)
+        if name != "guarded":
+            page.wait_for_selector("#insert-mask:enabled")
         return page
 
     yield open_
@@ -149,7 +147,6 @@ def test_a_mask_by_button_and_by_key_is_filled_with_a_click(
     open_page: Open, servers: Servers, artifact: Artifact
 ) -> None:
     page, tokenizer = open_page(), Tokenizer.from_folder(artifact("bert"))
-    page.wait_for_selector("#insert-mask:enabled")
     page.fill("#fill-text", "Return a old object of the ")
     page.evaluate("document.getElementById('fill-text').setSelectionRange(9, 13)")  # "old ", as a double click has it
     page.click("#insert-mask")
@@ -240,7 +237,6 @@ def test_tokens_that_bring_or_drop_a_space(open_page: Open) -> None:
 
 def test_errors_are_the_servers_own_line(open_page: Open, servers: Servers) -> None:
     page = open_page(expected="422")
-    page.wait_for_selector("#insert-mask:enabled")
     page.fill("#fill-text", "no blank here")
     page.click("#fill-button")
     page.wait_for_selector("#fill-status.error")
@@ -348,7 +344,6 @@ def test_the_token_is_asked_for_and_load_is_said_kindly(open_page: Open, servers
 
 def test_tabs_by_keyboard_alone(open_page: Open) -> None:
     page = open_page()
-    page.wait_for_selector("#insert-mask:enabled")
     page.keyboard.press("Tab")
     order = []
     for key in ("ArrowRight", "ArrowRight", "ArrowRight", "ArrowLeft", "Home", "End"):
@@ -376,7 +371,6 @@ def test_a_phone_scrolls_in_one_direction(open_page: Open) -> None:
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_colours_can_be_read_and_told_apart_without_hue(scheme: str, open_page: Open) -> None:
     page = open_page(color_scheme=scheme)
-    page.wait_for_selector("#legend span", state="attached")
 
     def luminance(colour: str) -> float:
         """WCAG 2.2, relative luminance."""
@@ -395,6 +389,5 @@ def test_colours_can_be_read_and_told_apart_without_hue(scheme: str, open_page: 
     steps = [(b + 0.05) / (a + 0.05) for a, b in pairwise(lights)]
     assert all(step < 1 / 1.1 for step in steps) if scheme == "light" else all(step > 1.1 for step in steps)
 
-    page.wait_for_selector("#fill-button:enabled")
     assert contrast(styles(page, "#model-line")[0][1], styles(page, "body")[0][2]) >= 4.5
     assert contrast(*styles(page, "#fill-button")[0][1:]) >= 4.5
