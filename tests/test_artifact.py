@@ -2,7 +2,7 @@
 
 import json
 import os
-import shutil
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -19,11 +19,6 @@ from mlmkit.artifact import FILE_NAME, MANIFEST, Manifest, hash_files, parse_man
 from mlmkit.backends import load
 from mlmkit.errors import CheckError, UserError
 from mlmkit.files import sealed
-
-
-@pytest.fixture
-def copy(artifact, tmp_path) -> Path:
-    return Path(shutil.copytree(artifact("bert"), tmp_path / "copy"))
 
 
 def change(folder: Path, **values: object) -> None:
@@ -49,11 +44,9 @@ def refused(folder: Path) -> str:
 def test_a_changed_or_missing_file_is_refused(copy, name):
     content = (copy / name).read_bytes()
     (copy / name).write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-    with pytest.raises(UserError, match=rf"{name} is not the file that was exported.*mlmkit export"):
-        load(str(copy))
+    assert re.search(f"{name} is not the file that was exported.*mlmkit export", refused(copy))
     (copy / name).unlink()
-    with pytest.raises(UserError, match=f"{name} is missing"):
-        load(str(copy))
+    assert f"{name} is missing" in refused(copy)
 
 
 @pytest.mark.parametrize(
@@ -226,16 +219,19 @@ def test_a_mutated_graph_under_a_true_hash_is_refused_or_runs(copy):
 # ------------------------------------------------------------------ other contents under true hashes
 
 
+def special(tokenizer: dict[str, Any]) -> dict[str, Any]:
+    return tokenizer["post_processor"]["special_tokens"]
+
+
+TOO_MANY_IDS = "the tokenizer has ids up to 600 but the model's vocabulary has 600"
+
+
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (lambda tokenizer: tokenizer["model"]["vocab"].update(another=600), "ids up to 600 but the model's vocabulary"),
-        (
-            lambda tokenizer: tokenizer["post_processor"]["special_tokens"]["[CLS]"].update(ids=[600]),
-            "the tokenizer has ids up to 600 but the model's vocabulary has 600",
-        ),
-        # makes the tokenizers library panic
-        (lambda tokenizer: tokenizer["post_processor"].update(special_tokens={}), "the tokenizer cannot be read"),
+        (lambda tokenizer: tokenizer["model"]["vocab"].update(another=600), TOO_MANY_IDS),
+        (lambda tokenizer: special(tokenizer)["[CLS]"].update(ids=[600]), TOO_MANY_IDS),
+        (lambda tokenizer: special(tokenizer).clear(), "the tokenizer cannot be read"),  # makes the library panic
     ],
 )
 def test_a_tokenizer_of_another_model_is_refused(copy, spoil, message):
@@ -259,21 +255,18 @@ def test_an_odd_configuration_is_refused(copy, name, content):
     assert {"config.json": "config.json", "tokenizer_config.json": "tokeni"}[name] in refused(copy)
 
 
-def test_a_graph_of_another_contract_is_refused(copy):
+@pytest.mark.parametrize(("part", "name"), [("input", "targets"), ("output", "rank")])
+def test_a_graph_of_another_contract_is_refused(copy, part, name):
     import onnx
 
-    for part, name in (("input", "targets"), ("output", "rank")):
-        model = onnx.load(copy / "model.onnx")
-        next(item for item in getattr(model.graph, part) if item.name == name).name = "other"
-        for node in model.graph.node:
-            for names in (node.input, node.output):
-                names[:] = ["other" if known == name else known for known in names]
-        (copy / "changed.onnx").write_bytes(model.SerializeToString())
-        original = (copy / "model.onnx").read_bytes()
-        (copy / "changed.onnx").rename(copy / "model.onnx")
-        rehash(copy)
-        assert f"does not have the {part}s" in refused(copy)
-        (copy / "model.onnx").write_bytes(original)
+    model = onnx.load(copy / "model.onnx")
+    next(item for item in getattr(model.graph, part) if item.name == name).name = "other"
+    for node in model.graph.node:
+        for names in (node.input, node.output):
+            names[:] = ["other" if known == name else known for known in names]
+    (copy / "model.onnx").write_bytes(model.SerializeToString())
+    rehash(copy)
+    assert f"does not have the {part}s" in refused(copy)
 
 
 # ------------------------------------------------------------------ any manifest at all
@@ -349,10 +342,6 @@ def test_a_mutated_manifest_is_refused_or_sound(data, scratch, artifact):
         assert parse_manifest(scratch) == found
 
 
-def valid_text(artifact: Path) -> str:
-    return (artifact / MANIFEST).read_text()
-
-
 @pytest.mark.parametrize(
     "spoil",
     [
@@ -369,7 +358,7 @@ def valid_text(artifact: Path) -> str:
     ],
 )
 def test_what_json_would_let_pass_is_refused(artifact, scratch, spoil):
-    text = valid_text(artifact("bert"))
+    text = (artifact("bert") / MANIFEST).read_text()
     assert outcome(scratch, text.encode())
     spoiled = spoil(text)
     assert spoiled != text

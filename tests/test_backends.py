@@ -1,16 +1,14 @@
 """What every backend promises: threads do not disturb each other, nothing of the process or its user is changed."""
 
-import json
 import os
 import shutil
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import paragraphs, process
 from serving import running
 from test_export import random_batch
 
@@ -77,72 +75,26 @@ def test_an_artifact_that_is_replaced_while_it_is_loaded_is_never_mixed(name, ar
         load(str(folder), device="cpu")
 
 
-# ------------------------------------------------------------------ what a process runs and leaves behind
-
-
-def environment(home: Path) -> dict[str, str]:
-    """A user who has never run anything here."""
-    kept = {name: os.environ[name] for name in ("PATH", "HF_HUB_OFFLINE") if name in os.environ}
-    return {**kept, "HOME": str(home), "PYTHONPATH": str(Path(mlmkit.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
-
-
-EVIL = "from pathlib import Path\nPath({marker!r}).touch()\n"
-
-
-@pytest.mark.parametrize(
-    ("command", "known"),
-    [
-        ("score MODEL", True),
-        ("score MODEL", False),
-        ("export MODEL --output OUT", False),
-        ("train CONFIG --output OUT", False),
-    ],
-)
-def test_no_code_of_a_model_is_run(command, known, checkpoint, text_file, tmp_path):
-    """Not even where standard input says yes."""
-    folder = Path(shutil.copytree(checkpoint("bert"), tmp_path / "model"))
-    for name in ("config.json", "tokenizer_config.json"):
-        values = json.loads((folder / name).read_text())
-        values["auto_map"] = {
-            "AutoConfig": "evil.Config",
-            "AutoModelForMaskedLM": "evil.Model",
-            "AutoTokenizer": ["evil.Slow", "evil.Fast"],
-        }
-        values |= {} if known else {"model_type": "evil", "tokenizer_class": "Evil"}
-        (folder / name).write_text(json.dumps(values))
-    (folder / "evil.py").write_text(EVIL.format(marker=str(tmp_path / "ran")))
-    config = tmp_path / "config.toml"
-    config.write_text(f'[data]\ntrain = "{text_file}"\n[tokenizer]\npath = "{folder}"\n[train]\nsteps = 1\n')
-    words = {"MODEL": folder, "OUT": tmp_path / "out", "CONFIG": config}
-    done = subprocess.run(
-        [sys.executable, "-m", "mlmkit", *(str(words.get(word, word)) for word in command.split())],
-        input="y\n" * 20,
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        env=environment(tmp_path),
-    )
-    assert not (tmp_path / "ran").exists()
-    assert "[y/N]" not in done.stdout + done.stderr
-    if not known:
-        assert done.returncode == 2, done.stderr
-        assert "mlmkit never runs a model's code" in done.stderr.splitlines()[-1]
-
-
-def test_nothing_is_left_in_the_users_home(artifact, checkpoint, text_file, tmp_path):
+def test_nothing_is_left_in_the_users_home(artifact, checkpoint, tmp_path, monkeypatch):
     """ONNX Runtime would leave a device id and a queue of events for its maker there."""
+    text = tmp_path / "text.txt"
+    text.write_text("\n".join(paragraphs()[:20]))
     commands = [
         ["fill", artifact("bert"), "O rato [MASK] a roupa."],
-        ["eval", artifact("bert"), "--set", text_file],
-        ["export", checkpoint("bert"), "--output", tmp_path / "artifact", "--text", text_file],
+        ["eval", artifact("bert"), "--set", text],
+        ["export", checkpoint("bert"), "--output", tmp_path / "artifact", "--text", text],
     ]
     home = tmp_path / "home"
     home.mkdir()
+    for name in os.environ.keys() - {"PATH", "HF_HUB_OFFLINE"}:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.setenv("PYTHONPATH", str(Path(mlmkit.__file__).parents[1]))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     for command in commands:
-        words = [sys.executable, "-m", "mlmkit", *map(str, command)]
-        done = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path, env=environment(home))
+        done = process(*command, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
-    with running(artifact("bert"), environment=environment(home)) as server:
+    with running(artifact("bert")) as server:
         assert server.ask("/fill-mask", {"inputs": "O rato [MASK] a roupa."}).status == 200
         assert server.stop() == 0
     left = {path.relative_to(home).parts[:2] for path in home.rglob("*") if path.is_file()}

@@ -1,86 +1,25 @@
 """The command line: in a process of its own where that matters, otherwise through `main`."""
 
-import ast
-import io
 import json
 import shutil
 import subprocess
 import sys
 from dataclasses import replace
-from graphlib import TopologicalSorter
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
-from conftest import PORTUGUESE, PROOF
+from conftest import PORTUGUESE, PROOF, process, refusal, run, run_json
 
-from mlmkit import demo, pydocs
 from mlmkit.backends import load
-from mlmkit.cli import main
 from mlmkit.console import print_table
-from mlmkit.export import parity
+from mlmkit.demo import demo_config
 from mlmkit.files import read_record
 from mlmkit.fill import fill
+from mlmkit.train.config import Config
 
 ROOT = Path(__file__).parent.parent
-
-
-def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
-    """Run a command; return its exit code, standard output and standard error."""
-    with pytest.raises(SystemExit) as stop:
-        main([str(argument) for argument in arguments])
-    captured = capsys.readouterr()
-    return int(stop.value.code or 0), captured.out, captured.err
-
-
-def process(*arguments: object, **options) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "mlmkit", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, **options)
-
-
-# ------------------------------------------------------------------ structure
-
-
-def test_imports_run_one_way():
-    """cli, demo → serve, train → eval, export → backends → model → the rest: docs/architecture.md."""
-    layers = [
-        {"errors", "files", "bounds", "masking", "console", "pydocs", "distributed", "loss"},
-        {"tokenizer", "documents", "toml"},
-        {"corpus", "batching", "artifact"},
-        {"windows", "model"},
-        {"packing", "pretrained"},
-        {"backends"},
-        {"fill", "eval", "export", "inspection"},
-        {"train", "serve"},
-        {"demo"},
-        {"cli"},
-        {"__main__"},
-    ]
-    level = {name: height for height, names in enumerate(layers) for name in names}
-    same_layer = {(name, "errors") for name in ("files", "bounds", "masking", "distributed")}
-    for path in sorted([*ROOT.glob("mlmkit/**/*.py"), *ROOT.glob("eval/*.py"), *ROOT.glob("export/*.py")]):
-        parts = path.relative_to(ROOT).with_suffix("").parts
-        own = parts[1] if parts[0] == "mlmkit" else parts[0]
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("mlmkit."):
-                other = node.module.split(".")[1]
-                if own not in ("__init__", other) and (own, other) not in same_layer:
-                    assert level[other] < level[own], f"{path} imports {node.module}"
-
-
-def test_no_two_modules_import_each_other():
-    """Not through others, not inside functions, and not for types alone."""
-    modules = {}
-    for path in [*ROOT.glob("mlmkit/**/*.py"), *ROOT.glob("eval/*.py"), *ROOT.glob("export/*.py")]:
-        parts = ("mlmkit", *path.relative_to(ROOT).with_suffix("").parts)
-        modules[".".join(parts[1:] if parts[1] == "mlmkit" else parts).removesuffix(".__init__")] = path
-    imports = {}
-    for name, path in modules.items():
-        nodes = [node for node in ast.walk(ast.parse(path.read_text("utf-8"))) if isinstance(node, ast.ImportFrom)]
-        named = {f"{node.module}.{alias.name}" for node in nodes for alias in node.names}
-        imports[name] = ({node.module for node in nodes} | named) & modules.keys() - {name, "mlmkit"}
-    TopologicalSorter(imports).prepare()  # raises CycleError, which names the modules
 
 
 @pytest.mark.parametrize(
@@ -111,25 +50,17 @@ def test_a_table_folds_long_cells_on_a_terminal(capsys, monkeypatch):
     assert max(map(len, capsys.readouterr().out.splitlines())) == 20
 
 
-# ------------------------------------------------------------------ the Portuguese sentences, all the way
-
-
 @pytest.mark.parametrize("kind", ["bert", "roberta"])
 def test_portuguese_sentences_are_scored_and_evaluated(capsys, kind, artifact, tmp_path):
     path = tmp_path / "pt.txt"
     path.write_text("".join(f"{text}\n" for text in PORTUGUESE), encoding="utf-8")
-    code, out, err = run(capsys, "score", artifact(kind), path, "--json", "--per-token")
-    assert code == 0, err
-    scored = json.loads(out)["texts"]
+    scored = run_json(capsys, "score", artifact(kind), path, "--per-token")["texts"]
     assert [item["text"] for item in scored] == list(PORTUGUESE)
     for item in scored:
-        total = sum(token["log_prob"] for token in item["per_token"])
-        assert item["pseudo_log_likelihood"] == pytest.approx(total)
-        assert item["tokens"] == len(item["per_token"])
+        log_probs = [token["log_prob"] for token in item["per_token"]]
+        assert (item["pseudo_log_likelihood"], item["tokens"]) == (pytest.approx(sum(log_probs)), len(log_probs))
 
-    code, out, err = run(capsys, "eval", artifact(kind), "--set", path, "--json", "--output", tmp_path / "result")
-    assert code == 0, err
-    result = json.loads(out)
+    result = run_json(capsys, "eval", artifact(kind), "--set", path, "--output", tmp_path / "result")
     assert result == read_record(tmp_path / "result" / "result.json", "")
     table = pq.read_table(tmp_path / "result" / "tokens.parquet")
     assert table.column_names == [
@@ -149,9 +80,8 @@ def test_fill_agrees_with_the_pipeline(capsys, kind, checkpoint, artifact):
     for text in ("O rato {} a roupa do rei de Roma.", "A {} voa alto no {} azul.", "{}", "a{}, {} {}b {}"):
         masked = text.replace("{}", "<mask>" if kind == "roberta" else "[MASK]")
         expected = pipe(masked, top_k=7)
-        code, out, err = run(capsys, "fill", artifact(kind), masked, "--top-k", 7, "--json")
-        assert code == 0, err
-        rows = zip(json.loads(out)["masks"], [expected] if text.count("{}") == 1 else expected, strict=True)
+        found = run_json(capsys, "fill", artifact(kind), masked, "--top-k", 7)["masks"]
+        rows = zip(found, [expected] if text.count("{}") == 1 else expected, strict=True)
         for row, expected_row in rows:
             for key in ("token", "token_str", "sequence"):
                 assert [c[key] for c in row] == [c[key] for c in expected_row]
@@ -166,9 +96,7 @@ def test_fill_ranks_targets_as_the_pipeline_does(capsys, caplog, kind, checkpoin
     masked = "The <mask> is" if kind == "roberta" else "The [MASK] is"
     expected = pipeline("fill-mask", model=str(checkpoint(kind)))(masked, targets=targets, top_k=9)
     arguments = [part for target in targets for part in ("--targets", target)]
-    code, out, err = run(capsys, "fill", artifact(kind), masked, *arguments, "--top-k", 9, "--json")
-    assert code == 0, err
-    (row,) = json.loads(out)["masks"]
+    [row] = run_json(capsys, "fill", artifact(kind), masked, *arguments, "--top-k", 9)["masks"]
     assert [c["token"] for c in row] == [c["token"] for c in expected]
     assert [c["score"] for c in row] == pytest.approx([c["score"] for c in expected], abs=1e-4)
     pieces = AutoTokenizer.from_pretrained(checkpoint(kind)).tokenize
@@ -210,31 +138,21 @@ def test_score_reads_standard_input_and_prints_a_line_a_text(artifact):
     assert result.stderr == ""
 
 
-# ------------------------------------------------------------------ several sets, overwriting
-
-
-def test_several_sets_have_a_folder_each(capsys, artifact, tmp_path, text_file):
-    # different lines, because equal texts get equal masks
-    (tmp_path / "other.txt").write_text("".join(f"Another text, number {number}\n" for number in range(30)))
-    arguments = ["eval", artifact("bert"), "--set", text_file, "--set", tmp_path / "other.txt", "--json"]
-    code, out, err = run(capsys, *arguments, "--output", tmp_path / "results")
-    assert code == 0, err
-    assert len(json.loads(out)["results"]) == 2
+def test_several_sets_have_a_folder_each(capsys, artifact, tmp_path):
+    arguments: list[object] = ["eval", artifact("bert"), "--output", tmp_path / "results"]
+    for name in ("text", "other"):  # different lines, because equal texts get equal masks
+        (tmp_path / f"{name}.txt").write_text("".join(f"The {name}, number {number}\n" for number in range(30)))
+        arguments += ["--set", tmp_path / f"{name}.txt"]
+    first = run_json(capsys, *arguments)
+    assert len(first["results"]) == 2
     assert (tmp_path / "results" / "text" / "result.json").exists()
     assert (tmp_path / "results" / "other" / "tokens.parquet").exists()
-    code, again, err = run(capsys, *arguments, "--output", tmp_path / "results")
-    assert (code, again) == (0, out), err  # nothing is computed twice
+    assert run_json(capsys, *arguments) == first  # nothing is computed twice
     arguments += ["--mask-seed", "5"]
-    code, _, err = run(capsys, *arguments, "--output", tmp_path / "results")
-    assert code == 2
-    assert "another masking" in err
-    assert "--overwrite" in err
-    code, replaced, err = run(capsys, *arguments, "--output", tmp_path / "results", "--overwrite")
-    assert code == 0, err
-    assert json.loads(replaced)["results"][0]["mask_digest"] != json.loads(out)["results"][0]["mask_digest"]
-
-
-# ------------------------------------------------------------------ mistakes
+    code, _, err = run(capsys, *arguments)
+    assert (code, "another masking" in err, "--overwrite" in err) == (2, True, True)
+    replaced = run_json(capsys, *arguments, "--overwrite")
+    assert replaced["results"][0]["mask_digest"] != first["results"][0]["mask_digest"]
 
 
 def mistakes(folder: Path, checkpoint: Path, artifact: Path) -> dict[str, list[object]]:
@@ -291,11 +209,7 @@ def mistakes(folder: Path, checkpoint: Path, artifact: Path) -> dict[str, list[o
 def test_mistakes_end_in_one_line_and_write_nothing(capsys, tmp_path, checkpoint, artifact):
     cases = mistakes(tmp_path, checkpoint("bert"), artifact("bert"))
     for message, arguments in cases.items():
-        code, out, err = run(capsys, *arguments)
-        assert (code, out) == (2, ""), (arguments, err)
-        assert message in err, (arguments, err)
-        assert len(err.splitlines()) == 1, err
-        assert "Traceback" not in err
+        assert message in refusal(capsys, *arguments), arguments
         assert not (tmp_path / "out").exists(), arguments
 
 
@@ -335,14 +249,21 @@ def test_scores_that_are_not_finite_are_not_shown(capsys, tmp_path, checkpoint):
     assert (code, out, "not finite" in err) == (1, "", True)
 
 
-def test_a_pipe_is_scored_but_not_evaluated(artifact, tmp_path):
-    (tmp_path / "text.txt").write_text("The statement\n")
-    for arguments, code in (('score "$1"', 0), ('eval "$1" --set', 2)):
-        script = f'"$0" -m mlmkit {arguments} <(cat text.txt)'
-        command = ["bash", "-c", script, sys.executable, artifact("bert")]
-        result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-        assert result.returncode == code, result.stderr
-        assert code == 0 or "is a pipe" in result.stderr
+@pytest.mark.parametrize(
+    ("script", "code", "message"),
+    [
+        ('"$0" -m mlmkit score "$1" <(cat text.txt)', 0, ""),
+        ('"$0" -m mlmkit eval "$1" --set <(cat text.txt)', 2, "is a pipe"),
+        ('"$0" -m mlmkit score "$1" text.txt | true', 0, ""),
+    ],
+    ids=["scored", "not evaluated", "closed"],
+)
+def test_pipes(artifact, tmp_path, script, code, message):
+    (tmp_path / "text.txt").write_text("The statement\n" * 3)
+    command = ["bash", "-c", script, sys.executable, artifact("bert")]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert (result.returncode, message in result.stderr) == (code, True), result.stderr
+    assert "Traceback" not in result.stderr
 
 
 def test_a_missing_extra_is_named(capsys, tmp_path, monkeypatch, checkpoint):
@@ -354,9 +275,7 @@ def test_a_missing_extra_is_named(capsys, tmp_path, monkeypatch, checkpoint):
         ["fill", checkpoint("bert"), "a [MASK]"],
         ["demo", "--output", tmp_path / "demo"],
     ):
-        code, _, err = run(capsys, *arguments)
-        assert code == 2
-        assert "pip install 'mlmkit[train]'" in err
+        assert "pip install 'mlmkit[train]'" in refusal(capsys, *arguments)
 
 
 def test_a_causal_or_headless_checkpoint_is_refused(capsys, tmp_path, checkpoint):
@@ -364,20 +283,10 @@ def test_a_causal_or_headless_checkpoint_is_refused(capsys, tmp_path, checkpoint
 
     config = GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=600, n_positions=32)
     GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
-    code, _, err = run(capsys, "fill", tmp_path / "gpt2", "a [MASK]")
-    assert (code, "no masked LM" in err, len(err.splitlines())) == (2, True, 1)
-
+    assert "no masked LM" in refusal(capsys, "fill", tmp_path / "gpt2", "a [MASK]")
     headless = Path(shutil.copytree(checkpoint("bert"), tmp_path / "headless"))
     AutoModel.from_pretrained(checkpoint("bert"), add_pooling_layer=False).save_pretrained(headless)
-    code, _, err = run(capsys, "fill", headless, "a [MASK]")
-    assert (code, "lacks weights" in err, len(err.splitlines())) == (2, True, 1)
-
-
-def test_a_closed_pipe_is_no_error(artifact, tmp_path):
-    (tmp_path / "text.txt").write_text("The statement\n" * 3)
-    command = ["bash", "-c", '"$0" -m mlmkit score "$1" text.txt | true', sys.executable, artifact("bert")]
-    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert "Traceback" not in result.stderr
+    assert "lacks weights" in refusal(capsys, "fill", headless, "a [MASK]")
 
 
 def test_interrupting_says_so(capsys, monkeypatch, artifact):
@@ -389,20 +298,19 @@ def test_interrupting_says_so(capsys, monkeypatch, artifact):
     assert (code, err.strip()) == (130, "mlmkit: interrupted")
 
 
-# ------------------------------------------------------------------ the demo
-
-
 def test_demo_on_own_text_goes_the_whole_way(capsys, caplog, tmp_path, text_file, monkeypatch):
-    """The whole demo, with ten training steps instead of hundreds, and the proof on a quarter of its tokens."""
-    config, output, text = demo.demo_config, tmp_path / "demo", tmp_path / "text.txt"
+    """The whole demo, with ten small training steps instead of hundreds, and a short proof."""
+
+    def short(text: Path) -> Config:
+        config = demo_config(text)
+        size = {"steps": 10, "save_every": 5, "global_batch_tokens": 512, "micro_batch_tokens": 512}
+        return replace(config, train=replace(config.train, **size))
+
+    output, text = tmp_path / "demo", tmp_path / "text.txt"
     text.write_text("".join(text_file.read_text(encoding="utf-8").splitlines(keepends=True)[:250]), encoding="utf-8")
-    monkeypatch.setattr(
-        demo,
-        "demo_config",
-        lambda text: replace(config(text), train=replace(config(text).train, steps=10, save_every=5)),
-    )
-    monkeypatch.setattr(parity, "MOST_TOKENS", 1 << 12)
-    monkeypatch.setattr(pydocs, "_docstrings", lambda: iter(()))  # reading the standard library takes ten seconds
+    monkeypatch.setattr("mlmkit.demo.demo_config", short)
+    monkeypatch.setattr("mlmkit.export.parity.MOST_TOKENS", 1024)
+    monkeypatch.setattr("mlmkit.pydocs._docstrings", lambda: iter(()))  # reading the standard library takes ten seconds
     code, out, err = run(capsys, "demo", "--text", text, "--output", output)
     assert code == 0, err
     assert "unigram entropy" in out
@@ -429,5 +337,5 @@ def test_json_leaves_standard_output_to_the_object(artifact, tmp_path):
     (tmp_path / "text.txt").write_text("The statement of the text\n" * 20)
     result = process("eval", artifact("bert"), "--set", tmp_path / "text.txt", "--json", "--metric", "pseudo")
     assert result.returncode == 0
-    assert json.loads(io.StringIO(result.stdout).read())["metrics"]["pseudo_perplexity"]["value"] > 1
+    assert json.loads(result.stdout)["metrics"]["pseudo_perplexity"]["value"] > 1
     assert result.stderr == ""

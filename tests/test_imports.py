@@ -1,0 +1,104 @@
+"""What modules and commands import. A test cannot measure seconds reliably, so it compares sets of packages."""
+
+import ast
+import subprocess
+import sys
+from functools import cache
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PATTERNS = ("mlmkit/**/*.py", "eval/*.py", "export/*.py")
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts if parts[0] == "mlmkit" else ("mlmkit", *parts)).removesuffix(".__init__")
+
+
+MODULES = {module_name(path): path for pattern in PATTERNS for path in ROOT.glob(pattern)}
+LAYERS = [
+    {"errors", "files", "bounds", "masking", "console", "pydocs", "distributed", "loss"},
+    {"tokenizer", "documents", "toml"},
+    {"corpus", "batching", "artifact"},
+    {"windows", "model"},
+    {"packing", "pretrained"},
+    {"backends"},
+    {"fill", "eval", "export", "inspection"},
+    {"train", "serve"},
+    {"demo"},
+    {"cli"},
+    {"__main__"},
+]
+WITHIN_LAYER = {(name, "errors") for name in ("files", "bounds", "masking", "distributed")}
+SHOW = "print(*sys.modules, file=sys.stderr)"
+COMMAND = f"""
+import sys
+from mlmkit.cli import main
+try:
+    main(sys.argv[1:])
+except SystemExit as stop:
+    {SHOW}
+    sys.exit(stop.code)
+"""
+ENGINE = {"click", "numpy", "onnxruntime", "tokenizers"}
+
+
+@cache
+def imported(name: str) -> set[str]:
+    """The other modules of mlmkit that a module imports with `from`, anywhere in it."""
+    nodes = ast.walk(ast.parse(MODULES[name].read_text(encoding="utf-8")))
+    found = [node for node in nodes if isinstance(node, ast.ImportFrom)]
+    named = {f"{node.module}.{alias.name}" for node in found for alias in node.names}
+    return ({str(node.module) for node in found} | named) & MODULES.keys() - {name, "mlmkit"}
+
+
+def test_imports_run_one_way():
+    """cli, demo → serve, train → eval, export → backends → model → the rest: docs/architecture.md."""
+    level = {name: height for height, names in enumerate(LAYERS) for name in names}
+    for name in MODULES.keys() - {"mlmkit"}:
+        own = name.split(".")[1]
+        for module in imported(name):
+            other = module.split(".")[1]
+            if other != own and (own, other) not in WITHIN_LAYER:
+                assert level[other] < level[own], f"{name} imports {module}"
+
+
+def test_no_two_modules_import_each_other():
+    """Not through others, not inside functions, and not for types alone."""
+    TopologicalSorter({name: imported(name) for name in MODULES}).prepare()  # raises CycleError, which names them
+
+
+def packages(code: str, *arguments: object) -> set[str]:
+    """The third-party packages that a new process has imported when it ends."""
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120)
+    assert done.returncode == 0, done.stderr
+    names = {name.partition(".")[0] for name in done.stderr.splitlines()[-1].split()}
+    return names - sys.stdlib_module_names - {"mlmkit"}
+
+
+@pytest.fixture(scope="module")
+def always() -> set[str]:
+    """What every process here imports, through the `.pth` file of an editable install."""
+    return packages(f"import sys; {SHOW}")
+
+
+def test_importing_mlmkit_imports_nothing_else(always):
+    assert packages(f"import sys, mlmkit; {SHOW}") == always
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["fill", "--help"], ["train", "--help"]])
+def test_help_imports_click_alone(always, arguments):
+    assert packages(COMMAND, *arguments) - always == {"click"}
+
+
+def test_an_artifact_runs_without_the_extras(always, artifact, tmp_path):
+    (tmp_path / "text.txt").write_text("The statement\n")
+    assert packages(COMMAND, "fill", artifact("bert"), "The [MASK] statement", "--device", "cpu") - always == ENGINE
+    assert packages(COMMAND, "inspect", artifact("bert")) - always == {*ENGINE, "rich"}
+    score = packages(COMMAND, "score", artifact("bert"), tmp_path / "text.txt")
+    evaluate = packages(COMMAND, "eval", artifact("bert"), "--set", tmp_path / "text.txt", "--mask-prob", "0.9")
+    assert not (score | evaluate) & {"torch", "transformers", "onnx", "onnxscript", "safetensors", "datasets"}
