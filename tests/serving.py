@@ -113,12 +113,15 @@ def tensors(*arrays: Any) -> list[dict[str, Any]]:
 
 
 def read_answer(file: BinaryIO) -> Answer | None:
-    """The next answer on a connection; None where the server has closed it."""
+    """The next answer on a connection that is not an interim one; None where the server has closed it."""
     line = file.readline()
     if not line:
         return None
     headers = _lower(parse_headers(file))
-    return Answer(int(line.split()[1]), headers, file.read(int(headers["content-length"])))
+    if line.split()[1] == b"100":
+        return read_answer(file)
+    length = headers.get("content-length")  # without one, the answer ends with the connection
+    return Answer(int(line.split()[1]), headers, file.read(int(length)) if length else file.read())
 
 
 @contextlib.contextmanager
