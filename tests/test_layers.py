@@ -76,11 +76,11 @@ def test_ten_packs_compile_once(model, kinds):
             expected = loss(eager, pack, tokens)
             torch.testing.assert_close(value, expected, rtol=1e-5, atol=0)
             (value + expected).backward()
-        grads = [
+        compiled_grads, eager_grads = (
             {name: parameter.grad for name, parameter in each.named_parameters() if parameter.grad is not None}
             for each in (model, eager)
-        ]
-        assert_same_gradients(*grads, 1e-5)
+        )
+        assert_same_gradients(compiled_grads, eager_grads, 1e-5)
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()

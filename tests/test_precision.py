@@ -182,9 +182,9 @@ def test_only_dynamic_int8_is_coupled_by_its_batch(lowered):
     batch = random_batch(4, 9, 12)
     together = engine.score(batch).log_prob
     for row in range(4):
-        mine, mask = batch.positions // 9 == row, batch.attention_mask[row]
-        rows = (values[None, mask == 1] for values in (batch.input_ids[row], mask))
-        alone = engine.score(Batch(*rows, batch.positions[mine] - row * 9, batch.targets[mine])).log_prob
+        mine, real = batch.positions // 9 == row, batch.attention_mask[row] == 1
+        input_ids, mask = (values[row, real][None] for values in (batch.input_ids, batch.attention_mask))
+        alone = engine.score(Batch(input_ids, mask, batch.positions[mine] - row * 9, batch.targets[mine])).log_prob
         np.testing.assert_allclose(alone, together[mine], atol=1e-5, rtol=0)
 
 

@@ -235,12 +235,13 @@ def test_tokenizers_with_the_same_counts_and_other_tokens_compare_by_bytes(check
 
 def test_other_tokenizers_compare_by_bytes(checkpoint, texts, tmp_path):
     folders = [tmp_path / name for name in ("bert", "roberta")]
-    values = [
+    one, two = (
         evaluate(checkpoint(folder.name), texts, metrics="pseudo", output=folder).metrics["bits_per_byte"]["value"]
         for folder in folders
-    ]
+    )
+    assert one and two
     (found,) = compare(folders)["comparisons"]
-    assert found["metrics"]["bits_per_byte"]["difference"] == pytest.approx(values[1] - values[0])
+    assert found["metrics"]["bits_per_byte"]["difference"] == pytest.approx(two - one)
     assert "pseudo_perplexity" not in found["metrics"]
     assert found["tokens"] == []
 
