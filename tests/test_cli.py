@@ -155,6 +155,12 @@ def test_several_sets_have_a_folder_each(capsys, artifact, tmp_path):
     assert replaced["results"][0]["mask_digest"] != first["results"][0]["mask_digest"]
 
 
+def test_built_in_sets_are_listed(capsys):
+    listed = run_json(capsys, "eval", "--list-sets")["sets"]
+    _, out, _ = run(capsys, "eval", "--list-sets")
+    assert [item["name"] for item in listed] == [line.split()[0] for line in out.splitlines()[2:]]
+
+
 def mistakes(folder: Path, checkpoint: Path, artifact: Path) -> dict[str, list[object]]:
     """Return commands that must fail, by a part of their message."""
     (folder / "empty.txt").write_text("")
@@ -170,6 +176,17 @@ def mistakes(folder: Path, checkpoint: Path, artifact: Path) -> dict[str, list[o
     train = ["train", folder / "good.toml", "--output", output, "--set"]
     return {
         "Missing argument 'MODEL'": ["eval"],
+        "Missing option '--set'": ["eval", artifact],
+        "holds text, not pairs": ["eval", artifact, "--set", "wikitext-2", "--metric", "pairs"],
+        "exclude each other": ["eval", artifact, "--set", good, "--mask-seed", 1, "--mask-seeds", "1,2"],
+        "numbers separated by commas": ["eval", artifact, "--set", good, "--mask-seeds", "1;2"],
+        "two sets have the same name": ["eval", artifact, "--set", good, "--set", good, "--output", output],
+        "there is no text to score": ["score", artifact, folder / "empty.txt"],
+        "unknown device": ["fill", artifact, "a [MASK]", "--device", "tpu"],
+        "--max-batch applies to a TensorRT plan": ["export", checkpoint, "--output", output, "--max-batch", 2],
+        "--result is shown on the model card": ["export", checkpoint, "--output", output, "--result", folder],
+        "empty.txt has no documents": ["export", checkpoint, "--output", output, "--text", folder / "empty.txt"],
+        "name the checkpoint it was exported from": [*train, f"model.init_from={artifact}"],
         "No such command": ["evaluate"],
         "No such option": ["fill", artifact, "x", "--topk", 3],
         "no such folder": ["fill", folder / "none", "a [MASK]"],
@@ -211,6 +228,12 @@ def test_mistakes_end_in_one_line_and_write_nothing(capsys, tmp_path, checkpoint
     for message, arguments in cases.items():
         assert message in refusal(capsys, *arguments), arguments
         assert not (tmp_path / "out").exists(), arguments
+
+
+def test_ranks_need_a_folder_to_share(capsys, monkeypatch, artifact):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    assert "name one with --output" in refusal(capsys, "eval", artifact("bert"), "--set", "wikitext-2")
 
 
 def test_overwriting_spares_what_is_not_its_own(capsys, tmp_path, checkpoint, artifact):
