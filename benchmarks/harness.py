@@ -91,10 +91,10 @@ def write_block(page: Path, script: str, paragraphs: Sequence[str]) -> None:
 
 def split_page(page: Path, script: str) -> tuple[str, str]:
     """The page up to the marker before a script's block, and from the one behind it."""
-    begin, end = (f"<!-- {script}: {word} -->" for word in ("begin", "end"))
+    begin, end = (re.escape(f"<!-- {script}: {word} -->") for word in ("begin", "end"))
     block = re.fullmatch(f"(.*{begin}\n).*\n({end}.*)", page.read_text(encoding="utf-8"), re.DOTALL)
     if not block:
-        raise SkippedError(f"{page} has no lines {begin} and {end}")
+        raise SkippedError(f"{page} has no lines <!-- {script}: begin --> and <!-- {script}: end -->")
     return block[1], block[2]
 
 
@@ -177,7 +177,8 @@ def processor() -> str:
     described = path.read_text() if path.exists() else ""
     name = re.search(r"^model name\s*: (.*)", described, re.MULTILINE)
     widest = next((unit for unit in ("amx_tile", "avx512f", "avx2") if f" {unit} " in described), "")
-    return f"{name[1] if name else platform.machine()} {widest}".strip()
+    known = name[1] if name else platform.processor() or platform.machine()
+    return f"{known} {widest}".strip()
 
 
 # ---------------------------------------------------------------- rounds

@@ -112,13 +112,13 @@ def bert_tokenizer() -> Any:
 
 
 def _write_tokenizer(folder: Path) -> None:
-    vocabulary = _lines("tokenizers/bert-base-uncased/vocab.txt")
-    if not vocabulary:
-        return write_tokenizer(folder, _documentation(), VOCABULARY, 512)
-    from transformers import BertTokenizer
+    if vocabulary := _lines("tokenizers/bert-base-uncased/vocab.txt"):
+        from transformers import BertTokenizer
 
-    tokenizer: Any = BertTokenizer(vocab={token: id for id, token in enumerate(vocabulary)}, model_max_length=512)
-    return tokenizer.save_pretrained(folder)
+        tokenizer: Any = BertTokenizer(vocab={token: id for id, token in enumerate(vocabulary)}, model_max_length=512)
+        tokenizer.save_pretrained(folder)
+    else:
+        write_tokenizer(folder, _documentation(), VOCABULARY, 512)
 
 
 def write_tokenizer(folder: Path, texts: list[str], vocabulary: int, length: int) -> None:

@@ -117,16 +117,8 @@ def test_the_suite_runs_every_script():
 
 
 def test_the_suite_writes_figures_and_page_and_shows_what_changed(tmp_path):
-    command = [
-        "benchmarks/suite.py",
-        "--quick",
-        "--only",
-        "masking",
-        "--results",
-        tmp_path,
-        "--page",
-        tmp_path / "p.md",
-    ]
+    options = ["--only", "masking", "--results", tmp_path, "--page", tmp_path / "p.md"]
+    command = ["benchmarks/suite.py", "--quick", *options]
     done = run(*command)
     assert done.returncode == 0, done.stderr
     assert "change for the better" not in done.stderr  # there is no run before

@@ -1,7 +1,6 @@
 """The model card: the hub can read it, and it states parity and metrics."""
 
 import json
-import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,11 +12,6 @@ from mlmkit.backends import load
 from mlmkit.errors import UserError
 from mlmkit.eval.api import evaluate
 from mlmkit.export.card import write_card
-
-
-@pytest.fixture
-def copy(artifact, tmp_path) -> Path:
-    return Path(shutil.copytree(artifact("bert"), tmp_path / "copy"))
 
 
 @pytest.fixture(scope="module")

@@ -333,7 +333,6 @@ def test_demo_on_own_text_goes_the_whole_way(capsys, caplog, tmp_path, text_file
     text.write_text("".join(text_file.read_text(encoding="utf-8").splitlines(keepends=True)[:250]), encoding="utf-8")
     monkeypatch.setattr("mlmkit.demo.demo_config", short)
     monkeypatch.setattr("mlmkit.export.parity.MOST_TOKENS", 1024)
-    monkeypatch.setattr("mlmkit.pydocs._docstrings", lambda: iter(()))  # reading the standard library takes ten seconds
     code, out, err = run(capsys, "demo", "--text", text, "--output", output)
     assert code == 0, err
     assert "unigram entropy" in out

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from conftest import PORTUGUESE, edit_record, paragraphs, run
+from conftest import PORTUGUESE, edit_record, paragraphs, run, run_json
 from test_pairs import write_pairs
 
 from mlmkit.errors import UserError
@@ -110,11 +110,8 @@ def test_pairs_have_a_report_and_a_comparison(capsys, checkpoint, artifact, tmp_
     assert read_result(tmp_path / "a")["pairs"]["phenomena"]["order"]["pair_accuracy"]["low"] is None
     assert (tmp_path / "page" / "compare.html").exists()
     # a plain file of pairs needs no declaration
-    code, out, err = run(
-        capsys, "eval", artifact("bert"), "--set", tmp_path / "pairs.jsonl", "--metric", "pairs", "--json"
-    )
-    assert code == 0, err
-    assert json.loads(out)["pairs"]["pairs"] == 6
+    plain = run_json(capsys, "eval", artifact("bert"), "--set", tmp_path / "pairs.jsonl", "--metric", "pairs")
+    assert plain["pairs"]["pairs"] == 6
     code, _, err = run(capsys, "eval", artifact("bert"), "--set", tmp_path / "p.toml", "--metric", "masked")
     assert (code, "holds pairs" in err) == (2, True)
 

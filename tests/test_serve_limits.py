@@ -91,7 +91,7 @@ def test_candidates_are_bounded_also_when_only_looked_up(served):
 
 def test_values_are_bounded_before_a_body_is_parsed(served):
     """Parsing makes an object of each while nothing else runs: 2 MB of lists stopped the server for a second."""
-    server = served("bert", "--max-candidates", "100")
+    server = served("bert", "--max-candidates", "5000")
     for value in ("[]", '""', '{"a": 0}', "0", "[0]"):
         many = f"[{f'{value},' * 40_000}{value}]"
         tensor = f'{{"name": "input_ids", "shape": [1, 1], "datatype": "INT64", "data": {many}}}'

@@ -371,6 +371,7 @@ def test_a_phone_scrolls_in_one_direction(open_page: Open) -> None:
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_colours_can_be_read_and_told_apart_without_hue(scheme: str, open_page: Open) -> None:
     page = open_page(color_scheme=scheme)
+    page.wait_for_selector("#legend span", state="attached")
 
     def luminance(colour: str) -> float:
         """WCAG 2.2, relative luminance."""
@@ -389,5 +390,6 @@ def test_colours_can_be_read_and_told_apart_without_hue(scheme: str, open_page: 
     steps = [(b + 0.05) / (a + 0.05) for a, b in pairwise(lights)]
     assert all(step < 1 / 1.1 for step in steps) if scheme == "light" else all(step > 1.1 for step in steps)
 
+    page.wait_for_selector("#fill-button:enabled")
     assert contrast(styles(page, "#model-line")[0][1], styles(page, "body")[0][2]) >= 4.5
     assert contrast(*styles(page, "#fill-button")[0][1:]) >= 4.5

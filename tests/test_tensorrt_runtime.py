@@ -126,7 +126,11 @@ def test_long_rows_run_one_by_one(machine, plan):
 @pytest.mark.parametrize(
     ("refuses", "error", "message"),
     [
-        ("shape", CheckError, r"shape \(2, 9\) with 3 positions: TensorRT refused input_ids .*\(input_ids is out of"),
+        (
+            "shape",
+            CheckError,
+            r"shape \(2, 9\) with 3 positions: TensorRT refused input_ids .*\(input_ids is out of the",
+        ),
         ("address", CheckError, r"TensorRT refused the address of input_ids \(TensorRT gives no reason\)"),
         ("output shape", CheckError, "shape of log_prob does not follow"),
         ("execution", CheckError, "TensorRT refused to run it"),

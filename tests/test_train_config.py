@@ -31,6 +31,7 @@ from mlmkit.train.presets import PRESETS, build_config
         ("optim.decay_share=0", "optim.decay_share must be above 0"),
         ("optim.name=lion", "optim.name must be one of adamw, muon"),
         ("data=3", "table.key=value"),
+        ("masking.mask_prob=1.5", "masking.mask_prob must be at least 0.001 and below 1, not 1.5"),
         ("masking.random_prob=0.9", "replace_prob"),
         ("masking.mask_prob=nan", "mask_prob must be a number"),
         ("masking.mask_prob=1e-300", "masking.mask_prob must be at least 0.001 and below 1, not 1e-300"),
