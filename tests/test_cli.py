@@ -23,7 +23,7 @@ ROOT = Path(__file__).parent.parent
 
 
 @pytest.mark.parametrize(
-    "command", ["demo", "train", "export", "inspect", "eval", "compare", "report", "score", "fill", "serve"]
+    "command", ["demo", "train", "average", "export", "inspect", "eval", "compare", "report", "score", "fill", "serve"]
 )
 def test_each_command_has_help(capsys, command):
     code, out, _ = run(capsys, command, "--help")
@@ -297,6 +297,7 @@ def test_a_missing_extra_is_named(capsys, tmp_path, monkeypatch, checkpoint):
         ["export", checkpoint("bert"), "--output", tmp_path / "artifact"],
         ["fill", checkpoint("bert"), "a [MASK]"],
         ["demo", "--output", tmp_path / "demo"],
+        ["average", checkpoint("bert"), checkpoint("bert"), "--output", tmp_path / "mean"],
     ):
         assert "pip install 'mlmkit[train]'" in refusal(capsys, *arguments)
 
