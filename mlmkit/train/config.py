@@ -97,14 +97,14 @@ class MaskingConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """`[optim]`: AdamW, or Muon for the hidden matrices with AdamW for the rest; and the learning rate schedule.
+    """`[optim]`: AdamW, StableAdamW, or Muon for the hidden matrices with AdamW for the rest; and the schedule.
 
     `decay_share` is the share of all steps in which `wsd` decays. The default of `beta2` is RoBERTa's (Liu et al. 2019,
     section 4): 0.999 is unstable with large batches. A file without `warmup_steps` gets a tenth of the steps if there
     are at most 100.
     """
 
-    name: Annotated[str, one_of("adamw", "muon")] = "adamw"
+    name: Annotated[str, one_of("adamw", "muon", "stable_adamw")] = "adamw"
     lr: PositiveFloat = 1e-3
     beta1: Annotated[float, DECAY_RATE] = 0.9
     beta2: Annotated[float, DECAY_RATE] = 0.98

@@ -18,7 +18,7 @@ from mlmkit.backends.torch import pick_device
 from mlmkit.corpus import Corpus, load_corpus, warn_of_words
 from mlmkit.distributed import Ranks, available_memory
 from mlmkit.documents import HUB, existing_file, read_documents
-from mlmkit.errors import UserError
+from mlmkit.errors import UserError, as_user_error, require
 from mlmkit.files import RUN, atomic, content, locate_model, locked, read_record, sweep, write_record
 from mlmkit.model import MaskedLM
 from mlmkit.packing import enable_packing
@@ -80,6 +80,9 @@ def begin_or_check(config: Config, run: Path, ranks: Ranks) -> tuple[Tokenizer, 
 
 
 def _begin_or_check(config: Config, run: Path, ranks: Ranks) -> list[Corpus]:
+    if config.optim.name == "stable_adamw":
+        with as_user_error("optim.name"):
+            require("stable-adamw", "optimi")
     if (config.train.global_batch_tokens // config.train.micro_batch_tokens) % ranks.world:
         raise UserError(
             f"{ranks.world} processes cannot share train.global_batch_tokens ({config.train.global_batch_tokens}) "
