@@ -130,6 +130,7 @@ class RunConfig:
     device: Annotated[str, one_of(*DEVICES)] = "auto"
     parallel: Annotated[str, one_of("ddp", "fsdp")] = "ddp"
     compile: bool = False
+    checkpoint_activations: bool = False  # keep only the input of each layer, and compute the rest again
     tensorboard: bool = False
     wandb: str = ""  # the project's name
 

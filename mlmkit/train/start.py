@@ -30,15 +30,16 @@ from mlmkit.train.data import TrainingData
 from mlmkit.train.held_out import held_out_digest
 from mlmkit.train.presets import build_config, fit_output_bias
 from mlmkit.train.rows import RowBuilder
-from mlmkit.train.step import freeze_unused
+from mlmkit.train.step import checkpoint_layers, freeze_unused
 from mlmkit.train.tokenizer import train_tokenizer
 
 log = logging.getLogger(__name__)
 
+LOGGING = ("log_every", "tensorboard", "wandb")
 # Settings that may change on resume: they affect neither data nor weights. Texts are compared by their fingerprints.
 CHANGEABLE = {
     "data": ("train", "held_out", "text_field", "blank_line", "workers"),
-    "train": ("device", "save_every", "keep_checkpoints", "log_every", "parallel", "tensorboard", "wandb"),
+    "train": ("device", "parallel", "checkpoint_activations", "save_every", "keep_checkpoints", *LOGGING),
 }
 WARN_ABOVE, REFUSE_ABOVE = 0.01, 0.5  # shares of a text's characters that become unknown tokens
 
@@ -212,6 +213,8 @@ def prepare(
     """Make a model on the CPU ready for training, packed if its architecture allows, and return its batches."""
     if not (resumed or config.model.init_from):
         fit_output_bias(model, corpora, config.data.passes)
+    if config.train.checkpoint_activations:
+        checkpoint_layers(model)
     freeze_unused(model)
     packed = enable_packing(model)
     if not packed:
