@@ -7,6 +7,7 @@ holds the result and one tensor of each checkpoint, never two models.
 import math
 from collections.abc import Sequence
 from contextlib import ExitStack
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +87,7 @@ def _means(paths: Sequence[str], shares: Sequence[float]) -> dict[str, Tensor]:
             tensors = [files[name].get_tensor(name) for files in checkpoints]
             if tensors[0].is_floating_point():
                 parts = [tensor.double() * share for tensor, share in zip(tensors, shares, strict=True)]
-                means[name] = sum(parts[1:], parts[0]).to(tensors[0].dtype)
+                means[name] = reduce(Tensor.add, parts).to(tensors[0].dtype)
             elif all(tensor.equal(tensors[0]) for tensor in tensors):
                 means[name] = tensors[0]
             else:
