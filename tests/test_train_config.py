@@ -71,7 +71,7 @@ def test_wrong_settings_are_named(tmp_path, text_file, override, message):
         ("data.weights=[2.0]", "data.weights has no effect"),
         ("data.train=['a','b'] data.weights=[0.5,0.5]", "data.weights has no effect"),
         ("train.steps=1 masking.final_mask_prob=0.3", "masking.final_mask_prob has no effect"),
-        ("train.steps=12 optim.warmup_steps=12", r"warmup_steps \(12\) must be below train.steps \(12\)"),
+        ("train.steps=12 optim.warmup_steps=12", r"warmup_steps \(12\) must end before train.steps \(12\)"),
         ("model.init_from=x model.architecture=", ""),
         ("optim.decay_share=0.2 optim.schedule=wsd", ""),
         ("data.held_out=a.parquet data.text_field=text", ""),
@@ -88,7 +88,7 @@ def test_a_setting_without_effect_is_refused(tmp_path, settings, message):
 @pytest.mark.parametrize(("steps", "warmup"), [(1, 0), (4, 0), (100, 10), (101, 100), (5000, 100)])
 def test_a_short_run_warms_up_for_a_tenth_of_it(tmp_path, steps, warmup):
     (tmp_path / "config.toml").write_text(f'[data]\ntrain = "text.txt"\n[train]\nsteps = {steps}\n')
-    assert load_config(tmp_path / "config.toml").optim.warmup_steps == warmup
+    assert load_config(tmp_path / "config.toml").warmup(steps) == warmup
 
 
 def test_the_documented_configuration_is_that_of_the_defaults(tmp_path):

@@ -104,8 +104,8 @@ def test_a_signal_saves_and_leaves(config, tmp_path, world, number):
     ranks.signal(number)
     assert ranks.wait() == [128 + number] * world, ranks.messages()
     [saved] = saved_checkpoints(run)
-    step = json.loads((saved / "trainer.json").read_text())["step"]
-    assert ranks.messages()[0] == (f"{number.name}: saved step {step} of 100000 in {saved}: the same command resumes")
+    step = json.loads((saved / "trainer.json").read_text())["position"]["cursor"]["step"]
+    assert ranks.messages()[0] == (f"{number.name}: saved step {step} in {saved}: the same command resumes")
 
 
 @pytest.mark.parametrize(("world", "second"), [(1, signal.SIGINT), (2, signal.SIGTERM)])  # as torchrun passes it on
@@ -244,10 +244,10 @@ if __name__ == "__main__":
 
     tokenizer = Tokenizer.from_folder(Path(sys.argv[2]))
     corpus = load_corpus(Source(sys.argv[1]), tokenizer)
-    run = RunConfig(global_batch_tokens=64, micro_batch_tokens=64)
+    run = RunConfig(steps=10**9, global_batch_tokens=32000, micro_batch_tokens=64)
     config = Config(data=DataConfig(train=("text.txt",)), model=ModelConfig(max_length=32), train=run)
     data = TrainingData(config, [corpus], tokenizer, packed=True)
-    batches = data.batches(Cursor(), micro_batches=500, steps=10**9, workers=2)
+    batches = data.batches(Cursor(), workers=2)
     next(batches)
     print(*(child.pid for child in multiprocessing.active_children()), flush=True)
     if sys.argv[3] == "raise":

@@ -6,6 +6,7 @@ import re
 import tempfile
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -44,12 +45,17 @@ def make_config(**train) -> Config:
 def write_steps(run: Path, config: Config, first: int, last: int, **options) -> None:
     """Log like a run that takes these steps and evaluates every four."""
     run.mkdir(exist_ok=True)
-    with TrainingLog(run, config, first - 1, **options) as log:
+    with TrainingLog(run, config, first - 1, last_step=12, **options) as log:
         for step in range(first, last + 1):
             means = {"loss": 1.0 / step, "learning_rate": 1e-3, "gradient_norm": 0.5, "mask_prob": 0.15}
-            log.record(step, epoch=step // 5, tokens=990, masked=150, **means)
+            log.record(step, epoch=step // 5, tokens=990, masked=150, **place(step), **means)
             if step % 4 == 0:
                 log.held_out(step, held_out_result(2.0 / step))
+
+
+def place(step: int) -> dict[str, Any]:
+    """Where a step is in a phase of 12 with 1,000 tokens each."""
+    return {"capacity": 1000, "share": step / 12, "steps_left": 12 - step}
 
 
 def held_out_result(value: float) -> dict:
@@ -109,7 +115,7 @@ def test_time_within_a_pause_is_not_training_time(tmp_path, monkeypatch):
         now = 2.0
         with log.paused():
             now = 50.0
-        log.record(1, epoch=0, loss=1, learning_rate=1, gradient_norm=1, tokens=100, masked=1, mask_prob=0.15)
+        log.record(1, loss=1, learning_rate=1, tokens=100, masked=1, **place(1))
     assert read_log(tmp_path)[0]["tokens_per_second"] == pytest.approx(50)
 
 
@@ -123,7 +129,8 @@ def test_the_first_entry_after_a_resume_counts_the_steps_before_it(tmp_path, mon
             for step in (first, first + 1):
                 now += 1
                 masked = 0 if step == 2 else 10
-                log.record(step, loss=float(step) if masked else 0.0, tokens=100, masked=masked, learning_rate=1)
+                loss = float(step) if masked else 0.0
+                log.record(step, loss=loss, tokens=100, masked=masked, learning_rate=1, **place(step))
             sums = log.open_sums()
     [entry] = read_log(tmp_path)
     assert entry.pop("learning_rate") == 1
@@ -134,12 +141,11 @@ def test_without_a_terminal_a_line_comes_now_and_then(tmp_path, monkeypatch, cap
     now, line = 0.0, ""
     monkeypatch.setattr(training_log.time, "perf_counter", lambda: now)
     caplog.set_level(logging.INFO, logger="mlmkit")
-    with TrainingLog(tmp_path, make_config(log_every=1), 0, flops_per_token=1e9, peak_flops=1e12) as log:
+    options = {"last_step": 12, "flops_per_token": 1e9, "peak_flops": 1e12}
+    with TrainingLog(tmp_path, make_config(log_every=1), 0, **options) as log:
         for step in range(1, 13):
             now += 4.0
-            line = log.record(
-                step, epoch=0, loss=1.5, learning_rate=1e-3, gradient_norm=1, tokens=990, masked=1, mask_prob=0.15
-            )
+            line = log.record(step, loss=1.5, learning_rate=1e-3, tokens=990, masked=1, **place(step))
     assert read_log(tmp_path)[-1]["mfu"] == pytest.approx(0.2475)
     assert line == "training  loss 1.500  248 tokens/s  MFU 25%  lr 1.00e-03  fill 99.0%"
     said = [re.match(r"step (\d+)/12  loss 1.500 .* (0:\d\d:\d\d) left", message) for message in caplog.messages]
@@ -260,7 +266,7 @@ def test_peak_rates_are_found_by_name(gpu, tflops):
 def test_a_dry_run_shows_the_batch_and_leaves_nothing(tmp_path, text_file, monkeypatch):
     (tmp_path / "temporary").mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
-    report = dry_run(write_config(tmp_path, text_file, "bert-tiny", "masking.mask_prob=0.3"))
+    report = dry_run(write_config(tmp_path, text_file, "bert-tiny", "masking.mask_prob=0.3"))[""]
     assert not list((tmp_path / "temporary").iterdir())
     assert report.packed
     assert 0.9 < report.fill <= 1
@@ -282,7 +288,9 @@ def test_a_dry_run_shows_the_batch_and_leaves_nothing(tmp_path, text_file, monke
 def test_muon_keeps_one_number_per_hidden_weight(tmp_path, text_file):
     """And AdamW two, beside the weights and the gradients; all are float32. Each tensor also has a step count."""
     path = small_architecture(tmp_path)
-    adamw, muon = (dry_run(write_config(tmp_path, text_file, path, f"optim.name={name}")) for name in ("adamw", "muon"))
+    adamw, muon = (
+        dry_run(write_config(tmp_path, text_file, path, f"optim.name={name}"))[""] for name in ("adamw", "muon")
+    )
     assert adamw.state_bytes == pytest.approx(16 * adamw.parameters, abs=1000)
     assert adamw.state_bytes - muon.state_bytes == pytest.approx(4 * 2 * (4 * 32 * 32 + 2 * 32 * 48), abs=100)
 
@@ -290,7 +298,7 @@ def test_muon_keeps_one_number_per_hidden_weight(tmp_path, text_file):
 @pytest.mark.parametrize("architecture", ["bert", "mpnet"])
 def test_the_decoded_batch_is_the_text(tmp_path, text_file, architecture):
     """Packed and padded: with the original tokens put back, each text is a document or a window of one."""
-    found = dry_run(write_config(tmp_path, text_file, small_architecture(tmp_path, model_type=architecture)))
+    found = dry_run(write_config(tmp_path, text_file, small_architecture(tmp_path, model_type=architecture)))[""]
     assert found.packed == (architecture == "bert")
     squeezed = re.sub(r"\s", "", text_file.read_text(encoding="utf-8"))
     for text in found.first_batch:
@@ -299,7 +307,7 @@ def test_the_decoded_batch_is_the_text(tmp_path, text_file, architecture):
 
 
 def test_the_console_shows_a_part_of_it(tmp_path, text_file):
-    found = dry_run(write_config(tmp_path, text_file, "bert-tiny", "model.max_length=16"))
+    found = dry_run(write_config(tmp_path, text_file, "bert-tiny", "model.max_length=16"))[""]
     shown = lines(found)
     assert shown[0].startswith(f"model       bert-tiny, {found.parameters / 1e3:.3g} k parameters")
     assert any(line.startswith("time ") and "s per step" in line for line in shown)

@@ -37,6 +37,13 @@ class TrainOptions(JsonOption):
         "--set", "Override a setting. Repeatable.", multiple=True, metavar="TABLE.KEY=VALUE"
     )
     output: Path | None = option("--output", "The run folder.", type=PATH)
+    start_from: Path | None = option(
+        "--from",
+        "Branch from a checkpoint of a run: keep its weights, optimiser state and place in the data. CONFIG says what "
+        "changes.",
+        type=PATH,
+        metavar="CHECKPOINT",
+    )
     dry_run: bool = switch("--dry-run", "Show what would be trained and what it costs, and exit.")
     sweeps: tuple[str, ...] = option(
         "--sweep",
@@ -57,7 +64,13 @@ def train(options: TrainOptions) -> None:
     from mlmkit.train.config import load_config
 
     with said_once():
-        settings = load_config(options.config, options.overrides)
+        base = None
+        if options.start_from:
+            require("train", "torch", "transformers", "safetensors")
+            from mlmkit.train.checkpoints import branch_config
+
+            base = branch_config(options.start_from)
+        settings = load_config(options.config, options.overrides, base)
         if options.dry_run and options.sweeps:
             raise UserError("--dry-run shows a single run: leave out --sweep")
         if not options.dry_run and options.output is None:
@@ -66,18 +79,20 @@ def train(options: TrainOptions) -> None:
     if options.dry_run:
         from mlmkit.train.cost import dry_run, lines
 
-        summary = dry_run(settings)
+        reports = dry_run(settings, options.start_from)
         if options.as_json:
-            print_json(asdict(summary))
+            tables = {name: asdict(report) for name, report in reports.items()}
+            print_json(tables.get("", tables))
         else:
-            for line in lines(summary):
-                say(line)
+            for name, report in reports.items():
+                for line in [*([f"phase {name}"] if name else []), *lines(report)]:
+                    say(line)
     elif options.output and options.sweeps:
         from mlmkit.train.sweep import check, make_trials, sweep, table
 
         with said_once():
-            trials = make_trials(options.config, options.overrides, options.sweeps)
-        if results := sweep(trials, options.output):  # on the first rank
+            trials = make_trials(options.config, options.overrides, options.sweeps, base)
+        if results := sweep(trials, options.output, options.start_from):  # on the first rank
             if options.as_json:
                 print_json(results)
             else:
@@ -88,7 +103,7 @@ def train(options: TrainOptions) -> None:
         from mlmkit.train.log import read_log
         from mlmkit.train.loop import train as run_training
 
-        model = run_training(settings, options.output)
+        model = run_training(settings, options.output, options.start_from)
         if os.environ.get("RANK", "0") != "0":
             return
         if options.as_json:

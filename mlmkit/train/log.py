@@ -25,7 +25,7 @@ from mlmkit.train.config import Config, RunConfig
 log = logging.getLogger(__name__)
 
 # Sums over the steps since the last entry; `learning` counts the steps with a target.
-NO_STEPS = {"steps": 0, "learning": 0, "tokens": 0, "masked": 0, "loss": 0.0, "seconds": 0.0}
+NO_STEPS = {"steps": 0, "learning": 0, "tokens": 0, "masked": 0, "capacity": 0, "loss": 0.0, "seconds": 0.0}
 SECONDS_BETWEEN_LINES = 10.0  # without a terminal, often enough to show progress in a Slurm log
 
 
@@ -45,7 +45,8 @@ def check_loggers(config: RunConfig) -> None:
 class TrainingLog:
     """Records every step and writes an entry every `train.log_every` steps: means and sums since the last entry.
 
-    `step` and `sums` are those of the checkpoint that the run resumes from; entries of later steps are dropped. A step
+    `step` and `sums` are those of the checkpoint that the run resumes from; entries of later steps are dropped. `phase`
+    is the name of the phase, or "", and `last_step` its last step, if that is known. A step
     without a target has no loss and does not count in the mean. `flops_per_token` and `peak_flops`, of all GPUs
     together, give the share of the hardware's rate that was used (MFU); 0 if unknown. Only the rank with `is_first`
     writes.
@@ -58,12 +59,14 @@ class TrainingLog:
         step: int,
         sums: dict[str, float] = NO_STEPS,
         *,
+        phase: str = "",
+        last_step: int | None = None,
         flops_per_token: float = 0.0,
         peak_flops: float = 0.0,
         is_first: bool = True,
     ) -> None:
-        self.every, self.last_step = config.train.log_every, config.train.steps
-        self.batch_tokens = config.train.global_batch_tokens
+        self.phase, self.last_step = phase, last_step
+        self.every = config.train.log_every
         self.flops_per_token, self.peak_flops = flops_per_token, peak_flops
         self.stack = ExitStack()
         self.writers = _open_writers(run, config, step, self.stack) if is_first else []
@@ -80,23 +83,36 @@ class TrainingLog:
         """What a checkpoint saves, so that the first entry after a resume covers all steps since the last one."""
         return self.sums | {"seconds": time.perf_counter() - self.since}
 
-    def record(self, step: int, *, loss: float, tokens: int, masked: int, **latest: float) -> str:
-        """Record a step with its `tokens` and `masked` tokens over all ranks; returns the progress line.
+    def record(
+        self,
+        step: int,
+        *,
+        loss: float,
+        tokens: int,
+        masked: int,
+        capacity: int,
+        share: float,
+        steps_left: int,
+        **latest: float,
+    ) -> str:
+        """Record a step with `tokens` (of `capacity`) and `masked` tokens over all ranks; returns the progress line.
 
-        An entry takes `latest` (epoch, learning rate, ...) from its last step.
+        `share` of the phase is done: 1.0 or more after its last step. An entry takes `latest` (epoch, learning rate,
+        ...) from its last step.
         """
         added = {"steps": 1, "learning": int(masked > 0), "tokens": tokens, "masked": masked, "loss": loss}
-        self.sums |= {name: self.sums[name] + value for name, value in added.items()}
-        if step % self.every and step != self.last_step:
+        self.sums |= {name: self.sums[name] + value for name, value in {**added, "capacity": capacity}.items()}
+        if step % self.every and share < 1:
             return self.description
         sums, seconds = self.sums, max(time.perf_counter() - self.since, 1e-9)
         entry = {
             "step": step,
+            **({"phase": self.phase} if self.phase else {}),
             **latest,
             **({"loss": sums["loss"] / sums["learning"]} if sums["learning"] else {}),
             "tokens": sums["tokens"],
             "masked": sums["masked"],
-            "fill": sums["tokens"] / (sums["steps"] * self.batch_tokens),
+            "fill": sums["tokens"] / sums["capacity"],
             "tokens_per_second": sums["tokens"] / seconds,
         }
         if empty := sums["steps"] - sums["learning"]:
@@ -105,11 +121,10 @@ class TrainingLog:
             entry["mfu"] = self.flops_per_token * entry["tokens_per_second"] / self.peak_flops
         self._write(entry)
         self.description = f"training  {_summary(entry)}"
-        if self.logs_lines and (
-            step == self.last_step or time.perf_counter() - self.last_line >= SECONDS_BETWEEN_LINES
-        ):
-            left = timedelta(seconds=round((self.last_step - step) * seconds / sums["steps"]))
-            log.info("step %d/%d  %s  %s left", step, self.last_step, _summary(entry), left)
+        if self.logs_lines and (share >= 1 or time.perf_counter() - self.last_line >= SECONDS_BETWEEN_LINES):
+            left = timedelta(seconds=round(steps_left * seconds / sums["steps"]))
+            where = self._where(step) if self.last_step else f"{self._where(step)} ({share:.0%})"
+            log.info("%s  %s  %s left", where, _summary(entry), left)
             self.last_line = time.perf_counter()
         self._restart(NO_STEPS)
         return self.description
@@ -124,7 +139,10 @@ class TrainingLog:
         metric = result["metrics"]["masked_cross_entropy"]
         interval = "" if metric["low"] is None else f" ({metric['low']:.4f} to {metric['high']:.4f})"
         shown = f"{metric['value']:.4f}{interval}"
-        log.info("step %d/%d  held-out masked cross-entropy %s", step, self.last_step, shown)
+        log.info("%s  held-out masked cross-entropy %s", self._where(step), shown)
+
+    def _where(self, step: int) -> str:
+        return f"{self.phase} step {step}".lstrip() + (f"/{self.last_step}" if self.last_step else "")
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -251,7 +269,7 @@ def _open_wandb(run: Path, config: Config) -> Any:
 def _scalars(entry: dict[str, Any]) -> dict[str, float]:
     """An entry's values under flat names: `train/loss`, ..., `held_out/masked_cross_entropy` with its bounds."""
     if "held_out" not in entry:
-        return {f"train/{name}": value for name, value in entry.items() if name != "step"}
+        return {f"train/{name}": value for name, value in entry.items() if name not in ("step", "phase")}
     metrics = {name: metric for name, metric in entry["held_out"].items() if isinstance(metric, dict)}
     return {
         f"held_out/{name}" + ("" if bound == "value" else f"_{bound}"): metric[bound]

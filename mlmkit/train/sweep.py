@@ -8,7 +8,7 @@ import logging
 import re
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -43,12 +43,19 @@ class Trial:
     @property
     def values(self) -> dict[str, Any]:
         """The swept settings with their parsed values."""
-        tables = asdict(self.config)
-        return {key: tables[key.partition(".")[0]][key.partition(".")[2]] for key in self.texts}
+        values = {}
+        for key in self.texts:
+            *phase, table, name = key.split(".")  # phase.NAME.table.key or table.key
+            config = self.config.phases[phase[1]] if phase else self.config
+            values[key] = getattr(getattr(config, table), name)
+        return values
 
 
-def make_trials(path: str | Path, overrides: Sequence[str], sweeps: Sequence[str]) -> list[Trial]:
-    """One trial per combination of the values; each of `sweeps` is `table.key=value,value,...`.
+def make_trials(
+    path: str | Path, overrides: Sequence[str], sweeps: Sequence[str], base: Config | None = None
+) -> list[Trial]:
+    """One trial per combination of the values; each of `sweeps` is `table.key=value,value,...`. For `base` see
+    `load_config`.
 
     Raises `UserError` if a configuration is invalid, if two are equal, or if `data.held_out` is missing.
     """
@@ -64,7 +71,7 @@ def make_trials(path: str | Path, overrides: Sequence[str], sweeps: Sequence[str
     trials: list[Trial] = []
     for texts in product(*settings.values()):
         chosen = dict(zip(settings, texts, strict=True))
-        trial = Trial(chosen, load_config(path, [*overrides, *(f"{key}={text}" for key, text in chosen.items())]))
+        trial = Trial(chosen, load_config(path, [*overrides, *(f"{key}={text}" for key, text in chosen.items())], base))
         if not trial.config.data.held_out:
             raise UserError("a sweep compares its runs on held-out text: name it with data.held_out")
         if any(trial.config == other.config or trial.name == other.name for other in trials):
@@ -73,7 +80,7 @@ def make_trials(path: str | Path, overrides: Sequence[str], sweeps: Sequence[str
     return trials
 
 
-def sweep(trials: Sequence[Trial], output: Path) -> dict[str, Any]:
+def sweep(trials: Sequence[Trial], output: Path, start_from: Path | None = None) -> dict[str, Any]:
     """Train and compare; returns the content of `OUTPUT/sweep.json`, and {} on all ranks but the first.
 
     Also writes `sweep.md` and `sweep.png`. A run that fails is listed with its `error`, and the others continue. Raises
@@ -85,17 +92,17 @@ def sweep(trials: Sequence[Trial], output: Path) -> dict[str, Any]:
     with ExitStack() as stack:
         own.from_first(lambda: stack.enter_context(locked(output)))
         own.close()  # each run joins again, with the backend that its device needs
-        return _sweep(trials, output, own)
+        return _sweep(trials, output, own, start_from)
 
 
-def _sweep(trials: Sequence[Trial], output: Path, own: Ranks) -> dict[str, Any]:
+def _sweep(trials: Sequence[Trial], output: Path, own: Ranks, start_from: Path | None) -> dict[str, Any]:
     rows, errors = [], []
     for number, trial in enumerate(trials, 1):
         if own.is_first:
             log.info("run %d of %d: %s", number, len(trials), trial.name)
         row = {"run": trial.name, "values": trial.values, "error": ""}
         try:
-            train(trial.config, output / trial.name)
+            train(trial.config, output / trial.name, start_from)
             if own.is_first:
                 run = output / trial.name
                 row |= read_record(run / HELD_OUT_METRICS, f"delete {run} and run again")
