@@ -1,5 +1,6 @@
 """The training configuration: one dataclass per TOML table. Every key has a default except `data.train`."""
 
+import re
 import tomllib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -14,6 +15,9 @@ from mlmkit.toml import Rule, build, one_of, read_toml
 
 SCHEDULES = ("linear", "cosine", "wsd")
 # The comparisons are false for NaN.
+HELD_OUT = "held-out"  # the name of the set that `data.held_out` gives
+# `mlmkit.train.held_out` makes folders of the names, and folders of eight hexadecimal digits for replaced texts.
+SET_NAME = re.compile(r"(?![0-9a-f]{8}$)[a-z][a-z0-9_-]{0,63}")
 POSITIVE = Rule(lambda value: 0 < value < 1 << 40, "positive and finite")
 NOT_NEGATIVE = Rule(lambda value: 0 <= value < 1 << 40, "at least 0 and finite")
 DECAY_RATE = Rule(lambda value: 0 <= value < 1, "at least 0 and below 1")
@@ -33,7 +37,7 @@ class DataConfig:
 
     train: tuple[str, ...] = ()
     weights: tuple[Annotated[float, Rule(lambda value: 0 < value < 1 << 20, "positive and finite")], ...] = ()
-    held_out: str = ""  # evaluated at each checkpoint
+    held_out: str = ""  # evaluated at each checkpoint; several texts: `[held_out]`
     text_field: str = "text"
     blank_line: bool = False
     workers: Annotated[int, Rule(lambda value: 0 <= value <= 256, "between 0 and 256")] = 0
@@ -42,11 +46,6 @@ class DataConfig:
     def sources(self) -> list[Source]:
         """The training texts for `load_corpus`."""
         return [Source(location, self.text_field, self.blank_line) for location in self.train]
-
-    @property
-    def held_out_source(self) -> Source:
-        """The held-out text for `load_corpus`."""
-        return Source(self.held_out, self.text_field, self.blank_line)
 
     @property
     def passes(self) -> tuple[float, ...]:
@@ -136,9 +135,13 @@ class RunConfig:
 
 @dataclass(frozen=True)
 class Config:
-    """The whole configuration. Raises `UserError` for tables that do not fit together."""
+    """The whole configuration. Raises `UserError` for tables that do not fit together.
+
+    `held_out` gives each of several held-out texts a name; the first is the primary one, by which sweeps compare.
+    """
 
     data: DataConfig = field(default_factory=DataConfig)
+    held_out: dict[str, str] = field(default_factory=dict)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     masking: MaskingConfig = field(default_factory=MaskingConfig)
@@ -152,6 +155,13 @@ class Config:
             raise UserError(
                 f"data.weights has {len(self.data.weights)} numbers for {len(self.data.train)} texts: give one per text"
             )
+        if self.data.held_out and self.held_out:
+            raise UserError("data.held_out and [held_out] exclude each other: name all held-out texts in [held_out]")
+        if wrong := [name for name in self.held_out if not SET_NAME.fullmatch(name)]:
+            raise UserError(
+                f"held_out.{wrong[0]}: name it with lower-case letters, digits, - and _, a letter first; "
+                "not with eight hexadecimal digits"
+            )
         if self.train.micro_batch_tokens < self.model.max_length:
             raise UserError(
                 f"train.micro_batch_tokens ({self.train.micro_batch_tokens}) must hold one row of model.max_length "
@@ -160,9 +170,16 @@ class Config:
         if self.train.global_batch_tokens % self.train.micro_batch_tokens:
             raise UserError("train.global_batch_tokens must be a multiple of train.micro_batch_tokens")
 
+    @property
+    def held_out_sources(self) -> dict[str, Source]:
+        """The held-out texts for `load_corpus`, by name."""
+        locations = self.held_out or {HELD_OUT: self.data.held_out}
+        reading = self.data.text_field, self.data.blank_line
+        return {name: Source(location, *reading) for name, location in locations.items() if location}
 
-def _are_tables(data: DataConfig) -> set[bool]:
-    return {is_table(location) for location in (*data.train, data.held_out) if location}
+
+def _are_tables(config: Config) -> set[bool]:
+    return {is_table(source.location) for source in (*config.data.sources, *config.held_out_sources.values())}
 
 
 _TRAINED = "tokenizer.kind tokenizer.vocab_size tokenizer.lowercase"
@@ -170,8 +187,8 @@ _TRAINED = "tokenizer.kind tokenizer.vocab_size tokenizer.lowercase"
 WITHOUT_EFFECT: tuple[tuple[str, Callable[[Config], object], str], ...] = (
     (f"model.architecture tokenizer.path {_TRAINED}", lambda c: c.model.init_from, "model.init_from brings its own"),
     (_TRAINED, lambda c: c.tokenizer.path, "tokenizer.path names a finished tokenizer"),
-    ("data.text_field", lambda c: True not in _are_tables(c.data), "text files have no fields"),
-    ("data.blank_line", lambda c: c.data.blank_line and False not in _are_tables(c.data), "there is no text file"),
+    ("data.text_field", lambda c: True not in _are_tables(c), "text files have no fields"),
+    ("data.blank_line", lambda c: c.data.blank_line and False not in _are_tables(c), "there is no text file"),
     ("data.weights", lambda c: len({*c.data.weights}) == 1 and 1.0 not in c.data.weights, "they are equal"),
     ("masking.final_mask_prob", lambda c: c.train.steps == 1, "one step has one rate"),
     ("optim.decay_share", lambda c: c.optim.schedule != "wsd", 'optim.schedule is not "wsd"'),

@@ -42,8 +42,8 @@ from mlmkit.train.checkpoints import (
 from mlmkit.train.config import Config
 from mlmkit.train.cost import flops_per_token, peak_flops
 from mlmkit.train.data import MicroBatch
-from mlmkit.train.held_out import evaluate_checkpoint, held_out_digest
-from mlmkit.train.log import NO_STEPS, TrainingLog, check_loggers, draw_loss, read_log
+from mlmkit.train.held_out import evaluate_checkpoint, evaluate_initial, held_out_digests
+from mlmkit.train.log import NO_STEPS, TrainingLog, check_loggers, draw_loss, held_out_metrics, read_log
 from mlmkit.train.optimisers import build_optimizers, learning_rate_factor
 from mlmkit.train.order import Cursor
 from mlmkit.train.start import begin_or_check, build_model, prepare, run_lock
@@ -74,13 +74,13 @@ def train(config: Config, run: Path) -> Path:
     try:
         with run_lock(run, ranks):
             tokenizer, corpora = begin_or_check(config, run, ranks)
-            mask_digest = ranks.from_first(lambda: held_out_digest(config, tokenizer))
+            digests = ranks.from_first(lambda: held_out_digests(config, tokenizer))
             # Only the first rank looks at the folder: a network file system may show the others an older state.
-            if ranks.from_first(lambda: is_finished(run, mask_digest)):
+            if ranks.from_first(lambda: is_finished(run, digests)):
                 log.info("%s is finished: nothing to train", run)
                 return run / "model"
             with stop_signals(run, ranks) as stop:
-                return _train(config, run, tokenizer, corpora, mask_digest, device, ranks, stop)
+                return _train(config, run, tokenizer, corpora, digests, device, ranks, stop)
     except BaseException as error:
         # The frames of the traceback keep DDP's reducer alive. It must be gone before its process group, or the process
         # may hang at exit in the destructor of whichever goes last (gloo, torch 2.13).
@@ -98,7 +98,7 @@ def _train(
     run: Path,
     tokenizer: Tokenizer,
     corpora: Sequence[Corpus],
-    mask_digest: str,
+    digests: dict[str, str],
     device: torch.device,
     ranks: Ranks,
     stop: list[int],
@@ -149,11 +149,12 @@ def _train(
         task = bar.add_task("training", total=steps, completed=cursor.step)
 
         def evaluate_and_prune(checkpoint: Path) -> None:
-            if mask_digest:
-                result = evaluate_checkpoint(checkpoint, config, mask_digest, device.type, ranks)
-                training_log.held_out(cursor.step, result)
+            training_log.held_out(cursor.step, evaluate_checkpoint(checkpoint, config, digests, device.type, ranks))
             ranks.from_first(lambda: prune(run, config.train.keep_checkpoints))
 
+        if config.model.init_from:
+            with training_log.paused():
+                training_log.held_out(0, evaluate_initial(run, model, config, digests, device.type, ranks))
         if saved:
             evaluate_and_prune(saved)  # a kill may have prevented it, or the held-out text may have changed
         while cursor.step < steps:
@@ -195,32 +196,35 @@ def _train(
                     if stopping and not is_last:
                         raise _stopped(stop, cursor.step, steps, checkpoint)
                     evaluate_and_prune(checkpoint)
-    ranks.from_first(lambda: finish(run))
+    ranks.from_first(lambda: finish(run, digests))
     return run / "model"
 
 
-def is_finished(run: Path, mask_digest: str) -> bool:
-    """Whether the run has its model and, if `mask_digest` names a held-out text, its result on that text.
+def is_finished(run: Path, digests: dict[str, str]) -> bool:
+    """Whether the run has its model and the results on the held-out texts with these mask digests.
 
-    Raises `UserError` when no checkpoint is left to measure that result on.
+    Raises `UserError` when no checkpoint is left to measure a missing result on.
     """
-    measured = (read_remeasurable(run / HELD_OUT_METRICS) or {}).get("mask_digest", "")
-    has_model, is_measured = (run / "model").exists(), mask_digest in ("", measured)
+    measured = read_remeasurable(run / HELD_OUT_METRICS) if digests else None
+    has_model = (run / "model").exists()
+    is_measured = all((measured or {}).get(name, {}).get("mask_digest") == digests[name] for name in digests)
     if has_model and not is_measured and not last_checkpoint(run):
         raise UserError(f"{run} is finished and has no checkpoint to evaluate: use mlmkit eval {run / 'model'}")
     return has_model and is_measured
 
 
-def finish(run: Path) -> None:
-    """Copy the last checkpoint to `RUN/model`, and write its held-out result and the loss curve.
+def finish(run: Path, digests: dict[str, str]) -> None:
+    """Copy the last checkpoint to `RUN/model`, and write its held-out results and the loss curve.
 
     Raises `CheckError` if no step had a token to predict.
     """
     last = last_checkpoint(run)
     if not last or not any("loss" in entry for entry in read_log(run)):
         raise CheckError(f"no step of {run} had a token to predict: raise masking.mask_prob or the batch size")
-    if result := held_out_result(last):
-        write_record(run / HELD_OUT_METRICS, {"mask_digest": result["mask_digest"], **result["metrics"]})
+    results = {name: held_out_result(last, name, digest) for name, digest in digests.items()}
+    if results:
+        metrics = {name: held_out_metrics(result) for name, result in results.items() if result}
+        write_record(run / HELD_OUT_METRICS, metrics)
     draw_loss(run)
     copy_model(last, run / "model")
 

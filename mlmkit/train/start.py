@@ -27,7 +27,7 @@ from mlmkit.tokenizer import Tokenizer
 from mlmkit.train.checkpoints import saved_checkpoints
 from mlmkit.train.config import Config
 from mlmkit.train.data import TrainingData
-from mlmkit.train.held_out import held_out_digest
+from mlmkit.train.held_out import held_out_digests
 from mlmkit.train.presets import build_config, fit_output_bias
 from mlmkit.train.rows import RowBuilder
 from mlmkit.train.step import freeze_unused
@@ -86,8 +86,9 @@ def _begin_or_check(config: Config, run: Path, ranks: Ranks) -> list[Corpus]:
             f"evenly in parts of train.micro_batch_tokens ({config.train.micro_batch_tokens}): "
             f"make it a multiple of {config.train.micro_batch_tokens * ranks.world}"
         )
-    if config.data.held_out and not config.data.held_out.startswith(HUB):
-        existing_file(config.data.held_out)
+    for source in config.held_out_sources.values():
+        if not source.location.startswith(HUB):
+            existing_file(source.location)
     if not (run / RUN).exists() and not saved_checkpoints(run):
         if run.exists() and not run.is_dir():
             raise UserError(f"{run} is not a folder: choose another --output")
@@ -127,6 +128,7 @@ def _begin(config: Config, run: Path) -> list[Corpus]:
 def _identity(config: Config, tokenizer: Tokenizer, corpora: Sequence[Corpus]) -> dict[str, Any]:
     """Everything that must stay the same when a run resumes, as it is read back from JSON."""
     tables = {"train": {}, **asdict(config)}  # first, because other settings follow from train.steps
+    del tables["held_out"]  # may change on resume
     for table, keys in CHANGEABLE.items():
         for key in keys:
             del tables[table][key]
@@ -168,17 +170,17 @@ def _prepare_tokenizer(config: Config, folder: Path) -> Tokenizer:
 def _load_texts(config: Config, tokenizer: Tokenizer) -> list[Corpus]:
     """The tokenised training texts.
 
-    Raises `UserError` if one of them, or the held-out text, cannot be read, is mostly unknown tokens, or has nothing to
+    Raises `UserError` if one of them, or a held-out text, cannot be read, is mostly unknown tokens, or has nothing to
     predict.
     """
     corpora = [load_corpus(source, tokenizer) for source in config.data.sources]
-    held_out = [load_corpus(config.data.held_out_source, tokenizer)] if config.data.held_out else []
-    for corpus in [*corpora, *held_out]:
+    held_out = {name: load_corpus(source, tokenizer) for name, source in config.held_out_sources.items()}
+    for corpus in [*corpora, *held_out.values()]:
         _check_vocabulary(corpus, tokenizer)
     if config.masking.whole_word:
         for corpus in corpora:
             warn_of_words(corpus)
-    held_out_digest(config, tokenizer, *held_out)
+    held_out_digests(config, tokenizer, held_out)
     return corpora
 
 
