@@ -11,7 +11,7 @@ from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 from mlmkit.errors import UserError
 
-KINDS = {str: "text", bool: "true or false", int: "a whole number", float: "a number", dict: "a table of numbers"}
+KINDS = {str: "text", bool: "true or false", int: "a whole number", float: "a number", dict: "a table"}
 
 
 @dataclass(frozen=True)

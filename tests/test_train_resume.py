@@ -183,7 +183,7 @@ def test_held_out_evaluation_keeps_the_best(config, tmp_path, text_file):
     assert best < 35, losses  # else this tests nothing
     assert [int(folder.name[5:]) for folder in saved_checkpoints(run)] == [best, 35, 40]
     again = evaluate(model, held_out)
-    summary = json.loads((run / "held_out.json").read_text())
+    summary = json.loads((run / "held_out.json").read_text())["held-out"]
     assert summary["mask_digest"] == again.result["mask_digest"]
     assert summary["masked_cross_entropy"] == again.metrics["masked_cross_entropy"]
     assert (saved_checkpoints(run)[-1] / HELD_OUT / "tokens.parquet").exists()
@@ -222,7 +222,7 @@ def test_another_held_out_text_is_measured_anew(config, tmp_path, text_file):
     before = weights(model)
     for config, digest in ((first, digests[0]), (second, digests[1])):  # of a finished run too
         assert train(config, run) == model
-        assert json.loads((run / "held_out.json").read_text())["mask_digest"] == digest
+        assert json.loads((run / "held_out.json").read_text())["held-out"]["mask_digest"] == digest
     assert all(torch.equal(before[name], value) for name, value in weights(model).items())
     assert not list(model.glob(f"{HELD_OUT}*"))
     for checkpoint in saved_checkpoints(run):

@@ -50,7 +50,7 @@ def write_steps(run: Path, config: Config, first: int, last: int, **options) -> 
             means = {"loss": 1.0 / step, "learning_rate": 1e-3, "gradient_norm": 0.5, "mask_prob": 0.15}
             log.record(step, epoch=step // 5, tokens=990, masked=150, **place(step), **means)
             if step % 4 == 0:
-                log.held_out(step, held_out_result(2.0 / step))
+                log.held_out(step, {"held-out": held_out_result(2.0 / step)})
 
 
 def place(step: int) -> dict[str, Any]:
@@ -63,7 +63,7 @@ def held_out_result(value: float) -> dict:
         "masked_cross_entropy": {"value": value, "low": value - 0.1, "high": value + 0.1},
         "masked_accuracy": {"value": 0.5, "low": None, "high": None},  # as of a single document
     }
-    return {"backend": {"name": "torch"}, "mask_digest": DIGEST, "metrics": metrics}
+    return {"backend": {"name": "torch"}, "mask_digest": DIGEST, "unigram_entropy": 6.5, "metrics": metrics}
 
 
 # ------------------------------------------------------------------ the log
@@ -88,7 +88,12 @@ def test_an_entry_holds_means_and_sums_since_the_last(tmp_path):
     }
     held_out = [entry for entry in read_log(tmp_path) if "held_out" in entry]
     assert [entry["step"] for entry in held_out] == [4, 8, 12]
-    assert held_out[0]["held_out"] == {"mask_digest": DIGEST, **held_out_result(0.5)["metrics"]}
+    assert held_out[0]["held_out"] == {
+        "name": "held-out",
+        "mask_digest": DIGEST,
+        "unigram_entropy": 6.5,
+        **held_out_result(0.5)["metrics"],
+    }
 
 
 def test_a_resumed_log_has_every_step_once(tmp_path):
@@ -147,7 +152,7 @@ def test_without_a_terminal_a_line_comes_now_and_then(tmp_path, monkeypatch, cap
             now += 4.0
             line = log.record(step, loss=1.5, learning_rate=1e-3, tokens=990, masked=1, **place(step))
     assert read_log(tmp_path)[-1]["mfu"] == pytest.approx(0.2475)
-    assert line == "training  loss 1.500  248 tokens/s  MFU 25%  lr 1.00e-03  fill 99.0%"
+    assert line == "loss 1.500  248 tokens/s  MFU 25%"
     said = [re.match(r"step (\d+)/12  loss 1.500 .* (0:\d\d:\d\d) left", message) for message in caplog.messages]
     assert [match and int(match[1]) for match in said] == [1, 4, 7, 10, 12]
     assert [match and match[2] for match in said] == [f"0:00:{seconds:02}" for seconds in (44, 32, 20, 8, 0)]
@@ -324,22 +329,33 @@ def test_short_and_long_runs_are_drawn(tmp_path, steps):
     write_steps(tmp_path, make_config(steps=steps, log_every=1), 1, steps)
     with TrainingLog(tmp_path, make_config(), steps) as log:
         alone = {"masked_cross_entropy": {"value": 2.0, "low": None, "high": None}}  # of a single document
-        log.held_out(steps, {"mask_digest": DIGEST, "metrics": alone})
+        log.held_out(steps, {"held-out": {"mask_digest": DIGEST, "metrics": alone}})
     assert draw_loss(tmp_path)
 
 
 def test_each_held_out_text_has_a_curve(tmp_path, monkeypatch):
     plots = pytest.importorskip("mlmkit.eval.plots")
     write_steps(tmp_path, make_config(), 1, 12)
+    path = tmp_path / "log.jsonl"
+    path.write_text(
+        path.read_text().replace('"name": "held-out", ', "").replace(' "unigram_entropy": 6.5,', "")
+    )  # older
     with TrainingLog(tmp_path, make_config(), 12) as log:
         for _ in ("written once", "known"):
-            log.held_out(12, held_out_result(7.0) | {"mask_digest": "0"})
+            other = {"mask_digest": "0"}
+            log.held_out(12, {"held-out": held_out_result(7.0) | other, "web": held_out_result(3.0) | other})
+    assert sum("held_out" in entry for entry in read_log(tmp_path)) == 3 + 2
     figures = []
     monkeypatch.setattr(plots, "save_png", lambda figure, path: figures.append(figure))
     draw_loss(tmp_path)
     lines = {line.get_label(): line.get_xydata().tolist() for line in figures[0].axes[0].lines}
     assert lines["another text, last 0.167"] == [[4, 0.5], [8, 0.25], [12, 2 / 12]]
     assert lines["held out, 95 % interval, last 7.000"] == [[12, 7.0]]
+    assert lines["web, 95 % interval, last 3.000"] == [[12, 3.0]]
+    entropies = [line for line in figures[0].axes[0].lines if line.get_linestyle() == "--"]
+    assert lines["unigram entropy"] == [[0, 6.5], [1, 6.5]]
+    assert [line.get_ydata()[0] for line in entropies] == [6.5, 6.5]
+    assert len({line.get_color() for line in entropies}) == 2
 
 
 def test_a_moving_average_is_the_mean_around_a_point():

@@ -2,7 +2,9 @@
 
 `RUN/checkpoints/step-00000500/` holds `config.json`, `model.safetensors` and the tokenizer's files, which any Hugging
 Face tool loads; `optimizer/`, safetensors written by `torch.distributed.checkpoint`, one part per rank; and
-`trainer.json`, the `State`. `held-out/`, the evaluation of these weights, is added later.
+`trainer.json`, the `State`. `held-out/`, or `held-out-NAME/` for each of several texts, the evaluation of these
+weights, is added later.
+`RUN/initial/` holds the weights before the first step in the same way, without optimiser and cursor.
 """
 
 import errno
@@ -33,13 +35,13 @@ from mlmkit.distributed import Ranks
 from mlmkit.errors import DamagedError, EndedElsewhereError, UserError, first_line
 from mlmkit.files import changed_file, hash_tree, new_folder, read_record, remove, write_record
 from mlmkit.model import MaskedLM
-from mlmkit.train.config import Config, as_tables, from_tables
+from mlmkit.train.config import HELD_OUT, Config, as_tables, from_tables
 from mlmkit.train.log import NO_STEPS
 from mlmkit.train.order import NOWHERE, Position
 from mlmkit.train.step import full_weights
 
 FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
-CURSOR, OPTIMIZER, HELD_OUT, HELD_OUT_METRICS = "trainer.json", "optimizer", "held-out", "held_out.json"
+CURSOR, OPTIMIZER, INITIAL, HELD_OUT_METRICS = "trainer.json", "optimizer", "initial", "held_out.json"
 
 log = logging.getLogger(__name__)
 
@@ -78,28 +80,36 @@ def save_checkpoint(run: Path, state: State, model: MaskedLM, optimizers: Sequen
     Raises `UserError` when it cannot be written. Earlier checkpoints are untouched.
     """
     final = run / "checkpoints" / f"step-{state.position.cursor.step:08d}"
+    with _new_folder(final, run, ranks) as folder:
+        writer = HuggingFaceStorageWriter(str(folder / OPTIMIZER), save_distributed=True)
+        tensors = _tensors(get_optimizer_state_dict(model, list(optimizers), options=FLAT))
+        with _single_process_is_fine():
+            save(tensors, storage_writer=writer, no_dist=ranks.world == 1)
+        _save_model(model, run / "tokenizer", folder, ranks)
+        values = asdict(state) | {"config": as_tables(state.config)}
+        ranks.from_first(lambda: write_record(folder / CURSOR, {**values, "files": hash_tree(folder)}))
+    return final
+
+
+def save_initial(run: Path, model: MaskedLM, ranks: Ranks) -> None:
+    """Write the model before its first step to `RUN/initial`; every rank takes part. Raises as `save_checkpoint`."""
+    with _new_folder(run / INITIAL, run, ranks) as folder:
+        _save_model(model, run / "tokenizer", folder, ranks)
+
+
+@contextmanager
+def _new_folder(final: Path, run: Path, ranks: Ranks) -> Iterator[Path]:
+    """Yield a temporary folder on all ranks, which becomes `final` at the end. Raises as `save_checkpoint`."""
     try:
         with ExitStack() as stack:
-            folder = Path(ranks.from_first(lambda: str(stack.enter_context(new_folder(final, replaces=CURSOR)))))
-            writer = HuggingFaceStorageWriter(str(folder / OPTIMIZER), save_distributed=True)
-            tensors = _tensors(get_optimizer_state_dict(model, list(optimizers), options=FLAT))
-            with _single_process_is_fine():
-                save(tensors, storage_writer=writer, no_dist=ranks.world == 1)
-            _save_model(model, run / "tokenizer", folder, ranks)
-
-            def commit() -> None:
-                values = asdict(state) | {"config": as_tables(state.config)}
-                write_record(folder / CURSOR, {**values, "files": hash_tree(folder)})
-                stack.close()
-
-            ranks.from_first(commit)
+            yield Path(ranks.from_first(lambda: str(stack.enter_context(new_folder(final, replaces=CURSOR)))))
+            ranks.from_first(stack.close)
     except (UserError, SafetensorError, CheckpointException) as error:
         text = first_line(_cause(error))
         message = text if str(final) in text else f"cannot write {final}: {text}"
         last = last_checkpoint(run)
         resume = f"the same command resumes from {last}" if last else "the same command begins anew"
         raise UserError(f"{message}: free some space or repair the folder, then {resume}") from error
-    return final
 
 
 @contextmanager
@@ -212,9 +222,15 @@ def prune(run: Path, keep: int) -> None:
             remove(old)
 
 
-def held_out_result(checkpoint: Path) -> dict[str, Any] | None:
-    """`result.json` of the checkpoint's held-out evaluation, if there is one."""
-    return read_remeasurable(checkpoint / HELD_OUT / "result.json")
+def held_out_folder(checkpoint: Path, name: str) -> Path:
+    """Where the evaluation on the held-out text of this name is: `held-out-NAME`, or `held-out` for a single text."""
+    return checkpoint / (HELD_OUT if name == HELD_OUT else f"{HELD_OUT}-{name}")
+
+
+def held_out_result(checkpoint: Path, name: str, digest: str) -> dict[str, Any] | None:
+    """`result.json` of an evaluation on a held-out text, if there is one with this mask digest."""
+    result = read_remeasurable(held_out_folder(checkpoint, name) / "result.json")
+    return result if result and result["mask_digest"] == digest else None
 
 
 def read_remeasurable(path: Path) -> dict[str, Any] | None:

@@ -19,6 +19,9 @@ from mlmkit.toml import Rule, build, checked, one_of, read_toml
 
 SCHEDULES = ("constant", "linear", "cosine", "1-sqrt", "wsd")
 UNITS = {"k": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
+HELD_OUT = "held-out"  # the name of the set that `data.held_out` gives
+# `mlmkit.train.held_out` makes folders of the names, and folders of eight hexadecimal digits for replaced texts.
+SET_NAME = re.compile(r"(?![0-9a-f]{8}$)[a-z][a-z0-9_-]{0,63}")
 # The comparisons are false for NaN.
 POSITIVE = Rule(lambda value: 0 < value < 1 << 40, "positive and finite")
 NOT_NEGATIVE = Rule(lambda value: 0 <= value < 1 << 40, "at least 0 and finite")
@@ -51,7 +54,7 @@ class DataConfig:
     train: tuple[str, ...] = ()
     weights: tuple[Annotated[float, Rule(lambda value: 0 < value < 1 << 20, "positive and finite")], ...] = ()
     temperature: Annotated[float, Rule(lambda value: 0 <= value <= 1, "between 0 and 1")] | None = None
-    held_out: str = ""  # evaluated at each checkpoint
+    held_out: str = ""  # evaluated at each checkpoint; several texts: `[held_out]`
     text_field: str = "text"
     blank_line: bool = False
     workers: Annotated[int, Rule(lambda value: 0 <= value <= 256, "between 0 and 256")] = 0
@@ -60,11 +63,6 @@ class DataConfig:
     def sources(self) -> list[Source]:
         """The training texts for `load_corpus`."""
         return [Source(location, self.text_field, self.blank_line) for location in self.train]
-
-    @property
-    def held_out_source(self) -> Source:
-        """The held-out text for `load_corpus`."""
-        return Source(self.held_out, self.text_field, self.blank_line)
 
 
 @dataclass(frozen=True)
@@ -189,9 +187,11 @@ class Config:
     """The whole configuration. Raises `UserError` for tables that do not fit together.
 
     `phase` holds the tables of `[[phase]]`, each with a `name` and the settings that it changes, by table.
+    `held_out` gives each of several held-out texts a name; the first is the primary one, by which sweeps compare.
     """
 
     data: DataConfig = field(default_factory=DataConfig)
+    held_out: dict[str, str] = field(default_factory=dict)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     masking: MaskingConfig = field(default_factory=MaskingConfig)
@@ -209,6 +209,13 @@ class Config:
             )
         if data.weights and data.temperature is not None:
             raise UserError("data.weights and data.temperature are two ways to weight the texts: give one")
+        if data.held_out and self.held_out:
+            raise UserError("data.held_out and [held_out] exclude each other: name all held-out texts in [held_out]")
+        if wrong := [name for name in self.held_out if not SET_NAME.fullmatch(name)]:
+            raise UserError(
+                f"held_out.{wrong[0]}: name it with lower-case letters, digits, - and _, a letter first; "
+                "not with eight hexadecimal digits"
+            )
         if run.micro_batch_tokens < self.model.max_length:
             raise UserError(
                 f"train.micro_batch_tokens ({run.micro_batch_tokens}) must hold one row of model.max_length "
@@ -234,6 +241,13 @@ class Config:
         for phase in self.phases.values():  # raises `UserError` for a phase that is wrong
             if not (self.phase or phase.train.epochs):
                 phase.warmup(phase.train.tokens or phase.steps)
+
+    @property
+    def held_out_sources(self) -> dict[str, Source]:
+        """The held-out texts for `load_corpus`, by name."""
+        locations = self.held_out or {HELD_OUT: self.data.held_out}
+        reading = self.data.text_field, self.data.blank_line
+        return {name: Source(location, *reading) for name, location in locations.items() if location}
 
     @property
     def steps(self) -> int:
@@ -306,8 +320,8 @@ def _keys(tables: dict[str, Any], where: str) -> list[str]:
     return [f"{table}.{key}" for table, values in tables.items() for key in values if values[key] not in ("", [])]
 
 
-def _are_tables(data: DataConfig) -> set[bool]:
-    return {is_table(location) for location in (*data.train, data.held_out) if location}
+def _are_tables(config: Config) -> set[bool]:
+    return {is_table(source.location) for source in (*config.data.sources, *config.held_out_sources.values())}
 
 
 _TRAINED = "tokenizer.kind tokenizer.vocab_size tokenizer.lowercase"
@@ -315,8 +329,8 @@ _TRAINED = "tokenizer.kind tokenizer.vocab_size tokenizer.lowercase"
 WITHOUT_EFFECT: tuple[tuple[str, Callable[[Config], object], str], ...] = (
     (f"model.architecture tokenizer.path {_TRAINED}", lambda c: c.model.init_from, "model.init_from brings its own"),
     (_TRAINED, lambda c: c.tokenizer.path, "tokenizer.path names a finished tokenizer"),
-    ("data.text_field", lambda c: True not in _are_tables(c.data), "text files have no fields"),
-    ("data.blank_line", lambda c: c.data.blank_line and False not in _are_tables(c.data), "there is no text file"),
+    ("data.text_field", lambda c: True not in _are_tables(c), "text files have no fields"),
+    ("data.blank_line", lambda c: c.data.blank_line and False not in _are_tables(c), "there is no text file"),
     ("data.weights", lambda c: len({*c.data.weights}) == 1 and 1.0 not in c.data.weights, "they are equal"),
     ("data.temperature", lambda c: len(c.data.train) == 1, "there is one text"),
     ("masking.final_mask_prob", lambda c: c.train.steps == 1, "one step has one rate"),
@@ -368,6 +382,9 @@ def _continue(base: Config, tables: dict[str, Any]) -> Config:
 
     A setting that a branch cannot change may be repeated.
     """
+    tables, held_out = dict(tables), tables.get("held_out", {})
+    if held_out or tables.get("data", {}).get("held_out"):
+        base = replace(base, data=replace(base.data, held_out=""), held_out=tables.pop("held_out", {}))
     config = change(base, tables)
     for key in _keys(tables, "the file"):
         table, _, name = key.partition(".")

@@ -45,8 +45,8 @@ from mlmkit.train.checkpoints import (
 from mlmkit.train.config import Config
 from mlmkit.train.cost import flops_per_token, peak_flops
 from mlmkit.train.data import MicroBatch
-from mlmkit.train.held_out import evaluate_checkpoint, held_out_digest
-from mlmkit.train.log import NO_STEPS, TrainingLog, check_loggers, draw_loss, read_log
+from mlmkit.train.held_out import evaluate_checkpoint, evaluate_initial, held_out_digests
+from mlmkit.train.log import NO_STEPS, TrainingLog, check_loggers, draw_loss, held_out_metrics, read_log
 from mlmkit.train.optimisers import build_optimizers
 from mlmkit.train.order import Position
 from mlmkit.train.rows import phase_schedule
@@ -68,7 +68,7 @@ class Run:
     tokenizer: Tokenizer
     texts: dict[Source, Corpus]
     schedules: list[Schedule]
-    mask_digest: str
+    digests: dict[str, str]
     device: torch.device
     ranks: Ranks
     stop: list[int]
@@ -98,13 +98,13 @@ def train(config: Config, run: Path, start_from: Path | None = None) -> Path:
         with run_lock(run, ranks):
             tokenizer, texts = begin_or_check(config, run, ranks, start_from)
             schedules = [phase_schedule(p, corpora_of(p, texts), tokenizer) for p in config.phases.values()]
-            mask_digest = ranks.from_first(lambda: held_out_digest(config, tokenizer))
+            digests = ranks.from_first(lambda: held_out_digests(config, tokenizer))
             # Only the first rank looks at the folder: a network file system may show the others an older state.
-            if ranks.from_first(lambda: is_finished(run, schedules, mask_digest)):
+            if ranks.from_first(lambda: is_finished(run, schedules, digests)):
                 log.info("%s is finished: nothing to train", run)
                 return run / "model"
             with stop_signals(run, ranks) as stop:
-                _train(Run(run, config, tokenizer, texts, schedules, mask_digest, device, ranks, stop), start_from)
+                _train(Run(run, config, tokenizer, texts, schedules, digests, device, ranks, stop), start_from)
                 return run / "model"
     except BaseException as error:
         # The frames of the traceback keep DDP's reducer alive. It must be gone before its process group, or the process
@@ -121,7 +121,9 @@ def train(config: Config, run: Path, start_from: Path | None = None) -> Path:
 def _train(run: Run, start_from: Path | None) -> None:
     phases = list(run.config.phases.items())
     saved = run.ranks.from_first(lambda: last_checkpoint(run.folder))
-    state = State(phases[0][1])
+    state, first_step = State(phases[0][1]), 0 if run.config.model.init_from else None
+    if start_from:
+        first_step = read_state(start_from, verify=False).position.cursor.step
     if start := saved or start_from:
         with resuming(start):
             state = run.ranks.from_first(lambda: read_state(start))
@@ -130,10 +132,10 @@ def _train(run: Run, start_from: Path | None) -> None:
         log.info("%s %s after step %d", "resuming" if saved else "branching from", start, state.position.cursor.step)
     position: Position | None = state.position
     while position:
-        state = _train_phase(run, *phases[position.cursor.phase], replace(state, position=position), start)
+        state = _train_phase(run, *phases[position.cursor.phase], replace(state, position=position), start, first_step)
         start = run.ranks.from_first(lambda: last_checkpoint(run.folder))
         position = next_position(state.position, run.schedules)
-    run.ranks.from_first(lambda: finish(run.folder))
+    run.ranks.from_first(lambda: finish(run.folder, run.digests))
 
 
 def next_position(position: Position, schedules: Sequence[Schedule]) -> Position | None:
@@ -145,8 +147,13 @@ def next_position(position: Position, schedules: Sequence[Schedule]) -> Position
     return position
 
 
-def _train_phase(run: Run, name: str, config: Config, state: State, start: Path | None) -> State:
-    """Train from `state`, with the weights of the checkpoint `start`, to the end of the phase; returns the state."""
+def _train_phase(
+    run: Run, name: str, config: Config, state: State, start: Path | None, first_step: int | None
+) -> State:
+    """Train from `state`, with the weights of the checkpoint `start`, to the end of the phase; returns the state.
+
+    `first_step` is where the run began with trained weights; None if it began with random ones.
+    """
     ranks, device = run.ranks, run.device
     with resuming(start):
         model = build_model(config, run.tokenizer, resume_from=start)
@@ -197,11 +204,14 @@ def _train_phase(run: Run, name: str, config: Config, state: State, start: Path 
         task = bar.add_task(name or "training", total=schedule.total, completed=schedule.done(cursor))
 
         def evaluate_and_prune(checkpoint: Path) -> None:
-            if run.mask_digest:
-                result = evaluate_checkpoint(checkpoint, run.config, run.mask_digest, device.type, ranks)
-                training_log.held_out(cursor.step, result)
+            results = evaluate_checkpoint(checkpoint, run.config, run.digests, device.type, ranks)
+            training_log.held_out(cursor.step, results)
             ranks.from_first(lambda: prune(run.folder, config.train.keep_checkpoints))
 
+        if first_step is not None:
+            with training_log.paused():
+                results = evaluate_initial(run.folder, model, run.config, run.digests, device.type, ranks)
+                training_log.held_out(first_step, results)
         if start and start.is_relative_to(run.folder):
             evaluate_and_prune(start)  # a kill may have prevented it, or the held-out text may have changed
         while not schedule.is_over(cursor):
@@ -250,13 +260,14 @@ def _train_phase(run: Run, name: str, config: Config, state: State, start: Path 
     return state
 
 
-def is_finished(run: Path, schedules: Sequence[Schedule], mask_digest: str) -> bool:
-    """Whether the run is over, and has its model and, if `mask_digest` names a held-out text, its result on that text.
+def is_finished(run: Path, schedules: Sequence[Schedule], digests: dict[str, str]) -> bool:
+    """Whether the run is over, and has its model and the results on the held-out texts with these mask digests.
 
-    Raises `UserError` when no checkpoint is left to measure that result on.
+    Raises `UserError` when no checkpoint is left to measure a missing result on.
     """
-    measured = (read_remeasurable(run / HELD_OUT_METRICS) or {}).get("mask_digest", "")
-    has_model, is_measured, last = (run / "model").exists(), mask_digest in ("", measured), last_checkpoint(run)
+    measured = read_remeasurable(run / HELD_OUT_METRICS) if digests else None
+    has_model, last = (run / "model").exists(), last_checkpoint(run)
+    is_measured = all((measured or {}).get(name, {}).get("mask_digest") == digests[name] for name in digests)
     with resuming(last):
         is_over = not (last and next_position(read_state(last, verify=False).position, schedules))
     if has_model and not is_measured and not last:
@@ -264,16 +275,18 @@ def is_finished(run: Path, schedules: Sequence[Schedule], mask_digest: str) -> b
     return has_model and is_measured and is_over
 
 
-def finish(run: Path) -> None:
-    """Copy the last checkpoint to `RUN/model`, and write its held-out result and the loss curve.
+def finish(run: Path, digests: dict[str, str]) -> None:
+    """Copy the last checkpoint to `RUN/model`, and write its held-out results and the loss curve.
 
     Raises `CheckError` if no step had a token to predict.
     """
     last = last_checkpoint(run)
     if not last or not any("loss" in entry for entry in read_log(run)):
         raise CheckError(f"no step of {run} had a token to predict: raise masking.mask_prob or the batch size")
-    if result := held_out_result(last):
-        write_record(run / HELD_OUT_METRICS, {"mask_digest": result["mask_digest"], **result["metrics"]})
+    results = {name: held_out_result(last, name, digest) for name, digest in digests.items()}
+    if results:
+        metrics = {name: held_out_metrics(result) for name, result in results.items() if result}
+        write_record(run / HELD_OUT_METRICS, metrics)
     draw_loss(run)
     copy_model(last, run / "model")
 

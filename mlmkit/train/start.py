@@ -26,7 +26,7 @@ from mlmkit.tokenizer import Tokenizer
 from mlmkit.train.checkpoints import CURSOR, last_checkpoint, read_state, resuming, saved_checkpoints
 from mlmkit.train.config import CHANGEABLE, LENGTHS, WARMUPS, Config, RunConfig, as_tables
 from mlmkit.train.data import TrainingData
-from mlmkit.train.held_out import held_out_digest
+from mlmkit.train.held_out import held_out_digests
 from mlmkit.train.order import NOWHERE, Cursor, Position
 from mlmkit.train.presets import build_config, fit_output_bias
 from mlmkit.train.rows import RowBuilder, passes_per_epoch, phase_schedule
@@ -91,8 +91,9 @@ def _sources(config: Config) -> list[Source]:
 def _begin_or_check(config: Config, run: Path, ranks: Ranks, start_from: Path | None) -> dict[Source, Corpus]:
     for phase in config.phases.values():
         _check_shares(phase.train, ranks)
-    if config.data.held_out and not config.data.held_out.startswith(HUB):
-        existing_file(config.data.held_out)
+    for source in config.held_out_sources.values():
+        if not source.location.startswith(HUB):
+            existing_file(source.location)
     if not (run / RUN).exists() and not saved_checkpoints(run):
         if run.exists() and not run.is_dir():
             raise UserError(f"{run} is not a folder: choose another --output")
@@ -156,6 +157,7 @@ def _identity(
     phases = []
     for name, phase in config.phases.items():
         corpora, tables = corpora_of(phase, texts), as_tables(phase)
+        del tables["held_out"]  # may change on resume
         for table, keys in [*CHANGEABLE.items(), ("train", LENGTHS), ("optim", WARMUPS)]:
             for key in keys:
                 del tables[table][key]
@@ -222,17 +224,17 @@ def _longest(config: Config) -> int:
 def _load_texts(config: Config, tokenizer: Tokenizer) -> dict[Source, Corpus]:
     """The tokenised training texts of all phases.
 
-    Raises `UserError` if one of them, or the held-out text, cannot be read, is mostly unknown tokens, or has nothing to
+    Raises `UserError` if one of them, or a held-out text, cannot be read, is mostly unknown tokens, or has nothing to
     predict.
     """
     texts = {source: load_corpus(source, tokenizer) for source in _sources(config)}
-    held_out = [load_corpus(config.data.held_out_source, tokenizer)] if config.data.held_out else []
-    for corpus in [*texts.values(), *held_out]:
+    held_out = {name: load_corpus(source, tokenizer) for name, source in config.held_out_sources.items()}
+    for corpus in [*texts.values(), *held_out.values()]:
         _check_vocabulary(corpus, tokenizer)
     if any(phase.masking.whole_word for phase in config.phases.values()):
         for corpus in texts.values():
             warn_of_words(corpus)
-    held_out_digest(config, tokenizer, *held_out)
+    held_out_digests(config, tokenizer, held_out)
     return texts
 
 

@@ -57,7 +57,7 @@ def make_trials(
     """One trial per combination of the values; each of `sweeps` is `table.key=value,value,...`. For `base` see
     `load_config`.
 
-    Raises `UserError` if a configuration is invalid, if two are equal, or if `data.held_out` is missing.
+    Raises `UserError` if a configuration is invalid, if two are equal, or if there is no held-out text.
     """
     settings: dict[str, list[str]] = {}
     for sweep in sweeps:
@@ -72,7 +72,7 @@ def make_trials(
     for texts in product(*settings.values()):
         chosen = dict(zip(settings, texts, strict=True))
         trial = Trial(chosen, load_config(path, [*overrides, *(f"{key}={text}" for key, text in chosen.items())], base))
-        if not trial.config.data.held_out:
+        if not trial.config.held_out_sources:
             raise UserError("a sweep compares its runs on held-out text: name it with data.held_out")
         if any(trial.config == other.config or trial.name == other.name for other in trials):
             raise UserError(f"--sweep: {trial.name} occurs twice")
@@ -105,7 +105,8 @@ def _sweep(trials: Sequence[Trial], output: Path, own: Ranks, start_from: Path |
             train(trial.config, output / trial.name, start_from)
             if own.is_first:
                 run = output / trial.name
-                row |= read_record(run / HELD_OUT_METRICS, f"delete {run} and run again")
+                sets = read_record(run / HELD_OUT_METRICS, f"delete {run} and run again")
+                row |= {**sets.pop(next(iter(trial.config.held_out_sources))), "other_sets": sets}
         except (UserError, CheckError) as error:
             if own.is_first:
                 log.error("%s failed: %s", trial.name, error)
@@ -135,8 +136,9 @@ def _compare(rows: list[dict[str, Any]], trials: Sequence[Trial], output: Path) 
             )
     result = {
         "metric": METRIC,
-        "held_out": trials[0].config.data.held_out,
+        "held_out": next(iter(trials[0].config.held_out_sources.values())).location,
         "mask_digest": first["mask_digest"],
+        "unigram_entropy": first["unigram_entropy"],
         "best": min(evaluated, key=lambda row: row[METRIC]["value"])["run"],
         "runs": rows,
     }
@@ -150,19 +152,26 @@ def _compare(rows: list[dict[str, Any]], trials: Sequence[Trial], output: Path) 
 
 
 def table(result: dict[str, Any]) -> str:
-    """The comparison as a Markdown table."""
-    rows = [[*result["runs"][0]["values"], "masked cross-entropy", "95 % interval", "masked accuracy", ""]]
+    """The comparison as a Markdown table; other held-out texts have a column with their cross-entropy."""
+    others = next(list(run["other_sets"]) for run in result["runs"] if not run["error"])
+    rows = [[*result["runs"][0]["values"], "masked cross-entropy", "95 % interval", "masked accuracy", *others, ""]]
     for run in result["runs"]:
         if run["error"]:
-            measured = ["", "", "", f"failed: {run['error']}".replace("|", "\\|")]
+            measured = ["", "", "", *("" for _ in others), f"failed: {run['error']}".replace("|", "\\|")]
         else:
             interval = [run[METRIC][bound] for bound in ("low", "high")]
             shown = "" if None in interval else "{:.4f} to {:.4f}".format(*interval)
             note = "best" if run["run"] == result["best"] else ""
-            measured = [f"{run[METRIC]['value']:.4f}", shown, f"{run['masked_accuracy']['value']:.4f}", note]
+            losses = [f"{metrics[METRIC]['value']:.4f}" for metrics in run["other_sets"].values()]
+            accuracy = f"{run['masked_accuracy']['value']:.4f}"
+            measured = [f"{run[METRIC]['value']:.4f}", shown, accuracy, *losses, note]
         rows.append([*map(str, run["values"].values()), *measured])
     widths = [max(map(len, column)) for column in zip(*(row[:-1] for row in rows), strict=True)]
     rows.insert(1, ["-" * (width - 1) + ":" for width in widths] + ["---"])
     lines = [" | ".join([*map(str.rjust, row, widths), row[-1]]).rstrip() for row in rows]
-    held_out = f"Held out: {result['held_out']}. All with the same masks, digest {result['mask_digest']}."
+    entropy = (
+        "" if result["unigram_entropy"] is None else f" Unigram entropy, to beat: {result['unigram_entropy']:.4f}."
+    )
+    masks = f"All with the same masks, digest {result['mask_digest']}."
+    held_out = f"Held out: {result['held_out']}. {masks}{entropy}"
     return "\n".join([*(f"| {line} |" for line in lines), "", held_out])
