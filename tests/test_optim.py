@@ -233,9 +233,10 @@ def test_schedules_rise_then_fall_to_zero(schedule, shape, steps, warmup, decay_
     warmup = min(warmup, steps - 1)
     unit = 10 if in_tokens else 1
     lengths = {"tokens": 10 * steps} if in_tokens else {"steps": steps}
-    warmups = {"warmup_tokens": 10 * warmup or None} if in_tokens else {"warmup_steps": warmup}
-    optim = OptimConfig(schedule=schedule, decay_shape=shape, decay_share=decay_share, **warmups)
-    all_factors = factors(replace(optim, warmup_steps=0) if not warmup else optim, **lengths)
+    optim = OptimConfig(schedule=schedule, decay_shape=shape, decay_share=decay_share, warmup_steps=warmup)
+    if in_tokens and warmup:
+        optim = replace(optim, warmup_steps=None, warmup_tokens=10 * warmup)
+    all_factors = factors(optim, **lengths)
     assert len(all_factors) == steps
     assert all(0 < factor <= 1 for factor in all_factors)
     assert all_factors[:warmup] == pytest.approx([(step + 1) / warmup for step in range(warmup)])

@@ -5,7 +5,8 @@ import os
 import random
 import time
 from collections import Counter
-from dataclasses import replace
+from dataclasses import asdict, replace
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -20,10 +21,10 @@ from mlmkit.corpus import tokenize
 from mlmkit.errors import UserError
 from mlmkit.pretrained import load_pretrained
 from mlmkit.train import order
-from mlmkit.train.checkpoints import branch_config, last_checkpoint, saved_checkpoints
+from mlmkit.train.checkpoints import branch_config, saved_checkpoints
 from mlmkit.train.config import Config, DataConfig, ModelConfig, RunConfig, load_config
 from mlmkit.train.loop import train
-from mlmkit.train.order import NOWHERE
+from mlmkit.train.order import NOWHERE, Position
 from mlmkit.train.rows import RowBuilder, passes_per_epoch
 
 # The data of a phase: another mix, other windows, other packs and another batch; and a batch warm-up.
@@ -92,10 +93,7 @@ def test_three_phases_killed_at_any_moment_end_with_the_same_weights(tmp_path, t
     assert same_weights(run / "model", expected / "model")
     kept, whole = ([entry | {"tokens_per_second": 0} for entry in log_lines(each)] for each in (run, expected))
     assert kept == whole
-    assert [entry["phase"] for entry in whole] == sorted(
-        (entry["phase"] for entry in whole), key=list(config.phases).index
-    )
-    assert {entry["phase"] for entry in whole} == set(config.phases)
+    assert list(dict.fromkeys(entry["phase"] for entry in whole)) == ["first", "longer", "decay"]
 
 
 def test_the_end_of_each_phase_is_kept_and_says_its_phase(tmp_path, texts):
@@ -135,7 +133,7 @@ def test_a_branch_continues_as_its_run_would_have(tmp_path, texts):
         if name == "decay":  # the run as it was at step 6
             early = replace(plateau, train=replace(plateau.train, steps=6))
             train(early, tmp_path / "kept-run")
-            begin = last_checkpoint(tmp_path / "kept-run")
+            [*_, begin] = saved_checkpoints(tmp_path / "kept-run")
         branch = load_config(file, base=branch_config(begin))
         assert branch.data == plateau.data and branch.tokenizer == plateau.tokenizer
         for _ in range(2):  # the second time it is finished
@@ -211,9 +209,9 @@ def test_no_phase_shows_again_what_was_seen_while_there_is_more(parts, monkeypat
         rows = RowBuilder(config, [corpora[i] for i in members], tokenizer, packed=packed, position=position)
         sizes |= {stream.text: stream.size for stream in rows.order.streams}
         cursor = rows.cursor
-        for taken, (cursor, block, chosen) in enumerate(rows.packs(rows.cursor)):
-            if taken == packs:
-                break
+        for cursor, block, chosen in islice(  # noqa: B007 - the last one is used
+            rows.packs(rows.cursor), packs
+        ):
             windows = block.take(chosen)
             shown.update(
                 (rows.corpora[source].fingerprint, number, tuple(window))
@@ -221,8 +219,7 @@ def test_no_phase_shows_again_what_was_seen_while_there_is_more(parts, monkeypat
                     windows.source.tolist(), windows.pass_number.tolist(), windows.table.tolist(), strict=True
                 )
             )
-            position = json.loads(json.dumps(vars(cursor)))
-        position = rows.position(type(cursor)(**position))
+        position = Position.from_json(json.loads(json.dumps(asdict(rows.position(cursor)))))
     assert max(shown.values()) == 1
     for text, size in sizes.items():
         by_pass = Counter(number for name, number, _ in shown if name == text)

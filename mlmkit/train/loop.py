@@ -15,6 +15,7 @@ import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -126,7 +127,7 @@ def _train(run: Run, start_from: Path | None) -> None:
         first_step = read_state(start_from, verify=False).position.cursor.step
     if start := saved or start_from:
         with resuming(start):
-            state = run.ranks.from_first(lambda: read_state(start))
+            state = run.ranks.from_first(partial(read_state, start))
         if not saved:
             state = replace(state, position=state.position.next_phase(0), sums=NO_STEPS)
         log.info("%s %s after step %d", "resuming" if saved else "branching from", start, state.position.cursor.step)

@@ -75,5 +75,5 @@ def _number(value: float | None) -> str:
 
 def _interval(metric: dict[str, Any] | None) -> str:
     if metric is None or metric["low"] is None:
-        return _number(metric and metric["value"])
+        return _number(metric["value"] if metric else None)
     return "{value:.3f} ({low:.2f}-{high:.2f})".format(**metric)
