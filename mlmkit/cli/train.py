@@ -126,8 +126,7 @@ def _print_summary(summary: dict[str, Any]) -> None:
     say(f"model: {summary['model']}")
     for name, values in summary["held_out"].items():
         if best := values["best"]:
-            text = "held-out text" if name == "held-out" else name
-            say(f"best checkpoint on {text}: {best['checkpoint']} ({best['value']:.4f})")
+            say(f"best checkpoint on {name}: {best['checkpoint']} ({best['value']:.4f})")
     if summary["loss_curve"]:
         say(f"loss curve: {summary['loss_curve']}")
     if summary["held_out"]:
