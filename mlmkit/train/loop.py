@@ -5,6 +5,7 @@
 the checkpoint that ends the phase before. Running the same command again repeats all this from the last saved step.
 """
 
+import gc
 import logging
 import math
 import os
@@ -136,6 +137,7 @@ def _train(run: Run, start_from: Path | None) -> None:
         state = _train_phase(run, *phases[position.cursor.phase], replace(state, position=position), start, first_step)
         start = run.ranks.from_first(lambda: last_checkpoint(run.folder))
         position = next_position(state.position, run.schedules)
+        gc.collect()  # reference cycles of DDP and torch.compile keep the model of this phase in memory
     run.ranks.from_first(lambda: finish(run.folder, run.digests))
 
 
