@@ -41,7 +41,7 @@ def test_a_dry_run_shows_the_run_and_leaves_nothing(config, capsys, tmp_path):
         (["--dry-run", "--sweep", "optim.lr=1,2"], "leave out --sweep"),
         (["--output", "x", "--sweep", "optim.lr=1e-3,1e-2"], "name it with data.held_out"),
         (["--output", "x", "--set", "data.held_out=none.txt"], "none.txt: no such file"),
-        (["--output", "x", "--set", "optim.name=lion"], "optim.name must be one of adamw, muon"),
+        (["--output", "x", "--set", "optim.name=lion"], "optim.name must be one of adamw, muon, stable_adamw"),
     ],
 )
 def test_mistakes_are_one_line(config, capsys, tmp_path, monkeypatch, arguments, message):

@@ -36,6 +36,7 @@ from mlmkit.train.presets import build_config, fit_output_bias
 from mlmkit.train.schedule import make_schedule
 
 MUON = OptimConfig(name="muon", lr=1e-2, weight_decay=0.1)
+STABLE = OptimConfig(name="stable_adamw", lr=1e-2, weight_decay=0.1, eps=1e-3)
 # A key's bias has no gradient but rounding, which a small eps would blow up to a step.
 CALM = replace(MUON, eps=1e-3)
 FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
@@ -136,11 +137,37 @@ def test_muon_updates_as_its_papers_say(shape):
     np.testing.assert_allclose(parameter.detach().numpy(), expected, atol=1e-6)
 
 
+def test_stable_adamw_updates_as_its_paper_says(checkpoint):
+    """Three steps, the last with a gradient a hundred times as large, against algorithm 2 of Wortsman et al. 2023."""
+    model, _ = load_pretrained(str(checkpoint("bert")))
+    (optimizer,) = build_optimizers(model, STABLE)
+    decay = {p: group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    assert set(decay.values()) == {0.0, 0.1}
+    expected = {p: p.detach().double().numpy().copy() for p in decay}
+    first, second = ({p: np.zeros(p.shape) for p in decay} for _ in range(2))
+    generator, slowed = torch.Generator().manual_seed(0), 0
+    for step, scale in enumerate((1.0, 1.0, 100.0), 1):
+        for p, value in expected.items():
+            p.grad = scale * torch.randn(p.shape, generator=generator)
+            gradient = p.grad.double().numpy()
+            first[p] = 0.9 * first[p] + 0.1 * gradient
+            second[p] = 0.98 * second[p] + 0.02 * gradient**2
+            m, v = first[p] / (1 - 0.9**step), second[p] / (1 - 0.98**step)
+            rms = np.sqrt(np.mean(gradient**2 / np.maximum(v, STABLE.eps**2)))
+            lr = STABLE.lr / max(1.0, rms)
+            slowed += rms > 1.5
+            value -= lr * (decay[p] * value + m / (np.sqrt(v) + STABLE.eps))
+        optimizer.step()
+    assert slowed >= len(decay) / 2  # else this is AdamW
+    for p, value in expected.items():
+        np.testing.assert_allclose(p.detach().numpy(), value, atol=2e-6, rtol=2e-5)
+
+
 # ------------------------------------------------------------------ state
 
 
 @pytest.mark.parametrize("kind", ["bert", "modernbert"])
-@pytest.mark.parametrize("config", [OptimConfig(), MUON], ids=["adamw", "muon"])
+@pytest.mark.parametrize("config", [OptimConfig(), MUON, STABLE], ids=["adamw", "muon", "stable_adamw"])
 def test_state_comes_back_to_the_bit(checkpoint, kind, config):
     """Steps, state out, state into a fresh model's fresh optimisers, more steps: the same weights."""
     model, _ = load_pretrained(str(checkpoint(kind)))
@@ -168,8 +195,8 @@ def test_state_comes_back_to_the_bit(checkpoint, kind, config):
 # ------------------------------------------------------------------ sharding
 
 
-def sharded_steps(rank: int, port: int, folder: str, result: str) -> None:
-    """Two ranks, each block and the whole sharded, three steps of Muon."""
+def sharded_steps(rank: int, port: int, folder: str, result: str, config: OptimConfig) -> None:
+    """Two ranks, each block and the whole sharded, three steps."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     model, _ = load_pretrained(folder)
@@ -178,7 +205,7 @@ def sharded_steps(rank: int, port: int, folder: str, result: str) -> None:
             for block in module:
                 fully_shard(block)
     fully_shard(model.network)
-    optimizers = build_optimizers(model, CALM)
+    optimizers = build_optimizers(model, config)
     assert all(isinstance(p, DTensor) for each in optimizers for group in each.param_groups for p in group["params"])
     for seed in range(3):
         one_step(model, optimizers, seed)
@@ -188,10 +215,11 @@ def sharded_steps(rank: int, port: int, folder: str, result: str) -> None:
     dist.destroy_process_group()
 
 
-def test_muon_on_sharded_weights_is_muon_on_whole_ones(checkpoint, tmp_path):
+@pytest.mark.parametrize("config", [CALM, STABLE], ids=["muon", "stable_adamw"])
+def test_sharded_weights_are_updated_as_whole_ones(checkpoint, tmp_path, config):
     folder = str(checkpoint("bert"))
     model, _ = load_pretrained(folder)
-    optimizers = build_optimizers(model, CALM)
+    optimizers = build_optimizers(model, config)
     before = weights(model)
     for seed in range(3):
         one_step(model, optimizers, seed)
@@ -199,7 +227,7 @@ def test_muon_on_sharded_weights_is_muon_on_whole_ones(checkpoint, tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    arguments: tuple[Any, ...] = (port, folder, str(tmp_path / "whole.pt"))
+    arguments: tuple[Any, ...] = (port, folder, str(tmp_path / "whole.pt"), config)
     spawn(sharded_steps, arguments, nprocs=2)
     found = torch.load(Path(tmp_path / "whole.pt"), weights_only=True)
     assert found.keys() == expected.keys()

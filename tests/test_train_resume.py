@@ -73,6 +73,8 @@ def complete(config: Config, run: Path, world: int) -> None:
         (1, ("optim.name=muon", "data.workers=1", "masking.final_mask_prob=0.3")),
         (2, ()),
         (2, ("train.parallel=fsdp",)),
+        (1, ("optim.name=stable_adamw",)),
+        (2, ("optim.name=stable_adamw", "train.parallel=fsdp", "train.checkpoint_activations=true")),
     ],
 )
 def test_killed_at_any_moment_it_ends_with_the_same_weights(config, tmp_path, text_file, world, overrides):

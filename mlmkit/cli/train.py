@@ -1,6 +1,7 @@
-"""The commands that train: demo, train."""
+"""The commands that train and average: demo, train, average."""
 
 import os
+import shlex
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -138,3 +139,35 @@ def _print_summary(summary: dict[str, Any]) -> None:
     say("next:")
     for line in summary["next"]:
         say(f"  {line}")
+
+
+@option_class
+class AverageOptions(JsonOption):
+    checkpoints: tuple[str, ...] = argument(nargs=-1, required=True, metavar="CHECKPOINT_A CHECKPOINT_B [...]")
+    output: Path = option("--output", "The model folder to write.", type=PATH, required=True)
+    weights: str | None = option("--weights", "One per checkpoint. Default: all equal.", metavar="N,N,...")
+    overwrite: bool = switch("--overwrite", "Replace an existing model.")
+
+
+@command(AverageOptions)
+def average(options: AverageOptions) -> None:
+    """Average the weights of checkpoints, such as the last ones of a run.
+
+    They must have the same configuration, tokenizer and tensors. The mean is computed in float64.
+    """
+    try:
+        weights = [float(each) for each in options.weights.split(",")] if options.weights else []
+    except ValueError:
+        raise UserError(f"--weights {options.weights}: write numbers separated by commas") from None
+    require("train", "torch", "transformers", "safetensors")
+    from mlmkit.average import average as run_average
+
+    shares = run_average(options.checkpoints, options.output, weights, overwrite=options.overwrite)
+    model, averaged = str(options.output), list(options.checkpoints)
+    if options.as_json:
+        print_json({"model": model, "checkpoints": averaged, "shares": shares})
+        return
+    for checkpoint, share in zip(averaged, shares, strict=True):
+        say(f"{share:7.2%}  {checkpoint}")
+    say(f"model: {model}")
+    say(f"evaluate it: mlmkit eval {shlex.quote(model)} --set TEXT --output RESULT")

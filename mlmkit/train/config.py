@@ -110,7 +110,7 @@ class MaskingConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """`[optim]`: AdamW, or Muon for the hidden matrices with AdamW for the rest; and the learning rate schedule.
+    """`[optim]`: AdamW, StableAdamW, or Muon for the hidden matrices with AdamW for the rest; and the schedule.
 
     `schedule` is what follows the warm-up: `constant`; decay to zero (`linear`, `cosine`, `1-sqrt`); or `wsd`, constant
     with decay of `decay_shape` over the last `decay_share`. The warm-up is a number of steps, of tokens, or a share of
@@ -118,7 +118,7 @@ class OptimConfig:
     section 4): 0.999 is unstable with large batches.
     """
 
-    name: Annotated[str, one_of("adamw", "muon")] = "adamw"
+    name: Annotated[str, one_of("adamw", "muon", "stable_adamw")] = "adamw"
     lr: PositiveFloat = 1e-3
     beta1: Annotated[float, DECAY_RATE] = 0.9
     beta2: Annotated[float, DECAY_RATE] = 0.98
@@ -155,6 +155,7 @@ class RunConfig:
     device: Annotated[str, one_of(*DEVICES)] = "auto"
     parallel: Annotated[str, one_of("ddp", "fsdp")] = "ddp"
     compile: bool = False
+    checkpoint_activations: bool = False  # keep only the input of each layer, and compute the rest again
     tensorboard: bool = False
     wandb: str = ""  # the project's name
 
@@ -162,7 +163,16 @@ class RunConfig:
 # Settings that may change on resume: they affect neither data nor weights. Texts are compared by their fingerprints.
 CHANGEABLE = {
     "data": ("train", "held_out", "text_field", "blank_line", "workers"),
-    "train": ("device", "save_every", "keep_checkpoints", "log_every", "parallel", "tensorboard", "wandb"),
+    "train": (
+        "device",
+        "parallel",
+        "checkpoint_activations",
+        "save_every",
+        "keep_checkpoints",
+        "log_every",
+        "tensorboard",
+        "wandb",
+    ),
 }
 # What a phase may change. The keys in PER_PHASE belong to one phase: the next does not inherit them.
 PHASE_KEYS = {

@@ -14,7 +14,7 @@ from mlmkit.train.step import encoder_layers
 
 
 def build_optimizers(model: MaskedLM, config: OptimConfig) -> list[torch.optim.Optimizer]:
-    """AdamW for everything that is trained; with `optim.name = "muon"`, Muon for the hidden matrices instead.
+    """AdamW or StableAdamW for everything that is trained; or Muon for the hidden matrices and AdamW for the rest.
 
     Weight decay is decoupled and leaves out vectors: biases and the scales of normalisations. Every group has an
     `initial_lr`, which the schedule scales. Muon's updates are scaled to the size of AdamW's (Liu et al.
@@ -31,8 +31,16 @@ def build_optimizers(model: MaskedLM, config: OptimConfig) -> list[torch.optim.O
         {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0},
     ]
     betas = (config.beta1, config.beta2)
-    adamw = torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=config.eps, fused=True)
-    optimizers: list[torch.optim.Optimizer] = [adamw]
+    optimizers: list[torch.optim.Optimizer] = []
+    if config.name == "stable_adamw":
+        from optimi import StableAdamW
+
+        # Its Triton kernels sum in no fixed order, and their state differs from a CPU's, which could not resume it.
+        options = {"max_lr": config.lr, "kahan_sum": False, "foreach": False, "triton": False}
+        optimizers.append(StableAdamW(groups, config.lr, betas, eps=config.eps, **options))
+        optimizers[0].register_step_post_hook(_fill_none)
+    else:
+        optimizers.append(torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=config.eps, fused=True))
     if config.name == "muon":
         if not hidden:
             raise UserError(
@@ -43,6 +51,12 @@ def build_optimizers(model: MaskedLM, config: OptimConfig) -> list[torch.optim.O
         for group in optimizer.param_groups:
             group["initial_lr"] = config.lr
     return optimizers
+
+
+def _fill_none(optimizer: torch.optim.Optimizer, *_: object) -> None:
+    """Replace the None in StableAdamW's state, which float32 does not use and torch cannot save."""
+    for state in optimizer.state.values():
+        state["kahan_comp"] = state["eps_sq"]
 
 
 def hidden_matrices(model: MaskedLM) -> list[Tensor]:

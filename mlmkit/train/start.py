@@ -17,7 +17,7 @@ from mlmkit.backends.torch import pick_device
 from mlmkit.corpus import Corpus, load_corpus, warn_of_words
 from mlmkit.distributed import Ranks, available_memory
 from mlmkit.documents import HUB, Source, existing_file, read_documents
-from mlmkit.errors import UserError
+from mlmkit.errors import UserError, as_user_error, require
 from mlmkit.files import RUN, atomic, content, file_sha256, locate_model, locked, read_record, sweep, write_record
 from mlmkit.model import MaskedLM
 from mlmkit.packing import enable_packing
@@ -31,7 +31,7 @@ from mlmkit.train.order import NOWHERE, Cursor, Position
 from mlmkit.train.presets import build_config, fit_output_bias
 from mlmkit.train.rows import RowBuilder, passes_per_epoch, phase_schedule
 from mlmkit.train.schedule import may_follow
-from mlmkit.train.step import freeze_unused
+from mlmkit.train.step import checkpoint_layers, freeze_unused
 from mlmkit.train.tokenizer import train_tokenizer
 
 log = logging.getLogger(__name__)
@@ -89,6 +89,9 @@ def _sources(config: Config) -> list[Source]:
 
 
 def _begin_or_check(config: Config, run: Path, ranks: Ranks, start_from: Path | None) -> dict[Source, Corpus]:
+    if config.optim.name == "stable_adamw":
+        with as_user_error("optim.name"):
+            require("stable-adamw", "optimi")
     for phase in config.phases.values():
         _check_shares(phase.train, ranks)
     for source in config.held_out_sources.values():
@@ -274,6 +277,8 @@ def prepare(
     """
     if is_fresh and not config.model.init_from:
         fit_output_bias(model, corpora, passes_per_epoch(config.data, corpora))
+    if config.train.checkpoint_activations:
+        checkpoint_layers(model)
     freeze_unused(model)
     packed = enable_packing(model)
     if not packed:
