@@ -56,22 +56,38 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class TokenizerConfig:
-    """`[tokenizer]`: an existing one at `path`; otherwise one is trained on `data.train`."""
+    """`[tokenizer]`: an existing one at `path`, or that of `model.init_from`; otherwise one is trained on `data.train`.
+
+    With `vocab_size`, one is trained for `model.init_from` too. `add` names a file of words to add, one per line.
+    """
 
     path: str = ""
     kind: Annotated[str, one_of("wordpiece", "bpe")] = "wordpiece"  # bpe is byte-level
     # Ranks are exact up to 2**24 (`MaskedLM.forward`). The tokenizers library aborts the process at 2**30.
-    vocab_size: Annotated[int, Rule(lambda value: 0 < value <= 1 << 24, "between 1 and 2**24")] = 16000
+    vocab_size: Annotated[int, Rule(lambda value: 0 < value <= 1 << 24, "between 1 and 2**24")] | None = None
     lowercase: bool = False
+    add: str = ""
+
+    @property
+    def entries(self) -> int:
+        """The most entries that a trained tokenizer gets."""
+        return self.vocab_size or 16000
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """`[model]`: a preset or the path of a Hugging Face `config.json`; or a checkpoint to continue from."""
+    """`[model]`: a preset or the path of a Hugging Face `config.json`; or a checkpoint to continue from.
+
+    `new_head` gives a checkpoint without a masked-LM head a random one. `rope_theta` is the base of rotary positions,
+    `interpolate_positions` stretches a table of learned ones to `max_length`.
+    """
 
     architecture: str = "bert-small"
     init_from: str = ""
+    new_head: bool = False
     max_length: PositiveInt = 512
+    rope_theta: PositiveFloat | None = None
+    interpolate_positions: bool = False
 
 
 @dataclass(frozen=True)
@@ -165,11 +181,18 @@ def _are_tables(data: DataConfig) -> set[bool]:
     return {is_table(location) for location in (*data.train, data.held_out) if location}
 
 
-_TRAINED = "tokenizer.kind tokenizer.vocab_size tokenizer.lowercase"
+_HOW_TRAINED = "tokenizer.kind tokenizer.lowercase"
+_ADAPTED = "tokenizer.add model.new_head model.interpolate_positions"
 # Keys without effect, when that holds, and why. They are refused if the user gave them, even with the default value.
 WITHOUT_EFFECT: tuple[tuple[str, Callable[[Config], object], str], ...] = (
-    (f"model.architecture tokenizer.path {_TRAINED}", lambda c: c.model.init_from, "model.init_from brings its own"),
-    (_TRAINED, lambda c: c.tokenizer.path, "tokenizer.path names a finished tokenizer"),
+    ("model.architecture", lambda c: c.model.init_from, "model.init_from brings its own"),
+    (f"{_HOW_TRAINED} tokenizer.vocab_size", lambda c: c.tokenizer.path, "tokenizer.path names a finished tokenizer"),
+    (
+        _HOW_TRAINED,
+        lambda c: c.model.init_from and not c.tokenizer.vocab_size,
+        "model.init_from brings its own tokenizer and no tokenizer.vocab_size asks for another",
+    ),
+    (_ADAPTED, lambda c: not c.model.init_from, "there is no model.init_from to change"),
     ("data.text_field", lambda c: True not in _are_tables(c.data), "text files have no fields"),
     ("data.blank_line", lambda c: c.data.blank_line and False not in _are_tables(c.data), "there is no text file"),
     ("data.weights", lambda c: len({*c.data.weights}) == 1 and 1.0 not in c.data.weights, "they are equal"),

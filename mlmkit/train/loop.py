@@ -44,9 +44,10 @@ from mlmkit.train.cost import flops_per_token, peak_flops
 from mlmkit.train.data import MicroBatch
 from mlmkit.train.held_out import evaluate_checkpoint, held_out_digest
 from mlmkit.train.log import NO_STEPS, TrainingLog, check_loggers, draw_loss, read_log
+from mlmkit.train.model_setup import build_model
 from mlmkit.train.optimisers import build_optimizers, learning_rate_factor
 from mlmkit.train.order import Cursor
-from mlmkit.train.start import begin_or_check, build_model, prepare, run_lock
+from mlmkit.train.start import begin_or_check, prepare, run_lock
 from mlmkit.train.step import backward, clip_gradients, compile_layers, parallelise, update
 
 log = logging.getLogger(__name__)

@@ -1,6 +1,5 @@
 """The start of a run: create its folder or check that an existing one fits, tokenise the texts, build the model."""
 
-import copy
 import json
 import logging
 from collections.abc import Iterator, Sequence
@@ -11,27 +10,27 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from transformers import AutoModelForMaskedLM, AutoTokenizer, PreTrainedConfig
+from transformers import AutoTokenizer
 
-from mlmkit.backends.torch import pick_device
 from mlmkit.corpus import Corpus, load_corpus, warn_of_words
-from mlmkit.distributed import Ranks, available_memory
+from mlmkit.distributed import Ranks
 from mlmkit.documents import HUB, existing_file, read_documents
 from mlmkit.errors import UserError
 from mlmkit.files import RUN, atomic, content, locate_model, locked, read_record, sweep, write_record
 from mlmkit.model import MaskedLM
 from mlmkit.packing import enable_packing
-from mlmkit.pretrained import from_pretrained, load_pretrained, load_tokenizer, save_tokenizer
+from mlmkit.pretrained import from_pretrained, load_tokenizer, save_tokenizer
 from mlmkit.tokenizer import Tokenizer
 from mlmkit.train.checkpoints import saved_checkpoints
 from mlmkit.train.config import Config
 from mlmkit.train.data import TrainingData
 from mlmkit.train.held_out import held_out_digest
-from mlmkit.train.presets import build_config, fit_output_bias
+from mlmkit.train.model_setup import build_model
+from mlmkit.train.presets import fit_output_bias
 from mlmkit.train.rows import RowBuilder
 from mlmkit.train.step import freeze_unused
 from mlmkit.train.tokenizer import train_tokenizer
+from mlmkit.train.vocabulary import add_tokens
 
 log = logging.getLogger(__name__)
 
@@ -40,6 +39,8 @@ CHANGEABLE = {
     "data": ("train", "held_out", "text_field", "blank_line", "workers"),
     "train": ("device", "save_every", "keep_checkpoints", "log_every", "parallel", "tensorboard", "wandb"),
 }
+# Continued pretraining: BioBERT 5e-5, Gururangan et al. 2020 1e-4 (batches of 256) and 5e-4 (batches of 2,048).
+HIGHEST_RATE = 5e-4
 WARN_ABOVE, REFUSE_ABOVE = 0.01, 0.5  # shares of a text's characters that become unknown tokens
 
 
@@ -114,14 +115,25 @@ def _begin_or_check(config: Config, run: Path, ranks: Ranks) -> list[Corpus]:
 def _begin(config: Config, run: Path) -> list[Corpus]:
     try:
         with atomic(run, folder=True) as building:
+            _warn_of_rate(config)
             tokenizer = _prepare_tokenizer(config, building / "tokenizer")
-            build_model(config, tokenizer)
+            build_model(config, tokenizer, quiet=True)
             corpora = _load_texts(config, tokenizer)
             RowBuilder(config, corpora, tokenizer, packed=True)  # refuses texts that give no rows
             write_record(building / RUN, _identity(config, tokenizer, corpora))
         return corpora
     except OSError as error:
         raise UserError(f"cannot write {run}: {error.strerror or error}") from error
+
+
+def _warn_of_rate(config: Config) -> None:
+    """Warn of a learning rate for a new model where an old one is trained further."""
+    if config.model.init_from and config.optim.lr > HIGHEST_RATE:
+        log.warning(
+            "optim.lr (%g) is a rate for new models: model.init_from forgets much at first. Published rates for "
+            "continued pretraining are 5e-5 to 5e-4",
+            config.optim.lr,
+        )
 
 
 def _identity(config: Config, tokenizer: Tokenizer, corpora: Sequence[Corpus]) -> dict[str, Any]:
@@ -149,18 +161,21 @@ def _first_difference(before: object, now: object, name: str) -> str:
 
 
 def _prepare_tokenizer(config: Config, folder: Path) -> Tokenizer:
-    """The run's own copy: trained on the text, or taken from `tokenizer.path` or `model.init_from`."""
-    if given := config.model.init_from or config.tokenizer.path:
+    """The run's own: trained on the text, or a copy from `tokenizer.path` or `model.init_from`, with added tokens."""
+    settings, init_from = config.tokenizer, config.model.init_from
+    if given := settings.path or ("" if settings.vocab_size else init_from):
         load_tokenizer(given)  # refuses what mlmkit cannot use
         tokenizer = from_pretrained(AutoTokenizer, locate_model(given))
-        limit = tokenizer.model_max_length if config.model.init_from else 0
+        limit = tokenizer.model_max_length if given == init_from else 0
         tokenizer.model_max_length = max(limit, config.model.max_length)
     else:
-        log.info("training a %s tokenizer with %d entries", config.tokenizer.kind, config.tokenizer.vocab_size)
+        log.info("training a %s tokenizer with %d entries", settings.kind, settings.entries)
         sources = config.data.sources
         tokenizer = train_tokenizer(
-            lambda: chain.from_iterable(map(read_documents, sources)), config.tokenizer, config.model.max_length
+            lambda: chain.from_iterable(map(read_documents, sources)), settings, config.model.max_length
         )
+    if settings.add:
+        tokenizer = add_tokens(tokenizer, settings.add)
     save_tokenizer(tokenizer, folder)
     return load_tokenizer(str(folder))
 
@@ -207,45 +222,10 @@ def prepare(
     model: MaskedLM, config: Config, tokenizer: Tokenizer, corpora: Sequence[Corpus], *, resumed: bool = False
 ) -> TrainingData:
     """Make a model on the CPU ready for training, packed if its architecture allows, and return its batches."""
-    if not (resumed or config.model.init_from):
+    if not resumed and (config.model.new_head or not config.model.init_from):
         fit_output_bias(model, corpora, config.data.passes)
     freeze_unused(model)
     packed = enable_packing(model)
     if not packed:
         log.warning("%s cannot be packed: training on padded batches", type(model.network).__name__)
     return TrainingData(config, corpora, tokenizer, packed=packed, position_offset=model.position_offset)
-
-
-def build_model(config: Config, tokenizer: Tokenizer, resume_from: Path | None = None) -> MaskedLM:
-    """The model from the checkpoint to resume, from `model.init_from`, or with random weights from `train.seed`.
-
-    Raises `UserError` when it does not take rows of `model.max_length`, or does not fit into memory.
-    """
-    torch.manual_seed(config.train.seed)
-    if checkpoint := resume_from or config.model.init_from:
-        model = load_pretrained(str(checkpoint))[0]
-        if config.model.max_length > model.max_length():
-            _lengthen(model, config.model.max_length, checkpoint)
-        return model
-    name = config.model.architecture
-    hf_config = build_config(name, tokenizer, config.model.max_length)
-    # Weights are float32. On a CPU, gradients and AdamW's two moments come on top.
-    count, free = _count_parameters(hf_config), available_memory() / 1e9
-    if (needed := count / 1e9 * (16 if pick_device(config.train.device) == "cpu" else 4)) > free:
-        raise UserError(f"{name} takes {needed:,.1f} GB of memory for {count:,} parameters; {free:,.1f} GB are free")
-    return MaskedLM(AutoModelForMaskedLM.from_config(hf_config))
-
-
-def _count_parameters(hf_config: PreTrainedConfig) -> int:
-    with torch.device("meta"):
-        return AutoModelForMaskedLM.from_config(hf_config).num_parameters()
-
-
-def _lengthen(model: MaskedLM, length: int, name: str | Path) -> None:
-    """Let a model whose positions are computed, not learned, take rows of `length` tokens."""
-    limit, hf_config = model.max_length(), copy.deepcopy(model.network.config)
-    hf_config.get_text_config().max_position_embeddings += length - limit
-    if _count_parameters(hf_config) != model.network.num_parameters():
-        raise UserError(f"{name} has a table of {limit} positions: model.max_length ({length}) must not exceed it")
-    log.info("%s was made for rows of %d tokens; training it on %d", name, limit, length)
-    model.network.config.get_text_config().max_position_embeddings += length - limit
