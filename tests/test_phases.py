@@ -22,7 +22,8 @@ from mlmkit.errors import UserError
 from mlmkit.pretrained import load_pretrained
 from mlmkit.train import order
 from mlmkit.train.checkpoints import branch_config, saved_checkpoints
-from mlmkit.train.config import Config, DataConfig, ModelConfig, RunConfig, load_config
+from mlmkit.train.config import Config, DataConfig, ModelConfig, RunConfig
+from mlmkit.train.config_file import load_config
 from mlmkit.train.loop import train
 from mlmkit.train.order import NOWHERE, Position
 from mlmkit.train.rows import RowBuilder, passes_per_epoch

@@ -15,7 +15,8 @@ from mlmkit.documents import Source
 from mlmkit.errors import UserError
 from mlmkit.model import MaskedLM
 from mlmkit.tokenizer import Tokenizer
-from mlmkit.train.config import Config, DataConfig, load_config
+from mlmkit.train.config import Config, DataConfig
+from mlmkit.train.config_file import load_config
 from mlmkit.train.presets import PRESETS, build_config
 
 
@@ -67,7 +68,12 @@ def test_wrong_settings_are_named(tmp_path, text_file, override, message):
     [
         ("model.init_from=x model.architecture=bert-small", "model.architecture has no effect, as model.init_from"),
         ("model.init_from=x tokenizer.lowercase=false", "tokenizer.lowercase has no effect, as model.init_from"),
-        ("model.init_from=x tokenizer.path=y", "tokenizer.path has no effect, as model.init_from"),
+        ("tokenizer.add=words.txt", "tokenizer.add has no effect, as there is no model.init_from"),
+        ("model.new_head=true", "model.new_head has no effect, as there is no model.init_from"),
+        ("model.interpolate_positions=true", "model.interpolate_positions has no effect, as there is no"),
+        ("model.init_from=x tokenizer.path=y tokenizer.kind=bpe", "tokenizer.kind has no effect, as tokenizer.path"),
+        ("model.init_from=x tokenizer.path=y tokenizer.add=z model.rope_theta=1e4", ""),
+        ("model.init_from=x tokenizer.vocab_size=900 tokenizer.kind=bpe tokenizer.lowercase=true", ""),
         ("tokenizer.path=y tokenizer.vocab_size=16000", "tokenizer.vocab_size has no effect, as tokenizer.path"),
         ("optim.decay_share=0.2", "optim.decay_share has no effect, as optim.schedule"),
         ("data.text_field=text", "data.text_field has no effect, as text files"),

@@ -73,7 +73,7 @@ def train(options: TrainOptions) -> None:
     if not options.config:
         raise click.UsageError("Missing argument 'CONFIG'.")
     from mlmkit.distributed import said_once
-    from mlmkit.train.config import load_config
+    from mlmkit.train.config_file import load_config
 
     with said_once():
         base = None

@@ -197,12 +197,26 @@ def branch_config(folder: Path) -> Config:
 
 
 def load_optimizers(folder: Path, model: MaskedLM, optimizers: Sequence[Optimizer], ranks: Ranks) -> None:
-    """Restore the optimiser state, whatever the number of ranks that wrote it."""
+    """Restore the optimiser state, whatever the number of ranks that wrote it.
+
+    A weight that has another shape than in the checkpoint, such as a longer table of positions, starts afresh.
+    """
     state = get_optimizer_state_dict(model, list(optimizers), options=FLAT)
-    tensors = _tensors(state)
+    tensors, reader = _tensors(state), HuggingFaceStorageReader(str(folder / OPTIMIZER))
     with _single_process_is_fine():
-        load(tensors, storage_reader=HuggingFaceStorageReader(str(folder / OPTIMIZER)), no_dist=ranks.world == 1)
-    set_optimizer_state_dict(model, list(optimizers), {**state, **tensors}, options=FLAT)
+        fresh = _reshaped(tensors, reader.read_metadata().state_dict_metadata)
+        saved = {name: value for name, value in tensors.items() if name not in fresh}
+        load(saved, storage_reader=reader, no_dist=ranks.world == 1)
+    set_optimizer_state_dict(model, list(optimizers), {**state, **saved, **fresh}, options=FLAT)
+
+
+def _reshaped(tensors: dict[str, Tensor], saved: dict[str, Any]) -> dict[str, Tensor]:
+    """Zeros for the whole state, the step count too, of each weight whose saved state has another shape."""
+    sizes = {name: saved[name].size for name in tensors if name in saved}
+    owners = {name.rpartition(".")[0] for name, size in sizes.items() if size != tensors[name].shape}
+    if owners:
+        log.info("the optimiser starts afresh for %s, which has another shape than before", ", ".join(sorted(owners)))
+    return {name: torch.zeros_like(value) for name, value in tensors.items() if name.rpartition(".")[0] in owners}
 
 
 # ---------------------------------------------------------------- which to keep

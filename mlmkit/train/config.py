@@ -4,18 +4,15 @@ file, --set ──> tables ──> Config ──> Config.phases: one complete co
 """
 
 import re
-import tomllib
-from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
-from pathlib import Path
 from typing import Annotated, Any
 
 from mlmkit.backends import DEVICES
-from mlmkit.documents import Source, is_table
+from mlmkit.documents import Source
 from mlmkit.errors import UserError
 from mlmkit.masking import MaskRecipe
-from mlmkit.toml import Rule, build, checked, one_of, read_toml
+from mlmkit.toml import Rule, build, checked, one_of
 
 SCHEDULES = ("constant", "linear", "cosine", "1-sqrt", "wsd")
 UNITS = {"k": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
@@ -67,22 +64,38 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class TokenizerConfig:
-    """`[tokenizer]`: an existing one at `path`; otherwise one is trained on `data.train`."""
+    """`[tokenizer]`: an existing one at `path`, or that of `model.init_from`; otherwise one is trained on `data.train`.
+
+    With `vocab_size`, one is trained for `model.init_from` too. `add` names a file of words to add, one per line.
+    """
 
     path: str = ""
     kind: Annotated[str, one_of("wordpiece", "bpe")] = "wordpiece"  # bpe is byte-level
     # Ranks are exact up to 2**24 (`MaskedLM.forward`). The tokenizers library aborts the process at 2**30.
-    vocab_size: Annotated[int, Rule(lambda value: 0 < value <= 1 << 24, "between 1 and 2**24")] = 16000
+    vocab_size: Annotated[int, Rule(lambda value: 0 < value <= 1 << 24, "between 1 and 2**24")] | None = None
     lowercase: bool = False
+    add: str = ""
+
+    @property
+    def entries(self) -> int:
+        """The most entries that a trained tokenizer gets."""
+        return self.vocab_size or 16000
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """`[model]`: a preset or the path of a Hugging Face `config.json`; or a checkpoint to continue from."""
+    """`[model]`: a preset or the path of a Hugging Face `config.json`; or a checkpoint to continue from.
+
+    `new_head` gives a checkpoint without a masked-LM head a random one. `rope_theta` is the base of rotary positions,
+    `interpolate_positions` stretches a table of learned ones to `max_length`.
+    """
 
     architecture: str = "bert-small"
     init_from: str = ""
+    new_head: bool = False
     max_length: PositiveInt = 512
+    rope_theta: PositiveFloat | None = None
+    interpolate_positions: bool = False
 
 
 @dataclass(frozen=True)
@@ -177,7 +190,7 @@ CHANGEABLE = {
 # What a phase may change. The keys in PER_PHASE belong to one phase: the next does not inherit them.
 PHASE_KEYS = {
     "data": "train weights temperature text_field blank_line",
-    "model": "max_length",
+    "model": "max_length rope_theta interpolate_positions",
     "masking": "mask_prob final_mask_prob replace_prob random_prob whole_word",
     "optim": "lr beta1 beta2 eps weight_decay schedule decay_share decay_shape warmup_steps warmup_tokens warmup_share "
     "max_grad_norm",
@@ -187,6 +200,7 @@ DEFAULT_WARMUP = 100  # steps
 LENGTHS = ("steps", "tokens", "epochs")
 WARMUPS = ("warmup_steps", "warmup_tokens", "warmup_share")
 PER_PHASE = {
+    "model": {"interpolate_positions": False},
     "optim": {"warmup_steps": 0, "warmup_tokens": None, "warmup_share": None},
     "train": {**dict.fromkeys(LENGTHS), "initial_batch_tokens": None, "batch_warmup_tokens": None},
 }
@@ -298,7 +312,7 @@ class Config:
             name, changes = table.get("name"), {key: value for key, value in table.items() if key != "name"}
             if not isinstance(name, str) or not re.fullmatch(r"[\w-]+", name) or name in phases:
                 raise UserError(f"[[phase]] needs a name of its own, of letters, digits, _ and -, not {name!r}")
-            for key in _keys(changes, f"phase {name}"):
+            for key in setting_names(changes, f"phase {name}"):
                 if key.partition(".")[2] not in PHASE_KEYS.get(key.partition(".")[0], "").split():
                     raise UserError(f"phase {name}: {key} belongs to the whole run: set it above the phases")
             if not any(changes.get("train", {}).get(length) for length in LENGTHS):
@@ -323,92 +337,11 @@ def change(before: Config, changes: dict[str, Any], *, follows: bool = True) -> 
     return replace(before, **tables)
 
 
-def _keys(tables: dict[str, Any], where: str) -> list[str]:
+def setting_names(tables: dict[str, Any], where: str) -> list[str]:
     """The settings in `tables` as "table.key"."""
     if wrong := [name for name, values in tables.items() if not isinstance(values, dict)]:
         raise UserError(f"{where}: {wrong[0]} must be a table, or written as table.key = value")
     return [f"{table}.{key}" for table, values in tables.items() for key in values if values[key] not in ("", [])]
-
-
-def _are_tables(config: Config) -> set[bool]:
-    return {is_table(source.location) for source in (*config.data.sources, *config.held_out_sources.values())}
-
-
-_TRAINED = "tokenizer.kind tokenizer.vocab_size tokenizer.lowercase"
-# Keys without effect, when that holds, and why. They are refused if the user gave them, even with the default value.
-WITHOUT_EFFECT: tuple[tuple[str, Callable[[Config], object], str], ...] = (
-    (f"model.architecture tokenizer.path {_TRAINED}", lambda c: c.model.init_from, "model.init_from brings its own"),
-    (_TRAINED, lambda c: c.tokenizer.path, "tokenizer.path names a finished tokenizer"),
-    ("data.text_field", lambda c: True not in _are_tables(c), "text files have no fields"),
-    ("data.blank_line", lambda c: c.data.blank_line and False not in _are_tables(c), "there is no text file"),
-    ("data.weights", lambda c: len({*c.data.weights}) == 1 and 1.0 not in c.data.weights, "they are equal"),
-    ("data.temperature", lambda c: len(c.data.train) == 1, "there is one text"),
-    ("masking.final_mask_prob", lambda c: c.train.steps == 1, "one step has one rate"),
-    ("optim.decay_share optim.decay_shape", lambda c: c.optim.schedule != "wsd", 'optim.schedule is not "wsd"'),
-)
-
-
-def load_config(path: str | Path, overrides: Sequence[str] = (), base: Config | None = None) -> Config:
-    """Read a TOML file and apply `table.key=value` or `phase.NAME.table.key=value` overrides.
-
-    With `base`, the file states what changes in the phase that follows `base`. Raises `UserError` naming a wrong or
-    useless key.
-    """
-    tables = read_toml(path)
-    for override in overrides:
-        name, equals, value = override.partition("=")
-        *parents, key = name.strip().split(".")
-        if not equals or len(parents) != (3 if parents[:1] == ["phase"] else 1):
-            raise UserError(f"--set {override}: write it as table.key=value, for example optim.lr=1e-3")
-        values = _phase(tables, parents[1], override) if len(parents) == 3 else tables
-        values = values.setdefault(parents[-1], {})
-        if not isinstance(values, dict):
-            raise UserError(f"{path}: {parents[-1]} must be a table, [{parents[-1]}]")
-        values[key] = _toml_value(value.strip())
-    phases = tables.get("phase", [])
-    if not (isinstance(phases, list) and all(isinstance(phase, dict) for phase in phases)):
-        raise UserError(f"{path}: write each phase as [[phase]]")
-    whole = {name: values for name, values in tables.items() if name != "phase"}
-    config = replace(_continue(base, whole), phase=tuple(phases)) if base else build(Config, {**whole, "phase": phases})
-    if phases and (length := next((name for name in LENGTHS if name in whole.get("train", {})), "")):
-        raise UserError(f"train.{length} has no effect, as each phase has its own length: leave it out")
-    _refuse_useless(_keys(whole, str(path)), list(config.phases.values()))
-    for phase in phases:
-        _refuse_useless(_keys({k: v for k, v in phase.items() if k != "name"}, ""), [config.phases[phase["name"]]])
-    return config
-
-
-def _phase(tables: dict[str, Any], name: str, override: str) -> dict[str, Any]:
-    phases = [phase for phase in tables.get("phase", []) if isinstance(phase, dict)]
-    found = [phase for phase in phases if phase.get("name") == name]
-    if not found:
-        known = ", ".join(str(phase.get("name")) for phase in phases) or "there are none"
-        raise UserError(f"--set {override}: no phase is called {name}: {known}")
-    return found[0]
-
-
-def _continue(base: Config, tables: dict[str, Any]) -> Config:
-    """The configuration of a branch: the phase that follows `base`, and settings of the run such as `train.device`.
-
-    A setting that a branch cannot change may be repeated.
-    """
-    tables, held_out = dict(tables), tables.get("held_out", {})
-    if held_out or tables.get("data", {}).get("held_out"):
-        base = replace(base, data=replace(base.data, held_out=""), held_out=tables.pop("held_out", {}))
-    config = change(base, tables)
-    for key in _keys(tables, "the file"):
-        table, _, name = key.partition(".")
-        fixed = name not in PHASE_KEYS.get(table, "").split() and name not in CHANGEABLE.get(table, ())
-        if fixed and getattr(getattr(config, table), name) != getattr(getattr(base, table), name):
-            was = getattr(getattr(base, table), name)
-            raise UserError(f"{key} cannot change in a branch: it is {was!r} in the checkpoint: leave it out")
-    return config
-
-
-def _refuse_useless(given: Sequence[str], phases: Sequence[Config]) -> None:
-    for names, applies, reason in WITHOUT_EFFECT:
-        if (useless := sorted(set(given).intersection(names.split()))) and all(map(applies, phases)):
-            raise UserError(f"{useless[0]} has no effect, as {reason}: leave it out")
 
 
 def as_tables(config: Config) -> dict[str, Any]:
@@ -422,11 +355,3 @@ def from_tables(tables: dict[str, Any]) -> Config:
         name: {key: value for key, value in values.items() if value is not None} for name, values in tables.items()
     }
     return build(Config, stated)
-
-
-def _toml_value(text: str) -> Any:
-    """A TOML value, or the text itself, so that `--set data.train=corpus.txt` needs no quotes."""
-    try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except (ValueError, RecursionError):
-        return text

@@ -28,9 +28,10 @@ from mlmkit.train.checkpoints import is_out_of_memory
 from mlmkit.train.config import Config
 from mlmkit.train.data import MicroBatch
 from mlmkit.train.log import check_loggers
+from mlmkit.train.model_setup import build_model
 from mlmkit.train.optimisers import build_optimizers
 from mlmkit.train.order import Cursor
-from mlmkit.train.start import begin_or_check, build_model, corpora_of, prepare
+from mlmkit.train.start import begin_or_check, corpora_of, prepare
 from mlmkit.train.step import LossModule, backward, update
 
 SHOWN_DOCUMENTS, SHOWN_CHARACTERS = 6, 400

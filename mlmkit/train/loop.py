@@ -49,11 +49,12 @@ from mlmkit.train.cost import flops_per_token, peak_flops
 from mlmkit.train.data import MicroBatch
 from mlmkit.train.held_out import evaluate_checkpoint, evaluate_initial, held_out_digests
 from mlmkit.train.log import NO_STEPS, TrainingLog, check_loggers, draw_loss, held_out_metrics, read_log
+from mlmkit.train.model_setup import build_model
 from mlmkit.train.optimisers import build_optimizers
 from mlmkit.train.order import Position
 from mlmkit.train.rows import phase_schedule
 from mlmkit.train.schedule import Schedule
-from mlmkit.train.start import begin_or_check, build_model, corpora_of, prepare, run_lock
+from mlmkit.train.start import begin_or_check, corpora_of, prepare, run_lock
 from mlmkit.train.step import backward, clip_gradients, compile_layers, parallelise, update
 
 log = logging.getLogger(__name__)

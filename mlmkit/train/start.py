@@ -1,6 +1,5 @@
 """The start of a run: create its folder or check that an existing one fits, tokenise the texts, build the model."""
 
-import copy
 import json
 import logging
 from collections.abc import Iterator, Sequence
@@ -10,32 +9,34 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from transformers import AutoModelForMaskedLM, AutoTokenizer, PreTrainedConfig
+from transformers import AutoTokenizer
 
-from mlmkit.backends.torch import pick_device
 from mlmkit.corpus import Corpus, load_corpus, warn_of_words
-from mlmkit.distributed import Ranks, available_memory
+from mlmkit.distributed import Ranks
 from mlmkit.documents import HUB, Source, existing_file, read_documents
 from mlmkit.errors import UserError, as_user_error, require
 from mlmkit.files import RUN, atomic, content, file_sha256, locate_model, locked, read_record, sweep, write_record
 from mlmkit.model import MaskedLM
 from mlmkit.packing import enable_packing
-from mlmkit.pretrained import from_pretrained, load_pretrained, load_tokenizer, save_tokenizer
+from mlmkit.pretrained import from_pretrained, load_tokenizer, save_tokenizer
 from mlmkit.tokenizer import Tokenizer
 from mlmkit.train.checkpoints import CURSOR, last_checkpoint, read_state, resuming, saved_checkpoints
 from mlmkit.train.config import CHANGEABLE, LENGTHS, WARMUPS, Config, RunConfig, as_tables
 from mlmkit.train.data import TrainingData
 from mlmkit.train.held_out import held_out_digests
+from mlmkit.train.model_setup import build_model, check_later_phase
 from mlmkit.train.order import NOWHERE, Cursor, Position
-from mlmkit.train.presets import build_config, fit_output_bias
+from mlmkit.train.presets import fit_output_bias
 from mlmkit.train.rows import RowBuilder, passes_per_epoch, phase_schedule
 from mlmkit.train.schedule import may_follow
 from mlmkit.train.step import checkpoint_layers, freeze_unused
 from mlmkit.train.tokenizer import train_tokenizer
+from mlmkit.train.vocabulary import add_tokens
 
 log = logging.getLogger(__name__)
 
+# Continued pretraining: BioBERT 5e-5, Gururangan et al. 2020 1e-4 (batches of 256) and 5e-4 (batches of 2,048).
+HIGHEST_RATE = 5e-4
 WARN_ABOVE, REFUSE_ABOVE = 0.01, 0.5  # shares of a text's characters that become unknown tokens
 
 
@@ -142,15 +143,33 @@ def _check_shares(train: RunConfig, ranks: Ranks) -> None:
 def _begin(config: Config, run: Path, start_from: Path | None) -> dict[Source, Corpus]:
     try:
         with atomic(run, folder=True) as building:
+            if not start_from:
+                _warn_of_rate(config)
             tokenizer = _prepare_tokenizer(config, building / "tokenizer", start_from)
             texts = _load_texts(config, tokenizer)
+            first, *later = config.phases.values()
+            model = build_model(first, tokenizer, resume_from=start_from, quiet=True)
+            limit = model.max_length()
+            for phase in later:
+                check_later_phase(model, phase.model, limit)
+                limit = max(limit, phase.model.max_length)
             for phase in config.phases.values():
-                build_model(phase, tokenizer, resume_from=start_from)
                 RowBuilder(phase, corpora_of(phase, texts), tokenizer, packed=True)  # refuses texts that give no rows
             write_record(building / RUN, _identity(config, tokenizer, texts, start_from))
         return texts
     except OSError as error:
         raise UserError(f"cannot write {run}: {error.strerror or error}") from error
+
+
+def _warn_of_rate(config: Config) -> None:
+    """Warn of a learning rate for a new model where an old one is trained further."""
+    rate = max(phase.optim.lr for phase in config.phases.values())
+    if config.model.init_from and rate > HIGHEST_RATE:
+        log.warning(
+            "optim.lr (%g) is a rate for new models: model.init_from forgets much at first. Published rates for "
+            "continued pretraining are 5e-5 to 5e-4",
+            rate,
+        )
 
 
 def _identity(
@@ -203,19 +222,25 @@ def _difference(before: object, now: object, name: str) -> str:
 # ---------------------------------------------------------------- tokenizer and texts
 
 
-def _prepare_tokenizer(config: Config, folder: Path, start_from: Path | None = None) -> Tokenizer:
-    """The run's own copy: trained on the text, or taken from `tokenizer.path`, `model.init_from` or `start_from`."""
-    if given := str(start_from or "") or config.model.init_from or config.tokenizer.path:
+def _prepare_tokenizer(config: Config, folder: Path, start_from: Path | None) -> Tokenizer:
+    """The run's own: trained on the text, or a copy from `tokenizer.path` or `model.init_from`, with added tokens.
+
+    A branch has that of its checkpoint.
+    """
+    settings, init_from = config.tokenizer, str(start_from or config.model.init_from)
+    if given := ("" if start_from else settings.path) or ("" if settings.vocab_size and not start_from else init_from):
         load_tokenizer(given)  # refuses what mlmkit cannot use
         tokenizer = from_pretrained(AutoTokenizer, locate_model(given))
-        limit = tokenizer.model_max_length if config.model.init_from else 0
+        limit = tokenizer.model_max_length if given == init_from else 0
         tokenizer.model_max_length = max(limit, _longest(config))
     else:
-        log.info("training a %s tokenizer with %d entries", config.tokenizer.kind, config.tokenizer.vocab_size)
+        log.info("training a %s tokenizer with %d entries", settings.kind, settings.entries)
         sources = _sources(config)
         tokenizer = train_tokenizer(
-            lambda: chain.from_iterable(map(read_documents, sources)), config.tokenizer, _longest(config)
+            lambda: chain.from_iterable(map(read_documents, sources)), settings, _longest(config)
         )
+    if settings.add and not start_from:
+        tokenizer = add_tokens(tokenizer, settings.add)
     save_tokenizer(tokenizer, folder)
     return load_tokenizer(str(folder))
 
@@ -275,7 +300,7 @@ def prepare(
 
     `is_fresh` says that the weights do not come from a checkpoint of a run.
     """
-    if is_fresh and not config.model.init_from:
+    if is_fresh and (config.model.new_head or not config.model.init_from):
         fit_output_bias(model, corpora, passes_per_epoch(config.data, corpora))
     if config.train.checkpoint_activations:
         checkpoint_layers(model)
@@ -286,38 +311,3 @@ def prepare(
     return TrainingData(
         config, corpora, tokenizer, packed=packed, position_offset=model.position_offset, position=position
     )
-
-
-def build_model(config: Config, tokenizer: Tokenizer, resume_from: Path | None = None) -> MaskedLM:
-    """The model from the checkpoint to resume, from `model.init_from`, or with random weights from `train.seed`.
-
-    Raises `UserError` when it does not take rows of `model.max_length`, or does not fit into memory.
-    """
-    torch.manual_seed(config.train.seed)
-    if checkpoint := resume_from or config.model.init_from:
-        model = load_pretrained(str(checkpoint))[0]
-        if config.model.max_length > model.max_length():
-            _lengthen(model, config.model.max_length, checkpoint)
-        return model
-    name = config.model.architecture
-    hf_config = build_config(name, tokenizer, config.model.max_length)
-    # Weights are float32. On a CPU, gradients and AdamW's two moments come on top.
-    count, free = _count_parameters(hf_config), available_memory() / 1e9
-    if (needed := count / 1e9 * (16 if pick_device(config.train.device) == "cpu" else 4)) > free:
-        raise UserError(f"{name} takes {needed:,.1f} GB of memory for {count:,} parameters; {free:,.1f} GB are free")
-    return MaskedLM(AutoModelForMaskedLM.from_config(hf_config))
-
-
-def _count_parameters(hf_config: PreTrainedConfig) -> int:
-    with torch.device("meta"):
-        return AutoModelForMaskedLM.from_config(hf_config).num_parameters()
-
-
-def _lengthen(model: MaskedLM, length: int, name: str | Path) -> None:
-    """Let a model whose positions are computed, not learned, take rows of `length` tokens."""
-    limit, hf_config = model.max_length(), copy.deepcopy(model.network.config)
-    hf_config.get_text_config().max_position_embeddings += length - limit
-    if _count_parameters(hf_config) != model.network.num_parameters():
-        raise UserError(f"{name} has a table of {limit} positions: model.max_length ({length}) must not exceed it")
-    log.info("%s was made for rows of %d tokens; training it on %d", name, limit, length)
-    model.network.config.get_text_config().max_position_embeddings += length - limit

@@ -17,7 +17,8 @@ from mlmkit.distributed import Ranks, ranks
 from mlmkit.errors import CheckError, UserError
 from mlmkit.files import RUN, locked, read_record, write_json, write_text
 from mlmkit.train.checkpoints import HELD_OUT_METRICS
-from mlmkit.train.config import Config, load_config
+from mlmkit.train.config import Config
+from mlmkit.train.config_file import load_config
 from mlmkit.train.log import can_draw
 from mlmkit.train.loop import train
 
