@@ -45,7 +45,7 @@ def demo_config(train_text: Path) -> Config:
         tokenizer=TokenizerConfig(vocab_size=4096, lowercase=True),
         model=ModelConfig(architecture="bert-tiny", max_length=128),
         masking=MaskingConfig(mask_prob=0.4),
-        optim=OptimConfig(lr=3e-3, warmup_steps=100),
+        optim=OptimConfig(lr=3e-3),
         train=RunConfig(steps=900, global_batch_tokens=2048, micro_batch_tokens=2048, save_every=300),
     )
 
