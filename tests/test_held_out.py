@@ -130,6 +130,7 @@ def test_a_sweep_compares_by_the_first_text(config, tmp_path):
     ours.write_text("\n".join(line for line in lines if not line.startswith(("vocab_size", "architecture"))))
     result = sweep(make_trials(ours, base, ["optim.lr=1e-9,1e-2"]), tmp_path / "sweep")
     assert result["held_out"] == config.held_out["a"]
+    stored = {}
     for row in result["runs"]:
         stored = json.loads((tmp_path / "sweep" / row["run"] / "held_out.json").read_text())
         assert row["masked_cross_entropy"] == stored["a"]["masked_cross_entropy"]
