@@ -6,6 +6,7 @@ import random
 import time
 from collections import Counter
 from dataclasses import asdict, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_train_resume import complete, kill_when, last_step
 from training import Ranks, log_lines, same_weights, small_architecture, write_config
+from transformers import AutoConfig
 
 from mlmkit.cli import main
 from mlmkit.corpus import tokenize
@@ -41,6 +43,7 @@ data.temperature = 0.5
 name = "longer"
 train.steps = 6
 model.max_length = 64
+model.rope_theta = 20000
 masking.mask_prob = 0.3
 [[phase]]
 name = "decay"
@@ -109,7 +112,30 @@ def test_the_end_of_each_phase_is_kept_and_says_its_phase(tmp_path, texts):
         json.loads((saved / "config.json").read_text())["max_position_embeddings"] for saved in saved_checkpoints(run)
     ]
     assert lengths[0] < lengths[1] == lengths[2]
+    configs = [AutoConfig.from_pretrained(saved) for saved in saved_checkpoints(run)]
+    thetas = [config.rope_parameters["full_attention"]["rope_theta"] for config in configs]
+    assert (thetas[0] != 20000, thetas[1:]) == (True, [20000, 20000])
     assert branch_config(saved_checkpoints(run)[1]) == config.phases["longer"]
+
+
+LONGER = '[[phase]]\nname = "a"\ntrain.steps = 3\n[[phase]]\nname = "b"\ntrain.steps = 3\n'
+
+
+def test_a_table_of_positions_is_stretched_only_if_asked(tmp_path, texts):
+    """That a phase cannot begin is known before the first one."""
+    make_bert = partial(make, tmp_path, texts, phases=LONGER, architecture="bert")
+    for settings, message in (
+        (("phase.b.model.max_length=64",), r"has a table of 48 positions: model.max_length \(64\) must not exceed it"),
+        (("phase.b.model.interpolate_positions=true",), "interpolate_positions has no effect, as no table"),
+        (("phase.b.model.rope_theta=1e5",), "model.rope_theta has no effect, as the model has no rotary positions"),
+    ):
+        with pytest.raises(UserError, match=message):
+            train(make_bert(*settings), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    model = train(
+        make_bert("phase.b.model.max_length=64", "phase.b.model.interpolate_positions=true"), tmp_path / "run"
+    )
+    assert json.loads((model / "config.json").read_text())["max_position_embeddings"] == 64
 
 
 def test_phases_that_change_nothing_are_one(tmp_path, texts):

@@ -70,7 +70,6 @@ def test_wrong_settings_are_named(tmp_path, text_file, override, message):
         ("model.init_from=x tokenizer.lowercase=false", "tokenizer.lowercase has no effect, as model.init_from"),
         ("tokenizer.add=words.txt", "tokenizer.add has no effect, as there is no model.init_from"),
         ("model.new_head=true", "model.new_head has no effect, as there is no model.init_from"),
-        ("model.interpolate_positions=true", "model.interpolate_positions has no effect, as there is no"),
         ("model.init_from=x tokenizer.path=y tokenizer.kind=bpe", "tokenizer.kind has no effect, as tokenizer.path"),
         ("model.init_from=x tokenizer.path=y tokenizer.add=z model.rope_theta=1e4", ""),
         ("model.init_from=x tokenizer.vocab_size=900 tokenizer.kind=bpe tokenizer.lowercase=true", ""),
