@@ -140,17 +140,24 @@ def from_pretrained(kind: Any, path: str, **options: Any) -> Any:
     with as_user_error(path):
         present = _fetch(path, ("config.json", "tokenizer_config.json", "adapter_config.json"))
         folder = present[0].parent if present else Path(path)
-        config = check_folder(folder) if folder.is_dir() else {}
+        if folder.is_dir():
+            check_folder(folder)
         if kind is AutoTokenizer:
             for file in _fetch(path, ["tokenizer.json"]):
                 check_tokenizer(json.loads(file.read_bytes()))
         if kind is AutoModelForMaskedLM:
-            _fetch(path, ("model.safetensors", "model.safetensors.index.json"))
-            _refuse_missing_weights(options["config"], _fetch(path, weight_names(folder, config)))
+            _refuse_missing_weights(options["config"], weight_files(path))
         try:
             return kind.from_pretrained(path, trust_remote_code=False, **options)
         except ValueError as error:
             raise (UserError(HAS_CODE) if "trust_remote_code" in str(error) else error) from None
+
+
+def weight_files(path: str) -> list[Path]:
+    """Return the safetensors files of a checkpoint's weights, downloaded first if it is on the hub."""
+    folder = next((file.parent for file in _fetch(path, ["config.json"])), Path(path))
+    _fetch(path, ("model.safetensors", "model.safetensors.index.json"))
+    return _fetch(path, weight_names(folder, check_folder(folder) if folder.is_dir() else {}))
 
 
 def _fetch(path: str, names: Sequence[str]) -> list[Path]:

@@ -23,7 +23,7 @@ ROOT = Path(__file__).parent.parent
 
 
 @pytest.mark.parametrize(
-    "command", ["demo", "train", "export", "inspect", "eval", "compare", "report", "score", "fill", "serve"]
+    "command", ["demo", "train", "average", "export", "inspect", "eval", "compare", "report", "score", "fill", "serve"]
 )
 def test_each_command_has_help(capsys, command):
     code, out, _ = run(capsys, command, "--help")
@@ -297,8 +297,17 @@ def test_a_missing_extra_is_named(capsys, tmp_path, monkeypatch, checkpoint):
         ["export", checkpoint("bert"), "--output", tmp_path / "artifact"],
         ["fill", checkpoint("bert"), "a [MASK]"],
         ["demo", "--output", tmp_path / "demo"],
+        ["average", checkpoint("bert"), checkpoint("bert"), "--output", tmp_path / "mean"],
     ):
         assert "pip install 'mlmkit[train]'" in refusal(capsys, *arguments)
+
+
+def test_a_missing_optimiser_is_named_before_the_text_is_read(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr("mlmkit.errors.find_spec", lambda name: None if name == "optimi" else object())
+    (tmp_path / "a.toml").write_text('[data]\ntrain = "none.txt"\n[optim]\nname = "stable_adamw"\n')
+    for arguments in (["--dry-run"], ["--output", tmp_path / "run"]):
+        said = refusal(capsys, "train", tmp_path / "a.toml", *arguments)
+        assert said == "mlmkit: optim.name: this needs optimi: pip install 'mlmkit[stable-adamw]'\n"
 
 
 def test_a_causal_or_headless_checkpoint_is_refused(capsys, tmp_path, checkpoint):

@@ -26,7 +26,7 @@ LAYERS = [
     {"windows", "model"},
     {"packing", "pretrained"},
     {"backends"},
-    {"fill", "eval", "export", "inspection"},
+    {"average", "fill", "eval", "export", "inspection"},
     {"train", "serve"},
     {"demo"},
     {"cli"},

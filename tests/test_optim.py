@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 import socket
 from dataclasses import replace
 from itertools import pairwise
@@ -28,11 +29,15 @@ from mlmkit.model import MaskedLM, probe_inputs
 from mlmkit.pretrained import load_pretrained
 from mlmkit.tokenizer import Tokenizer
 from mlmkit.train import loop
-from mlmkit.train.config import SCHEDULES, OptimConfig, load_config
-from mlmkit.train.optimisers import Muon, build_optimizers, hidden_matrices, learning_rate_factor
+from mlmkit.train.config import SCHEDULES, Config, DataConfig, ModelConfig, OptimConfig, RunConfig
+from mlmkit.train.config_file import load_config
+from mlmkit.train.optimisers import Muon, build_optimizers, hidden_matrices
+from mlmkit.train.order import Cursor
 from mlmkit.train.presets import build_config, fit_output_bias
+from mlmkit.train.schedule import make_schedule
 
 MUON = OptimConfig(name="muon", lr=1e-2, weight_decay=0.1)
+STABLE = OptimConfig(name="stable_adamw", lr=1e-2, weight_decay=0.1, eps=1e-3)
 # A key's bias has no gradient but rounding, which a small eps would blow up to a step.
 CALM = replace(MUON, eps=1e-3)
 FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
@@ -133,11 +138,37 @@ def test_muon_updates_as_its_papers_say(shape):
     np.testing.assert_allclose(parameter.detach().numpy(), expected, atol=1e-6)
 
 
+def test_stable_adamw_updates_as_its_paper_says(checkpoint):
+    """Three steps, the last with a gradient a hundred times as large, against algorithm 2 of Wortsman et al. 2023."""
+    model, _ = load_pretrained(str(checkpoint("bert")))
+    (optimizer,) = build_optimizers(model, STABLE)
+    decay = {p: group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    assert set(decay.values()) == {0.0, 0.1}
+    expected = {p: p.detach().double().numpy().copy() for p in decay}
+    first, second = ({p: np.zeros(p.shape) for p in decay} for _ in range(2))
+    generator, slowed = torch.Generator().manual_seed(0), 0
+    for step, scale in enumerate((1.0, 1.0, 100.0), 1):
+        for p, value in expected.items():
+            p.grad = scale * torch.randn(p.shape, generator=generator)
+            gradient = p.grad.double().numpy()
+            first[p] = 0.9 * first[p] + 0.1 * gradient
+            second[p] = 0.98 * second[p] + 0.02 * gradient**2
+            m, v = first[p] / (1 - 0.9**step), second[p] / (1 - 0.98**step)
+            rms = np.sqrt(np.mean(gradient**2 / np.maximum(v, STABLE.eps**2)))
+            lr = STABLE.lr / max(1.0, rms)
+            slowed += rms > 1.5
+            value -= lr * (decay[p] * value + m / (np.sqrt(v) + STABLE.eps))
+        optimizer.step()
+    assert slowed >= len(decay) / 2  # else this is AdamW
+    for p, value in expected.items():
+        np.testing.assert_allclose(p.detach().numpy(), value, atol=2e-6, rtol=2e-5)
+
+
 # ------------------------------------------------------------------ state
 
 
 @pytest.mark.parametrize("kind", ["bert", "modernbert"])
-@pytest.mark.parametrize("config", [OptimConfig(), MUON], ids=["adamw", "muon"])
+@pytest.mark.parametrize("config", [OptimConfig(), MUON, STABLE], ids=["adamw", "muon", "stable_adamw"])
 def test_state_comes_back_to_the_bit(checkpoint, kind, config):
     """Steps, state out, state into a fresh model's fresh optimisers, more steps: the same weights."""
     model, _ = load_pretrained(str(checkpoint(kind)))
@@ -165,8 +196,8 @@ def test_state_comes_back_to_the_bit(checkpoint, kind, config):
 # ------------------------------------------------------------------ sharding
 
 
-def sharded_steps(rank: int, port: int, folder: str, result: str) -> None:
-    """Two ranks, each block and the whole sharded, three steps of Muon."""
+def sharded_steps(rank: int, port: int, folder: str, result: str, config: OptimConfig) -> None:
+    """Two ranks, each block and the whole sharded, three steps."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     model, _ = load_pretrained(folder)
@@ -175,7 +206,7 @@ def sharded_steps(rank: int, port: int, folder: str, result: str) -> None:
             for block in module:
                 fully_shard(block)
     fully_shard(model.network)
-    optimizers = build_optimizers(model, CALM)
+    optimizers = build_optimizers(model, config)
     assert all(isinstance(p, DTensor) for each in optimizers for group in each.param_groups for p in group["params"])
     for seed in range(3):
         one_step(model, optimizers, seed)
@@ -185,10 +216,11 @@ def sharded_steps(rank: int, port: int, folder: str, result: str) -> None:
     dist.destroy_process_group()
 
 
-def test_muon_on_sharded_weights_is_muon_on_whole_ones(checkpoint, tmp_path):
+@pytest.mark.parametrize("config", [CALM, STABLE], ids=["muon", "stable_adamw"])
+def test_sharded_weights_are_updated_as_whole_ones(checkpoint, tmp_path, config):
     folder = str(checkpoint("bert"))
     model, _ = load_pretrained(folder)
-    optimizers = build_optimizers(model, CALM)
+    optimizers = build_optimizers(model, config)
     before = weights(model)
     for seed in range(3):
         one_step(model, optimizers, seed)
@@ -196,7 +228,7 @@ def test_muon_on_sharded_weights_is_muon_on_whole_ones(checkpoint, tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    arguments: tuple[Any, ...] = (port, folder, str(tmp_path / "whole.pt"))
+    arguments: tuple[Any, ...] = (port, folder, str(tmp_path / "whole.pt"), config)
     spawn(sharded_steps, arguments, nprocs=2)
     found = torch.load(Path(tmp_path / "whole.pt"), weights_only=True)
     assert found.keys() == expected.keys()
@@ -208,38 +240,92 @@ def test_muon_on_sharded_weights_is_muon_on_whole_ones(checkpoint, tmp_path):
 # ------------------------------------------------------------------ schedules
 
 
+TEXT = DataConfig(train=("text.txt",))
+
+
+def factors(optim: OptimConfig, **run: Any) -> list[float]:
+    """The factor of every step of a phase, whose steps have 10 tokens each."""
+    schedule = make_schedule(Config(data=TEXT, optim=optim, train=RunConfig(**run)), epoch_tokens=100)
+    cursors = [Cursor(step, 0, step, 10 * step) for step in range(500)]
+    return [schedule.learning_rate_factor(*pair) for pair in pairwise(cursors) if not schedule.is_over(pair[0])]
+
+
 @given(
     schedule=st.sampled_from(SCHEDULES),
+    shape=st.sampled_from(["linear", "1-sqrt"]),
     steps=st.integers(1, 400),
-    warmup=st.integers(0, 500),
+    warmup=st.integers(0, 399),
     decay_share=st.floats(1e-3, 1.0),
+    in_tokens=st.booleans(),
 )
-def test_schedules_rise_then_fall_to_zero(schedule, steps, warmup, decay_share):
-    config = OptimConfig(schedule=schedule, warmup_steps=warmup, decay_share=decay_share)
-    factors = [learning_rate_factor(step, steps, config) for step in range(steps)]
-    rise = min(warmup, steps)
-    assert all(0 < factor <= 1 for factor in factors)
-    assert factors[:rise] == pytest.approx([(step + 1) / rise for step in range(rise)])
-    fall = factors[rise:]
+def test_schedules_rise_then_fall_to_zero(schedule, shape, steps, warmup, decay_share, in_tokens):
+    warmup = min(warmup, steps - 1)
+    unit = 10 if in_tokens else 1
+    lengths = {"tokens": 10 * steps} if in_tokens else {"steps": steps}
+    optim = OptimConfig(schedule=schedule, decay_shape=shape, decay_share=decay_share, warmup_steps=warmup)
+    if in_tokens and warmup:
+        optim = replace(optim, warmup_steps=None, warmup_tokens=10 * warmup)
+    all_factors = factors(optim, **lengths)
+    assert len(all_factors) == steps
+    assert all(0 < factor <= 1 for factor in all_factors)
+    assert all_factors[:warmup] == pytest.approx([(step + 1) / warmup for step in range(warmup)])
+    fall = all_factors[warmup:]
     assert all(later <= earlier for earlier, later in pairwise(fall))
-    if fall:
-        assert fall[0] == 1.0  # no jump where the warm-up ends
-        reach = {"linear": len(fall), "cosine": len(fall), "wsd": max(round(decay_share * steps), 1)}[schedule]
-        assert fall[-1] <= 1.000001 / min(len(fall), reach)  # zero is a step away
+    assert fall[0] == 1.0  # no jump where the warm-up ends
+    if schedule == "constant":
+        assert set(fall) == {1.0}
+    else:  # zero is a step away
+        reach = max(round(decay_share * steps * unit), 1) / unit if schedule == "wsd" else len(fall)
+        assert fall[-1] <= 1.000001 / max(min(len(fall), reach), 1)
 
 
 def test_schedules_have_their_shapes():
     wsd = OptimConfig(schedule="wsd", warmup_steps=10, decay_share=0.2)
-    factors = [learning_rate_factor(step, 100, wsd) for step in range(100)]
-    assert factors[9:81] == [1.0] * 72
-    assert factors[80:] == pytest.approx([(100 - step) / 20 for step in range(80, 100)])
-    cosine = replace(wsd, schedule="cosine")
-    assert learning_rate_factor(55, 100, cosine) == pytest.approx(0.5)
-    assert learning_rate_factor(99, 100, cosine) == pytest.approx(0.5 - 0.5 * np.cos(np.pi / 90))
-    linear = replace(wsd, schedule="linear", warmup_steps=4, lr=2e-3)
-    assert [learning_rate_factor(step, 12, linear) for step in range(12)] == pytest.approx(
-        [0.25, 0.5, 0.75, 1.0, *((12 - step) / 8 for step in range(4, 12))]
+    assert factors(wsd, steps=100)[9:81] == [1.0] * 72
+    assert factors(wsd, steps=100)[80:] == pytest.approx([(100 - step) / 20 for step in range(80, 100)])
+    root = [1 - math.sqrt((step - 80) / 20) for step in range(80, 100)]
+    assert factors(replace(wsd, decay_shape="1-sqrt"), steps=100)[80:] == pytest.approx(root)
+    cosine = factors(replace(wsd, schedule="cosine"), steps=100)
+    assert cosine[55] == pytest.approx(0.5)
+    assert cosine[99] == pytest.approx(0.5 - 0.5 * np.cos(np.pi / 90))
+    linear = factors(replace(wsd, schedule="linear", warmup_steps=4, lr=2e-3), steps=12)
+    assert linear == pytest.approx([0.25, 0.5, 0.75, 1.0, *((12 - step) / 8 for step in range(4, 12))])
+    decay = factors(OptimConfig(schedule="1-sqrt", warmup_steps=0), steps=4)
+    assert decay == pytest.approx([1.0, 0.5, 1 - math.sqrt(0.5), 1 - math.sqrt(0.75)])
+
+
+def test_a_length_may_be_in_tokens_or_epochs_and_a_warm_up_in_another_unit():
+    """A step has 10 tokens and an epoch 100; a full batch has room for 20."""
+    batch = {"global_batch_tokens": 512, "micro_batch_tokens": 512}
+    constant = OptimConfig(schedule="constant", warmup_steps=0)
+    assert [len(factors(constant, **length)) for length in ({"tokens": 95}, {"epochs": 2.5})] == [10, 25]
+    share = OptimConfig(schedule="constant", warmup_share=0.5)
+    assert factors(share, tokens=80)[:5] == [0.25, 0.5, 0.75, 1.0, 1.0]
+    assert factors(share, epochs=0.8)[:5] == [0.25, 0.5, 0.75, 1.0, 1.0]
+    by_tokens = OptimConfig(schedule="constant", warmup_tokens=1024)  # two full batches
+    assert factors(by_tokens, steps=5, **batch) == [0.5, 1.0, 1.0, 1.0, 1.0]
+    by_steps = OptimConfig(schedule="constant", warmup_steps=2)
+    assert factors(by_steps, tokens=2048, **batch)[:2] == [10 / 1024, 20 / 1024]
+    with pytest.raises(UserError, match=r"warmup_steps \(100\) must end before train.epochs \(2.0\)"):
+        factors(OptimConfig(warmup_steps=100), epochs=2.0)
+
+
+def test_a_batch_warms_up_with_equally_many_steps_per_size():
+    run = RunConfig(
+        tokens=100_000,
+        global_batch_tokens=2048,
+        initial_batch_tokens=512,
+        micro_batch_tokens=256,
+        batch_warmup_tokens=30_720,
     )
+    config = Config(data=TEXT, model=ModelConfig(max_length=128), train=run)
+    schedule, cursor, sizes = make_schedule(config, 0), Cursor(), []
+    while not schedule.is_over(cursor):
+        sizes.append(schedule.micro_batches(cursor))
+        cursor = replace(cursor, phase_tokens=cursor.phase_tokens + 256 * sizes[-1])
+    assert sizes == sorted(sizes)
+    assert [sizes.count(size) for size in (2, 4, 6)] == [10, 10, 10]  # 30,720 = 10 * (512 + 1,024 + 1,536)
+    assert set(sizes) == {2, 4, 6, 8}
 
 
 # ------------------------------------------------------------------ the first weights

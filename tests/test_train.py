@@ -253,7 +253,7 @@ def test_text_that_the_tokenizer_does_not_know_is_reported(tmp_path, text_file, 
     [
         ("a.txt", "água".encode("latin-1"), "a.txt: line 1, byte 1 is not UTF-8"),
         ("a.jsonl", b'{"body": "some text"}', "a.jsonl: line 1 has no field 'text'"),
-        ("a.txt", b"if\n", r"data\.held_out: the masks select no token of .*a\.txt"),
+        ("a.txt", b"if\n", r"the masks select no token of the held-out text .*a\.txt"),
         ("a.txt", b"\n", "a.txt: no documents in it"),
         ("a.txt", "語      語      語\n".encode() * 20, r"a\.txt: all tokens are special ones"),  # most are spaces
     ],
@@ -308,7 +308,7 @@ def test_held_out_text_may_be_a_dataset(tmp_path, text_file):
     (folder / "train.txt").write_text("".join(text_file.read_text().splitlines(keepends=True)[::30]))
     settings = ("train.steps=2", f"data.held_out=hub:{folder}")
     loop.train(write_config(tmp_path, text_file, "bert-tiny", *settings), tmp_path / "run")
-    assert json.loads((tmp_path / "run" / "held_out.json").read_text())["masked_cross_entropy"]["value"] > 0
+    assert json.loads((tmp_path / "run" / "held_out.json").read_text())["held-out"]["masked_cross_entropy"]["value"] > 0
 
 
 def test_each_start_hashes_a_text_once(config, tmp_path, monkeypatch):

@@ -21,6 +21,7 @@ INTERRUPTED, TERMINATED = 130, 143
 MODULES = {  # of each command, in the order in which they are used
     "demo": "train",
     "train": "train",
+    "average": "train",
     "export": "export",
     "inspect": "inspect",
     "eval": "evaluate",

@@ -21,6 +21,11 @@ from mlmkit.train.vocabulary import extends, row_sources
 
 POSITIONS = "max_position_embeddings"
 
+TOO_LONG = (
+    "{} has a table of {} positions: model.max_length ({}) must not exceed it, unless "
+    "model.interpolate_positions = true stretches it"
+)
+
 log = logging.getLogger(__name__)
 
 
@@ -44,6 +49,8 @@ def build_model(
                 f"model.max_length ({settings.max_length}): leave it out"
             )
         return fitted
+    if config.model.interpolate_positions:
+        raise UserError("model.interpolate_positions has no effect on a new model: leave it out")
     name = config.model.architecture
     hf_config = build_config(name, tokenizer, config.model.max_length)
     _set_rope_theta(hf_config, config.model.rope_theta, name)
@@ -53,6 +60,16 @@ def build_model(
     if (needed := count / 1e9 * (16 if pick_device(config.train.device) == "cpu" else 4)) > free:
         raise UserError(f"{name} takes {needed:,.1f} GB of memory for {count:,} parameters; {free:,.1f} GB are free")
     return MaskedLM(AutoModelForMaskedLM.from_config(hf_config))
+
+
+def check_later_phase(model: MaskedLM, settings: ModelConfig, limit: int) -> None:
+    """Raise `UserError` unless the first model of a run, by then with rows of `limit` tokens, takes these settings."""
+    _set_rope_theta(copy.deepcopy(model.network.config), settings.rope_theta, "the model")
+    is_longer, tables = settings.max_length > limit, _sized_by(model, POSITIONS)
+    if is_longer and tables and not settings.interpolate_positions:
+        raise UserError(TOO_LONG.format("the model", limit, settings.max_length))
+    if settings.interpolate_positions and not (is_longer and tables):
+        raise UserError("model.interpolate_positions has no effect, as no table of positions gets longer: leave it out")
 
 
 # ---------------------------------------------------------------- fitting a loaded model
@@ -123,10 +140,7 @@ def _change_positions(
     tables = _sized_by(model, POSITIONS)
     if length > limit:
         if tables and not settings.interpolate_positions:
-            raise UserError(
-                f"{name} has a table of {limit} positions: model.max_length ({length}) must not exceed it, unless "
-                "model.interpolate_positions = true stretches it"
-            )
+            raise UserError(TOO_LONG.format(name, limit, length))
         log.log(level, "%s was made for rows of %d tokens; training it on %d", name, limit, length)
     hf_config.get_text_config().max_position_embeddings = length + new_offset
     changed = {}

@@ -1,6 +1,5 @@
-"""Optimisers and the learning rate schedule."""
+"""The optimisers."""
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -15,10 +14,10 @@ from mlmkit.train.step import encoder_layers
 
 
 def build_optimizers(model: MaskedLM, config: OptimConfig) -> list[torch.optim.Optimizer]:
-    """AdamW for everything that is trained; with `optim.name = "muon"`, Muon for the hidden matrices instead.
+    """AdamW or StableAdamW for everything that is trained; or Muon for the hidden matrices and AdamW for the rest.
 
     Weight decay is decoupled and leaves out vectors: biases and the scales of normalisations. Every group has an
-    `initial_lr`, which `learning_rate_factor` scales. Muon's updates are scaled to the size of AdamW's (Liu et al.
+    `initial_lr`, which the schedule scales. Muon's updates are scaled to the size of AdamW's (Liu et al.
     2025, "Muon is scalable for LLM training", equation 4), so one learning rate serves both. Call it after
     `fully_shard`, which replaces the parameters.
 
@@ -32,8 +31,16 @@ def build_optimizers(model: MaskedLM, config: OptimConfig) -> list[torch.optim.O
         {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0},
     ]
     betas = (config.beta1, config.beta2)
-    adamw = torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=config.eps, fused=True)
-    optimizers: list[torch.optim.Optimizer] = [adamw]
+    optimizers: list[torch.optim.Optimizer] = []
+    if config.name == "stable_adamw":
+        from optimi import StableAdamW
+
+        # Its Triton kernels sum in no fixed order, and their state differs from a CPU's, which could not resume it.
+        options = {"max_lr": config.lr, "kahan_sum": False, "foreach": False, "triton": False}
+        optimizers.append(StableAdamW(groups, config.lr, betas, eps=config.eps, **options))
+        optimizers[0].register_step_post_hook(_fill_none)
+    else:
+        optimizers.append(torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=config.eps, fused=True))
     if config.name == "muon":
         if not hidden:
             raise UserError(
@@ -46,6 +53,12 @@ def build_optimizers(model: MaskedLM, config: OptimConfig) -> list[torch.optim.O
     return optimizers
 
 
+def _fill_none(optimizer: torch.optim.Optimizer, *_: object) -> None:
+    """Replace the None in StableAdamW's state, which float32 does not use and torch cannot save."""
+    for state in optimizer.state.values():
+        state["kahan_comp"] = state["eps_sq"]
+
+
 def hidden_matrices(model: MaskedLM) -> list[Tensor]:
     """The weights of the linear maps inside the encoder's layers.
 
@@ -53,24 +66,6 @@ def hidden_matrices(model: MaskedLM) -> list[Tensor]:
     """
     linear = [module for layer in encoder_layers(model) for module in layer.modules() if isinstance(module, nn.Linear)]
     return list({id(module.weight): module.weight for module in linear}.values())
-
-
-def learning_rate_factor(step: int, steps: int, config: OptimConfig) -> float:
-    """The factor on the peak learning rate at `step` of `steps`, counted from 0: above 0, at most 1.
-
-    Linear warm-up over `warmup_steps`; then `linear` or `cosine` decay, or `wsd`: constant, with linear decay over the
-    last `decay_share` of all steps (Hu et al. 2024, MiniCPM; Hägele et al. 2024). Decay reaches zero at `steps`, so
-    the last step still learns.
-    """
-    warmup = min(config.warmup_steps, steps)
-    if step < warmup:
-        return (step + 1) / warmup
-    left = steps - step
-    if config.schedule == "wsd":
-        decay = max(1, min(round(config.decay_share * steps), steps - warmup))
-        return min(1.0, left / decay)
-    share_left = left / (steps - warmup)
-    return share_left if config.schedule == "linear" else 0.5 - 0.5 * math.cos(math.pi * share_left)
 
 
 class Muon(torch.optim.Muon):

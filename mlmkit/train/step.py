@@ -6,6 +6,7 @@ fit on one device.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,9 +16,11 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
+from torch.utils.checkpoint import checkpoint
 
 from mlmkit.distributed import Ranks
-from mlmkit.model import MaskedLM, probe_inputs
+from mlmkit.errors import UserError
+from mlmkit.model import PROBE_ERRORS, MaskedLM, probe_inputs
 from mlmkit.train.data import MicroBatch
 
 # ---------------------------------------------------------------- preparing a model
@@ -55,6 +58,22 @@ def encoder_layers(model: MaskedLM) -> list[nn.Module]:
         return [stack for child in module.children() for stack in stacks(child)]
 
     return [layer for stack in stacks(model.network.base_model) for layer in stack]
+
+
+def checkpoint_layers(model: MaskedLM) -> None:
+    """Let each encoder layer keep only its inputs for the backward pass, which computes the rest again.
+
+    The second forward restores the random generator's state, so loss and gradients are bit-identical, with dropout too;
+    in compiled layers the gradients round differently. Call it before `enable_packing` and `compile_layers`. Raises
+    `UserError` if a layer gives other results the second time, as those of BART, MVP and XLM: they add to a cache.
+    """
+    for layer in encoder_layers(model):
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+    try:
+        freeze_unused(model)  # its probe
+    except PROBE_ERRORS as error:
+        kind = model.network.config.model_type
+        raise UserError(f"train.checkpoint_activations does not work with a {kind} model: leave it out") from error
 
 
 def compile_layers(model: MaskedLM, *, backend: str | Callable[..., Any] = "inductor") -> int:
