@@ -75,7 +75,7 @@ def test_added_tokens_match_whole_words_only(tmp_path, words, tokenizers, kind):
     theirs = AutoTokenizer.from_pretrained(folder)
     assert theirs(text, add_special_tokens=False)["input_ids"] == ids.tolist()
     decoded = new.decode(ids.tolist())
-    assert decoded.count("roupa") == 2 and "Roma," in decoded, "not joined to its neighbours"
+    assert " roupa " in decoded and " roma," in decoded.lower(), "spaces are kept"
     assert decoded == text or kind in ("wordpiece", "bert")  # which put spaces around punctuation
 
 

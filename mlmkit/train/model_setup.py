@@ -90,9 +90,10 @@ def _fitted(model: MaskedLM, old: Tokenizer, new: Tokenizer, settings: ModelConf
     if not changed and hf_config.to_dict() == model.network.config.to_dict():
         return model
     network = AutoModelForMaskedLM.from_config(hf_config, dtype=torch.float32)
-    # Buffers of integers are position ids and the like, which follow from the configuration.
-    weights = {key: value for key, value in model.network.state_dict().items() if value.is_floating_point()}
-    network.load_state_dict(weights | changed, strict=False)
+    # A buffer of another size, such as position ids, follows from the configuration.
+    state = network.state_dict()
+    kept = {key: value for key, value in model.network.state_dict().items() if value.shape == state[key].shape}
+    network.load_state_dict(kept | changed, strict=False)
     return MaskedLM(network.eval())
 
 
