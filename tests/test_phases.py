@@ -124,13 +124,13 @@ LONGER = '[[phase]]\nname = "a"\ntrain.steps = 3\n[[phase]]\nname = "b"\ntrain.s
 def test_a_table_of_positions_is_stretched_only_if_asked(tmp_path, texts):
     """That a phase cannot begin is known before the first one."""
     make_bert = partial(make, tmp_path, texts, phases=LONGER, architecture="bert")
-    for settings, message in (
+    for wrong, message in (
         (("phase.b.model.max_length=64",), r"has a table of 48 positions: model.max_length \(64\) must not exceed it"),
         (("phase.b.model.interpolate_positions=true",), "interpolate_positions has no effect, as no table"),
         (("phase.b.model.rope_theta=1e5",), "model.rope_theta has no effect, as the model has no rotary positions"),
     ):
         with pytest.raises(UserError, match=message):
-            train(make_bert(*settings), tmp_path / "run")
+            train(make_bert(*wrong), tmp_path / "run")
     assert not (tmp_path / "run").exists()
     model = train(
         make_bert("phase.b.model.max_length=64", "phase.b.model.interpolate_positions=true"), tmp_path / "run"
