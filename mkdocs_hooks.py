@@ -1,4 +1,5 @@
-"""mkdocs hooks: make links work both on GitHub and on the site, and insert the help of the commands.
+"""mkdocs hooks: make links work both on GitHub and on the site, and insert the help of the commands and
+the template of a training configuration.
 
 Links are written for GitHub, relative to their file. On the site, a link to a file outside `docs/` leads to the page
 made from that file, or else to the file on GitHub. A broken link is left unchanged and fails the build.
@@ -18,7 +19,7 @@ ROOT = Path(__file__).parent
 DOCS = ROOT / "docs"
 PAGES = {"contributing.md": "CONTRIBUTING.md", "changelog.md": "CHANGELOG.md", "recipes.md": "recipes/README.md"}
 REPOSITORY = "https://github.com/mlmkit/mlmkit"
-HELP = "<!-- help of every command -->"
+HELP, SETTINGS = "<!-- help of every command -->", "<!-- every setting -->"
 # Code comes first in the pattern, so that anything like a link inside code is skipped.
 CODE_OR_LINK = re.compile(r"^(?:```|~~~).*?^(?:```|~~~)|`+[^`]+`+|(?<=\]\()(?P<target>[^()\s]+)(?=\))", re.M | re.S)
 
@@ -32,7 +33,7 @@ def on_files(files: Files, config: Any) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """Rewrite the page's links, and insert the commands' help at its marker."""
+    """Rewrite the page's links, and insert the commands' help and the training template at their markers."""
     source = Path(page.file.abs_src_path)
     at = (DOCS / page.file.src_uri).parent
 
@@ -40,7 +41,9 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
         link = match["target"]
         return match[0] if link is None else site_link(link, source.parent, at)
 
-    return CODE_OR_LINK.sub(rewrite, markdown).replace(HELP, commands_help())
+    settings = (ROOT / "mlmkit" / "train" / "template.toml").read_text(encoding="utf-8")
+    page_text = CODE_OR_LINK.sub(rewrite, markdown).replace(HELP, commands_help())
+    return page_text.replace(SETTINGS, f"```toml\n{settings}```")
 
 
 def commands_help() -> str:

@@ -49,7 +49,9 @@ def _training_case(setting: Setting, case: trainings.Case, text: Path) -> Iterat
     tokenizer, architecture = inputs.tokenizer_folder(), case.architecture
     if setting.quick:
         architecture = trainings.tiny_architecture(case, inputs.kept_folder())
-    operations = dry_run(trainings.mlmkit_config(case, text, tokenizer, architecture, setting.device)).flops_per_token
+    operations = dry_run(trainings.mlmkit_config(case, text, tokenizer, architecture, setting.device))[
+        ""
+    ].flops_per_token
     steps, ways = (2, [trainings.MLMKIT, trainings.RUN_MLM]) if setting.quick else (STEPS, list(MICRO_BATCHES))
     if not find_spec("accelerate"):
         yield "Trainer", {FAILED: "needs accelerate: pip install accelerate"}

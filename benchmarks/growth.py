@@ -105,7 +105,7 @@ def read_epoch(source: Path, text: Path, _output: Path) -> dict[str, Any]:
     import_module("mlmkit.train.data")  # its imports are not part of the measurement
     before, began = memory_mib(), time.perf_counter()
     data, count = training_data(source, text, 8192, MAX_LENGTH)
-    return _figures(before, began, count, sum(epoch(data, micro_batches=1)))
+    return _figures(before, began, count, sum(epoch(data)))
 
 
 def train(source: Path, text: Path, output: Path) -> dict[str, Any]:

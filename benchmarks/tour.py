@@ -16,10 +16,7 @@ from typing import Any
 from harness import machine
 from processes import ROOT
 
-from mlmkit.backends import load
-from mlmkit.demo import unigram_entropy
-
-KEPT = ("metrics", "mask_digest", "corpus", "masking", "scored", "backend", "timing")  # of a result
+KEPT = ("metrics", "unigram_entropy", "mask_digest", "corpus", "masking", "scored", "backend", "timing")  # of a result
 SENTENCES = "Return the name of the file.\nReturn the file of name the.\n"
 
 
@@ -47,9 +44,6 @@ def main() -> None:
             return json.loads(mlmkit(folder, *words, "--json", text=text))
 
         mlmkit(folder, "demo")
-        tokenizer = load(str(folder / models["onnx"])).tokenizer
-        texts = folder / demo / "train.txt", folder / demo / "heldout.txt"
-        figures["unigram_entropy"] = unigram_entropy(*texts, tokenizer)
         results = {"torch": "eval-checkpoint", "onnx": "eval-artifact"}
         figures["demo"] = {name: kept(read(Path(result, "result.json"))) for name, result in results.items()}
         figures["parity"] = read(Path("artifact", "mlmkit.json"))["parity"]

@@ -39,7 +39,9 @@ def measure(options: argparse.Namespace) -> Report:
     )
 
 
-def training_data(tokenizer_path: Path, text: Path, budget: int, max_length: int = 512) -> tuple[Any, int]:
+def training_data(
+    tokenizer_path: Path, text: Path, budget: int, max_length: int = 512, micro_batches: int = 1
+) -> tuple[Any, int]:
     """`TrainingData` as `mlmkit train` opens it, and the number of documents."""
     from mlmkit.corpus import load_corpus
     from mlmkit.documents import Source
@@ -49,7 +51,7 @@ def training_data(tokenizer_path: Path, text: Path, budget: int, max_length: int
 
     tokenizer = Tokenizer.from_folder(tokenizer_path)
     corpus = load_corpus(Source(str(text)), tokenizer)
-    run = RunConfig(global_batch_tokens=budget, micro_batch_tokens=budget)
+    run = RunConfig(steps=1 << 30, global_batch_tokens=micro_batches * budget, micro_batch_tokens=budget)
     config = Config(data=DataConfig(train=(str(text),)), model=ModelConfig(max_length=max_length), train=run)
     return TrainingData(config, [corpus], tokenizer, packed=True), len(corpus)
 
@@ -79,11 +81,11 @@ def plan(tokenizer: Path, text: Path, budget: int) -> dict[str, Any]:
     }
 
 
-def epoch(data: Any, micro_batches: int, workers: int = 0) -> Iterator[int]:
+def epoch(data: Any, workers: int = 0) -> Iterator[int]:
     """The tokens of each step of an epoch, whose micro-batches are built and laid out."""
     from mlmkit.train.order import Cursor
 
-    for cursor, batch in data.batches(Cursor(), micro_batches=micro_batches, steps=1 << 30, workers=workers):
+    for cursor, batch in data.batches(Cursor(), workers=workers):
         if cursor.epoch:
             break
         yield sum(micro.tokens for micro in batch)
@@ -93,7 +95,7 @@ def read(tokenizer: Path, text: Path, workers: int) -> dict[str, Any]:
     """An epoch's micro-batches of 8,192 tokens; the first step, which starts the workers, has a figure of its own."""
     import_module("mlmkit.train.data")  # its imports are not part of the measurement
     before, began = memory_mib(), time.perf_counter()
-    steps = epoch(training_data(tokenizer, text, 8192)[0], 4, workers)
+    steps = epoch(training_data(tokenizer, text, 8192, micro_batches=4)[0], workers)
     next(steps, 0)
     first, began = time.perf_counter() - began, time.perf_counter()
     tokens, worker = 0, 0.0

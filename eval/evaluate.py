@@ -18,6 +18,7 @@ from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
 from mlmkit import __version__
 from mlmkit.backends import Backend, capacity
@@ -34,6 +35,7 @@ from mlmkit.eval.results_store import PartRecord, ResultsStore, StoredResult, re
 from mlmkit.eval.rows import Pass, Rows, Settings
 from mlmkit.eval.scoring import refuse_batch_coupling, score_parts
 from mlmkit.eval.sets import EvalSet
+from mlmkit.eval.statistics import unigram_entropy
 from mlmkit.files import locked
 from mlmkit.masking import DIGEST_MODULUS, format_digest
 from mlmkit.tokenizer import Tokenizer
@@ -91,8 +93,8 @@ def run_evaluation(
         _require_tokens(passes, records, data, store)
         if settings.recipe.whole_word and "masked" in settings.metrics:
             warn_of_words(data.corpus())
-        unknown_tokens = store.write_tables(records, data, backend.tokenizer)
-        result = _build_result(backend, data, settings, passes, records, store, unknown_tokens)
+        frequency = store.write_tables(records, data, backend.tokenizer)
+        result = _build_result(backend, data, settings, passes, records, store, frequency)
         result["set"] = asdict(declared) if declared else None
         result["seconds"] = time.perf_counter() - began
         result = store.finish(result)
@@ -160,11 +162,15 @@ def _build_result(
     passes: Sequence[Pass],
     records: Records,
     store: ResultsStore,
-    unknown_tokens: int,
+    frequency: NDArray[np.int64],
 ) -> Result:
-    """The result of an evaluation whose tables are in the store's folder, but for its `set` and `seconds`."""
+    """The result of an evaluation whose tables are in the store's folder, but for its `set` and `seconds`.
+
+    `frequency` counts each id of the corpus, `[vocabulary]`.
+    """
     corpus, mask_id, described = data.corpus(), backend.tokenizer.mask_id, settings.describe()
-    lengths = corpus.lengths
+    lengths, unk_id = corpus.lengths, backend.tokenizer.unk_id
+    unknown_tokens = 0 if unk_id is None else int(frequency[unk_id])
     words, characters, size, unknown_characters = corpus.text_sizes.sum(axis=0).tolist()
     by_metric: Records = {}
     for item in passes:
@@ -181,6 +187,7 @@ def _build_result(
             "character_share": corpus.unknown_share,
         },
         "metrics": {},
+        "unigram_entropy": unigram_entropy(frequency[~backend.tokenizer.masking.is_special]),
         "mask_digest": _format_digest(sum(digests[name] for name in masked or digests)),
         "digests": {name: _format_digest(digest) for name, digest in digests.items()},
         "slices": {},

@@ -8,6 +8,7 @@ import io
 import re
 import warnings
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 INK, MUTED, LINE, ONE, TWO = "#22262b", "#6b727b", "#e3e6ea", "#2f6fb4", "#c4571b"
+DARK = ("#1b9e77", "#7570b3", "#e7298a", "#66a61e")  # ColorBrewer's Dark2, for more than two curves
 CSS_VARIABLES = {INK: "--ink", MUTED: "--muted", LINE: "--line", ONE: "--one", TWO: "--two"}
 STYLE: dict[Any, Any] = {  # matplotlib's stubs accept only literal keys
     "svg.fonttype": "none",  # keep text as text
@@ -164,14 +166,21 @@ def training_curves(entries: Sequence[Mapping[str, Any]], title: str, path: Path
         mean = moving_average(loss, max(len(loss) // FEW_POINTS, 5))
         above.plot(step, loss, color=ONE, alpha=0.3, linewidth=0.7, label="training")
         above.plot(step, mean, color=ONE, label=f"smoothed, last {mean[-1]:.3f}")
-    digests = [entry["held_out"]["mask_digest"] for entry in evaluations]
-    for digest in dict.fromkeys(digests):  # one per held-out text; the last is the run's current one
-        same = [entry for entry in evaluations if entry["held_out"]["mask_digest"] == digest]
+    # Older entries have no name, as there was one text.
+    sets = [(entry["held_out"].get("name", "held-out"), entry["held_out"]["mask_digest"]) for entry in evaluations]
+    current = dict(sets)  # the last text of each name
+    colors = dict(zip(current, cycle([TWO, *DARK]), strict=False))
+    for name, digest in dict.fromkeys(sets):
+        same = [entry for entry, own in zip(evaluations, sets, strict=True) if own == (name, digest)]
         metrics = [entry["held_out"]["masked_cross_entropy"] for entry in same]
-        color, label = (TWO, "held out, 95 % interval") if digest == digests[-1] else (MUTED, "another text")
+        is_current = current[name] == digest
+        shown = f"{'held out' if name == 'held-out' else name}, 95 % interval"
+        color, label = (colors[name], shown) if is_current else (MUTED, "another text")
         label += f", last {metrics[-1]['value']:.3f}"
         size = 4 if len(same) <= FEW_POINTS else 2
         _curve_with_intervals(above, [entry["step"] for entry in same], metrics, color, label, markersize=size)
+        if is_current and (entropy := same[-1]["held_out"].get("unigram_entropy")):
+            above.axhline(entropy, color=color, label="unigram entropy" if color == TWO else None, **DASHED)
     above.set_ylabel("cross-entropy, nats per masked token")
     above.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, borderaxespad=0.2, fontsize=9)
     figure.suptitle(title, x=0.01, ha="left", fontsize=12)

@@ -15,6 +15,7 @@ import numpy as np
 
 from mlmkit.errors import UserError, require
 from mlmkit.eval.metrics import CALIBRATION_BINS, calibration_bin, describe_unknown
+from mlmkit.eval.result import Metric
 from mlmkit.eval.results_store import REPORT, StoredResult, read_blocks
 from mlmkit.eval.statistics import RESAMPLES
 from mlmkit.files import write_text
@@ -71,6 +72,10 @@ def write_report(stored: StoredResult) -> bool:
     declared = result["set"] or {}
     references = [item for item in declared.get("reference", []) if item["metric"] in result["metrics"]]
     pairs = result.get("pairs", {})
+    headlines = [(*HEADLINES[name], value) for name, value in result["metrics"].items() if name in HEADLINES]
+    if not pairs and "unigram_entropy" in result:  # older results lack it
+        entropy: Metric = {"value": result["unigram_entropy"], "low": None, "high": None}
+        headlines.insert(1, ("unigram entropy", "nats per token, to beat", "{:.4f}", entropy))
     figures, pairs_figure = _figures(stored, metric, pairs.get("phenomena") or pairs.get("paradigms"), references)
     _render(
         "report.html.jinja",
@@ -80,7 +85,7 @@ def write_report(stored: StoredResult) -> bool:
         metric=metric,
         title=declared.get("name") or Path(result["corpus"]["source"]["location"]).name,
         model=Path(result["model"]["path"]).name,
-        headlines=[(*HEADLINES[name], value) for name, value in result["metrics"].items() if name in HEADLINES],
+        headlines=headlines,
         figures=figures,
         pairs_figure=pairs_figure,
         references=references,

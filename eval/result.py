@@ -77,6 +77,7 @@ class Result(TypedDict):
 
     format: int
     metrics: Metrics  # by name
+    unigram_entropy: NotRequired[float]  # nats per token; older results lack it
     slices: dict[str, SliceGroups]  # by kind of score, `masked` or `pseudo`
     mask_seeds: NotRequired[MaskSeeds]  # for more than one mask seed
     pairs: NotRequired[dict[str, Any]]  # for minimal pairs: counts, and groups under `phenomena` and `paradigms`

@@ -234,11 +234,13 @@ class ResultsStore:
     def _part_path(self, name: str, index: int) -> Path:
         return self.folder / PARTS / f"{name}-{index:07d}.parquet"
 
-    def write_tables(self, parts: Mapping[str, Sequence[PartRecord]], data: EvalData, tokenizer: Tokenizer) -> int:
+    def write_tables(
+        self, parts: Mapping[str, Sequence[PartRecord]], data: EvalData, tokenizer: Tokenizer
+    ) -> NDArray[np.int64]:
         """Write `documents.parquet`, and `tokens.parquet` with a row group per part, adding the tokens' frequencies.
 
-        `parts` are those of each pass by its name. Returns the number of unknown tokens in the corpus. Raises
-        `CheckError` when a part is missing.
+        `parts` are those of each pass by its name. Returns how often each id occurs in the corpus, `[vocabulary]`.
+        Raises `CheckError` when a part is missing.
         """
         is_context = scorable(tokenizer).is_special
         frequency = np.zeros(len(is_context), dtype=np.int64)
@@ -266,7 +268,7 @@ class ResultsStore:
 
         _write_row_groups(self.folder / DOCUMENTS, document_tables())
         _write_row_groups(self.folder / TOKENS, token_tables())
-        return 0 if tokenizer.unk_id is None else int(frequency[tokenizer.unk_id])
+        return frequency
 
     def finish(self, result: Result) -> Result:
         """Write `result.json`, which completes the evaluation, remove the parts, and return the result."""

@@ -100,9 +100,9 @@ def proof_text(checkpoint: str, given: str | None = None) -> ProofText:
 
 
 def _held_out(checkpoint: Path) -> Source | None:
-    """The held-out text of the training run that the checkpoint belongs to, if it still exists."""
+    """A held-out text of the training run that the checkpoint belongs to, if it still exists."""
     for run in (checkpoint, checkpoint.parent, checkpoint.parent.parent):
-        for result in sorted(run.glob("checkpoints/*/held-out/result.json"), reverse=True):
+        for result in sorted(run.glob("checkpoints/*/held-out*/result.json"), key=str, reverse=True):
             try:
                 values = read_record(result, "it is ignored")["corpus"]["source"]
             except DamagedError as error:

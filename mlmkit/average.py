@@ -7,10 +7,10 @@ holds the result and one tensor of each checkpoint, never two models.
 import math
 from collections.abc import Sequence
 from contextlib import ExitStack
-from functools import reduce
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import save_torch_state_dict
 from safetensors import safe_open
 from torch import Tensor
@@ -86,8 +86,10 @@ def _means(paths: Sequence[str], shares: Sequence[float]) -> dict[str, Tensor]:
         for name in checkpoints[0]:
             tensors = [files[name].get_tensor(name) for files in checkpoints]
             if tensors[0].is_floating_point():
-                parts = [tensor.double() * share for tensor, share in zip(tensors, shares, strict=True)]
-                means[name] = reduce(Tensor.add, parts).to(tensors[0].dtype)
+                mean = torch.zeros_like(tensors[0], dtype=torch.float64)
+                for tensor, share in zip(tensors, shares, strict=True):
+                    mean += tensor.double() * share
+                means[name] = mean.to(tensors[0].dtype)
             elif all(tensor.equal(tensors[0]) for tensor in tensors):
                 means[name] = tensors[0]
             else:

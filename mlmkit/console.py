@@ -64,25 +64,28 @@ def print_table(rows: Iterable[Sequence[object]], header: Sequence[str] = (), *,
 
 
 def progress(*, shown: bool = True) -> "Progress":
-    """Return a bar with count, elapsed and remaining time, which vanishes when standard error is not a terminal."""
+    """Return a bar with count, description and time left, which vanishes when standard error is not a terminal.
+
+    The bar itself takes what room is left: none of the rest is cut off at 80 columns.
+    """
     from rich.console import Console
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
         Progress,
         TextColumn,
-        TimeElapsedColumn,
         TimeRemainingColumn,
     )
 
     console = Console(stderr=True)
     return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
         MofNCompleteColumn(),
-        TimeElapsedColumn(),
+        TextColumn("{task.description}"),
         TimeRemainingColumn(),
+        TextColumn("left"),
+        BarColumn(bar_width=None),
         console=console,
+        expand=True,
         transient=True,
         disable=not (shown and console.is_terminal),
     )

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from transformers import AutoConfig, AutoModelForMaskedLM, AutoTokenizer, PreTrainedConfig
+from transformers import AutoConfig, AutoModelForMaskedLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers.utils.hub import cached_files
 
 from mlmkit.artifact import is_artifact
@@ -27,13 +27,19 @@ HAS_CODE = (
 FREE_WEIGHTS = 4 << 20  # 16 MiB, too few to refuse
 
 
-def load_pretrained(path: str, *, dtype: torch.dtype = torch.float32) -> tuple[MaskedLM, Tokenizer]:
+def load_pretrained(
+    path: str, *, dtype: torch.dtype = torch.float32, new_head: bool = False
+) -> tuple[MaskedLM, Tokenizer]:
     """Load a checkpoint (a folder or hub name) and its tokenizer, on the CPU, in evaluation mode.
 
-    Reads weights from safetensors only. Raises `UserError` if it is not a complete masked LM with its tokenizer.
+    Reads weights from safetensors only. Raises `UserError` if it is not a complete masked LM with its tokenizer. With
+    `new_head` it must be a complete encoder without a masked-LM head, which gets one with random weights from torch's
+    generator; the output embeddings are tied to the input embeddings.
     """
     path = locate_model(path)
     config = load_config(path)
+    if new_head:
+        config.tie_word_embeddings = True
     network, info = from_pretrained(
         AutoModelForMaskedLM,
         path,
@@ -43,8 +49,7 @@ def load_pretrained(path: str, *, dtype: torch.dtype = torch.float32) -> tuple[M
         output_loading_info=True,
         ignore_mismatched_sizes=True,  # reported below, in one line
     )
-    if missing := sorted(info["missing_keys"]):
-        raise UserError(f"{path} is not a masked LM checkpoint: it lacks weights for {', '.join(missing[:3])}")
+    _check_head(path, network, sorted(info["missing_keys"]), new_head)
     if mismatched := sorted(str(key) for key in info["mismatched_keys"]):
         raise UserError(f"{path}: the weights do not have the shapes that config.json asks for: {mismatched[0]}")
     tokenizer = load_tokenizer(path)
@@ -60,6 +65,21 @@ def load_pretrained(path: str, *, dtype: torch.dtype = torch.float32) -> tuple[M
             "empty, or transformers lacks a kernel for it here"
         )
     return model, tokenizer
+
+
+def _check_head(path: str, network: PreTrainedModel, missing: list[str], new_head: bool) -> None:
+    """Raise `UserError` unless all weights were found; or with `new_head`, all of the encoder and none of the head."""
+    encoder, names = {id(weight) for weight in network.base_model.parameters()}, ", ".join(missing[:3])
+    weights = {name: id(weight) for name, weight in network.named_parameters(remove_duplicate=False)}
+    if missing and set(weights.values()) - encoder != {weights.get(name) for name in missing}:
+        raise UserError(f"{path} is not a masked LM checkpoint: it lacks weights for {names}")
+    if missing and not new_head:
+        raise UserError(
+            f"{path} is an encoder without a masked LM head: it lacks weights for {names}: "
+            "mlmkit train with model.new_head = true gives it one"
+        )
+    if new_head and not missing:
+        raise UserError(f"model.new_head has no effect, as {path} has a masked LM head: leave it out")
 
 
 def load_config(path: str) -> PreTrainedConfig:

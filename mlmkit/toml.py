@@ -11,15 +11,19 @@ from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 from mlmkit.errors import UserError
 
-KINDS = {str: "text", bool: "true or false", int: "a whole number", float: "a number", dict: "a table of numbers"}
+KINDS = {str: "text", bool: "true or false", int: "a whole number", float: "a number", dict: "a table"}
 
 
 @dataclass(frozen=True)
 class Rule:
-    """Which values a field may hold: `holds` decides, `text` completes "NAME must be ..."."""
+    """Which values a field may hold: `holds` decides, `text` completes "NAME must be ...".
+
+    `convert`, if given, comes first; it returns values that it cannot convert as they are.
+    """
 
     holds: Callable[[Any], bool]
     text: str
+    convert: Callable[[Any], Any] | None = None
 
 
 def one_of(*choices: str) -> Rule:
@@ -42,6 +46,15 @@ def build(kind: type, values: dict[str, Any], prefix: str = "") -> Any:
 
     A field that is a tuple takes a list or a single value. `prefix` precedes the key in messages.
     """
+    arguments = checked(kind, values, prefix)
+    for item in fields(kind):
+        if item.name not in arguments and item.default is item.default_factory is MISSING:
+            raise UserError(f"{prefix}{item.name} is missing")
+    return kind(**arguments)
+
+
+def checked(kind: type, values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The values of a table as the fields of the dataclass `kind` hold them. Raises `UserError` as `build` does."""
     hints, arguments = get_type_hints(kind, include_extras=True), {}
     for key, value in values.items():
         if key not in hints:
@@ -49,16 +62,13 @@ def build(kind: type, values: dict[str, Any], prefix: str = "") -> Any:
             hint = f"did you mean {prefix}{guess[0]}?" if guess else f"known are {', '.join(hints)}"
             raise UserError(f"unknown setting {prefix}{key}: {hint}")
         arguments[key] = _checked(hints[key], value, f"{prefix}{key}")
-    for item in fields(kind):
-        if item.name not in arguments and item.default is item.default_factory is MISSING:
-            raise UserError(f"{prefix}{item.name} is missing")
-    return kind(**arguments)
+    return arguments
 
 
 def _checked(kind: Any, value: Any, name: str) -> Any:
     if get_origin(kind) is Annotated:
         kind, rule = get_args(kind)
-        value = _checked(kind, value, name)
+        value = _checked(kind, rule.convert(value) if rule.convert else value, name)
         if not rule.holds(value):
             raise UserError(f"{name} must be {rule.text}, not {value!r}")
         return value
@@ -67,7 +77,7 @@ def _checked(kind: Any, value: Any, name: str) -> Any:
             raise UserError(f"{name} must be a table")
         return build(kind, value, f"{name}.")  # pyright: ignore[reportArgumentType]
     if get_origin(kind) is tuple:
-        values = value if isinstance(value, list) else [value] if value != "" else []
+        values = value if isinstance(value, list | tuple) else [value] if value != "" else []
         return tuple(_checked(get_args(kind)[0], each, name) for each in values)
     if get_origin(kind) is dict and isinstance(value, dict):
         return {key: _checked(get_args(kind)[1], each, f"{name}.{key}") for key, each in value.items()}

@@ -210,7 +210,9 @@ def test_the_demo_shown_in_the_readme_is_in_the_committed_figures():
     shown = re.findall(r"(?<![\w.,])(\d+\.\d{4}|\d+,\d{3}|\d\.\de-\d+)(?!\d)", "".join(blocks))
     assert len(blocks) == 2 and len(shown) > 20
     assert not set(shown) - known
-    gained = kept["unigram_entropy"] - kept["demo"]["torch"]["metrics"]["masked_cross_entropy"]["value"]
+    gained = (
+        kept["demo"]["torch"]["unigram_entropy"] - kept["demo"]["torch"]["metrics"]["masked_cross_entropy"]["value"]
+    )
     assert f"is {gained:.2f} nats below" in readme
     assert kept["eval"]["onnx"]["mask_digest"] in readme
 

@@ -299,5 +299,6 @@ def test_the_site_loads_nothing_from_elsewhere(site: Path):
 def test_the_site_has_the_links_the_help_and_the_docstrings(site: Path):
     assert 'href="recipes.html"' in (site / "results.html").read_text(encoding="utf-8")
     assert 'href="training.html"' in (site / "index.html").read_text(encoding="utf-8")
+    assert "final_mask_prob" in (site / "training.html").read_text(encoding="utf-8")
     assert "Usage: mlmkit serve [OPTIONS] MODEL" in (site / "cli.html").read_text(encoding="utf-8")
     assert 'id="mlmkit.evaluate"' in (site / "api.html").read_text(encoding="utf-8")

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 import socket
 from dataclasses import replace
 from itertools import pairwise
@@ -28,9 +29,12 @@ from mlmkit.model import MaskedLM, probe_inputs
 from mlmkit.pretrained import load_pretrained
 from mlmkit.tokenizer import Tokenizer
 from mlmkit.train import loop
-from mlmkit.train.config import SCHEDULES, OptimConfig, load_config
-from mlmkit.train.optimisers import Muon, build_optimizers, hidden_matrices, learning_rate_factor
+from mlmkit.train.config import SCHEDULES, Config, DataConfig, ModelConfig, OptimConfig, RunConfig
+from mlmkit.train.config_file import load_config
+from mlmkit.train.optimisers import Muon, build_optimizers, hidden_matrices
+from mlmkit.train.order import Cursor
 from mlmkit.train.presets import build_config, fit_output_bias
+from mlmkit.train.schedule import make_schedule
 
 MUON = OptimConfig(name="muon", lr=1e-2, weight_decay=0.1)
 STABLE = OptimConfig(name="stable_adamw", lr=1e-2, weight_decay=0.1, eps=1e-3)
@@ -236,38 +240,92 @@ def test_sharded_weights_are_updated_as_whole_ones(checkpoint, tmp_path, config)
 # ------------------------------------------------------------------ schedules
 
 
+TEXT = DataConfig(train=("text.txt",))
+
+
+def factors(optim: OptimConfig, **run: Any) -> list[float]:
+    """The factor of every step of a phase, whose steps have 10 tokens each."""
+    schedule = make_schedule(Config(data=TEXT, optim=optim, train=RunConfig(**run)), epoch_tokens=100)
+    cursors = [Cursor(step, 0, step, 10 * step) for step in range(500)]
+    return [schedule.learning_rate_factor(*pair) for pair in pairwise(cursors) if not schedule.is_over(pair[0])]
+
+
 @given(
     schedule=st.sampled_from(SCHEDULES),
+    shape=st.sampled_from(["linear", "1-sqrt"]),
     steps=st.integers(1, 400),
-    warmup=st.integers(0, 500),
+    warmup=st.integers(0, 399),
     decay_share=st.floats(1e-3, 1.0),
+    in_tokens=st.booleans(),
 )
-def test_schedules_rise_then_fall_to_zero(schedule, steps, warmup, decay_share):
-    config = OptimConfig(schedule=schedule, warmup_steps=warmup, decay_share=decay_share)
-    factors = [learning_rate_factor(step, steps, config) for step in range(steps)]
-    rise = min(warmup, steps)
-    assert all(0 < factor <= 1 for factor in factors)
-    assert factors[:rise] == pytest.approx([(step + 1) / rise for step in range(rise)])
-    fall = factors[rise:]
+def test_schedules_rise_then_fall_to_zero(schedule, shape, steps, warmup, decay_share, in_tokens):
+    warmup = min(warmup, steps - 1)
+    unit = 10 if in_tokens else 1
+    lengths = {"tokens": 10 * steps} if in_tokens else {"steps": steps}
+    optim = OptimConfig(schedule=schedule, decay_shape=shape, decay_share=decay_share, warmup_steps=warmup)
+    if in_tokens and warmup:
+        optim = replace(optim, warmup_steps=None, warmup_tokens=10 * warmup)
+    all_factors = factors(optim, **lengths)
+    assert len(all_factors) == steps
+    assert all(0 < factor <= 1 for factor in all_factors)
+    assert all_factors[:warmup] == pytest.approx([(step + 1) / warmup for step in range(warmup)])
+    fall = all_factors[warmup:]
     assert all(later <= earlier for earlier, later in pairwise(fall))
-    if fall:
-        assert fall[0] == 1.0  # no jump where the warm-up ends
-        reach = {"linear": len(fall), "cosine": len(fall), "wsd": max(round(decay_share * steps), 1)}[schedule]
-        assert fall[-1] <= 1.000001 / min(len(fall), reach)  # zero is a step away
+    assert fall[0] == 1.0  # no jump where the warm-up ends
+    if schedule == "constant":
+        assert set(fall) == {1.0}
+    else:  # zero is a step away
+        reach = max(round(decay_share * steps * unit), 1) / unit if schedule == "wsd" else len(fall)
+        assert fall[-1] <= 1.000001 / max(min(len(fall), reach), 1)
 
 
 def test_schedules_have_their_shapes():
     wsd = OptimConfig(schedule="wsd", warmup_steps=10, decay_share=0.2)
-    factors = [learning_rate_factor(step, 100, wsd) for step in range(100)]
-    assert factors[9:81] == [1.0] * 72
-    assert factors[80:] == pytest.approx([(100 - step) / 20 for step in range(80, 100)])
-    cosine = replace(wsd, schedule="cosine")
-    assert learning_rate_factor(55, 100, cosine) == pytest.approx(0.5)
-    assert learning_rate_factor(99, 100, cosine) == pytest.approx(0.5 - 0.5 * np.cos(np.pi / 90))
-    linear = replace(wsd, schedule="linear", warmup_steps=4, lr=2e-3)
-    assert [learning_rate_factor(step, 12, linear) for step in range(12)] == pytest.approx(
-        [0.25, 0.5, 0.75, 1.0, *((12 - step) / 8 for step in range(4, 12))]
+    assert factors(wsd, steps=100)[9:81] == [1.0] * 72
+    assert factors(wsd, steps=100)[80:] == pytest.approx([(100 - step) / 20 for step in range(80, 100)])
+    root = [1 - math.sqrt((step - 80) / 20) for step in range(80, 100)]
+    assert factors(replace(wsd, decay_shape="1-sqrt"), steps=100)[80:] == pytest.approx(root)
+    cosine = factors(replace(wsd, schedule="cosine"), steps=100)
+    assert cosine[55] == pytest.approx(0.5)
+    assert cosine[99] == pytest.approx(0.5 - 0.5 * np.cos(np.pi / 90))
+    linear = factors(replace(wsd, schedule="linear", warmup_steps=4, lr=2e-3), steps=12)
+    assert linear == pytest.approx([0.25, 0.5, 0.75, 1.0, *((12 - step) / 8 for step in range(4, 12))])
+    decay = factors(OptimConfig(schedule="1-sqrt", warmup_steps=0), steps=4)
+    assert decay == pytest.approx([1.0, 0.5, 1 - math.sqrt(0.5), 1 - math.sqrt(0.75)])
+
+
+def test_a_length_may_be_in_tokens_or_epochs_and_a_warm_up_in_another_unit():
+    """A step has 10 tokens and an epoch 100; a full batch has room for 20."""
+    batch = {"global_batch_tokens": 512, "micro_batch_tokens": 512}
+    constant = OptimConfig(schedule="constant", warmup_steps=0)
+    assert [len(factors(constant, **length)) for length in ({"tokens": 95}, {"epochs": 2.5})] == [10, 25]
+    share = OptimConfig(schedule="constant", warmup_share=0.5)
+    assert factors(share, tokens=80)[:5] == [0.25, 0.5, 0.75, 1.0, 1.0]
+    assert factors(share, epochs=0.8)[:5] == [0.25, 0.5, 0.75, 1.0, 1.0]
+    by_tokens = OptimConfig(schedule="constant", warmup_tokens=1024)  # two full batches
+    assert factors(by_tokens, steps=5, **batch) == [0.5, 1.0, 1.0, 1.0, 1.0]
+    by_steps = OptimConfig(schedule="constant", warmup_steps=2)
+    assert factors(by_steps, tokens=2048, **batch)[:2] == [10 / 1024, 20 / 1024]
+    with pytest.raises(UserError, match=r"warmup_steps \(100\) must end before train.epochs \(2.0\)"):
+        factors(OptimConfig(warmup_steps=100), epochs=2.0)
+
+
+def test_a_batch_warms_up_with_equally_many_steps_per_size():
+    run = RunConfig(
+        tokens=100_000,
+        global_batch_tokens=2048,
+        initial_batch_tokens=512,
+        micro_batch_tokens=256,
+        batch_warmup_tokens=30_720,
     )
+    config = Config(data=TEXT, model=ModelConfig(max_length=128), train=run)
+    schedule, cursor, sizes = make_schedule(config, 0), Cursor(), []
+    while not schedule.is_over(cursor):
+        sizes.append(schedule.micro_batches(cursor))
+        cursor = replace(cursor, phase_tokens=cursor.phase_tokens + 256 * sizes[-1])
+    assert sizes == sorted(sizes)
+    assert [sizes.count(size) for size in (2, 4, 6)] == [10, 10, 10]  # 30,720 = 10 * (512 + 1,024 + 1,536)
+    assert set(sizes) == {2, 4, 6, 8}
 
 
 # ------------------------------------------------------------------ the first weights
@@ -306,7 +364,14 @@ def test_the_output_bias_is_that_of_the_weighted_texts(checkpoint, kind):
 # ------------------------------------------------------------------ recipes
 
 ROOT = Path(__file__).resolve().parent.parent
-RECIPES = {"wiki_en_cpu": 4.4, "babylm_h200": 29.5, "babylm_h200_100_epochs": 29.5}  # millions of parameters
+RECIPES = {  # millions of parameters
+    "wiki_en_cpu": 4.4,
+    "babylm_h200": 29.5,
+    "babylm_h200_100_epochs": 29.5,
+    "modernbert_base": 149.7,
+    "ettin_17m": 16.9,
+    "mmbert_base": 307.8,  # with the vocabulary of its tokenizer on the hub
+}
 
 
 def test_every_recipe_is_listed():
@@ -316,12 +381,12 @@ def test_every_recipe_is_listed():
 @pytest.mark.parametrize("name", RECIPES)
 def test_recipes_make_the_model_that_they_say(name, tokenizer_folder, monkeypatch):
     monkeypatch.chdir(ROOT)
-    config = load_config(f"recipes/{name}.toml", ["data.train=corpus.txt"])
+    config = load_config(f"recipes/{name}.toml", ["data.train=['a.txt','b.txt']"])
     tokenizer = Tokenizer.from_folder(tokenizer_folder("wordpiece"))
     architecture = build_config(config.model.architecture, tokenizer, config.model.max_length)
-    architecture.vocab_size = config.tokenizer.vocab_size
+    architecture.vocab_size = config.tokenizer.vocab_size or 256_000
     with torch.device("meta"):
         model = MaskedLM(AutoModelForMaskedLM.from_config(architecture))
     assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(RECIPES[name], abs=0.1)
     assert model.max_length() == config.model.max_length
-    assert len(build_optimizers(model, config.optim)) == 2
+    assert len(build_optimizers(model, config.optim)) == (2 if config.optim.name == "muon" else 1)

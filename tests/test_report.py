@@ -16,6 +16,7 @@ from test_pairs import write_pairs
 from mlmkit.errors import UserError
 from mlmkit.eval.api import evaluate
 from mlmkit.eval.compare import compare
+from mlmkit.files import write_record
 
 EVIL = "<script>alert('x')</script> & \"quotes\" $\\frac{1}{2}$ </style> {{ 7 * 7 }} <img src=http://evil.example/x>"
 
@@ -73,6 +74,20 @@ def test_the_report_is_one_safe_page(capsys, results):
     result = read_result(results["torch"])
     assert f"{result['metrics']['masked_cross_entropy']['value']:.4f}" in page.text
     assert result["mask_digest"] in page.text
+    assert "unigram entropy, nats per token, to beat" in page.text
+    assert f"{result['unigram_entropy']:.4f}" in page.text
+
+
+def test_results_of_older_versions_have_no_unigram_entropy(capsys, results, tmp_path):
+    older = tmp_path / "older"
+    shutil.copytree(results["torch"], older)
+    record = read_result(older)
+    del record["unigram_entropy"], record["checksum"]
+    write_record(older / "result.json", record)
+    code, _, err = run(capsys, "report", older)
+    assert code == 0, err
+    assert "to beat" not in Page((older / "report.html").read_text(encoding="utf-8")).text
+    assert run(capsys, "compare", older, results["torch"])[0] == 0
 
 
 def test_examples_are_the_extremes(results):

@@ -55,7 +55,8 @@ def run(finished, tmp_path) -> Path:
 def test_training_learns_and_leaves_a_hugging_face_folder(finished):
     entries = log_lines(finished)
     assert [entry["step"] for entry in entries] == list(range(2, 61, 2))
-    assert entries[-1]["loss"] < entries[0]["loss"] - 0.5
+    losses = [entry["loss"] for entry in entries]
+    assert sum(losses[-5:]) / 5 < sum(losses[:5]) / 5 - 0.1, losses
     assert all(entry["tokens_per_second"] > 0 for entry in entries)
     assert sum(entry["masked"] for entry in entries) / sum(entry["tokens"] for entry in entries) < 0.15
     assert len(pipeline("fill-mask", model=str(finished / "model"))("The [MASK] statement")) == 5
@@ -93,8 +94,8 @@ def test_a_finished_run_is_not_trained_again(config, finished, monkeypatch):
 def test_another_configuration_or_text_is_refused_and_the_same_text_elsewhere_is_not(finished, tmp_path, text_file):
     """Another number of steps is named rather than the warm-up that follows from it."""
     for setting, difference in (
-        ("optim.lr=0.1", r"config\.optim\.lr \(0.002, now 0.1\)"),
-        ("train.steps=400", r"config\.train\.steps \(60, now 400\)"),
+        ("optim.lr=0.1", r"optim\.lr \(0.002, now 0.1\)"),
+        ("train.steps=400", r"length \(60 steps, 1 of warm-up, now 400 steps, 1 of warm-up; only a constant"),
     ):
         with pytest.raises(UserError, match=rf"another {difference}"):
             loop.train(write_config(tmp_path, text_file, "bert-tiny", *SETTINGS, setting), finished)
@@ -200,7 +201,8 @@ def test_positions_that_are_computed_are_extended(tmp_path, text_file, checkpoin
     config = write_config(tmp_path, text_file, "", *settings)
     saved = load_backend(str(loop.train(config, tmp_path / "run")), "torch", "cpu")
     assert (saved.info.max_length, saved.tokenizer.limit) == (96, 96)
-    _, [corpus] = begin_or_check(config, tmp_path / "run", Ranks())
+    _, texts = begin_or_check(config, tmp_path / "run", Ranks())
+    [corpus] = texts.values()
     assert corpus.folder and (corpus.folder / "windows-94").exists()
 
 
@@ -253,7 +255,7 @@ def test_text_that_the_tokenizer_does_not_know_is_reported(tmp_path, text_file, 
     [
         ("a.txt", "água".encode("latin-1"), "a.txt: line 1, byte 1 is not UTF-8"),
         ("a.jsonl", b'{"body": "some text"}', "a.jsonl: line 1 has no field 'text'"),
-        ("a.txt", b"if\n", r"data\.held_out: the masks select no token of .*a\.txt"),
+        ("a.txt", b"if\n", r"the masks select no token of the held-out text .*a\.txt"),
         ("a.txt", b"\n", "a.txt: no documents in it"),
         ("a.txt", "語      語      語\n".encode() * 20, r"a\.txt: all tokens are special ones"),  # most are spaces
     ],
@@ -308,7 +310,7 @@ def test_held_out_text_may_be_a_dataset(tmp_path, text_file):
     (folder / "train.txt").write_text("".join(text_file.read_text().splitlines(keepends=True)[::30]))
     settings = ("train.steps=2", f"data.held_out=hub:{folder}")
     loop.train(write_config(tmp_path, text_file, "bert-tiny", *settings), tmp_path / "run")
-    assert json.loads((tmp_path / "run" / "held_out.json").read_text())["masked_cross_entropy"]["value"] > 0
+    assert json.loads((tmp_path / "run" / "held_out.json").read_text())["held-out"]["masked_cross_entropy"]["value"] > 0
 
 
 def test_each_start_hashes_a_text_once(config, tmp_path, monkeypatch):
@@ -317,6 +319,7 @@ def test_each_start_hashes_a_text_once(config, tmp_path, monkeypatch):
     monkeypatch.setattr(corpus, "file_sha256", lambda path: hashed.append(str(path)) or file_sha256(path))
     for times in (2, 1):  # before and after it is tokenised; once it is
         hashed.clear()
-        tokenizer, [found] = begin_or_check(config, tmp_path / "run", Ranks())
+        tokenizer, texts = begin_or_check(config, tmp_path / "run", Ranks())
+        [found] = texts.values()
         assert hashed.count(source.location) == times
         assert found.folder == corpus.cache_folder(source, tokenizer)

@@ -1,17 +1,22 @@
 """The configuration of a training: its checks, its defaults, the presets."""
 
+import re
+import tomllib
 from contextlib import nullcontext
-from pathlib import Path
+from dataclasses import asdict
 
 import pytest
 import torch
+from conftest import run
 from training import write_config
 from transformers import AutoModelForMaskedLM
 
+from mlmkit.documents import Source
 from mlmkit.errors import UserError
 from mlmkit.model import MaskedLM
 from mlmkit.tokenizer import Tokenizer
-from mlmkit.train.config import Config, DataConfig, load_config
+from mlmkit.train.config import Config, DataConfig
+from mlmkit.train.config_file import load_config
 from mlmkit.train.presets import PRESETS, build_config
 
 
@@ -63,7 +68,11 @@ def test_wrong_settings_are_named(tmp_path, text_file, override, message):
     [
         ("model.init_from=x model.architecture=bert-small", "model.architecture has no effect, as model.init_from"),
         ("model.init_from=x tokenizer.lowercase=false", "tokenizer.lowercase has no effect, as model.init_from"),
-        ("model.init_from=x tokenizer.path=y", "tokenizer.path has no effect, as model.init_from"),
+        ("tokenizer.add=words.txt", "tokenizer.add has no effect, as there is no model.init_from"),
+        ("model.new_head=true", "model.new_head has no effect, as there is no model.init_from"),
+        ("model.init_from=x tokenizer.path=y tokenizer.kind=bpe", "tokenizer.kind has no effect, as tokenizer.path"),
+        ("model.init_from=x tokenizer.path=y tokenizer.add=z model.rope_theta=1e4", ""),
+        ("model.init_from=x tokenizer.vocab_size=900 tokenizer.kind=bpe tokenizer.lowercase=true", ""),
         ("tokenizer.path=y tokenizer.vocab_size=16000", "tokenizer.vocab_size has no effect, as tokenizer.path"),
         ("optim.decay_share=0.2", "optim.decay_share has no effect, as optim.schedule"),
         ("data.text_field=text", "data.text_field has no effect, as text files"),
@@ -71,7 +80,7 @@ def test_wrong_settings_are_named(tmp_path, text_file, override, message):
         ("data.weights=[2.0]", "data.weights has no effect"),
         ("data.train=['a','b'] data.weights=[0.5,0.5]", "data.weights has no effect"),
         ("train.steps=1 masking.final_mask_prob=0.3", "masking.final_mask_prob has no effect"),
-        ("train.steps=12 optim.warmup_steps=12", r"warmup_steps \(12\) must be below train.steps \(12\)"),
+        ("train.steps=12 optim.warmup_steps=12", r"warmup_steps \(12\) must end before train.steps \(12\)"),
         ("model.init_from=x model.architecture=", ""),
         ("optim.decay_share=0.2 optim.schedule=wsd", ""),
         ("data.held_out=a.parquet data.text_field=text", ""),
@@ -88,13 +97,50 @@ def test_a_setting_without_effect_is_refused(tmp_path, settings, message):
 @pytest.mark.parametrize(("steps", "warmup"), [(1, 0), (4, 0), (100, 10), (101, 100), (5000, 100)])
 def test_a_short_run_warms_up_for_a_tenth_of_it(tmp_path, steps, warmup):
     (tmp_path / "config.toml").write_text(f'[data]\ntrain = "text.txt"\n[train]\nsteps = {steps}\n')
-    assert load_config(tmp_path / "config.toml").optim.warmup_steps == warmup
+    assert load_config(tmp_path / "config.toml").warmup(steps) == warmup
 
 
-def test_the_documented_configuration_is_that_of_the_defaults(tmp_path):
-    page = (Path(__file__).parent.parent / "docs" / "training.md").read_text(encoding="utf-8")
-    (tmp_path / "config.toml").write_text(page.partition("```toml\n")[2].partition("```")[0], encoding="utf-8")
-    assert load_config(tmp_path / "config.toml") == Config(data=DataConfig(train=("corpus.txt",)))
+def test_the_template_has_every_setting_with_its_default(tmp_path, capsys):
+    code, template, _ = run(capsys, "train", "--print-config")
+    (tmp_path / "config.toml").write_text(template, encoding="utf-8")
+    defaults = Config(data=DataConfig(train=("corpus.txt",)))
+    assert (code, load_config(tmp_path / "config.toml")) == (0, defaults)
+    everything = tomllib.loads(re.sub(r"^# (?=[\w.]+ = |\[)", "", template, flags=re.MULTILINE))
+    known = asdict(defaults)
+    assert everything.keys() == known.keys()
+    for table in known.keys() - {"held_out", "phase"}:  # the names in them are free
+        assert everything[table].keys() == known[table].keys()
+        for key, default in known[table].items():
+            if default is not None and key != "train":
+                assert everything[table][key] == (list(default) if isinstance(default, tuple) else default), key
+
+
+def test_the_help_names_the_presets_and_the_template(capsys):
+    code, out, _ = run(capsys, "train", "--help")
+    assert code == 0 and "mlmkit train --print-config" in out
+    assert set(PRESETS) <= set(re.findall(r"[\w-]+", out))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ("data.held_out=a.txt held_out.b=b.txt", r"data.held_out and \[held_out\] exclude each other"),
+        ("held_out.A=a.txt", r"held_out\.A: name it with lower-case letters"),
+        ("held_out.a/b=a.txt", r"held_out\.a/b: name it with lower-case letters"),
+        ("held_out.deadbeef=a.txt", r"held_out\.deadbeef: name it .* not with eight hexadecimal digits"),
+        ("held_out.a=3", r"held_out\.a must be text"),
+    ],
+)
+def test_names_of_held_out_texts_are_safe_for_folders(tmp_path, text_file, settings, message):
+    with pytest.raises(UserError, match=message):
+        write_config(tmp_path, text_file, "bert-tiny", *settings.split())
+
+
+def test_held_out_texts_keep_their_order(tmp_path, text_file):
+    one = write_config(tmp_path, text_file, "bert-tiny", "data.held_out=a.txt")
+    several = write_config(tmp_path, text_file, "bert-tiny", "held_out.web=w.jsonl", "held_out.a=a.txt", "held_out.b=")
+    assert one.held_out_sources == {"held-out": Source("a.txt")}
+    assert list(several.held_out_sources.items()) == [("web", Source("w.jsonl")), ("a", Source("a.txt"))]
 
 
 def test_overrides_take_values_of_their_type(tmp_path, text_file):

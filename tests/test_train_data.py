@@ -27,7 +27,7 @@ from mlmkit.tokenizer import Tokenizer
 from mlmkit.train import order
 from mlmkit.train.config import Config, DataConfig, MaskingConfig, ModelConfig, RunConfig
 from mlmkit.train.data import MicroBatch, TrainingData
-from mlmkit.train.order import Cursor, Order, permute
+from mlmkit.train.order import Cursor, Order, Stream, permute
 
 seeds = st.integers(0, 2**63 - 1)
 
@@ -42,14 +42,14 @@ def small_blocks(monkeypatch) -> None:
 
 @given(st.integers(1, 3000), seeds, st.integers(0, 9))
 def test_a_keyed_permutation_is_one(size, seed, number):
-    key = Order((1,), (1.0,), seed)._key(1, number)
+    key = Order((Stream("text", 8, 1),), (1.0,), seed)._key(1, [1, number])
     assert sorted(permute(np.arange(size), size, key).tolist()) == list(range(size))
 
 
 def test_permutations_are_uniform_and_unlike_each_other():
     """300 permutations of 256: the images, the differences of neighbours, and those between permutations."""
-    one = Order((1,), (1.0,), 7)
-    found = np.array([permute(np.arange(256), 256, one._key(1, number)) for number in range(300)])
+    one = Order((Stream("text", 8, 1),), (1.0,), 7)
+    found = np.array([permute(np.arange(256), 256, one._key(1, [1, number])) for number in range(300)])
     statistics = {
         "place": np.bincount((found // 16 + 16 * (np.arange(256) // 16)).ravel(), minlength=256),
         "next": np.bincount((np.diff(found, axis=1) % 256).ravel(), minlength=256)[1:],
@@ -62,8 +62,8 @@ def test_permutations_are_uniform_and_unlike_each_other():
 
 
 def test_permutations_of_a_few_are_uniform():
-    one = Order((1,), (1.0,), 7)
-    keys = (one._key(1, number) for number in range(600))
+    one = Order((Stream("text", 8, 1),), (1.0,), 7)
+    keys = (one._key(1, [1, number]) for number in range(600))
     counts = Counter(tuple(permute(np.arange(3), 3, key).tolist()) for key in keys)
     assert len(counts) == 6
     assert sum((count - 100) ** 2 / 100 for count in counts.values()) < 25  # 5 degrees of freedom
@@ -77,7 +77,7 @@ weights = st.sampled_from([0.1, 0.5, 1.0, 1.5, 2.0])
 def test_epochs_take_each_source_pass_by_pass(small_blocks, sources, seed):
     """A pass shows each window once, passes follow each other, and an epoch has its share of them."""
     sizes, passes = zip(*sources, strict=True)
-    planned = Order(sizes, passes, seed)
+    planned = Order(tuple(Stream(str(i), 8, size) for i, size in enumerate(sizes)), passes, seed)
     shown = [Counter() for _ in sizes]
     for epoch in range(4):
         blocks = [planned.block(epoch, block) for block in range(planned.blocks(epoch))]
@@ -105,27 +105,48 @@ def parts(checkpoint):
 
 
 def make_data(
-    parts, *, masking=None, passes=(1.0, 1.0), packed=True, max_length=32, tokens=128, corpora=None, fixed=False
+    parts,
+    *,
+    masking=None,
+    passes=(1.0, 1.0),
+    packed=True,
+    max_length=32,
+    tokens=128,
+    corpora=None,
+    fixed=False,
+    micro_batches=1,
+    steps=1000,
 ) -> TrainingData:
     model, tokenizer, both = parts
-    config = make_config(passes, masking or MaskingConfig(), max_length, tokens, seed=5, compile=fixed)
+    config = make_config(
+        passes,
+        masking or MaskingConfig(),
+        max_length,
+        tokens,
+        micro_batches=micro_batches,
+        steps=steps,
+        seed=5,
+        compile=fixed,
+    )
     corpora = corpora or both[: len(passes)]
     return TrainingData(config, corpora, tokenizer, packed=packed, position_offset=model.position_offset)
 
 
-def make_config(passes: tuple[float, ...], masking: MaskingConfig, max_length: int, tokens: int, **train) -> Config:
+def make_config(
+    passes: tuple[float, ...], masking: MaskingConfig, max_length: int, tokens: int, micro_batches: int = 1, **train
+) -> Config:
     return Config(
         data=DataConfig(train=("text.txt",) * len(passes), weights=passes),
         model=ModelConfig(max_length=max_length),
         masking=masking,
-        train=RunConfig(global_batch_tokens=tokens, micro_batch_tokens=tokens, **train),
+        train=RunConfig(global_batch_tokens=micro_batches * tokens, micro_batch_tokens=tokens, **train),
     )
 
 
 def test_fixed_shapes_change_nothing_but_the_padding(parts):
     """Every batch has the same shapes, for torch.compile, and holds the same documents and targets."""
     plain, fixed = (
-        make_data(parts, fixed=fixed).batches(Cursor(), micro_batches=2, steps=20) for fixed in (False, True)
+        make_data(parts, fixed=fixed, micro_batches=2, steps=20).batches(Cursor()) for fixed in (False, True)
     )
     shapes = set()
     for (place, batch), (same_place, padded) in zip(plain, fixed, strict=True):
@@ -202,7 +223,7 @@ def test_an_epoch_shows_each_token_once_a_pass_with_the_masks_of_its_document(
 
 def test_the_order_does_not_depend_on_the_masking(parts):
     def shown(masking: MaskingConfig) -> list[list[str]]:
-        batches = make_data(parts, masking=masking).batches(Cursor(), micro_batches=1, steps=30)
+        batches = make_data(parts, masking=masking, steps=30).batches(Cursor())
         return [micro.documents for _, batch in batches for micro in batch]
 
     assert shown(MaskingConfig()) == shown(MaskingConfig(0.3, whole_word=True))
@@ -212,10 +233,9 @@ def test_the_mask_rate_follows_the_run(parts):
     """The masked share goes from the first rate to the last, and a higher rate masks a superset."""
     steps, rates = 80, {}
     for name, masking in {"falling": MaskingConfig(0.6, 0.1), "low": MaskingConfig(0.1)}.items():
-        data = make_data(parts, masking=masking)
+        data = make_data(parts, masking=masking, steps=steps)
         rates[name] = [
-            {int(position) for micro in batch for position in micro.positions}
-            for _, batch in data.batches(Cursor(), micro_batches=1, steps=steps)
+            {int(position) for micro in batch for position in micro.positions} for _, batch in data.batches(Cursor())
         ]
     assert all(low <= falling for low, falling in zip(rates["low"], rates["falling"], strict=True))
     thirds = [sum(map(len, rates["falling"][begin : begin + 20])) for begin in (0, 30, 60)]
@@ -229,14 +249,11 @@ def test_any_number_of_ranks_resumes_anywhere_to_the_same_global_batches(
     parts, small_blocks, step, micro_batches, world, packed
 ):
     """Across blocks and epochs: an epoch has about 25 packs in 5 blocks."""
-    data = make_data(parts, packed=packed, passes=(0.5, 1.0), tokens=512)
-    straight = list(data.batches(Cursor(), micro_batches=micro_batches, steps=33))
+    data = make_data(parts, packed=packed, passes=(0.5, 1.0), tokens=512, micro_batches=micro_batches, steps=33)
+    straight = list(data.batches(Cursor()))
     cursor = straight[step - 1][0] if step else Cursor()
     cursor = Cursor(**json.loads(json.dumps(vars(cursor))))
-    shares = [
-        list(data.batches(cursor, micro_batches=micro_batches, steps=33, rank=rank, world=world))
-        for rank in range(world)
-    ]
+    shares = [list(data.batches(cursor, rank=rank, world=world)) for rank in range(world)]
     for (after, whole), *taken in zip(straight[step:], *shares, strict=True):
         assert {place for place, _ in taken} == {after}
         for rank, (_, share) in enumerate(taken):
@@ -249,10 +266,10 @@ def test_any_number_of_ranks_resumes_anywhere_to_the_same_global_batches(
 def test_processes_build_the_same_batches(parts, text_file, rank):
     """One corpus is in memory, the other in the cache."""
     _, tokenizer, corpora = parts
-    data = make_data(parts, corpora=[corpora[0], load_corpus(Source(str(text_file)), tokenizer)])
+    both = [corpora[0], load_corpus(Source(str(text_file)), tokenizer)]
+    data = make_data(parts, corpora=both, micro_batches=3, steps=15)
     batches = [
-        list(data.batches(Cursor(2, 0, 0, 6), micro_batches=3, steps=15, rank=rank, world=2, workers=workers))
-        for workers in (0, 4)
+        list(data.batches(Cursor(2, 0, 2, 999, packs=6), rank=rank, world=2, workers=workers)) for workers in (0, 4)
     ]
     assert [cursor for cursor, _ in batches[0]] == [cursor for cursor, _ in batches[1]]
     assert [contents(batch) for _, batch in batches[0]] == [contents(batch) for _, batch in batches[1]]
@@ -337,15 +354,15 @@ def test_nothing_to_train_on_is_named(parts):
         make_data(parts, corpora=[corpora[0], replace(tokenize([""], tokenizer), name="empty.txt")])
     with pytest.raises(UserError, match=r"data\.weights leave less than one document"):
         make_data(parts, passes=(1e-5, 1e-5))
-    rare = make_data(parts, corpora=[tokenize(paragraphs()[:3], tokenizer)], passes=(0.5,))
-    assert len(list(rare.batches(Cursor(), micro_batches=1, steps=3))) == 3
+    rare = make_data(parts, corpora=[tokenize(paragraphs()[:3], tokenizer)], passes=(0.5,), steps=3)
+    assert len(list(rare.batches(Cursor()))) == 3
 
 
 # ------------------------------------------------------------------ processes that end
 
 
 def test_a_worker_that_is_killed_is_named_and_the_others_end(parts):
-    batches = make_data(parts).batches(Cursor(), micro_batches=1, steps=10**6, workers=2)
+    batches = make_data(parts, steps=10**6).batches(Cursor(), workers=2)
     next(batches)
     workers = multiprocessing.active_children()
     assert len(workers) == 2
@@ -364,4 +381,4 @@ def test_what_goes_wrong_in_a_worker_is_said_here(parts):
     data = make_data(parts)
     data.rows.corpora = [replace(corpus, ids=corpus.ids[:10]) for corpus in data.rows.corpora]
     with pytest.raises(RuntimeError, match="IndexError"):
-        list(data.batches(Cursor(), micro_batches=1, steps=10, workers=1))
+        list(data.batches(Cursor(), workers=1))

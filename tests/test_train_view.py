@@ -6,6 +6,7 @@ import re
 import tempfile
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -44,12 +45,17 @@ def make_config(**train) -> Config:
 def write_steps(run: Path, config: Config, first: int, last: int, **options) -> None:
     """Log like a run that takes these steps and evaluates every four."""
     run.mkdir(exist_ok=True)
-    with TrainingLog(run, config, first - 1, **options) as log:
+    with TrainingLog(run, config, first - 1, last_step=12, **options) as log:
         for step in range(first, last + 1):
             means = {"loss": 1.0 / step, "learning_rate": 1e-3, "gradient_norm": 0.5, "mask_prob": 0.15}
-            log.record(step, epoch=step // 5, tokens=990, masked=150, **means)
+            log.record(step, epoch=step // 5, tokens=990, masked=150, **place(step), **means)
             if step % 4 == 0:
-                log.held_out(step, held_out_result(2.0 / step))
+                log.held_out(step, {"held-out": held_out_result(2.0 / step)})
+
+
+def place(step: int) -> dict[str, Any]:
+    """Where a step is in a phase of 12 with 1,000 tokens each."""
+    return {"capacity": 1000, "share": step / 12, "steps_left": 12 - step}
 
 
 def held_out_result(value: float) -> dict:
@@ -57,7 +63,7 @@ def held_out_result(value: float) -> dict:
         "masked_cross_entropy": {"value": value, "low": value - 0.1, "high": value + 0.1},
         "masked_accuracy": {"value": 0.5, "low": None, "high": None},  # as of a single document
     }
-    return {"backend": {"name": "torch"}, "mask_digest": DIGEST, "metrics": metrics}
+    return {"backend": {"name": "torch"}, "mask_digest": DIGEST, "unigram_entropy": 6.5, "metrics": metrics}
 
 
 # ------------------------------------------------------------------ the log
@@ -82,7 +88,12 @@ def test_an_entry_holds_means_and_sums_since_the_last(tmp_path):
     }
     held_out = [entry for entry in read_log(tmp_path) if "held_out" in entry]
     assert [entry["step"] for entry in held_out] == [4, 8, 12]
-    assert held_out[0]["held_out"] == {"mask_digest": DIGEST, **held_out_result(0.5)["metrics"]}
+    assert held_out[0]["held_out"] == {
+        "name": "held-out",
+        "mask_digest": DIGEST,
+        "unigram_entropy": 6.5,
+        **held_out_result(0.5)["metrics"],
+    }
 
 
 def test_a_resumed_log_has_every_step_once(tmp_path):
@@ -109,7 +120,7 @@ def test_time_within_a_pause_is_not_training_time(tmp_path, monkeypatch):
         now = 2.0
         with log.paused():
             now = 50.0
-        log.record(1, epoch=0, loss=1, learning_rate=1, gradient_norm=1, tokens=100, masked=1, mask_prob=0.15)
+        log.record(1, loss=1, learning_rate=1, tokens=100, masked=1, **place(1))
     assert read_log(tmp_path)[0]["tokens_per_second"] == pytest.approx(50)
 
 
@@ -123,7 +134,8 @@ def test_the_first_entry_after_a_resume_counts_the_steps_before_it(tmp_path, mon
             for step in (first, first + 1):
                 now += 1
                 masked = 0 if step == 2 else 10
-                log.record(step, loss=float(step) if masked else 0.0, tokens=100, masked=masked, learning_rate=1)
+                loss = float(step) if masked else 0.0
+                log.record(step, loss=loss, tokens=100, masked=masked, learning_rate=1, **place(step))
             sums = log.open_sums()
     [entry] = read_log(tmp_path)
     assert entry.pop("learning_rate") == 1
@@ -134,14 +146,13 @@ def test_without_a_terminal_a_line_comes_now_and_then(tmp_path, monkeypatch, cap
     now, line = 0.0, ""
     monkeypatch.setattr(training_log.time, "perf_counter", lambda: now)
     caplog.set_level(logging.INFO, logger="mlmkit")
-    with TrainingLog(tmp_path, make_config(log_every=1), 0, flops_per_token=1e9, peak_flops=1e12) as log:
+    options = {"last_step": 12, "flops_per_token": 1e9, "peak_flops": 1e12}
+    with TrainingLog(tmp_path, make_config(log_every=1), 0, **options) as log:
         for step in range(1, 13):
             now += 4.0
-            line = log.record(
-                step, epoch=0, loss=1.5, learning_rate=1e-3, gradient_norm=1, tokens=990, masked=1, mask_prob=0.15
-            )
+            line = log.record(step, loss=1.5, learning_rate=1e-3, tokens=990, masked=1, **place(step))
     assert read_log(tmp_path)[-1]["mfu"] == pytest.approx(0.2475)
-    assert line == "training  loss 1.500  248 tokens/s  MFU 25%  lr 1.00e-03  fill 99.0%"
+    assert line == "loss 1.500  248 tokens/s  MFU 25%"
     said = [re.match(r"step (\d+)/12  loss 1.500 .* (0:\d\d:\d\d) left", message) for message in caplog.messages]
     assert [match and int(match[1]) for match in said] == [1, 4, 7, 10, 12]
     assert [match and match[2] for match in said] == [f"0:00:{seconds:02}" for seconds in (44, 32, 20, 8, 0)]
@@ -260,7 +271,7 @@ def test_peak_rates_are_found_by_name(gpu, tflops):
 def test_a_dry_run_shows_the_batch_and_leaves_nothing(tmp_path, text_file, monkeypatch):
     (tmp_path / "temporary").mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
-    report = dry_run(write_config(tmp_path, text_file, "bert-tiny", "masking.mask_prob=0.3"))
+    report = dry_run(write_config(tmp_path, text_file, "bert-tiny", "masking.mask_prob=0.3"))[""]
     assert not list((tmp_path / "temporary").iterdir())
     assert report.packed
     assert 0.9 < report.fill <= 1
@@ -282,7 +293,9 @@ def test_a_dry_run_shows_the_batch_and_leaves_nothing(tmp_path, text_file, monke
 def test_muon_keeps_one_number_per_hidden_weight(tmp_path, text_file):
     """And AdamW two, beside the weights and the gradients; all are float32. Each tensor also has a step count."""
     path = small_architecture(tmp_path)
-    adamw, muon = (dry_run(write_config(tmp_path, text_file, path, f"optim.name={name}")) for name in ("adamw", "muon"))
+    adamw, muon = (
+        dry_run(write_config(tmp_path, text_file, path, f"optim.name={name}"))[""] for name in ("adamw", "muon")
+    )
     assert adamw.state_bytes == pytest.approx(16 * adamw.parameters, abs=1000)
     assert adamw.state_bytes - muon.state_bytes == pytest.approx(4 * 2 * (4 * 32 * 32 + 2 * 32 * 48), abs=100)
 
@@ -290,7 +303,7 @@ def test_muon_keeps_one_number_per_hidden_weight(tmp_path, text_file):
 @pytest.mark.parametrize("architecture", ["bert", "mpnet"])
 def test_the_decoded_batch_is_the_text(tmp_path, text_file, architecture):
     """Packed and padded: with the original tokens put back, each text is a document or a window of one."""
-    found = dry_run(write_config(tmp_path, text_file, small_architecture(tmp_path, model_type=architecture)))
+    found = dry_run(write_config(tmp_path, text_file, small_architecture(tmp_path, model_type=architecture)))[""]
     assert found.packed == (architecture == "bert")
     squeezed = re.sub(r"\s", "", text_file.read_text(encoding="utf-8"))
     for text in found.first_batch:
@@ -299,7 +312,7 @@ def test_the_decoded_batch_is_the_text(tmp_path, text_file, architecture):
 
 
 def test_the_console_shows_a_part_of_it(tmp_path, text_file):
-    found = dry_run(write_config(tmp_path, text_file, "bert-tiny", "model.max_length=16"))
+    found = dry_run(write_config(tmp_path, text_file, "bert-tiny", "model.max_length=16"))[""]
     shown = lines(found)
     assert shown[0].startswith(f"model       bert-tiny, {found.parameters / 1e3:.3g} k parameters")
     assert any(line.startswith("time ") and "s per step" in line for line in shown)
@@ -316,22 +329,33 @@ def test_short_and_long_runs_are_drawn(tmp_path, steps):
     write_steps(tmp_path, make_config(steps=steps, log_every=1), 1, steps)
     with TrainingLog(tmp_path, make_config(), steps) as log:
         alone = {"masked_cross_entropy": {"value": 2.0, "low": None, "high": None}}  # of a single document
-        log.held_out(steps, {"mask_digest": DIGEST, "metrics": alone})
+        log.held_out(steps, {"held-out": {"mask_digest": DIGEST, "metrics": alone}})
     assert draw_loss(tmp_path)
 
 
 def test_each_held_out_text_has_a_curve(tmp_path, monkeypatch):
     plots = pytest.importorskip("mlmkit.eval.plots")
     write_steps(tmp_path, make_config(), 1, 12)
+    path = tmp_path / "log.jsonl"
+    path.write_text(
+        path.read_text().replace('"name": "held-out", ', "").replace(' "unigram_entropy": 6.5,', "")
+    )  # older
     with TrainingLog(tmp_path, make_config(), 12) as log:
         for _ in ("written once", "known"):
-            log.held_out(12, held_out_result(7.0) | {"mask_digest": "0"})
+            other = {"mask_digest": "0"}
+            log.held_out(12, {"held-out": held_out_result(7.0) | other, "web": held_out_result(3.0) | other})
+    assert sum("held_out" in entry for entry in read_log(tmp_path)) == 3 + 2
     figures = []
     monkeypatch.setattr(plots, "save_png", lambda figure, path: figures.append(figure))
     draw_loss(tmp_path)
     lines = {line.get_label(): line.get_xydata().tolist() for line in figures[0].axes[0].lines}
     assert lines["another text, last 0.167"] == [[4, 0.5], [8, 0.25], [12, 2 / 12]]
     assert lines["held out, 95 % interval, last 7.000"] == [[12, 7.0]]
+    assert lines["web, 95 % interval, last 3.000"] == [[12, 3.0]]
+    entropies = [line for line in figures[0].axes[0].lines if line.get_linestyle() == "--"]
+    assert lines["unigram entropy"] == [[0, 6.5], [1, 6.5]]
+    assert [line.get_ydata()[0] for line in entropies] == [6.5, 6.5]
+    assert len({line.get_color() for line in entropies}) == 2
 
 
 def test_a_moving_average_is_the_mean_around_a_point():

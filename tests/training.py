@@ -11,7 +11,8 @@ from interruptions import PROCESSES
 from safetensors.torch import load_file
 
 from mlmkit.errors import CheckError, StoppedError, UserError
-from mlmkit.train.config import Config, load_config
+from mlmkit.train.config import Config
+from mlmkit.train.config_file import load_config
 
 CONFIG = """
 [data]

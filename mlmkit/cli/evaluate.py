@@ -182,6 +182,8 @@ def _print_result(result: "Result") -> None:
     for name, metric in result["metrics"].items():
         error = metric.get("standard_error")
         rows.append([name, *_value(metric), f"standard error {_number(error)}" if error else ""])
+    if "unigram_entropy" in result and "pairs" not in result:  # older results lack it
+        rows.insert(1, ["unigram_entropy", _number(result["unigram_entropy"]), "-", "to beat"])
     if "mask_seeds" in result:
         seeds = result["mask_seeds"]
         for name, spread in seeds["spread"].items():

@@ -4,11 +4,12 @@ import os
 import shlex
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import click
 
 from mlmkit.cli.options import PATH, JsonOption, argument, command, option, option_class, switch
-from mlmkit.console import print_json, say
+from mlmkit.console import print_json, print_table, say
 from mlmkit.errors import UserError, require
 
 
@@ -33,15 +34,23 @@ def demo(options: DemoOptions) -> None:
 
 @option_class
 class TrainOptions(JsonOption):
-    config: str = argument(type=click.Path())
+    config: str = argument(type=click.Path(), default="")
     overrides: tuple[str, ...] = option(
         "--set", "Override a setting. Repeatable.", multiple=True, metavar="TABLE.KEY=VALUE"
     )
     output: Path | None = option("--output", "The run folder.", type=PATH)
+    start_from: Path | None = option(
+        "--from",
+        "Branch from a checkpoint of a run: keep its weights, optimiser state and place in the data. CONFIG says what "
+        "changes.",
+        type=PATH,
+        metavar="CHECKPOINT",
+    )
+    print_config: bool = switch("--print-config", "Print a configuration with every setting and its default, and exit.")
     dry_run: bool = switch("--dry-run", "Show what would be trained and what it costs, and exit.")
     sweeps: tuple[str, ...] = option(
         "--sweep",
-        "Train once per value and compare on data.held_out. Repeat to try all combinations.",
+        "Train once per value and compare on held-out text. Repeat to try all combinations.",
         multiple=True,
         metavar="TABLE.KEY=VALUE,VALUE,...",
     )
@@ -49,16 +58,31 @@ class TrainOptions(JsonOption):
 
 @command(TrainOptions)
 def train(options: TrainOptions) -> None:
-    """Train a model from CONFIG (a TOML file).
+    """Train a model from CONFIG (a TOML file; mlmkit train --print-config > config.toml makes one).
+
+    Presets for model.architecture: bert-tiny, bert-mini, bert-small, bert-base, bert-large, roberta-base, distilbert,
+    modernbert-tiny, modernbert-base, modernbert-large.
 
     Run the same command again to resume an interrupted run. The model is saved to OUTPUT/model, a Hugging Face folder.
     On several GPUs: torchrun --nproc-per-node N -m mlmkit train CONFIG --output OUTPUT.
     """
+    if options.print_config:
+        template = Path(__file__).parent.parent / "train" / "template.toml"
+        click.echo(template.read_text(encoding="utf-8"), nl=False)
+        return
+    if not options.config:
+        raise click.UsageError("Missing argument 'CONFIG'.")
     from mlmkit.distributed import said_once
-    from mlmkit.train.config import load_config
+    from mlmkit.train.config_file import load_config
 
     with said_once():
-        settings = load_config(options.config, options.overrides)
+        base = None
+        if options.start_from:
+            require("train", "torch", "transformers", "safetensors")
+            from mlmkit.train.checkpoints import branch_config
+
+            base = branch_config(options.start_from)
+        settings = load_config(options.config, options.overrides, base)
         if options.dry_run and options.sweeps:
             raise UserError("--dry-run shows a single run: leave out --sweep")
         if not options.dry_run and options.output is None:
@@ -67,18 +91,20 @@ def train(options: TrainOptions) -> None:
     if options.dry_run:
         from mlmkit.train.cost import dry_run, lines
 
-        summary = dry_run(settings)
+        reports = dry_run(settings, options.start_from)
         if options.as_json:
-            print_json(asdict(summary))
+            tables = {name: asdict(report) for name, report in reports.items()}
+            print_json(tables.get("", tables))
         else:
-            for line in lines(summary):
-                say(line)
+            for name, report in reports.items():
+                for line in [*([f"phase {name}"] if name else []), *lines(report)]:
+                    say(line)
     elif options.output and options.sweeps:
         from mlmkit.train.sweep import check, make_trials, sweep, table
 
         with said_once():
-            trials = make_trials(options.config, options.overrides, options.sweeps)
-        if results := sweep(trials, options.output):  # on the first rank
+            trials = make_trials(options.config, options.overrides, options.sweeps, base)
+        if results := sweep(trials, options.output, options.start_from):  # on the first rank
             if options.as_json:
                 print_json(results)
             else:
@@ -86,17 +112,33 @@ def train(options: TrainOptions) -> None:
                     say(line)
             check(results)
     elif options.output:
-        from mlmkit.train.log import read_log
         from mlmkit.train.loop import train as run_training
+        from mlmkit.train.summary import summarise
 
-        model = run_training(settings, options.output)
-        if os.environ.get("RANK", "0") != "0":
-            return
-        if options.as_json:
-            last = [entry for entry in read_log(options.output) if "loss" in entry][-1:]
-            print_json({"model": str(model), "last_log_entry": last[0] if last else None})
-        else:
-            say(f"model: {model}")
+        run_training(settings, options.output, options.start_from)
+        if os.environ.get("RANK", "0") == "0":
+            outcome = summarise(options.output, settings)
+            print_json(outcome) if options.as_json else _print_summary(outcome)
+
+
+def _print_summary(summary: dict[str, Any]) -> None:
+    from mlmkit.train.summary import held_out_table
+
+    say(f"model: {summary['model']}")
+    for name, values in summary["held_out"].items():
+        if best := values["best"]:
+            say(f"best checkpoint on {name}: {best['checkpoint']} ({best['value']:.4f})")
+    if summary["loss_curve"]:
+        say(f"loss curve: {summary['loss_curve']}")
+    if summary["held_out"]:
+        header, *rows = held_out_table(summary)
+        say("")
+        say("held-out masked cross-entropy, nats (95 % interval); unigram entropy to beat")
+        print_table(rows, header, align="lrrrr")
+    say("")
+    say("next:")
+    for line in summary["next"]:
+        say(f"  {line}")
 
 
 @option_class

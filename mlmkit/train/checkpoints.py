@@ -2,7 +2,9 @@
 
 `RUN/checkpoints/step-00000500/` holds `config.json`, `model.safetensors` and the tokenizer's files, which any Hugging
 Face tool loads; `optimizer/`, safetensors written by `torch.distributed.checkpoint`, one part per rank; and
-`trainer.json`, the cursor and the open sums of the log. `held-out/`, the evaluation of these weights, is added later.
+`trainer.json`, the `State`. `held-out/`, or `held-out-NAME/` for each of several texts, the evaluation of these
+weights, is added later.
+`RUN/initial/` holds the weights before the first step in the same way, without optimiser and cursor.
 """
 
 import errno
@@ -11,6 +13,7 @@ import shutil
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +35,30 @@ from mlmkit.distributed import Ranks
 from mlmkit.errors import DamagedError, EndedElsewhereError, UserError, first_line
 from mlmkit.files import changed_file, hash_tree, new_folder, read_record, remove, write_record
 from mlmkit.model import MaskedLM
+from mlmkit.train.config import HELD_OUT, Config, as_tables, from_tables
+from mlmkit.train.log import NO_STEPS
+from mlmkit.train.order import NOWHERE, Position
 from mlmkit.train.step import full_weights
 
 FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
-CURSOR, OPTIMIZER, HELD_OUT, HELD_OUT_METRICS = "trainer.json", "optimizer", "held-out", "held_out.json"
+CURSOR, OPTIMIZER, INITIAL, HELD_OUT_METRICS = "trainer.json", "optimizer", "initial", "held_out.json"
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class State:
+    """What a checkpoint keeps beside weights and optimiser state.
+
+    `config` is that of the phase, by the name `phase`; `is_phase_end` says that the phase ended here. `sums` are the
+    open sums of the log.
+    """
+
+    config: Config
+    position: Position = NOWHERE
+    phase: str = ""
+    is_phase_end: bool = False
+    sums: dict[str, float] = field(default_factory=lambda: NO_STEPS)
 
 
 def saved_checkpoints(run: Path) -> list[Path]:
@@ -53,35 +74,42 @@ def last_checkpoint(run: Path) -> Path | None:
 # ---------------------------------------------------------------- saving
 
 
-def save_checkpoint(
-    run: Path, state: dict[str, Any], model: MaskedLM, optimizers: Sequence[Optimizer], ranks: Ranks
-) -> Path:
-    """Write the checkpoint of `state["step"]`; every rank takes part.
+def save_checkpoint(run: Path, state: State, model: MaskedLM, optimizers: Sequence[Optimizer], ranks: Ranks) -> Path:
+    """Write the checkpoint of the step at `state.position`; every rank takes part.
 
     Raises `UserError` when it cannot be written. Earlier checkpoints are untouched.
     """
-    final = run / "checkpoints" / f"step-{state['step']:08d}"
+    final = run / "checkpoints" / f"step-{state.position.cursor.step:08d}"
+    with _new_folder(final, run, ranks) as folder:
+        writer = HuggingFaceStorageWriter(str(folder / OPTIMIZER), save_distributed=True)
+        tensors = _tensors(get_optimizer_state_dict(model, list(optimizers), options=FLAT))
+        with _single_process_is_fine():
+            save(tensors, storage_writer=writer, no_dist=ranks.world == 1)
+        _save_model(model, run / "tokenizer", folder, ranks)
+        values = asdict(state) | {"config": as_tables(state.config)}
+        ranks.from_first(lambda: write_record(folder / CURSOR, {**values, "files": hash_tree(folder)}))
+    return final
+
+
+def save_initial(run: Path, model: MaskedLM, ranks: Ranks) -> None:
+    """Write the model before its first step to `RUN/initial`; every rank takes part. Raises as `save_checkpoint`."""
+    with _new_folder(run / INITIAL, run, ranks) as folder:
+        _save_model(model, run / "tokenizer", folder, ranks)
+
+
+@contextmanager
+def _new_folder(final: Path, run: Path, ranks: Ranks) -> Iterator[Path]:
+    """Yield a temporary folder on all ranks, which becomes `final` at the end. Raises as `save_checkpoint`."""
     try:
         with ExitStack() as stack:
-            folder = Path(ranks.from_first(lambda: str(stack.enter_context(new_folder(final, replaces=CURSOR)))))
-            writer = HuggingFaceStorageWriter(str(folder / OPTIMIZER), save_distributed=True)
-            tensors = _tensors(get_optimizer_state_dict(model, list(optimizers), options=FLAT))
-            with _single_process_is_fine():
-                save(tensors, storage_writer=writer, no_dist=ranks.world == 1)
-            _save_model(model, run / "tokenizer", folder, ranks)
-
-            def commit() -> None:
-                write_record(folder / CURSOR, {**state, "files": hash_tree(folder)})
-                stack.close()
-
-            ranks.from_first(commit)
+            yield Path(ranks.from_first(lambda: str(stack.enter_context(new_folder(final, replaces=CURSOR)))))
+            ranks.from_first(stack.close)
     except (UserError, SafetensorError, CheckpointException) as error:
         text = first_line(_cause(error))
         message = text if str(final) in text else f"cannot write {final}: {text}"
         last = last_checkpoint(run)
         resume = f"the same command resumes from {last}" if last else "the same command begins anew"
         raise UserError(f"{message}: free some space or repair the folder, then {resume}") from error
-    return final
 
 
 @contextmanager
@@ -147,28 +175,55 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or "allocate memory" in str(error)
 
 
-def read_state(folder: Path) -> dict[str, Any]:
-    """The state that `save_checkpoint` was given. Raises `DamagedError` if a file of the checkpoint has changed."""
-    state = read_record(folder / CURSOR, "its cursor is lost")
-    if name := changed_file(folder, state.pop("files")):
+def read_state(folder: Path, *, verify: bool = True) -> State:
+    """The state that `save_checkpoint` was given.
+
+    Raises `DamagedError` if a file of the checkpoint has changed; without `verify` only the state itself is read.
+    """
+    values = read_record(folder / CURSOR, "its cursor is lost")
+    if verify and (name := changed_file(folder, values["files"])):
         raise DamagedError(f"{name} is not what was saved")
-    return state
+    if "position" not in values:
+        raise UserError(f"{folder} was written by an earlier version of mlmkit: set model.init_from to it instead")
+    position, config = Position.from_json(values["position"]), from_tables(values["config"])
+    return State(config, position, values["phase"], values["is_phase_end"], values["sums"])
+
+
+def branch_config(folder: Path) -> Config:
+    """The configuration of the phase that wrote a checkpoint. Raises `UserError` if it is not a checkpoint of a run."""
+    if not (folder / CURSOR).exists():
+        raise UserError(f"--from {folder} is not a checkpoint of a run: name RUN/checkpoints/step-N")
+    return read_state(folder, verify=False).config
 
 
 def load_optimizers(folder: Path, model: MaskedLM, optimizers: Sequence[Optimizer], ranks: Ranks) -> None:
-    """Restore the optimiser state, whatever the number of ranks that wrote it."""
+    """Restore the optimiser state, whatever the number of ranks that wrote it.
+
+    A weight that has another shape than in the checkpoint, such as a longer table of positions, starts afresh.
+    """
     state = get_optimizer_state_dict(model, list(optimizers), options=FLAT)
-    tensors = _tensors(state)
+    tensors, reader = _tensors(state), HuggingFaceStorageReader(str(folder / OPTIMIZER))
     with _single_process_is_fine():
-        load(tensors, storage_reader=HuggingFaceStorageReader(str(folder / OPTIMIZER)), no_dist=ranks.world == 1)
-    set_optimizer_state_dict(model, list(optimizers), {**state, **tensors}, options=FLAT)
+        fresh = _reshaped(tensors, reader.read_metadata().state_dict_metadata)
+        saved = {name: value for name, value in tensors.items() if name not in fresh}
+        load(saved, storage_reader=reader, no_dist=ranks.world == 1)
+    set_optimizer_state_dict(model, list(optimizers), state | saved | fresh, options=FLAT)
+
+
+def _reshaped(tensors: dict[str, Tensor], saved: dict[str, Any]) -> dict[str, Tensor]:
+    """Zeros for the whole state, the step count too, of each weight whose saved state has another shape."""
+    sizes = {name: saved[name].size for name in tensors if name in saved}
+    owners = {name.rpartition(".")[0] for name, size in sizes.items() if size != tensors[name].shape}
+    if owners:
+        log.info("the optimiser starts afresh for %s, which has another shape than before", ", ".join(sorted(owners)))
+    return {name: torch.zeros_like(value) for name, value in tensors.items() if name.rpartition(".")[0] in owners}
 
 
 # ---------------------------------------------------------------- which to keep
 
 
 def prune(run: Path, keep: int) -> None:
-    """Delete all but the newest `keep` checkpoints and, per held-out text, the one with the lowest cross-entropy."""
+    """Delete checkpoints, but keep the newest `keep`, the ends of phases, and the best on each held-out text."""
     saved, best = saved_checkpoints(run), {}
     for checkpoint in saved:
         for path in checkpoint.glob(f"{HELD_OUT}*/result.json"):
@@ -177,13 +232,19 @@ def prune(run: Path, keep: int) -> None:
                 best[result["mask_digest"]] = min(loss, best.get(result["mask_digest"], loss))
     kept = {checkpoint for _, checkpoint in best.values()}
     for old in saved[:-keep]:
-        if old not in kept:
+        if not (old in kept or (read_remeasurable(old / CURSOR) or {}).get("is_phase_end")):
             remove(old)
 
 
-def held_out_result(checkpoint: Path) -> dict[str, Any] | None:
-    """`result.json` of the checkpoint's held-out evaluation, if there is one."""
-    return read_remeasurable(checkpoint / HELD_OUT / "result.json")
+def held_out_folder(checkpoint: Path, name: str) -> Path:
+    """Where the evaluation on the held-out text of this name is: `held-out-NAME`, or `held-out` for a single text."""
+    return checkpoint / (HELD_OUT if name == HELD_OUT else f"{HELD_OUT}-{name}")
+
+
+def held_out_result(checkpoint: Path, name: str, digest: str) -> dict[str, Any] | None:
+    """`result.json` of an evaluation on a held-out text, if there is one with this mask digest."""
+    result = read_remeasurable(held_out_folder(checkpoint, name) / "result.json")
+    return result if result and result["mask_digest"] == digest else None
 
 
 def read_remeasurable(path: Path) -> dict[str, Any] | None:

@@ -1,39 +1,57 @@
-"""The training configuration: one dataclass per TOML table. Every key has a default except `data.train`."""
+"""The training configuration: one dataclass per TOML table. Every key has a default except `data.train`.
 
-import tomllib
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+file, --set ──> tables ──> Config ──> Config.phases: one complete configuration per phase
+"""
+
+import re
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from typing import Annotated, Any
 
 from mlmkit.backends import DEVICES
-from mlmkit.documents import Source, is_table
+from mlmkit.documents import Source
 from mlmkit.errors import UserError
 from mlmkit.masking import MaskRecipe
-from mlmkit.toml import Rule, build, one_of, read_toml
+from mlmkit.toml import Rule, build, checked, one_of
 
-SCHEDULES = ("linear", "cosine", "wsd")
+SCHEDULES = ("constant", "linear", "cosine", "1-sqrt", "wsd")
+UNITS = {"k": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
+HELD_OUT = "held-out"  # the name of the set that `data.held_out` gives
+# `mlmkit.train.held_out` makes folders of the names, and folders of eight hexadecimal digits for replaced texts.
+SET_NAME = re.compile(r"(?![0-9a-f]{8}$)[a-z][a-z0-9_-]{0,63}")
 # The comparisons are false for NaN.
 POSITIVE = Rule(lambda value: 0 < value < 1 << 40, "positive and finite")
 NOT_NEGATIVE = Rule(lambda value: 0 <= value < 1 << 40, "at least 0 and finite")
 DECAY_RATE = Rule(lambda value: 0 <= value < 1, "at least 0 and below 1")
 # 0.001 is eight tokens of a batch of 8,192. A model learns to predict masked tokens from the others.
 MASK_RATE = Rule(lambda value: 0.001 <= value < 1, "at least 0.001 and below 1")
+SHARE = Rule(lambda value: 0 < value < 1, "above 0 and below 1")
 PositiveInt = Annotated[int, POSITIVE]
 PositiveFloat = Annotated[float, POSITIVE]
+
+
+def _count(value: Any) -> Any:
+    """Whole numbers may be written as "10B" or "1.5M"."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([kMBT])", value) if isinstance(value, str) else None
+    return round(float(match[1]) * UNITS[match[2]]) if match else value
+
+
+TokenCount = Annotated[int, Rule(lambda value: 0 < value < 1 << 60, "positive", _count)]
 
 
 @dataclass(frozen=True)
 class DataConfig:
     """`[data]`: one or more texts to train on. Paths are relative to the working directory.
 
-    `weights` says how often an epoch shows each text: 1.0 by default, and 0.5 shows every other document. `workers` is
-    the number of processes that build batches; with 0 the training process does.
+    `weights` says how often an epoch shows each text: 1.0 by default, and 0.5 shows every other document. Instead,
+    `temperature` samples a text of n tokens in proportion to n ** temperature: 1 as they are, 0 all equally often.
+    `workers` is the number of processes that build batches; with 0 the training process does.
     """
 
     train: tuple[str, ...] = ()
     weights: tuple[Annotated[float, Rule(lambda value: 0 < value < 1 << 20, "positive and finite")], ...] = ()
-    held_out: str = ""  # evaluated at each checkpoint
+    temperature: Annotated[float, Rule(lambda value: 0 <= value <= 1, "between 0 and 1")] | None = None
+    held_out: str = ""  # evaluated at each checkpoint; several texts: `[held_out]`
     text_field: str = "text"
     blank_line: bool = False
     workers: Annotated[int, Rule(lambda value: 0 <= value <= 256, "between 0 and 256")] = 0
@@ -43,40 +61,48 @@ class DataConfig:
         """The training texts for `load_corpus`."""
         return [Source(location, self.text_field, self.blank_line) for location in self.train]
 
-    @property
-    def held_out_source(self) -> Source:
-        """The held-out text for `load_corpus`."""
-        return Source(self.held_out, self.text_field, self.blank_line)
-
-    @property
-    def passes(self) -> tuple[float, ...]:
-        """Passes per epoch over each text."""
-        return self.weights or (1.0,) * len(self.train)
-
 
 @dataclass(frozen=True)
 class TokenizerConfig:
-    """`[tokenizer]`: an existing one at `path`; otherwise one is trained on `data.train`."""
+    """`[tokenizer]`: an existing one at `path`, or that of `model.init_from`; otherwise one is trained on `data.train`.
+
+    With `vocab_size`, one is trained for `model.init_from` too. `add` names a file of words to add, one per line.
+    """
 
     path: str = ""
     kind: Annotated[str, one_of("wordpiece", "bpe")] = "wordpiece"  # bpe is byte-level
     # Ranks are exact up to 2**24 (`MaskedLM.forward`). The tokenizers library aborts the process at 2**30.
-    vocab_size: Annotated[int, Rule(lambda value: 0 < value <= 1 << 24, "between 1 and 2**24")] = 16000
+    vocab_size: Annotated[int, Rule(lambda value: 0 < value <= 1 << 24, "between 1 and 2**24")] | None = None
     lowercase: bool = False
+    add: str = ""
+
+    @property
+    def entries(self) -> int:
+        """The most entries that a trained tokenizer gets."""
+        return self.vocab_size or 16000
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """`[model]`: a preset or the path of a Hugging Face `config.json`; or a checkpoint to continue from."""
+    """`[model]`: a preset or the path of a Hugging Face `config.json`; or a checkpoint to continue from.
+
+    `new_head` gives a checkpoint without a masked-LM head a random one. `rope_theta` is the base of rotary positions,
+    `interpolate_positions` stretches a table of learned ones to `max_length`.
+    """
 
     architecture: str = "bert-small"
     init_from: str = ""
+    new_head: bool = False
     max_length: PositiveInt = 512
+    rope_theta: PositiveFloat | None = None
+    interpolate_positions: bool = False
 
 
 @dataclass(frozen=True)
 class MaskingConfig:
-    """`[masking]`: the recipe of mask-v1. The rate goes linearly from `mask_prob` to `final_mask_prob`, if given."""
+    """`[masking]`: the recipe of mask-v1. The rate goes linearly from `mask_prob` to `final_mask_prob`, if given, over
+    the run or the phase.
+    """
 
     mask_prob: Annotated[float, MASK_RATE] = 0.15
     final_mask_prob: Annotated[float, MASK_RATE] | None = None
@@ -89,7 +115,7 @@ class MaskingConfig:
             self.recipe(progress)
 
     def recipe(self, progress: float) -> MaskRecipe:
-        """The recipe after a share `progress` of the run, 0 to 1. Raises `UserError` as `MaskRecipe` does."""
+        """The recipe after a share `progress` of the phase, 0 to 1. Raises `UserError` as `MaskRecipe` does."""
         final = self.mask_prob if self.final_mask_prob is None else self.final_mask_prob
         rate = self.mask_prob + (final - self.mask_prob) * progress
         return MaskRecipe(rate, self.replace_prob, self.random_prob, self.whole_word)
@@ -99,9 +125,10 @@ class MaskingConfig:
 class OptimConfig:
     """`[optim]`: AdamW, StableAdamW, or Muon for the hidden matrices with AdamW for the rest; and the schedule.
 
-    `decay_share` is the share of all steps in which `wsd` decays. The default of `beta2` is RoBERTa's (Liu et al. 2019,
-    section 4): 0.999 is unstable with large batches. A file without `warmup_steps` gets a tenth of the steps if there
-    are at most 100.
+    `schedule` is what follows the warm-up: `constant`; decay to zero (`linear`, `cosine`, `1-sqrt`); or `wsd`, constant
+    with decay of `decay_shape` over the last `decay_share`. The warm-up is a number of steps, of tokens, or a share of
+    the phase; 100 steps by default, or a tenth of at most 100. The default of `beta2` is RoBERTa's (Liu et al. 2019,
+    section 4): 0.999 is unstable with large batches.
     """
 
     name: Annotated[str, one_of("adamw", "muon", "stable_adamw")] = "adamw"
@@ -111,16 +138,27 @@ class OptimConfig:
     eps: PositiveFloat = 1e-6
     weight_decay: Annotated[float, NOT_NEGATIVE] = 0.01
     schedule: Annotated[str, one_of(*SCHEDULES)] = "linear"
-    warmup_steps: Annotated[int, NOT_NEGATIVE] = 100
     decay_share: Annotated[float, Rule(lambda value: 0 < value <= 1, "above 0 and at most 1")] = 0.2
+    decay_shape: Annotated[str, one_of("linear", "1-sqrt")] = "linear"
+    warmup_steps: Annotated[int, NOT_NEGATIVE] | None = None
+    warmup_tokens: TokenCount | None = None
+    warmup_share: Annotated[float, SHARE] | None = None
     max_grad_norm: PositiveFloat = 1.0
 
 
 @dataclass(frozen=True)
 class RunConfig:
-    """`[train]`: the run's length, batches and checkpoints. Batch sizes count tokens, special tokens included."""
+    """`[train]`: the run's length, batches and checkpoints. Tokens are real ones, special tokens included.
 
-    steps: PositiveInt = 1000
+    The length is a number of `steps` (1,000 by default), of `tokens`, or of `epochs`. A batch has room for
+    `global_batch_tokens`, and first for `initial_batch_tokens`, which grow to it over `batch_warmup_tokens`.
+    """
+
+    steps: PositiveInt | None = None
+    tokens: TokenCount | None = None
+    epochs: PositiveFloat | None = None
+    initial_batch_tokens: PositiveInt | None = None
+    batch_warmup_tokens: TokenCount | None = None
     global_batch_tokens: PositiveInt = 8192
     micro_batch_tokens: PositiveInt = 8192
     seed: Annotated[int, Rule(lambda value: 0 <= value < 1 << 63, "between 0 and 2**63 - 1")] = 0
@@ -135,77 +173,185 @@ class RunConfig:
     wandb: str = ""  # the project's name
 
 
+# Settings that may change on resume: they affect neither data nor weights. Texts are compared by their fingerprints.
+CHANGEABLE = {
+    "data": ("train", "held_out", "text_field", "blank_line", "workers"),
+    "train": (
+        "device",
+        "parallel",
+        "checkpoint_activations",
+        "save_every",
+        "keep_checkpoints",
+        "log_every",
+        "tensorboard",
+        "wandb",
+    ),
+}
+# What a phase may change. The keys in PER_PHASE belong to one phase: the next does not inherit them.
+PHASE_KEYS = {
+    "data": "train weights temperature text_field blank_line",
+    "model": "max_length rope_theta interpolate_positions",
+    "masking": "mask_prob final_mask_prob replace_prob random_prob whole_word",
+    "optim": "lr beta1 beta2 eps weight_decay schedule decay_share decay_shape warmup_steps warmup_tokens warmup_share "
+    "max_grad_norm",
+    "train": "steps tokens epochs global_batch_tokens micro_batch_tokens initial_batch_tokens batch_warmup_tokens",
+}
+DEFAULT_WARMUP = 100  # steps
+LENGTHS = ("steps", "tokens", "epochs")
+WARMUPS = ("warmup_steps", "warmup_tokens", "warmup_share")
+PER_PHASE = {
+    "model": {"interpolate_positions": False},
+    "optim": {"warmup_steps": 0, "warmup_tokens": None, "warmup_share": None},
+    "train": {**dict.fromkeys(LENGTHS), "initial_batch_tokens": None, "batch_warmup_tokens": None},
+}
+
+
 @dataclass(frozen=True)
 class Config:
-    """The whole configuration. Raises `UserError` for tables that do not fit together."""
+    """The whole configuration. Raises `UserError` for tables that do not fit together.
+
+    `phase` holds the tables of `[[phase]]`, each with a `name` and the settings that it changes, by table.
+    `held_out` gives each of several held-out texts a name; the first is the primary one, by which sweeps compare.
+    """
 
     data: DataConfig = field(default_factory=DataConfig)
+    held_out: dict[str, str] = field(default_factory=dict)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     masking: MaskingConfig = field(default_factory=MaskingConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: RunConfig = field(default_factory=RunConfig)
+    phase: tuple[dict, ...] = ()
 
     def __post_init__(self) -> None:
-        if not self.data.train:
+        data, run = self.data, self.train
+        if not data.train:
             raise UserError("data.train is missing: name the text to train on")
-        if self.data.weights and len(self.data.weights) != len(self.data.train):
+        if data.weights and len(data.weights) != len(data.train):
             raise UserError(
-                f"data.weights has {len(self.data.weights)} numbers for {len(self.data.train)} texts: give one per text"
+                f"data.weights has {len(data.weights)} numbers for {len(data.train)} texts: give one per text"
             )
-        if self.train.micro_batch_tokens < self.model.max_length:
+        if data.weights and data.temperature is not None:
+            raise UserError("data.weights and data.temperature are two ways to weight the texts: give one")
+        if data.held_out and self.held_out:
+            raise UserError("data.held_out and [held_out] exclude each other: name all held-out texts in [held_out]")
+        if wrong := [name for name in self.held_out if not SET_NAME.fullmatch(name)]:
             raise UserError(
-                f"train.micro_batch_tokens ({self.train.micro_batch_tokens}) must hold one row of model.max_length "
+                f"held_out.{wrong[0]}: name it with lower-case letters, digits, - and _, a letter first; "
+                "not with eight hexadecimal digits"
+            )
+        if run.micro_batch_tokens < self.model.max_length:
+            raise UserError(
+                f"train.micro_batch_tokens ({run.micro_batch_tokens}) must hold one row of model.max_length "
                 f"({self.model.max_length}): raise it, or lower model.max_length"
             )
-        if self.train.global_batch_tokens % self.train.micro_batch_tokens:
+        if run.global_batch_tokens % run.micro_batch_tokens:
             raise UserError("train.global_batch_tokens must be a multiple of train.micro_batch_tokens")
+        if (run.initial_batch_tokens is None) != (run.batch_warmup_tokens is None):
+            raise UserError("train.initial_batch_tokens and train.batch_warmup_tokens need each other: give both")
+        if run.initial_batch_tokens and (
+            run.initial_batch_tokens % run.micro_batch_tokens
+            or run.global_batch_tokens % run.initial_batch_tokens
+            or run.global_batch_tokens == run.initial_batch_tokens
+        ):
+            raise UserError(
+                f"train.initial_batch_tokens ({run.initial_batch_tokens}) must be a multiple of "
+                f"train.micro_batch_tokens and go a whole number of times, at least 2, into train.global_batch_tokens"
+            )
+        for table, keys in ((run, LENGTHS), (self.optim, WARMUPS)):
+            if len(given := [key for key in keys if getattr(table, key)]) > 1:
+                name = "train" if table is run else "optim"
+                raise UserError(f"{name}.{given[0]} and {name}.{given[1]} both give a length: leave one out")
+        for phase in self.phases.values():  # raises `UserError` for a phase that is wrong
+            if not (self.phase or phase.train.epochs):
+                phase.warmup(phase.train.tokens or phase.steps)
+
+    @property
+    def held_out_sources(self) -> dict[str, Source]:
+        """The held-out texts for `load_corpus`, by name."""
+        locations = self.held_out or {HELD_OUT: self.data.held_out}
+        reading = self.data.text_field, self.data.blank_line
+        return {name: Source(location, *reading) for name, location in locations.items() if location}
+
+    @property
+    def steps(self) -> int:
+        """The length in steps, if it is neither in tokens nor in epochs."""
+        return self.train.steps or 1000
+
+    def warmup(self, total: int) -> int:
+        """The length of the warm-up in the unit of the phase, steps or tokens, of which it has `total`.
+
+        A warm-up in the other unit is converted with full batches. Raises `UserError` if it is not below `total`.
+        """
+        optim, batch = self.optim, self.train.global_batch_tokens
+        in_tokens = bool(self.train.tokens or self.train.epochs)
+        if optim.warmup_share:
+            return round(optim.warmup_share * total)
+        if optim.warmup_tokens:
+            name, warmup = "warmup_tokens", optim.warmup_tokens if in_tokens else -(-optim.warmup_tokens // batch)
+        elif optim.warmup_steps is not None:
+            name, warmup = "warmup_steps", optim.warmup_steps * (batch if in_tokens else 1)
+        else:
+            default = DEFAULT_WARMUP * (batch if in_tokens else 1)
+            return default if default < total else total // 10
+        if warmup >= total:
+            length = next((f"train.{key} ({value})" for key in LENGTHS if (value := getattr(self.train, key))), total)
+            value = getattr(optim, name)
+            raise UserError(f"optim.{name} ({value}) must end before {length}, for the schedule to reach its end")
+        return warmup
+
+    @cached_property
+    def phases(self) -> dict[str, "Config"]:
+        """The configuration of each phase by name, in order; the whole configuration as "" if there are no phases.
+
+        A phase keeps what the phase before it set, except `PER_PHASE`, and goes on with its final mask rate.
+        """
+        phases: dict[str, Config] = {}
+        before = replace(self, phase=()) if self.phase else self
+        for table in self.phase:
+            name, changes = table.get("name"), {key: value for key, value in table.items() if key != "name"}
+            if not isinstance(name, str) or not re.fullmatch(r"[\w-]+", name) or name in phases:
+                raise UserError(f"[[phase]] needs a name of its own, of letters, digits, _ and -, not {name!r}")
+            for key in setting_names(changes, f"phase {name}"):
+                if key.partition(".")[2] not in PHASE_KEYS.get(key.partition(".")[0], "").split():
+                    raise UserError(f"phase {name}: {key} belongs to the whole run: set it above the phases")
+            if not any(changes.get("train", {}).get(length) for length in LENGTHS):
+                raise UserError(f"phase {name} needs a length: set its train.steps, train.tokens or train.epochs")
+            try:
+                phases[name] = before = change(before, changes, follows=bool(phases))
+            except UserError as error:
+                raise UserError(f"phase {name}: {error}") from None
+        return phases or {"": self}
 
 
-def _are_tables(data: DataConfig) -> set[bool]:
-    return {is_table(location) for location in (*data.train, data.held_out) if location}
+def change(before: Config, changes: dict[str, Any], *, follows: bool = True) -> Config:
+    """`before` with the settings in `changes`, by table; `follows` says that it is the next phase after `before`."""
+    tables = {}
+    for name in PHASE_KEYS.keys() | changes.keys():
+        table = getattr(before, name)
+        if follows:
+            table = replace(table, **PER_PHASE.get(name, {}))
+            if isinstance(table, MaskingConfig):
+                table = replace(table, mask_prob=table.final_mask_prob or table.mask_prob, final_mask_prob=None)
+        tables[name] = replace(table, **checked(type(table), changes.get(name, {}), f"{name}."))
+    return replace(before, **tables)
 
 
-_TRAINED = "tokenizer.kind tokenizer.vocab_size tokenizer.lowercase"
-# Keys without effect, when that holds, and why. They are refused if the user gave them, even with the default value.
-WITHOUT_EFFECT: tuple[tuple[str, Callable[[Config], object], str], ...] = (
-    (f"model.architecture tokenizer.path {_TRAINED}", lambda c: c.model.init_from, "model.init_from brings its own"),
-    (_TRAINED, lambda c: c.tokenizer.path, "tokenizer.path names a finished tokenizer"),
-    ("data.text_field", lambda c: True not in _are_tables(c.data), "text files have no fields"),
-    ("data.blank_line", lambda c: c.data.blank_line and False not in _are_tables(c.data), "there is no text file"),
-    ("data.weights", lambda c: len({*c.data.weights}) == 1 and 1.0 not in c.data.weights, "they are equal"),
-    ("masking.final_mask_prob", lambda c: c.train.steps == 1, "one step has one rate"),
-    ("optim.decay_share", lambda c: c.optim.schedule != "wsd", 'optim.schedule is not "wsd"'),
-)
+def setting_names(tables: dict[str, Any], where: str) -> list[str]:
+    """The settings in `tables` as "table.key"."""
+    if wrong := [name for name, values in tables.items() if not isinstance(values, dict)]:
+        raise UserError(f"{where}: {wrong[0]} must be a table, or written as table.key = value")
+    return [f"{table}.{key}" for table, values in tables.items() for key in values if values[key] not in ("", [])]
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Read a TOML file and apply `table.key=value` overrides. Raises `UserError` naming a wrong or useless key."""
-    tables = read_toml(path)
-    for override in overrides:
-        name, equals, value = override.partition("=")
-        table, dot, key = name.strip().partition(".")
-        if not (equals and dot):
-            raise UserError(f"--set {override}: write it as table.key=value, for example optim.lr=1e-3")
-        values = tables.setdefault(table, {})
-        if not isinstance(values, dict):
-            raise UserError(f"{path}: {table} must be a table, [{table}]")
-        values[key] = _toml_value(value.strip())
-    config: Config = build(Config, tables)
-    if (warmup := config.optim.warmup_steps) >= (steps := config.train.steps):
-        if "warmup_steps" in tables.get("optim", {}):
-            raise UserError(f"optim.warmup_steps ({warmup}) must be below train.steps ({steps}), for the rate to decay")
-        config = replace(config, optim=replace(config.optim, warmup_steps=steps // 10))
-    given = {f"{table}.{key}" for table, values in tables.items() for key in values if values[key] not in ("", [])}
-    for names, applies, reason in WITHOUT_EFFECT:
-        if (useless := sorted(given.intersection(names.split()))) and applies(config):
-            raise UserError(f"{useless[0]} has no effect, as {reason}: leave it out")
-    return config
+def as_tables(config: Config) -> dict[str, Any]:
+    """The configuration of one phase as JSON can hold it; `from_tables` reads it."""
+    return {name: values for name, values in asdict(config).items() if name != "phase"}
 
 
-def _toml_value(text: str) -> Any:
-    """A TOML value, or the text itself, so that `--set data.train=corpus.txt` needs no quotes."""
-    try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except (ValueError, RecursionError):
-        return text
+def from_tables(tables: dict[str, Any]) -> Config:
+    """The configuration that `as_tables` gave, also after a round trip through JSON."""
+    stated = {
+        name: {key: value for key, value in values.items() if value is not None} for name, values in tables.items()
+    }
+    return build(Config, stated)

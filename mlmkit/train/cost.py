@@ -1,11 +1,13 @@
 """What a run costs: operations, memory and time, which `mlmkit train --dry-run` shows before anything is trained."""
 
+import math
 import re
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from itertools import chain, groupby
+from itertools import chain, groupby, islice
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from mlmkit.backends.torch import pick_device
+from mlmkit.corpus import Corpus
 from mlmkit.distributed import Ranks
 from mlmkit.errors import UserError
 from mlmkit.model import MaskedLM, probe_inputs
@@ -25,9 +28,10 @@ from mlmkit.train.checkpoints import is_out_of_memory
 from mlmkit.train.config import Config
 from mlmkit.train.data import MicroBatch
 from mlmkit.train.log import check_loggers
+from mlmkit.train.model_setup import build_model
 from mlmkit.train.optimisers import build_optimizers
 from mlmkit.train.order import Cursor
-from mlmkit.train.start import begin_or_check, build_model, prepare
+from mlmkit.train.start import begin_or_check, corpora_of, prepare
 from mlmkit.train.step import LossModule, backward, update
 
 SHOWN_DOCUMENTS, SHOWN_CHARACTERS = 6, 400
@@ -114,9 +118,9 @@ class DryRun:
 
     `tokens` are real ones, special tokens included and padding not; `fill` is their share of the batch size, `masked`
     the share of them that is predicted. `flops_per_token` counts forward and backward. `state_bytes` holds weights,
-    gradients and optimiser state. `step_seconds` is for one process, from one timed micro-batch. `first_batch` shows
-    the first micro-batch, one text per document: `[MASK→original]`, `[random→original]`, and `[=original]` where the
-    token was kept.
+    gradients and optimiser state. `step_seconds` is for one process, from one micro-batch that is timed once warm.
+    `first_batch` shows the first micro-batch, one text per document: `[MASK→original]`, `[random→original]`, and
+    `[=original]` where the token was kept.
     """
 
     architecture: str
@@ -141,16 +145,27 @@ class DryRun:
     first_batch: list[str]
 
 
-def dry_run(config: Config) -> DryRun:
-    """Prepare training in a temporary folder and time the first micro-batch. Raises `UserError` as training does."""
+def dry_run(config: Config, start_from: Path | None = None) -> dict[str, DryRun]:
+    """The report on each phase by name, or on the run as "" if it has no phases.
+
+    Prepares training in a temporary folder, and times the first micro-batch. Raises `UserError` as training does.
+    """
     check_loggers(config.train)
     with tempfile.TemporaryDirectory() as temporary:
-        tokenizer, corpora = begin_or_check(config, Path(temporary) / "run", Ranks())
-    model = build_model(config, tokenizer)
+        tokenizer, texts = begin_or_check(config, Path(temporary) / "run", Ranks(), start_from)
+    return {
+        name: _dry_run(phase, tokenizer, corpora_of(phase, texts), start_from) for name, phase in config.phases.items()
+    }
+
+
+def _dry_run(config: Config, tokenizer: Tokenizer, corpora: Sequence[Corpus], start_from: Path | None) -> DryRun:
+    model = build_model(config, tokenizer, resume_from=start_from)
     data = prepare(model, config, tokenizer, corpora)
     run, device = config.train, torch.device(pick_device(config.train.device))
     micro_batches = run.global_batch_tokens // run.micro_batch_tokens
-    _, batch = next(iter(data.batches(Cursor(), micro_batches=micro_batches, steps=1)))
+    packs = islice(data.rows.packs(Cursor()), micro_batches)
+    recipe = config.masking.recipe(0.0)
+    batch = [data.lay_out(data.rows.build(block.take(members), recipe)) for _, block, members in packs]
     lengths = np.concatenate([micro.lengths for micro in batch])
     tokens = sum(micro.tokens for micro in batch)
     masked = sum(len(micro.targets) for micro in batch) / tokens
@@ -158,9 +173,11 @@ def dry_run(config: Config) -> DryRun:
 
     model.to(device).train()
     optimizers = build_optimizers(model, config.optim)
-    began = time.perf_counter()
+    began = 0.0
     try:
-        backward(LossModule(model), batch[:1], [run.seed], scale=1.0, device=device)
+        for _ in ("allocates memory, chooses kernels", "is timed"):
+            began = time.perf_counter()
+            backward(LossModule(model), batch[:1], [run.seed], scale=1.0, device=device)
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
@@ -173,7 +190,9 @@ def dry_run(config: Config) -> DryRun:
     states = (chain.from_iterable(state.values() for state in each.state.values()) for each in optimizers)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     kept = [*model.parameters(), *trained, *(value for value in chain(*states) if isinstance(value, Tensor))]
-    epoch_tokens = sum(len(corpus.ids) * weight for corpus, weight in zip(corpora, config.data.passes, strict=True))
+    schedule = data.rows.schedule
+    steps = math.ceil(schedule.total / tokens) if schedule.in_tokens else schedule.total
+    all_tokens = schedule.total if schedule.in_tokens else tokens * steps
     return DryRun(
         architecture=config.model.init_from or config.model.architecture,
         vocabulary=model.vocabulary_size,
@@ -186,11 +205,11 @@ def dry_run(config: Config) -> DryRun:
         masked=masked,
         fill=tokens / run.global_batch_tokens,
         tokens_per_step=tokens,
-        steps=run.steps,
-        tokens=tokens * run.steps,
-        epochs=(tokens - tokenizer.added_tokens * len(lengths)) * run.steps / epoch_tokens,
+        steps=steps,
+        tokens=all_tokens,
+        epochs=all_tokens / data.rows.epoch_tokens,
         flops_per_token=flops,
-        flops=flops * tokens * run.steps,
+        flops=flops * all_tokens,
         device=device.type,
         state_bytes=sum(tensor.numel() * tensor.element_size() for tensor in kept),
         step_seconds=step_seconds,

@@ -24,7 +24,7 @@ from mlmkit.corpus import Corpus
 from mlmkit.packing import Pack, packed_inputs, pad_pack
 from mlmkit.tokenizer import Tokenizer
 from mlmkit.train.config import Config
-from mlmkit.train.order import Cursor
+from mlmkit.train.order import NOWHERE, Cursor, Position
 from mlmkit.train.rows import RowBuilder, Rows
 from mlmkit.train.workers import from_workers
 from mlmkit.windows import ranges
@@ -63,22 +63,26 @@ class TrainingData:
     """
 
     def __init__(
-        self, config: Config, corpora: Sequence[Corpus], tokenizer: Tokenizer, *, packed: bool, position_offset: int = 0
+        self,
+        config: Config,
+        corpora: Sequence[Corpus],
+        tokenizer: Tokenizer,
+        *,
+        packed: bool,
+        position_offset: int = 0,
+        position: Position = NOWHERE,
     ) -> None:
         self.packed, self.position_offset, self.pad_id = packed, position_offset, tokenizer.pad_id
-        self.rows = RowBuilder(config, corpora, tokenizer, packed=packed)
+        self.rows = RowBuilder(config, corpora, tokenizer, packed=packed, position=position)
 
     def batches(
-        self, cursor: Cursor, *, micro_batches: int, steps: int, rank: int = 0, world: int = 1, workers: int = 0
+        self, cursor: Cursor, *, rank: int = 0, world: int = 1, workers: int = 0
     ) -> Iterator[tuple[Cursor, list[MicroBatch]]]:
-        """Yield the cursor after each global batch, with this rank's part of it, from `cursor` until `steps` are done.
+        """Yield the cursor after each global batch, with this rank's part of it, from `cursor` to the phase's end.
 
-        Of the `micro_batches` of a global batch a rank takes `[rank::world]`. Raises `UserError` when a worker is
-        killed.
+        Of the micro-batches of a global batch a rank takes `[rank::world]`. Raises `UserError` when a worker is killed.
         """
-        items = partial(
-            self.rows.global_batches, cursor, micro_batches=micro_batches, steps=steps, rank=rank, world=world
-        )
+        items = partial(self.rows.global_batches, cursor, rank=rank, world=world)
         with closing(from_workers(items, workers) if workers else items()) as built:
             for after, packs in built:
                 yield after, [self.lay_out(rows) for rows in packs]

@@ -7,7 +7,7 @@ import json
 import logging
 import secrets
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from datetime import timedelta
@@ -20,12 +20,12 @@ from rich.console import Console
 
 from mlmkit.errors import UserError, first_line
 from mlmkit.files import write_text
-from mlmkit.train.config import Config, RunConfig
+from mlmkit.train.config import HELD_OUT, Config, RunConfig
 
 log = logging.getLogger(__name__)
 
 # Sums over the steps since the last entry; `learning` counts the steps with a target.
-NO_STEPS = {"steps": 0, "learning": 0, "tokens": 0, "masked": 0, "loss": 0.0, "seconds": 0.0}
+NO_STEPS = {"steps": 0, "learning": 0, "tokens": 0, "masked": 0, "capacity": 0, "loss": 0.0, "seconds": 0.0}
 SECONDS_BETWEEN_LINES = 10.0  # without a terminal, often enough to show progress in a Slurm log
 
 
@@ -45,10 +45,10 @@ def check_loggers(config: RunConfig) -> None:
 class TrainingLog:
     """Records every step and writes an entry every `train.log_every` steps: means and sums since the last entry.
 
-    `step` and `sums` are those of the checkpoint that the run resumes from; entries of later steps are dropped. A step
-    without a target has no loss and does not count in the mean. `flops_per_token` and `peak_flops`, of all GPUs
-    together, give the share of the hardware's rate that was used (MFU); 0 if unknown. Only the rank with `is_first`
-    writes.
+    `step` and `sums` are those of the checkpoint that the run resumes from; entries of later steps are dropped. `phase`
+    is the name of the phase, or "", and `last_step` its last step, if that is known. A step without a target has no
+    loss and does not count in the mean. `flops_per_token` and `peak_flops`, of all GPUs together, give the share of the
+    hardware's rate that was used (MFU); 0 if unknown. Only the rank with `is_first` writes.
     """
 
     def __init__(
@@ -58,17 +58,19 @@ class TrainingLog:
         step: int,
         sums: dict[str, float] = NO_STEPS,
         *,
+        phase: str = "",
+        last_step: int | None = None,
         flops_per_token: float = 0.0,
         peak_flops: float = 0.0,
         is_first: bool = True,
     ) -> None:
-        self.every, self.last_step = config.train.log_every, config.train.steps
-        self.batch_tokens = config.train.global_batch_tokens
+        self.phase, self.last_step = phase, last_step
+        self.every = config.train.log_every
         self.flops_per_token, self.peak_flops = flops_per_token, peak_flops
         self.stack = ExitStack()
         self.writers = _open_writers(run, config, step, self.stack) if is_first else []
         entries = read_log(run) if is_first else []
-        self.evaluated = {(entry["step"], entry["held_out"]["mask_digest"]) for entry in entries if "held_out" in entry}
+        self.evaluated = {(entry["step"], *held_out_set(entry)) for entry in entries if "held_out" in entry}
         self.logs_lines = is_first and not Console(stderr=True).is_terminal  # on a terminal there is a bar
         self.last_line, self.description = -SECONDS_BETWEEN_LINES, "training"
         self._restart(sums)
@@ -80,23 +82,36 @@ class TrainingLog:
         """What a checkpoint saves, so that the first entry after a resume covers all steps since the last one."""
         return self.sums | {"seconds": time.perf_counter() - self.since}
 
-    def record(self, step: int, *, loss: float, tokens: int, masked: int, **latest: float) -> str:
-        """Record a step with its `tokens` and `masked` tokens over all ranks; returns the progress line.
+    def record(
+        self,
+        step: int,
+        *,
+        loss: float,
+        tokens: int,
+        masked: int,
+        capacity: int,
+        share: float,
+        steps_left: int,
+        **latest: float,
+    ) -> str:
+        """Record a step with `tokens` (of `capacity`) and `masked` tokens over all ranks; returns the progress line.
 
-        An entry takes `latest` (epoch, learning rate, ...) from its last step.
+        `share` of the phase is done: 1.0 or more after its last step. An entry takes `latest` (epoch, learning rate,
+        ...) from its last step.
         """
         added = {"steps": 1, "learning": int(masked > 0), "tokens": tokens, "masked": masked, "loss": loss}
-        self.sums |= {name: self.sums[name] + value for name, value in added.items()}
-        if step % self.every and step != self.last_step:
+        self.sums |= {name: self.sums[name] + value for name, value in {**added, "capacity": capacity}.items()}
+        if step % self.every and share < 1:
             return self.description
         sums, seconds = self.sums, max(time.perf_counter() - self.since, 1e-9)
         entry = {
             "step": step,
+            **({"phase": self.phase} if self.phase else {}),
             **latest,
             **({"loss": sums["loss"] / sums["learning"]} if sums["learning"] else {}),
             "tokens": sums["tokens"],
             "masked": sums["masked"],
-            "fill": sums["tokens"] / (sums["steps"] * self.batch_tokens),
+            "fill": sums["tokens"] / sums["capacity"],
             "tokens_per_second": sums["tokens"] / seconds,
         }
         if empty := sums["steps"] - sums["learning"]:
@@ -104,27 +119,30 @@ class TrainingLog:
         if self.peak_flops:
             entry["mfu"] = self.flops_per_token * entry["tokens_per_second"] / self.peak_flops
         self._write(entry)
-        self.description = f"training  {_summary(entry)}"
-        if self.logs_lines and (
-            step == self.last_step or time.perf_counter() - self.last_line >= SECONDS_BETWEEN_LINES
-        ):
-            left = timedelta(seconds=round((self.last_step - step) * seconds / sums["steps"]))
-            log.info("step %d/%d  %s  %s left", step, self.last_step, _summary(entry), left)
+        self.description = _summary(entry)
+        if self.logs_lines and (share >= 1 or time.perf_counter() - self.last_line >= SECONDS_BETWEEN_LINES):
+            left = timedelta(seconds=round(steps_left * seconds / sums["steps"]))
+            where = self._where(step) if self.last_step else f"{self._where(step)} ({share:.0%})"
+            log.info("%s  %s  %s left", where, _summary(entry), left)
             self.last_line = time.perf_counter()
         self._restart(NO_STEPS)
         return self.description
 
-    def held_out(self, step: int, result: dict[str, Any]) -> None:
-        """Write the metrics and the mask digest of a held-out evaluation's `result.json`, once."""
-        digest = result["mask_digest"]
-        if (step, digest) in self.evaluated or not self.writers:
-            return
-        self.evaluated.add((step, digest))
-        self._write({"step": step, "held_out": {"mask_digest": digest, **result["metrics"]}})
-        metric = result["metrics"]["masked_cross_entropy"]
-        interval = "" if metric["low"] is None else f" ({metric['low']:.4f} to {metric['high']:.4f})"
-        shown = f"{metric['value']:.4f}{interval}"
-        log.info("step %d/%d  held-out masked cross-entropy %s", step, self.last_step, shown)
+    def held_out(self, step: int, results: Mapping[str, dict[str, Any]]) -> None:
+        """Write what `held_out_metrics` takes from each held-out evaluation's `result.json`, by name, once."""
+        for name, result in results.items():
+            entry = {"step": step, "held_out": {"name": name, **held_out_metrics(result)}}
+            if not self.writers or (key := (step, *held_out_set(entry))) in self.evaluated:
+                continue
+            self.evaluated.add(key)
+            self._write(entry)
+            metric, entropy = entry["held_out"]["masked_cross_entropy"], entry["held_out"]["unigram_entropy"]
+            interval = "" if metric["low"] is None else f" ({metric['low']:.4f} to {metric['high']:.4f})"
+            shown = f"{metric['value']:.4f}{interval}" + ("" if entropy is None else f", unigram {entropy:.4f}")
+            log.info("%s  %s cross-entropy %s", self._where(step), name, shown)
+
+    def _where(self, step: int) -> str:
+        return f"{self.phase} step {step}".lstrip() + (f"/{self.last_step}" if self.last_step else "")
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -142,6 +160,17 @@ class TrainingLog:
 
     def __exit__(self, *failure: Any) -> None:
         self.stack.__exit__(*failure)
+
+
+def held_out_metrics(result: Mapping[str, Any]) -> dict[str, Any]:
+    """The mask digest, the unigram entropy (None in older results) and the metrics of a `result.json`."""
+    kept = {"mask_digest": result["mask_digest"], "unigram_entropy": result.get("unigram_entropy")}
+    return {**kept, **result["metrics"]}
+
+
+def held_out_set(entry: Mapping[str, Any]) -> tuple[str, str]:
+    """Name and mask digest of the text of a held-out entry; older entries have no name, as there was one text."""
+    return entry["held_out"].get("name", HELD_OUT), entry["held_out"]["mask_digest"]
 
 
 def read_log(run: Path) -> list[dict[str, Any]]:
@@ -196,7 +225,7 @@ def _summary(entry: dict[str, Any]) -> str:
     parts.append(f"{entry['tokens_per_second']:,.0f} tokens/s")
     if "mfu" in entry:
         parts.append(f"MFU {entry['mfu']:.0%}")
-    return "  ".join([*parts, f"lr {entry['learning_rate']:.2e}", f"fill {entry['fill']:.1%}"])
+    return "  ".join(parts)
 
 
 def _open_writers(run: Path, config: Config, step: int, stack: ExitStack) -> list[Callable[[dict[str, Any]], object]]:
@@ -249,12 +278,17 @@ def _open_wandb(run: Path, config: Config) -> Any:
 
 
 def _scalars(entry: dict[str, Any]) -> dict[str, float]:
-    """An entry's values under flat names: `train/loss`, ..., `held_out/masked_cross_entropy` with its bounds."""
+    """An entry's values under flat names: `train/loss`, ..., `held_out/masked_cross_entropy` with its bounds.
+
+    One of several held-out texts has its name in between: `held_out/NAME/masked_cross_entropy`.
+    """
     if "held_out" not in entry:
-        return {f"train/{name}": value for name, value in entry.items() if name != "step"}
+        return {f"train/{name}": value for name, value in entry.items() if name not in ("step", "phase")}
+    name, _ = held_out_set(entry)
+    group = "held_out" if name == HELD_OUT else f"held_out/{name}"
     metrics = {name: metric for name, metric in entry["held_out"].items() if isinstance(metric, dict)}
     return {
-        f"held_out/{name}" + ("" if bound == "value" else f"_{bound}"): metric[bound]
+        f"{group}/{name}" + ("" if bound == "value" else f"_{bound}"): metric[bound]
         for name, metric in metrics.items()
         for bound in ("value", "low", "high")
         if metric.get(bound) is not None

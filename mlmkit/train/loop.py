@@ -1,9 +1,11 @@
 """The training loop, top to bottom.
 
-A run has three phases: `start.py` creates or checks its folder, `_train` takes the steps, and `finish` copies the last
-checkpoint to `RUN/model`. Running the same command again repeats them and resumes at the last saved step.
+`start.py` creates or checks the run's folder, `_train_phase` takes the steps of one phase from the last checkpoint, and
+`finish` copies the last checkpoint to `RUN/model`. A phase begins as a resumed run does: the model is built again from
+the checkpoint that ends the phase before. Running the same command again repeats all this from the last saved step.
 """
 
+import gc
 import logging
 import math
 import os
@@ -13,7 +15,8 @@ import threading
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -23,11 +26,13 @@ from mlmkit.console import progress
 from mlmkit.corpus import Corpus
 from mlmkit.distributed import Ranks, said_once
 from mlmkit.distributed import ranks as find_ranks
+from mlmkit.documents import Source
 from mlmkit.errors import CheckError, StoppedError, UserError
 from mlmkit.files import write_record
 from mlmkit.tokenizer import Tokenizer
 from mlmkit.train.checkpoints import (
     HELD_OUT_METRICS,
+    State,
     copy_model,
     held_out_result,
     is_out_of_memory,
@@ -42,11 +47,14 @@ from mlmkit.train.checkpoints import (
 from mlmkit.train.config import Config
 from mlmkit.train.cost import flops_per_token, peak_flops
 from mlmkit.train.data import MicroBatch
-from mlmkit.train.held_out import evaluate_checkpoint, held_out_digest
-from mlmkit.train.log import NO_STEPS, TrainingLog, check_loggers, draw_loss, read_log
-from mlmkit.train.optimisers import build_optimizers, learning_rate_factor
-from mlmkit.train.order import Cursor
-from mlmkit.train.start import begin_or_check, build_model, prepare, run_lock
+from mlmkit.train.held_out import evaluate_checkpoint, evaluate_initial, held_out_digests
+from mlmkit.train.log import NO_STEPS, TrainingLog, check_loggers, draw_loss, held_out_metrics, read_log
+from mlmkit.train.model_setup import build_model
+from mlmkit.train.optimisers import build_optimizers
+from mlmkit.train.order import Position
+from mlmkit.train.rows import phase_schedule
+from mlmkit.train.schedule import Schedule
+from mlmkit.train.start import begin_or_check, corpora_of, prepare, run_lock
 from mlmkit.train.step import backward, clip_gradients, compile_layers, parallelise, update
 
 log = logging.getLogger(__name__)
@@ -54,8 +62,26 @@ log = logging.getLogger(__name__)
 STOP_SIGNALS = ("SIGINT", "SIGTERM", "SIGUSR1")
 
 
-def train(config: Config, run: Path) -> Path:
+@dataclass(frozen=True)
+class Run:
+    """What stays the same through the phases of a run."""
+
+    folder: Path
+    config: Config
+    tokenizer: Tokenizer
+    texts: dict[Source, Corpus]
+    schedules: list[Schedule]
+    digests: dict[str, str]
+    device: torch.device
+    ranks: Ranks
+    stop: list[int]
+
+
+def train(config: Config, run: Path, start_from: Path | None = None) -> Path:
     """Train as configured, or resume an interrupted run in the same folder; under torchrun, call it on every rank.
+
+    With `start_from`, a checkpoint of another run, the first phase continues with its weights, optimiser state and
+    place in the data (`load_config` with `base` gives its configuration).
 
     Returns the folder of the finished model, `RUN/model`. `RUN/log.jsonl` gets a line every `train.log_every` steps.
     Raises `UserError` for input that cannot be trained on, too little memory, or a full disk; `CheckError` when loss or
@@ -73,14 +99,16 @@ def train(config: Config, run: Path) -> Path:
     ranks.join("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     try:
         with run_lock(run, ranks):
-            tokenizer, corpora = begin_or_check(config, run, ranks)
-            mask_digest = ranks.from_first(lambda: held_out_digest(config, tokenizer))
+            tokenizer, texts = begin_or_check(config, run, ranks, start_from)
+            schedules = [phase_schedule(p, corpora_of(p, texts), tokenizer) for p in config.phases.values()]
+            digests = ranks.from_first(lambda: held_out_digests(config, tokenizer))
             # Only the first rank looks at the folder: a network file system may show the others an older state.
-            if ranks.from_first(lambda: is_finished(run, mask_digest)):
+            if ranks.from_first(lambda: is_finished(run, schedules, digests)):
                 log.info("%s is finished: nothing to train", run)
                 return run / "model"
             with stop_signals(run, ranks) as stop:
-                return _train(config, run, tokenizer, corpora, mask_digest, device, ranks, stop)
+                _train(Run(run, config, tokenizer, texts, schedules, digests, device, ranks, stop), start_from)
+                return run / "model"
     except BaseException as error:
         # The frames of the traceback keep DDP's reducer alive. It must be gone before its process group, or the process
         # may hang at exit in the destructor of whichever goes last (gloo, torch 2.13).
@@ -93,25 +121,53 @@ def train(config: Config, run: Path) -> Path:
         ranks.close()
 
 
-def _train(
-    config: Config,
-    run: Path,
-    tokenizer: Tokenizer,
-    corpora: Sequence[Corpus],
-    mask_digest: str,
-    device: torch.device,
-    ranks: Ranks,
-    stop: list[int],
-) -> Path:
-    saved = ranks.from_first(lambda: last_checkpoint(run))
-    with resuming(saved):
-        state = ranks.from_first(lambda: read_state(saved)) if saved else {"log": NO_STEPS}
-        model = build_model(config, tokenizer, resume_from=saved)
-    data = prepare(model, config, tokenizer, corpora, resumed=saved is not None)
+def _train(run: Run, start_from: Path | None) -> None:
+    phases = list(run.config.phases.items())
+    saved = run.ranks.from_first(lambda: last_checkpoint(run.folder))
+    state, first_step = State(phases[0][1]), 0 if run.config.model.init_from else None
+    if start_from:
+        first_step = read_state(start_from, verify=False).position.cursor.step
+    if start := saved or start_from:
+        with resuming(start):
+            state = run.ranks.from_first(partial(read_state, start))
+        if not saved:
+            state = replace(state, position=state.position.next_phase(0), sums=NO_STEPS)
+        log.info("%s %s after step %d", "resuming" if saved else "branching from", start, state.position.cursor.step)
+    position: Position | None = state.position
+    while position:
+        state = _train_phase(run, *phases[position.cursor.phase], replace(state, position=position), start, first_step)
+        start = run.ranks.from_first(lambda: last_checkpoint(run.folder))
+        position = next_position(state.position, run.schedules)
+        gc.collect()  # reference cycles of DDP and torch.compile keep the model of this phase in memory
+    run.ranks.from_first(lambda: finish(run.folder, run.digests))
+
+
+def next_position(position: Position, schedules: Sequence[Schedule]) -> Position | None:
+    """The position itself, or, if its phase is over, the beginning of the next; None after the last."""
+    while schedules[phase := position.cursor.phase].is_over(position.cursor):
+        if phase + 1 == len(schedules):
+            return None
+        position = position.next_phase(phase + 1)
+    return position
+
+
+def _train_phase(
+    run: Run, name: str, config: Config, state: State, start: Path | None, first_step: int | None
+) -> State:
+    """Train from `state`, with the weights of the checkpoint `start`, to the end of the phase; returns the state.
+
+    `first_step` is where the run began with trained weights; None if it began with random ones.
+    """
+    ranks, device = run.ranks, run.device
+    with resuming(start):
+        model = build_model(config, run.tokenizer, resume_from=start)
+    corpora = corpora_of(config, run.texts)
+    data = prepare(model, config, run.tokenizer, corpora, position=state.position, is_fresh=start is None)
+    schedule, cursor = data.rows.schedule, data.rows.cursor
     peak = ranks.world * peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else 0.0
     flops = 0.0
     if peak:
-        _, [first] = next(data.batches(Cursor(), micro_batches=1, steps=1))
+        _, [first, *_] = next(data.batches(cursor))
         flops = flops_per_token(model, first.lengths, config.masking.mask_prob)
 
     model.to(device).train()
@@ -119,63 +175,70 @@ def _train(
         compile_layers(model)
     module = parallelise(model, ranks, config.train.parallel)
     optimizers = build_optimizers(model, config.optim)
-    with resuming(saved):
-        if saved:
-            load_optimizers(saved, model, optimizers, ranks)
-    sums = state.pop("log")
-    cursor = Cursor(**state)
-    micro_batches = config.train.global_batch_tokens // config.train.micro_batch_tokens
-    steps, workers = config.train.steps, config.data.workers
-    batches = data.batches(
-        cursor, micro_batches=micro_batches, steps=steps, rank=ranks.rank, world=ranks.world, workers=workers
-    )
-    if saved:
-        log.info("resuming %s after step %d", run, cursor.step)
+    with resuming(start):
+        if start:
+            load_optimizers(start, model, optimizers, ranks)
+    batches = data.batches(cursor, rank=ranks.rank, world=ranks.world, workers=config.data.workers)
     log.info(
-        "%s, %.1f M parameters, vocabulary %d; %d documents, %d tokens; %s",
+        "%s%s, %.1f M parameters, vocabulary %d; %d documents, %d tokens; %s",
+        f"{name}: " if name else "",
         config.model.init_from or config.model.architecture,
         sum(parameter.numel() for parameter in model.parameters()) / 1e6,
-        tokenizer.vocabulary_size,
+        run.tokenizer.vocabulary_size,
         sum(len(corpus) for corpus in corpora),
         sum(len(corpus.ids) for corpus in corpora),
         f"{ranks.world} x {device.type}" if ranks.world > 1 else device.type,
     )
+    last_step = None if schedule.in_tokens else cursor.step - cursor.phase_steps + schedule.total
+    most = config.train.global_batch_tokens // config.train.micro_batch_tokens
     with (
         TrainingLog(
-            run, config, cursor.step, sums, flops_per_token=flops, peak_flops=peak, is_first=ranks.is_first
+            run.folder,
+            config,
+            cursor.step,
+            state.sums,
+            phase=name,
+            last_step=last_step,
+            flops_per_token=flops,
+            peak_flops=peak,
+            is_first=ranks.is_first,
         ) as training_log,
         progress(shown=ranks.is_first) as bar,
     ):
-        task = bar.add_task("training", total=steps, completed=cursor.step)
+        task = bar.add_task(name or "training", total=schedule.total, completed=schedule.done(cursor))
 
         def evaluate_and_prune(checkpoint: Path) -> None:
-            if mask_digest:
-                result = evaluate_checkpoint(checkpoint, config, mask_digest, device.type, ranks)
-                training_log.held_out(cursor.step, result)
-            ranks.from_first(lambda: prune(run, config.train.keep_checkpoints))
+            results = evaluate_checkpoint(checkpoint, run.config, run.digests, device.type, ranks)
+            training_log.held_out(cursor.step, results)
+            ranks.from_first(lambda: prune(run.folder, config.train.keep_checkpoints))
 
-        if saved:
-            evaluate_and_prune(saved)  # a kill may have prevented it, or the held-out text may have changed
-        while cursor.step < steps:
-            step = cursor.step
-            cursor, batch = next(batches)
+        if first_step is not None:
+            with training_log.paused():
+                results = evaluate_initial(run.folder, model, run.config, run.digests, device.type, ranks)
+                training_log.held_out(first_step, results)
+        if start and start.is_relative_to(run.folder):
+            evaluate_and_prune(start)  # a kill may have prevented it, or the held-out text may have changed
+        while not schedule.is_over(cursor):
+            before, (cursor, batch) = cursor, next(batches)
+            micro_batches = schedule.micro_batches(before)
             masked, tokens, stopping = ranks.sum(
-                sum(len(micro.targets) for micro in batch), sum(micro.tokens for micro in batch), len(stop)
+                sum(len(micro.targets) for micro in batch), sum(micro.tokens for micro in batch), len(run.stop)
             )
-            factor = learning_rate_factor(step, steps, config.optim)
+            factor = schedule.learning_rate_factor(before, cursor)
             lr = factor * config.optim.lr
             # One dropout seed per micro-batch, so there is no generator state to save and ranks change nothing.
-            seeds = range(config.train.seed + step * micro_batches, config.train.seed + (step + 1) * micro_batches)
-            seeds = seeds[ranks.rank :: ranks.world]
+            seed = config.train.seed + before.step * most
+            seeds = range(seed, seed + micro_batches)[ranks.rank :: ranks.world]
             try:
                 loss = backward(module, batch, seeds, scale=ranks.world / max(masked, 1), device=device)
             except RuntimeError as error:
-                raise _memory_error(error, config, run) or error from error
+                raise _memory_error(error, config, run.folder) or error from error
             grad_norm = clip_gradients(model, config.optim.max_grad_norm)
             loss = ranks.sum(loss)[0] / ranks.world
             if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-                raise _not_finite(run, step, loss, grad_norm, lr, batch)
+                raise _not_finite(run.folder, before.step, loss, grad_norm, lr, batch)
             update(optimizers, factor)
+            share = schedule.done(cursor) / schedule.total
             description = training_log.record(
                 cursor.step,
                 epoch=cursor.epoch,
@@ -184,43 +247,50 @@ def _train(
                 gradient_norm=grad_norm,
                 tokens=int(tokens),
                 masked=int(masked),
-                mask_prob=config.masking.recipe(step / max(steps - 1, 1)).mask_prob,
+                capacity=micro_batches * config.train.micro_batch_tokens,
+                mask_prob=schedule.recipe(before, cursor).mask_prob,
+                share=share,
+                steps_left=round(cursor.phase_steps * (1 / share - 1)),
             )
-            bar.update(task, completed=cursor.step, description=description)
-            is_last = cursor.step == steps
+            bar.update(task, completed=schedule.done(cursor), description=description)
+            is_last = schedule.is_over(cursor)
             if stopping or is_last or cursor.step % config.train.save_every == 0:
-                state = {**asdict(cursor), "log": training_log.open_sums()}
+                state = State(config, data.rows.position(cursor), name, is_last, training_log.open_sums())
                 with training_log.paused():
-                    checkpoint = save_checkpoint(run, state, model, optimizers, ranks)
-                    if stopping and not is_last:
-                        raise _stopped(stop, cursor.step, steps, checkpoint)
+                    checkpoint = save_checkpoint(run.folder, state, model, optimizers, ranks)
+                    if stopping and not (is_last and cursor.phase + 1 == len(run.schedules)):
+                        raise _stopped(run.stop, cursor.step, checkpoint)
                     evaluate_and_prune(checkpoint)
-    ranks.from_first(lambda: finish(run))
-    return run / "model"
+    return state
 
 
-def is_finished(run: Path, mask_digest: str) -> bool:
-    """Whether the run has its model and, if `mask_digest` names a held-out text, its result on that text.
+def is_finished(run: Path, schedules: Sequence[Schedule], digests: dict[str, str]) -> bool:
+    """Whether the run is over, and has its model and the results on the held-out texts with these mask digests.
 
-    Raises `UserError` when no checkpoint is left to measure that result on.
+    Raises `UserError` when no checkpoint is left to measure a missing result on.
     """
-    measured = (read_remeasurable(run / HELD_OUT_METRICS) or {}).get("mask_digest", "")
-    has_model, is_measured = (run / "model").exists(), mask_digest in ("", measured)
-    if has_model and not is_measured and not last_checkpoint(run):
+    measured = read_remeasurable(run / HELD_OUT_METRICS) if digests else None
+    has_model, last = (run / "model").exists(), last_checkpoint(run)
+    is_measured = all((measured or {}).get(name, {}).get("mask_digest") == digests[name] for name in digests)
+    with resuming(last):
+        is_over = not (last and next_position(read_state(last, verify=False).position, schedules))
+    if has_model and not is_measured and not last:
         raise UserError(f"{run} is finished and has no checkpoint to evaluate: use mlmkit eval {run / 'model'}")
-    return has_model and is_measured
+    return has_model and is_measured and is_over
 
 
-def finish(run: Path) -> None:
-    """Copy the last checkpoint to `RUN/model`, and write its held-out result and the loss curve.
+def finish(run: Path, digests: dict[str, str]) -> None:
+    """Copy the last checkpoint to `RUN/model`, and write its held-out results and the loss curve.
 
     Raises `CheckError` if no step had a token to predict.
     """
     last = last_checkpoint(run)
     if not last or not any("loss" in entry for entry in read_log(run)):
         raise CheckError(f"no step of {run} had a token to predict: raise masking.mask_prob or the batch size")
-    if result := held_out_result(last):
-        write_record(run / HELD_OUT_METRICS, {"mask_digest": result["mask_digest"], **result["metrics"]})
+    results = {name: held_out_result(last, name, digest) for name, digest in digests.items()}
+    if results:
+        metrics = {name: held_out_metrics(result) for name, result in results.items() if result}
+        write_record(run / HELD_OUT_METRICS, metrics)
     draw_loss(run)
     copy_model(last, run / "model")
 
@@ -265,10 +335,10 @@ def stop_signals(run: Path, ranks: Ranks) -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def _stopped(seen: list[int], step: int, steps: int, checkpoint: Path) -> StoppedError:
+def _stopped(seen: list[int], step: int, checkpoint: Path) -> StoppedError:
     number = next(iter(seen), signal.SIGTERM)  # another rank may have received it
     name = signal.Signals(number).name
-    return StoppedError(f"{name}: saved step {step} of {steps} in {checkpoint}: the same command resumes", number)
+    return StoppedError(f"{name}: saved step {step} in {checkpoint}: the same command resumes", number)
 
 
 def _memory_error(error: RuntimeError, config: Config, run: Path) -> UserError | None:

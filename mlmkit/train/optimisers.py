@@ -1,6 +1,5 @@
-"""Optimisers and the learning rate schedule."""
+"""The optimisers."""
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -18,7 +17,7 @@ def build_optimizers(model: MaskedLM, config: OptimConfig) -> list[torch.optim.O
     """AdamW or StableAdamW for everything that is trained; or Muon for the hidden matrices and AdamW for the rest.
 
     Weight decay is decoupled and leaves out vectors: biases and the scales of normalisations. Every group has an
-    `initial_lr`, which `learning_rate_factor` scales. Muon's updates are scaled to the size of AdamW's (Liu et al.
+    `initial_lr`, which the schedule scales. Muon's updates are scaled to the size of AdamW's (Liu et al.
     2025, "Muon is scalable for LLM training", equation 4), so one learning rate serves both. Call it after
     `fully_shard`, which replaces the parameters.
 
@@ -56,24 +55,6 @@ def hidden_matrices(model: MaskedLM) -> list[Tensor]:
     """
     linear = [module for layer in encoder_layers(model) for module in layer.modules() if isinstance(module, nn.Linear)]
     return list({id(module.weight): module.weight for module in linear}.values())
-
-
-def learning_rate_factor(step: int, steps: int, config: OptimConfig) -> float:
-    """The factor on the peak learning rate at `step` of `steps`, counted from 0: above 0, at most 1.
-
-    Linear warm-up over `warmup_steps`; then `linear` or `cosine` decay, or `wsd`: constant, with linear decay over the
-    last `decay_share` of all steps (Hu et al. 2024, MiniCPM; Hägele et al. 2024). Decay reaches zero at `steps`, so
-    the last step still learns.
-    """
-    warmup = min(config.warmup_steps, steps)
-    if step < warmup:
-        return (step + 1) / warmup
-    left = steps - step
-    if config.schedule == "wsd":
-        decay = max(1, min(round(config.decay_share * steps), steps - warmup))
-        return min(1.0, left / decay)
-    share_left = left / (steps - warmup)
-    return share_left if config.schedule == "linear" else 0.5 - 0.5 * math.cos(math.pi * share_left)
 
 
 class StableAdamW(torch.optim.Optimizer):

@@ -1,12 +1,17 @@
 """The order of the training windows: a function of seed and epoch, computed where it is needed and never stored.
 
-Each source is an endless stream: pass after pass over its windows, each pass with its own permutation. Epoch e takes
-from a source of n windows and weight w the stretch `floor(e * w * n)` to `floor((e + 1) * w * n)` of its stream, and
-shuffles the stretches of all sources together. An epoch is computed in blocks, so a run can resume at any of them.
+Each text is an endless stream: pass after pass over its windows, each pass with its own permutation. Epoch e takes from
+a text of n windows and weight w the stretch `floor(e * w * n)` to `floor((e + 1) * w * n)` of its stream. An epoch is
+computed in blocks: a block takes its part of each stretch and shuffles them together. So at the end of a block, what
+has been seen of a text is a beginning of its stream, and within a block that and a short list.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from hashlib import blake2b
 from math import floor
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,19 +23,96 @@ SMALLEST_HALF = 3  # bits; with fewer a round has so few functions that permutat
 
 @dataclass(frozen=True)
 class Cursor:
-    """A point between two global batches: `step` are done, and `packs` packs of this block of this epoch are used."""
+    """A point between two global batches.
+
+    `step` steps of the run are done. The run is in phase `phase`, of which it has done `phase_steps` steps with
+    `phase_tokens` real tokens. `packs` packs of this block of this epoch are used.
+    """
 
     step: int = 0
+    phase: int = 0
+    phase_steps: int = 0
+    phase_tokens: int = 0
     epoch: int = 0
     block: int = 0
     packs: int = 0
 
 
 @dataclass(frozen=True)
-class Order:
-    """Sources with `sizes` windows each (positive), of which an epoch shows `passes` passes."""
+class Stream:
+    """The windows of a text with `size` windows of at most `capacity` tokens: pass after pass, without end.
 
-    sizes: tuple[int, ...]
+    `text` is the fingerprint of the text. `begin` windows came earlier in the run, except those in `left`, which come
+    first now.
+    """
+
+    text: str
+    capacity: int
+    size: int
+    begin: int = 0
+    left: tuple[int, ...] = ()
+
+    @cached_property
+    def key(self) -> int:
+        """What, besides the seed, decides about the permutations."""
+        digest = blake2b(f"{self.text} {self.capacity}".encode(), digest_size=8).digest()
+        return int.from_bytes(digest, "little") | 1  # 0 is the key of the blocks
+
+    def at(self, index: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Entries of what is left of the stream, as positions in the whole stream; same shape."""
+        waiting = len(self.left)
+        position = self.begin + index - waiting
+        position[index < waiting] = np.array(self.left, np.int64)[index[index < waiting]]
+        return position
+
+    def after(self, seen: Sequence["Stream"]) -> "Stream":
+        """The stream after what earlier phases have seen of it.
+
+        If they cut the text into other windows, it begins a new pass, with new masks.
+        """
+        for stream in seen:
+            if (stream.text, stream.capacity) == (self.text, self.capacity):
+                return stream
+            if stream.text == self.text:
+                return replace(self, begin=-(-stream.begin // stream.size) * self.size)
+        return self
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where the data of a run stands, as a checkpoint keeps it.
+
+    `cursor` counts in the order over `streams`, in packs as `identity` says (`RowBuilder.identity`). An order over
+    other texts or in other packs continues with `remaining`.
+    """
+
+    cursor: Cursor = Cursor()
+    identity: dict[str, Any] = field(default_factory=dict)
+    streams: tuple[Stream, ...] = ()
+    remaining: tuple[Stream, ...] = ()
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> "Position":
+        """The position that `dataclasses.asdict` and JSON have written."""
+        streams = (
+            tuple(Stream(**{**stream, "left": tuple(stream["left"])}) for stream in values[name])
+            for name in ("streams", "remaining")
+        )
+        return cls(Cursor(**values["cursor"]), values["identity"], *streams)
+
+    def next_phase(self, phase: int) -> "Position":
+        """The same point of the data as the beginning of a phase."""
+        return replace(self, cursor=replace(self.cursor, phase=phase, phase_steps=0, phase_tokens=0))
+
+
+NOWHERE = Position()
+
+
+@dataclass(frozen=True)
+class Order:
+    """Streams with at least one window each, of which an epoch shows `passes` passes."""
+
+    streams: tuple[Stream, ...]
     passes: tuple[float, ...]
     seed: int
 
@@ -40,33 +122,56 @@ class Order:
         return max(size // WINDOWS_PER_BLOCK, min(size, 1))
 
     def block(self, epoch: int, block: int) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
-        """The windows of a block in order: source, pass since the start of training, and window, each `[windows]`.
+        """The windows of a block in order: text, pass since the start of training, and window, each `[windows]`.
 
-        The blocks of an epoch differ in size by one window at most, so the last is not small.
+        The blocks of an epoch differ by one window per text at most, so the last is not small.
         """
-        begin, end = self._stretches(epoch).T
-        ends = np.cumsum(end - begin)
-        size, blocks = int(ends[-1]), self.blocks(epoch)
-        index = np.arange(block * size // blocks, (block + 1) * size // blocks)
-        shuffled = permute(index, size, self._key(0, epoch))
-        source = np.searchsorted(ends, shuffled, side="right")
-        in_stream = shuffled - ends[source] + end[source]
-        number, window = np.divmod(in_stream, np.array(self.sizes)[source])
-        for stream, size in enumerate(self.sizes):
-            for pass_number in np.unique(number[source == stream]).tolist():
-                here = (source == stream) & (number == pass_number)
-                window[here] = permute(window[here], size, self._key(1 + stream, pass_number))
+        source, position = self._positions(epoch, block)
+        number, window = np.divmod(position, np.array([stream.size for stream in self.streams])[source])
+        for index, stream in enumerate(self.streams):
+            for pass_number in np.unique(number[source == index]).tolist():
+                here = (source == index) & (number == pass_number)
+                window[here] = permute(window[here], stream.size, self._key(stream.key, [1, pass_number]))
         return source, number, window
 
-    def _stretches(self, epoch: int) -> NDArray[np.int64]:
-        """Begin and end of the epoch's stretch in the stream of each source, `[sources, 2]`."""
-        shares = zip(self.sizes, self.passes, strict=True)
-        return np.array([[floor(e * weight * size) for e in (epoch, epoch + 1)] for size, weight in shares])
+    def remaining(self, epoch: int, block: int, unused: NDArray[np.int64]) -> tuple[Stream, ...]:
+        """The streams after this block, of which the windows at the places `unused` are still to come."""
+        source, position = self._positions(epoch, block)
+        remaining = []
+        for index, (stream, (_, end)) in enumerate(zip(self.streams, self._parts(epoch, block).tolist(), strict=True)):
+            left = position[unused[source[unused] == index]].tolist()
+            begin = stream.begin + max(end - len(stream.left), 0)
+            remaining.append(replace(stream, begin=begin, left=(*left, *stream.left[end:])))
+        return tuple(remaining)
 
-    def _key(self, stream: int, number: int) -> NDArray[np.uint64]:
+    def _positions(self, epoch: int, block: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Text, and position in its stream, of the windows of a block in order."""
+        begin, end = self._parts(epoch, block).T
+        ends = np.cumsum(end - begin)
+        size = int(ends[-1])
+        shuffled = permute(np.arange(size), size, self._key(0, [0, epoch, block]))
+        source = np.searchsorted(ends, shuffled, side="right")
+        position = shuffled - ends[source] + end[source]
+        for index, stream in enumerate(self.streams):
+            here = source == index
+            position[here] = stream.at(position[here])
+        return source, position
+
+    def _parts(self, epoch: int, block: int) -> NDArray[np.int64]:
+        """Begin and end of the block's part of each stretch, `[texts, 2]`."""
+        begin, end = self._stretches(epoch).T
+        blocks = self.blocks(epoch)
+        return np.stack([begin + number * (end - begin) // blocks for number in (block, block + 1)], axis=1)
+
+    def _stretches(self, epoch: int) -> NDArray[np.int64]:
+        """Begin and end of the epoch's stretch in what is left of each stream, `[texts, 2]`."""
+        shares = zip(self.streams, self.passes, strict=True)
+        return np.array([[floor(e * weight * stream.size) for e in (epoch, epoch + 1)] for stream, weight in shares])
+
+    def _key(self, key: int, counter: list[int]) -> NDArray[np.uint64]:
         # uint64 from the start: NumPy turns a list with an entry above 2**63 into floats.
-        key, counter = np.array([self.seed, stream], np.uint64), np.array([0, 0, 1, number], np.uint64)
-        return np.random.Philox(key=key, counter=counter).random_raw(ROUNDS)
+        keys, counters = np.array([self.seed, key], np.uint64), np.array([0, *counter, 0, 0][:4], np.uint64)
+        return np.random.Philox(key=keys, counter=counters).random_raw(ROUNDS)
 
 
 def permute(index: NDArray[np.int64], size: int, key: NDArray[np.uint64]) -> NDArray[np.int64]:

@@ -82,18 +82,29 @@ def build_config(architecture: str, tokenizer: Tokenizer, max_length: int) -> Pr
         config = AutoConfig.for_model(model_type, **values)
     refuse_other_models(config, architecture)
     config.vocab_size = tokenizer.vocabulary_size
-    for name in ("pad", "bos", "eos", "cls", "sep"):
-        if hasattr(config, f"{name}_token_id"):
-            token = tokenizer.named.get(f"{name}_token")
-            setattr(config, f"{name}_token_id", None if token is None else tokenizer.token_id(token))
+    set_special_ids(config, tokenizer)
     config.max_position_embeddings = max_length
     for name in ATTENTION_DROPOUT:
         if hasattr(config, name):
             setattr(config, name, 0.0)
     # Position ids of the RoBERTa family begin at padding_idx + 1, so their table needs that many extra rows.
-    with as_user_error(architecture), torch.device("meta"):
-        config.max_position_embeddings += MaskedLM(AutoModelForMaskedLM.from_config(config)).position_offset
+    with as_user_error(architecture):
+        config.max_position_embeddings += position_offset(config)
     return config
+
+
+def set_special_ids(config: PreTrainedConfig, tokenizer: Tokenizer) -> None:
+    """Set the ids of the special tokens that the configuration has entries for."""
+    for name in ("pad", "bos", "eos", "cls", "sep"):
+        if hasattr(config, f"{name}_token_id"):
+            token = tokenizer.named.get(f"{name}_token")
+            setattr(config, f"{name}_token_id", None if token is None else tokenizer.token_id(token))
+
+
+def position_offset(config: PreTrainedConfig) -> int:
+    """`MaskedLM.position_offset` of a model with this configuration."""
+    with torch.device("meta"):
+        return MaskedLM(AutoModelForMaskedLM.from_config(config)).position_offset
 
 
 def fit_output_bias(model: MaskedLM, corpora: Sequence[Corpus], weights: Sequence[float]) -> None:

@@ -5,7 +5,7 @@ rows that it trains on.
 """
 
 from collections.abc import Generator, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import islice
 from typing import Any
@@ -18,8 +18,9 @@ from mlmkit.corpus import Corpus, gather
 from mlmkit.errors import UserError
 from mlmkit.masking import MaskRecipe, corrupt
 from mlmkit.tokenizer import Tokenizer
-from mlmkit.train.config import Config
-from mlmkit.train.order import Cursor, Order
+from mlmkit.train.config import Config, DataConfig
+from mlmkit.train.order import NOWHERE, Cursor, Order, Position, Stream
+from mlmkit.train.schedule import Schedule, make_schedule
 from mlmkit.windows import ranges, window_table
 
 
@@ -56,14 +57,52 @@ class Rows:
     documents: list[str]
 
 
+def passes_per_epoch(data: DataConfig, corpora: Sequence[Corpus]) -> tuple[float, ...]:
+    """How often an epoch shows each text, for `data.weights` or `data.temperature`.
+
+    With temperature t, a text of n tokens gets n ** t / Σ n ** t of an epoch that is as long as with t = 1 (Conneau and
+    Lample 2019, section 3.1).
+    """
+    if data.temperature is None:
+        return data.weights or (1.0,) * len(corpora)
+    sizes = np.array([len(corpus.ids) for corpus in corpora], float)
+    shares = sizes**data.temperature
+    return tuple((shares / shares.sum() * sizes.sum() / sizes).tolist())
+
+
+def _refuse_repeats(corpora: Sequence[Corpus]) -> None:
+    names: dict[str, str] = {}
+    for corpus in corpora:
+        if corpus.fingerprint and corpus.fingerprint in names:
+            twice = f"{names[corpus.fingerprint]} and {corpus.name}"
+            raise UserError(f"data.train names the same text twice ({twice}): leave one out, and set data.weights")
+        names[corpus.fingerprint] = corpus.name
+
+
+def phase_schedule(config: Config, corpora: Sequence[Corpus], tokenizer: Tokenizer) -> Schedule:
+    """The schedule of a phase; the windows of its texts are counted only if its length is in epochs."""
+    if config.train.epochs:
+        return RowBuilder(config, corpora, tokenizer, packed=True).schedule
+    return make_schedule(config, 0)
+
+
 class RowBuilder:
     """Packs windows up to a token budget, frames included, and builds their rows.
 
-    Without `packed`, windows of similar length share a batch that fits the budget with its padding. Raises `UserError`
-    when there is nothing to train on.
+    `position` is where the run stands, and `cursor` is the same point in this phase's order. Without `packed`, windows
+    of similar length share a batch that fits the budget with its padding. Raises `UserError` when there is nothing to
+    train on, or the schedule does not fit.
     """
 
-    def __init__(self, config: Config, corpora: Sequence[Corpus], tokenizer: Tokenizer, *, packed: bool) -> None:
+    def __init__(
+        self,
+        config: Config,
+        corpora: Sequence[Corpus],
+        tokenizer: Tokenizer,
+        *,
+        packed: bool,
+        position: Position = NOWHERE,
+    ) -> None:
         self.max_length, self.budget = config.model.max_length, config.train.micro_batch_tokens
         self.capacity = self.max_length - tokenizer.added_tokens
         if self.capacity < 1:
@@ -74,10 +113,7 @@ class RowBuilder:
         for corpus, windows in zip(corpora, self.windows, strict=True):
             if not len(windows):
                 raise UserError(f"the training text has no tokens: {corpus.name}")
-        passes = config.data.passes
-        self.order = Order(tuple(len(windows) for windows in self.windows), passes, self.seed)
-        if sum(size * weight for size, weight in zip(self.order.sizes, passes, strict=True)) < 1:
-            raise UserError("data.weights leave less than one document per epoch: raise them")
+        _refuse_repeats(corpora)
         self.vocabulary, self.added = tokenizer.masking, tokenizer.added_tokens
         self.prefix, self.suffix = np.array(tokenizer.prefix, np.int64), np.array(tokenizer.suffix, np.int64)
         # Twice the mean number of documents per pack. On paragraphs of Wikipedia the mean was 76 and the most 94.
@@ -86,6 +122,25 @@ class RowBuilder:
             int(2 * self.budget / min(mean, self.max_length)) + 8 if config.train.compile and packed else None
         )
         self.fill = partial(pack, max_members=self.max_members) if packed else bucketed
+        self.packed, self.passes = packed, passes_per_epoch(config.data, corpora)
+        streams = [Stream(c.fingerprint, self.capacity, len(w)) for c, w in zip(corpora, self.windows, strict=True)]
+        if sum(stream.size * weight for stream, weight in zip(streams, self.passes, strict=True)) < 1:
+            raise UserError("data.weights leave less than one document per epoch: raise them")
+        self.schedule = make_schedule(config, self.epoch_tokens)
+        is_same = position.identity == self.identity
+        seen = position.streams if is_same else position.remaining
+        self.cursor = position.cursor if is_same else replace(position.cursor, epoch=0, block=0, packs=0)
+        self.order = Order(tuple(stream.after(seen) for stream in streams), self.passes, self.seed)
+        self.others = tuple(stream for stream in seen if stream.text not in {each.text for each in streams})
+
+    @property
+    def epoch_tokens(self) -> float:
+        """Tokens per epoch, special tokens included."""
+        sizes = [
+            len(corpus.ids) + self.added * len(windows)
+            for corpus, windows in zip(self.corpora, self.windows, strict=True)
+        ]
+        return sum(size * weight for size, weight in zip(sizes, self.passes, strict=True))
 
     @cached_property
     def windows(self) -> list[NDArray[np.int64]]:
@@ -96,29 +151,45 @@ class RowBuilder:
         """Leave the tables out: pickling a memory map copies its content, so a worker maps them itself."""
         return {name: value for name, value in vars(self).items() if name != "windows"}
 
-    def global_batches(
-        self,
-        cursor: Cursor,
-        *,
-        micro_batches: int,
-        steps: int,
-        rank: int = 0,
-        world: int = 1,
-        index: int = 0,
-        every: int = 1,
-    ) -> Generator[tuple[Cursor, list[Rows]], None, None]:
-        """Yield the cursor after each global batch, with this rank's packs of it, from `cursor` until `steps` are done.
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What decides about the packs, as JSON holds it: if it is the same in the next phase, its cursor continues."""
+        return {
+            "texts": [corpus.fingerprint for corpus in self.corpora],
+            "passes": list(self.passes),
+            "packing": [self.capacity, self.budget, self.packed, self.max_members],
+        }
 
-        Worker `index` of `every` builds every `every`-th batch only. The mask rate depends on the share of `steps`.
+    def position(self, cursor: Cursor) -> Position:
+        """What a checkpoint keeps at `cursor`."""
+        windows = self.block(cursor.epoch, cursor.block)
+        packs = self.fill((windows.length + self.added).tolist(), self.budget)
+        used = [index for members in islice(packs, cursor.packs) for index in members]
+        unused = np.delete(np.arange(len(windows.length)), used)
+        remaining = self.order.remaining(cursor.epoch, cursor.block, unused)
+        return Position(cursor, self.identity, (*self.order.streams, *self.others), (*remaining, *self.others))
+
+    def global_batches(
+        self, cursor: Cursor, *, rank: int = 0, world: int = 1, index: int = 0, every: int = 1
+    ) -> Generator[tuple[Cursor, list[Rows]], None, None]:
+        """Yield the cursor after each global batch, with this rank's packs of it, from `cursor` to the phase's end.
+
+        Worker `index` of `every` builds every `every`-th batch only.
         """
-        packs = self.packs(cursor)
-        for step in range(cursor.step, steps):
-            batch = list(islice(packs, micro_batches))
-            if (step - cursor.step) % every == index:
-                recipe = self.masking.recipe(step / max(steps - 1, 1))
-                last = batch[-1][0]
-                after = Cursor(step + 1, last.epoch, last.block, last.packs)
+        packs, first = self.packs(cursor), cursor.step
+        while not self.schedule.is_over(cursor):
+            batch = list(islice(packs, self.schedule.micro_batches(cursor)))
+            tokens = sum(int(block.length[members].sum()) + self.added * len(members) for _, block, members in batch)
+            after = replace(
+                batch[-1][0],
+                step=cursor.step + 1,
+                phase_steps=cursor.phase_steps + 1,
+                phase_tokens=cursor.phase_tokens + tokens,
+            )
+            if (cursor.step - first) % every == index:
+                recipe = self.schedule.recipe(cursor, after)
                 yield after, [self.build(block.take(members), recipe) for _, block, members in batch[rank::world]]
+            cursor = after
 
     def packs(self, cursor: Cursor) -> Iterator[tuple[Cursor, Block, list[int]]]:
         """Yield packs without end, starting at `cursor`: the cursor after each, its block, and its windows there."""
@@ -128,7 +199,7 @@ class RowBuilder:
                 windows = self.block(epoch, number)
                 packs = self.fill((windows.length + self.added).tolist(), self.budget)
                 for count, members in enumerate(islice(packs, taken, None), taken + 1):
-                    yield Cursor(cursor.step, epoch, number, count), windows, members
+                    yield replace(cursor, epoch=epoch, block=number, packs=count), windows, members
                 taken = 0
             epoch, block = epoch + 1, 0
 

@@ -1,46 +1,42 @@
 """The start of a run: create its folder or check that an existing one fits, tokenise the texts, build the model."""
 
-import copy
 import json
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict
-from itertools import chain, repeat
+from itertools import chain, repeat, zip_longest
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from transformers import AutoModelForMaskedLM, AutoTokenizer, PreTrainedConfig
+from transformers import AutoTokenizer
 
-from mlmkit.backends.torch import pick_device
 from mlmkit.corpus import Corpus, load_corpus, warn_of_words
-from mlmkit.distributed import Ranks, available_memory
-from mlmkit.documents import HUB, existing_file, read_documents
+from mlmkit.distributed import Ranks
+from mlmkit.documents import HUB, Source, existing_file, read_documents
 from mlmkit.errors import UserError, as_user_error, require
-from mlmkit.files import RUN, atomic, content, locate_model, locked, read_record, sweep, write_record
+from mlmkit.files import RUN, atomic, content, file_sha256, locate_model, locked, read_record, sweep, write_record
 from mlmkit.model import MaskedLM
 from mlmkit.packing import enable_packing
-from mlmkit.pretrained import from_pretrained, load_pretrained, load_tokenizer, save_tokenizer
+from mlmkit.pretrained import from_pretrained, load_tokenizer, save_tokenizer
 from mlmkit.tokenizer import Tokenizer
-from mlmkit.train.checkpoints import saved_checkpoints
-from mlmkit.train.config import Config
+from mlmkit.train.checkpoints import CURSOR, last_checkpoint, read_state, resuming, saved_checkpoints
+from mlmkit.train.config import CHANGEABLE, LENGTHS, WARMUPS, Config, RunConfig, as_tables
 from mlmkit.train.data import TrainingData
-from mlmkit.train.held_out import held_out_digest
-from mlmkit.train.presets import build_config, fit_output_bias
-from mlmkit.train.rows import RowBuilder
+from mlmkit.train.held_out import held_out_digests
+from mlmkit.train.model_setup import build_model, check_later_phase
+from mlmkit.train.order import NOWHERE, Cursor, Position
+from mlmkit.train.presets import fit_output_bias
+from mlmkit.train.rows import RowBuilder, passes_per_epoch, phase_schedule
+from mlmkit.train.schedule import may_follow
 from mlmkit.train.step import checkpoint_layers, freeze_unused
 from mlmkit.train.tokenizer import train_tokenizer
+from mlmkit.train.vocabulary import add_tokens
 
 log = logging.getLogger(__name__)
 
-LOGGING = ("log_every", "tensorboard", "wandb")
-# Settings that may change on resume: they affect neither data nor weights. Texts are compared by their fingerprints.
-CHANGEABLE = {
-    "data": ("train", "held_out", "text_field", "blank_line", "workers"),
-    "train": ("device", "parallel", "checkpoint_activations", "save_every", "keep_checkpoints", *LOGGING),
-}
+# Continued pretraining: BioBERT 5e-5, Gururangan et al. 2020 1e-4 (batches of 256) and 5e-4 (batches of 2,048).
+HIGHEST_RATE = 5e-4
 WARN_ABOVE, REFUSE_ABOVE = 0.01, 0.5  # shares of a text's characters that become unknown tokens
 
 
@@ -57,93 +53,167 @@ def run_lock(run: Path, ranks: Ranks) -> Iterator[None]:
         yield
 
 
-def begin_or_check(config: Config, run: Path, ranks: Ranks) -> tuple[Tokenizer, list[Corpus]]:
-    """The run's tokenizer and tokenised texts.
+def begin_or_check(
+    config: Config, run: Path, ranks: Ranks, start_from: Path | None = None
+) -> tuple[Tokenizer, dict[Source, Corpus]]:
+    """The run's tokenizer and the tokenised texts of all phases.
 
     The folder of a new run, with `tokenizer/` and `run.json`, is created atomically, and only if training can start. A
     folder begun with another configuration, text or tokenizer raises `UserError` that names the first difference; if it
-    has no checkpoint yet, nothing is lost and it begins anew.
+    has no checkpoint yet, nothing is lost and it begins anew. What has not begun may change: later phases, and the
+    length of a phase on its plateau.
     """
-    corpora: list[Corpus] = []
+    texts: dict[Source, Corpus] = {}
 
     def check() -> list[Path | None]:
-        corpora.extend(_begin_or_check(config, run, ranks))
-        return [corpus.folder for corpus in corpora]
+        texts.update(_begin_or_check(config, run, ranks, start_from))
+        return [corpus.folder for corpus in texts.values()]
 
     cached = ranks.from_first(check)
     tokenizer = load_tokenizer(str(run / "tokenizer"))
-    if not corpora:
+    if not texts:
         # Finding a text's cache folder hashes the text, which only the first rank does. A machine that does not share
         # the token cache hashes its own copy.
         folders = [folder if folder and folder.exists() else None for folder in cached]
-        corpora = list(map(load_corpus, config.data.sources, repeat(tokenizer), folders))
-    return tokenizer, corpora
+        sources = _sources(config)
+        texts.update(zip(sources, map(load_corpus, sources, repeat(tokenizer), folders), strict=True))
+    return tokenizer, texts
 
 
-def _begin_or_check(config: Config, run: Path, ranks: Ranks) -> list[Corpus]:
+def corpora_of(phase: Config, texts: dict[Source, Corpus]) -> list[Corpus]:
+    """The training texts of a phase, in its order."""
+    return [texts[source] for source in phase.data.sources]
+
+
+def _sources(config: Config) -> list[Source]:
+    return list(dict.fromkeys(source for phase in config.phases.values() for source in phase.data.sources))
+
+
+def _begin_or_check(config: Config, run: Path, ranks: Ranks, start_from: Path | None) -> dict[Source, Corpus]:
     if config.optim.name == "stable_adamw":
         with as_user_error("optim.name"):
             require("stable-adamw", "optimi")
-    if (config.train.global_batch_tokens // config.train.micro_batch_tokens) % ranks.world:
-        raise UserError(
-            f"{ranks.world} processes cannot share train.global_batch_tokens ({config.train.global_batch_tokens}) "
-            f"evenly in parts of train.micro_batch_tokens ({config.train.micro_batch_tokens}): "
-            f"make it a multiple of {config.train.micro_batch_tokens * ranks.world}"
-        )
-    if config.data.held_out and not config.data.held_out.startswith(HUB):
-        existing_file(config.data.held_out)
+    for phase in config.phases.values():
+        _check_shares(phase.train, ranks)
+    for source in config.held_out_sources.values():
+        if not source.location.startswith(HUB):
+            existing_file(source.location)
     if not (run / RUN).exists() and not saved_checkpoints(run):
         if run.exists() and not run.is_dir():
             raise UserError(f"{run} is not a folder: choose another --output")
         if run.is_dir() and content(run):
             raise UserError(f"{run} holds something else than a training run: choose another --output")
-        return _begin(config, run)
+        return _begin(config, run, start_from)
     remedy = "delete that folder, or choose another --output and set model.init_from to a checkpoint of this run"
     before = read_record(run / RUN, remedy)
     try:
         tokenizer = load_tokenizer(str(run / "tokenizer"))
     except UserError as error:
         raise UserError(f"{error}: copy the tokenizer's files there from a checkpoint of the run") from None
-    corpora = _load_texts(config, tokenizer)
-    if difference := _first_difference(before, _identity(config, tokenizer, corpora), ""):
-        if saved_checkpoints(run) or (run / "model").exists():
-            raise UserError(
-                f"{run} was begun with another {difference}: choose another --output, or delete that folder"
-            )
+    texts = _load_texts(config, tokenizer)
+    now = _identity(config, tokenizer, texts, start_from)
+    if before == now:
+        return texts
+    last = last_checkpoint(run)
+    with resuming(last):
+        cursor = read_state(last, verify=False).position.cursor if last else None
+    difference = _first_difference(before, now, cursor)
+    if not difference:
+        write_record(run / RUN, now)
+        log.info("%s goes on with other settings for what it has not begun", run)
+    elif cursor or (run / "model").exists():
+        raise UserError(f"{run} was begun with another {difference}: choose another --output, or delete that folder")
+    else:
         log.info("%s was begun with another %s and has no checkpoint: beginning anew", run, difference)
-        return _begin(config, run)
-    return corpora
+        return _begin(config, run, start_from)
+    return texts
 
 
-def _begin(config: Config, run: Path) -> list[Corpus]:
+def _check_shares(train: RunConfig, ranks: Ranks) -> None:
+    """Raise `UserError` if the ranks cannot share a batch evenly."""
+    micro = train.micro_batch_tokens
+    for name in ("initial_batch_tokens", "global_batch_tokens"):
+        if (batch := getattr(train, name)) and batch // micro % ranks.world:
+            raise UserError(
+                f"{ranks.world} processes cannot share train.{name} ({batch}) evenly in parts of "
+                f"train.micro_batch_tokens ({micro}): make it a multiple of {micro * ranks.world}"
+            )
+
+
+def _begin(config: Config, run: Path, start_from: Path | None) -> dict[Source, Corpus]:
     try:
         with atomic(run, folder=True) as building:
-            tokenizer = _prepare_tokenizer(config, building / "tokenizer")
-            build_model(config, tokenizer)
-            corpora = _load_texts(config, tokenizer)
-            RowBuilder(config, corpora, tokenizer, packed=True)  # refuses texts that give no rows
-            write_record(building / RUN, _identity(config, tokenizer, corpora))
-        return corpora
+            if not start_from:
+                _warn_of_rate(config)
+            tokenizer = _prepare_tokenizer(config, building / "tokenizer", start_from)
+            texts = _load_texts(config, tokenizer)
+            first, *later = config.phases.values()
+            model = build_model(first, tokenizer, resume_from=start_from, quiet=True)
+            limit = model.max_length()
+            for phase in later:
+                check_later_phase(model, phase.model, limit)
+                limit = max(limit, phase.model.max_length)
+            for phase in config.phases.values():
+                RowBuilder(phase, corpora_of(phase, texts), tokenizer, packed=True)  # refuses texts that give no rows
+            write_record(building / RUN, _identity(config, tokenizer, texts, start_from))
+        return texts
     except OSError as error:
         raise UserError(f"cannot write {run}: {error.strerror or error}") from error
 
 
-def _identity(config: Config, tokenizer: Tokenizer, corpora: Sequence[Corpus]) -> dict[str, Any]:
+def _warn_of_rate(config: Config) -> None:
+    """Warn of a learning rate for a new model where an old one is trained further."""
+    rate = max(phase.optim.lr for phase in config.phases.values())
+    if config.model.init_from and rate > HIGHEST_RATE:
+        log.warning(
+            "optim.lr (%g) is a rate for new models: model.init_from forgets much at first. Published rates for "
+            "continued pretraining are 5e-5 to 5e-4",
+            rate,
+        )
+
+
+def _identity(
+    config: Config, tokenizer: Tokenizer, texts: dict[Source, Corpus], start_from: Path | None
+) -> dict[str, Any]:
     """Everything that must stay the same when a run resumes, as it is read back from JSON."""
-    tables = {"train": {}, **asdict(config)}  # first, because other settings follow from train.steps
-    for table, keys in CHANGEABLE.items():
-        for key in keys:
-            del tables[table][key]
-    fingerprints = [corpus.fingerprint for corpus in corpora]
-    return json.loads(json.dumps({"config": tables, "corpora": fingerprints, "tokenizer": tokenizer.fingerprint}))
+    phases = []
+    for name, phase in config.phases.items():
+        corpora, tables = corpora_of(phase, texts), as_tables(phase)
+        del tables["held_out"]  # may change on resume
+        for table, keys in [*CHANGEABLE.items(), ("train", LENGTHS), ("optim", WARMUPS)]:
+            for key in keys:
+                del tables[table][key]
+        schedule = phase_schedule(phase, corpora, tokenizer)
+        identity = {"length": schedule.identity, **tables, "corpora": [corpus.fingerprint for corpus in corpora]}
+        phases.append({"phase": name, **identity})
+    origin = file_sha256(start_from / CURSOR) if start_from else ""
+    return json.loads(json.dumps({"phases": phases, "tokenizer": tokenizer.fingerprint, "--from": origin}))
 
 
-def _first_difference(before: object, now: object, name: str) -> str:
+def _first_difference(before: dict[str, Any], now: dict[str, Any], cursor: Cursor | None) -> str:
+    """The first difference in what the run has done up to `cursor`; without one, in anything."""
+    if "phases" not in before:
+        return "version of mlmkit"
+    old, new = before["phases"], now["phases"]
+    if cursor:
+        old, new = old[: cursor.phase + 1], new[: cursor.phase + 1]
+        if len(old) == len(new) and may_follow(old[-1]["length"], new[-1]["length"], cursor):
+            old[-1] = {**old[-1], "length": new[-1]["length"]}
+    for one, other in zip_longest(old, new, fillvalue={"phase": "missing"}):
+        if difference := _difference(one, other, ""):
+            return f"{difference} in phase {other['phase']}" if other["phase"] else difference
+    return _difference({**before, "phases": []}, {**now, "phases": []}, "")
+
+
+def _difference(before: object, now: object, name: str) -> str:
     if name == "corpora" and before != now:
         return "text in data.train"
+    if name == "length" and isinstance(before, dict) and isinstance(now, dict) and before != now:
+        old, new = ("{total} {unit}, {warmup} of warm-up".format(**each) for each in (before, now))
+        return f"length ({old}, now {new}; only a constant learning rate can go on, or a branch of it: --from)"
     if isinstance(before, dict) and isinstance(now, dict):
         for key in {**before, **now}:
-            if difference := _first_difference(before.get(key), now.get(key), f"{name}.{key}".lstrip(".")):
+            if difference := _difference(before.get(key), now.get(key), f"{name}.{key}".lstrip(".")):
                 return difference
         return ""
     return "" if before == now else f"{name} ({before!r}, now {now!r})"
@@ -152,38 +222,48 @@ def _first_difference(before: object, now: object, name: str) -> str:
 # ---------------------------------------------------------------- tokenizer and texts
 
 
-def _prepare_tokenizer(config: Config, folder: Path) -> Tokenizer:
-    """The run's own copy: trained on the text, or taken from `tokenizer.path` or `model.init_from`."""
-    if given := config.model.init_from or config.tokenizer.path:
+def _prepare_tokenizer(config: Config, folder: Path, start_from: Path | None) -> Tokenizer:
+    """The run's own: trained on the text, or a copy from `tokenizer.path` or `model.init_from`, with added tokens.
+
+    A branch has that of its checkpoint.
+    """
+    settings, init_from = config.tokenizer, str(start_from or config.model.init_from)
+    if given := ("" if start_from else settings.path) or ("" if settings.vocab_size and not start_from else init_from):
         load_tokenizer(given)  # refuses what mlmkit cannot use
         tokenizer = from_pretrained(AutoTokenizer, locate_model(given))
-        limit = tokenizer.model_max_length if config.model.init_from else 0
-        tokenizer.model_max_length = max(limit, config.model.max_length)
+        limit = tokenizer.model_max_length if given == init_from else 0
+        tokenizer.model_max_length = max(limit, _longest(config))
     else:
-        log.info("training a %s tokenizer with %d entries", config.tokenizer.kind, config.tokenizer.vocab_size)
-        sources = config.data.sources
+        log.info("training a %s tokenizer with %d entries", settings.kind, settings.entries)
+        sources = _sources(config)
         tokenizer = train_tokenizer(
-            lambda: chain.from_iterable(map(read_documents, sources)), config.tokenizer, config.model.max_length
+            lambda: chain.from_iterable(map(read_documents, sources)), settings, _longest(config)
         )
+    if settings.add and not start_from:
+        tokenizer = add_tokens(tokenizer, settings.add)
     save_tokenizer(tokenizer, folder)
     return load_tokenizer(str(folder))
 
 
-def _load_texts(config: Config, tokenizer: Tokenizer) -> list[Corpus]:
-    """The tokenised training texts.
+def _longest(config: Config) -> int:
+    return max(phase.model.max_length for phase in config.phases.values())
 
-    Raises `UserError` if one of them, or the held-out text, cannot be read, is mostly unknown tokens, or has nothing to
+
+def _load_texts(config: Config, tokenizer: Tokenizer) -> dict[Source, Corpus]:
+    """The tokenised training texts of all phases.
+
+    Raises `UserError` if one of them, or a held-out text, cannot be read, is mostly unknown tokens, or has nothing to
     predict.
     """
-    corpora = [load_corpus(source, tokenizer) for source in config.data.sources]
-    held_out = [load_corpus(config.data.held_out_source, tokenizer)] if config.data.held_out else []
-    for corpus in [*corpora, *held_out]:
+    texts = {source: load_corpus(source, tokenizer) for source in _sources(config)}
+    held_out = {name: load_corpus(source, tokenizer) for name, source in config.held_out_sources.items()}
+    for corpus in [*texts.values(), *held_out.values()]:
         _check_vocabulary(corpus, tokenizer)
-    if config.masking.whole_word:
-        for corpus in corpora:
+    if any(phase.masking.whole_word for phase in config.phases.values()):
+        for corpus in texts.values():
             warn_of_words(corpus)
-    held_out_digest(config, tokenizer, *held_out)
-    return corpora
+    held_out_digests(config, tokenizer, held_out)
+    return texts
 
 
 def _check_vocabulary(corpus: Corpus, tokenizer: Tokenizer) -> None:
@@ -208,50 +288,26 @@ def _check_vocabulary(corpus: Corpus, tokenizer: Tokenizer) -> None:
 
 
 def prepare(
-    model: MaskedLM, config: Config, tokenizer: Tokenizer, corpora: Sequence[Corpus], *, resumed: bool = False
+    model: MaskedLM,
+    config: Config,
+    tokenizer: Tokenizer,
+    corpora: Sequence[Corpus],
+    *,
+    position: Position = NOWHERE,
+    is_fresh: bool = True,
 ) -> TrainingData:
-    """Make a model on the CPU ready for training, packed if its architecture allows, and return its batches."""
-    if not (resumed or config.model.init_from):
-        fit_output_bias(model, corpora, config.data.passes)
+    """Make a model on the CPU ready for training, packed if its architecture allows, and return its batches.
+
+    `is_fresh` says that the weights do not come from a checkpoint of a run.
+    """
+    if is_fresh and (config.model.new_head or not config.model.init_from):
+        fit_output_bias(model, corpora, passes_per_epoch(config.data, corpora))
     if config.train.checkpoint_activations:
         checkpoint_layers(model)
     freeze_unused(model)
     packed = enable_packing(model)
     if not packed:
         log.warning("%s cannot be packed: training on padded batches", type(model.network).__name__)
-    return TrainingData(config, corpora, tokenizer, packed=packed, position_offset=model.position_offset)
-
-
-def build_model(config: Config, tokenizer: Tokenizer, resume_from: Path | None = None) -> MaskedLM:
-    """The model from the checkpoint to resume, from `model.init_from`, or with random weights from `train.seed`.
-
-    Raises `UserError` when it does not take rows of `model.max_length`, or does not fit into memory.
-    """
-    torch.manual_seed(config.train.seed)
-    if checkpoint := resume_from or config.model.init_from:
-        model = load_pretrained(str(checkpoint))[0]
-        if config.model.max_length > model.max_length():
-            _lengthen(model, config.model.max_length, checkpoint)
-        return model
-    name = config.model.architecture
-    hf_config = build_config(name, tokenizer, config.model.max_length)
-    # Weights are float32. On a CPU, gradients and AdamW's two moments come on top.
-    count, free = _count_parameters(hf_config), available_memory() / 1e9
-    if (needed := count / 1e9 * (16 if pick_device(config.train.device) == "cpu" else 4)) > free:
-        raise UserError(f"{name} takes {needed:,.1f} GB of memory for {count:,} parameters; {free:,.1f} GB are free")
-    return MaskedLM(AutoModelForMaskedLM.from_config(hf_config))
-
-
-def _count_parameters(hf_config: PreTrainedConfig) -> int:
-    with torch.device("meta"):
-        return AutoModelForMaskedLM.from_config(hf_config).num_parameters()
-
-
-def _lengthen(model: MaskedLM, length: int, name: str | Path) -> None:
-    """Let a model whose positions are computed, not learned, take rows of `length` tokens."""
-    limit, hf_config = model.max_length(), copy.deepcopy(model.network.config)
-    hf_config.get_text_config().max_position_embeddings += length - limit
-    if _count_parameters(hf_config) != model.network.num_parameters():
-        raise UserError(f"{name} has a table of {limit} positions: model.max_length ({length}) must not exceed it")
-    log.info("%s was made for rows of %d tokens; training it on %d", name, limit, length)
-    model.network.config.get_text_config().max_position_embeddings += length - limit
+    return TrainingData(
+        config, corpora, tokenizer, packed=packed, position_offset=model.position_offset, position=position
+    )

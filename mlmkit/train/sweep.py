@@ -8,7 +8,7 @@ import logging
 import re
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,8 @@ from mlmkit.distributed import Ranks, ranks
 from mlmkit.errors import CheckError, UserError
 from mlmkit.files import RUN, locked, read_record, write_json, write_text
 from mlmkit.train.checkpoints import HELD_OUT_METRICS
-from mlmkit.train.config import Config, load_config
+from mlmkit.train.config import Config
+from mlmkit.train.config_file import load_config
 from mlmkit.train.log import can_draw
 from mlmkit.train.loop import train
 
@@ -43,14 +44,21 @@ class Trial:
     @property
     def values(self) -> dict[str, Any]:
         """The swept settings with their parsed values."""
-        tables = asdict(self.config)
-        return {key: tables[key.partition(".")[0]][key.partition(".")[2]] for key in self.texts}
+        values = {}
+        for key in self.texts:
+            *phase, table, name = key.split(".")  # phase.NAME.table.key or table.key
+            config = self.config.phases[phase[1]] if phase else self.config
+            values[key] = getattr(getattr(config, table), name)
+        return values
 
 
-def make_trials(path: str | Path, overrides: Sequence[str], sweeps: Sequence[str]) -> list[Trial]:
-    """One trial per combination of the values; each of `sweeps` is `table.key=value,value,...`.
+def make_trials(
+    path: str | Path, overrides: Sequence[str], sweeps: Sequence[str], base: Config | None = None
+) -> list[Trial]:
+    """One trial per combination of the values; each of `sweeps` is `table.key=value,value,...`. For `base` see
+    `load_config`.
 
-    Raises `UserError` if a configuration is invalid, if two are equal, or if `data.held_out` is missing.
+    Raises `UserError` if a configuration is invalid, if two are equal, or if there is no held-out text.
     """
     settings: dict[str, list[str]] = {}
     for sweep in sweeps:
@@ -64,8 +72,8 @@ def make_trials(path: str | Path, overrides: Sequence[str], sweeps: Sequence[str
     trials: list[Trial] = []
     for texts in product(*settings.values()):
         chosen = dict(zip(settings, texts, strict=True))
-        trial = Trial(chosen, load_config(path, [*overrides, *(f"{key}={text}" for key, text in chosen.items())]))
-        if not trial.config.data.held_out:
+        trial = Trial(chosen, load_config(path, [*overrides, *(f"{key}={text}" for key, text in chosen.items())], base))
+        if not trial.config.held_out_sources:
             raise UserError("a sweep compares its runs on held-out text: name it with data.held_out")
         if any(trial.config == other.config or trial.name == other.name for other in trials):
             raise UserError(f"--sweep: {trial.name} occurs twice")
@@ -73,7 +81,7 @@ def make_trials(path: str | Path, overrides: Sequence[str], sweeps: Sequence[str
     return trials
 
 
-def sweep(trials: Sequence[Trial], output: Path) -> dict[str, Any]:
+def sweep(trials: Sequence[Trial], output: Path, start_from: Path | None = None) -> dict[str, Any]:
     """Train and compare; returns the content of `OUTPUT/sweep.json`, and {} on all ranks but the first.
 
     Also writes `sweep.md` and `sweep.png`. A run that fails is listed with its `error`, and the others continue. Raises
@@ -85,20 +93,21 @@ def sweep(trials: Sequence[Trial], output: Path) -> dict[str, Any]:
     with ExitStack() as stack:
         own.from_first(lambda: stack.enter_context(locked(output)))
         own.close()  # each run joins again, with the backend that its device needs
-        return _sweep(trials, output, own)
+        return _sweep(trials, output, own, start_from)
 
 
-def _sweep(trials: Sequence[Trial], output: Path, own: Ranks) -> dict[str, Any]:
+def _sweep(trials: Sequence[Trial], output: Path, own: Ranks, start_from: Path | None) -> dict[str, Any]:
     rows, errors = [], []
     for number, trial in enumerate(trials, 1):
         if own.is_first:
             log.info("run %d of %d: %s", number, len(trials), trial.name)
         row = {"run": trial.name, "values": trial.values, "error": ""}
         try:
-            train(trial.config, output / trial.name)
+            train(trial.config, output / trial.name, start_from)
             if own.is_first:
                 run = output / trial.name
-                row |= read_record(run / HELD_OUT_METRICS, f"delete {run} and run again")
+                sets = read_record(run / HELD_OUT_METRICS, f"delete {run} and run again")
+                row |= {**sets.pop(next(iter(trial.config.held_out_sources))), "other_sets": sets}
         except (UserError, CheckError) as error:
             if own.is_first:
                 log.error("%s failed: %s", trial.name, error)
@@ -128,8 +137,9 @@ def _compare(rows: list[dict[str, Any]], trials: Sequence[Trial], output: Path) 
             )
     result = {
         "metric": METRIC,
-        "held_out": trials[0].config.data.held_out,
+        "held_out": next(iter(trials[0].config.held_out_sources.values())).location,
         "mask_digest": first["mask_digest"],
+        "unigram_entropy": first["unigram_entropy"],
         "best": min(evaluated, key=lambda row: row[METRIC]["value"])["run"],
         "runs": rows,
     }
@@ -143,19 +153,26 @@ def _compare(rows: list[dict[str, Any]], trials: Sequence[Trial], output: Path) 
 
 
 def table(result: dict[str, Any]) -> str:
-    """The comparison as a Markdown table."""
-    rows = [[*result["runs"][0]["values"], "masked cross-entropy", "95 % interval", "masked accuracy", ""]]
+    """The comparison as a Markdown table; other held-out texts have a column with their cross-entropy."""
+    others = next(list(run["other_sets"]) for run in result["runs"] if not run["error"])
+    rows = [[*result["runs"][0]["values"], "masked cross-entropy", "95 % interval", "masked accuracy", *others, ""]]
     for run in result["runs"]:
         if run["error"]:
-            measured = ["", "", "", f"failed: {run['error']}".replace("|", "\\|")]
+            measured = ["", "", "", *("" for _ in others), f"failed: {run['error']}".replace("|", "\\|")]
         else:
             interval = [run[METRIC][bound] for bound in ("low", "high")]
             shown = "" if None in interval else "{:.4f} to {:.4f}".format(*interval)
             note = "best" if run["run"] == result["best"] else ""
-            measured = [f"{run[METRIC]['value']:.4f}", shown, f"{run['masked_accuracy']['value']:.4f}", note]
+            losses = [f"{metrics[METRIC]['value']:.4f}" for metrics in run["other_sets"].values()]
+            accuracy = f"{run['masked_accuracy']['value']:.4f}"
+            measured = [f"{run[METRIC]['value']:.4f}", shown, accuracy, *losses, note]
         rows.append([*map(str, run["values"].values()), *measured])
     widths = [max(map(len, column)) for column in zip(*(row[:-1] for row in rows), strict=True)]
     rows.insert(1, ["-" * (width - 1) + ":" for width in widths] + ["---"])
     lines = [" | ".join([*map(str.rjust, row, widths), row[-1]]).rstrip() for row in rows]
-    held_out = f"Held out: {result['held_out']}. All with the same masks, digest {result['mask_digest']}."
+    entropy = (
+        "" if result["unigram_entropy"] is None else f" Unigram entropy, to beat: {result['unigram_entropy']:.4f}."
+    )
+    masks = f"All with the same masks, digest {result['mask_digest']}."
+    held_out = f"Held out: {result['held_out']}. {masks}{entropy}"
     return "\n".join([*(f"| {line} |" for line in lines), "", held_out])

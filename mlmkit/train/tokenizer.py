@@ -36,7 +36,7 @@ LONGEST_TRAINING_WORD = 1000  # bytes, BPE, while it trains
 def train_tokenizer(
     documents: Callable[[], Iterable[str]], config: TokenizerConfig, max_length: int
 ) -> PreTrainedTokenizerFast:
-    """WordPiece like BERT's or byte-level BPE like RoBERTa's, with at most `vocab_size` entries.
+    """WordPiece like BERT's or byte-level BPE like RoBERTa's, with at most `config.entries` entries.
 
     `documents` is called once per pass over the text. The same text gives the same tokenizer. Accents are always kept:
     BERT drops them when it lowercases, which merges "avó" and "avô".
@@ -45,9 +45,9 @@ def train_tokenizer(
     """
     wordpiece = config.kind == "wordpiece"
     rust = _train_wordpiece(documents, config) if wordpiece else _train_bpe(documents, config)
-    if (size := rust.get_vocab_size()) > config.vocab_size:
+    if (size := rust.get_vocab_size()) > config.entries:
         raise UserError(
-            f"tokenizer.vocab_size ({config.vocab_size}) is too small: the text's characters alone take {size}"
+            f"tokenizer.vocab_size ({config.entries}) is too small: the text's characters alone take {size}"
         )
     return _wrap(rust, WORDPIECE_SPECIALS if wordpiece else BPE_SPECIALS, max_length)
 
@@ -72,7 +72,7 @@ def _train_wordpiece(documents: Callable[[], Iterable[str]], config: TokenizerCo
     # special tokens makes both deterministic.
     specials = list(WORDPIECE_SPECIALS.values())
     inner = sorted(token for token in train(0, specials) if len(token) == 3 and token.startswith("##"))
-    return untrained(models.WordPiece(train(config.vocab_size, specials + inner), unk_token="[UNK]"))
+    return untrained(models.WordPiece(train(config.entries, specials + inner), unk_token="[UNK]"))
 
 
 def _train_bpe(documents: Callable[[], Iterable[str]], config: TokenizerConfig) -> RustTokenizer:
@@ -83,7 +83,7 @@ def _train_bpe(documents: Callable[[], Iterable[str]], config: TokenizerConfig) 
     rust.pre_tokenizer = pre_tokenizers.Sequence([words, cut])
     rust.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=config.vocab_size,
+        vocab_size=config.entries,
         special_tokens=list(dict.fromkeys(BPE_SPECIALS.values())),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,

@@ -1,0 +1,109 @@
+"""Read a training configuration: a TOML file with overrides, for a run, or for a branch of a checkpoint's run."""
+
+import tomllib
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from mlmkit.documents import is_table
+from mlmkit.errors import UserError
+from mlmkit.toml import build, read_toml
+from mlmkit.train.config import CHANGEABLE, LENGTHS, PHASE_KEYS, Config, change, setting_names
+
+
+def _are_tables(config: Config) -> set[bool]:
+    return {is_table(source.location) for source in (*config.data.sources, *config.held_out_sources.values())}
+
+
+_HOW_TRAINED = "tokenizer.kind tokenizer.lowercase"
+_ADAPTED = "tokenizer.add model.new_head"
+# Keys without effect, when that holds, and why. They are refused if the user gave them, even with the default value.
+WITHOUT_EFFECT: tuple[tuple[str, Callable[[Config], object], str], ...] = (
+    ("model.architecture", lambda c: c.model.init_from, "model.init_from brings its own"),
+    (f"{_HOW_TRAINED} tokenizer.vocab_size", lambda c: c.tokenizer.path, "tokenizer.path names a finished tokenizer"),
+    (
+        _HOW_TRAINED,
+        lambda c: c.model.init_from and not c.tokenizer.vocab_size,
+        "model.init_from brings its own tokenizer and no tokenizer.vocab_size asks for another",
+    ),
+    (_ADAPTED, lambda c: not c.model.init_from, "there is no model.init_from to change"),
+    ("data.text_field", lambda c: True not in _are_tables(c), "text files have no fields"),
+    ("data.blank_line", lambda c: c.data.blank_line and False not in _are_tables(c), "there is no text file"),
+    ("data.weights", lambda c: len({*c.data.weights}) == 1 and 1.0 not in c.data.weights, "they are equal"),
+    ("data.temperature", lambda c: len(c.data.train) == 1, "there is one text"),
+    ("masking.final_mask_prob", lambda c: c.train.steps == 1, "one step has one rate"),
+    ("optim.decay_share optim.decay_shape", lambda c: c.optim.schedule != "wsd", 'optim.schedule is not "wsd"'),
+)
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = (), base: Config | None = None) -> Config:
+    """Read a TOML file and apply `table.key=value` or `phase.NAME.table.key=value` overrides.
+
+    With `base`, the file states what changes in the phase that follows `base`. Raises `UserError` naming a wrong or
+    useless key.
+    """
+    tables = read_toml(path)
+    for override in overrides:
+        name, equals, value = override.partition("=")
+        *parents, key = name.strip().split(".")
+        if not equals or len(parents) != (3 if parents[:1] == ["phase"] else 1):
+            raise UserError(f"--set {override}: write it as table.key=value, for example optim.lr=1e-3")
+        values = _phase(tables, parents[1], override) if len(parents) == 3 else tables
+        values = values.setdefault(parents[-1], {})
+        if not isinstance(values, dict):
+            raise UserError(f"{path}: {parents[-1]} must be a table, [{parents[-1]}]")
+        values[key] = _toml_value(value.strip())
+    phases = tables.get("phase", [])
+    if not (isinstance(phases, list) and all(isinstance(phase, dict) for phase in phases)):
+        raise UserError(f"{path}: write each phase as [[phase]]")
+    whole = {name: values for name, values in tables.items() if name != "phase"}
+    config = replace(_continue(base, whole), phase=tuple(phases)) if base else build(Config, {**whole, "phase": phases})
+    if phases and (length := next((name for name in LENGTHS if name in whole.get("train", {})), "")):
+        raise UserError(f"train.{length} has no effect, as each phase has its own length: leave it out")
+    _refuse_useless(setting_names(whole, str(path)), list(config.phases.values()))
+    for phase in phases:
+        given = setting_names({table: phase[table] for table in phase if table != "name"}, "")
+        _refuse_useless(given, [config.phases[phase["name"]]])
+    return config
+
+
+def _phase(tables: dict[str, Any], name: str, override: str) -> dict[str, Any]:
+    phases = [phase for phase in tables.get("phase", []) if isinstance(phase, dict)]
+    found = [phase for phase in phases if phase.get("name") == name]
+    if not found:
+        known = ", ".join(str(phase.get("name")) for phase in phases) or "there are none"
+        raise UserError(f"--set {override}: no phase is called {name}: {known}")
+    return found[0]
+
+
+def _continue(base: Config, tables: dict[str, Any]) -> Config:
+    """The configuration of a branch: the phase that follows `base`, and settings of the run such as `train.device`.
+
+    A setting that a branch cannot change may be repeated.
+    """
+    tables, held_out = dict(tables), tables.get("held_out", {})
+    if held_out or tables.get("data", {}).get("held_out"):
+        base = replace(base, data=replace(base.data, held_out=""), held_out=tables.pop("held_out", {}))
+    config = change(base, tables)
+    for key in setting_names(tables, "the file"):
+        table, _, name = key.partition(".")
+        fixed = name not in PHASE_KEYS.get(table, "").split() and name not in CHANGEABLE.get(table, ())
+        if fixed and getattr(getattr(config, table), name) != getattr(getattr(base, table), name):
+            was = getattr(getattr(base, table), name)
+            raise UserError(f"{key} cannot change in a branch: it is {was!r} in the checkpoint: leave it out")
+    return config
+
+
+def _refuse_useless(given: Sequence[str], phases: Sequence[Config]) -> None:
+    for names, applies, reason in WITHOUT_EFFECT:
+        if (useless := sorted(set(given).intersection(names.split()))) and all(map(applies, phases)):
+            raise UserError(f"{useless[0]} has no effect, as {reason}: leave it out")
+
+
+def _toml_value(text: str) -> Any:
+    """A TOML value, or the text itself, so that `--set data.train=corpus.txt` needs no quotes."""
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except (ValueError, RecursionError):
+        return text
