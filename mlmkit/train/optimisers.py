@@ -33,12 +33,7 @@ def build_optimizers(model: MaskedLM, config: OptimConfig) -> list[torch.optim.O
     betas = (config.beta1, config.beta2)
     optimizers: list[torch.optim.Optimizer] = []
     if config.name == "stable_adamw":
-        from optimi import StableAdamW
-
-        # Its Triton kernels sum in no fixed order, and their state differs from a CPU's, which could not resume it.
-        options = {"max_lr": config.lr, "kahan_sum": False, "foreach": False, "triton": False}
-        optimizers.append(StableAdamW(groups, config.lr, betas, eps=config.eps, **options))
-        optimizers[0].register_step_post_hook(_fill_none)
+        optimizers.append(StableAdamW(groups, config.lr, beta1=config.beta1, beta2=config.beta2, eps=config.eps))
     else:
         optimizers.append(torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=config.eps, fused=True))
     if config.name == "muon":
@@ -53,12 +48,6 @@ def build_optimizers(model: MaskedLM, config: OptimConfig) -> list[torch.optim.O
     return optimizers
 
 
-def _fill_none(optimizer: torch.optim.Optimizer, *_: object) -> None:
-    """Replace the None in StableAdamW's state, which float32 does not use and torch cannot save."""
-    for state in optimizer.state.values():
-        state["kahan_comp"] = state["eps_sq"]
-
-
 def hidden_matrices(model: MaskedLM) -> list[Tensor]:
     """The weights of the linear maps inside the encoder's layers.
 
@@ -66,6 +55,36 @@ def hidden_matrices(model: MaskedLM) -> list[Tensor]:
     """
     linear = [module for layer in encoder_layers(model) for module in layer.modules() if isinstance(module, nn.Linear)]
     return list({id(module.weight): module.weight for module in linear}.values())
+
+
+class StableAdamW(torch.optim.Optimizer):
+    """StableAdamW (Wortsman et al. 2023, algorithm 2) by optimi, with the same state as torch's AdamW.
+
+    optimi's own class keeps a None and a step counter shared by all parameters, which safetensors cannot hold.
+    """
+
+    def __init__(self, groups: list[dict[str, Any]], lr: float, **settings: float) -> None:
+        super().__init__(groups, {"lr": lr})
+        self.settings = settings  # beta1, beta2, eps
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Take one step."""
+        from optimi import stableadamw
+
+        for group in self.param_groups:
+            for p in (p for p in group["params"] if p.grad is not None):
+                state, floor = self.state[p], torch.tensor(self.settings["eps"] ** 2, device=p.device)
+                if not state:
+                    state |= {
+                        "step": torch.tensor(0.0),
+                        "exp_avg": torch.zeros_like(p),
+                        "exp_avg_sq": torch.zeros_like(p),
+                    }
+                tensors = ([each] for each in (p, p.grad, state["exp_avg"], state["exp_avg_sq"], floor))
+                # Its Triton kernels sum in no fixed order.
+                options = {"weight_decay": group["weight_decay"], "foreach": False, "triton": False}
+                stableadamw(*tensors, lr=group["lr"], step=state["step"], **options, **self.settings)
 
 
 class Muon(torch.optim.Muon):
