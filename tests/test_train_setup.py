@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from mlmkit.pretrained import load_pretrained, load_tokenizer
 from mlmkit.tokenizer import Tokenizer
 from mlmkit.train import loop
 from mlmkit.train.checkpoints import load_optimizers, saved_checkpoints
+from mlmkit.train.config import Config
 from mlmkit.train.model_setup import build_model
 from mlmkit.train.optimisers import build_optimizers
 from mlmkit.train.step import freeze_unused
@@ -41,7 +43,9 @@ def tokenizers(tokenizer_folder, tmp_path_factory) -> dict[str, Path]:
     folders = {kind: tokenizer_folder(kind) for kind in ("wordpiece", "bpe")}
     for name, kind, of_class in (("bert", "wordpiece", BertTokenizer), ("roberta", "bpe", RobertaTokenizer)):
         model = json.loads((folders[kind] / "tokenizer.json").read_text())["model"]
-        merges = {"merges": [tuple(pair) for pair in model["merges"]]} if kind == "bpe" else {"do_lower_case": True}
+        merges: dict[str, Any] = (
+            {"merges": [tuple(pair) for pair in model["merges"]]} if kind == "bpe" else {"do_lower_case": True}
+        )
         folders[name] = tmp_path_factory.mktemp(name)
         of_class(vocab=model["vocab"], **merges).save_pretrained(folders[name])
     return folders
@@ -107,14 +111,15 @@ def test_words_that_cannot_be_added_are_refused(tmp_path, tokenizers, content, k
 
 
 def table(folder: Path) -> torch.Tensor:
-    return AutoModelForMaskedLM.from_pretrained(folder).get_input_embeddings().weight.detach()
+    network: Any = AutoModelForMaskedLM.from_pretrained(folder)
+    return network.get_input_embeddings().weight.detach()
 
 
 def means(rows: torch.Tensor, sources: list[list[int]]) -> torch.Tensor:
     return torch.stack([rows[ids or slice(None)].mean(0) for ids in sources])
 
 
-def built(tmp_path: Path, text_file: Path, folder: Path, *settings: str):
+def built(tmp_path: Path, text_file: Path, folder: Path, *settings: str) -> tuple[Any, Tokenizer, Config]:
     config = write_config(tmp_path, text_file, "", f"model.init_from={folder}", "train.steps=4", *settings)
     loop.train(config, tmp_path / "run")
     tokenizer = load_tokenizer(str(tmp_path / "run" / "tokenizer"))
@@ -132,9 +137,10 @@ def test_rows_of_added_tokens_are_the_mean_of_their_pieces(tmp_path, text_file, 
         expected = before if pieces.tolist() == [old.unk_id] else before[pieces]
         assert len(pieces) != 1 or len(expected) > 1
         assert torch.allclose(after[id], expected.mean(0))
-    head, old_head = model.network.get_output_embeddings(), load_pretrained(str(checkpoint(kind)))[0].network
+    head, old_network = model.network.get_output_embeddings(), load_pretrained(str(checkpoint(kind)))[0].network
+    old_head: Any = old_network.get_output_embeddings()
     assert head.weight is after
-    assert torch.equal(head.bias[: len(before)], old_head.get_output_embeddings().bias)
+    assert torch.equal(head.bias[: len(before)], old_head.bias)
     assert AutoModelForMaskedLM.from_pretrained(tmp_path / "run" / "model").config.vocab_size == new.vocabulary_size
     assert torch.allclose(table(tmp_path / "run" / "model"), after, atol=1e-6)
 
@@ -142,7 +148,7 @@ def test_rows_of_added_tokens_are_the_mean_of_their_pieces(tmp_path, text_file, 
 def test_untied_heads_and_spare_rows_are_kept(tmp_path, text_file, words, checkpoint):
     config = AutoConfig.from_pretrained(checkpoint("modernbert"), vocab_size=608, tie_word_embeddings=False)
     network = AutoModelForMaskedLM.from_config(config)
-    decoder = network.get_output_embeddings()
+    decoder: Any = network.get_output_embeddings()
     torch.nn.init.normal_(decoder.bias)
     network.save_pretrained(tmp_path / "untied")
     for name in ("tokenizer.json", "tokenizer_config.json"):
@@ -268,7 +274,8 @@ def test_an_encoder_gets_a_new_head(tmp_path, text_file, headless, checkpoint, k
         torch.equal(*pair)
         for pair in zip(model.state_dict().values(), build_model(other, tokenizer).state_dict().values(), strict=True)
     )
-    bias = AutoModelForMaskedLM.from_pretrained(tmp_path / "run" / "model").get_output_embeddings().bias
+    saved: Any = AutoModelForMaskedLM.from_pretrained(tmp_path / "run" / "model")
+    bias = saved.get_output_embeddings().bias
     assert bias.std() > 0.5, "fitted to the tokens' frequencies"
     resumed = build_model(config, tokenizer, saved_checkpoints(tmp_path / "run")[-1])
     assert same_state(resumed, load_pretrained(str(tmp_path / "run" / "model"))[0])
