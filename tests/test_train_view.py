@@ -47,8 +47,8 @@ def write_steps(run: Path, config: Config, first: int, last: int, **options) -> 
     run.mkdir(exist_ok=True)
     with TrainingLog(run, config, first - 1, last_step=12, **options) as log:
         for step in range(first, last + 1):
-            means = {"loss": 1.0 / step, "learning_rate": 1e-3, "gradient_norm": 0.5, "mask_prob": 0.15}
-            log.record(step, epoch=step // 5, tokens=990, masked=150, **place(step), **means)
+            means: dict[str, Any] = {"learning_rate": 1e-3, "gradient_norm": 0.5, "mask_prob": 0.15, **place(step)}
+            log.record(step, epoch=step // 5, loss=1.0 / step, tokens=990, masked=150, **means)
             if step % 4 == 0:
                 log.held_out(step, {"held-out": held_out_result(2.0 / step)})
 

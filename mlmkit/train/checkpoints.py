@@ -207,7 +207,8 @@ def load_optimizers(folder: Path, model: MaskedLM, optimizers: Sequence[Optimize
         fresh = _reshaped(tensors, reader.read_metadata().state_dict_metadata)
         saved = {name: value for name, value in tensors.items() if name not in fresh}
         load(saved, storage_reader=reader, no_dist=ranks.world == 1)
-    set_optimizer_state_dict(model, list(optimizers), state | saved | fresh, options=FLAT)
+    restored: dict[str, Any] = {**state, **saved, **fresh}
+    set_optimizer_state_dict(model, list(optimizers), restored, options=FLAT)
 
 
 def _reshaped(tensors: dict[str, Tensor], saved: dict[str, Any]) -> dict[str, Tensor]:
