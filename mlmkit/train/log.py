@@ -96,7 +96,7 @@ class TrainingLog:
     ) -> str:
         """Record a step with `tokens` (of `capacity`) and `masked` tokens over all ranks; returns the progress line.
 
-        `share` of the phase is done: 1.0 or more after its last step. An entry takes `latest` (epoch, learning rate,
+        `share` of the phase is done: 1.0 after its last step. An entry takes `latest` (epoch, learning rate,
         ...) from its last step.
         """
         added = {"steps": 1, "learning": int(masked > 0), "tokens": tokens, "masked": masked, "loss": loss}

@@ -238,7 +238,7 @@ def _train_phase(
             if not (math.isfinite(loss) and math.isfinite(grad_norm)):
                 raise _not_finite(run.folder, before.step, loss, grad_norm, lr, batch)
             update(optimizers, factor)
-            share = schedule.done(cursor) / schedule.total
+            share = min(schedule.done(cursor) / schedule.total, 1.0)
             description = training_log.record(
                 cursor.step,
                 epoch=cursor.epoch,
@@ -250,7 +250,7 @@ def _train_phase(
                 capacity=micro_batches * config.train.micro_batch_tokens,
                 mask_prob=schedule.recipe(before, cursor).mask_prob,
                 share=share,
-                steps_left=round(cursor.phase_steps * (1 / share - 1)),
+                steps_left=round(cursor.phase_steps * max(1 / share - 1, 0)),
             )
             bar.update(task, completed=schedule.done(cursor), description=description)
             is_last = schedule.is_over(cursor)
