@@ -250,7 +250,7 @@ def _train_phase(
                 capacity=micro_batches * config.train.micro_batch_tokens,
                 mask_prob=schedule.recipe(before, cursor).mask_prob,
                 share=share,
-                steps_left=round(cursor.phase_steps * max(1 / share - 1, 0)),
+                steps_left=round(cursor.phase_steps * (1 / share - 1)),
             )
             bar.update(task, completed=schedule.done(cursor), description=description)
             is_last = schedule.is_over(cursor)
