@@ -166,7 +166,7 @@ def _train_phase(
     schedule, cursor = data.rows.schedule, data.rows.cursor
     peak = ranks.world * peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else 0.0
     flops = 0.0
-    if peak:
+    if peak and not schedule.is_over(cursor):
         _, [first, *_] = next(data.batches(cursor))
         flops = flops_per_token(model, first.lengths, config.masking.mask_prob)
 
