@@ -68,7 +68,10 @@ def checked(kind: type, values: dict[str, Any], prefix: str = "") -> dict[str, A
 def _checked(kind: Any, value: Any, name: str) -> Any:
     if get_origin(kind) is Annotated:
         kind, rule = get_args(kind)
-        value = _checked(kind, rule.convert(value) if rule.convert else value, name)
+        value = rule.convert(value) if rule.convert else value
+        if rule.convert and isinstance(value, str):
+            raise UserError(f"{name} must be {rule.text}, not {value!r}")
+        value = _checked(kind, value, name)
         if not rule.holds(value):
             raise UserError(f"{name} must be {rule.text}, not {value!r}")
         return value
@@ -79,7 +82,9 @@ def _checked(kind: Any, value: Any, name: str) -> Any:
     if get_origin(kind) is tuple:
         values = value if isinstance(value, list | tuple) else [value] if value != "" else []
         return tuple(_checked(get_args(kind)[0], each, name) for each in values)
-    if get_origin(kind) is dict and isinstance(value, dict):
+    if get_origin(kind) is dict and not isinstance(value, dict):
+        raise UserError(f"{name} must be a table, not {value!r}")
+    if get_origin(kind) is dict:
         return {key: _checked(get_args(kind)[1], each, f"{name}.{key}") for key, each in value.items()}
     kinds = [each for each in get_args(kind) or (kind,) if each is not NoneType]  # TOML has no None
     if len(kinds) == 1 and kinds[0] is not kind:

@@ -67,6 +67,8 @@ def train(options: TrainOptions) -> None:
     On several GPUs: torchrun --nproc-per-node N -m mlmkit train CONFIG --output OUTPUT.
     """
     if options.print_config:
+        if options.config or options.overrides:
+            raise UserError("--print-config prints the defaults: leave out CONFIG and --set")
         template = Path(__file__).parent.parent / "train" / "template.toml"
         click.echo(template.read_text(encoding="utf-8"), nl=False)
         return
@@ -81,7 +83,7 @@ def train(options: TrainOptions) -> None:
             require("train", "torch", "transformers", "safetensors")
             from mlmkit.train.checkpoints import branch_config
 
-            base = branch_config(options.start_from)
+            base = branch_config(options.output or Path(), options.start_from)
         settings = load_config(options.config, options.overrides, base)
         if options.dry_run and options.sweeps:
             raise UserError("--dry-run shows a single run: leave out --sweep")

@@ -13,7 +13,7 @@ import shutil
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -50,14 +50,15 @@ log = logging.getLogger(__name__)
 class State:
     """What a checkpoint keeps beside weights and optimiser state.
 
-    `config` is that of the phase, by the name `phase`; `is_phase_end` says that the phase ended here. `sums` are the
-    open sums of the log.
+    `config` is that of the phase, by the name `phase`; `is_phase_end` says that the phase ended here. `mask_prob` is
+    the mask rate of the last step, and `sums` are the open sums of the log.
     """
 
     config: Config
     position: Position = NOWHERE
     phase: str = ""
     is_phase_end: bool = False
+    mask_prob: float = 0.0
     sums: dict[str, float] = field(default_factory=lambda: NO_STEPS)
 
 
@@ -186,14 +187,25 @@ def read_state(folder: Path, *, verify: bool = True) -> State:
     if "position" not in values:
         raise UserError(f"{folder} was written by an earlier version of mlmkit: set model.init_from to it instead")
     position, config = Position.from_json(values["position"]), from_tables(values["config"])
-    return State(config, position, values["phase"], values["is_phase_end"], values["sums"])
+    return State(config, position, values["phase"], values["is_phase_end"], values["mask_prob"], values["sums"])
 
 
-def branch_config(folder: Path) -> Config:
-    """The configuration of the phase that wrote a checkpoint. Raises `UserError` if it is not a checkpoint of a run."""
+def origin_folder(run: Path, start_from: Path) -> Path:
+    """Where the state is that a branch began with: the checkpoint, or the branch, which has a copy, once it is gone."""
+    return start_from if (start_from / CURSOR).exists() else run
+
+
+def branch_config(run: Path, start_from: Path) -> Config:
+    """The configuration with which a branch begins: that of the checkpoint's phase, at the mask rate it had reached.
+
+    Raises `UserError` if it is not a checkpoint of a run.
+    """
+    folder = origin_folder(run, start_from)
     if not (folder / CURSOR).exists():
-        raise UserError(f"--from {folder} is not a checkpoint of a run: name RUN/checkpoints/step-N")
-    return read_state(folder, verify=False).config
+        raise UserError(f"--from {start_from} is not a checkpoint of a run: name RUN/checkpoints/step-N")
+    state = read_state(folder, verify=False)
+    masking = replace(state.config.masking, mask_prob=state.mask_prob, final_mask_prob=None)
+    return replace(state.config, masking=masking)
 
 
 def load_optimizers(folder: Path, model: MaskedLM, optimizers: Sequence[Optimizer], ranks: Ranks) -> None:

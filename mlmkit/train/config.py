@@ -4,7 +4,9 @@ file, --set ──> tables ──> Config ──> Config.phases: one complete co
 """
 
 import re
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
 from typing import Annotated, Any
 
@@ -36,7 +38,7 @@ def _count(value: Any) -> Any:
     return round(float(match[1]) * UNITS[match[2]]) if match else value
 
 
-TokenCount = Annotated[int, Rule(lambda value: 0 < value < 1 << 60, "positive", _count)]
+TokenCount = Annotated[int, Rule(lambda value: 0 < value < 1 << 60, 'positive, such as 5000000 or "10B"', _count)]
 
 
 @dataclass(frozen=True)
@@ -175,17 +177,8 @@ class RunConfig:
 
 # Settings that may change on resume: they affect neither data nor weights. Texts are compared by their fingerprints.
 CHANGEABLE = {
-    "data": ("train", "held_out", "text_field", "blank_line", "workers"),
-    "train": (
-        "device",
-        "parallel",
-        "checkpoint_activations",
-        "save_every",
-        "keep_checkpoints",
-        "log_every",
-        "tensorboard",
-        "wandb",
-    ),
+    "data": "train held_out text_field blank_line workers",
+    "train": "device parallel checkpoint_activations save_every keep_checkpoints log_every tensorboard wandb",
 }
 # What a phase may change. The keys in PER_PHASE belong to one phase: the next does not inherit them.
 PHASE_KEYS = {
@@ -224,6 +217,19 @@ class Config:
     phase: tuple[dict, ...] = ()
 
     def __post_init__(self) -> None:
+        if self.data.held_out and self.held_out:
+            raise UserError("data.held_out and [held_out] exclude each other: name all held-out texts in [held_out]")
+        if wrong := [name for name in self.held_out if not SET_NAME.fullmatch(name)]:
+            raise UserError(
+                f"held_out.{wrong[0]}: name it with lower-case letters, digits, - and _, a letter first; "
+                "not with eight hexadecimal digits"
+            )
+        if self.phase:
+            self.phases  # noqa: B018 - raises `UserError` for a phase that is wrong
+        else:
+            self._check()
+
+    def _check(self) -> None:
         data, run = self.data, self.train
         if not data.train:
             raise UserError("data.train is missing: name the text to train on")
@@ -233,13 +239,6 @@ class Config:
             )
         if data.weights and data.temperature is not None:
             raise UserError("data.weights and data.temperature are two ways to weight the texts: give one")
-        if data.held_out and self.held_out:
-            raise UserError("data.held_out and [held_out] exclude each other: name all held-out texts in [held_out]")
-        if wrong := [name for name in self.held_out if not SET_NAME.fullmatch(name)]:
-            raise UserError(
-                f"held_out.{wrong[0]}: name it with lower-case letters, digits, - and _, a letter first; "
-                "not with eight hexadecimal digits"
-            )
         if run.micro_batch_tokens < self.model.max_length:
             raise UserError(
                 f"train.micro_batch_tokens ({run.micro_batch_tokens}) must hold one row of model.max_length "
@@ -249,22 +248,18 @@ class Config:
             raise UserError("train.global_batch_tokens must be a multiple of train.micro_batch_tokens")
         if (run.initial_batch_tokens is None) != (run.batch_warmup_tokens is None):
             raise UserError("train.initial_batch_tokens and train.batch_warmup_tokens need each other: give both")
-        if run.initial_batch_tokens and (
-            run.initial_batch_tokens % run.micro_batch_tokens
-            or run.global_batch_tokens % run.initial_batch_tokens
-            or run.global_batch_tokens == run.initial_batch_tokens
-        ):
+        initial = run.initial_batch_tokens or run.micro_batch_tokens
+        sizes, rest = divmod(run.global_batch_tokens, initial)
+        if initial % run.micro_batch_tokens or rest or (run.initial_batch_tokens and sizes == 1):
             raise UserError(
-                f"train.initial_batch_tokens ({run.initial_batch_tokens}) must be a multiple of "
-                f"train.micro_batch_tokens and go a whole number of times, at least 2, into train.global_batch_tokens"
+                f"train.initial_batch_tokens ({initial}) must be a multiple of train.micro_batch_tokens and go a whole "
+                "number of times, at least 2, into train.global_batch_tokens"
             )
-        for table, keys in ((run, LENGTHS), (self.optim, WARMUPS)):
-            if len(given := [key for key in keys if getattr(table, key)]) > 1:
-                name = "train" if table is run else "optim"
+        for name, keys in (("train", LENGTHS), ("optim", WARMUPS)):
+            if len(given := [key for key in keys if getattr(getattr(self, name), key) is not None]) > 1:
                 raise UserError(f"{name}.{given[0]} and {name}.{given[1]} both give a length: leave one out")
-        for phase in self.phases.values():  # raises `UserError` for a phase that is wrong
-            if not (self.phase or phase.train.epochs):
-                phase.warmup(phase.train.tokens or phase.steps)
+        if not run.epochs:
+            self.warmup(run.tokens or self.steps)
 
     @property
     def held_out_sources(self) -> dict[str, Source]:
@@ -307,25 +302,40 @@ class Config:
         A phase keeps what the phase before it set, except `PER_PHASE`, and goes on with its final mask rate.
         """
         phases: dict[str, Config] = {}
-        before = replace(self, phase=()) if self.phase else self
+        before = self
         for table in self.phase:
             name, changes = table.get("name"), {key: value for key, value in table.items() if key != "name"}
-            if not isinstance(name, str) or not re.fullmatch(r"[\w-]+", name) or name in phases:
-                raise UserError(f"[[phase]] needs a name of its own, of letters, digits, _ and -, not {name!r}")
-            for key in setting_names(changes, f"phase {name}"):
-                if key.partition(".")[2] not in PHASE_KEYS.get(key.partition(".")[0], "").split():
-                    raise UserError(f"phase {name}: {key} belongs to the whole run: set it above the phases")
-            if not any(changes.get("train", {}).get(length) for length in LENGTHS):
-                raise UserError(f"phase {name} needs a length: set its train.steps, train.tokens or train.epochs")
-            try:
+            if not isinstance(name, str) or not re.fullmatch(r"[\w-]+", name):
+                raise UserError(f"[[phase]] needs a name of letters, digits, _ and -, not {name!r}")
+            if name in phases:
+                raise UserError(f"two phases are called {name}: give each a name of its own")
+            with named(name):
+                given = setting_names(changes, "a phase")
+                if not any(changes.get("train", {}).get(length) for length in LENGTHS):
+                    raise UserError("it needs a length: set its train.steps, train.tokens or train.epochs")
                 phases[name] = before = change(before, changes, follows=bool(phases))
-            except UserError as error:
-                raise UserError(f"phase {name}: {error}") from None
+                for key in given:
+                    if key.partition(".")[2] not in PHASE_KEYS.get(key.partition(".")[0], "").split():
+                        raise UserError(f"{key} belongs to the whole run: set it above the phases")
         return phases or {"": self}
 
 
-def change(before: Config, changes: dict[str, Any], *, follows: bool = True) -> Config:
-    """`before` with the settings in `changes`, by table; `follows` says that it is the next phase after `before`."""
+@contextmanager
+def named(phase: str) -> Iterator[None]:
+    """Put the name of a phase, if it has one, before the message of a `UserError`."""
+    try:
+        yield
+    except UserError as error:
+        raise (UserError(f"phase {phase}: {error}") if phase else error) from None
+
+
+def change(
+    before: Config, changes: dict[str, Any], phase: Sequence[dict[str, Any]] = (), *, follows: bool = True
+) -> Config:
+    """`before` with the settings in `changes`, by table; `follows` says that it is the next phase after `before`.
+
+    `phase` are the phases that begin with these settings.
+    """
     tables = {}
     for name in PHASE_KEYS.keys() | changes.keys():
         table = getattr(before, name)
@@ -333,14 +343,21 @@ def change(before: Config, changes: dict[str, Any], *, follows: bool = True) -> 
             table = replace(table, **PER_PHASE.get(name, {}))
             if isinstance(table, MaskingConfig):
                 table = replace(table, mask_prob=table.final_mask_prob or table.mask_prob, final_mask_prob=None)
-        tables[name] = replace(table, **checked(type(table), changes.get(name, {}), f"{name}."))
-    return replace(before, **tables)
+        values = checked(type(table), changes.get(name, {}), f"{name}.")
+        for keys in (("weights", "temperature"), LENGTHS, WARMUPS):  # each takes the place of the others
+            if any(key in values for key in keys):
+                values = {key: None if key != "weights" else () for key in keys if hasattr(table, key)} | values
+        tables[name] = replace(table, **values)
+    return replace(before, **tables, phase=tuple(phase))
 
 
 def setting_names(tables: dict[str, Any], where: str) -> list[str]:
-    """The settings in `tables` as "table.key"."""
+    """The settings in `tables` as "table.key". Raises `UserError` for what is not a table of `Config`."""
     if wrong := [name for name, values in tables.items() if not isinstance(values, dict)]:
         raise UserError(f"{where}: {wrong[0]} must be a table, or written as table.key = value")
+    known = [item.name for item in fields(Config)]
+    if unknown := [name for name in tables if name not in known]:
+        raise UserError(f"{where}: unknown table {unknown[0]}: known are {', '.join(known)}")
     return [f"{table}.{key}" for table, values in tables.items() for key in values if values[key] not in ("", [])]
 
 

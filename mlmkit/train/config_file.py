@@ -44,6 +44,9 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), base: Config | 
     useless key.
     """
     tables = read_toml(path)
+    phases = tables.get("phase", [])
+    if not (isinstance(phases, list) and all(isinstance(phase, dict) for phase in phases)):
+        raise UserError(f"{path}: write each phase as [[phase]]")
     for override in overrides:
         name, equals, value = override.partition("=")
         *parents, key = name.strip().split(".")
@@ -53,15 +56,17 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), base: Config | 
         values = values.setdefault(parents[-1], {})
         if not isinstance(values, dict):
             raise UserError(f"{path}: {parents[-1]} must be a table, [{parents[-1]}]")
-        values[key] = _toml_value(value.strip())
-    phases = tables.get("phase", [])
-    if not (isinstance(phases, list) and all(isinstance(phase, dict) for phase in phases)):
-        raise UserError(f"{path}: write each phase as [[phase]]")
+        values[key] = toml_value(value.strip())
     whole = {name: values for name, values in tables.items() if name != "phase"}
-    config = replace(_continue(base, whole), phase=tuple(phases)) if base else build(Config, {**whole, "phase": phases})
-    if phases and (length := next((name for name in LENGTHS if name in whole.get("train", {})), "")):
-        raise UserError(f"train.{length} has no effect, as each phase has its own length: leave it out")
-    _refuse_useless(setting_names(whole, str(path)), list(config.phases.values()))
+    config = _continue(base, whole, phases) if base else build(Config, {**whole, "phase": phases})
+    given = setting_names(whole, str(path))
+    if phases:
+        if length := next((name for name in LENGTHS if f"train.{name}" in given), ""):
+            raise UserError(f"train.{length} has no effect, as each phase has its own length: leave it out")
+        first = {name: values for name, values in phases[0].items() if name != "name"}
+        if useless := sorted(set(given).intersection(setting_names(first, ""))):
+            raise UserError(f"{useless[0]} has no effect, as the first phase sets it: leave one of them out")
+    _refuse_useless(given, list(config.phases.values()))
     for phase in phases:
         given = setting_names({table: phase[table] for table in phase if table != "name"}, "")
         _refuse_useless(given, [config.phases[phase["name"]]])
@@ -77,20 +82,24 @@ def _phase(tables: dict[str, Any], name: str, override: str) -> dict[str, Any]:
     return found[0]
 
 
-def _continue(base: Config, tables: dict[str, Any]) -> Config:
+def _continue(base: Config, tables: dict[str, Any], phases: list[dict[str, Any]]) -> Config:
     """The configuration of a branch: the phase that follows `base`, and settings of the run such as `train.device`.
 
     A setting that a branch cannot change may be repeated.
     """
-    tables, held_out = dict(tables), tables.get("held_out", {})
+    tables = dict(tables)
+    held_out = {**base.held_out, **tables.pop("held_out", {})}
     if held_out or tables.get("data", {}).get("held_out"):
-        base = replace(base, data=replace(base.data, held_out=""), held_out=tables.pop("held_out", {}))
-    config = change(base, tables)
-    for key in setting_names(tables, "the file"):
+        base = replace(base, data=replace(base.data, held_out=""), held_out=held_out)
+    if not phases and not any(tables.get("train", {}).get(length) for length in LENGTHS):
+        raise UserError("a branch needs a length from the checkpoint on: train.steps, train.tokens or train.epochs")
+    given = setting_names(tables, "the branch")
+    config = change(base, tables, phases)
+    for key in given:
         table, _, name = key.partition(".")
-        fixed = name not in PHASE_KEYS.get(table, "").split() and name not in CHANGEABLE.get(table, ())
-        if fixed and getattr(getattr(config, table), name) != getattr(getattr(base, table), name):
-            was = getattr(getattr(base, table), name)
+        was = getattr(getattr(base, table), name)
+        can_change = f"{PHASE_KEYS.get(table, '')} {CHANGEABLE.get(table, '')}".split()
+        if name not in can_change and getattr(getattr(config, table), name) != was:
             raise UserError(f"{key} cannot change in a branch: it is {was!r} in the checkpoint: leave it out")
     return config
 
@@ -101,7 +110,7 @@ def _refuse_useless(given: Sequence[str], phases: Sequence[Config]) -> None:
             raise UserError(f"{useless[0]} has no effect, as {reason}: leave it out")
 
 
-def _toml_value(text: str) -> Any:
+def toml_value(text: str) -> Any:
     """A TOML value, or the text itself, so that `--set data.train=corpus.txt` needs no quotes."""
     try:
         return tomllib.loads(f"value = {text}")["value"]

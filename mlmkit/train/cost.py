@@ -1,5 +1,6 @@
 """What a run costs: operations, memory and time, which `mlmkit train --dry-run` shows before anything is trained."""
 
+import copy
 import math
 import re
 import tempfile
@@ -28,7 +29,7 @@ from mlmkit.train.checkpoints import is_out_of_memory
 from mlmkit.train.config import Config
 from mlmkit.train.data import MicroBatch
 from mlmkit.train.log import check_loggers
-from mlmkit.train.model_setup import build_model
+from mlmkit.train.model_setup import build_model, fit_model
 from mlmkit.train.optimisers import build_optimizers
 from mlmkit.train.order import Cursor
 from mlmkit.train.start import begin_or_check, corpora_of, prepare
@@ -153,13 +154,17 @@ def dry_run(config: Config, start_from: Path | None = None) -> dict[str, DryRun]
     check_loggers(config.train)
     with tempfile.TemporaryDirectory() as temporary:
         tokenizer, texts = begin_or_check(config, Path(temporary) / "run", Ranks(), start_from)
-    return {
-        name: _dry_run(phase, tokenizer, corpora_of(phase, texts), start_from) for name, phase in config.phases.items()
-    }
+    reports, model = {}, None
+    for name, phase in config.phases.items():
+        if model:
+            model = fit_model(model, tokenizer, tokenizer, phase.model)
+        else:
+            model = build_model(phase, tokenizer, resume_from=start_from)
+        reports[name] = _dry_run(phase, copy.deepcopy(model), tokenizer, corpora_of(phase, texts))
+    return reports
 
 
-def _dry_run(config: Config, tokenizer: Tokenizer, corpora: Sequence[Corpus], start_from: Path | None) -> DryRun:
-    model = build_model(config, tokenizer, resume_from=start_from)
+def _dry_run(config: Config, model: MaskedLM, tokenizer: Tokenizer, corpora: Sequence[Corpus]) -> DryRun:
     data = prepare(model, config, tokenizer, corpora)
     run, device = config.train, torch.device(pick_device(config.train.device))
     micro_batches = run.global_batch_tokens // run.micro_batch_tokens

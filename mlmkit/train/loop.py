@@ -38,6 +38,7 @@ from mlmkit.train.checkpoints import (
     is_out_of_memory,
     last_checkpoint,
     load_optimizers,
+    origin_folder,
     prune,
     read_remeasurable,
     read_state,
@@ -126,7 +127,7 @@ def _train(run: Run, start_from: Path | None) -> None:
     saved = run.ranks.from_first(lambda: last_checkpoint(run.folder))
     state, first_step = State(phases[0][1]), 0 if run.config.model.init_from else None
     if start_from:
-        first_step = read_state(start_from, verify=False).position.cursor.step
+        first_step = read_state(origin_folder(run.folder, start_from), verify=False).position.cursor.step
     if start := saved or start_from:
         with resuming(start):
             state = run.ranks.from_first(partial(read_state, start))
@@ -166,9 +167,9 @@ def _train_phase(
     schedule, cursor = data.rows.schedule, data.rows.cursor
     peak = ranks.world * peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else 0.0
     flops = 0.0
-    if peak and not schedule.is_over(cursor):
-        _, [first, *_] = next(data.batches(cursor))
-        flops = flops_per_token(model, first.lengths, config.masking.mask_prob)
+    if peak:
+        _, block, members = next(data.rows.packs(cursor))
+        flops = flops_per_token(model, block.length[members] + data.rows.added, config.masking.mask_prob)
 
     model.to(device).train()
     if config.train.compile:
@@ -238,6 +239,7 @@ def _train_phase(
             if not (math.isfinite(loss) and math.isfinite(grad_norm)):
                 raise _not_finite(run.folder, before.step, loss, grad_norm, lr, batch)
             update(optimizers, factor)
+            mask_prob = schedule.recipe(before, cursor).mask_prob
             share = min(schedule.done(cursor) / schedule.total, 1.0)
             description = training_log.record(
                 cursor.step,
@@ -248,14 +250,15 @@ def _train_phase(
                 tokens=int(tokens),
                 masked=int(masked),
                 capacity=micro_batches * config.train.micro_batch_tokens,
-                mask_prob=schedule.recipe(before, cursor).mask_prob,
+                mask_prob=mask_prob,
                 share=share,
                 steps_left=round(cursor.phase_steps * (1 / share - 1)),
             )
             bar.update(task, completed=schedule.done(cursor), description=description)
             is_last = schedule.is_over(cursor)
             if stopping or is_last or cursor.step % config.train.save_every == 0:
-                state = State(config, data.rows.position(cursor), name, is_last, training_log.open_sums())
+                position, sums = data.rows.position(cursor), training_log.open_sums()
+                state = State(config, position, name, is_last, mask_prob, sums)
                 with training_log.paused():
                     checkpoint = save_checkpoint(run.folder, state, model, optimizers, ranks)
                     if stopping and not (is_last and cursor.phase + 1 == len(run.schedules)):

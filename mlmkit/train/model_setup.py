@@ -21,11 +21,6 @@ from mlmkit.train.vocabulary import extends, row_sources
 
 POSITIONS = "max_position_embeddings"
 
-TOO_LONG = (
-    "{} has a table of {} positions: model.max_length ({}) must not exceed it, unless "
-    "model.interpolate_positions = true stretches it"
-)
-
 log = logging.getLogger(__name__)
 
 
@@ -39,16 +34,9 @@ def build_model(
     """
     torch.manual_seed(config.train.seed)
     if checkpoint := resume_from or config.model.init_from:
-        is_new, settings, level = resume_from is None, config.model, logging.DEBUG if quiet else logging.INFO
-        model, old = load_pretrained(str(checkpoint), new_head=is_new and settings.new_head)
-        fitted = _fitted(model, old, tokenizer, settings, str(checkpoint), level)
-        stretches = fitted.max_length() > model.max_length() and _sized_by(model, POSITIONS)
-        if is_new and settings.interpolate_positions and not stretches:
-            raise UserError(
-                f"model.interpolate_positions has no effect, as {checkpoint} has no table of positions to stretch to "
-                f"model.max_length ({settings.max_length}): leave it out"
-            )
-        return fitted
+        is_new = resume_from is None
+        model, old = load_pretrained(str(checkpoint), new_head=is_new and config.model.new_head)
+        return fit_model(model, old, tokenizer, config.model, str(checkpoint), begins=is_new, quiet=quiet)
     if config.model.interpolate_positions:
         raise UserError("model.interpolate_positions has no effect on a new model: leave it out")
     name = config.model.architecture
@@ -62,23 +50,36 @@ def build_model(
     return MaskedLM(AutoModelForMaskedLM.from_config(hf_config))
 
 
-def check_later_phase(model: MaskedLM, settings: ModelConfig, limit: int) -> None:
-    """Raise `UserError` unless the first model of a run, by then with rows of `limit` tokens, takes these settings."""
-    _set_rope_theta(copy.deepcopy(model.network.config), settings.rope_theta, "the model")
-    is_longer, tables = settings.max_length > limit, _sized_by(model, POSITIONS)
-    if is_longer and tables and not settings.interpolate_positions:
-        raise UserError(TOO_LONG.format("the model", limit, settings.max_length))
-    if settings.interpolate_positions and not (is_longer and tables):
-        raise UserError("model.interpolate_positions has no effect, as no table of positions gets longer: leave it out")
+def fit_model(
+    model: MaskedLM,
+    old: Tokenizer,
+    new: Tokenizer,
+    settings: ModelConfig,
+    name: str = "the model",
+    *,
+    begins: bool = True,
+    quiet: bool = True,
+) -> MaskedLM:
+    """The model of the tokenizer `old` with the vocabulary of `new`, and the row length and rotary base of `settings`.
+
+    `begins` says that these settings begin here, so that one without effect is refused. `name` is for messages. Raises
+    `UserError` as `build_model` does.
+    """
+    fitted = _fitted(model, old, new, settings, name, logging.DEBUG if quiet else logging.INFO)
+    stretches = fitted.max_length() > model.max_length() and _sized_by(model, POSITIONS)
+    if begins and settings.interpolate_positions and not stretches:
+        raise UserError(
+            f"model.interpolate_positions has no effect, as {name} has no table of positions to stretch to "
+            f"model.max_length ({settings.max_length}): leave it out"
+        )
+    return fitted
 
 
 # ---------------------------------------------------------------- fitting a loaded model
 
 
 def _fitted(model: MaskedLM, old: Tokenizer, new: Tokenizer, settings: ModelConfig, name: str, level: int) -> MaskedLM:
-    """The model with the vocabulary of `new`, and the row length and rotary base of `settings`.
-
-    It is built again from its changed configuration, so that everything computed from that (position ids, rotary
+    """It is built again from its changed configuration, so that everything computed from that (position ids, rotary
     angles, the padding row) is right, and then gets the old weights. `name` is for messages.
     """
     hf_config = copy.deepcopy(model.network.config)
@@ -140,7 +141,10 @@ def _change_positions(
     tables = _sized_by(model, POSITIONS)
     if length > limit:
         if tables and not settings.interpolate_positions:
-            raise UserError(TOO_LONG.format(name, limit, length))
+            raise UserError(
+                f"{name} has a table of {limit} positions: model.max_length ({length}) must not exceed it, unless "
+                "model.interpolate_positions = true stretches it"
+            )
         log.log(level, "%s was made for rows of %d tokens; training it on %d", name, limit, length)
     hf_config.get_text_config().max_position_embeddings = length + new_offset
     changed = {}

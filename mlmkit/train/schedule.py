@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from mlmkit.errors import UserError
 from mlmkit.masking import MaskRecipe
 from mlmkit.train.config import Config
 from mlmkit.train.order import Cursor
@@ -101,9 +102,11 @@ def may_follow(before: dict[str, Any], now: dict[str, Any], cursor: Cursor) -> b
 def make_schedule(config: Config, epoch_tokens: float) -> Schedule:
     """The schedule of a phase whose texts have `epoch_tokens` per epoch, special tokens included.
 
-    Raises `UserError` if its warm-up does not end before the phase does.
+    Raises `UserError` if a warm-up does not end before the phase does.
     """
     run = config.train
     in_tokens = bool(run.tokens or run.epochs)
     total = math.ceil(run.tokens or (run.epochs or 0) * epoch_tokens) if in_tokens else config.steps
+    if (run.batch_warmup_tokens or 0) >= total * (1 if in_tokens else run.global_batch_tokens):
+        raise UserError(f"train.batch_warmup_tokens ({run.batch_warmup_tokens}) must end before the phase does")
     return Schedule(config, in_tokens, total, config.warmup(total))

@@ -2,9 +2,10 @@
 
 import json
 import logging
+import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from itertools import chain, repeat, zip_longest
+from itertools import chain, repeat
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,11 @@ from mlmkit.model import MaskedLM
 from mlmkit.packing import enable_packing
 from mlmkit.pretrained import from_pretrained, load_tokenizer, save_tokenizer
 from mlmkit.tokenizer import Tokenizer
-from mlmkit.train.checkpoints import CURSOR, last_checkpoint, read_state, resuming, saved_checkpoints
-from mlmkit.train.config import CHANGEABLE, LENGTHS, WARMUPS, Config, RunConfig, as_tables
+from mlmkit.train.checkpoints import CURSOR, last_checkpoint, origin_folder, read_state, resuming, saved_checkpoints
+from mlmkit.train.config import CHANGEABLE, LENGTHS, WARMUPS, Config, RunConfig, as_tables, named
 from mlmkit.train.data import TrainingData
 from mlmkit.train.held_out import held_out_digests
-from mlmkit.train.model_setup import build_model, check_later_phase
+from mlmkit.train.model_setup import build_model, fit_model
 from mlmkit.train.order import NOWHERE, Cursor, Position
 from mlmkit.train.presets import fit_output_bias
 from mlmkit.train.rows import RowBuilder, passes_per_epoch, phase_schedule
@@ -111,7 +112,7 @@ def _begin_or_check(config: Config, run: Path, ranks: Ranks, start_from: Path | 
     except UserError as error:
         raise UserError(f"{error}: copy the tokenizer's files there from a checkpoint of the run") from None
     texts = _load_texts(config, tokenizer)
-    now = _identity(config, tokenizer, texts, start_from)
+    now = _identity(config, tokenizer, texts, start_from and origin_folder(run, start_from))
     if before == now:
         return texts
     last = last_checkpoint(run)
@@ -119,6 +120,8 @@ def _begin_or_check(config: Config, run: Path, ranks: Ranks, start_from: Path | 
         cursor = read_state(last, verify=False).position.cursor if last else None
     difference = _first_difference(before, now, cursor)
     if not difference:
+        _check_models(config, tokenizer, last, cursor.phase if cursor else 0)
+        _check_rows(config, tokenizer, texts)
         write_record(run / RUN, now)
         log.info("%s goes on with other settings for what it has not begun", run)
     elif cursor or (run / "model").exists():
@@ -146,19 +149,33 @@ def _begin(config: Config, run: Path, start_from: Path | None) -> dict[Source, C
             if not start_from:
                 _warn_of_rate(config)
             tokenizer = _prepare_tokenizer(config, building / "tokenizer", start_from)
+            _check_models(config, tokenizer, start_from)
             texts = _load_texts(config, tokenizer)
-            first, *later = config.phases.values()
-            model = build_model(first, tokenizer, resume_from=start_from, quiet=True)
-            limit = model.max_length()
-            for phase in later:
-                check_later_phase(model, phase.model, limit)
-                limit = max(limit, phase.model.max_length)
-            for phase in config.phases.values():
-                RowBuilder(phase, corpora_of(phase, texts), tokenizer, packed=True)  # refuses texts that give no rows
+            _check_rows(config, tokenizer, texts)
+            if start_from:
+                shutil.copy(start_from / CURSOR, building)
             write_record(building / RUN, _identity(config, tokenizer, texts, start_from))
         return texts
     except OSError as error:
         raise UserError(f"cannot write {run}: {error.strerror or error}") from error
+
+
+def _check_models(config: Config, tokenizer: Tokenizer, start: Path | None, first: int = 0) -> None:
+    """Raise `UserError` unless the model, from the checkpoint `start` on, fits each phase from `first` on."""
+    model = None
+    for name, phase in list(config.phases.items())[first:]:
+        with named(name):
+            if model:
+                model = fit_model(model, tokenizer, tokenizer, phase.model)
+            else:
+                model = build_model(phase, tokenizer, start, quiet=True)
+
+
+def _check_rows(config: Config, tokenizer: Tokenizer, texts: dict[Source, Corpus]) -> None:
+    """Raise `UserError` for a phase whose texts give no rows, or whose schedule does not fit."""
+    for name, phase in config.phases.items():
+        with named(name):
+            RowBuilder(phase, corpora_of(phase, texts), tokenizer, packed=True)
 
 
 def _warn_of_rate(config: Config) -> None:
@@ -172,22 +189,23 @@ def _warn_of_rate(config: Config) -> None:
         )
 
 
-def _identity(
-    config: Config, tokenizer: Tokenizer, texts: dict[Source, Corpus], start_from: Path | None
-) -> dict[str, Any]:
+def _identity(config: Config, tokenizer: Tokenizer, texts: dict[Source, Corpus], origin: Path | None) -> dict[str, Any]:
     """Everything that must stay the same when a run resumes, as it is read back from JSON."""
     phases = []
     for name, phase in config.phases.items():
         corpora, tables = corpora_of(phase, texts), as_tables(phase)
         del tables["held_out"]  # may change on resume
-        for table, keys in [*CHANGEABLE.items(), ("train", LENGTHS), ("optim", WARMUPS)]:
+        changeable = {table: keys.split() for table, keys in CHANGEABLE.items()}
+        for table, keys in [*changeable.items(), ("train", LENGTHS), ("optim", WARMUPS)]:
             for key in keys:
                 del tables[table][key]
         schedule = phase_schedule(phase, corpora, tokenizer)
         identity = {"length": schedule.identity, **tables, "corpora": [corpus.fingerprint for corpus in corpora]}
         phases.append({"phase": name, **identity})
-    origin = file_sha256(start_from / CURSOR) if start_from else ""
-    return json.loads(json.dumps({"phases": phases, "tokenizer": tokenizer.fingerprint, "--from": origin}))
+    branch = file_sha256(origin / CURSOR) if origin else ""
+    words = file_sha256(existing_file(config.tokenizer.add)) if config.tokenizer.add and not branch else ""
+    identity = {"phases": phases, "tokenizer": tokenizer.fingerprint, "file tokenizer.add": words, "--from": branch}
+    return json.loads(json.dumps(identity))
 
 
 def _first_difference(before: dict[str, Any], now: dict[str, Any], cursor: Cursor | None) -> str:
@@ -199,7 +217,9 @@ def _first_difference(before: dict[str, Any], now: dict[str, Any], cursor: Curso
         old, new = old[: cursor.phase + 1], new[: cursor.phase + 1]
         if len(old) == len(new) and may_follow(old[-1]["length"], new[-1]["length"], cursor):
             old[-1] = {**old[-1], "length": new[-1]["length"]}
-    for one, other in zip_longest(old, new, fillvalue={"phase": "missing"}):
+    if len(new) < len(old):
+        return f"number of phases ({old[-1]['phase']} has begun and is missing)"
+    for one, other in zip(old, new, strict=False):
         if difference := _difference(one, other, ""):
             return f"{difference} in phase {other['phase']}" if other["phase"] else difference
     return _difference({**before, "phases": []}, {**now, "phases": []}, "")
@@ -210,7 +230,7 @@ def _difference(before: object, now: object, name: str) -> str:
         return "text in data.train"
     if name == "length" and isinstance(before, dict) and isinstance(now, dict) and before != now:
         old, new = ("{total} {unit}, {warmup} of warm-up".format(**each) for each in (before, now))
-        return f"length ({old}, now {new}; only a constant learning rate can go on, or a branch of it: --from)"
+        return f"length ({old}, now {new}; only a constant learning rate with the same warm-up can go on: see --from)"
     if isinstance(before, dict) and isinstance(now, dict):
         for key in {**before, **now}:
             if difference := _difference(before.get(key), now.get(key), f"{name}.{key}".lstrip(".")):

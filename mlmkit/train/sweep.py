@@ -18,7 +18,7 @@ from mlmkit.errors import CheckError, UserError
 from mlmkit.files import RUN, locked, read_record, write_json, write_text
 from mlmkit.train.checkpoints import HELD_OUT_METRICS
 from mlmkit.train.config import Config
-from mlmkit.train.config_file import load_config
+from mlmkit.train.config_file import load_config, toml_value
 from mlmkit.train.log import can_draw
 from mlmkit.train.loop import train
 
@@ -44,12 +44,7 @@ class Trial:
     @property
     def values(self) -> dict[str, Any]:
         """The swept settings with their parsed values."""
-        values = {}
-        for key in self.texts:
-            *phase, table, name = key.split(".")  # phase.NAME.table.key or table.key
-            config = self.config.phases[phase[1]] if phase else self.config
-            values[key] = getattr(getattr(config, table), name)
-        return values
+        return {key: toml_value(text) for key, text in self.texts.items()}
 
 
 def make_trials(
