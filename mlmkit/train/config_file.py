@@ -87,20 +87,21 @@ def _continue(base: Config, tables: dict[str, Any], phases: list[dict[str, Any]]
 
     A setting that a branch cannot change may be repeated.
     """
+    given = setting_names(tables, "the branch")
     tables = dict(tables)
     held_out = {**base.held_out, **tables.pop("held_out", {})}
-    if held_out or tables.get("data", {}).get("held_out"):
+    if "data.held_out" in given:
+        base = replace(base, held_out={})
+    elif held_out:
         base = replace(base, data=replace(base.data, held_out=""), held_out=held_out)
     if not phases and not any(tables.get("train", {}).get(length) for length in LENGTHS):
         raise UserError("a branch needs a length from the checkpoint on: train.steps, train.tokens or train.epochs")
-    given = setting_names(tables, "the branch")
     config = change(base, tables, phases)
-    for key in given:
-        table, _, name = key.partition(".")
+    for table, _, name in (key.partition(".") for key in given if not key.startswith("held_out.")):
         was = getattr(getattr(base, table), name)
         can_change = f"{PHASE_KEYS.get(table, '')} {CHANGEABLE.get(table, '')}".split()
         if name not in can_change and getattr(getattr(config, table), name) != was:
-            raise UserError(f"{key} cannot change in a branch: it is {was!r} in the checkpoint: leave it out")
+            raise UserError(f"{table}.{name} cannot change in a branch: it is {was!r} in the checkpoint: leave it out")
     return config
 
 
