@@ -117,7 +117,7 @@ def test_two_trainings_into_one_folder(text_file, tmp_path):
         folder, second = tmp_path / str(operation), []
         with at_operation(operation, lambda: second.append(run(2e-3, folder))):  # noqa: B023
             first = run(1e-3, folder)
-        lr = json.loads((folder / "run.json").read_text())["config"]["optim"]["lr"]
+        lr = json.loads((folder / "run.json").read_text())["phases"][0]["optim"]["lr"]
         assert lr == (1e-3 if first else 2e-3)
         assert first != (second == [True])
         assert same_weights(folder / "model", tmp_path / f"alone-{lr}" / "model")
