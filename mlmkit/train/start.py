@@ -38,6 +38,7 @@ log = logging.getLogger(__name__)
 
 # Continued pretraining: BioBERT 5e-5, Gururangan et al. 2020 1e-4 (batches of 256) and 5e-4 (batches of 2,048).
 HIGHEST_RATE = 5e-4
+WORDS = "file tokenizer.add"
 WARN_ABOVE, REFUSE_ABOVE = 0.01, 0.5  # shares of a text's characters that become unknown tokens
 
 
@@ -113,6 +114,8 @@ def _begin_or_check(config: Config, run: Path, ranks: Ranks, start_from: Path | 
         raise UserError(f"{error}: copy the tokenizer's files there from a checkpoint of the run") from None
     texts = _load_texts(config, tokenizer)
     now = _identity(config, tokenizer, texts, start_from and origin_folder(run, start_from))
+    if not now[WORDS]:
+        now[WORDS] = before.get(WORDS, "")  # the file is needed at the start only
     if before == now:
         return texts
     last = last_checkpoint(run)
@@ -203,8 +206,9 @@ def _identity(config: Config, tokenizer: Tokenizer, texts: dict[Source, Corpus],
         identity = {"length": schedule.identity, **tables, "corpora": [corpus.fingerprint for corpus in corpora]}
         phases.append({"phase": name, **identity})
     branch = file_sha256(origin / CURSOR) if origin else ""
-    words = file_sha256(existing_file(config.tokenizer.add)) if config.tokenizer.add and not branch else ""
-    identity = {"phases": phases, "tokenizer": tokenizer.fingerprint, "file tokenizer.add": words, "--from": branch}
+    file = Path(config.tokenizer.add)  # "" is the folder "."
+    words = file_sha256(file) if file.is_file() and not branch else ""
+    identity = {"phases": phases, "tokenizer": tokenizer.fingerprint, WORDS: words, "--from": branch}
     return json.loads(json.dumps(identity))
 
 
