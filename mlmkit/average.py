@@ -56,8 +56,9 @@ def average(
     first, *others = paths = [locate_model(checkpoint) for checkpoint in checkpoints]
     with new_folder(output, replaces="config.json" if overwrite else "") as folder:
         load_pretrained(first)  # refuses an incomplete model
+        description = _description(first)
         for other in others:
-            _refuse_difference(_description(first), _description(other), first, other)
+            _refuse_difference(description, _description(other), first, other)
         save_torch_state_dict(_means(paths, shares), folder)
         load_config(first).save_pretrained(folder)
         save_tokenizer(from_pretrained(AutoTokenizer, first), folder)

@@ -194,6 +194,19 @@ def test_a_plateau_can_be_extended(tmp_path, texts):
         train(make(tmp_path, texts, "optim.schedule=wsd"), tmp_path / "wsd")
 
 
+def test_a_damaged_parent_of_a_branch_is_named(tmp_path, texts):
+    """Without the advice for a run's own checkpoints, to delete it and resume from an earlier one."""
+    train(make(tmp_path, texts, "train.steps=4"), tmp_path / "run")
+    start = tmp_path / "run" / "checkpoints" / "step-00000004"
+    (tmp_path / "branch.toml").write_text("[train]\nsteps = 2\n")
+    branch = load_config(tmp_path / "branch.toml", base=branch_config(tmp_path / "branch", start))
+    [part] = (start / "optimizer").glob("*.safetensors")
+    part.write_bytes(part.read_bytes()[:-1] + b"\0")
+    with pytest.raises(UserError, match="is not what was saved") as caught:
+        train(branch, tmp_path / "branch", start)
+    assert "delete it" not in str(caught.value)
+
+
 def log_steps(run: Path) -> list[int]:
     return [entry["step"] for entry in log_lines(run)]
 

@@ -115,6 +115,12 @@ def test_the_template_has_every_setting_with_its_default(tmp_path, capsys):
                 assert everything[table][key] == (list(default) if isinstance(default, tuple) else default), key
 
 
+def test_the_template_takes_no_other_option(capsys):
+    for words in (("config.toml",), ("--set", "optim.lr=5"), ("--output", "run"), ("--json",)):
+        code, _, err = run(capsys, "train", "--print-config", *words)
+        assert (code, "--print-config prints the defaults" in err) == (2, True), words
+
+
 def test_the_help_names_the_presets_and_the_template(capsys):
     code, out, _ = run(capsys, "train", "--help")
     assert code == 0 and "mlmkit train --print-config" in out

@@ -67,8 +67,8 @@ def train(options: TrainOptions) -> None:
     On several GPUs: torchrun --nproc-per-node N -m mlmkit train CONFIG --output OUTPUT.
     """
     if options.print_config:
-        if options.config or options.overrides:
-            raise UserError("--print-config prints the defaults: leave out CONFIG and --set")
+        if any(value for name, value in vars(options).items() if name != "print_config"):
+            raise UserError("--print-config prints the defaults: leave out CONFIG and all other options")
         template = Path(__file__).parent.parent / "train" / "template.toml"
         click.echo(template.read_text(encoding="utf-8"), nl=False)
         return

@@ -192,6 +192,7 @@ PHASE_KEYS = {
 DEFAULT_WARMUP = 100  # steps
 LENGTHS = ("steps", "tokens", "epochs")
 WARMUPS = ("warmup_steps", "warmup_tokens", "warmup_share")
+ALTERNATIVES = (("weights", "temperature"), LENGTHS, WARMUPS)  # a phase that sets one drops the others
 PER_PHASE = {
     "model": {"interpolate_positions": False},
     "optim": {"warmup_steps": 0, "warmup_tokens": None, "warmup_share": None},
@@ -248,13 +249,13 @@ class Config:
             raise UserError("train.global_batch_tokens must be a multiple of train.micro_batch_tokens")
         if (run.initial_batch_tokens is None) != (run.batch_warmup_tokens is None):
             raise UserError("train.initial_batch_tokens and train.batch_warmup_tokens need each other: give both")
-        initial = run.initial_batch_tokens or run.micro_batch_tokens
-        sizes, rest = divmod(run.global_batch_tokens, initial)
-        if initial % run.micro_batch_tokens or rest or (run.initial_batch_tokens and sizes == 1):
-            raise UserError(
-                f"train.initial_batch_tokens ({initial}) must be a multiple of train.micro_batch_tokens and go a whole "
-                "number of times, at least 2, into train.global_batch_tokens"
-            )
+        if initial := run.initial_batch_tokens:
+            sizes, rest = divmod(run.global_batch_tokens, initial)
+            if rest or sizes == 1 or initial % run.micro_batch_tokens:
+                raise UserError(
+                    f"train.initial_batch_tokens ({initial}) must be a multiple of train.micro_batch_tokens and go a "
+                    "whole number of times, at least 2, into train.global_batch_tokens"
+                )
         for name, keys in (("train", LENGTHS), ("optim", WARMUPS)):
             if len(given := [key for key in keys if getattr(getattr(self, name), key) is not None]) > 1:
                 raise UserError(f"{name}.{given[0]} and {name}.{given[1]} both give a length: leave one out")
@@ -299,7 +300,8 @@ class Config:
     def phases(self) -> dict[str, "Config"]:
         """The configuration of each phase by name, in order; the whole configuration as "" if there are no phases.
 
-        A phase keeps what the phase before it set, except `PER_PHASE`, and goes on with its final mask rate.
+        A phase keeps what the phase before it set, except the settings in `PER_PHASE`. It starts at the mask rate with
+        which that phase ended.
         """
         phases: dict[str, Config] = {}
         before = self
@@ -337,16 +339,16 @@ def change(
     `phase` are the phases that begin with these settings.
     """
     tables = {}
-    for name in PHASE_KEYS.keys() | changes.keys():
+    for name in {**PHASE_KEYS, **changes}:
         table = getattr(before, name)
         if follows:
             table = replace(table, **PER_PHASE.get(name, {}))
             if isinstance(table, MaskingConfig):
                 table = replace(table, mask_prob=table.final_mask_prob or table.mask_prob, final_mask_prob=None)
         values = checked(type(table), changes.get(name, {}), f"{name}.")
-        for keys in (("weights", "temperature"), LENGTHS, WARMUPS):  # each takes the place of the others
-            if any(key in values for key in keys):
-                values = {key: None if key != "weights" else () for key in keys if hasattr(table, key)} | values
+        for keys in ALTERNATIVES:
+            if values.keys() & {*keys}:
+                values = {key: getattr(type(table), key) for key in keys} | values  # the defaults
         tables[name] = replace(table, **values)
     return replace(before, **tables, phase=tuple(phase))
 

@@ -52,7 +52,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), base: Config | 
         *parents, key = name.strip().split(".")
         if not equals or len(parents) != (3 if parents[:1] == ["phase"] else 1):
             raise UserError(f"--set {override}: write it as table.key=value, for example optim.lr=1e-3")
-        values = _phase(tables, parents[1], override) if len(parents) == 3 else tables
+        values = _phase(phases, parents[1], override) if len(parents) == 3 else tables
         values = values.setdefault(parents[-1], {})
         if not isinstance(values, dict):
             raise UserError(f"{path}: {parents[-1]} must be a table, [{parents[-1]}]")
@@ -73,13 +73,12 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), base: Config | 
     return config
 
 
-def _phase(tables: dict[str, Any], name: str, override: str) -> dict[str, Any]:
-    phases = [phase for phase in tables.get("phase", []) if isinstance(phase, dict)]
-    found = [phase for phase in phases if phase.get("name") == name]
-    if not found:
-        known = ", ".join(str(phase.get("name")) for phase in phases) or "there are none"
-        raise UserError(f"--set {override}: no phase is called {name}: {known}")
-    return found[0]
+def _phase(phases: list[dict[str, Any]], name: str, override: str) -> dict[str, Any]:
+    for phase in phases:
+        if phase.get("name") == name:
+            return phase
+    known = ", ".join(str(phase.get("name")) for phase in phases) or "there are none"
+    raise UserError(f"--set {override}: no phase is called {name}: {known}")
 
 
 def _continue(base: Config, tables: dict[str, Any], phases: list[dict[str, Any]]) -> Config:

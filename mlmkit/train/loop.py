@@ -73,6 +73,7 @@ class Run:
     texts: dict[Source, Corpus]
     schedules: list[Schedule]
     digests: dict[str, str]
+    first_step: int | None  # where it began with trained weights; None if with random ones
     device: torch.device
     ranks: Ranks
     stop: list[int]
@@ -107,8 +108,12 @@ def train(config: Config, run: Path, start_from: Path | None = None) -> Path:
             if ranks.from_first(lambda: is_finished(run, schedules, digests)):
                 log.info("%s is finished: nothing to train", run)
                 return run / "model"
+            first_step = 0 if config.model.init_from else None
+            if start_from:
+                first_step = read_state(origin_folder(run, start_from), verify=False).position.cursor.step
             with stop_signals(run, ranks) as stop:
-                _train(Run(run, config, tokenizer, texts, schedules, digests, device, ranks, stop), start_from)
+                whole = Run(run, config, tokenizer, texts, schedules, digests, first_step, device, ranks, stop)
+                _train(whole, start_from)
                 return run / "model"
     except BaseException as error:
         # The frames of the traceback keep DDP's reducer alive. It must be gone before its process group, or the process
@@ -125,18 +130,16 @@ def train(config: Config, run: Path, start_from: Path | None = None) -> Path:
 def _train(run: Run, start_from: Path | None) -> None:
     phases = list(run.config.phases.items())
     saved = run.ranks.from_first(lambda: last_checkpoint(run.folder))
-    state, first_step = State(phases[0][1]), 0 if run.config.model.init_from else None
-    if start_from:
-        first_step = read_state(origin_folder(run.folder, start_from), verify=False).position.cursor.step
+    state = State(phases[0][1])
     if start := saved or start_from:
-        with resuming(start):
+        with resuming(saved):
             state = run.ranks.from_first(partial(read_state, start))
         if not saved:
             state = replace(state, position=state.position.next_phase(0), sums=NO_STEPS)
         log.info("%s %s after step %d", "resuming" if saved else "branching from", start, state.position.cursor.step)
     position: Position | None = state.position
     while position:
-        state = _train_phase(run, *phases[position.cursor.phase], replace(state, position=position), start, first_step)
+        state = _train_phase(run, *phases[position.cursor.phase], replace(state, position=position), start)
         start = run.ranks.from_first(lambda: last_checkpoint(run.folder))
         position = next_position(state.position, run.schedules)
         gc.collect()  # reference cycles of DDP and torch.compile keep the model of this phase in memory
@@ -152,15 +155,11 @@ def next_position(position: Position, schedules: Sequence[Schedule]) -> Position
     return position
 
 
-def _train_phase(
-    run: Run, name: str, config: Config, state: State, start: Path | None, first_step: int | None
-) -> State:
-    """Train from `state`, with the weights of the checkpoint `start`, to the end of the phase; returns the state.
-
-    `first_step` is where the run began with trained weights; None if it began with random ones.
-    """
+def _train_phase(run: Run, name: str, config: Config, state: State, start: Path | None) -> State:
+    """Train from `state`, with the weights of the checkpoint `start`, to the end of the phase; returns the state."""
     ranks, device = run.ranks, run.device
-    with resuming(start):
+    own = start if start and start.is_relative_to(run.folder) else None  # not the one that a branch begins with
+    with resuming(own):
         model = build_model(config, run.tokenizer, resume_from=start)
     corpora = corpora_of(config, run.texts)
     data = prepare(model, config, run.tokenizer, corpora, position=state.position, is_fresh=start is None)
@@ -176,7 +175,7 @@ def _train_phase(
         compile_layers(model)
     module = parallelise(model, ranks, config.train.parallel)
     optimizers = build_optimizers(model, config.optim)
-    with resuming(start):
+    with resuming(own):
         if start:
             load_optimizers(start, model, optimizers, ranks)
     batches = data.batches(cursor, rank=ranks.rank, world=ranks.world, workers=config.data.workers)
@@ -213,12 +212,12 @@ def _train_phase(
             training_log.held_out(cursor.step, results)
             ranks.from_first(lambda: prune(run.folder, config.train.keep_checkpoints))
 
-        if first_step is not None:
+        if run.first_step is not None:
             with training_log.paused():
                 results = evaluate_initial(run.folder, model, run.config, run.digests, device.type, ranks)
-                training_log.held_out(first_step, results)
-        if start and start.is_relative_to(run.folder):
-            evaluate_and_prune(start)  # a kill may have prevented it, or the held-out text may have changed
+                training_log.held_out(run.first_step, results)
+        if own:
+            evaluate_and_prune(own)  # a kill may have prevented it, or the held-out text may have changed
         while not schedule.is_over(cursor):
             before, (cursor, batch) = cursor, next(batches)
             micro_batches = schedule.micro_batches(before)
@@ -257,9 +256,9 @@ def _train_phase(
             bar.update(task, completed=schedule.done(cursor), description=description)
             is_last = schedule.is_over(cursor)
             if stopping or is_last or cursor.step % config.train.save_every == 0:
-                position, sums = data.rows.position(cursor), training_log.open_sums()
-                state = State(config, position, name, is_last, mask_prob, sums)
+                sums = training_log.open_sums()
                 with training_log.paused():
+                    state = State(config, data.rows.position(cursor), name, is_last, mask_prob, sums)
                     checkpoint = save_checkpoint(run.folder, state, model, optimizers, ranks)
                     if stopping and not (is_last and cursor.phase + 1 == len(run.schedules)):
                         raise _stopped(run.stop, cursor.step, checkpoint)

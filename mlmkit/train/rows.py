@@ -131,7 +131,8 @@ class RowBuilder:
         seen = position.streams if is_same else position.remaining
         self.cursor = position.cursor if is_same else replace(position.cursor, epoch=0, block=0, packs=0)
         self.order = Order(tuple(stream.after(seen) for stream in streams), self.passes, self.seed)
-        self.others = tuple(stream for stream in seen if stream.text not in {each.text for each in streams})
+        texts = {stream.text for stream in streams}
+        self.others = tuple(stream for stream in seen if stream.text not in texts)
 
     @property
     def epoch_tokens(self) -> float:

@@ -71,9 +71,8 @@ class Schedule:
         if not (run.initial_batch_tokens and run.batch_warmup_tokens):
             return full
         most = run.global_batch_tokens // run.initial_batch_tokens
-        reached = (
-            cursor.phase_tokens * most * (most - 1)
-        )  # the sizes 1 ... n take n (n + 1) / (k (k - 1)) of the tokens
+        # The sizes 1 ... n take n (n + 1) / (k (k - 1)) of the tokens.
+        reached = cursor.phase_tokens * most * (most - 1)
         sizes = (size for size in range(1, most) if reached < run.batch_warmup_tokens * size * (size + 1))
         return next(sizes, most) * full // most
 
@@ -90,7 +89,7 @@ class Schedule:
 
 
 def may_follow(before: dict[str, Any], now: dict[str, Any], cursor: Cursor) -> bool:
-    """Whether a phase may go on from `cursor` with the schedule `now`: it would have been there as well.
+    """Whether a phase may continue from `cursor` with the schedule `now`, because its steps so far would be the same.
 
     Both are a `Schedule.identity`.
     """

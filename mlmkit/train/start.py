@@ -22,7 +22,7 @@ from mlmkit.packing import enable_packing
 from mlmkit.pretrained import from_pretrained, load_tokenizer, save_tokenizer
 from mlmkit.tokenizer import Tokenizer
 from mlmkit.train.checkpoints import CURSOR, last_checkpoint, origin_folder, read_state, resuming, saved_checkpoints
-from mlmkit.train.config import CHANGEABLE, LENGTHS, WARMUPS, Config, RunConfig, as_tables, named
+from mlmkit.train.config import CHANGEABLE, LENGTHS, WARMUPS, Config, RunConfig, TokenizerConfig, as_tables, named
 from mlmkit.train.data import TrainingData
 from mlmkit.train.held_out import held_out_digests
 from mlmkit.train.model_setup import build_model, fit_model
@@ -126,7 +126,7 @@ def _begin_or_check(config: Config, run: Path, ranks: Ranks, start_from: Path | 
         _check_models(config, tokenizer, last, cursor.phase if cursor else 0)
         _check_rows(config, tokenizer, texts)
         write_record(run / RUN, now)
-        log.info("%s goes on with other settings for what it has not begun", run)
+        log.info("%s resumes; settings of what it has not begun have changed", run)
     elif cursor or (run / "model").exists():
         raise UserError(f"{run} was begun with another {difference}: choose another --output, or delete that folder")
     else:
@@ -234,7 +234,8 @@ def _difference(before: object, now: object, name: str) -> str:
         return "text in data.train"
     if name == "length" and isinstance(before, dict) and isinstance(now, dict) and before != now:
         old, new = ("{total} {unit}, {warmup} of warm-up".format(**each) for each in (before, now))
-        return f"length ({old}, now {new}; only a constant learning rate with the same warm-up can go on: see --from)"
+        reason = "only a constant learning rate with the same warm-up can be extended: see --from"
+        return f"length ({old}, now {new}; {reason})"
     if isinstance(before, dict) and isinstance(now, dict):
         for key in {**before, **now}:
             if difference := _difference(before.get(key), now.get(key), f"{name}.{key}".lstrip(".")):
@@ -251,8 +252,10 @@ def _prepare_tokenizer(config: Config, folder: Path, start_from: Path | None) ->
 
     A branch has that of its checkpoint.
     """
-    settings, init_from = config.tokenizer, str(start_from or config.model.init_from)
-    if given := ("" if start_from else settings.path) or ("" if settings.vocab_size and not start_from else init_from):
+    settings, init_from = config.tokenizer, config.model.init_from
+    if start_from:
+        settings, init_from = TokenizerConfig(), str(start_from)
+    if given := settings.path or ("" if settings.vocab_size else init_from):
         load_tokenizer(given)  # refuses what mlmkit cannot use
         tokenizer = from_pretrained(AutoTokenizer, locate_model(given))
         limit = tokenizer.model_max_length if given == init_from else 0
@@ -263,7 +266,7 @@ def _prepare_tokenizer(config: Config, folder: Path, start_from: Path | None) ->
         tokenizer = train_tokenizer(
             lambda: chain.from_iterable(map(read_documents, sources)), settings, _longest(config)
         )
-    if settings.add and not start_from:
+    if settings.add:
         tokenizer = add_tokens(tokenizer, settings.add)
     save_tokenizer(tokenizer, folder)
     return load_tokenizer(str(folder))
