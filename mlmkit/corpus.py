@@ -36,7 +36,7 @@ from mlmkit.files import (
     write_record,
 )
 from mlmkit.masking import document_key, first_token_of_word
-from mlmkit.tokenizer import Tokenizer
+from mlmkit.tokenizer import Tokenizer, Tokens
 
 log = logging.getLogger(__name__)
 
@@ -177,11 +177,18 @@ def _encode(texts: Iterable[str], tokenizer: Tokenizer) -> Iterator[Corpus]:
         ]
         yield Corpus(
             tokens.ids.astype("<u2" if tokenizer.vocabulary_size <= 1 << 16 else "<u4"),
-            tokens.words.astype("<i4"),
+            word_indices(tokens),
             np.concatenate([[0], np.cumsum(tokens.lengths)]),
             np.array([document_key(text) for text in batch], dtype="<u8"),
             np.array(sizes, dtype="<i8"),
         )
+
+
+def word_indices(tokens: Tokens) -> NDArray[np.int32]:
+    """Return the index of each token's word in its document, `[tokens]`."""
+    words = np.cumsum(tokens.word_begins, dtype="<i4")
+    filled = tokens.lengths[tokens.lengths > 0]
+    return words - np.repeat(words[np.cumsum(filled) - filled], filled)
 
 
 def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
