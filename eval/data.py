@@ -15,7 +15,8 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from mlmkit.corpus import Corpus, cache_folder, concatenate, load_corpus, stream_corpus, tokenize
-from mlmkit.documents import Source, checked_text
+from mlmkit.documents import checked_text
+from mlmkit.locations import Source
 from mlmkit.tokenizer import Tokenizer
 
 # Tokens that the model reads per part: minutes of work for BERT-base on 2 cores, a second or less on a GPU.

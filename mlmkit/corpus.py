@@ -22,19 +22,19 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mlmkit.documents import HUB, Source, existing_file, is_blank, load_hub, read_texts
+from mlmkit.documents import is_blank, read_texts
 from mlmkit.errors import DamagedError, UserError
 from mlmkit.files import (
     atomic,
     cache_root,
     changed_file,
-    file_sha256,
     hash_tree,
     locked,
     read_record,
     remove,
     write_record,
 )
+from mlmkit.locations import Source, content_identity, file_format, find_files
 from mlmkit.masking import document_key, first_token_of_word
 from mlmkit.tokenizer import Tokenizer, Tokens
 
@@ -214,11 +214,11 @@ def load_corpus(source: Source, tokenizer: Tokenizer, folder: Path | None = None
     source without documents, or a cache that cannot be used.
     """
     folder = folder or cache_folder(source, tokenizer)
-    if corpus := _cached_corpus(folder, source.location):
+    if corpus := _cached_corpus(folder, source.name):
         return corpus
     for _ in stream_corpus(source, tokenizer, folder):
         pass
-    return _map_corpus(folder, source.location)
+    return _map_corpus(folder, source.name)
 
 
 def _cached_corpus(folder: Path, location: str) -> Corpus | None:
@@ -245,14 +245,9 @@ def cache_folder(source: Source, tokenizer: Tokenizer) -> Path:
     Its name is a hash of the file's bytes, the reading options and the tokenizer. Raises `UserError` for a source that
     is missing, unreadable, or a pipe, which can be read once only.
     """
-    if source.location.startswith(HUB):
-        content = load_hub(source.location)._fingerprint
-    else:
-        path = existing_file(source.location)
-        if not path.is_file():
-            raise UserError(f"{source.location} is a pipe, which can be read once only: save its content to a file")
-        content = file_sha256(path)
-    options = asdict(source) | {"location": Path(source.location).suffix, "content": content}
+    files = find_files(source)
+    content = [(file_format(file, source.format), content_identity(file)) for file in files]
+    options = asdict(source) | {"location": "", "content": content}
     identity = json.dumps([CACHE_FORMAT, options, tokenizer.fingerprint], sort_keys=True)
     return cache_root() / "tokens" / sha256(identity.encode()).hexdigest()[:32]
 
@@ -286,10 +281,10 @@ def stream_corpus(source: Source, tokenizer: Tokenizer, folder: Path) -> Iterato
             fingerprint.update(block.keys.tobytes())
             yield block
         if not dtypes:
-            raise UserError(f"{source.location}: no documents in it (it is empty or blank)")
+            raise UserError(f"{source.name}: no documents in it (it is empty or blank)")
         files["starts"].write(np.array([tokens], "<i8").tobytes())
         if cache_folder(source, tokenizer) != folder:  # what was read is not what was hashed
-            raise UserError(f"{source.location} was changed while it was being read: run the same command again")
+            raise UserError(f"{source.name} was changed while it was being read: run the same command again")
         for file in files.values():
             file.flush()
         meta = {"dtypes": dtypes, "fingerprint": fingerprint.hexdigest(), "empty_texts": empty}

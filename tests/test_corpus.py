@@ -1,26 +1,19 @@
-"""Reading, tokenising, caching, windows."""
+"""Tokenising, caching, windows."""
 
-import bz2
-import csv
-import gzip
-import json
-import lzma
 import os
 import pickle
 import resource
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from conftest import PORTUGUESE, paragraphs
 from hypothesis import given
 from hypothesis import strategies as st
 
 from mlmkit.corpus import Corpus, _batches, cache_folder, gather, load_corpus, stream_corpus, tokenize
-from mlmkit.documents import Source, read_documents
 from mlmkit.errors import UserError
+from mlmkit.locations import Source
 from mlmkit.masking import document_key
 from mlmkit.tokenizer import Tokenizer
 from mlmkit.windows import cut_windows, nearest_window, overlapping_windows, window_table
@@ -28,125 +21,9 @@ from mlmkit.windows import cut_windows, nearest_window, overlapping_windows, win
 lengths_strategy = st.lists(st.integers(0, 60), min_size=1, max_size=10).map(lambda values: np.array(values))
 
 
-def read(path: Path | str, **options) -> list[str]:
-    return list(read_documents(Source(str(path), **options)))
-
-
 def write(path: Path, content: bytes) -> Path:
     path.write_bytes(content)
     return path
-
-
-# ------------------------------------------------------------------ reading
-
-
-def test_lines_split_at_lf_alone_and_blocks_at_blank_lines(tmp_path):
-    content = "one\r\n\ntwo\u2028still two\x0cand still\n \t\n  three  \nlast\r".encode()
-    assert read(write(tmp_path / "a.txt", content)) == ["one", "two\u2028still two\x0cand still", "  three  ", "last\r"]
-    path = write(tmp_path / "a.txt", b"\n\none\ntwo\n \nthree\r\nfour\n\n\n")
-    assert read(path, blank_line=True) == ["one\ntwo", "three\nfour"]
-
-
-def test_every_kind_of_table_gives_the_same_documents(tmp_path):
-    texts = [*PORTUGUESE, 'line one\nline two, "quoted"', "   ", "", "long " * 30_000]
-    jsonl = write(tmp_path / "a.jsonl", "\n".join(json.dumps({"body": text}) for text in texts).encode() + b"\n\n")
-    pq.write_table(pa.table({"body": texts, "n": range(len(texts))}), tmp_path / "a.parquet")
-    folder = tmp_path / "dataset"
-    folder.mkdir()
-    (folder / "train.jsonl").write_bytes(jsonl.read_bytes())
-    for name, delimiter in (("a.csv", ","), ("a.tsv", "\t")):
-        with (tmp_path / name).open("w", encoding="utf-8-sig", newline="") as file:
-            csv.writer(file, delimiter=delimiter).writerows([["n", "body"], *enumerate(texts)])
-    expected = [text for text in texts if text.strip()]
-    for name in ("a.jsonl", "a.csv", "a.tsv", "a.parquet"):
-        assert read(tmp_path / name, text_field="body") == expected
-        upper = write(tmp_path / name.upper(), (tmp_path / name).read_bytes())
-        assert read(upper, text_field="body") == expected
-    assert read(f"hub:{folder}@train", text_field="body") == expected
-
-
-@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.csv"])
-def test_a_byte_order_mark_is_no_part_of_the_text(tmp_path, name):
-    lines = {"a.txt": "one\n\ufefftwo\n", "a.jsonl": '{"text": "one"}\n', "a.csv": "text\none\n"}[name]
-    plain, marked = (write(tmp_path / f"{mark}{name}", mark.encode() + lines.encode()) for mark in ("", "\ufeff"))
-    assert read(marked) == read(plain)
-    assert read(plain)[0] == "one"
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("a.txt", b"good\nbad \xff byte\n", "line 2, byte 5 is not UTF-8.*iconv"),
-        ("a.txt", b"\x89PNG\r\n\x1a\n\0\0", "byte 1 is not UTF-8 .0x89.: if it is a text file"),
-        ("a.txt", "texto".encode("utf-16"), "UTF-16.*iconv -f UTF-16"),
-        ("a.txt", "texto".encode("utf-32"), "UTF-32.*iconv -f UTF-32"),
-        ("a.jsonl", b'{"text": "a"}\n{"text": \n', "line 2 is not JSON"),
-        ("a.jsonl", b'{"body": "a"}\n', "line 1 has no field 'text' .it has body.*--text-field .*data.text_field"),
-        ("a.json", b'[{"text": "a"}]\n', "line 1 is not a JSON object: write one object per line"),
-        ("a.jsonl", b'{"text": 3}\n', "holds int, not text"),
-        ("a.jsonl", b'{"text": "\\ud800"}\n', "surrogate"),
-        ("a.jsonl", b"[" * 100_000, "is not JSON"),
-        ("a.parquet", b"no parquet", "cannot be read as parquet"),
-        ("a.csv", b"a,b\nc,d\n", "line 2 has no field 'text' .it has a, b."),
-        ("a.csv", b"n,text\n1,a\n2\n", "line 3: it has fewer fields than the header: quote texts"),
-        ("a.csv", b"text\na, b\n", "line 2: it has more fields than the header: quote texts"),
-        ("a.csv", b'text\n"a" b\n', "line 2: .* expected after .*double the quotes in them"),
-        ("a.tsv", b'text\n"a\nb\n', "line 3: unexpected end of data"),
-        ("a.txt", gzip.compress(b"text", mtime=0), "is gzip, not UTF-8 text: unpack it .gzip -dc"),
-        ("a.jsonl", bz2.compress(b"text"), "is bzip2, not"),
-        ("a.xz", lzma.compress(b"text"), "is xz, not"),
-        ("a.csv", b"\x28\xb5\x2f\xfd\0", "is zstd, not"),
-        ("a.zip", b"PK\x03\x04\0", "is a zip archive, not .*unzip"),
-        ("a", b"%PDF-1.7\n%\xe2", "is a PDF, not"),
-        ("a.txt", b"PAR1\x15\x04", "is parquet, not .*suffix .parquet"),
-    ],
-)
-def test_what_cannot_be_read_is_named(tmp_path, name, content, message):
-    with pytest.raises(UserError, match=message) as raised:
-        read(write(tmp_path / name, content))
-    assert str(raised.value).startswith(str(tmp_path / name))
-
-
-def test_what_begins_like_another_format_is_text(tmp_path):
-    texts = ["BZh is a country code", "PAR1 is a receptor", "PK starts", "%PDF- is how they begin", "ARROW1"]
-    for text in texts:
-        assert read(write(tmp_path / "a.txt", text.encode())) == [text]
-
-
-@pytest.mark.parametrize("layout", ["file", "stream"])
-def test_the_advice_for_arrow_files_works(tmp_path, layout):
-    table, new = pa.table({"text": PORTUGUESE}), pa.ipc.new_file if layout == "file" else pa.ipc.new_stream
-    with new(str(tmp_path / "a.arrow"), table.schema) as writer:
-        writer.write_table(table)
-    with pytest.raises(UserError, match=r"is an Arrow file, .*: put it in a folder of its own and name hub:FOLDER"):
-        read(tmp_path / "a.arrow")
-    assert read(f"hub:{tmp_path}") == list(PORTUGUESE)
-
-
-def test_damaged_parquet_is_named(tmp_path):
-    pq.write_table(pa.table({"text": ["a" * 5000] * 3}), tmp_path / "a.parquet", use_dictionary=False)
-    content = bytearray((tmp_path / "a.parquet").read_bytes())
-    content[40:90] = b"\xff" * 50
-    with pytest.raises(UserError, match="cannot be read as parquet"):
-        read(write(tmp_path / "a.parquet", bytes(content)))
-    binary = pa.array([b"\xff\xfe"], pa.binary())
-    pq.write_table(pa.table({"text": pa.Array.from_buffers(pa.string(), 1, binary.buffers())}), tmp_path / "b.parquet")
-    with pytest.raises(UserError, match="cannot be read as parquet"):
-        read(tmp_path / "b.parquet")
-
-
-def test_missing_column_folder_and_file_are_named(tmp_path):
-    pq.write_table(pa.table({"body": ["a"]}), tmp_path / "a.parquet")
-    with pytest.raises(UserError, match=r"row 0 has no field 'text' .it has body."):
-        read(tmp_path / "a.parquet")
-    missing = f"hub:{tmp_path / 'none'}"
-    for path, message in (
-        (tmp_path, "is a folder"),
-        (tmp_path / "none.txt", "no such file"),
-        (missing, "cannot be loaded"),
-    ):
-        with pytest.raises(UserError, match=message):
-            read(path)
 
 
 # ------------------------------------------------------------------ tokenising

@@ -18,13 +18,13 @@ from hypothesis import strategies as st
 
 from mlmkit.backends import Backend, load
 from mlmkit.corpus import Corpus
-from mlmkit.documents import Source
 from mlmkit.errors import CheckError, UserError
 from mlmkit.eval import results_store
 from mlmkit.eval.api import evaluate
 from mlmkit.eval.data import cut_parts
 from mlmkit.eval.results_store import ResultsStore
 from mlmkit.eval.statistics import Bootstrap
+from mlmkit.locations import Source
 
 TIMES = ("seconds", "timing", "command", "checksum")
 

@@ -18,8 +18,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mlmkit.corpus import Corpus, load_corpus, tokenize
-from mlmkit.documents import Source
 from mlmkit.errors import UserError
+from mlmkit.locations import Source
 from mlmkit.masking import corrupt
 from mlmkit.packing import enable_packing
 from mlmkit.pretrained import load_pretrained

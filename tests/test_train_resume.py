@@ -243,7 +243,7 @@ if __name__ == "__main__":
     import multiprocessing, sys, time
     from pathlib import Path
     from mlmkit.corpus import load_corpus
-    from mlmkit.documents import Source
+    from mlmkit.locations import Source
     from mlmkit.tokenizer import Tokenizer
     from mlmkit.train.config import Config, DataConfig, ModelConfig, RunConfig
     from mlmkit.train.data import TrainingData

@@ -310,8 +310,9 @@ def score(options: ScoreOptions) -> None:
 
     Prints one line per text: the sum ("-" without a scored token), the number of tokens, the text. Skips blank lines.
     """
-    from mlmkit.documents import Source, read_documents
+    from mlmkit.documents import read_documents
     from mlmkit.eval.score_texts import pseudo_log_likelihood
+    from mlmkit.locations import Source
 
     location = "/dev/stdin" if options.file == "-" else options.file
     texts = list(read_documents(Source(location, options.text_field, options.blank_line)))

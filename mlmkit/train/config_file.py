@@ -6,14 +6,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from mlmkit.documents import is_table
 from mlmkit.errors import UserError
+from mlmkit.locations import formats
 from mlmkit.toml import build, read_toml
 from mlmkit.train.config import CHANGEABLE, LENGTHS, PHASE_KEYS, Config, change, setting_names
 
 
 def _are_tables(config: Config) -> set[bool]:
-    return {is_table(source.location) for source in (*config.data.sources, *config.held_out_sources.values())}
+    sources = (*config.data.sources, *config.held_out_sources.values())
+    return {format != "text" for source in sources for format in formats(source)}
 
 
 _HOW_TRAINED = "tokenizer.kind tokenizer.lowercase"

@@ -14,11 +14,11 @@ from typing import Any
 from mlmkit.backends import Backend, load
 from mlmkit.corpus import Corpus, load_corpus
 from mlmkit.distributed import Ranks
-from mlmkit.documents import Source
 from mlmkit.errors import UserError
 from mlmkit.eval.data import FileData
 from mlmkit.eval.evaluate import run_evaluation
 from mlmkit.eval.rows import Settings
+from mlmkit.locations import Source
 from mlmkit.masking import DIGEST_MODULUS, corrupt, format_digest, mask_digest
 from mlmkit.model import MaskedLM
 from mlmkit.tokenizer import Tokenizer
@@ -77,7 +77,7 @@ def _evaluate(
         return result
     if result:
         kept = checkpoint / f"{HELD_OUT}-{result['mask_digest'][:8]}"
-        log.info("%s was evaluated on another text than %s: see %s", checkpoint, source.location, kept)
+        log.info("%s was evaluated on another text than %s: see %s", checkpoint, source.name, kept)
         ranks.from_first(lambda: (shutil.rmtree(kept, ignore_errors=True), folder.rename(kept)))
     data = FileData(source, backend().tokenizer)
     # Overwrites what a killed evaluation of another text left behind.

@@ -26,9 +26,9 @@ from mlmkit.console import progress
 from mlmkit.corpus import Corpus
 from mlmkit.distributed import Ranks, said_once
 from mlmkit.distributed import ranks as find_ranks
-from mlmkit.documents import Source
 from mlmkit.errors import CheckError, StoppedError, UserError
 from mlmkit.files import write_record
+from mlmkit.locations import Source
 from mlmkit.tokenizer import Tokenizer
 from mlmkit.train.checkpoints import (
     HELD_OUT_METRICS,

@@ -14,9 +14,10 @@ from transformers import AutoTokenizer
 
 from mlmkit.corpus import Corpus, load_corpus, warn_of_words
 from mlmkit.distributed import Ranks
-from mlmkit.documents import HUB, Source, existing_file, read_documents
+from mlmkit.documents import read_documents
 from mlmkit.errors import UserError, as_user_error, require
 from mlmkit.files import RUN, atomic, content, file_sha256, locate_model, locked, read_record, sweep, write_record
+from mlmkit.locations import Source, find_files, is_tokens
 from mlmkit.model import MaskedLM
 from mlmkit.packing import enable_packing
 from mlmkit.pretrained import from_pretrained, load_tokenizer, save_tokenizer
@@ -98,8 +99,8 @@ def _begin_or_check(config: Config, run: Path, ranks: Ranks, start_from: Path | 
     for phase in config.phases.values():
         _check_shares(phase.train, ranks)
     for source in config.held_out_sources.values():
-        if not source.location.startswith(HUB):
-            existing_file(source.location)
+        if not is_tokens(source.location):
+            find_files(source)
     if not (run / RUN).exists() and not saved_checkpoints(run):
         if run.exists() and not run.is_dir():
             raise UserError(f"{run} is not a folder: choose another --output")
