@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from mlmkit.corpus import tokenize
+from mlmkit.corpus import Corpus, tokenize
 from mlmkit.documents import checked_text, is_blank, json_object, read_rows
 from mlmkit.errors import UserError
 from mlmkit.eval.data import EvalData
@@ -175,6 +175,8 @@ class PairData(EvalData):
     from.
     """
 
+    corpus: Corpus
+
     def __init__(self, given: Sequence[Pair], tokenizer: Tokenizer, source: dict[str, Any], scoring: str) -> None:
         self.pairs = pairs = [pair for pair in given if not pair.has_empty_sentence]
         self._tokenizer = tokenizer
@@ -193,7 +195,7 @@ class PairData(EvalData):
         """
         if self.source["scoring"] == "all":
             return None
-        corpus, spans, prefix = self.corpus(), [], len(self._tokenizer.prefix)
+        corpus, spans, prefix = self.corpus, [], len(self._tokenizer.prefix)
         for pair in range(len(self.pairs)):
             starts, ends = corpus.starts[2 * pair : 2 * pair + 2], corpus.starts[2 * pair + 1 : 2 * pair + 3]
             framed = [self._tokenizer.frame(corpus.ids[a:b]).tolist() for a, b in zip(starts, ends, strict=True)]
@@ -214,8 +216,8 @@ class PairData(EvalData):
         return {name: pa.array(values) for name, values in columns.items()}
 
     def _ids(self, document: int) -> bytes:
-        starts = self.corpus().starts
-        return self.corpus().ids[starts[document] : starts[document + 1]].tobytes()
+        starts = self.corpus.starts
+        return self.corpus.ids[starts[document] : starts[document + 1]].tobytes()
 
 
 # ---------------------------------------------------------------- accuracies

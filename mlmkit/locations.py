@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from mlmkit.errors import UserError, first_line, require
+from mlmkit.files import recorded_sha256
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +32,7 @@ FORMATS = {".txt": "text", ".jsonl": "jsonl", ".json": "jsonl", ".ndjson": "json
 FORMATS |= {".parquet": "parquet", ".arrow": "arrow"}
 COMPRESSIONS = {".gz": "gzip", ".bz2": "bz2", ".xz": "xz", ".zst": "zstd"}
 BAD_ROWS = ("error", "skip")
-TOKENS = "tokens.json"  # a folder that holds it is a tokenised corpus
+PLAN = "plan.json"  # a folder that holds it is a tokenised corpus, or is about to be
 
 _say_once = cache(log.info)
 
@@ -166,7 +167,7 @@ def existing_file(location: str) -> Path:
 
 def is_tokens(location: str | Sequence[str]) -> bool:
     """Whether a location is the folder of a tokenised corpus."""
-    return isinstance(location, str) and Path(location, TOKENS).is_file()
+    return isinstance(location, str) and Path(location, PLAN).is_file()
 
 
 def file_format(file: str, given: str = "") -> tuple[str, str]:
@@ -181,9 +182,14 @@ def file_format(file: str, given: str = "") -> tuple[str, str]:
 
 
 def formats(source: Source) -> set[str]:
-    """The formats of the files, without reading any: that of a missing file is by its suffix too."""
+    """The formats of the files, without reading any: that of a missing file is by its suffix too.
+
+    A tokenised corpus has none.
+    """
     files: list[str] = []
     for location in source.locations:
+        if is_tokens(location):
+            continue
         is_several = not is_remote(location) and (Path(location).is_dir() or has_magic(location))
         files += _files_at(location) if is_several else [location]
     return {file_format(file, source.format)[0] for file in files}
@@ -210,9 +216,19 @@ def content_identity(file: str) -> str:
     path = existing_file(file)
     if not path.is_file():
         raise UserError(f"{file} is a pipe, which can be read once only: save its content to a file")
-    from mlmkit.files import file_sha256
+    return recorded_sha256(path)
 
-    return file_sha256(path)
+
+def file_state(file: str) -> list[Any]:
+    """Return the size of a file in bytes, 0 if it is unknown, and what changes when it is written again."""
+    if file.startswith(HUB):
+        return [0, load_hub(file)._fingerprint]
+    if is_remote(file):
+        file_system, path = _file_system(file)
+        with file_errors(file):
+            return [file_system.size(path) or 0, f"{file_system.checksum(path):x}"]
+    stat = existing_file(file).stat()
+    return [stat.st_size, stat.st_mtime_ns]
 
 
 # ---------------------------------------------------------------- splits

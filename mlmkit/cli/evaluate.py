@@ -13,6 +13,7 @@ from mlmkit.cli.options import (
     JsonOption,
     ModelOptions,
     TextOptions,
+    VerifyOption,
     argument,
     command,
     option,
@@ -31,7 +32,7 @@ PAIRS = "pairs"
 
 
 @option_class
-class EvalOptions(JsonOption, ModelOptions, TextOptions):
+class EvalOptions(VerifyOption, JsonOption, ModelOptions, TextOptions):
     model: str = argument(default="")
     sets: tuple[str, ...] = option("--set", "What to measure on. Repeatable.", multiple=True, metavar="NAME|FILE")
     list_sets: bool = switch("--list-sets", "List the built-in sets and exit.")
