@@ -82,7 +82,7 @@ def evaluate(
     """
     loaded = load(model, backend, device) if isinstance(model, str | PathLike) else model
     if isinstance(data, Source):
-        data = Request(data.location, "text", data.location, source=data)
+        data = Request(data.name, "text", data.name, source=data)
     elif isinstance(data, str | PathLike):
         data = find_set(fspath(data), data_folder(None))
     request = data if isinstance(data, Request) else None

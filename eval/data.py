@@ -69,7 +69,7 @@ class FileData(EvalData):
     def __init__(self, source: Source, tokenizer: Tokenizer, set_name: str | None = None) -> None:
         self._file, self._tokenizer = source, tokenizer
         self._folder = cache_folder(source, tokenizer)
-        self.source = {"set": set_name, **asdict(source)}
+        self.source = {"set": set_name, **asdict(source), "location": source.name, "locations": source.locations}
 
     @cached_property
     def _cached_corpus(self) -> Corpus:

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mlmkit.documents import HUB, Source, existing_file, is_blank, load_hub, read_texts
+from mlmkit.documents import HUB, Source, existing_file, is_blank, is_selected, load_hub, read_texts, why_empty
 from mlmkit.errors import DamagedError, UserError
 from mlmkit.files import (
     atomic,
@@ -85,6 +85,21 @@ class Corpus:
     def lengths(self) -> NDArray[np.int64]:
         """Tokens per document, `[documents]`."""
         return np.diff(self.starts)
+
+    @property
+    def tokens(self) -> int:
+        """The number of tokens."""
+        return len(self.ids)
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The sum of each column of `TEXT_SIZES`."""
+        return dict(zip(TEXT_SIZES, self.text_sizes.sum(axis=0).tolist(), strict=True))
+
+    def key_blocks(self) -> Iterator[NDArray[np.uint64]]:
+        """Yield the documents' keys, in order, in arrays of bounded size."""
+        for begin in range(0, len(self), 1 << 20):
+            yield copy_slice(self.keys, begin, min(begin + (1 << 20), len(self)))
 
     @property
     def unknown_share(self) -> float:
@@ -207,11 +222,19 @@ def load_corpus(source: Source, tokenizer: Tokenizer, folder: Path | None = None
     source without documents, or a cache that cannot be used.
     """
     folder = folder or cache_folder(source, tokenizer)
-    if corpus := _cached_corpus(folder, source.location):
+    if corpus := _cached_corpus(folder, source.name):
         return corpus
     for _ in stream_corpus(source, tokenizer, folder):
         pass
-    return _map_corpus(folder, source.location)
+    return _map_corpus(folder, source.name)
+
+
+def open_corpus(folder: Path, name: str) -> Corpus | None:
+    """A corpus that was tokenised before, or None if it is gone or damaged."""
+    try:
+        return _map_corpus(folder, name)
+    except DAMAGE:
+        return None
 
 
 def _cached_corpus(folder: Path, location: str) -> Corpus | None:
@@ -238,14 +261,16 @@ def cache_folder(source: Source, tokenizer: Tokenizer) -> Path:
     Its name is a hash of the file's bytes, the reading options and the tokenizer. Raises `UserError` for a source that
     is missing, unreadable, or a pipe, which can be read once only.
     """
-    if source.location.startswith(HUB):
-        content = load_hub(source.location)._fingerprint
-    else:
-        path = existing_file(source.location)
+    content = []
+    for location in source.locations:
+        if location.startswith(HUB):
+            content.append(["", load_hub(location)._fingerprint])
+            continue
+        path = existing_file(location)
         if not path.is_file():
-            raise UserError(f"{source.location} is a pipe, which can be read once only: save its content to a file")
-        content = file_sha256(path)
-    options = asdict(source) | {"location": Path(source.location).suffix, "content": content}
+            raise UserError(f"{location} is a pipe, which can be read once only: save its content to a file")
+        content.append([path.suffix, file_sha256(path)])
+    options = asdict(source) | {"location": "", "content": content}
     identity = json.dumps([CACHE_FORMAT, options, tokenizer.fingerprint], sort_keys=True)
     return cache_root() / "tokens" / sha256(identity.encode()).hexdigest()[:32]
 
@@ -263,7 +288,7 @@ def stream_corpus(source: Source, tokenizer: Tokenizer, folder: Path) -> Iterato
         for text in read_texts(source):
             if is_blank(text):
                 empty += 1
-            else:
+            elif is_selected(document_key(text), source.keys):
                 yield text
 
     with cache_errors(folder), ExitStack() as stack:
@@ -279,10 +304,10 @@ def stream_corpus(source: Source, tokenizer: Tokenizer, folder: Path) -> Iterato
             fingerprint.update(block.keys.tobytes())
             yield block
         if not dtypes:
-            raise UserError(f"{source.location}: no documents in it (it is empty or blank)")
+            raise UserError(f"{source.name}: no documents in it ({why_empty(source)})")
         files["starts"].write(np.array([tokens], "<i8").tobytes())
         if cache_folder(source, tokenizer) != folder:  # what was read is not what was hashed
-            raise UserError(f"{source.location} was changed while it was being read: run the same command again")
+            raise UserError(f"{source.name} was changed while it was being read: run the same command again")
         for file in files.values():
             file.flush()
         meta = {"dtypes": dtypes, "fingerprint": fingerprint.hexdigest(), "empty_texts": empty}

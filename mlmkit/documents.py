@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from mlmkit.errors import UserError, first_line, require
+from mlmkit.masking import document_key
 
 HUB = "hub:"
+FORMATS = ("text", "jsonl", "csv", "tsv", "parquet", "arrow")
 TABLES = (".jsonl", ".json", ".ndjson", ".csv", ".tsv", ".parquet")
 # How files that are not UTF-8 text begin, what they are, and how to get text from them.
 NOT_UTF8 = (
@@ -42,16 +44,58 @@ class Source:
     `.tsv` with a header, `.parquet`, or else text. A dataset is `hub:NAME[:CONFIG][@SPLIT][#FILES]`, on the hub or in a
     local folder that `datasets` can read; FILES is a pattern that picks files of a split too large to fetch whole.
     `text_field` is the column or key that holds the text. With `blank_line`, blank lines separate the documents of a
-    text file; otherwise each line is a document. `strip` removes the white space around each text.
+    text file; otherwise each line is a document. `strip` removes the white space around each text. `format` replaces
+    the suffix. Only documents whose key, divided by 2**64, lies in `keys` are read: from its begin up to its end.
     """
 
-    location: str
+    location: str | tuple[str, ...]
     text_field: str = "text"
     blank_line: bool = False
     strip: bool = False
+    format: str = ""
+    on_bad_row: str = "error"
+    keys: tuple[float, float] = (0.0, 1.0)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "location", os.fspath(self.location))  # accept a Path
+        given: Any = self.location
+        several = [given] if isinstance(given, str | os.PathLike) else given
+        locations = tuple(os.fspath(location) for location in several)
+        object.__setattr__(self, "location", locations[0] if len(locations) == 1 else locations)
+        if self.format not in ("", *FORMATS):
+            raise UserError(f"no format {self.format!r}: choose {', '.join(FORMATS)}")
+        if self.on_bad_row not in ("error", "skip"):
+            raise UserError(f"on_bad_row is {self.on_bad_row!r}: choose error or skip")
+
+    @property
+    def locations(self) -> tuple[str, ...]:
+        """The location, or all of several."""
+        return self.location if isinstance(self.location, tuple) else (self.location,)
+
+    @property
+    def name(self) -> str:
+        """The location, for messages."""
+        first, *others = self.locations
+        name = f"{first} and {len(others)} more" if others else first
+        return name if self.keys[1] == 1 else f"{name} ({self.keys[1] - self.keys[0]:g} of it)"
+
+    @property
+    def suffix(self) -> str:
+        """The suffix of the format, or "" for that of each location."""
+        return f".{self.format}" if self.format else ""
+
+
+def is_selected(key: int, keys: tuple[float, float]) -> bool:
+    """Whether a document key, divided by 2**64, lies in `keys`, from begin up to end. The arithmetic is exact."""
+    return keys[0] * 2.0**64 <= key < keys[1] * 2.0**64
+
+
+def why_empty(source: Source) -> str:
+    """Why a source has no documents, for a message."""
+    begin, end = source.keys
+    if (begin, end) == (0.0, 1.0):
+        return "it is empty or blank"
+    taken = f"data.held_out = {begin or end:g} takes all documents: lower it, or name a held-out text"
+    return taken if begin else f"data.held_out = {end:g} takes none of its documents: raise it, or name a held-out text"
 
 
 def is_blank(text: str) -> bool:
@@ -64,18 +108,20 @@ def read_documents(source: Source) -> Iterator[str]:
 
     Raises `UserError`, naming the file and the line, for what cannot be read as text.
     """
-    return (text for text in read_texts(source) if not is_blank(text))
+    texts = (text for text in read_texts(source) if not is_blank(text))
+    return (text for text in texts if is_selected(document_key(text), source.keys))
 
 
 def read_texts(source: Source) -> Iterator[str]:
     """Like `read_documents`, but keeps blank texts so that callers can count them."""
-    if is_table(source.location):
-        rows = read_rows(source.location, source.text_field)
-        texts = (_text(row, source.text_field, where) for where, row in rows)
-    else:
-        lines = read_lines(existing_file(source.location))
-        texts = _blocks(lines) if source.blank_line else lines
-    return (text.strip() for text in texts) if source.strip else texts
+    for location in source.locations:
+        if is_table(source.suffix or location):
+            rows = read_rows(location, source.text_field, source.suffix)
+            texts = (_text(row, source.text_field, where) for where, row in rows)
+        else:
+            lines = read_lines(existing_file(location))
+            texts = _blocks(lines) if source.blank_line else lines
+        yield from (text.strip() for text in texts) if source.strip else texts
 
 
 def _text(row: dict[str, Any], field: str, where: str) -> str:
@@ -85,12 +131,20 @@ def _text(row: dict[str, Any], field: str, where: str) -> str:
     return checked_text(row[field], f"{where}, field {field!r}")
 
 
+def formats(source: Source) -> set[str]:
+    """The formats of the files, without reading any."""
+    several = [*source.locations]
+    if Path(several[0]).is_dir():
+        several = [str(path) for path in Path(several[0]).iterdir()]
+    return {source.format or ("rows" if is_table(location) else "text") for location in several}
+
+
 def is_table(location: str) -> bool:
     """Whether a location holds rows (see `read_rows`); otherwise it holds lines of text."""
-    return location.startswith(HUB) or Path(location).suffix.lower() in TABLES
+    return location.startswith(HUB) or Path(f"a{location}").suffix.lower() in TABLES
 
 
-def read_rows(location: str, column: str = "") -> Iterator[Row]:
+def read_rows(location: str, column: str = "", suffix: str = "") -> Iterator[Row]:
     """Yield each row of a table. Parquet files and datasets read only `column`, if they have it.
 
     Raises `UserError`, naming the file and the row, for what cannot be read.
@@ -98,7 +152,7 @@ def read_rows(location: str, column: str = "") -> Iterator[Row]:
     if location.startswith(HUB):
         return _hub_rows(location, column)
     path = existing_file(location)
-    match path.suffix.lower():
+    match suffix or path.suffix.lower():
         case ".parquet":
             return _parquet_rows(path, column)
         case ".csv" | ".tsv" as suffix:

@@ -77,7 +77,7 @@ def _evaluate(
         return result
     if result:
         kept = checkpoint / f"{HELD_OUT}-{result['mask_digest'][:8]}"
-        log.info("%s was evaluated on another text than %s: see %s", checkpoint, source.location, kept)
+        log.info("%s was evaluated on another text than %s: see %s", checkpoint, source.name, kept)
         ranks.from_first(lambda: (shutil.rmtree(kept, ignore_errors=True), folder.rename(kept)))
     data = FileData(source, backend().tokenizer)
     # Overwrites what a killed evaluation of another text left behind.

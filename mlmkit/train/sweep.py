@@ -132,7 +132,7 @@ def _compare(rows: list[dict[str, Any]], trials: Sequence[Trial], output: Path) 
             )
     result = {
         "metric": METRIC,
-        "held_out": next(iter(trials[0].config.held_out_sources.values())).location,
+        "held_out": next(iter(trials[0].config.held_out_sources.values())).name,
         "mask_digest": first["mask_digest"],
         "unigram_entropy": first["unigram_entropy"],
         "best": min(evaluated, key=lambda row: row[METRIC]["value"])["run"],
