@@ -51,7 +51,8 @@ def texts_data(texts: Iterable[str], tokenizer: Tokenizer) -> EvalData:
 
 def file_data(source: Source, tokenizer: Tokenizer, set_name: str | None = None) -> EvalData:
     """Text or tokens from outside, through the token cache. Raises `UserError` as `load_corpus` does."""
-    return EvalData(load_corpus(source, tokenizer), {"set": set_name, **asdict(source)})
+    described = {"set": set_name, **asdict(source), "location": source.name, "locations": source.locations}
+    return EvalData(load_corpus(source, tokenizer), described)
 
 
 @dataclass(frozen=True)

@@ -38,6 +38,7 @@ from mlmkit.eval.sets import EvalSet
 from mlmkit.eval.statistics import unigram_entropy
 from mlmkit.files import locked
 from mlmkit.masking import DIGEST_MODULUS, format_digest
+from mlmkit.overlap import find_overlap
 from mlmkit.stored import StoredCorpus, warn_of_words
 from mlmkit.tokenizer import Tokenizer
 
@@ -201,6 +202,7 @@ def _build_result(
             "words": words,
             "characters": characters,
             "bytes": size,
+            "overlap": find_overlap(backend.info.path, corpus),
         },
         "masking": {**described["masking"], "seed": settings.mask_seeds[0], "selected": scored.get("masked", 0)},
         "pseudo": described["pseudo"],

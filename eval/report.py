@@ -19,6 +19,7 @@ from mlmkit.eval.result import Metric
 from mlmkit.eval.results_store import REPORT, StoredResult, read_blocks
 from mlmkit.eval.statistics import RESAMPLES
 from mlmkit.files import write_text
+from mlmkit.overlap import describe_overlap
 
 log = logging.getLogger(__name__)
 
@@ -82,6 +83,7 @@ def write_report(stored: StoredResult) -> bool:
         stored.folder / REPORT,
         result=result,
         unknown=describe_unknown(result["unknown"]),
+        overlap=describe_overlap(result["corpus"].get("overlap")),
         metric=metric,
         title=declared.get("name") or Path(result["corpus"]["source"]["location"]).name,
         model=Path(result["model"]["path"]).name,

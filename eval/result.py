@@ -2,6 +2,8 @@
 
 from typing import Any, NotRequired, TypedDict
 
+from mlmkit.overlap import Overlap
+
 RESULT_FORMAT = 4  # also counts changes of the parts of unfinished evaluations
 
 
@@ -40,6 +42,7 @@ class Corpus(TypedDict):
     words: int  # separated by white space
     characters: int  # Unicode code points
     bytes: int  # in UTF-8
+    overlap: NotRequired[Overlap | None]  # with the training text; None if that is not known. Older results lack it
 
 
 class Timing(TypedDict):

@@ -94,8 +94,8 @@ def proof_text(checkpoint: str, given: str | None = None) -> ProofText:
     if source := Source(given) if given else _held_out(Path(checkpoint).resolve()):
         texts = list(islice(read_documents(source), DOCUMENTS))
         if not texts:
-            raise UserError(f"{source.location} has no documents")
-        return ProofText(given or f"the run's held-out text ({source.location})", texts)
+            raise UserError(f"{source.name} has no documents")
+        return ProofText(given or f"the run's held-out text ({source.name})", texts)
     log.info("checking parity on Python's documentation, in English; for a text like yours, use --text")
     return ProofText(PYTHON_DOCS, topics())
 
@@ -109,10 +109,12 @@ def _held_out(checkpoint: Path) -> Source | None:
             except DamagedError as error:
                 log.warning("%s", error)
                 continue
-            source = Source(**{name: value for name, value in values.items() if name != "set"})
-            if Path(source.location).is_file():
+            location = values.pop("locations", [values["location"]])
+            options = {name: value for name, value in values.items() if name not in ("set", "location", "keys")}
+            source = Source(tuple(location), **options, keys=tuple(values.get("keys", (0.0, 1.0))))
+            if all(Path(path).is_file() for path in location):
                 return source
-            log.warning("the run's held-out text %s no longer exists", source.location)
+            log.warning("the run's held-out text %s no longer exists", source.name)
             return None
     return None
 

@@ -78,6 +78,15 @@ def is_selected(key: int, keys: tuple[float, float]) -> bool:
     return begin * 2.0**64 <= key < end * 2.0**64
 
 
+def why_empty(source: Source) -> str:
+    """Why a source has no documents, for a message."""
+    begin, end = source.keys
+    if (begin, end) == (0.0, 1.0):
+        return "it is empty or blank"
+    taken = f"data.held_out = {begin or end:g} takes all documents: lower it, or name a held-out text"
+    return taken if begin else f"data.held_out = {end:g} takes none of its documents: raise it, or name a held-out text"
+
+
 def read_documents(source: Source) -> Iterator[str]:
     """Yield the selected documents in order, without blank texts.
 

@@ -84,7 +84,8 @@ class Source:
     def name(self) -> str:
         """What messages call it: the first location, and how many more there are."""
         first, more = self.locations[0], len(self.locations) - 1
-        return f"{first} and {more} more" if more else first
+        name = f"{first} and {more} more" if more else first
+        return name if self.keys == (0.0, 1.0) else f"{name} ({self.keys[1] - self.keys[0]:g} of it)"
 
 
 @dataclass(frozen=True)

@@ -22,9 +22,9 @@ from numpy.lib import format as npy
 from numpy.typing import DTypeLike, NDArray
 
 from mlmkit.corpus import TEXT_SIZES, Stretch, encode_documents
-from mlmkit.documents import BadRows, read_pieces
+from mlmkit.documents import BadRows, read_pieces, why_empty
 from mlmkit.errors import UserError
-from mlmkit.files import atomic, hash_tree, read_record, record_sha256, remove, write_record
+from mlmkit.files import atomic, hash_tree, read_record, record_sha256, remove, sweep, write_record
 from mlmkit.locations import PLAN, Source, Split, file_state, find_files, split_files
 from mlmkit.stored import DOCUMENT, TOKENS, StoredCorpus
 from mlmkit.tokenizer import Tokenizer
@@ -145,9 +145,10 @@ def finish(folder: Path) -> StoredCorpus:
     for file, state in plan.files.items():
         if file_state(file) != state:
             raise UserError(f"{file} was changed while it was being read: run the same command again")
+    sweep(folder / "shards", age=0)
     totals = {name: sum(shard[name] for shard in shards) for name in COUNTS}
     if not totals["documents"]:
-        raise UserError(f"{plan.source.name}: no documents in it (it is empty or blank)")
+        raise UserError(f"{plan.source.name}: no documents in it ({why_empty(plan.source)})")
     bad_rows = sum(shard.get("bad_rows", 0) for shard in shards)
     first_bad_row = next((shard["first_bad_row"] for shard in shards if shard.get("bad_rows")), "")
     listed = [{name: shard[name] for name in ("name", "documents", "tokens", "files")} for shard in shards]

@@ -8,10 +8,11 @@ from dataclasses import asdict
 from hashlib import sha256
 from pathlib import Path
 
+from mlmkit.corpus import EVERY_KEY
 from mlmkit.errors import DamagedError, UserError
 from mlmkit.files import cache_root, locked, remove
 from mlmkit.locations import Source, content_identity, file_format, find_files, is_tokens
-from mlmkit.shards import FORMAT, finish, make_shards, plan_corpus, warn_of_losses
+from mlmkit.shards import FORMAT, Plan, finish, make_shards, plan_corpus, warn_of_losses
 from mlmkit.stored import TOKENS, StoredCorpus, check_tokenizer
 from mlmkit.tokenizer import Tokenizer
 
@@ -41,11 +42,13 @@ def load_corpus(
 
 def open_tokens(source: Source, tokenizer: Tokenizer, *, words: bool) -> StoredCorpus:
     """Open a folder that `mlmkit tokenize` has written. Raises `UserError` if it does not fit."""
-    folder = Path(source.name)
+    folder = Path(source.locations[0])
     if not (folder / TOKENS).exists():
         raise UserError(f"{folder} is not tokenised to the end: run the same mlmkit tokenize command again")
     corpus = StoredCorpus.open(folder, source.name)
     check_tokenizer(corpus, tokenizer.fingerprint)
+    if source.keys != EVERY_KEY and source.keys != Plan.read(folder).source.keys:
+        raise UserError(f"{folder} is tokenised: no share of it can be held out: set data.held_out when you tokenise")
     if words and not corpus.has_words:
         raise UserError(f"{folder} does not say where words begin, which is needed here: tokenise with --words")
     return corpus

@@ -188,7 +188,7 @@ def corpus_of(lengths: list[int]) -> Corpus:
     starts = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]).astype(np.int64)
     ids = np.arange(int(starts[-1]))
     documents = np.arange(len(lengths))
-    return Corpus(ids, ids.astype(np.int32), starts, documents.astype(np.uint64), np.tile(documents[:, None], 3))
+    return Corpus(ids, ids.astype(np.int32), starts, documents.astype(np.uint64), np.tile(documents[:, None], 4))
 
 
 @given(

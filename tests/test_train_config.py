@@ -1,9 +1,11 @@
 """The configuration of a training: its checks, its defaults, the presets."""
 
+import json
 import re
 import tomllib
 from contextlib import nullcontext
 from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,7 +17,7 @@ from mlmkit.errors import UserError
 from mlmkit.locations import Source
 from mlmkit.model import MaskedLM
 from mlmkit.tokenizer import Tokenizer
-from mlmkit.train.config import Config, DataConfig
+from mlmkit.train.config import Config, DataConfig, as_tables, from_tables
 from mlmkit.train.config_file import load_config
 from mlmkit.train.presets import PRESETS, build_config
 
@@ -86,6 +88,10 @@ def test_wrong_settings_are_named(tmp_path, text_file, override, message):
         ("data.held_out=a.parquet data.text_field=text", ""),
         ("data.train=a.jsonl data.blank_line=false", ""),
         ("data.train=['a.txt','b.jsonl'] data.blank_line=true data.text_field=text data.weights=[1,1]", ""),
+        ("data.temperature=0.5", "data.temperature has no effect, as there is one text"),
+        ("tokenizer.path=y tokenizer.train_tokens=100M", "tokenizer.train_tokens has no effect, as tokenizer.path"),
+        ("model.init_from=x tokenizer.train_tokens=100M", "tokenizer.train_tokens has no effect, as model.init_from"),
+        ("tokenizer.train_tokens=100M", ""),
     ],
 )
 def test_a_setting_without_effect_is_refused(tmp_path, settings, message):
@@ -111,7 +117,7 @@ def test_the_template_has_every_setting_with_its_default(tmp_path, capsys):
     for table in known.keys() - {"held_out", "phase"}:  # the names in them are free
         assert everything[table].keys() == known[table].keys()
         for key, default in known[table].items():
-            if default is not None and key != "train":
+            if default is not None and key not in ("train", "source"):
                 assert everything[table][key] == (list(default) if isinstance(default, tuple) else default), key
 
 
@@ -135,6 +141,8 @@ def test_the_help_names_the_presets_and_the_template(capsys):
         ("held_out.a/b=a.txt", r"held_out\.a/b: name it with lower-case letters"),
         ("held_out.deadbeef=a.txt", r"held_out\.deadbeef: name it .* not with eight hexadecimal digits"),
         ("held_out.a=3", r"held_out\.a must be text"),
+        ("held_out.a=0.005", r"held_out\.a must be text, not 0.005"),
+        ("data.held_out=0.005 held_out.held-out=a.txt", "held_out.held-out is the name of the held-out share"),
     ],
 )
 def test_names_of_held_out_texts_are_safe_for_folders(tmp_path, text_file, settings, message):
@@ -147,6 +155,123 @@ def test_held_out_texts_keep_their_order(tmp_path, text_file):
     several = write_config(tmp_path, text_file, "bert-tiny", "held_out.web=w.jsonl", "held_out.a=a.txt", "held_out.b=")
     assert one.held_out_sources == {"held-out": Source("a.txt")}
     assert list(several.held_out_sources.items()) == [("web", Source("w.jsonl")), ("a", Source("a.txt"))]
+
+
+def sources(tmp_path: Path, content: str, *overrides: str) -> Config:
+    (tmp_path / "config.toml").write_text(content)
+    return load_config(tmp_path / "config.toml", overrides)
+
+
+MIX = """
+[data]
+text_field = "body"
+on_bad_row = "skip"
+[[data.source]]
+path = ["a.jsonl", "more/*.jsonl"]
+weight = 2
+[[data.source]]
+path = "b.csv"
+text_field = "content"
+[[data.source]]
+path = "c"
+format = "text"
+"""
+
+
+def test_each_source_is_one_text(tmp_path):
+    skip = {"on_bad_row": "skip"}
+    config = sources(tmp_path, MIX)
+    assert config.data.sources == [
+        Source(("a.jsonl", "more/*.jsonl"), "body", **skip),
+        Source("b.csv", "content", **skip),
+        Source("c", "body", format="text", **skip),
+    ]
+    assert config.data.source_weights == (2.0, 1.0, 1.0)
+    assert from_tables(json.loads(json.dumps(as_tables(config)))) == config
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ("data.train=d.txt", r"data.train and \[\[data.source\]\] exclude each other"),
+        ("data.weights=[1,2,3]", r"data.weights and \[\[data.source\]\] exclude each other"),
+        ("data.temperature=0.5", "data.source.weight and data.temperature are two ways"),
+        ("data.source=[{path='a.txt',weight=2}]", "data.source.weight has no effect, as all are equal"),
+        (
+            "data.source=[{path='a.txt',text_field='x'},{path='a.jsonl'}]",
+            "data.source.text_field has no effect on a.txt, a text file",
+        ),
+        ("data.source=[{path='a.jsonl',text_field='b'}]", "data.text_field has no effect"),
+        ("data.source=[{path='a.jsonl',format='text'}]", "data.text_field has no effect, as text files"),
+        ("data.source=[{path='a',format='jsonl'}]", ""),
+        ("data.source=[{path='folder'}]", ""),
+        ("data.source=[{path='hub:a',format='jsonl'}]", "data.source.format has no effect on hub: datasets"),
+        ("data.source=[{path='a.txt',format='pdf'}]", "no format 'pdf': choose text, jsonl"),
+        ("data.source=[{path=''}]", "data.source.path is empty"),
+        ("data.source=[{weight=2}]", "data.source.path is missing"),
+        ("data.source=a.txt", "data.source must be a table"),
+        ("data.on_bad_row=ignore", "on_bad_row is 'ignore': choose error or skip"),
+        ("data.held_out=0.5", "data.held_out must be a share above 0 and below 0.5, not 0.5"),
+        ("data.held_out=0", "data.held_out must be a share above 0 and below 0.5, not 0.0"),
+    ],
+)
+def test_what_a_source_cannot_have_is_named(tmp_path, settings, message):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "a.jsonl").touch()
+    folder = settings.replace("'folder'", f"'{tmp_path}/folder'")
+    with pytest.raises(UserError, match=message) if message else nullcontext():
+        sources(tmp_path, MIX, folder)
+
+
+def test_a_phase_names_its_sources_and_drops_those_before(tmp_path):
+    content = """
+    [data]
+    text_field = "body"
+    [[data.source]]
+    path = "a.jsonl"
+    [[data.source]]
+    path = "b.jsonl"
+    weight = 2
+    [[phase]]
+    name = "one"
+    train.steps = 1
+    [[phase]]
+    name = "two"
+    train.steps = 1
+    data.source = [{path = "c.jsonl"}, {path = "d.jsonl"}]
+    [[phase]]
+    name = "three"
+    train.steps = 1
+    data.temperature = 0.5
+    [[phase]]
+    name = "four"
+    train.steps = 1
+    data.train = "e.jsonl"
+    """
+    phases = [phase.data for phase in sources(tmp_path, content).phases.values()]
+    assert [[text.name[0] for text in data.sources] for data in phases] == [["a", "b"], ["c", "d"], ["c", "d"], ["e"]]
+    assert [data.source_weights for data in phases] == [(1.0, 2.0), (), (), ()]
+    assert [data.temperature for data in phases] == [None, None, 0.5, 0.5]
+    useless = content.replace('name = "one"', 'name = "one"\ndata.train = "x.jsonl"')
+    with pytest.raises(UserError, match=r"data\.source has no effect, as the first phase sets it"):
+        sources(tmp_path, useless)
+
+
+def test_the_held_out_share_is_of_all_training_texts_read_alike(tmp_path):
+    content = '[data]\ntrain = ["a.txt", "b.txt"]\nheld_out = 0.01\n'
+    later = """[[phase]]\nname = "one"\ntrain.steps = 1\n[[phase]]\nname = "two"\ntrain.steps = 1\n"""
+    config = sources(tmp_path, content)
+    assert config.held_out_sources == {"held-out": Source(("a.txt", "b.txt"), keys=(0.0, 0.01))}
+    assert [source.keys for source in config.data.sources] == [(0.01, 1.0)] * 2
+    other = sources(tmp_path, content + later + 'data.train = ["b.txt", "c.txt"]', "held_out.old=o.txt")
+    assert other.held_out_sources == {
+        "held-out": Source(("a.txt", "b.txt", "c.txt"), keys=(0.0, 0.01)),
+        "old": Source("o.txt"),
+    }
+    mix = sources(tmp_path, MIX, "data.held_out=0.01")
+    assert list(mix.held_out_sources) == ["part-1", "part-2", "part-3"]
+    read = {(path, text.text_field) for text in mix.held_out_sources.values() for path in text.locations}
+    assert read == {(path, text.text_field) for text in mix.data.sources for path in text.locations}
 
 
 def test_overrides_take_values_of_their_type(tmp_path, text_file):

@@ -242,7 +242,7 @@ TRAINS = """
 if __name__ == "__main__":
     import multiprocessing, sys, time
     from pathlib import Path
-    from mlmkit.corpus import load_corpus
+    from mlmkit.token_cache import load_corpus
     from mlmkit.locations import Source
     from mlmkit.tokenizer import Tokenizer
     from mlmkit.train.config import Config, DataConfig, ModelConfig, RunConfig

@@ -175,6 +175,7 @@ def _list_sets(data: Path | None, as_json: bool) -> None:
 
 def _print_result(result: "Result") -> None:
     from mlmkit.eval.metrics import describe_unknown
+    from mlmkit.overlap import describe_overlap
 
     corpus = result["corpus"]
     source = corpus["source"]
@@ -204,6 +205,8 @@ def _print_result(result: "Result") -> None:
         say(f"{corpus['windowed_documents']} documents are longer than the model takes and were read in windows")
     if corpus["empty_texts"]:
         say(f"{corpus['empty_texts']} empty texts were left out")
+    if overlap := describe_overlap(corpus.get("overlap")):
+        say(overlap)
     if "mask_digest" in result:
         say(f"mask_digest: {result['mask_digest']}")
 

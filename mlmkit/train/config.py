@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 from mlmkit.backends import DEVICES
 from mlmkit.errors import UserError
-from mlmkit.locations import Source
+from mlmkit.locations import HUB, Source
 from mlmkit.masking import MaskRecipe
 from mlmkit.toml import Rule, build, checked, one_of
 
@@ -41,34 +41,74 @@ def _count(value: Any) -> Any:
 TokenCount = Annotated[int, Rule(lambda value: 0 < value < 1 << 60, 'positive, such as 5000000 or "10B"', _count)]
 
 
+Weight = Annotated[float, Rule(lambda value: 0 < value < 1 << 20, "positive and finite")]
+HeldOut = Annotated[
+    str | float, Rule(lambda value: isinstance(value, str) or 0 < value < 0.5, "a share above 0 and below 0.5")
+]
+
+
+@dataclass(frozen=True)
+class SourceConfig:
+    """`[[data.source]]`: a text to train on, from one or more locations. The default of `text_field` is that of
+    `[data]`, and `format` is given by the suffix of each file.
+    """
+
+    path: tuple[str, ...]
+    text_field: str = ""
+    weight: Weight = 1.0
+    format: str = ""
+
+
 @dataclass(frozen=True)
 class DataConfig:
     """`[data]`: one or more texts to train on. Paths are relative to the working directory.
 
     `weights` says how often an epoch shows each text: 1.0 by default, and 0.5 shows every other document. Instead,
     `temperature` samples a text of n tokens in proportion to n ** temperature: 1 as they are, 0 all equally often.
-    `workers` is the number of processes that build batches; with 0 the training process does.
+    `source` are texts that state more than a location, in place of `train` and `weights`. `held_out` is evaluated at
+    each checkpoint: the location of a text (for several, `[held_out]`), or a share of the training documents, which
+    their keys select. `workers` is the number of processes that build batches; with 0 the training process does.
     """
 
     train: tuple[str, ...] = ()
-    weights: tuple[Annotated[float, Rule(lambda value: 0 < value < 1 << 20, "positive and finite")], ...] = ()
+    source: tuple[SourceConfig, ...] = ()
+    weights: tuple[Weight, ...] = ()
     temperature: Annotated[float, Rule(lambda value: 0 <= value <= 1, "between 0 and 1")] | None = None
-    held_out: str = ""  # evaluated at each checkpoint; several texts: `[held_out]`
+    held_out: HeldOut = ""
     text_field: str = "text"
     blank_line: bool = False
+    on_bad_row: str = "error"
     workers: Annotated[int, Rule(lambda value: 0 <= value <= 256, "between 0 and 256")] = 0
 
     @property
     def sources(self) -> list[Source]:
-        """The training texts for `load_corpus`."""
-        return [Source(location, self.text_field, self.blank_line) for location in self.train]
+        """The training texts for `load_corpus`, without the held-out share of their documents."""
+        texts = self.source or [SourceConfig((location,)) for location in self.train]
+        return [replace(self.text(text), keys=(self.held_out_share, 1.0)) for text in texts]
+
+    def text(self, stated: SourceConfig) -> Source:
+        """The whole text of a source."""
+        field = stated.text_field or self.text_field
+        return Source(stated.path, field, self.blank_line, format=stated.format, on_bad_row=self.on_bad_row)
+
+    @property
+    def held_out_share(self) -> float:
+        """The share of the training documents that is held out."""
+        return 0.0 if isinstance(self.held_out, str) else self.held_out
+
+    @property
+    def source_weights(self) -> tuple[float, ...]:
+        """How often an epoch shows each text; empty if all are shown once."""
+        weights = tuple(text.weight for text in self.source) or self.weights
+        return () if {*weights} == {1.0} else weights
 
 
 @dataclass(frozen=True)
 class TokenizerConfig:
     """`[tokenizer]`: an existing one at `path`, or that of `model.init_from`; otherwise one is trained on `data.train`.
 
-    With `vocab_size`, one is trained for `model.init_from` too. `add` names a file of words to add, one per line.
+    With `vocab_size`, one is trained for `model.init_from` too. `train_tokens` trains it on a sample of about that many
+    tokens. `add` names a file of words to add, one per line.
     """
 
     path: str = ""
@@ -76,6 +116,7 @@ class TokenizerConfig:
     # Ranks are exact up to 2**24 (`MaskedLM.forward`). The tokenizers library aborts the process at 2**30.
     vocab_size: Annotated[int, Rule(lambda value: 0 < value <= 1 << 24, "between 1 and 2**24")] | None = None
     lowercase: bool = False
+    train_tokens: TokenCount | None = None
     add: str = ""
 
     @property
@@ -177,12 +218,12 @@ class RunConfig:
 
 # Settings that may change on resume: they affect neither data nor weights. Texts are compared by their fingerprints.
 CHANGEABLE = {
-    "data": "train held_out text_field blank_line workers",
+    "data": "train source held_out text_field blank_line on_bad_row workers",
     "train": "device parallel checkpoint_activations save_every keep_checkpoints log_every tensorboard wandb",
 }
 # What a phase may change. The keys in PER_PHASE belong to one phase: the next does not inherit them.
 PHASE_KEYS = {
-    "data": "train weights temperature text_field blank_line",
+    "data": "train source weights temperature text_field blank_line",
     "model": "max_length rope_theta interpolate_positions",
     "masking": "mask_prob final_mask_prob replace_prob random_prob whole_word",
     "optim": "lr beta1 beta2 eps weight_decay schedule decay_share decay_shape warmup_steps warmup_tokens warmup_share "
@@ -192,7 +233,15 @@ PHASE_KEYS = {
 DEFAULT_WARMUP = 100  # steps
 LENGTHS = ("steps", "tokens", "epochs")
 WARMUPS = ("warmup_steps", "warmup_tokens", "warmup_share")
-ALTERNATIVES = (("weights", "temperature"), LENGTHS, WARMUPS)  # a phase that sets one drops the others
+# What a phase drops when it sets one of these.
+REPLACES = {
+    "weights": ("temperature",),
+    "temperature": ("weights",),
+    "train": ("source",),
+    "source": ("train", "weights", "temperature"),
+    **dict.fromkeys(LENGTHS, LENGTHS),
+    **dict.fromkeys(WARMUPS, WARMUPS),
+}
 PER_PHASE = {
     "model": {"interpolate_positions": False},
     "optim": {"warmup_steps": 0, "warmup_tokens": None, "warmup_share": None},
@@ -218,7 +267,7 @@ class Config:
     phase: tuple[dict, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.data.held_out and self.held_out:
+        if self.data.held_out and self.held_out and not self.data.held_out_share:
             raise UserError("data.held_out and [held_out] exclude each other: name all held-out texts in [held_out]")
         if wrong := [name for name in self.held_out if not SET_NAME.fullmatch(name)]:
             raise UserError(
@@ -229,17 +278,12 @@ class Config:
             self.phases  # noqa: B018 - raises `UserError` for a phase that is wrong
         else:
             self._check()
+        if taken := self.held_out.keys() & self._held_out_shares().keys():
+            raise UserError(f"held_out.{taken.pop()} is the name of the held-out share: choose another name")
 
     def _check(self) -> None:
-        data, run = self.data, self.train
-        if not data.train:
-            raise UserError("data.train is missing: name the text to train on")
-        if data.weights and len(data.weights) != len(data.train):
-            raise UserError(
-                f"data.weights has {len(data.weights)} numbers for {len(data.train)} texts: give one per text"
-            )
-        if data.weights and data.temperature is not None:
-            raise UserError("data.weights and data.temperature are two ways to weight the texts: give one")
+        self._check_data()
+        run = self.train
         if run.micro_batch_tokens < self.model.max_length:
             raise UserError(
                 f"train.micro_batch_tokens ({run.micro_batch_tokens}) must hold one row of model.max_length "
@@ -262,12 +306,47 @@ class Config:
         if not run.epochs:
             self.warmup(run.tokens or self.steps)
 
+    def _check_data(self) -> None:
+        data = self.data
+        if not (data.train or data.source) or not all(text.path for text in data.source):
+            key = "data.source.path is empty" if data.source else "data.train is missing"
+            raise UserError(f"{key}: name the text to train on")
+        for key in ("train", "weights"):
+            if data.source and getattr(data, key):
+                raise UserError(f"data.{key} and [[data.source]] exclude each other: use path and weight in each table")
+        for text in data.sources:
+            if text.format and any(path.startswith(HUB) for path in text.locations):
+                raise UserError(f"data.source.format has no effect on {HUB} datasets: leave it out")
+        if data.weights and len(data.weights) != len(data.train):
+            raise UserError(
+                f"data.weights has {len(data.weights)} numbers for {len(data.train)} texts: give one per text"
+            )
+        if data.source_weights and data.temperature is not None:
+            key = "data.source.weight" if data.source else "data.weights"
+            raise UserError(f"{key} and data.temperature are two ways to weight the texts: give one")
+        if data.source and len({*data.source_weights}) == 1:
+            raise UserError("data.source.weight has no effect, as all are equal: leave it out")
+
     @property
     def held_out_sources(self) -> dict[str, Source]:
         """The held-out texts for `load_corpus`, by name."""
-        locations = self.held_out or {HELD_OUT: self.data.held_out}
-        reading = self.data.text_field, self.data.blank_line
-        return {name: Source(location, *reading) for name, location in locations.items() if location}
+        named = self.held_out if self.data.held_out_share else self.held_out or {HELD_OUT: str(self.data.held_out)}
+        texts = {name: self.data.text(SourceConfig((location,))) for name, location in named.items() if location}
+        return self._held_out_shares() | texts
+
+    def _held_out_shares(self) -> dict[str, Source]:
+        """The share of the training documents of all phases that is held out: a text for each way of reading them."""
+        if not self.data.held_out_share:
+            return {}
+        texts: dict[Source, dict[str, None]] = {}
+        for phase in self.phases.values():
+            for source in phase.data.sources:
+                text = replace(source, location="", keys=(0.0, self.data.held_out_share))
+                texts.setdefault(text, {}).update(dict.fromkeys(source.locations))
+        shares = [replace(text, location=tuple(paths)) for text, paths in texts.items()]
+        return (
+            {f"part-{number}": text for number, text in enumerate(shares, 1)} if shares[1:] else {HELD_OUT: shares[0]}
+        )
 
     @property
     def steps(self) -> int:
@@ -346,10 +425,8 @@ def change(
             if isinstance(table, MaskingConfig):
                 table = replace(table, mask_prob=table.final_mask_prob or table.mask_prob, final_mask_prob=None)
         values = checked(type(table), changes.get(name, {}), f"{name}.")
-        for keys in ALTERNATIVES:
-            if values.keys() & {*keys}:
-                values = {key: getattr(type(table), key) for key in keys} | values  # the defaults
-        tables[name] = replace(table, **values)
+        dropped = {other: getattr(type(table), other) for key in values for other in REPLACES.get(key, ())}
+        tables[name] = replace(table, **dropped | values)
     return replace(before, **tables, phase=tuple(phase))
 
 

@@ -1,23 +1,26 @@
 """Read a training configuration: a TOML file with overrides, for a run, or for a branch of a checkpoint's run."""
 
 import tomllib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from mlmkit.errors import UserError
-from mlmkit.locations import formats
+from mlmkit.locations import Source, formats
 from mlmkit.toml import build, read_toml
-from mlmkit.train.config import CHANGEABLE, LENGTHS, PHASE_KEYS, Config, change, setting_names
+from mlmkit.train.config import CHANGEABLE, LENGTHS, PHASE_KEYS, REPLACES, Config, change, setting_names
 
 
-def _are_tables(config: Config) -> set[bool]:
-    sources = (*config.data.sources, *config.held_out_sources.values())
+def _are_tables(sources: Iterable[Source]) -> set[bool]:
     return {format != "text" for source in sources for format in formats(source)}
 
 
-_HOW_TRAINED = "tokenizer.kind tokenizer.lowercase"
+def _texts(config: Config) -> list[Source]:
+    return [*config.data.sources, *config.held_out_sources.values()]
+
+
+_HOW_TRAINED = "tokenizer.kind tokenizer.lowercase tokenizer.train_tokens"
 _ADAPTED = "tokenizer.add model.new_head"
 # Keys without effect, when that holds, and why. They are refused if the user gave them, even with the default value.
 WITHOUT_EFFECT: tuple[tuple[str, Callable[[Config], object], str], ...] = (
@@ -29,10 +32,14 @@ WITHOUT_EFFECT: tuple[tuple[str, Callable[[Config], object], str], ...] = (
         "model.init_from brings its own tokenizer and no tokenizer.vocab_size asks for another",
     ),
     (_ADAPTED, lambda c: not c.model.init_from, "there is no model.init_from to change"),
-    ("data.text_field", lambda c: True not in _are_tables(c), "text files have no fields"),
-    ("data.blank_line", lambda c: c.data.blank_line and False not in _are_tables(c), "there is no text file"),
+    (
+        "data.text_field",
+        lambda c: True not in _are_tables(text for text in _texts(c) if text.text_field == c.data.text_field),
+        "text files have no fields, and the other texts state their own",
+    ),
+    ("data.blank_line", lambda c: c.data.blank_line and False not in _are_tables(_texts(c)), "there is no text file"),
     ("data.weights", lambda c: len({*c.data.weights}) == 1 and 1.0 not in c.data.weights, "they are equal"),
-    ("data.temperature", lambda c: len(c.data.train) == 1, "there is one text"),
+    ("data.temperature", lambda c: len(c.data.sources) == 1, "there is one text"),
     ("masking.final_mask_prob", lambda c: c.train.steps == 1, "one step has one rate"),
     ("optim.decay_share optim.decay_shape", lambda c: c.optim.schedule != "wsd", 'optim.schedule is not "wsd"'),
 )
@@ -65,9 +72,16 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), base: Config | 
         if length := next((name for name in LENGTHS if f"train.{name}" in given), ""):
             raise UserError(f"train.{length} has no effect, as each phase has its own length: leave it out")
         first = {name: values for name, values in phases[0].items() if name != "name"}
-        if useless := sorted(set(given).intersection(setting_names(first, ""))):
+        replaced = {
+            f"{table}.{key}" for table in first for own in first[table] for key in (own, *REPLACES.get(own, ()))
+        }
+        if useless := sorted(replaced.intersection(given)):
             raise UserError(f"{useless[0]} has no effect, as the first phase sets it: leave one of them out")
     _refuse_useless(given, list(config.phases.values()))
+    for data in (phase.data for phase in config.phases.values()):
+        for stated, text in zip(data.source, data.sources, strict=False):
+            if stated.text_field and True not in _are_tables([text]):
+                raise UserError(f"data.source.text_field has no effect on {text.name}, a text file: leave it out")
     for phase in phases:
         given = setting_names({table: phase[table] for table in phase if table != "name"}, "")
         _refuse_useless(given, [config.phases[phase["name"]]])
@@ -90,10 +104,10 @@ def _continue(base: Config, tables: dict[str, Any], phases: list[dict[str, Any]]
     given = setting_names(tables, "the branch")
     tables = dict(tables)
     held_out = {**base.held_out, **tables.pop("held_out", {})}
-    if "data.held_out" in given:
+    if "data.held_out" in given and isinstance(tables["data"]["held_out"], str):
         base = replace(base, held_out={})
     elif held_out:
-        base = replace(base, data=replace(base.data, held_out=""), held_out=held_out)
+        base = replace(base, data=replace(base.data, held_out=base.data.held_out_share or ""), held_out=held_out)
     if not phases and not any(tables.get("train", {}).get(length) for length in LENGTHS):
         raise UserError("a branch needs a length from the checkpoint on: train.steps, train.tokens or train.epochs")
     config = change(base, tables, phases)

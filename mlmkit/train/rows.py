@@ -66,7 +66,7 @@ def passes_per_epoch(data: DataConfig, corpora: Sequence[StoredCorpus]) -> tuple
     Lample 2019, section 3.1).
     """
     if data.temperature is None:
-        return data.weights or (1.0,) * len(corpora)
+        return data.source_weights or (1.0,) * len(corpora)
     sizes = np.array([corpus.tokens for corpus in corpora], float)
     shares = sizes**data.temperature
     return tuple((shares / shares.sum() * sizes.sum() / sizes).tolist())
@@ -77,7 +77,7 @@ def _refuse_repeats(corpora: Sequence[StoredCorpus]) -> None:
     for corpus in corpora:
         if corpus.fingerprint and corpus.fingerprint in names:
             twice = f"{names[corpus.fingerprint]} and {corpus.name}"
-            raise UserError(f"data.train names the same text twice ({twice}): leave one out, and set data.weights")
+            raise UserError(f"data.train names the same text twice ({twice}): leave one out, and set its weight")
         names[corpus.fingerprint] = corpus.name
 
 

@@ -17,6 +17,7 @@ from mlmkit.errors import UserError, as_user_error, require
 from mlmkit.files import RUN, atomic, content, file_sha256, locate_model, locked, read_record, sweep, write_record
 from mlmkit.locations import Source, find_files, is_tokens
 from mlmkit.model import MaskedLM
+from mlmkit.overlap import record_texts
 from mlmkit.packing import enable_packing
 from mlmkit.pretrained import from_pretrained, load_tokenizer, save_tokenizer
 from mlmkit.stored import StoredCorpus, warn_of_words
@@ -32,7 +33,7 @@ from mlmkit.train.presets import fit_output_bias
 from mlmkit.train.rows import RowBuilder, passes_per_epoch, phase_schedule
 from mlmkit.train.schedule import may_follow
 from mlmkit.train.step import checkpoint_layers, freeze_unused
-from mlmkit.train.tokenizer import train_tokenizer
+from mlmkit.train.tokenizer import sample_documents, train_tokenizer
 from mlmkit.train.vocabulary import add_tokens
 
 log = logging.getLogger(__name__)
@@ -41,6 +42,9 @@ log = logging.getLogger(__name__)
 HIGHEST_RATE = 5e-4
 WORDS = "file tokenizer.add"
 WARN_ABOVE, REFUSE_ABOVE = 0.01, 0.5  # shares of a text's characters that become unknown tokens
+FEW_BYTES_PER_TOKEN = (
+    3.2  # in 15 languages, own vocabularies have 3.7 or more, and those of another language at most 2.8
+)
 
 
 # ---------------------------------------------------------------- the run's folder
@@ -70,6 +74,7 @@ def begin_or_check(
 
     def check() -> list[Path]:
         texts.update(_begin_or_check(config, run, ranks, start_from))
+        _record_texts(config, run, texts, start_from)
         return [corpus.folder for corpus in texts.values()]
 
     cached = ranks.from_first(check)
@@ -85,6 +90,13 @@ def begin_or_check(
 
 def _needs_words(config: Config) -> bool:
     return any(phase.masking.whole_word for phase in config.phases.values())
+
+
+def _record_texts(config: Config, run: Path, texts: dict[Source, StoredCorpus], start_from: Path | None) -> None:
+    tokenizer = load_tokenizer(str(run / "tokenizer"))
+    held_out = [load_corpus(source, tokenizer) for source in config.held_out_sources.values()]
+    with as_user_error(run, "cannot be written"):
+        record_texts(run, start_from or config.model.init_from, list(texts.values()), held_out)
 
 
 def corpora_of(phase: Config, texts: dict[Source, StoredCorpus]) -> list[StoredCorpus]:
@@ -209,6 +221,7 @@ def _identity(
         for table, keys in [*changeable.items(), ("train", LENGTHS), ("optim", WARMUPS)]:
             for key in keys:
                 del tables[table][key]
+        tables["data"]["weights"] = phase.data.source_weights
         schedule = phase_schedule(phase, corpora, tokenizer)
         identity = {"length": schedule.identity, **tables, "corpora": [corpus.fingerprint for corpus in corpora]}
         phases.append({"phase": name, **identity})
@@ -270,9 +283,12 @@ def prepare_tokenizer(config: Config, folder: Path, start_from: Path | None = No
     else:
         log.info("training a %s tokenizer with %d entries", settings.kind, settings.entries)
         sources = _sources(config)
-        tokenizer = train_tokenizer(
-            lambda: chain.from_iterable(map(read_documents, sources)), settings, _longest(config)
-        )
+
+        def documents() -> Iterator[str]:
+            return chain.from_iterable(map(read_documents, sources))
+
+        sample = sample_documents(documents(), settings.train_tokens) if settings.train_tokens else []
+        tokenizer = train_tokenizer(lambda: sample or documents(), settings, _longest(config))
     if settings.add:
         tokenizer = add_tokens(tokenizer, settings.add)
     save_tokenizer(tokenizer, folder)
@@ -302,19 +318,22 @@ def _load_texts(config: Config, tokenizer: Tokenizer) -> dict[Source, StoredCorp
 
 
 def _check_vocabulary(corpus: StoredCorpus) -> None:
-    """Report the unknown share of a text. Raises `UserError` if most of it is unknown, or all tokens are special."""
-    counts = corpus.record
-    characters = corpus.unknown_share
-    tokens = counts["unknown_tokens"] / max(counts["tokens"], 1)
-    message = f"{corpus.name}: {characters:.2%} of the characters ({tokens:.2%} of the tokens) are unknown"
+    """Report how a text is tokenised. Raises `UserError` if most of it is unknown, or all tokens are special."""
+    counts, sizes, count = corpus.record, corpus.sizes, max(corpus.tokens, 1)
+    characters, tokens = corpus.unknown_share, counts["unknown_tokens"] / count
+    message = (
+        f"{corpus.name}: {count / max(sizes['words'], 1):.2f} tokens per word, {sizes['bytes'] / count:.1f} bytes per "
+        f"token; {characters:.2%} of the characters ({tokens:.2%} of the tokens) are unknown"
+    )
     if characters > WARN_ABOVE:
         message += ': a tokenizer trained with tokenizer.kind = "bpe" has no unknown tokens'
+    elif sizes["bytes"] < FEW_BYTES_PER_TOKEN * count:
+        message += ": a tokenizer of its own, a larger tokenizer.vocab_size or the other tokenizer.kind may need fewer"
     if characters > REFUSE_ABOVE:
         raise UserError(message)
     if counts["tokens"] and counts["special_tokens"] == counts["tokens"]:
         raise UserError(f"{corpus.name}: all tokens are special ones, so there is nothing to predict")
-    if characters:
-        log.log(logging.WARNING if characters > WARN_ABOVE else logging.INFO, message)
+    log.log(logging.WARNING if characters > WARN_ABOVE else logging.INFO, message)
 
 
 # ---------------------------------------------------------------- the model
