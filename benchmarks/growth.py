@@ -19,7 +19,7 @@ from inputs import TINY, artifact, checkpoint, documents, logged_steps
 from processes import isolated, memory_mib
 from train_data import epoch, training_data
 
-from mlmkit.documents import Source
+from mlmkit.locations import Source
 
 STEPS, MAX_LENGTH = 20, 128
 

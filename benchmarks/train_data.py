@@ -44,7 +44,7 @@ def training_data(
 ) -> tuple[Any, int]:
     """`TrainingData` as `mlmkit train` opens it, and the number of documents."""
     from mlmkit.corpus import load_corpus
-    from mlmkit.documents import Source
+    from mlmkit.locations import Source
     from mlmkit.tokenizer import Tokenizer
     from mlmkit.train.config import Config, DataConfig, ModelConfig, RunConfig
     from mlmkit.train.data import TrainingData

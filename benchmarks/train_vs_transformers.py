@@ -36,7 +36,8 @@ from harness import Report, SkippedError, alternate, main, matrix_rate, ratios, 
 from inputs import TINY, documents, encoder_parameters, logged_steps, write_lines, write_tokenizer
 from processes import contestants, isolated, memory_mib
 
-from mlmkit.documents import Source, read_documents
+from mlmkit.documents import read_documents
+from mlmkit.locations import Source
 from mlmkit.train.config import Config, DataConfig, MaskingConfig, ModelConfig, OptimConfig, RunConfig, TokenizerConfig
 
 UNCOUNTED_STEPS = 2  # at the start of a turn: kernels are chosen, memory grows

@@ -12,7 +12,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mlmkit.backends import Backend, load
-from mlmkit.documents import Source
 from mlmkit.errors import UserError
 from mlmkit.eval.data import texts_data
 from mlmkit.eval.evaluate import run_evaluation
@@ -21,6 +20,7 @@ from mlmkit.eval.results_store import DOCUMENTS, TOKENS
 from mlmkit.eval.rows import Settings
 from mlmkit.eval.sets import Request, data_folder, find_set
 from mlmkit.files import changed_file
+from mlmkit.locations import Source
 from mlmkit.masking import MaskRecipe
 
 

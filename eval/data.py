@@ -7,15 +7,17 @@ A part is the unit that is scored, stored, resumed and shared among ranks.
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
-from functools import cached_property
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from mlmkit.corpus import Corpus, cache_folder, concatenate, load_corpus, stream_corpus, tokenize
-from mlmkit.documents import Source, checked_text
+from mlmkit.corpus import Corpus, concatenate, tokenize
+from mlmkit.documents import checked_text
+from mlmkit.locations import Source
+from mlmkit.stored import StoredCorpus
+from mlmkit.token_cache import load_corpus
 from mlmkit.tokenizer import Tokenizer
 
 # Tokens that the model reads per part: minutes of work for BERT-base on 2 cores, a second or less on a GPU.
@@ -24,26 +26,10 @@ PART_TOKENS = 1 << 18
 
 
 class EvalData:
-    """A tokenised corpus in memory. `source` says where it came from, for `result.json`."""
+    """A tokenised corpus. `source` says where it came from, for `result.json`."""
 
-    def __init__(self, corpus: Corpus, source: dict[str, Any]) -> None:
-        self._corpus, self.source = corpus, source
-
-    def corpus(self) -> Corpus:
-        """All documents, with their fingerprint."""
-        return self._corpus
-
-    def blocks(self) -> Iterator[Corpus]:
-        """The documents in order, in stretches that fit in memory."""
-        return self.corpus().blocks()
-
-    def known_size(self) -> int | None:
-        """The number of documents, or None if the text has to be read first."""
-        return len(self.corpus())
-
-    def identity(self) -> str:
-        """Equal for equal texts, and known before they are tokenised."""
-        return self.corpus().fingerprint
+    def __init__(self, corpus: Corpus | StoredCorpus, source: dict[str, Any]) -> None:
+        self.corpus, self.source = corpus, source
 
     def pseudo_targets(self) -> NDArray[np.int64] | None:
         """Flat indices of the tokens that pseudo-likelihood scores, ascending; None for all."""
@@ -63,31 +49,10 @@ def texts_data(texts: Iterable[str], tokenizer: Tokenizer) -> EvalData:
     return EvalData(tokenize(checked, tokenizer), {"set": None, "location": "texts given in Python"})
 
 
-class FileData(EvalData):
-    """A file or hub dataset. The first iteration tokenises it into the token cache, later ones read the cache."""
-
-    def __init__(self, source: Source, tokenizer: Tokenizer, set_name: str | None = None) -> None:
-        self._file, self._tokenizer = source, tokenizer
-        self._folder = cache_folder(source, tokenizer)
-        self.source = {"set": set_name, **asdict(source), "location": source.name, "locations": source.locations}
-
-    @cached_property
-    def _cached_corpus(self) -> Corpus:
-        return load_corpus(self._file, self._tokenizer, self._folder)
-
-    def corpus(self) -> Corpus:
-        return self._cached_corpus
-
-    def blocks(self) -> Iterator[Corpus]:
-        if self._folder.exists():
-            return super().blocks()
-        return stream_corpus(self._file, self._tokenizer, self._folder)
-
-    def known_size(self) -> int | None:
-        return super().known_size() if self._folder.exists() else None
-
-    def identity(self) -> str:
-        return self._folder.name
+def file_data(source: Source, tokenizer: Tokenizer, set_name: str | None = None) -> EvalData:
+    """Text or tokens from outside, through the token cache. Raises `UserError` as `load_corpus` does."""
+    described = {"set": set_name, **asdict(source), "location": source.name, "locations": source.locations}
+    return EvalData(load_corpus(source, tokenizer), described)
 
 
 @dataclass(frozen=True)

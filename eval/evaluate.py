@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from mlmkit import __version__
 from mlmkit.backends import Backend, capacity
 from mlmkit.console import progress
-from mlmkit.corpus import Corpus, warn_of_words
+from mlmkit.corpus import Corpus
 from mlmkit.distributed import Ranks
 from mlmkit.errors import UserError
 from mlmkit.eval.data import EvalData, Part, cut_parts
@@ -39,6 +39,7 @@ from mlmkit.eval.statistics import unigram_entropy
 from mlmkit.files import locked
 from mlmkit.masking import DIGEST_MODULUS, format_digest
 from mlmkit.overlap import find_overlap
+from mlmkit.stored import StoredCorpus, warn_of_words
 from mlmkit.tokenizer import Tokenizer
 
 EXAMPLES = 12
@@ -82,8 +83,6 @@ def run_evaluation(
             return finished
         if ranks.is_first:
             stack.enter_context(store.working())
-        if ranks.is_first and ranks.world > 1:
-            data.corpus()  # tokenised once for all ranks
         ranks.barrier()
         for item in passes:
             _score_pass(backend, data, item, store, batch_tokens, ranks)
@@ -93,7 +92,7 @@ def run_evaluation(
         records = {item.name: store.parts(item.name) for item in passes}
         _require_tokens(passes, records, data, store)
         if settings.recipe.whole_word and "masked" in settings.metrics:
-            warn_of_words(data.corpus())
+            warn_of_words(data.corpus)
         frequency = store.write_tables(records, data, backend.tokenizer)
         result = _build_result(backend, data, settings, passes, records, store, frequency)
         result["set"] = asdict(declared) if declared else None
@@ -118,8 +117,8 @@ def _score_pass(
                 yield part, item.rows(part, tokenizer, room)
 
     with progress() as bar:
-        task = bar.add_task(f"{item.name}, documents", total=data.known_size())
-        work = remaining(cut_parts(data.blocks(), item.cost))
+        task = bar.add_task(f"{item.name}, documents", total=len(data.corpus))
+        work = remaining(cut_parts(data.corpus.blocks(), item.cost))
         began = time.perf_counter()
         for part, rows, scores in score_parts(
             backend, work, batch_tokens=batch_tokens, advance=lambda documents: bar.advance(task, documents)
@@ -133,7 +132,7 @@ def _identity(backend: Backend, data: EvalData, settings: Settings) -> dict[str,
     """What a call must share with an unfinished evaluation to resume it. A different batch size is fine."""
     return {
         "format": RESULT_FORMAT,
-        "text": data.identity(),
+        "text": data.corpus.fingerprint,
         "model": backend.info.fingerprint,
         "tokenizer": backend.tokenizer.fingerprint,
         "backend": [backend.name, backend.device, backend.info.precision],
@@ -169,10 +168,10 @@ def _build_result(
 
     `frequency` counts each id of the corpus, `[vocabulary]`.
     """
-    corpus, mask_id, described = data.corpus(), backend.tokenizer.mask_id, settings.describe()
+    corpus, mask_id, described = data.corpus, backend.tokenizer.mask_id, settings.describe()
     lengths, unk_id = corpus.lengths, backend.tokenizer.unk_id
     unknown_tokens = 0 if unk_id is None else int(frequency[unk_id])
-    words, characters, size, unknown_characters = corpus.text_sizes.sum(axis=0).tolist()
+    words, characters, size, unknown_characters = corpus.sizes.values()
     by_metric: Records = {}
     for item in passes:
         by_metric.setdefault(item.metric, []).extend(records[item.name])
@@ -184,7 +183,7 @@ def _build_result(
         "unknown": {
             "tokens": unknown_tokens,
             "characters": unknown_characters,
-            "token_share": unknown_tokens / len(corpus.ids),
+            "token_share": unknown_tokens / corpus.tokens,
             "character_share": corpus.unknown_share,
         },
         "metrics": {},
@@ -199,7 +198,7 @@ def _build_result(
             "empty_texts": corpus.empty_texts,
             "documents_without_tokens": int((lengths == 0).sum()),
             "windowed_documents": int((lengths > capacity(backend)).sum()),
-            "tokens": int(lengths.sum()),
+            "tokens": corpus.tokens,
             "words": words,
             "characters": characters,
             "bytes": size,
@@ -261,7 +260,9 @@ def _versions() -> dict[str, str]:
     return versions
 
 
-def _token_examples(folder: Path, item: Pass, corpus: Corpus, tokenizer: Tokenizer) -> dict[str, list[dict[str, Any]]]:
+def _token_examples(
+    folder: Path, item: Pass, corpus: Corpus | StoredCorpus, tokenizer: Tokenizer
+) -> dict[str, list[dict[str, Any]]]:
     """The `worst` and `best` tokens of a pass, at most one per document, each with its neighbours and their scores."""
     chosen: dict[str, list[tuple[float, int, dict[str, Any]]]] = {"worst": [], "best": []}
     for tokens, _ in read_blocks(folder, item.metric, item.mask_seed):
@@ -276,15 +277,15 @@ def _token_examples(folder: Path, item: Pass, corpus: Corpus, tokenizer: Tokeniz
     return {name: [example for _, _, example in examples] for name, examples in chosen.items()}
 
 
-def _in_context(tokens: pa.Table, row: int, corpus: Corpus, tokenizer: Tokenizer) -> dict[str, Any]:
+def _in_context(tokens: pa.Table, row: int, corpus: Corpus | StoredCorpus, tokenizer: Tokenizer) -> dict[str, Any]:
     token = tokens.slice(row, 1).to_pylist()[0]
     document, offset = token["document"], token["offset"]
     begin, end = np.searchsorted(tokens["document"].to_numpy(), [document, document + 1]).tolist()
     neighbours = tokens.slice(begin, end - begin)
     log_prob = dict(zip(neighbours["offset"].to_pylist(), neighbours["log_prob"].to_pylist(), strict=True))
-    first, length = int(corpus.starts[document]), int(corpus.starts[document + 1] - corpus.starts[document])
-    shown = range(max(offset - CONTEXT, 0), min(offset + CONTEXT + 1, length))
-    words = [int(corpus.words[first + at]) for at in shown]
+    own = corpus.part(document, document + 1)
+    shown = range(max(offset - CONTEXT, 0), min(offset + CONTEXT + 1, len(own.ids)))
+    words = [int(own.words[at]) for at in shown]
     return {
         "document": document,
         "offset": offset,
@@ -293,11 +294,11 @@ def _in_context(tokens: pa.Table, row: int, corpus: Corpus, tokenizer: Tokenizer
         "shown": tokenizer.readable(token["input_id"]),
         "guess": None if token["top_id"] is None else tokenizer.readable(token["top_id"]),
         "target": offset - shown.start,
-        "cut": [shown.start > 0, shown.stop < length],
+        "cut": [shown.start > 0, shown.stop < len(own.ids)],
         "tokens": [
             {
-                "text": tokenizer.readable(int(corpus.ids[first + at])),
-                "begins_word": number == 0 or words[number] < 0 or words[number] != words[number - 1],
+                "text": tokenizer.readable(int(own.ids[at])),
+                "begins_word": number == 0 or words[number] != words[number - 1],
                 "log_prob": log_prob.get(at),
             }
             for number, at in enumerate(shown)

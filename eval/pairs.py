@@ -20,13 +20,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from mlmkit.corpus import tokenize
-from mlmkit.documents import checked_text, csv_rows, is_table, json_rows, read_rows
+from mlmkit.corpus import Corpus, tokenize
+from mlmkit.documents import checked_text, is_blank, json_object, read_rows
 from mlmkit.errors import UserError
 from mlmkit.eval.data import EvalData
 from mlmkit.eval.result import Metrics
 from mlmkit.eval.results_store import DOCUMENTS, read_blocks
 from mlmkit.eval.statistics import Estimator, bootstrap, sum_by
+from mlmkit.locations import Source, formats
 from mlmkit.tokenizer import Tokenizer
 from mlmkit.windows import ranges
 
@@ -85,10 +86,10 @@ def read_pairs(location: str, columns: PairColumns) -> list[Pair]:
     """
     if Path(location).suffix.lower() == ".zip":
         rows = _zip_rows(location)
-    elif is_table(location):
-        rows = read_rows(location)
+    elif "text" in formats(Source(location)):
+        raise UserError(f"{location}: pairs are read from .jsonl, .csv, .tsv, .parquet, .arrow and .zip files")
     else:
-        raise UserError(f"{location}: pairs are read from .jsonl, .csv, .tsv, .parquet and .zip files")
+        rows = read_rows(Source(location))
     pairs = [_pair(row, columns, where) for where, row in rows]
     if all(pair.has_empty_sentence for pair in pairs):
         raise UserError(f"{location}: it holds no pairs")
@@ -100,7 +101,7 @@ def keep_pairs(pairs: Iterable[Pair], listing: Path) -> list[Pair]:
 
     Raises `UserError` for a file that is not such a table, or that lists pairs that do not exist.
     """
-    rows = [row for _, row in csv_rows(listing, "\t")]
+    rows = [row for _, row in read_rows(Source(str(listing), format="tsv"))]
     if not rows or not {"UID", "pairIDs"} <= rows[0].keys():
         raise UserError(f"{listing}: not a table of pairs to keep: it needs columns UID and pairIDs")
     wanted = {(row["UID"], id) for row in rows for id in row["pairIDs"].split(",")}
@@ -148,11 +149,20 @@ def _zip_rows(location: str) -> Iterator[tuple[str, dict[str, Any]]]:
             for name in sorted(archive.namelist()):
                 if name.lower().endswith(".jsonl") and not name.startswith("__MACOSX"):
                     with io.TextIOWrapper(archive.open(name), encoding="utf-8-sig", newline="\n") as lines:
-                        yield from json_rows(f"{location}/{name}", lines)
+                        for number, line in enumerate(lines, start=1):
+                            if not is_blank(line):
+                                yield _parsed(line, f"{location}/{name}: line {number}")
     # RuntimeError: encrypted, or compressed in a way that Python does not support
     except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, RuntimeError, EOFError, OSError, ValueError) as error:
         cause = str(error) or type(error).__name__
         raise UserError(f"{location}: cannot be read: {cause}: unpack it, and name the .jsonl file in it") from None
+
+
+def _parsed(line: str, where: str) -> tuple[str, dict[str, Any]]:
+    try:
+        return where, json_object(line)
+    except ValueError as error:
+        raise UserError(f"{where}{error}") from None
 
 
 # ---------------------------------------------------------------- as documents to be scored
@@ -164,6 +174,8 @@ class PairData(EvalData):
     Pairs with a whitespace-only sentence are left out and counted as `empty_texts`. `source` says where the pairs came
     from.
     """
+
+    corpus: Corpus
 
     def __init__(self, given: Sequence[Pair], tokenizer: Tokenizer, source: dict[str, Any], scoring: str) -> None:
         self.pairs = pairs = [pair for pair in given if not pair.has_empty_sentence]
@@ -183,7 +195,7 @@ class PairData(EvalData):
         """
         if self.source["scoring"] == "all":
             return None
-        corpus, spans, prefix = self.corpus(), [], len(self._tokenizer.prefix)
+        corpus, spans, prefix = self.corpus, [], len(self._tokenizer.prefix)
         for pair in range(len(self.pairs)):
             starts, ends = corpus.starts[2 * pair : 2 * pair + 2], corpus.starts[2 * pair + 1 : 2 * pair + 3]
             framed = [self._tokenizer.frame(corpus.ids[a:b]).tolist() for a, b in zip(starts, ends, strict=True)]
@@ -204,8 +216,8 @@ class PairData(EvalData):
         return {name: pa.array(values) for name, values in columns.items()}
 
     def _ids(self, document: int) -> bytes:
-        starts = self.corpus().starts
-        return self.corpus().ids[starts[document] : starts[document + 1]].tobytes()
+        starts = self.corpus.starts
+        return self.corpus.ids[starts[document] : starts[document + 1]].tobytes()
 
 
 # ---------------------------------------------------------------- accuracies

@@ -247,7 +247,7 @@ class ResultsStore:
 
         def document_tables() -> Iterator[pa.Table]:
             begin = 0
-            for block in data.corpus().blocks():
+            for block in data.corpus.blocks():
                 np.add(frequency, np.bincount(block.ids, minlength=len(frequency)), out=frequency)
                 document = np.repeat(np.arange(len(block)), block.lengths)
                 targets = np.bincount(document[~is_context[block.ids]], minlength=len(block))
@@ -260,7 +260,7 @@ class ResultsStore:
         def token_tables() -> Iterator[pa.Table]:
             for name, records in parts.items():
                 ends = [record.end_document for record in records]
-                if [record.first_document for record in records] + [len(data.corpus())] != [0, *ends]:
+                if [record.first_document for record in records] + [len(data.corpus)] != [0, *ends]:
                     raise CheckError(f"{self.folder}: parts of {name} are missing: run the same command again")
                 for index in range(len(records)):
                     table = pq.read_table(self._part_path(name, index), partitioning=None)
@@ -301,7 +301,6 @@ def token_table(item: Pass, part: Part, rows: Rows, scores: TokenScores, tokeniz
     """A part's rows of `tokens.parquet`, one per scored token."""
     corpus = part.corpus
     flat = corpus.starts[rows.document] + rows.offset
-    words = corpus.words[flat].astype(np.int32)
     seed = np.full(len(flat), item.mask_seed or 0, dtype=np.uint64)
     ids, spelled = np.unique(corpus.ids[flat], return_inverse=True)
     spellings = pa.array([tokenizer.readable(int(id)) for id in ids], pa.string())
@@ -315,7 +314,7 @@ def token_table(item: Pass, part: Part, rows: Rows, scores: TokenScores, tokeniz
             "offset": rows.offset.astype(np.int32),
             "token_id": corpus.ids[flat].astype(np.int32),
             "input_id": shown_ids(rows, corpus, tokenizer.mask_id).astype(np.int32),
-            "word": pa.array(words, mask=words < 0),
+            "word": pa.array(corpus.words[flat]),
             "log_prob": scores.log_prob,
             "rank": scores.rank.astype(np.int32),
             "metric": pa.array([item.metric] * len(flat), pa.string()),

@@ -211,10 +211,10 @@ def shown_ids(rows: Rows, corpus: Corpus, mask_id: int) -> NDArray[np.int64]:
 
 
 def word_ends(corpus: Corpus) -> NDArray[np.int64]:
-    """For each flat token the flat index just after its word. A token without a word is a word of its own."""
+    """For each flat token the flat index just after its word."""
     words = np.asarray(corpus.words)
     is_last = np.ones(len(words), dtype=bool)
-    is_last[:-1] = (words[1:] != words[:-1]) | (words[:-1] < 0)
+    is_last[:-1] = words[1:] != words[:-1]
     inner_starts = corpus.starts[1:-1]
     is_last[inner_starts[inner_starts > 0] - 1] = True
     ends = np.flatnonzero(is_last) + 1

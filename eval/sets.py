@@ -8,10 +8,10 @@ import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from mlmkit.documents import HUB, Source, existing_file
 from mlmkit.errors import UserError
-from mlmkit.eval.data import EvalData, FileData
+from mlmkit.eval.data import EvalData, file_data
 from mlmkit.eval.pairs import PairColumns, PairData, keep_pairs, read_pairs
+from mlmkit.locations import HUB, Source, existing_file, find_files, is_tokens
 from mlmkit.tokenizer import Tokenizer
 from mlmkit.toml import build, read_toml
 
@@ -99,10 +99,10 @@ class Request:
     keep: Path | None = None
 
     def read(self, tokenizer: Tokenizer) -> EvalData:
-        """The set's data. Pairs are tokenised now, text while it is scored. Raises `UserError` if it is unreadable."""
+        """The set's data, tokenised. Raises `UserError` if it is unreadable."""
         set_name = self.declared.name if self.declared else None
         if self.source is not None:
-            return FileData(self.source, tokenizer, set_name)
+            return file_data(self.source, tokenizer, set_name)
         pairs = read_pairs(self.location, self.columns)
         if self.keep:
             pairs = keep_pairs(pairs, self.keep)
@@ -130,7 +130,8 @@ def find_set(
         if not path.exists() and not path.suffix and path.name == name:
             known = ", ".join(item.name for item in built_in_sets())
             raise UserError(f"no set or file {name!r}: the sets are {known}")
-        existing_file(name)
+        if not is_tokens(name):
+            find_files(Source(name))
     label = Path(name.replace(":", "-").replace("#", "-")).stem
     if pairs:
         return Request(label, "pairs", name)

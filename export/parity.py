@@ -21,9 +21,10 @@ from mlmkit.backends import Backend, Batch, Scored
 from mlmkit.batching import pad
 from mlmkit.console import progress
 from mlmkit.corpus import Corpus, tokenize
-from mlmkit.documents import Source, read_documents
+from mlmkit.documents import read_documents
 from mlmkit.errors import CheckError, DamagedError, UserError
 from mlmkit.files import read_record
+from mlmkit.locations import Source
 from mlmkit.masking import MaskRecipe, corrupt
 from mlmkit.pydocs import topics
 from mlmkit.tokenizer import Tokenizer

@@ -1,68 +1,43 @@
-"""A tokenised corpus, kept in a cache on disk and memory-mapped.
+"""Tokenised documents in memory: a few texts, or some documents of a stored corpus.
 
 The pipeline:
 
-    documents.read_texts    files or a hub dataset → texts
-    Tokenizer.encode        texts → token ids, word indices, counts of unknown characters
-    stream_corpus           blocks of documents, appended to flat files in the cache
-    load_corpus             the whole as a `Corpus`, mapped from the cache; `windows.py` cuts it into model inputs
+    documents.read_pieces   files → pieces of texts
+    encode_documents        pieces → stretches of token ids with their documents' keys and sizes
+    shards.make_shards      stretches → shards on disk
+    stored.StoredCorpus     shards → blocks of documents, each a `Corpus`, or the windows that training reads
 """
 
-import json
-import logging
-import mmap
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, fields, replace
-from hashlib import blake2b, sha256
-from itertools import islice
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass, fields, replace
+from hashlib import blake2b
+from itertools import chain
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mlmkit.documents import HUB, Source, existing_file, is_blank, is_selected, load_hub, read_texts, why_empty
-from mlmkit.errors import DamagedError, UserError
-from mlmkit.files import (
-    atomic,
-    cache_root,
-    changed_file,
-    file_sha256,
-    hash_tree,
-    locked,
-    read_record,
-    remove,
-    write_record,
-)
+from mlmkit.documents import is_blank, is_selected
+from mlmkit.errors import UserError
 from mlmkit.masking import document_key, first_token_of_word
-from mlmkit.tokenizer import Tokenizer
+from mlmkit.tokenizer import Tokenizer, Tokens
 
-log = logging.getLogger(__name__)
-
-CACHE_FORMAT = 8
 DOCUMENTS_PER_BLOCK = 1024
 CHARACTERS_PER_BATCH = 1 << 19  # tokenising takes up to 190 bytes of memory per character
-BLOCKS_COUNTED = 128  # about 131,000 documents, where a sample of the text is enough
-LONGEST_MEAN_WORD = 3.0  # tokens; English has 1.2 to 1.5
-GATHERED_AT_ONCE = 512  # entries; the kernel maps up to 64 KiB around each
 TEXT_SIZES = ("words", "characters", "bytes", "unknown_characters")
-_ARRAYS = ("ids", "words", "keys", "text_sizes")
-META = "meta.json"
-DAMAGE = (FileNotFoundError, DamagedError, ValueError)  # what `_map_corpus` raises for a damaged cache
+EVERY_KEY = (0.0, 1.0)
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """A tokenised corpus, or some of its documents. The arrays may be memory maps.
+    """Tokenised documents in memory.
 
-    `ids` and `words` (the word index) `[tokens]` are flat: document d owns `ids[starts[d] : starts[d + 1]]`. Per
-    document there are `keys` `[documents]` uint64 and `text_sizes` `[documents, 4]` int64, with the columns
-    `TEXT_SIZES`: words between spaces, characters, UTF-8 bytes, and characters lost to the unknown token.
+    `ids` and `words` `[tokens]` are flat: document d owns `ids[starts[d] : starts[d + 1]]`. `words` is the index of the
+    token's word in its document, counting the words that have tokens. Per document there are `keys` `[documents]`
+    uint64 and `text_sizes` `[documents, 4]` int64, with the columns `TEXT_SIZES`: words between spaces, characters,
+    UTF-8 bytes, and characters lost to the unknown token.
 
     `fingerprint` identifies the texts and their order, whatever the tokenizer; only a whole corpus has one.
-    `empty_texts` counts the blank texts that were left out. `name` says in messages where the texts come from, and
-    `folder` is the corpus's folder in the cache.
+    `empty_texts` counts the blank texts that were left out. `name` says in messages where the texts come from.
     """
 
     ids: NDArray[np.integer]
@@ -73,13 +48,6 @@ class Corpus:
     fingerprint: str = ""
     empty_texts: int = 0
     name: str = "text"
-    folder: Path | None = None
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        """Pickle a cached corpus as its folder: another process maps it again."""
-        if self.folder:
-            return _map_corpus, (self.folder, self.name)
-        return Corpus, tuple(getattr(self, field.name) for field in fields(self))
 
     @property
     def lengths(self) -> NDArray[np.int64]:
@@ -92,255 +60,186 @@ class Corpus:
         return len(self.ids)
 
     @property
-    def sizes(self) -> dict[str, int]:
-        """The sum of each column of `TEXT_SIZES`."""
-        return dict(zip(TEXT_SIZES, self.text_sizes.sum(axis=0).tolist(), strict=True))
+    def words_begun(self) -> int:
+        """The number of words that have tokens."""
+        return len(np.unique(first_token_of_word(self.words, self.lengths)))
 
-    def key_blocks(self) -> Iterator[NDArray[np.uint64]]:
-        """Yield the documents' keys, in order, in arrays of bounded size."""
-        for begin in range(0, len(self), 1 << 20):
-            yield copy_slice(self.keys, begin, min(begin + (1 << 20), len(self)))
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The sum of each column of `text_sizes`."""
+        return dict(zip(TEXT_SIZES, self.text_sizes.sum(axis=0).tolist(), strict=True))
 
     @property
     def unknown_share(self) -> float:
         """Share of the characters that the tokenizer lost to its unknown token."""
-        _, characters, _, lost = self.text_sizes.sum(axis=0).tolist()
-        return lost / max(characters, 1)
+        return self.sizes["unknown_characters"] / max(self.sizes["characters"], 1)
 
     def __len__(self) -> int:
         return len(self.keys)
 
     def part(self, begin: int, end: int) -> "Corpus":
-        """Copy documents `begin` to `end` (exclusive) into memory."""
-        starts = copy_slice(self.starts, begin, end + 1)
-        first, last = int(starts[0]), int(starts[-1])
+        """Copy documents `begin` to `end` (exclusive)."""
+        first, last = self.starts[[begin, end]].tolist()
         return Corpus(
-            copy_slice(self.ids, first, last),
-            copy_slice(self.words, first, last),
-            starts - first,
-            copy_slice(self.keys, begin, end),
-            copy_slice(self.text_sizes, begin, end),
+            self.ids[first:last].copy(),
+            self.words[first:last].copy(),
+            self.starts[begin : end + 1] - first,
+            self.keys[begin:end].copy(),
+            self.text_sizes[begin:end].copy(),
         )
 
     def blocks(self) -> Iterator["Corpus"]:
-        """Yield the corpus in parts of `DOCUMENTS_PER_BLOCK` documents, each copied into memory."""
+        """Yield the corpus in parts of `DOCUMENTS_PER_BLOCK` documents."""
         for begin in range(0, len(self), DOCUMENTS_PER_BLOCK):
             yield self.part(begin, min(begin + DOCUMENTS_PER_BLOCK, len(self)))
 
-
-def warn_of_words(corpus: Corpus) -> None:
-    """Warn if whole-word masking is useless because words have one token, or more than three, on average.
-
-    Text without spaces gives one or the other. Counts the first documents only.
-    """
-    tokens = words = 0
-    for block in islice(corpus.blocks(), BLOCKS_COUNTED):
-        tokens += len(block.words)
-        words += len(np.unique(first_token_of_word(block.words, block.lengths)))
-    if tokens == words or tokens > LONGEST_MEAN_WORD * words:
-        effect = "has no effect" if tokens == words else "hides long stretches of a document, or none of it"
-        mean, advice = tokens / max(words, 1), "leave it out, or put spaces between words"
-        log.warning("%s: %.1f tokens per word on average: whole-word masking %s: %s", corpus.name, mean, effect, advice)
-
-
-def copy_slice(array: NDArray, begin: int, end: int) -> NDArray:
-    """Copy `array[begin:end]`. A memory map is read instead: mapped pages would count as this process's memory."""
-    if not isinstance(array, np.memmap):
-        return array[begin:end].copy()
-    width = int(np.prod(array.shape[1:]))
-    offset = array.offset + begin * width * array.dtype.itemsize
-    flat = np.fromfile(str(array.filename), array.dtype, (end - begin) * width, offset=offset)
-    return flat.reshape(end - begin, *array.shape[1:])
-
-
-def gather(array: NDArray, index: NDArray[np.int64]) -> NDArray:
-    """Return `array[index]`. Pages of a memory map are released again, so that this process's memory does not grow."""
-    if (mapped := getattr(array, "_mmap", None)) is None:
-        return array[index]
-    array = np.asarray(array)  # np.memmap is slower to index
-    gathered = np.empty((len(index), *array.shape[1:]), array.dtype)
-    for begin in range(0, len(index), GATHERED_AT_ONCE):
-        gathered[begin : begin + GATHERED_AT_ONCE] = array[index[begin : begin + GATHERED_AT_ONCE]]
-        mapped.madvise(mmap.MADV_DONTNEED)
-    return gathered
+    def key_blocks(self) -> Iterator[NDArray[np.uint64]]:
+        """Yield the documents' keys, in order."""
+        yield self.keys
 
 
 def concatenate(parts: Iterable[Corpus]) -> Corpus:
     """Join parts of a corpus, in order."""
     parts = list(parts)
     starts = np.cumsum(np.concatenate([[0], *(part.lengths for part in parts)]))
-    ids, words, keys, text_sizes = (np.concatenate([getattr(part, name) for part in parts]) for name in _ARRAYS)
+    arrays = ("ids", "words", "keys", "text_sizes")
+    ids, words, keys, text_sizes = (np.concatenate([getattr(part, name) for part in parts]) for name in arrays)
     return Corpus(ids, words, starts, keys, text_sizes)
+
+
+def word_indices(begins: NDArray[np.bool_], lengths: NDArray[np.int64]) -> NDArray[np.int32]:
+    """The index of each token's word in its document, `[tokens]`, from whether a token begins a word."""
+    words = np.cumsum(begins, dtype=np.int32)
+    filled = lengths[lengths > 0]
+    return words - np.repeat(words[np.cumsum(filled) - filled], filled)
 
 
 def tokenize(texts: Iterable[str], tokenizer: Tokenizer) -> Corpus:
     """Tokenise a few texts in memory. An empty text is a document without tokens. Raises `UserError` for no texts."""
-    blocks = list(_encode(texts, tokenizer))
-    if not blocks:
+    stretches = list(encode_documents(((text, True) for text in texts), tokenizer, keep_blank=True))
+    if not stretches:
         raise UserError("there is no text")
-    corpus = concatenate(blocks)
-    fingerprint = blake2b(corpus.keys.astype("<u8").tobytes(), digest_size=16).hexdigest()
-    return replace(corpus, fingerprint=fingerprint)
+    ids, begins, lengths, keys, text_sizes = (
+        np.concatenate([getattr(stretch, field.name) for stretch in stretches]) for field in fields(Stretch)[:5]
+    )
+    starts = np.concatenate([[0], np.cumsum(lengths)])
+    fingerprint = blake2b(keys.astype("<u8").tobytes(), digest_size=16).hexdigest()
+    return Corpus(ids, word_indices(begins, lengths), starts, keys, text_sizes, fingerprint)
 
 
-def _encode(texts: Iterable[str], tokenizer: Tokenizer) -> Iterator[Corpus]:
-    for batch in _batches(texts):
-        tokens = tokenizer.encode(batch)
-        sizes = [
-            [len(text.split()), len(text), len(text.encode()), unknown]
-            for text, unknown in zip(batch, tokens.unknown.tolist(), strict=True)
-        ]
-        yield Corpus(
-            tokens.ids.astype("<u2" if tokenizer.vocabulary_size <= 1 << 16 else "<u4"),
-            tokens.words.astype("<i4"),
-            np.concatenate([[0], np.cumsum(tokens.lengths)]),
-            np.array([document_key(text) for text in batch], dtype="<u8"),
-            np.array(sizes, dtype="<i8"),
-        )
+# ---------------------------------------------------------------- encoding
 
 
-def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
-    """Group texts to tokenise together. A text longer than `CHARACTERS_PER_BATCH` is a batch of its own."""
-    batch, characters = [], 0
-    for text in texts:
-        if len(batch) == DOCUMENTS_PER_BLOCK or (batch and characters + len(text) > CHARACTERS_PER_BATCH):
-            yield batch
+@dataclass(frozen=True)
+class Stretch:
+    """Consecutive tokens of a corpus: `ids` and `word_begins` `[tokens]`, as in `Tokens`.
+
+    `lengths`, `keys` and `text_sizes` `[documents, ...]` are of the documents that end in the stretch; the first may
+    have begun before it. `texts` were read for it, of which `blank` were blank. If `is_dropped`, its tokens since the
+    last document, and those of the stretches before it, are not wanted.
+    """
+
+    ids: NDArray[np.integer]
+    word_begins: NDArray[np.bool_]
+    lengths: NDArray[np.int64]
+    keys: NDArray[np.uint64]
+    text_sizes: NDArray[np.int64]
+    texts: int = 0
+    blank: int = 0
+    is_dropped: bool = False
+
+
+def encode_documents(
+    pieces: Iterable[tuple[str, bool]],
+    tokenizer: Tokenizer,
+    *,
+    words: bool = True,
+    keys: tuple[float, float] = EVERY_KEY,
+    keep_blank: bool = False,
+) -> Iterator[Stretch]:
+    """Tokenise texts, given in pieces with whether the text ends there, in memory that does not grow with them.
+
+    Without `words`, no `word_begins` are computed: they are all False. Leaves out documents whose keys `is_selected`
+    does not select and, unless told to `keep_blank`, blank ones.
+    """
+    pieces = iter(pieces)
+    batch: list[str] = []
+    characters = 0
+    for text, ends in pieces:
+        is_long = not ends or len(text) > CHARACTERS_PER_BATCH
+        if batch and (is_long or len(batch) == DOCUMENTS_PER_BLOCK or characters + len(text) > CHARACTERS_PER_BATCH):
+            yield _encode_batch(batch, tokenizer, words, keys, keep_blank)
             batch, characters = [], 0
-        batch.append(text)
-        characters += len(text)
+        if is_long:
+            rest = chain([text], () if ends else _until_end(pieces))
+            yield from _encode_long(rest, tokenizer, words, keys, keep_blank)
+        else:
+            batch.append(text)
+            characters += len(text)
     if batch:
-        yield batch
+        yield _encode_batch(batch, tokenizer, words, keys, keep_blank)
 
 
-# ---------------------------------------------------------------- the token cache
+def _until_end(pieces: Iterator[tuple[str, bool]]) -> Iterator[str]:
+    for text, ends in pieces:
+        yield text
+        if ends:
+            return
 
 
-def load_corpus(source: Source, tokenizer: Tokenizer, folder: Path | None = None) -> Corpus:
-    """Return the tokenised corpus, memory-mapped, from the cache if the same text was tokenised before.
-
-    Pass its `cache_folder` as `folder` if it is already known. Raises `UserError` for text that cannot be read, a
-    source without documents, or a cache that cannot be used.
-    """
-    folder = folder or cache_folder(source, tokenizer)
-    if corpus := _cached_corpus(folder, source.name):
-        return corpus
-    for _ in stream_corpus(source, tokenizer, folder):
-        pass
-    return _map_corpus(folder, source.name)
-
-
-def open_corpus(folder: Path, name: str) -> Corpus | None:
-    """A corpus that was tokenised before, or None if it is gone or damaged."""
-    try:
-        return _map_corpus(folder, name)
-    except DAMAGE:
-        return None
-
-
-def _cached_corpus(folder: Path, location: str) -> Corpus | None:
-    """Return the corpus in the cache once every file matches its hash, or None if there is none.
-
-    A damaged one is removed and logged. Raises `UserError` if the cache cannot be read.
-    """
-    with cache_errors(folder):
-        try:
-            return _map_corpus(folder, location, check=True) if folder.exists() else None
-        except DAMAGE:
-            with locked(folder, wait=True):  # another process may have rebuilt it meanwhile
-                try:
-                    return _map_corpus(folder, location, check=True)
-                except DAMAGE:
-                    log.warning("the token cache %s is damaged: tokenising %s again", folder, location)
-                    remove(folder)
-    return None
+def _encode_batch(
+    texts: list[str], tokenizer: Tokenizer, words: bool, keys: tuple[float, float], keep_blank: bool
+) -> Stretch:
+    filled = texts if keep_blank else [text for text in texts if not is_blank(text)]
+    counts = {"texts": len(texts), "blank": len(texts) - len(filled)}
+    if keys != EVERY_KEY:
+        filled = [text for text in filled if is_selected(document_key(text), keys)]
+    tokens = tokenizer.encode(filled, words=words)
+    sizes = [
+        [len(text.split()), len(text), len(text.encode()), unknown]
+        for text, unknown in zip(filled, tokens.unknown.tolist(), strict=True)
+    ]
+    return replace(
+        _stretch(tokens, tokenizer),
+        lengths=tokens.lengths,
+        keys=np.array([document_key(text) for text in filled], "<u8"),
+        text_sizes=np.array(sizes, np.int64).reshape(-1, len(TEXT_SIZES)),
+        **counts,
+    )
 
 
-def cache_folder(source: Source, tokenizer: Tokenizer) -> Path:
-    """Return the corpus's folder in `$MLMKIT_CACHE` (default `~/.cache/mlmkit`).
-
-    Its name is a hash of the file's bytes, the reading options and the tokenizer. Raises `UserError` for a source that
-    is missing, unreadable, or a pipe, which can be read once only.
-    """
-    content = []
-    for location in source.locations:
-        if location.startswith(HUB):
-            content.append(["", load_hub(location)._fingerprint])
-            continue
-        path = existing_file(location)
-        if not path.is_file():
-            raise UserError(f"{location} is a pipe, which can be read once only: save its content to a file")
-        content.append([path.suffix, file_sha256(path)])
-    options = asdict(source) | {"location": "", "content": content}
-    identity = json.dumps([CACHE_FORMAT, options, tokenizer.fingerprint], sort_keys=True)
-    return cache_root() / "tokens" / sha256(identity.encode()).hexdigest()[:32]
+def _stretch(tokens: Tokens, tokenizer: Tokenizer) -> Stretch:
+    """The tokens, in which no document ends."""
+    begins = np.zeros(len(tokens.ids), np.bool_) if tokens.word_begins is None else tokens.word_begins
+    none, dtype = np.empty(0, np.int64), "<u2" if tokenizer.vocabulary_size <= 1 << 16 else "<u4"
+    return Stretch(tokens.ids.astype(dtype), begins, none, none.astype("<u8"), none.reshape(0, len(TEXT_SIZES)))
 
 
-def stream_corpus(source: Source, tokenizer: Tokenizer, folder: Path) -> Iterator[Corpus]:
-    """Yield the corpus in blocks of documents, tokenised on demand. At the end it is in the cache at `folder`.
+def _encode_long(
+    pieces: Iterable[str], tokenizer: Tokenizer, words: bool, keys: tuple[float, float], keep_blank: bool
+) -> Iterator[Stretch]:
+    """The stretches of one document, the last of which ends it."""
+    hashed, size, length, ended_in_word = blake2b(digest_size=8), np.zeros((1, len(TEXT_SIZES)), np.int64), 0, False
 
-    Blocks are appended to flat files, so memory does not grow with the corpus. Raises `UserError` as `load_corpus`
-    does, and for a file that changed while it was read.
-    """
-    fingerprint, tokens, dtypes, empty = blake2b(digest_size=16), 0, {}, 0
+    def watched() -> Iterator[str]:
+        nonlocal ended_in_word
+        for piece in filter(None, pieces):
+            encoded = piece.encode()
+            hashed.update(encoded)
+            joined = ended_in_word and not piece[0].isspace()
+            size[0, :3] += [len(piece.split()) - joined, len(piece), len(encoded)]
+            ended_in_word = not piece[-1].isspace()
+            yield piece
 
-    def documents() -> Iterator[str]:
-        nonlocal empty
-        for text in read_texts(source):
-            if is_blank(text):
-                empty += 1
-            elif is_selected(document_key(text), source.keys):
-                yield text
-
-    with cache_errors(folder), ExitStack() as stack:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        partial = stack.enter_context(atomic(folder, folder=True, keep=True))
-        files = {name: stack.enter_context((partial / name).open("wb")) for name in ("starts", *_ARRAYS)}
-        for block in _encode(documents(), tokenizer):
-            for name in _ARRAYS:
-                files[name].write(getattr(block, name).tobytes())
-            files["starts"].write((block.starts[:-1] + tokens).astype("<i8").tobytes())
-            dtypes = {name: getattr(block, name).dtype.str for name in _ARRAYS}
-            tokens += int(block.starts[-1])
-            fingerprint.update(block.keys.tobytes())
-            yield block
-        if not dtypes:
-            raise UserError(f"{source.name}: no documents in it ({why_empty(source)})")
-        files["starts"].write(np.array([tokens], "<i8").tobytes())
-        if cache_folder(source, tokenizer) != folder:  # what was read is not what was hashed
-            raise UserError(f"{source.name} was changed while it was being read: run the same command again")
-        for file in files.values():
-            file.flush()
-        meta = {"dtypes": dtypes, "fingerprint": fingerprint.hexdigest(), "empty_texts": empty}
-        write_record(partial / META, {**meta, "files": hash_tree(partial)})
-
-
-@contextmanager
-def cache_errors(folder: Path) -> Iterator[None]:
-    """Turn an `OSError` in the block into a `UserError`, except for a missing file, which means damage."""
-    try:
-        yield
-    except FileNotFoundError:
-        raise
-    except OSError as error:
-        raise UserError(
-            f"cannot use the token cache {folder.parent}: {error.strerror}: point MLMKIT_CACHE elsewhere"
-        ) from None
-
-
-def _map_corpus(folder: Path, location: str, *, check: bool = False) -> Corpus:
-    """Map a corpus from the cache. Raises one of `DAMAGE`; `check` compares every file with its hash."""
-    meta = read_record(folder / META, "it is rebuilt")
-    if check and (name := changed_file(folder, meta["files"])):
-        raise DamagedError(f"{name} is damaged")
-    starts = np.memmap(folder / "starts", "<i8", "r")
-    documents, tokens = len(starts) - 1, int(starts[-1])
-    shapes = {"ids": (tokens,), "words": (tokens,), "keys": (documents,), "text_sizes": (documents, len(TEXT_SIZES))}
-    arrays = {}
-    for name, shape in shapes.items():
-        dtype = np.dtype(meta["dtypes"][name])
-        if tokens:
-            arrays[name] = np.memmap(folder / name, dtype, "r", shape=shape)
-        else:  # an empty file cannot be mapped
-            arrays[name] = np.fromfile(folder / name, dtype).reshape(shape)
-    described = {name: meta[name] for name in ("fingerprint", "empty_texts")}
-    return Corpus(**arrays, starts=starts, **described, name=location, folder=folder)
+    for tokens in tokenizer.encode_pieces(watched(), words=words):
+        length += len(tokens.ids)
+        size[0, 3] += int(tokens.unknown.sum())
+        yield _stretch(tokens, tokenizer)
+    key = int.from_bytes(hashed.digest(), "little")
+    end = _stretch(Tokens(*(np.empty(0, np.int64),) * 4), tokenizer)
+    is_empty = not keep_blank and not size[0, 0]
+    if is_empty or not is_selected(key, keys):
+        yield replace(end, texts=1, blank=int(is_empty), is_dropped=True)
+    else:
+        documents = {"lengths": np.array([length]), "keys": np.array([key], "<u8"), "text_sizes": size}
+        yield replace(end, texts=1, **documents)

@@ -12,7 +12,7 @@ import numpy as np
 from mlmkit.artifact import read_manifest
 from mlmkit.backends import Backend, load
 from mlmkit.console import print_table, say
-from mlmkit.documents import Source, read_documents
+from mlmkit.documents import read_documents
 from mlmkit.errors import CheckError, UserError
 from mlmkit.eval.api import Evaluation, evaluate
 from mlmkit.eval.report import write_report
@@ -20,6 +20,7 @@ from mlmkit.eval.results_store import load_result
 from mlmkit.export.export import export
 from mlmkit.files import write_text
 from mlmkit.fill import fill
+from mlmkit.locations import Source
 from mlmkit.masking import document_key
 from mlmkit.pydocs import python_documentation
 from mlmkit.tokenizer import Tokenizer

@@ -321,6 +321,61 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def recorded_sha256(path: Path) -> str:
+    """Return the SHA-256 of a file's bytes, which is remembered in the cache.
+
+    A file of the same path, size and time of modification is not hashed again, except within `verifying`.
+    """
+    began, state = time.time_ns(), path.stat()
+    if not _hashed_again:
+        size, modified, sha256 = _read_hashes(path).get(path.name, (None, None, ""))
+        if (size, modified) == (state.st_size, state.st_mtime_ns):
+            return sha256
+    sha256 = file_sha256(path)
+    record_sha256(path, sha256, began)
+    return sha256
+
+
+def record_sha256(path: Path, sha256: str, at: int | None = None) -> None:
+    """Remember the SHA-256 of a file that was hashed `at` this time, in nanoseconds; now by default.
+
+    A file that was modified less than two seconds before is not remembered: a later change might not show in its time.
+    """
+    state = path.stat()
+    if state.st_mtime_ns < (at or time.time_ns()) - 2 * 10**9:
+        with suppress(OSError, UserError):  # a cache that cannot be written costs time only
+            hashes = {**_read_hashes(path), path.name: (state.st_size, state.st_mtime_ns, sha256)}
+            record = _hashes_path(path)
+            record.parent.mkdir(parents=True, exist_ok=True)
+            write_record(record, hashes)
+
+
+def _hashes_path(path: Path) -> Path:
+    """The record of the hashes of all files in the same folder."""
+    name = hashlib.sha256(os.fsencode(path.resolve().parent)).hexdigest()[:32]
+    return cache_root() / "hashes" / name[:2] / f"{name}.json"
+
+
+def _read_hashes(path: Path) -> dict[str, Any]:
+    try:
+        return read_record(_hashes_path(path), "")
+    except (DamagedError, OSError):
+        return {}
+
+
+_hashed_again: list[bool] = []  # not a context variable, which threads do not see
+
+
+@contextmanager
+def verifying() -> Iterator[None]:
+    """Within the block, `recorded_sha256` hashes every file again."""
+    _hashed_again.append(True)
+    try:
+        yield
+    finally:
+        _hashed_again.clear()
+
+
 def hash_tree(folder: Path) -> dict[str, str]:
     """Return the SHA-256 of each file in a folder and its subfolders, by relative path."""
     files = filter(Path.is_file, sorted(folder.rglob("*")))

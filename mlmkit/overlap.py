@@ -12,9 +12,10 @@ from typing import Any, TypedDict
 import numpy as np
 from numpy.typing import NDArray
 
-from mlmkit.corpus import Corpus, open_corpus
+from mlmkit.corpus import Corpus
 from mlmkit.errors import DamagedError
 from mlmkit.files import RUN, read_record, write_record
+from mlmkit.stored import StoredCorpus
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +44,7 @@ def shared_documents(keys: NDArray[np.uint64], blocks: Iterable[NDArray[np.uint6
     return occurs[document]
 
 
-def measure_overlap(corpus: Corpus, texts: Iterable[Corpus]) -> Overlap:
+def measure_overlap(corpus: Corpus | StoredCorpus, texts: Iterable[StoredCorpus]) -> Overlap:
     """The overlap of a corpus with training texts."""
     keys = np.concatenate([*corpus.key_blocks()])
     overlaps, counts = np.zeros(len(keys), np.bool_), {}
@@ -64,13 +65,15 @@ def describe_overlap(overlap: Overlap | None) -> str:
     return f"{overlap['documents']} documents ({overlap['share']:.2%}) are also in the training text ({counts})"
 
 
-def record_texts(run: Path, origin: str | Path, texts: Sequence[Corpus], held_out: Sequence[Corpus]) -> None:
+def record_texts(
+    run: Path, origin: str | Path, texts: Sequence[StoredCorpus], held_out: Sequence[StoredCorpus]
+) -> None:
     """Write `RUN/texts.json` if it does not say all of this, and warn of held-out documents among the training texts.
 
     The training texts are `texts`, and those of the run that the model `origin` comes from, if it comes from one.
     """
     before = _read(run)
-    tokens = _read(run_of(origin))["tokens"] | {str(Path(text.folder).resolve()): text.name for text in texts}
+    tokens = _read(run_of(origin))["tokens"] | {str(text.folder.resolve()): text.name for text in texts}
     if before["tokens"] == tokens and all(corpus.fingerprint in before["overlap"] for corpus in held_out):
         return
     corpora, overlaps = _open(tokens), {}
@@ -81,7 +84,7 @@ def record_texts(run: Path, origin: str | Path, texts: Sequence[Corpus], held_ou
     write_record(run / TEXTS, {"tokens": tokens, "overlap": overlaps})
 
 
-def find_overlap(model: str | Path, corpus: Corpus) -> Overlap | None:
+def find_overlap(model: str | Path, corpus: Corpus | StoredCorpus) -> Overlap | None:
     """The overlap of a corpus with the training texts of the run that a model comes from.
 
     None if it comes from none, or the tokens of a text are gone.
@@ -111,7 +114,9 @@ def _read(run: Path | None) -> dict[str, dict[str, Any]]:
     return {"tokens": {}, "overlap": {}}
 
 
-def _open(tokens: dict[str, str]) -> list[Corpus]:
+def _open(tokens: dict[str, str]) -> list[StoredCorpus]:
     """The training texts; none if the tokens of one are gone."""
-    corpora = [open_corpus(Path(folder), name) for folder, name in tokens.items()]
-    return [] if None in corpora else [corpus for corpus in corpora if corpus]
+    try:
+        return [StoredCorpus.open(Path(folder), name) for folder, name in tokens.items()]
+    except DamagedError:
+        return []

@@ -20,7 +20,7 @@ from tokenizers.models import BPE, WordLevel
 
 from mlmkit.bounds import check_tokenizer
 from mlmkit.errors import UserError, as_user_error
-from mlmkit.masking import MaskVocabulary, first_token_of_word
+from mlmkit.masking import MaskVocabulary
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -36,14 +36,15 @@ NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token",
 
 @dataclass(frozen=True)
 class Tokens:
-    """A batch of tokenised documents, flat: `ids` and `words` `[tokens]`; `lengths` and `unknown` `[documents]`.
+    """A batch of tokenised documents, flat: `ids` and `word_begins` `[tokens]`; `lengths` and `unknown` `[documents]`.
 
-    `words` is the index of the token's word in its document, or -1 if the tokenizer gives none. `unknown` counts the
+    `word_begins` says of each token whether it begins a word, or is None if words were not asked for. The first token
+    of a document always does; a token that the tokenizer puts in no word is a word of its own. `unknown` counts the
     characters (code points) lost to the unknown token.
     """
 
     ids: NDArray[np.int64]
-    words: NDArray[np.int32]
+    word_begins: NDArray[np.bool_] | None
     lengths: NDArray[np.int64]
     unknown: NDArray[np.int64]
 
@@ -185,22 +186,20 @@ class Tokenizer:
         """How many special tokens `frame` adds."""
         return len(self.prefix) + len(self.suffix)
 
-    def encode(self, texts: Sequence[str]) -> Tokens:
+    def encode(self, texts: Sequence[str], *, words: bool = True) -> Tokens:
         """Tokenise corpus text without adding special tokens. The text itself yields none except the unknown token.
 
-        Raises `UserError` for a text that the tokenizer cannot process.
+        Without `words`, `word_begins` is None. Raises `UserError` for a text that the tokenizer cannot process.
         """
         encodings = _encode(self._data, texts, add_special_tokens=False)
         ids = np.array([id for encoding in encodings for id in encoding.ids], dtype=np.int64)
-        words = np.array([-1 if w is None else w for encoding in encodings for w in encoding.word_ids], dtype=np.int32)
         lengths = np.array([len(encoding) for encoding in encodings], dtype=np.int64)
-        if len(self._word_begins):
-            begins = (first_token_of_word(words, lengths) == np.arange(len(ids))) | np.isin(ids, self._word_begins)
-            words = np.cumsum(begins, dtype=np.int32)
-            filled = lengths[lengths > 0]
-            words -= np.repeat(words[np.cumsum(filled) - filled], filled)
+        begins = None
+        if words:  # as float64, None becomes NaN, which differs from every other entry
+            words_of = [np.array(encoding.word_ids, dtype=np.float64) for encoding in encodings]
+            begins = _changes(np.concatenate([[], *words_of]), lengths) | np.isin(ids, self._word_begins)
         unknown = [self._unknown_characters(*pair) for pair in zip(texts, encodings, strict=True)]
-        tokens = Tokens(ids, words, lengths, np.array(unknown, dtype=np.int64))
+        tokens = Tokens(ids, begins, lengths, np.array(unknown, dtype=np.int64))
         control = np.array(sorted(self.special_ids - {self.unk_id}), dtype=np.int64)
         return self._spell_out(tokens, control) if np.isin(tokens.ids, control).any() else tokens
 
@@ -213,10 +212,12 @@ class Tokenizer:
         replaced = [pieces.get(int(id), [int(id)]) for id in tokens.ids]
         counts = np.array([len(ids) for ids in replaced], dtype=np.int64)
         document = np.repeat(np.arange(len(tokens.lengths)), tokens.lengths)
+        lengths = np.bincount(document, weights=counts, minlength=len(tokens.lengths)).astype(np.int64)
+        begins = tokens.word_begins
         return Tokens(
             np.array([id for ids in replaced for id in ids], dtype=np.int64),
-            np.repeat(tokens.words, counts),
-            np.bincount(document, weights=counts, minlength=len(tokens.lengths)).astype(np.int64),
+            None if begins is None else _changes(np.repeat(np.cumsum(begins), counts), lengths),
+            lengths,
             tokens.unknown,
         )
 
@@ -293,6 +294,14 @@ def _encode(rust: RustTokenizer, texts: Sequence[str], **options: Any) -> list[E
     """Encode as a batch: `encode` blocks all other threads. Raises `UserError` if a regular expression fails."""
     with as_user_error("a text", "the tokenizer cannot process it"):
         return rust.encode_batch(list(texts), **options)
+
+
+def _changes(words: NDArray, lengths: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Return whether each token's entry differs from the one before, or the token is the first of its document."""
+    begins = np.ones(len(words), dtype=np.bool_)
+    begins[1:] = words[1:] != words[:-1]
+    begins[(np.cumsum(lengths) - lengths)[lengths > 0]] = True
+    return begins
 
 
 def _unknown_of(model: dict[str, Any]) -> str | None:

@@ -3,17 +3,10 @@
 A token is identified by its document (index in corpus order) and its offset in the document, whatever the window.
 """
 
-import logging
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-
-from mlmkit.corpus import DOCUMENTS_PER_BLOCK, Corpus, cache_errors, copy_slice
-from mlmkit.files import atomic, file_sha256, locked
-from mlmkit.masking import first_token_of_word
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -75,42 +68,3 @@ def nearest_window(windows: Windows, document: NDArray[np.int64], offset: NDArra
     last_offset = np.append(np.where(same_document, (doubled[1:] + doubled[:-1]) // 4, to_the_end), to_the_end)
     served_up_to = windows.document * stride + np.minimum(last_offset[: len(windows)], to_the_end)
     return np.searchsorted(served_up_to, document * stride + offset)
-
-
-def window_table(corpus: Corpus, capacity: int) -> NDArray[np.int64]:
-    """The `cut_windows` of a corpus, `[windows, 4]` int64: document, start, length, and start of the word.
-
-    The last column is the offset in the document of the first token of the word in which the window begins. The table
-    of a cached corpus is made once, block by block, and mapped from the cache.
-
-    Raises `UserError` if the cache cannot be written.
-    """
-    if corpus.folder is None:
-        return _window_rows(corpus, 0, len(corpus), capacity)
-    folder = corpus.folder / f"windows-{capacity}"
-    rows, sha256 = folder / "rows", folder / "sha256"
-    with cache_errors(corpus.folder), locked(folder, wait=True):
-        if not (rows.exists() and sha256.exists() and file_sha256(rows).encode() == sha256.read_bytes()):
-            if folder.exists():
-                log.warning("the token cache %s is damaged: rebuilding it", folder)
-            with atomic(folder, folder=True) as partial:
-                with (partial / "rows").open("wb") as file:
-                    for begin in range(0, len(corpus), DOCUMENTS_PER_BLOCK):
-                        end = min(begin + DOCUMENTS_PER_BLOCK, len(corpus))
-                        file.write(_window_rows(corpus, begin, end, capacity).astype("<i8").tobytes())
-                (partial / "sha256").write_text(file_sha256(partial / "rows"))
-    if not rows.stat().st_size:  # an empty file cannot be mapped
-        return np.empty((0, 4), np.int64)
-    return np.memmap(rows, "<i8", "r").reshape(-1, 4)
-
-
-def _window_rows(corpus: Corpus, begin: int, end: int, capacity: int) -> NDArray[np.int64]:
-    """The table's rows for documents `begin` to `end`, in memory. Only documents that are cut have their words read."""
-    starts = copy_slice(corpus.starts, begin, end + 1)
-    windows = cut_windows(np.diff(starts), capacity)
-    word_start = windows.start.copy()
-    for document in np.unique(windows.document[windows.start > 0]).tolist():
-        words = copy_slice(corpus.words, *starts[document : document + 2].tolist())
-        own = slice(*np.searchsorted(windows.document, [document, document + 1]))
-        word_start[own] = first_token_of_word(words, np.array([len(words)]))[windows.start[own]]
-    return np.stack([windows.document + begin, windows.start, windows.length, word_start], axis=1)

@@ -1,152 +1,35 @@
-"""Reading, tokenising, caching, windows."""
+"""Tokenising, caching, windows."""
 
-import bz2
-import csv
-import gzip
-import json
-import lzma
 import os
 import pickle
 import resource
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from conftest import PORTUGUESE, paragraphs
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from training import stored
 
-from mlmkit.corpus import Corpus, _batches, cache_folder, gather, load_corpus, stream_corpus, tokenize
-from mlmkit.documents import Source, read_documents
+from mlmkit.corpus import Corpus, encode_documents, tokenize
 from mlmkit.errors import UserError
+from mlmkit.files import recorded_sha256, verifying
+from mlmkit.locations import Source
 from mlmkit.masking import document_key
+from mlmkit.shards import finish, make_shards, plan_corpus
+from mlmkit.token_cache import cache_folder, load_corpus
 from mlmkit.tokenizer import Tokenizer
-from mlmkit.windows import cut_windows, nearest_window, overlapping_windows, window_table
+from mlmkit.train.spans import CorpusWindows, index_windows
+from mlmkit.windows import cut_windows, nearest_window, overlapping_windows, ranges
 
 lengths_strategy = st.lists(st.integers(0, 60), min_size=1, max_size=10).map(lambda values: np.array(values))
-
-
-def read(path: Path | str, **options) -> list[str]:
-    return list(read_documents(Source(str(path), **options)))
 
 
 def write(path: Path, content: bytes) -> Path:
     path.write_bytes(content)
     return path
-
-
-# ------------------------------------------------------------------ reading
-
-
-def test_lines_split_at_lf_alone_and_blocks_at_blank_lines(tmp_path):
-    content = "one\r\n\ntwo\u2028still two\x0cand still\n \t\n  three  \nlast\r".encode()
-    assert read(write(tmp_path / "a.txt", content)) == ["one", "two\u2028still two\x0cand still", "  three  ", "last\r"]
-    path = write(tmp_path / "a.txt", b"\n\none\ntwo\n \nthree\r\nfour\n\n\n")
-    assert read(path, blank_line=True) == ["one\ntwo", "three\nfour"]
-
-
-def test_every_kind_of_table_gives_the_same_documents(tmp_path):
-    texts = [*PORTUGUESE, 'line one\nline two, "quoted"', "   ", "", "long " * 30_000]
-    jsonl = write(tmp_path / "a.jsonl", "\n".join(json.dumps({"body": text}) for text in texts).encode() + b"\n\n")
-    pq.write_table(pa.table({"body": texts, "n": range(len(texts))}), tmp_path / "a.parquet")
-    folder = tmp_path / "dataset"
-    folder.mkdir()
-    (folder / "train.jsonl").write_bytes(jsonl.read_bytes())
-    for name, delimiter in (("a.csv", ","), ("a.tsv", "\t")):
-        with (tmp_path / name).open("w", encoding="utf-8-sig", newline="") as file:
-            csv.writer(file, delimiter=delimiter).writerows([["n", "body"], *enumerate(texts)])
-    expected = [text for text in texts if text.strip()]
-    for name in ("a.jsonl", "a.csv", "a.tsv", "a.parquet"):
-        assert read(tmp_path / name, text_field="body") == expected
-        upper = write(tmp_path / name.upper(), (tmp_path / name).read_bytes())
-        assert read(upper, text_field="body") == expected
-    assert read(f"hub:{folder}@train", text_field="body") == expected
-
-
-@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.csv"])
-def test_a_byte_order_mark_is_no_part_of_the_text(tmp_path, name):
-    lines = {"a.txt": "one\n\ufefftwo\n", "a.jsonl": '{"text": "one"}\n', "a.csv": "text\none\n"}[name]
-    plain, marked = (write(tmp_path / f"{mark}{name}", mark.encode() + lines.encode()) for mark in ("", "\ufeff"))
-    assert read(marked) == read(plain)
-    assert read(plain)[0] == "one"
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("a.txt", b"good\nbad \xff byte\n", "line 2, byte 5 is not UTF-8.*iconv"),
-        ("a.txt", b"\x89PNG\r\n\x1a\n\0\0", "byte 1 is not UTF-8 .0x89.: if it is a text file"),
-        ("a.txt", "texto".encode("utf-16"), "UTF-16.*iconv -f UTF-16"),
-        ("a.txt", "texto".encode("utf-32"), "UTF-32.*iconv -f UTF-32"),
-        ("a.jsonl", b'{"text": "a"}\n{"text": \n', "line 2 is not JSON"),
-        ("a.jsonl", b'{"body": "a"}\n', "line 1 has no field 'text' .it has body.*--text-field .*data.text_field"),
-        ("a.json", b'[{"text": "a"}]\n', "line 1 is not a JSON object: write one object per line"),
-        ("a.jsonl", b'{"text": 3}\n', "holds int, not text"),
-        ("a.jsonl", b'{"text": "\\ud800"}\n', "surrogate"),
-        ("a.jsonl", b"[" * 100_000, "is not JSON"),
-        ("a.parquet", b"no parquet", "cannot be read as parquet"),
-        ("a.csv", b"a,b\nc,d\n", "line 2 has no field 'text' .it has a, b."),
-        ("a.csv", b"n,text\n1,a\n2\n", "line 3: it has fewer fields than the header: quote texts"),
-        ("a.csv", b"text\na, b\n", "line 2: it has more fields than the header: quote texts"),
-        ("a.csv", b'text\n"a" b\n', "line 2: .* expected after .*double the quotes in them"),
-        ("a.tsv", b'text\n"a\nb\n', "line 3: unexpected end of data"),
-        ("a.txt", gzip.compress(b"text", mtime=0), "is gzip, not UTF-8 text: unpack it .gzip -dc"),
-        ("a.jsonl", bz2.compress(b"text"), "is bzip2, not"),
-        ("a.xz", lzma.compress(b"text"), "is xz, not"),
-        ("a.csv", b"\x28\xb5\x2f\xfd\0", "is zstd, not"),
-        ("a.zip", b"PK\x03\x04\0", "is a zip archive, not .*unzip"),
-        ("a", b"%PDF-1.7\n%\xe2", "is a PDF, not"),
-        ("a.txt", b"PAR1\x15\x04", "is parquet, not .*suffix .parquet"),
-    ],
-)
-def test_what_cannot_be_read_is_named(tmp_path, name, content, message):
-    with pytest.raises(UserError, match=message) as raised:
-        read(write(tmp_path / name, content))
-    assert str(raised.value).startswith(str(tmp_path / name))
-
-
-def test_what_begins_like_another_format_is_text(tmp_path):
-    texts = ["BZh is a country code", "PAR1 is a receptor", "PK starts", "%PDF- is how they begin", "ARROW1"]
-    for text in texts:
-        assert read(write(tmp_path / "a.txt", text.encode())) == [text]
-
-
-@pytest.mark.parametrize("layout", ["file", "stream"])
-def test_the_advice_for_arrow_files_works(tmp_path, layout):
-    table, new = pa.table({"text": PORTUGUESE}), pa.ipc.new_file if layout == "file" else pa.ipc.new_stream
-    with new(str(tmp_path / "a.arrow"), table.schema) as writer:
-        writer.write_table(table)
-    with pytest.raises(UserError, match=r"is an Arrow file, .*: put it in a folder of its own and name hub:FOLDER"):
-        read(tmp_path / "a.arrow")
-    assert read(f"hub:{tmp_path}") == list(PORTUGUESE)
-
-
-def test_damaged_parquet_is_named(tmp_path):
-    pq.write_table(pa.table({"text": ["a" * 5000] * 3}), tmp_path / "a.parquet", use_dictionary=False)
-    content = bytearray((tmp_path / "a.parquet").read_bytes())
-    content[40:90] = b"\xff" * 50
-    with pytest.raises(UserError, match="cannot be read as parquet"):
-        read(write(tmp_path / "a.parquet", bytes(content)))
-    binary = pa.array([b"\xff\xfe"], pa.binary())
-    pq.write_table(pa.table({"text": pa.Array.from_buffers(pa.string(), 1, binary.buffers())}), tmp_path / "b.parquet")
-    with pytest.raises(UserError, match="cannot be read as parquet"):
-        read(tmp_path / "b.parquet")
-
-
-def test_missing_column_folder_and_file_are_named(tmp_path):
-    pq.write_table(pa.table({"body": ["a"]}), tmp_path / "a.parquet")
-    with pytest.raises(UserError, match=r"row 0 has no field 'text' .it has body."):
-        read(tmp_path / "a.parquet")
-    missing = f"hub:{tmp_path / 'none'}"
-    for path, message in (
-        (tmp_path, "is a folder"),
-        (tmp_path / "none.txt", "no such file"),
-        (missing, "cannot be loaded"),
-    ):
-        with pytest.raises(UserError, match=message):
-            read(path)
 
 
 # ------------------------------------------------------------------ tokenising
@@ -168,8 +51,8 @@ def test_corpus_is_what_transformers_says(wordpiece, tokenizer_folder, text_file
     from transformers import AutoTokenizer
 
     reference = AutoTokenizer.from_pretrained(tokenizer_folder("wordpiece"))
-    corpus = load_corpus(Source(str(text_file)), wordpiece)
-    documents = paragraphs()
+    stored = load_corpus(Source(str(text_file)), wordpiece)
+    documents, corpus = paragraphs(), stored.part(0, len(stored))
     assert len(corpus) == len(documents)
     for index, text in enumerate(documents):
         here = slice(corpus.starts[index], corpus.starts[index + 1])
@@ -180,17 +63,39 @@ def test_corpus_is_what_transformers_says(wordpiece, tokenizer_folder, text_file
         assert corpus.text_sizes[index].tolist() == [len(text.split()), len(text), len(text.encode()), 0]
 
 
+def test_a_stored_corpus_is_the_one_in_memory(wordpiece, tmp_path):
+    """Also where the shards end within the documents asked for, and without words."""
+    texts = [*paragraphs()[:40], "", *paragraphs()[40:60]]
+    expected = tokenize(texts, wordpiece)
+    corpus = stored(expected, tmp_path / "corpus", shards=7)
+    assert (len(corpus), corpus.tokens, corpus.sizes) == (len(expected), expected.tokens, expected.sizes)
+    assert corpus.lengths.tolist() == expected.lengths.tolist()
+    assert np.concatenate([*corpus.key_blocks()]).tolist() == expected.keys.tolist()
+    assert np.concatenate([block.ids for block in corpus.blocks()]).tolist() == expected.ids.tolist()
+    for begin, end in ((0, 61), (0, 1), (5, 23), (60, 61), (30, 30)):
+        assert pickle.dumps(corpus.part(begin, end)) == pickle.dumps(expected.part(begin, end))
+
+
+def test_a_stored_corpus_travels_as_its_place(wordpiece, text_file):
+    corpus = load_corpus(Source(str(text_file)), wordpiece)
+    corpus.part(0, 1)  # opens files
+    received = pickle.loads(pickle.dumps(corpus))
+    assert pickle.dumps(received.part(3, 9)) == pickle.dumps(corpus.part(3, 9))
+    assert (received.name, received.fingerprint) == (str(text_file), corpus.fingerprint)
+
+
 def test_cache_is_used_and_follows_content_tokenizer_and_options(wordpiece, tokenizer_folder, tmp_path, entries):
     path = write(tmp_path / "a.txt", b"one two\n\nthree\n")
     first = load_corpus(Source(str(path)), wordpiece)
     copy = load_corpus(Source(str(write(tmp_path / "copy.txt", path.read_bytes()))), wordpiece)
-    assert copy.starts.tolist() == first.starts.tolist()
+    assert copy.lengths.tolist() == first.lengths.tolist()
     assert len(list(entries.iterdir())) == 1
     load_corpus(Source(str(path), blank_line=True), wordpiece)
     load_corpus(Source(str(path)), Tokenizer.from_folder(tokenizer_folder("bpe")))
+    assert not load_corpus(Source(str(path)), wordpiece, words=False).has_words
     write(path, b"one two\n\nfour\n")
     assert load_corpus(Source(str(path)), wordpiece).fingerprint != first.fingerprint
-    assert len(list(entries.iterdir())) == 4
+    assert len(list(entries.iterdir())) == 5
     assert not list(entries.glob(".*"))
 
 
@@ -219,32 +124,54 @@ def flip(content: bytes) -> bytes:
     return content[:-1] + bytes([content[-1] ^ 1])
 
 
-@pytest.mark.parametrize("name", ["ids", "words", "starts", "keys", "text_sizes", "meta.json"])
+@pytest.mark.parametrize("name", ["ids.npy", "words.npy", "documents.npy", "sizes.npy", "tokens.json"])
 @pytest.mark.parametrize("damage", [flip, lambda content: content[: len(content) // 2], lambda _: b"", None])
 def test_a_damaged_cache_is_made_again(wordpiece, tmp_path, entries, caplog, name, damage):
     path = write(tmp_path / "a.txt", b"one two three\nfour\n")
     expected = pickle.dumps(load_corpus(Source(str(path)), wordpiece).part(0, 2))
     (entry,) = entries.iterdir()
-    content = (entry / name).read_bytes()
-    (entry / name).unlink()
+    (file,) = entry.rglob(name)
+    content = file.read_bytes()
+    file.unlink()
     if damage is not None:
-        (entry / name).write_bytes(damage(content))
+        file.write_bytes(damage(content))
     assert pickle.dumps(load_corpus(Source(str(path)), wordpiece).part(0, 2)) == expected
-    assert caplog.messages == [f"the token cache {entry} is damaged: tokenising {path} again"]
-    assert (entry / name).read_bytes() == content
+    # Without tokens.json, the shards are complete and the corpus is not.
+    said = [] if file.name == "tokens.json" and damage is None else [entry]
+    assert caplog.messages == [f"the token cache {folder} is damaged: tokenising {path} again" for folder in said]
+    assert file.read_bytes() == content
 
 
 def test_a_text_that_grows_while_it_is_read_is_not_kept_under_its_old_hash(wordpiece, tmp_path, entries):
     path = write(tmp_path / "a.txt", b"one two three\n")
     source = Source(str(path))
     folder = cache_folder(source, wordpiece)
+    plan_corpus(source, wordpiece, folder, words=True)
     write(path, b"one two three\nfour\n")
+    make_shards(folder, 0, wordpiece)
     with pytest.raises(UserError, match="was changed while it was being read"):
-        list(stream_corpus(source, wordpiece, folder))
-    assert folder.parent == entries and not list(entries.iterdir())
+        finish(folder)
     assert len(load_corpus(source, wordpiece)) == 2
     write(path, b"one two three\n")
     assert len(load_corpus(source, wordpiece)) == 1
+
+
+def test_a_file_is_hashed_once(tmp_path, monkeypatch, entries):
+    path = write(tmp_path / "a.txt", b"text")
+    old = path.stat().st_mtime_ns - 10**10
+    hashed = []
+    monkeypatch.setattr("mlmkit.files.file_sha256", lambda path: hashed.append(path) or f"hash {len(hashed)}")
+    assert [recorded_sha256(path) for _ in range(2)] == ["hash 1", "hash 2"]  # too young: it may change unseen
+    os.utime(path, ns=(old, old))
+    assert [recorded_sha256(path) for _ in range(2)] == ["hash 3", "hash 3"]
+    with verifying():
+        assert recorded_sha256(path) == "hash 4"
+    assert recorded_sha256(path) == "hash 4"
+    write(path, b"tex")
+    os.utime(path, ns=(old, old))
+    assert recorded_sha256(path) == "hash 5"
+    os.utime(path, ns=(old - 1, old - 1))
+    assert recorded_sha256(path) == "hash 6"
 
 
 @pytest.mark.parametrize("umask", [0o022, 0o002, 0o077])
@@ -252,23 +179,37 @@ def test_the_umask_decides_who_may_read_the_cache(wordpiece, tmp_path, entries, 
     path = write(tmp_path / "a.txt", b"one two three\n")
     before = os.umask(umask)
     try:
-        window_table(load_corpus(Source(str(path)), wordpiece), 13)
+        len(CorpusWindows(load_corpus(Source(str(path)), wordpiece), 13))
     finally:
         os.umask(before)
     for made in entries.parent.rglob("*"):
         assert made.stat().st_mode & 0o777 == (0o777 if made.is_dir() else 0o666) & ~umask
 
 
-@given(st.lists(st.text(alphabet="ab", max_size=9), max_size=20))
-def test_texts_are_tokenised_in_batches_of_bounded_size(texts):
+@given(st.lists(st.text(alphabet="ab ", max_size=19), max_size=20), st.booleans())
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+def test_texts_are_tokenised_in_batches_of_bounded_size(wordpiece, texts, keep_blank):
+    """A text that does not fit comes in stretches; together they are the tokens of the whole texts."""
+    pieces = [(text[at : at + 5], at + 5 >= len(text)) for text in texts for at in range(0, len(text) or 1, 5)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("mlmkit.corpus.CHARACTERS_PER_BATCH", 12)
         patch.setattr("mlmkit.corpus.DOCUMENTS_PER_BLOCK", 5)
-        batches = list(_batches(texts))
-    assert [text for batch in batches for text in batch] == texts
-    for batch in batches:
-        assert 1 <= len(batch) <= 5
-        assert len(batch) == 1 or sum(map(len, batch)) <= 12
+        stretches = list(encode_documents(pieces, wordpiece, keep_blank=keep_blank))
+    assert sum(stretch.texts for stretch in stretches) == len(texts)
+    kept = [text for text in texts if keep_blank or text.strip()]
+    assert sum(stretch.blank for stretch in stretches) == len(texts) - len(kept)
+    assert max((len(stretch.lengths) for stretch in stretches), default=0) <= 5
+    ids: list[int] = []
+    for stretch in stretches:
+        ids += stretch.ids.tolist()
+        closed = sum(int(each.lengths.sum()) for each in stretches[: stretches.index(stretch) + 1])
+        ids = ids[:closed] if stretch.is_dropped else ids
+    if kept:
+        expected = tokenize(kept, wordpiece)
+        assert ids == expected.ids.tolist()
+        for name in ("keys", "text_sizes", "lengths"):
+            joined = np.concatenate([getattr(stretch, name) for stretch in stretches])
+            assert joined.tolist() == getattr(expected, name).tolist()
 
 
 def test_fingerprint_is_of_texts_and_order_not_of_the_tokenizer(wordpiece, tokenizer_folder):
@@ -284,59 +225,47 @@ def test_documents_without_tokens_are_kept(wordpiece):
     assert tokenize([""], wordpiece).starts.tolist() == [0, 0]
 
 
-def test_a_cached_corpus_travels_as_its_place(wordpiece, text_file):
-    corpus = load_corpus(Source(str(text_file)), wordpiece)
-    sent = pickle.dumps(corpus)
-    assert len(sent) < 1000
-    received = pickle.loads(sent)
-    assert (received.ids == corpus.ids).all()
-    assert (received.name, received.fingerprint) == (str(text_file), corpus.fingerprint)
-    in_memory = corpus.part(2, 9)
-    assert (pickle.loads(pickle.dumps(in_memory)).ids == in_memory.ids).all()
-
-
 # ------------------------------------------------------------------ windows
 
 
-def test_a_cached_table_of_windows_is_the_one_made_in_memory(wordpiece, tmp_path, entries, monkeypatch, caplog):
-    monkeypatch.setattr("mlmkit.windows.DOCUMENTS_PER_BLOCK", 7)
-    (tmp_path / "a.txt").write_text("\n".join(paragraphs()))
-    corpus = load_corpus(Source(str(tmp_path / "a.txt")), wordpiece)
-    for _ in range(2):  # written, then found
-        table = window_table(corpus, 13)
-        assert isinstance(table, np.memmap)
-        expected = cut_windows(corpus.lengths, 13)
-        assert np.array_equal(table[:, :3].T, [expected.document, expected.start, expected.length])
-        assert (table == window_table(corpus.part(0, len(corpus)), 13)).all()
-    assert corpus.folder is not None
-    assert not list(corpus.folder.glob(".*"))
-    rows = corpus.folder / "windows-13" / "rows"
-    content, table = rows.read_bytes(), window_table(corpus, 13)
-    for damaged in (content[: len(content) // 64 * 32], b"half a row", flip(content)):
-        rows.unlink()  # the table above is mapped from it
-        rows.write_bytes(damaged)
-        caplog.clear()
-        assert (window_table(corpus, 13) == table).all()
-        assert caplog.messages == [f"the token cache {rows.parent} is damaged: rebuilding it"]
-
-
-@given(lengths_strategy, st.integers(1, 20), st.integers(1, 9))
-def test_windows_know_where_their_first_word_begins(lengths, capacity, tokens_a_word):
+@given(lengths_strategy, st.integers(1, 20), st.integers(1, 9), st.integers(1, 4), st.randoms())
+@settings(deadline=None)
+def test_windows_are_found_by_their_numbers(lengths, capacity, tokens_a_word, shards, rng):
+    """Document, offsets, key, tokens and the beginning of the first word, whatever is asked for in which order."""
     offset = np.concatenate([np.arange(n) for n in lengths]).astype(np.int64)
     starts = np.concatenate([[0], np.cumsum(lengths)])
-    sizes = np.zeros((len(lengths), 3), np.int64)
-    words = (offset // tokens_a_word).astype(np.int32)
-    corpus = Corpus(offset, words, starts, np.zeros(len(lengths), np.uint64), sizes)
-    for _, start, _, word_start in window_table(corpus, capacity).tolist():
-        assert word_start == start // tokens_a_word * tokens_a_word
+    keys, sizes = np.arange(len(lengths)).astype(np.uint64) + 7, np.zeros((len(lengths), 4), np.int64)
+    corpus = Corpus(offset, (offset // tokens_a_word).astype(np.int32), starts, keys, sizes)
+    expected = cut_windows(lengths, capacity)
+    with TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setattr("mlmkit.train.spans.GROUP", 3)
+        patch.setattr("mlmkit.train.spans.LOOKED_BACK", 2)
+        windows = CorpusWindows(stored(corpus, Path(folder), shards=min(shards, len(lengths))), capacity)
+        assert len(windows) == len(expected)
+        numbers = np.array(rng.sample(range(len(expected)), rng.randint(0, len(expected))), np.int64)
+        spans = windows.locate(numbers)
+        for name in ("document", "start", "length"):
+            assert spans[name].tolist() == getattr(expected, name)[numbers].tolist()
+        assert spans["key"].tolist() == keys[spans["document"]].tolist()
+        tokens = ranges(starts[spans["document"]] + spans["start"], spans["length"])
+        assert windows.ids(spans).tolist() == offset[tokens].tolist()
+        assert windows.word_begins(spans).tolist() == (offset[tokens] % tokens_a_word == 0).tolist()
+        assert windows.word_starts(spans).tolist() == (spans["start"] // tokens_a_word * tokens_a_word).tolist()
 
 
-def test_gathering_from_a_map_is_indexing(tmp_path):
-    np.arange(6000, dtype=np.int64).tofile(tmp_path / "a")
-    mapped = np.memmap(tmp_path / "a", np.int64, "r").reshape(-1, 3)
-    index = np.random.default_rng(0).integers(0, 2000, 1500)
-    assert (gather(mapped, index) == mapped[index]).all()
-    assert gather(mapped, index[:0]).shape == (0, 3)
+def test_a_damaged_index_of_windows_is_made_again(wordpiece, tmp_path, entries, caplog):
+    (tmp_path / "a.txt").write_text("\n".join(paragraphs()))
+    corpus = load_corpus(Source(str(tmp_path / "a.txt")), wordpiece)
+    expected = index_windows(corpus, 13).tolist()
+    assert expected[-1] == len(cut_windows(corpus.lengths, 13))
+    (index,) = (entries.parent / "windows").rglob("index.npy")
+    content = index.read_bytes()
+    for damaged in (content[: len(content) // 2], b"half", flip(content)):
+        index.unlink()
+        index.write_bytes(damaged)
+        caplog.clear()
+        assert index_windows(corpus, 13).tolist() == expected
+        assert caplog.messages == [f"the token cache {index.parent} is damaged: rebuilding it"]
 
 
 @given(lengths_strategy, st.integers(1, 20))

@@ -17,12 +17,12 @@ from test_eval_resume import Interrupted
 from training import Ranks, same_weights, write_config
 
 from mlmkit.backends import load
-from mlmkit.corpus import load_corpus
-from mlmkit.documents import Source
 from mlmkit.eval.api import evaluate
 from mlmkit.eval.data import cut_parts
 from mlmkit.eval.results_store import load_result
 from mlmkit.files import write_json
+from mlmkit.locations import Source
+from mlmkit.token_cache import load_corpus
 from mlmkit.tokenizer import Tokenizer
 from mlmkit.train.checkpoints import resuming
 from mlmkit.train.loop import train

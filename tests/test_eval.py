@@ -17,7 +17,6 @@ from transformers import AutoModelForMaskedLM, AutoTokenizer
 from mlmkit.artifact import DYNAMIC_INT8, hash_files, read_manifest, write_manifest
 from mlmkit.backends import Batch, Scored, load
 from mlmkit.corpus import tokenize
-from mlmkit.documents import Source
 from mlmkit.errors import CheckError, UserError
 from mlmkit.eval.api import evaluate
 from mlmkit.eval.metrics import FAMILIES
@@ -27,6 +26,7 @@ from mlmkit.eval.scoring import score_rows
 from mlmkit.eval.statistics import bootstrap
 from mlmkit.export.export import export
 from mlmkit.files import read_record
+from mlmkit.locations import Source
 from mlmkit.masking import DIGEST_MODULUS, MaskRecipe, corrupt, document_key, format_digest, mask_digest
 from mlmkit.windows import overlapping_windows
 

@@ -18,13 +18,13 @@ from hypothesis import strategies as st
 
 from mlmkit.backends import Backend, load
 from mlmkit.corpus import Corpus
-from mlmkit.documents import Source
 from mlmkit.errors import CheckError, UserError
 from mlmkit.eval import results_store
 from mlmkit.eval.api import evaluate
 from mlmkit.eval.data import cut_parts
 from mlmkit.eval.results_store import ResultsStore
 from mlmkit.eval.statistics import Bootstrap
+from mlmkit.locations import Source
 
 TIMES = ("seconds", "timing", "command", "checksum")
 
@@ -188,7 +188,7 @@ def corpus_of(lengths: list[int]) -> Corpus:
     starts = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]).astype(np.int64)
     ids = np.arange(int(starts[-1]))
     documents = np.arange(len(lengths))
-    return Corpus(ids, ids.astype(np.int32), starts, documents.astype(np.uint64), np.tile(documents[:, None], 3))
+    return Corpus(ids, ids.astype(np.int32), starts, documents.astype(np.uint64), np.tile(documents[:, None], 4))
 
 
 @given(

@@ -16,11 +16,11 @@ from conftest import KINDS, PROOF, paragraphs
 from mlmkit.artifact import read_manifest
 from mlmkit.backends import Backend, Batch, Scored, load
 from mlmkit.corpus import tokenize
-from mlmkit.documents import Source
 from mlmkit.errors import CheckError, UserError
 from mlmkit.export import export as exporting
 from mlmkit.export.parity import BOUNDS, Parity, check_parity, parity_batches, parity_line, proof_text, require_parity
 from mlmkit.files import write_record
+from mlmkit.locations import Source
 
 
 def random_batch(batch: int, seq: int, masked: int, vocabulary: int = 600) -> Batch:

@@ -15,8 +15,8 @@ from conftest import run, run_json
 from test_train_resume import kill_when
 from training import Ranks, log_lines, same_weights, weights, write_config
 
-from mlmkit.corpus import load_corpus
 from mlmkit.pretrained import load_tokenizer
+from mlmkit.token_cache import load_corpus
 from mlmkit.train.checkpoints import saved_checkpoints
 from mlmkit.train.config import Config
 from mlmkit.train.loop import train

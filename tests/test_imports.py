@@ -21,7 +21,8 @@ def module_name(path: Path) -> str:
 MODULES = {module_name(path): path for pattern in PATTERNS for path in ROOT.glob(pattern)}
 LAYERS = [
     {"errors", "files", "bounds", "masking", "console", "pydocs", "distributed", "loss"},
-    {"tokenizer", "documents", "toml"},
+    {"tokenizer", "locations", "toml"},
+    {"documents"},
     {"corpus", "batching", "artifact"},
     {"windows", "model"},
     {"packing", "pretrained"},

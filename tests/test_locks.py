@@ -17,11 +17,11 @@ from training import same_weights, small_architecture, write_config
 
 from mlmkit.artifact import read_manifest
 from mlmkit.backends import load
-from mlmkit.documents import Source
 from mlmkit.errors import UserError
 from mlmkit.eval.api import evaluate
 from mlmkit.export.export import export
 from mlmkit.files import PARTIAL, locked, new_folder
+from mlmkit.locations import Source
 from mlmkit.train.log import read_log
 from mlmkit.train.loop import train
 

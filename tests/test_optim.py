@@ -23,8 +23,9 @@ from training import log_lines, write_config
 from transformers import AutoModelForMaskedLM
 
 from mlmkit.corpus import tokenize
-from mlmkit.documents import Source, read_documents
+from mlmkit.documents import read_documents
 from mlmkit.errors import UserError
+from mlmkit.locations import Source
 from mlmkit.model import MaskedLM, probe_inputs
 from mlmkit.pretrained import load_pretrained
 from mlmkit.tokenizer import Tokenizer

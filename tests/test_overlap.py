@@ -13,12 +13,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from training import small_architecture, write_config
 
-from mlmkit.corpus import load_corpus
-from mlmkit.documents import Source, is_selected, read_documents
+from mlmkit.documents import is_selected, read_documents
 from mlmkit.errors import UserError
+from mlmkit.locations import Source
 from mlmkit.masking import document_key
 from mlmkit.overlap import find_overlap, shared_documents
 from mlmkit.pretrained import load_tokenizer
+from mlmkit.token_cache import load_corpus
 from mlmkit.train.checkpoints import branch_config
 from mlmkit.train.config import Config
 from mlmkit.train.config_file import load_config

@@ -243,7 +243,8 @@ def test_words_are_the_tokenizers_own_or_begin_at_spaces(kind, made):
                     spaces = (UNSPLIT[kind], *"\t\n\rĉĊč", "<0x20>", "<0x09>", "<0x0A>", "<0x0D>")
                     word += place == 0 or expected[place] != previous or token.startswith(spaces)
                     previous, expected[place] = expected[place], word
-            assert tokens.words[begin : begin + length].tolist() == expected
+            begins = [now != last for now, last in zip(expected, [None, *expected], strict=False)]
+            assert tokens.word_begins[begin : begin + length].tolist() == begins
             begin += length
     before = [json.loads(light._serialized), light.named, sorted(light.special_ids)]
     same = light.fingerprint == sha256(json.dumps(before, sort_keys=True).encode()).hexdigest()
@@ -281,10 +282,17 @@ def tokenizer(kind, tokenizer_folder, made) -> Tokenizer:
 def test_corpus_text_yields_no_control_token(tokenizer):
     tokens = tokenizer.encode([HOSTILE, *PORTUGUESE, HOSTILE])
     assert set(tokens.ids.tolist()) & tokenizer.special_ids <= {tokenizer.unk_id}
-    assert tokens.lengths.sum() == len(tokens.ids) == len(tokens.words)
+    assert tokens.lengths.sum() == len(tokens.ids) == len(tokens.word_begins)
     alone = tokenizer.encode([PORTUGUESE[0]]).ids.tolist()
     begin = int(tokens.lengths[0])
     assert tokens.ids[begin : begin + len(alone)].tolist() == alone
+
+
+def test_words_are_left_out_if_nobody_asks(tokenizer):
+    with_words, without = (tokenizer.encode([HOSTILE, *PORTUGUESE], words=words) for words in (True, False))
+    assert with_words.word_begins is not None and without.word_begins is None
+    for name in ("ids", "lengths", "unknown"):
+        assert getattr(with_words, name).tolist() == getattr(without, name).tolist()
 
 
 def test_characters_that_are_lost_to_the_unknown_token_are_counted(kind, tokenizer):
@@ -340,8 +348,8 @@ def test_a_long_word_loses_no_character(kind):
     trained = train_tokenizer(lambda: proteins, TokenizerConfig(kind=kind, vocab_size=300), max_length=64)
     tokens = Tokenizer.from_transformers(trained).encode(proteins)
     assert tokens.unknown.tolist() == [0, 0, 0]
-    words = [set(part.tolist()) for part in np.split(tokens.words, np.cumsum(tokens.lengths)[:-1])]
-    assert [len(each) for each in words] == ([1, 3, 28] if kind == "wordpiece" else [1, 1, 1])
+    begins = np.split(tokens.word_begins, np.cumsum(tokens.lengths)[:-1])
+    assert [each.sum() for each in begins] == ([1, 3, 28] if kind == "wordpiece" else [1, 1, 1])
     spelled = [str(trained.decode(trained(text, add_special_tokens=False).input_ids)) for text in proteins]
     assert [text.replace(" ", "") for text in spelled] == proteins
 

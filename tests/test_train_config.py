@@ -13,8 +13,8 @@ from conftest import run
 from training import write_config
 from transformers import AutoModelForMaskedLM
 
-from mlmkit.documents import Source
 from mlmkit.errors import UserError
+from mlmkit.locations import Source
 from mlmkit.model import MaskedLM
 from mlmkit.tokenizer import Tokenizer
 from mlmkit.train.config import Config, DataConfig, as_tables, from_tables

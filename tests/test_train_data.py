@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import islice
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,13 +17,15 @@ import torch
 from conftest import paragraphs
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from training import stored
 
-from mlmkit.corpus import Corpus, load_corpus, tokenize
-from mlmkit.documents import Source
+from mlmkit.corpus import Corpus, tokenize
 from mlmkit.errors import UserError
+from mlmkit.locations import Source
 from mlmkit.masking import corrupt
 from mlmkit.packing import enable_packing
 from mlmkit.pretrained import load_pretrained
+from mlmkit.token_cache import load_corpus
 from mlmkit.tokenizer import Tokenizer
 from mlmkit.train import order
 from mlmkit.train.config import Config, DataConfig, MaskingConfig, ModelConfig, RunConfig
@@ -97,10 +100,12 @@ def test_epochs_take_each_source_pass_by_pass(small_blocks, sources, seed):
 
 
 @pytest.fixture(scope="module")
-def parts(checkpoint):
+def parts(checkpoint, tmp_path_factory):
+    """A model, its tokenizer, and two corpora on disk, one of them in three shards."""
     model, tokenizer = load_pretrained(str(checkpoint("roberta")))
-    texts = paragraphs()
-    corpora = [replace(tokenize(texts[part::2], tokenizer), name=f"{part}.txt") for part in (0, 1)]
+    texts, folder = paragraphs(), tmp_path_factory.mktemp("corpora")
+    tokenised = [tokenize(texts[part::2], tokenizer) for part in (0, 1)]
+    corpora = [stored(each, folder / str(i), f"{i}.txt", (1, 3)[i]) for i, each in enumerate(tokenised)]
     return model, tokenizer, corpora
 
 
@@ -169,13 +174,13 @@ def contents(batch: list[MicroBatch]) -> list[dict]:
 
 
 def epoch_of(data: TrainingData, epoch: int) -> Iterator[tuple[MicroBatch, np.ndarray, np.ndarray]]:
-    """The micro-batches of an epoch, with source and pass of each row, and its row of the window table."""
+    """The micro-batches of an epoch, with source and pass of each row, and its span."""
     for after, block, members in data.rows.packs(Cursor(epoch=epoch)):
         if after.epoch > epoch:
             return
         taken = block.take(members)
         batch = data.lay_out(data.rows.build(taken, data.rows.masking.recipe(0)))
-        yield batch, np.stack([taken.source, taken.pass_number], axis=1), taken.table
+        yield batch, np.stack([taken.source, taken.pass_number], axis=1), taken.spans
 
 
 @pytest.mark.parametrize("whole_word", [False, True])
@@ -185,7 +190,8 @@ def test_an_epoch_shows_each_token_once_a_pass_with_the_masks_of_its_document(
     parts, small_blocks, packed, whole_word, passes
 ):
     """Packed or padded, however the corpora are cut: the same ids are shown and the same are predicted."""
-    _, tokenizer, corpora = parts
+    _, tokenizer, on_disk = parts
+    corpora = [corpus.part(0, len(corpus)) for corpus in on_disk]
     masking = MaskingConfig(0.4, whole_word=whole_word)
     data = make_data(parts, packed=packed, masking=masking, passes=passes)
     expected, shown, asked, targets = {}, {}, Counter(), Counter()
@@ -199,9 +205,9 @@ def test_an_epoch_shows_each_token_once_a_pass_with_the_masks_of_its_document(
         ids = batch.inputs["input_ids"].numpy()
         assert batch.tokens <= ids.size <= 128
         flat, width = ids.ravel(), ids.shape[1]
-        begins = np.cumsum([0, *(rows[:, 2] + 2)])[:-1] if packed else np.arange(len(rows)) * width
+        begins = np.cumsum([0, *(rows["length"] + 2)])[:-1] if packed else np.arange(len(rows)) * width
         at = {}
-        for begin, (source, number), (document, start, length, _) in zip(begins, sources, rows, strict=True):
+        for begin, (source, number), (document, start, length, *_) in zip(begins, sources, rows.tolist(), strict=True):
             corpus = corpora[source]
             where = corpus.starts[document] + start + np.arange(length)
             places = begin + 1 + np.arange(length)
@@ -210,7 +216,7 @@ def test_an_epoch_shows_each_token_once_a_pass_with_the_masks_of_its_document(
             shown[source, number][where] += 1
             at.update({int(p): (source, number, int(w)) for p, w in zip(places, where, strict=True)})
         assert batch.documents == list(
-            dict.fromkeys(f"{corpora[s].name}:{d}" for s, d in zip(sources[:, 0], rows[:, 0], strict=True))
+            dict.fromkeys(f"{on_disk[s].name}:{d}" for s, d in zip(sources[:, 0], rows["document"], strict=True))
         )
         for position, target in zip(batch.positions.tolist(), batch.targets.tolist(), strict=True):
             asked[at[position]] += 1
@@ -263,11 +269,8 @@ def test_any_number_of_ranks_resumes_anywhere_to_the_same_global_batches(
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_processes_build_the_same_batches(parts, text_file, rank):
-    """One corpus is in memory, the other in the cache."""
-    _, tokenizer, corpora = parts
-    both = [corpora[0], load_corpus(Source(str(text_file)), tokenizer)]
-    data = make_data(parts, corpora=both, micro_batches=3, steps=15)
+def test_processes_build_the_same_batches(parts, rank):
+    data = make_data(parts, micro_batches=3, steps=15)
     batches = [
         list(data.batches(Cursor(2, 0, 2, 999, packs=6), rank=rank, world=2, workers=workers)) for workers in (0, 4)
     ]
@@ -319,25 +322,26 @@ def test_odd_documents_are_trained_on(tokenizer_folder, tmp_path, kind):
     assert len(corpus) == len([line for line in lines if line.strip()])
     config = make_config((1.0,), MaskingConfig(whole_word=True), 64, 512)
     data = TrainingData(config, [corpus], tokenizer, packed=True)
-    shown = Counter()
+    shown, starts = Counter(), np.cumsum([0, *corpus.lengths])
     for batch, _, rows in epoch_of(data, 0):
         assert len(batch.positions) == len(batch.targets)
-        shown.update(int(corpus.starts[d]) + place for d, s, n, _ in rows.tolist() for place in range(s, s + n))
-    assert shown == Counter(range(len(corpus.ids)))
+        shown.update(int(starts[d]) + place for d, s, n, *_ in rows.tolist() for place in range(s, s + n))
+    assert shown == Counter(range(corpus.tokens))
 
 
-def test_one_word_of_a_million_tokens_is_masked_as_one_word(parts):
+def test_one_word_of_a_million_tokens_is_masked_as_one_word(parts, tmp_path):
     """Each window must find the draw of the word's first token without reading all tokens in between."""
     _, tokenizer, _ = parts
     count = 1_000_000
     ids = np.full(count, int(tokenizer.masking.ordinary[0]))
-    starts, sizes = np.array([0, count]), np.zeros((1, 3), np.int64)
+    starts, sizes = np.array([0, count]), np.zeros((1, 4), np.int64)
     for key in (3, 4, 5, 6):
         corpus = Corpus(ids, np.zeros(count, np.int32), starts, np.array([key], np.uint64), sizes)
+        key_array, corpus = corpus.keys, stored(corpus, tmp_path / str(key))
         data = make_data(parts, masking=MaskingConfig(0.5, whole_word=True), passes=(1.0,), corpora=[corpus])
         recipe = data.rows.masking.recipe(0)
         first = corrupt(
-            ids[:1], np.ones(1, np.int64), corpus.keys, replace(recipe, whole_word=False), *(tokenizer.masking,), seed=5
+            ids[:1], np.ones(1, np.int64), key_array, replace(recipe, whole_word=False), *(tokenizer.masking,), seed=5
         )
         began = time.process_time()
         for _, block, members in islice(data.rows.packs(Cursor()), 50):
@@ -346,15 +350,16 @@ def test_one_word_of_a_million_tokens_is_masked_as_one_word(parts):
         assert time.process_time() - began < 10
 
 
-def test_nothing_to_train_on_is_named(parts):
+def test_nothing_to_train_on_is_named(parts, tmp_path):
     _, tokenizer, corpora = parts
     with pytest.raises(UserError, match="no room beside 2 special tokens"):
         make_data(parts, max_length=2)
     with pytest.raises(UserError, match=r"no tokens: empty\.txt"):
-        make_data(parts, corpora=[corpora[0], replace(tokenize([""], tokenizer), name="empty.txt")])
+        make_data(parts, corpora=[corpora[0], stored(tokenize([""], tokenizer), tmp_path / "empty", "empty.txt")])
     with pytest.raises(UserError, match=r"data\.weights leave less than one document"):
         make_data(parts, passes=(1e-5, 1e-5))
-    rare = make_data(parts, corpora=[tokenize(paragraphs()[:3], tokenizer)], passes=(0.5,), steps=3)
+    few = stored(tokenize(paragraphs()[:3], tokenizer), tmp_path / "few")
+    rare = make_data(parts, corpora=[few], passes=(0.5,), steps=3)
     assert len(list(rare.batches(Cursor()))) == 3
 
 
@@ -371,7 +376,7 @@ def test_a_worker_that_is_killed_is_named_and_the_others_end(parts):
     for _ in range(20):
         next(batches)
     workers[0].kill()
-    with pytest.raises(UserError, match=r"exit code -9.*lower data\.workers"):
+    with pytest.raises(UserError, match=r"exit code -9.*use fewer workers"):
         for _ in range(500):  # what lies in its pipe still comes
             next(batches)
     assert not multiprocessing.active_children()
@@ -379,6 +384,6 @@ def test_a_worker_that_is_killed_is_named_and_the_others_end(parts):
 
 def test_what_goes_wrong_in_a_worker_is_said_here(parts):
     data = make_data(parts)
-    data.rows.corpora = [replace(corpus, ids=corpus.ids[:10]) for corpus in data.rows.corpora]
-    with pytest.raises(RuntimeError, match="IndexError"):
+    data.rows.windows[0].corpus = replace(data.rows.corpora[0], folder=Path("missing"))
+    with pytest.raises(UserError, match=r"documents\.npy is damaged"):
         list(data.batches(Cursor(), workers=1))

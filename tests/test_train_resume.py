@@ -242,8 +242,8 @@ TRAINS = """
 if __name__ == "__main__":
     import multiprocessing, sys, time
     from pathlib import Path
-    from mlmkit.corpus import load_corpus
-    from mlmkit.documents import Source
+    from mlmkit.token_cache import load_corpus
+    from mlmkit.locations import Source
     from mlmkit.tokenizer import Tokenizer
     from mlmkit.train.config import Config, DataConfig, ModelConfig, RunConfig
     from mlmkit.train.data import TrainingData

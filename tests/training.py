@@ -4,13 +4,19 @@ import json
 import os
 import socket
 import sys
+from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import torch
 from interruptions import PROCESSES
 from safetensors.torch import load_file
 
+from mlmkit.corpus import Corpus
 from mlmkit.errors import CheckError, StoppedError, UserError
+from mlmkit.files import hash_tree, write_record
+from mlmkit.masking import first_token_of_word
+from mlmkit.stored import DOCUMENT, StoredCorpus
 from mlmkit.train.config import Config
 from mlmkit.train.config_file import load_config
 
@@ -44,6 +50,27 @@ def write_config(tmp_path: Path, text_file: Path, architecture: str, *overrides:
             content = "".join(line for line in content.splitlines(True) if not line.startswith(key))
     path.write_text(content)
     return load_config(path, overrides)
+
+
+def stored(corpus: Corpus, folder: Path, name: str = "text", shards: int = 1) -> StoredCorpus:
+    """The corpus on disk, in shards of about equal numbers of documents, written independently of `mlmkit.shards`."""
+    bounds, records = [len(corpus) * shard // shards for shard in range(shards + 1)], []
+    for shard, (begin, end) in enumerate(pairwise(bounds)):
+        part, home = corpus.part(begin, end), folder / "shards" / f"{shard:05d}-000"
+        home.mkdir(parents=True)
+        begins = first_token_of_word(part.words, part.lengths) == np.arange(len(part.ids))
+        documents = np.zeros(len(part), DOCUMENT)
+        documents["end"], documents["key"] = part.starts[1:], part.keys
+        np.save(home / "ids.npy", part.ids.astype("<u2"))
+        np.save(home / "documents.npy", documents)
+        np.save(home / "sizes.npy", part.text_sizes.astype("<u4"))
+        np.save(home / "words.npy", np.packbits(begins, bitorder="little"))
+        counts = {"documents": len(part), "tokens": len(part.ids), "files": hash_tree(home)}
+        records.append({"name": home.name, **counts})
+    record = {"tokenizer": "", "has_words": True, "documents": len(corpus), "tokens": len(corpus.ids), "blank": 0}
+    record |= {"words_begun": corpus.words_begun, "shards": records, "bad_rows": 0, **corpus.sizes}
+    write_record(folder / "tokens.json", {**record, "fingerprint": f"{corpus.keys} {corpus.starts}"})
+    return StoredCorpus.open(folder, name)
 
 
 def small_architecture(folder: Path, **settings: object) -> str:

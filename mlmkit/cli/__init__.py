@@ -20,6 +20,7 @@ from mlmkit.errors import CheckError, EndedElsewhereError, StoppedError, UserErr
 INTERRUPTED, TERMINATED = 130, 143
 MODULES = {  # of each command, in the order in which they are used
     "demo": "train",
+    "tokenize": "tokenize",
     "train": "train",
     "average": "train",
     "export": "export",

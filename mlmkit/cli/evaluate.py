@@ -13,6 +13,7 @@ from mlmkit.cli.options import (
     JsonOption,
     ModelOptions,
     TextOptions,
+    VerifyOption,
     argument,
     command,
     option,
@@ -31,7 +32,7 @@ PAIRS = "pairs"
 
 
 @option_class
-class EvalOptions(JsonOption, ModelOptions, TextOptions):
+class EvalOptions(VerifyOption, JsonOption, ModelOptions, TextOptions):
     model: str = argument(default="")
     sets: tuple[str, ...] = option("--set", "What to measure on. Repeatable.", multiple=True, metavar="NAME|FILE")
     list_sets: bool = switch("--list-sets", "List the built-in sets and exit.")
@@ -313,8 +314,9 @@ def score(options: ScoreOptions) -> None:
 
     Prints one line per text: the sum ("-" without a scored token), the number of tokens, the text. Skips blank lines.
     """
-    from mlmkit.documents import Source, read_documents
+    from mlmkit.documents import read_documents
     from mlmkit.eval.score_texts import pseudo_log_likelihood
+    from mlmkit.locations import Source
 
     location = "/dev/stdin" if options.file == "-" else options.file
     texts = list(read_documents(Source(location, options.text_field, options.blank_line)))

@@ -57,6 +57,10 @@ def command(kind: type[Options], name: str | None = None) -> Callable[[Callable[
         def callback(**values: Any) -> None:
             options = kind()
             vars(options).update(values)
+            if values.get("verify"):
+                from mlmkit.files import verifying
+
+                click.get_current_context().with_resource(verifying())
             function(options)
 
         declared: Any = fields(kind)  # pyright: ignore[reportArgumentType]
@@ -97,6 +101,13 @@ class TextOptions:
 
     text_field: str = option("--text-field", "The key or column that holds the text.", default="text")
     blank_line: bool = switch("--blank-line", "In a text file, blank lines separate documents.")
+
+
+@option_class
+class VerifyOption:
+    """Whether to trust what is remembered of files."""
+
+    verify: bool = switch("--verify", "Hash all files of texts and tokens again, also those whose size and time match.")
 
 
 @option_class

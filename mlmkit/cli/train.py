@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from mlmkit.cli.options import PATH, JsonOption, argument, command, option, option_class, switch
+from mlmkit.cli.options import PATH, JsonOption, VerifyOption, argument, command, option, option_class, switch
 from mlmkit.console import print_json, print_table, say
 from mlmkit.errors import UserError, require
 
@@ -33,7 +33,7 @@ def demo(options: DemoOptions) -> None:
 
 
 @option_class
-class TrainOptions(JsonOption):
+class TrainOptions(VerifyOption, JsonOption):
     config: str = argument(type=click.Path(), default="")
     overrides: tuple[str, ...] = option(
         "--set", "Override a setting. Repeatable.", multiple=True, metavar="TABLE.KEY=VALUE"

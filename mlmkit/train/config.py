@@ -11,8 +11,8 @@ from functools import cached_property
 from typing import Annotated, Any
 
 from mlmkit.backends import DEVICES
-from mlmkit.documents import HUB, Source
 from mlmkit.errors import UserError
+from mlmkit.locations import HUB, Source
 from mlmkit.masking import MaskRecipe
 from mlmkit.toml import Rule, build, checked, one_of
 

@@ -6,8 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from mlmkit.documents import Source, formats
 from mlmkit.errors import UserError
+from mlmkit.locations import Source, formats
 from mlmkit.toml import build, read_toml
 from mlmkit.train.config import CHANGEABLE, LENGTHS, PHASE_KEYS, REPLACES, Config, change, setting_names
 

@@ -19,11 +19,11 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from mlmkit.backends.torch import pick_device
-from mlmkit.corpus import Corpus
 from mlmkit.distributed import Ranks
 from mlmkit.errors import UserError
 from mlmkit.model import MaskedLM, probe_inputs
 from mlmkit.packing import PACKED_ATTENTION, Pack, packed_inputs
+from mlmkit.stored import StoredCorpus
 from mlmkit.tokenizer import Tokenizer
 from mlmkit.train.checkpoints import is_out_of_memory
 from mlmkit.train.config import Config
@@ -164,7 +164,7 @@ def dry_run(config: Config, start_from: Path | None = None) -> dict[str, DryRun]
     return reports
 
 
-def _dry_run(config: Config, model: MaskedLM, tokenizer: Tokenizer, corpora: Sequence[Corpus]) -> DryRun:
+def _dry_run(config: Config, model: MaskedLM, tokenizer: Tokenizer, corpora: Sequence[StoredCorpus]) -> DryRun:
     data = prepare(model, config, tokenizer, corpora)
     run, device = config.train, torch.device(pick_device(config.train.device))
     micro_batches = run.global_batch_tokens // run.micro_batch_tokens
@@ -203,7 +203,7 @@ def _dry_run(config: Config, model: MaskedLM, tokenizer: Tokenizer, corpora: Seq
         vocabulary=model.vocabulary_size,
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         documents=sum(len(corpus) for corpus in corpora),
-        corpus_tokens=sum(len(corpus.ids) for corpus in corpora),
+        corpus_tokens=sum(corpus.tokens for corpus in corpora),
         packed=data.packed,
         micro_batches=micro_batches,
         micro_batch_tokens=run.micro_batch_tokens,

@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mlmkit.batching import pad
-from mlmkit.corpus import Corpus
 from mlmkit.packing import Pack, packed_inputs, pad_pack
+from mlmkit.stored import StoredCorpus
 from mlmkit.tokenizer import Tokenizer
 from mlmkit.train.config import Config
 from mlmkit.train.order import NOWHERE, Cursor, Position
@@ -65,7 +65,7 @@ class TrainingData:
     def __init__(
         self,
         config: Config,
-        corpora: Sequence[Corpus],
+        corpora: Sequence[StoredCorpus],
         tokenizer: Tokenizer,
         *,
         packed: bool,

@@ -12,15 +12,16 @@ from pathlib import Path
 from typing import Any
 
 from mlmkit.backends import Backend, load
-from mlmkit.corpus import Corpus, load_corpus
 from mlmkit.distributed import Ranks
-from mlmkit.documents import Source
 from mlmkit.errors import UserError
-from mlmkit.eval.data import FileData
+from mlmkit.eval.data import file_data
 from mlmkit.eval.evaluate import run_evaluation
 from mlmkit.eval.rows import Settings
+from mlmkit.locations import Source
 from mlmkit.masking import DIGEST_MODULUS, corrupt, format_digest, mask_digest
 from mlmkit.model import MaskedLM
+from mlmkit.stored import StoredCorpus
+from mlmkit.token_cache import load_corpus
 from mlmkit.tokenizer import Tokenizer
 from mlmkit.train.checkpoints import INITIAL, held_out_folder, last_checkpoint, read_remeasurable, save_initial
 from mlmkit.train.config import HELD_OUT, Config
@@ -32,7 +33,7 @@ Results = dict[str, dict[str, Any]]  # `result.json` of each held-out text by it
 
 
 def held_out_digests(
-    config: Config, tokenizer: Tokenizer, corpora: Mapping[str, Corpus] | None = None
+    config: Config, tokenizer: Tokenizer, corpora: Mapping[str, StoredCorpus] | None = None
 ) -> dict[str, str]:
     """The mask digest of each held-out text by its name, which identifies its evaluations.
 
@@ -42,7 +43,7 @@ def held_out_digests(
     return {name: _digest(corpus, tokenizer) for name, corpus in corpora.items()}
 
 
-def _digest(corpus: Corpus, tokenizer: Tokenizer) -> str:
+def _digest(corpus: StoredCorpus, tokenizer: Tokenizer) -> str:
     digest = targets = 0
     for block in corpus.blocks():
         text, seed = (block.ids, block.lengths, block.keys), SETTINGS.mask_seeds[0]
@@ -79,7 +80,7 @@ def _evaluate(
         kept = checkpoint / f"{HELD_OUT}-{result['mask_digest'][:8]}"
         log.info("%s was evaluated on another text than %s: see %s", checkpoint, source.name, kept)
         ranks.from_first(lambda: (shutil.rmtree(kept, ignore_errors=True), folder.rename(kept)))
-    data = FileData(source, backend().tokenizer)
+    data = file_data(source, backend().tokenizer)
     # Overwrites what a killed evaluation of another text left behind.
     run_evaluation(backend(), data, SETTINGS, folder, overwrite=True, ranks=ranks)
     return ranks.from_first(lambda: read_remeasurable(folder / "result.json") or {})

@@ -23,12 +23,12 @@ import torch
 
 from mlmkit.backends.torch import pick_device
 from mlmkit.console import progress
-from mlmkit.corpus import Corpus
 from mlmkit.distributed import Ranks, said_once
 from mlmkit.distributed import ranks as find_ranks
-from mlmkit.documents import Source
 from mlmkit.errors import CheckError, StoppedError, UserError
 from mlmkit.files import write_record
+from mlmkit.locations import Source
+from mlmkit.stored import StoredCorpus
 from mlmkit.tokenizer import Tokenizer
 from mlmkit.train.checkpoints import (
     HELD_OUT_METRICS,
@@ -70,7 +70,7 @@ class Run:
     folder: Path
     config: Config
     tokenizer: Tokenizer
-    texts: dict[Source, Corpus]
+    texts: dict[Source, StoredCorpus]
     schedules: list[Schedule]
     digests: dict[str, str]
     first_step: int | None  # where it began with trained weights; None if with random ones
@@ -186,7 +186,7 @@ def _train_phase(run: Run, name: str, config: Config, state: State, start: Path 
         sum(parameter.numel() for parameter in model.parameters()) / 1e6,
         run.tokenizer.vocabulary_size,
         sum(len(corpus) for corpus in corpora),
-        sum(len(corpus.ids) for corpus in corpora),
+        sum(corpus.tokens for corpus in corpora),
         f"{ranks.world} x {device.type}" if ranks.world > 1 else device.type,
     )
     last_step = None if schedule.in_tokens else cursor.step - cursor.phase_steps + schedule.total

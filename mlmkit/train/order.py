@@ -16,7 +16,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+ORDER = 2  # another order of the same data has another number, so that no run continues with it
 WINDOWS_PER_BLOCK = 16_384
+# Neighbouring windows are read together: of a large text, chunks of them are permuted, and a block mixes at least 256
+# chunks. A text of fewer than 8,192 windows has chunks of one window.
+CHUNKS, LARGEST_CHUNK = 4096, 64
 ROUNDS = 8
 SMALLEST_HALF = 3  # bits; with fewer a round has so few functions that permutations of 4 or 5 windows are not uniform
 
@@ -57,6 +61,11 @@ class Stream:
         """What, besides the seed, decides about the permutations."""
         digest = blake2b(f"{self.text} {self.capacity}".encode(), digest_size=8).digest()
         return int.from_bytes(digest, "little") | 1  # 0 is the key of the blocks
+
+    @property
+    def chunk(self) -> int:
+        """How many neighbouring windows the permutations keep together."""
+        return min(max(self.size // CHUNKS, 1), LARGEST_CHUNK)
 
     def at(self, index: NDArray[np.int64]) -> NDArray[np.int64]:
         """Entries of what is left of the stream, as positions in the whole stream; same shape."""
@@ -131,7 +140,7 @@ class Order:
         for index, stream in enumerate(self.streams):
             for pass_number in np.unique(number[source == index]).tolist():
                 here = (source == index) & (number == pass_number)
-                window[here] = permute(window[here], stream.size, self._key(stream.key, [1, pass_number]))
+                window[here] = permute_chunks(window[here], stream, self._key(stream.key, [1, pass_number]))
         return source, number, window
 
     def remaining(self, epoch: int, block: int, unused: NDArray[np.int64]) -> tuple[Stream, ...]:
@@ -172,6 +181,19 @@ class Order:
         # uint64 from the start: NumPy turns a list with an entry above 2**63 into floats.
         keys, counters = np.array([self.seed, key], np.uint64), np.array([0, *counter, 0, 0][:4], np.uint64)
         return np.random.Philox(key=keys, counter=counters).random_raw(ROUNDS)
+
+
+def permute_chunks(index: NDArray[np.int64], stream: Stream, key: NDArray[np.uint64]) -> NDArray[np.int64]:
+    """The images of `index` under a permutation of the windows that moves whole chunks; same shape.
+
+    The last chunk may be short: an image in what it lacks is permuted again, until it is a window.
+    """
+    image, walking = index.copy(), np.arange(len(index))
+    while len(walking):
+        chunk, offset = np.divmod(image[walking], stream.chunk)
+        image[walking] = permute(chunk, -(-stream.size // stream.chunk), key) * stream.chunk + offset
+        walking = walking[image[walking] >= stream.size]
+    return image
 
 
 def permute(index: NDArray[np.int64], size: int, key: NDArray[np.uint64]) -> NDArray[np.int64]:

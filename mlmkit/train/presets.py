@@ -14,10 +14,10 @@ import torch
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForMaskedLM, PreTrainedConfig
 
 from mlmkit.bounds import read_config
-from mlmkit.corpus import BLOCKS_COUNTED, Corpus
 from mlmkit.errors import UserError, as_user_error
 from mlmkit.model import MaskedLM
 from mlmkit.pretrained import refuse_other_models
+from mlmkit.stored import StoredCorpus
 from mlmkit.tokenizer import Tokenizer
 
 
@@ -107,7 +107,10 @@ def position_offset(config: PreTrainedConfig) -> int:
         return MaskedLM(AutoModelForMaskedLM.from_config(config)).position_offset
 
 
-def fit_output_bias(model: MaskedLM, corpora: Sequence[Corpus], weights: Sequence[float]) -> None:
+BLOCKS_COUNTED = 128  # about 131,000 documents: a sample of the text is enough
+
+
+def fit_output_bias(model: MaskedLM, corpora: Sequence[StoredCorpus], weights: Sequence[float]) -> None:
     """Set the bias of the vocabulary head to the log frequencies of the tokens, with one added to each count.
 
     Otherwise a run spends about its first hundred steps learning them (docs/decisions.md). Tokens are counted in the

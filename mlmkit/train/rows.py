@@ -14,32 +14,34 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mlmkit.batching import bucketed, pack
-from mlmkit.corpus import Corpus, gather
+from mlmkit.corpus import word_indices
 from mlmkit.errors import UserError
 from mlmkit.masking import MaskRecipe, corrupt
+from mlmkit.stored import StoredCorpus
 from mlmkit.tokenizer import Tokenizer
 from mlmkit.train.config import Config, DataConfig
 from mlmkit.train.order import NOWHERE, Cursor, Order, Position, Stream
 from mlmkit.train.schedule import Schedule, make_schedule
-from mlmkit.windows import ranges, window_table
+from mlmkit.train.spans import SPAN, CorpusWindows
+from mlmkit.windows import ranges
 
 
 @dataclass(frozen=True)
 class Block:
-    """Windows in training order: `source` and `pass_number` `[windows]`, `table` `[windows, 4]` of `window_table`."""
+    """Windows in training order: `source` and `pass_number` `[windows]` int64, `spans` `[windows]` of dtype `SPAN`."""
 
     source: NDArray[np.int64]
     pass_number: NDArray[np.int64]
-    table: NDArray[np.int64]
+    spans: NDArray
 
     @property
     def length(self) -> NDArray[np.int64]:
         """Tokens of each window."""
-        return self.table[:, 2]
+        return self.spans["length"]
 
     def take(self, members: list[int]) -> "Block":
         """Some of the windows."""
-        return Block(self.source[members], self.pass_number[members], self.table[members])
+        return Block(self.source[members], self.pass_number[members], self.spans[members])
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,7 @@ class Rows:
     documents: list[str]
 
 
-def passes_per_epoch(data: DataConfig, corpora: Sequence[Corpus]) -> tuple[float, ...]:
+def passes_per_epoch(data: DataConfig, corpora: Sequence[StoredCorpus]) -> tuple[float, ...]:
     """How often an epoch shows each text, for `data.weights` or `data.temperature`.
 
     With temperature t, a text of n tokens gets n ** t / Σ n ** t of an epoch that is as long as with t = 1 (Conneau and
@@ -65,12 +67,12 @@ def passes_per_epoch(data: DataConfig, corpora: Sequence[Corpus]) -> tuple[float
     """
     if data.temperature is None:
         return data.source_weights or (1.0,) * len(corpora)
-    sizes = np.array([len(corpus.ids) for corpus in corpora], float)
+    sizes = np.array([corpus.tokens for corpus in corpora], float)
     shares = sizes**data.temperature
     return tuple((shares / shares.sum() * sizes.sum() / sizes).tolist())
 
 
-def _refuse_repeats(corpora: Sequence[Corpus]) -> None:
+def _refuse_repeats(corpora: Sequence[StoredCorpus]) -> None:
     names: dict[str, str] = {}
     for corpus in corpora:
         if corpus.fingerprint and corpus.fingerprint in names:
@@ -79,7 +81,7 @@ def _refuse_repeats(corpora: Sequence[Corpus]) -> None:
         names[corpus.fingerprint] = corpus.name
 
 
-def phase_schedule(config: Config, corpora: Sequence[Corpus], tokenizer: Tokenizer) -> Schedule:
+def phase_schedule(config: Config, corpora: Sequence[StoredCorpus], tokenizer: Tokenizer) -> Schedule:
     """The schedule of a phase; the windows of its texts are counted only if its length is in epochs."""
     if config.train.epochs:
         return RowBuilder(config, corpora, tokenizer, packed=True).schedule
@@ -97,7 +99,7 @@ class RowBuilder:
     def __init__(
         self,
         config: Config,
-        corpora: Sequence[Corpus],
+        corpora: Sequence[StoredCorpus],
         tokenizer: Tokenizer,
         *,
         packed: bool,
@@ -117,7 +119,7 @@ class RowBuilder:
         self.vocabulary, self.added = tokenizer.masking, tokenizer.added_tokens
         self.prefix, self.suffix = np.array(tokenizer.prefix, np.int64), np.array(tokenizer.suffix, np.int64)
         # Twice the mean number of documents per pack. On paragraphs of Wikipedia the mean was 76 and the most 94.
-        mean = np.mean([len(corpus.ids) / max(len(corpus), 1) for corpus in corpora]) + self.added
+        mean = np.mean([corpus.tokens / len(corpus) for corpus in corpora]) + self.added
         self.max_members = (
             int(2 * self.budget / min(mean, self.max_length)) + 8 if config.train.compile and packed else None
         )
@@ -138,19 +140,15 @@ class RowBuilder:
     def epoch_tokens(self) -> float:
         """Tokens per epoch, special tokens included."""
         sizes = [
-            len(corpus.ids) + self.added * len(windows)
+            corpus.tokens + self.added * len(windows)
             for corpus, windows in zip(self.corpora, self.windows, strict=True)
         ]
         return sum(size * weight for size, weight in zip(sizes, self.passes, strict=True))
 
     @cached_property
-    def windows(self) -> list[NDArray[np.int64]]:
-        """The window table of each corpus."""
-        return [window_table(corpus, self.capacity) for corpus in self.corpora]
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Leave the tables out: pickling a memory map copies its content, so a worker maps them itself."""
-        return {name: value for name, value in vars(self).items() if name != "windows"}
+    def windows(self) -> list[CorpusWindows]:
+        """The windows of each corpus."""
+        return [CorpusWindows(corpus, self.capacity) for corpus in self.corpora]
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -207,11 +205,11 @@ class RowBuilder:
     def block(self, epoch: int, number: int) -> Block:
         """The windows of a block."""
         source, pass_number, window = self.order.block(epoch, number)
-        table = np.empty((len(source), 4), np.int64)
+        spans = np.empty(len(source), SPAN)
         for index, windows in enumerate(self.windows):
             here = np.flatnonzero(source == index)
-            table[here] = gather(windows, window[here])
-        return Block(source, pass_number, table)
+            spans[here] = windows.locate(window[here])
+        return Block(source, pass_number, spans)
 
     def build(self, windows: Block, recipe: MaskRecipe) -> Rows:
         """Frame and corrupt windows, each with its pass as the epoch of mask-v1."""
@@ -226,31 +224,30 @@ class RowBuilder:
             here = np.flatnonzero((windows.source == source) & (windows.pass_number == number))
             content = ranges(begins[here] + len(self.prefix), windows.length[here])
             originals[content], input_ids[content], selected = self._corrupt(
-                source, number, windows.table[here], recipe
+                source, number, windows.spans[here], recipe
             )
             is_target[content[selected]] = True
         positions = np.flatnonzero(is_target)
-        documents = zip(windows.source.tolist(), windows.table[:, 0].tolist(), strict=True)
+        documents = zip(windows.source.tolist(), windows.spans["document"].tolist(), strict=True)
         names = (f"{self.corpora[source].name}:{document}" for source, document in documents)
         return Rows(input_ids, lengths, positions, originals[positions], list(dict.fromkeys(names)))
 
     def _corrupt(
-        self, source: int, number: int, table: NDArray[np.int64], recipe: MaskRecipe
+        self, source: int, number: int, spans: NDArray, recipe: MaskRecipe
     ) -> tuple[NDArray[np.integer], NDArray[np.int64], NDArray[np.int64]]:
         """Original ids of the windows, their corrupted ids, and the indices of the selected ones."""
-        corpus, (document, start, length, word_start) = self.corpora[source], table.T
-        tokens = ranges(gather(corpus.starts, document) + start, length)
-        ids = gather(corpus.ids, tokens)
+        windows, whole_word = self.windows[source], recipe.whole_word
+        ids = windows.ids(spans)
         corruption = corrupt(
             ids,
-            length,
-            gather(corpus.keys, document),
+            spans["length"],
+            spans["key"],
             recipe,
             self.vocabulary,
             seed=self.seed,
             epoch=number,
-            starts=start,
-            words=gather(corpus.words, tokens) if recipe.whole_word else None,
-            word_starts=word_start,
+            starts=spans["start"],
+            words=word_indices(windows.word_begins(spans), spans["length"]) if whole_word else None,
+            word_starts=windows.word_starts(spans) if whole_word else None,
         )
         return ids, corruption.input_ids, corruption.selected

@@ -5,29 +5,30 @@ import logging
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from itertools import chain, repeat
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from transformers import AutoTokenizer
 
-from mlmkit.corpus import Corpus, load_corpus, warn_of_words
 from mlmkit.distributed import Ranks
-from mlmkit.documents import HUB, Source, existing_file, read_documents
+from mlmkit.documents import read_documents
 from mlmkit.errors import UserError, as_user_error, require
 from mlmkit.files import RUN, atomic, content, file_sha256, locate_model, locked, read_record, sweep, write_record
+from mlmkit.locations import Source, find_files, is_tokens
 from mlmkit.model import MaskedLM
 from mlmkit.overlap import record_texts
 from mlmkit.packing import enable_packing
 from mlmkit.pretrained import from_pretrained, load_tokenizer, save_tokenizer
+from mlmkit.stored import StoredCorpus, warn_of_words
+from mlmkit.token_cache import load_corpus
 from mlmkit.tokenizer import Tokenizer
 from mlmkit.train.checkpoints import CURSOR, last_checkpoint, origin_folder, read_state, resuming, saved_checkpoints
 from mlmkit.train.config import CHANGEABLE, LENGTHS, WARMUPS, Config, RunConfig, TokenizerConfig, as_tables, named
 from mlmkit.train.data import TrainingData
 from mlmkit.train.held_out import held_out_digests
 from mlmkit.train.model_setup import build_model, fit_model
-from mlmkit.train.order import NOWHERE, Cursor, Position
+from mlmkit.train.order import NOWHERE, ORDER, Cursor, Position
 from mlmkit.train.presets import fit_output_bias
 from mlmkit.train.rows import RowBuilder, passes_per_epoch, phase_schedule
 from mlmkit.train.schedule import may_follow
@@ -41,7 +42,9 @@ log = logging.getLogger(__name__)
 HIGHEST_RATE = 5e-4
 WORDS = "file tokenizer.add"
 WARN_ABOVE, REFUSE_ABOVE = 0.01, 0.5  # shares of a text's characters that become unknown tokens
-FEW_BYTES_PER_TOKEN = 3.2  # in 15 languages, own vocabularies have 3.7 or more, foreign ones at most 2.8
+FEW_BYTES_PER_TOKEN = (
+    3.2  # in 15 languages, own vocabularies have 3.7 or more, and those of another language at most 2.8
+)
 
 
 # ---------------------------------------------------------------- the run's folder
@@ -59,7 +62,7 @@ def run_lock(run: Path, ranks: Ranks) -> Iterator[None]:
 
 def begin_or_check(
     config: Config, run: Path, ranks: Ranks, start_from: Path | None = None
-) -> tuple[Tokenizer, dict[Source, Corpus]]:
+) -> tuple[Tokenizer, dict[Source, StoredCorpus]]:
     """The run's tokenizer and the tokenised texts of all phases.
 
     The folder of a new run, with `tokenizer/` and `run.json`, is created atomically, and only if training can start. A
@@ -67,9 +70,9 @@ def begin_or_check(
     has no checkpoint yet, nothing is lost and it begins anew. What has not begun may change: later phases, and the
     length of a phase on its plateau.
     """
-    texts: dict[Source, Corpus] = {}
+    texts: dict[Source, StoredCorpus] = {}
 
-    def check() -> list[Path | None]:
+    def check() -> list[Path]:
         texts.update(_begin_or_check(config, run, ranks, start_from))
         _record_texts(config, run, texts, start_from)
         return [corpus.folder for corpus in texts.values()]
@@ -77,22 +80,26 @@ def begin_or_check(
     cached = ranks.from_first(check)
     tokenizer = load_tokenizer(str(run / "tokenizer"))
     if not texts:
-        # Finding a text's cache folder hashes the text, which only the first rank does. A machine that does not share
+        # Finding a text's cache folder may hash the text, which only the first rank does. A machine that does not share
         # the token cache hashes its own copy.
-        folders = [folder if folder and folder.exists() else None for folder in cached]
-        sources = _sources(config)
-        texts.update(zip(sources, map(load_corpus, sources, repeat(tokenizer), folders), strict=True))
+        for source, folder in zip(_sources(config), cached, strict=True):
+            found = folder if folder.exists() else None
+            texts[source] = load_corpus(source, tokenizer, words=_needs_words(config), folder=found)
     return tokenizer, texts
 
 
-def _record_texts(config: Config, run: Path, texts: dict[Source, Corpus], start_from: Path | None) -> None:
+def _needs_words(config: Config) -> bool:
+    return any(phase.masking.whole_word for phase in config.phases.values())
+
+
+def _record_texts(config: Config, run: Path, texts: dict[Source, StoredCorpus], start_from: Path | None) -> None:
     tokenizer = load_tokenizer(str(run / "tokenizer"))
     held_out = [load_corpus(source, tokenizer) for source in config.held_out_sources.values()]
     with as_user_error(run, "cannot be written"):
         record_texts(run, start_from or config.model.init_from, list(texts.values()), held_out)
 
 
-def corpora_of(phase: Config, texts: dict[Source, Corpus]) -> list[Corpus]:
+def corpora_of(phase: Config, texts: dict[Source, StoredCorpus]) -> list[StoredCorpus]:
     """The training texts of a phase, in its order."""
     return [texts[source] for source in phase.data.sources]
 
@@ -101,15 +108,15 @@ def _sources(config: Config) -> list[Source]:
     return list(dict.fromkeys(source for phase in config.phases.values() for source in phase.data.sources))
 
 
-def _begin_or_check(config: Config, run: Path, ranks: Ranks, start_from: Path | None) -> dict[Source, Corpus]:
+def _begin_or_check(config: Config, run: Path, ranks: Ranks, start_from: Path | None) -> dict[Source, StoredCorpus]:
     if config.optim.name == "stable_adamw":
         with as_user_error("optim.name"):
             require("stable-adamw", "optimi")
     for phase in config.phases.values():
         _check_shares(phase.train, ranks)
-    for location in chain.from_iterable(source.locations for source in config.held_out_sources.values()):
-        if not location.startswith(HUB):
-            existing_file(location)
+    for source in config.held_out_sources.values():
+        if not is_tokens(source.location):
+            find_files(source)
     if not (run / RUN).exists() and not saved_checkpoints(run):
         if run.exists() and not run.is_dir():
             raise UserError(f"{run} is not a folder: choose another --output")
@@ -156,12 +163,12 @@ def _check_shares(train: RunConfig, ranks: Ranks) -> None:
             )
 
 
-def _begin(config: Config, run: Path, start_from: Path | None) -> dict[Source, Corpus]:
+def _begin(config: Config, run: Path, start_from: Path | None) -> dict[Source, StoredCorpus]:
     try:
         with atomic(run, folder=True) as building:
             if not start_from:
                 _warn_of_rate(config)
-            tokenizer = _prepare_tokenizer(config, building / "tokenizer", start_from)
+            tokenizer = prepare_tokenizer(config, building / "tokenizer", start_from)
             _check_models(config, tokenizer, start_from)
             texts = _load_texts(config, tokenizer)
             _check_rows(config, tokenizer, texts)
@@ -184,7 +191,7 @@ def _check_models(config: Config, tokenizer: Tokenizer, start: Path | None, firs
                 model = build_model(phase, tokenizer, start, quiet=True)
 
 
-def _check_rows(config: Config, tokenizer: Tokenizer, texts: dict[Source, Corpus]) -> None:
+def _check_rows(config: Config, tokenizer: Tokenizer, texts: dict[Source, StoredCorpus]) -> None:
     """Raise `UserError` for a phase whose texts give no rows, or whose schedule does not fit."""
     for name, phase in config.phases.items():
         with named(name):
@@ -202,7 +209,9 @@ def _warn_of_rate(config: Config) -> None:
         )
 
 
-def _identity(config: Config, tokenizer: Tokenizer, texts: dict[Source, Corpus], origin: Path | None) -> dict[str, Any]:
+def _identity(
+    config: Config, tokenizer: Tokenizer, texts: dict[Source, StoredCorpus], origin: Path | None
+) -> dict[str, Any]:
     """Everything that must stay the same when a run resumes, as it is read back from JSON."""
     phases = []
     for name, phase in config.phases.items():
@@ -220,7 +229,7 @@ def _identity(config: Config, tokenizer: Tokenizer, texts: dict[Source, Corpus],
     file = Path(config.tokenizer.add)  # "" is the folder "."
     words = file_sha256(file) if file.is_file() and not branch else ""
     identity = {"phases": phases, "tokenizer": tokenizer.fingerprint, WORDS: words, "--from": branch}
-    return json.loads(json.dumps(identity))
+    return json.loads(json.dumps({**identity, "order of the data": ORDER}))
 
 
 def _first_difference(before: dict[str, Any], now: dict[str, Any], cursor: Cursor | None) -> str:
@@ -258,7 +267,7 @@ def _difference(before: object, now: object, name: str) -> str:
 # ---------------------------------------------------------------- tokenizer and texts
 
 
-def _prepare_tokenizer(config: Config, folder: Path, start_from: Path | None) -> Tokenizer:
+def prepare_tokenizer(config: Config, folder: Path, start_from: Path | None = None) -> Tokenizer:
     """The run's own: trained on the text, or a copy from `tokenizer.path` or `model.init_from`, with added tokens.
 
     A branch has that of its checkpoint.
@@ -290,31 +299,28 @@ def _longest(config: Config) -> int:
     return max(phase.model.max_length for phase in config.phases.values())
 
 
-def _load_texts(config: Config, tokenizer: Tokenizer) -> dict[Source, Corpus]:
+def _load_texts(config: Config, tokenizer: Tokenizer) -> dict[Source, StoredCorpus]:
     """The tokenised training texts of all phases.
 
     Raises `UserError` if one of them, or a held-out text, cannot be read, is mostly unknown tokens, or has nothing to
     predict.
     """
-    texts = {source: load_corpus(source, tokenizer) for source in _sources(config)}
+    words = _needs_words(config)
+    texts = {source: load_corpus(source, tokenizer, words=words) for source in _sources(config)}
     held_out = {name: load_corpus(source, tokenizer) for name, source in config.held_out_sources.items()}
     for corpus in [*texts.values(), *held_out.values()]:
-        _check_vocabulary(corpus, tokenizer)
-    if any(phase.masking.whole_word for phase in config.phases.values()):
+        _check_vocabulary(corpus)
+    if words:
         for corpus in texts.values():
             warn_of_words(corpus)
     held_out_digests(config, tokenizer, held_out)
     return texts
 
 
-def _check_vocabulary(corpus: Corpus, tokenizer: Tokenizer) -> None:
+def _check_vocabulary(corpus: StoredCorpus) -> None:
     """Report how a text is tokenised. Raises `UserError` if most of it is unknown, or all tokens are special."""
-    counts = np.zeros(tokenizer.vocabulary_size)
-    for block in corpus.blocks():
-        counts += np.bincount(block.ids, minlength=len(counts))
-    counts /= max(counts.sum(), 1)
-    characters, tokens = corpus.unknown_share, 0.0 if tokenizer.unk_id is None else counts[tokenizer.unk_id]
-    sizes, count = corpus.sizes, max(corpus.tokens, 1)
+    counts, sizes, count = corpus.record, corpus.sizes, max(corpus.tokens, 1)
+    characters, tokens = corpus.unknown_share, counts["unknown_tokens"] / count
     message = (
         f"{corpus.name}: {count / max(sizes['words'], 1):.2f} tokens per word, {sizes['bytes'] / count:.1f} bytes per "
         f"token; {characters:.2%} of the characters ({tokens:.2%} of the tokens) are unknown"
@@ -325,7 +331,7 @@ def _check_vocabulary(corpus: Corpus, tokenizer: Tokenizer) -> None:
         message += ": a tokenizer of its own, a larger tokenizer.vocab_size or the other tokenizer.kind may need fewer"
     if characters > REFUSE_ABOVE:
         raise UserError(message)
-    if counts[sorted(tokenizer.special_ids)].sum() == 1:
+    if counts["tokens"] and counts["special_tokens"] == counts["tokens"]:
         raise UserError(f"{corpus.name}: all tokens are special ones, so there is nothing to predict")
     log.log(logging.WARNING if characters > WARN_ABOVE else logging.INFO, message)
 
@@ -337,7 +343,7 @@ def prepare(
     model: MaskedLM,
     config: Config,
     tokenizer: Tokenizer,
-    corpora: Sequence[Corpus],
+    corpora: Sequence[StoredCorpus],
     *,
     position: Position = NOWHERE,
     is_fresh: bool = True,

@@ -11,8 +11,9 @@ from tokenizers import Tokenizer as RustTokenizer
 from tokenizers.models import BPE, WordLevel, WordPiece
 from transformers import PreTrainedTokenizerFast
 
-from mlmkit.documents import Source, read_documents
+from mlmkit.documents import read_documents
 from mlmkit.errors import UserError
+from mlmkit.locations import Source
 from mlmkit.tokenizer import NAMED_TOKENS, Tokenizer
 
 log = logging.getLogger(__name__)

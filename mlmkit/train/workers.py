@@ -54,8 +54,7 @@ def from_workers(items: Callable[..., Iterator[Any]], workers: int) -> Generator
             except (EOFError, OSError):
                 process.join()
                 raise UserError(
-                    f"a process that builds batches was killed (exit code {process.exitcode}): "
-                    "if memory ran out, lower data.workers"
+                    f"a worker process was killed (exit code {process.exitcode}): if memory ran out, use fewer workers"
                 ) from None
             if isinstance(item, Exception):
                 raise item

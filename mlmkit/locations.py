@@ -1,0 +1,416 @@
+"""Where text is: locations → files → splits, and files opened for reading.
+
+Source.location    a file, folder, pattern, URL or hub dataset, or several of them
+find_files         → the files, in an order that is the same on every machine
+split_files        → parts of files of about equal size, each read on its own
+open_file          → the bytes of a file, local or remote, decompressed
+"""
+
+import contextlib
+import io
+import logging
+import lzma
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from glob import escape, glob, has_magic
+from itertools import accumulate
+from pathlib import Path
+from typing import IO, Any
+
+from mlmkit.errors import UserError, first_line, require
+from mlmkit.files import recorded_sha256
+
+log = logging.getLogger(__name__)
+
+HUB = "hub:"
+FORMATS = {".txt": "text", ".jsonl": "jsonl", ".json": "jsonl", ".ndjson": "jsonl", ".csv": "csv", ".tsv": "tsv"}
+FORMATS |= {".parquet": "parquet", ".arrow": "arrow"}
+COMPRESSIONS = {".gz": "gzip", ".bz2": "bz2", ".xz": "xz", ".zst": "zstd"}
+BAD_ROWS = ("error", "skip")
+PLAN = "plan.json"  # a folder that holds it is a tokenised corpus, or is about to be
+
+_say_once = cache(log.info)
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where documents come from, and how they are read.
+
+    `location` is one of these, or several (a `Path` and a list are accepted):
+
+    - a file: `.txt`, `.jsonl` (`.json`, `.ndjson`) with one object per line, `.csv` or `.tsv` with a header,
+      `.parquet`, `.arrow`, each also compressed as `.gz`, `.bz2`, `.xz` or `.zst`. Any other file is text;
+    - a folder: all files in it and its subfolders that have such a suffix;
+    - a pattern such as `parts/*.jsonl.gz`; `**` stands for any folders;
+    - a URL that fsspec can read: `s3://`, `gs://`, `https://` and others; also a folder or a pattern there;
+    - `hub:NAME[:CONFIG][@SPLIT][#FILES]`, a dataset on the hub or in a local folder that `datasets` can read. FILES
+      is a pattern that picks files of a split too large to fetch whole.
+
+    `text_field` is the column or key that holds the text. With `blank_line`, blank lines separate the documents of a
+    text file; otherwise each line is a document. `strip` removes the white space around each text. `format` (`text`,
+    `jsonl`, `csv`, `tsv`, `parquet`, `arrow`) replaces what the suffixes say, except of a compression. `on_bad_row`:
+    `error` or `skip` (counted and reported). `keys` selects the documents whose key / 2**64 lies in [begin, end).
+    """
+
+    location: str | tuple[str, ...]
+    text_field: str = "text"
+    blank_line: bool = False
+    strip: bool = False
+    format: str = ""
+    on_bad_row: str = "error"
+    keys: tuple[float, float] = (0.0, 1.0)
+
+    def __post_init__(self) -> None:
+        given: Any = self.location
+        several = [given] if isinstance(given, str | os.PathLike) else given
+        locations = tuple(os.fspath(location) for location in several)
+        object.__setattr__(self, "location", locations[0] if len(locations) == 1 else locations)
+        if self.format not in ("", *FORMATS.values()):
+            raise UserError(f"no format {self.format!r}: choose {', '.join(dict.fromkeys(FORMATS.values()))}")
+        if self.on_bad_row not in BAD_ROWS:
+            raise UserError(f"on_bad_row is {self.on_bad_row!r}: choose {' or '.join(BAD_ROWS)}")
+
+    @property
+    def locations(self) -> tuple[str, ...]:
+        """All locations."""
+        return (self.location,) if isinstance(self.location, str) else self.location
+
+    @property
+    def name(self) -> str:
+        """What messages call it: the first location, and how many more there are."""
+        first, more = self.locations[0], len(self.locations) - 1
+        name = f"{first} and {more} more" if more else first
+        return name if self.keys == (0.0, 1.0) else f"{name} ({self.keys[1] - self.keys[0]:g} of it)"
+
+
+@dataclass(frozen=True)
+class Split:
+    """A part of a file. `begin` and `end` (exclusive; None is the end of the file) count what its format is cut by.
+
+    These are bytes of an uncompressed text or JSON-lines file, row groups of a parquet file, rows of a hub dataset. A
+    document belongs to the split in which it begins. Other files are one split.
+    """
+
+    file: str
+    begin: int = 0
+    end: int | None = None
+
+
+# ---------------------------------------------------------------- files
+
+
+def find_files(source: Source) -> list[str]:
+    """Return the paths, URLs and hub datasets that the locations stand for: location by location, each sorted.
+
+    Hidden files are left out. Raises `UserError` for a location without files, and a file that is named twice.
+    """
+    files = [file for location in source.locations for file in _files_at(location)]
+    if twice := sorted(file for file in set(files) if files.count(file) > 1):
+        raise UserError(f"{source.name}: {twice[0]} is in it twice: leave one out")
+    return files
+
+
+def _files_at(location: str) -> list[str]:
+    if location.startswith(HUB):
+        return _configurations(location)
+    if is_remote(location):
+        return _remote_files(location)
+    path = Path(location)
+    if has_magic(location) and not path.exists():
+        if files := _matching(location):
+            return files
+        raise UserError(f"{location}: no file matches this pattern")
+    if not path.is_dir():
+        existing_file(location)
+        return [location]
+    if is_tokens(location):
+        raise UserError(f"{location} is a tokenised corpus, not text: name the text that it was made from")
+    return _readable(location, _matching(str(Path(escape(location), "**"))))
+
+
+def _matching(pattern: str) -> list[str]:
+    # Path.glob takes hidden files, but no absolute pattern.
+    return [file for file in sorted(glob(pattern, recursive=True)) if Path(file).is_file()]  # noqa: PTH207
+
+
+def _readable(folder: str, files: Iterable[str]) -> list[str]:
+    """Sort the files of a folder that have a known suffix. The others are logged."""
+    files = sorted(files)
+    known = [file for file in files if _suffixes(file)[0] in FORMATS]
+    if not known:
+        suffixes = ", ".join(FORMATS)
+        raise UserError(
+            f"{folder} is a folder without a file to read ({suffixes}, each also with {', '.join(COMPRESSIONS)}): "
+            f"name text files with another suffix by a pattern, such as {Path(folder, '*')}"
+        )
+    if others := [file for file in files if _suffixes(file)[0] not in FORMATS]:
+        more = f" and {len(others) - 1} more" if len(others) > 1 else ""
+        _say_once(f"{folder}: {others[0]}{more} left out: another suffix than {', '.join(FORMATS)}")
+    return known
+
+
+def existing_file(location: str) -> Path:
+    """Return the path. Raises `UserError` if it is missing, a folder, or unreadable."""
+    path = Path(location)
+    if path.is_dir():
+        raise UserError(f"{location} is a folder: name a file in it, or {HUB}{location} to read it with datasets")
+    if not path.exists():
+        raise UserError(f"{location}: no such file (name a hub dataset as {HUB}NAME)")
+    if not os.access(path, os.R_OK):
+        raise UserError(f"{location}: no permission to read it")
+    return path
+
+
+def is_tokens(location: str | Sequence[str]) -> bool:
+    """Whether a location is the folder of a tokenised corpus."""
+    return isinstance(location, str) and Path(location, PLAN).is_file()
+
+
+def file_format(file: str, given: str = "") -> tuple[str, str]:
+    """Return the format of a file, unless `given` by suffix, and its compression, or "". A dataset has the format hub.
+
+    An unknown suffix means text.
+    """
+    if file.startswith(HUB):
+        return "hub", ""
+    suffix, compression = _suffixes(file)
+    return given or FORMATS.get(suffix, "text"), COMPRESSIONS.get(compression, "")
+
+
+def formats(source: Source) -> set[str]:
+    """The formats of the files, without reading any: that of a missing file is by its suffix too.
+
+    A tokenised corpus has none.
+    """
+    files: list[str] = []
+    for location in source.locations:
+        if is_tokens(location):
+            continue
+        is_several = not is_remote(location) and (Path(location).is_dir() or has_magic(location))
+        files += _files_at(location) if is_several else [location]
+    return {file_format(file, source.format)[0] for file in files}
+
+
+def _suffixes(file: str) -> tuple[str, str]:
+    """The suffix that says the format, and that of the compression or ""."""
+    path = file.partition("?")[0] if is_remote(file) else file
+    inner, outer = ["", "", *(suffix.lower() for suffix in Path(path).suffixes)][-2:]
+    return (inner, outer) if outer in COMPRESSIONS else (outer, "")
+
+
+def content_identity(file: str) -> str:
+    """Return what changes with the content of a file: its SHA-256, or what its file system or `datasets` says.
+
+    Raises `UserError` for a file that cannot be read, or is a pipe, which can be read once only.
+    """
+    if file.startswith(HUB):
+        return load_hub(file)._fingerprint
+    if is_remote(file):
+        file_system, path = _file_system(file)
+        with file_errors(file):
+            return f"{file_system.checksum(path):x}-{file_system.size(path)}"
+    path = existing_file(file)
+    if not path.is_file():
+        raise UserError(f"{file} is a pipe, which can be read once only: save its content to a file")
+    return recorded_sha256(path)
+
+
+def file_state(file: str) -> list[Any]:
+    """Return the size of a file in bytes, 0 if it is unknown, and what changes when it is written again."""
+    if file.startswith(HUB):
+        return [0, load_hub(file)._fingerprint]
+    if is_remote(file):
+        file_system, path = _file_system(file)
+        with file_errors(file):
+            return [file_system.size(path) or 0, f"{file_system.checksum(path):x}"]
+    stat = existing_file(file).stat()
+    return [stat.st_size, stat.st_mtime_ns]
+
+
+# ---------------------------------------------------------------- splits
+
+
+def split_files(source: Source, size: int) -> list[Split]:
+    """Cut the files into splits of about `size` bytes, where their format allows. No document is read for it."""
+    return [split for file in find_files(source) for split in _split_file(file, source, size)]
+
+
+def _split_file(file: str, source: Source, size: int) -> list[Split]:
+    begins: Sequence[int] = ()
+    format, compression = file_format(file, source.format)
+    if format in ("text", "jsonl") and not compression:
+        begins = range(0, _seekable_size(file), size)
+    elif format == "parquet":
+        with open_parquet(file) as parquet:
+            groups = [parquet.metadata.row_group(group).total_byte_size for group in range(parquet.num_row_groups)]
+        number = [total // size for total in accumulate(groups, initial=0)]  # of the split in which a group begins
+        begins = [group for group in range(len(groups)) if not group or number[group] > number[group - 1]]
+    elif format == "hub":
+        dataset = load_hub(file)
+        has_field = source.text_field in (dataset.column_names or [])
+        stored = dataset.select_columns([source.text_field]) if has_field else dataset
+        begins = range(0, len(dataset), max(len(dataset) * size // max(stored.data.nbytes, 1), 1))
+    begins = begins or [0]
+    return [Split(file, begin, end) for begin, end in zip(begins, [*begins[1:], None], strict=True)]
+
+
+def _seekable_size(file: str) -> int:
+    """The size of a file in bytes, or 0 if it can only be read from the beginning."""
+    if not is_remote(file):
+        return Path(file).stat().st_size
+    file_system, path = _file_system(file)
+    with file_errors(file):
+        about = file_system.info(path)
+    return (about["size"] or 0) if about.get("partial", True) else 0
+
+
+# ---------------------------------------------------------------- reading bytes
+
+
+@contextlib.contextmanager
+def file_errors(file: str, problem: Callable[[], str] = lambda: "cannot be read") -> Iterator[None]:
+    """Turn any error into a one-line `UserError`: file systems and decompressors raise many kinds."""
+    try:
+        yield
+    except UserError:
+        raise
+    except FileNotFoundError:
+        raise UserError(f"{file}: no such file") from None
+    except Exception as error:
+        raise UserError(f"{file}: {problem()}: {first_line(error)}") from None
+
+
+@contextlib.contextmanager
+def open_file(file: str, *, seekable: bool = False) -> Iterator[IO[bytes]]:
+    """Open a file for reading, decompressed as its suffix says; `seekable` unpacks an archive to a temporary file.
+
+    Raises `UserError` if it cannot be opened. Reading raises many kinds of errors: see `file_errors`.
+    """
+    with contextlib.ExitStack() as stack:
+        with file_errors(file):
+            if is_remote(file):
+                file_system, path = _file_system(file)
+                raw = io.BufferedReader(file_system.open(path, "rb"))
+            else:
+                raw = existing_file(file).open("rb")
+            stream: Any = stack.enter_context(raw)
+            if compression := file_format(file)[1]:
+                stream = stack.enter_context(_decompressed(raw, compression))
+                if seekable:
+                    packed, stream = stream, stack.enter_context(tempfile.TemporaryFile())
+                    shutil.copyfileobj(packed, stream)
+                    stream.seek(0)
+        yield stream
+
+
+def _decompressed(raw: io.BufferedReader, compression: str) -> IO[bytes]:
+    """Measured in docs/decisions.md: pyarrow has zstd, and for the others it is as fast as Python's modules."""
+    if not raw.peek(1):
+        raise EOFError("it is empty, which no archive is")
+    if compression == "xz":
+        return lzma.open(raw)
+    import pyarrow as pa
+
+    return io.BufferedReader(pa.CompressedInputStream(raw, compression))  # pyright: ignore
+
+
+@contextlib.contextmanager
+def open_parquet(file: str) -> Iterator[Any]:
+    """Open a `pyarrow.parquet.ParquetFile`. Raises `UserError` if it is none."""
+    import pyarrow.parquet as pq
+
+    with open_file(file, seekable=True) as stream:
+        with file_errors(file, lambda: "cannot be read as parquet"):
+            parquet = pq.ParquetFile(stream)
+        yield parquet
+
+
+# ---------------------------------------------------------------- remote files
+
+
+def is_remote(location: str) -> bool:
+    """Whether a location is a URL."""
+    return re.match(r"[A-Za-z][\w+.-]*://", location) is not None
+
+
+def _file_system(url: str) -> tuple[Any, str]:
+    """Return the fsspec file system of a URL, and the path on it. Raises `UserError` that names a missing package."""
+    require("train", "fsspec")
+    from fsspec.core import url_to_fs
+
+    with file_errors(url):
+        return url_to_fs(url)
+
+
+def _remote_files(location: str) -> list[str]:
+    """The files at a URL, which is a pattern with `*`, or a folder if it ends in / or has no known suffix."""
+    file_system, path = _file_system(location)
+    with file_errors(location):
+        if "*" in path:
+            about = file_system.glob(path, detail=True)
+            found = sorted(name for name, entry in about.items() if entry["type"] == "file")
+            if not found:
+                raise UserError(f"{location}: no file matches this pattern")
+        elif location.endswith("/") or (_suffixes(location) == ("", "") and file_system.isdir(path)):
+            inside = ((name, name.removeprefix(path)) for name in file_system.find(path))
+            found = _readable(location, (name for name, relative in inside if "/." not in f"/{relative}"))
+        else:
+            return [location]
+        return [file_system.unstrip_protocol(name) for name in found]
+
+
+# ---------------------------------------------------------------- hub datasets
+
+
+def _configurations(location: str) -> list[str]:
+    """The dataset. A `*` for the configuration means all of them, sorted by name."""
+    if not re.match(f"{HUB}[^@#]+:\\*", location):
+        return [location]
+    require("train", "datasets")
+    import datasets
+
+    with _hub_errors(location):
+        names = sorted(datasets.get_dataset_config_names(location.removeprefix(HUB).partition(":*")[0]))
+    return [location.replace(":*", f":{name}", 1) for name in names]
+
+
+def load_hub(location: str) -> Any:
+    """Return the `datasets.Dataset` that `hub:NAME[:CONFIG][@SPLIT][#FILES]` names.
+
+    Raises `UserError` if it cannot be loaded or `datasets` is not installed.
+    """
+    require("train", "datasets")
+    import datasets
+
+    location, _, files = location.partition("#")
+    name, _, split = location.removeprefix(HUB).partition("@")
+    name, _, config = name.partition(":")
+    split = split or "train"
+    with _hub_errors(location):
+        return datasets.load_dataset(
+            name,
+            config or None,
+            split=split,
+            data_files={split: files} if files else None,
+            verification_mode="no_checks" if files else None,  # the dataset card counts the rows of all files
+        )
+
+
+@contextlib.contextmanager
+def _hub_errors(location: str) -> Iterator[None]:
+    """Turn any error into a one-line `UserError`: datasets raises many kinds (a missing name or split, the network)."""
+    import datasets
+
+    datasets.disable_progress_bars()
+    for library in ("datasets", "huggingface_hub", "fsspec"):
+        logging.getLogger(library).setLevel(logging.CRITICAL)
+    try:
+        yield
+    except Exception as error:
+        cause = error.__cause__ or error
+        raise UserError(f"{location}: cannot be loaded: {type(cause).__name__}: {first_line(cause)}") from None

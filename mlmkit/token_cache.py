@@ -1,0 +1,112 @@
+"""The cache of tokenised texts: a text is tokenised once, and each later start opens what is there."""
+
+import json
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from hashlib import sha256
+from pathlib import Path
+
+from mlmkit.corpus import EVERY_KEY
+from mlmkit.errors import DamagedError, UserError
+from mlmkit.files import cache_root, locked, remove
+from mlmkit.locations import Source, content_identity, file_format, find_files, is_tokens
+from mlmkit.shards import FORMAT, Plan, finish, make_shards, plan_corpus, warn_of_losses
+from mlmkit.stored import TOKENS, StoredCorpus, check_tokenizer
+from mlmkit.tokenizer import Tokenizer
+
+log = logging.getLogger(__name__)
+
+CACHE_FORMAT = (9, FORMAT)
+
+
+def load_corpus(
+    source: Source, tokenizer: Tokenizer, *, words: bool = True, folder: Path | None = None
+) -> StoredCorpus:
+    """Return a tokenised text, from the cache if the same text was tokenised before.
+
+    If the source is the folder of a tokenised corpus, that is opened. Pass the text's `cache_folder` as `folder` if it
+    is already known. `words` asks for the beginnings of words.
+
+    Raises `UserError` for text that cannot be read, a source without documents, tokens of another tokenizer or without
+    words, or a cache that cannot be used.
+    """
+    if is_tokens(source.location):
+        corpus = open_tokens(source, tokenizer, words=words)
+    else:
+        corpus = _cached(source, tokenizer, folder or cache_folder(source, tokenizer, words=words), words=words)
+    warn_of_losses(corpus)
+    return corpus
+
+
+def open_tokens(source: Source, tokenizer: Tokenizer, *, words: bool) -> StoredCorpus:
+    """Open a folder that `mlmkit tokenize` has written. Raises `UserError` if it does not fit."""
+    folder = Path(source.locations[0])
+    if not (folder / TOKENS).exists():
+        raise UserError(f"{folder} is not tokenised to the end: run the same mlmkit tokenize command again")
+    corpus = StoredCorpus.open(folder, source.name)
+    check_tokenizer(corpus, tokenizer.fingerprint)
+    if source.keys != EVERY_KEY and source.keys != Plan.read(folder).source.keys:
+        raise UserError(f"{folder} is tokenised: no share of it can be held out: set data.held_out when you tokenise")
+    if words and not corpus.has_words:
+        raise UserError(f"{folder} does not say where words begin, which is needed here: tokenise with --words")
+    return corpus
+
+
+def cache_folder(source: Source, tokenizer: Tokenizer, *, words: bool = True) -> Path:
+    """Return the text's folder in `$MLMKIT_CACHE` (default `~/.cache/mlmkit`).
+
+    Its name is a hash of the files' content, the reading options and the tokenizer. Raises `UserError` for a source
+    that is missing, unreadable, or a pipe, which can be read once only.
+    """
+    files = find_files(source)
+    content = [[file_format(file, source.format), content_identity(file)] for file in files]
+    options = asdict(source) | {"location": content}
+    identity = json.dumps([CACHE_FORMAT, options, words, tokenizer.fingerprint], sort_keys=True)
+    return cache_root() / "tokens" / sha256(identity.encode()).hexdigest()[:32]
+
+
+def _cached(source: Source, tokenizer: Tokenizer, folder: Path, *, words: bool) -> StoredCorpus:
+    with cache_errors(folder):
+        if (folder / TOKENS).exists():
+            try:
+                return StoredCorpus.open(folder, source.name)
+            except DamagedError:
+                pass
+        with locked(folder, wait=True):
+            return _open_or_make(source, tokenizer, folder, words=words)
+
+
+def _open_or_make(source: Source, tokenizer: Tokenizer, folder: Path, *, words: bool) -> StoredCorpus:
+    try:
+        if (folder / TOKENS).exists():  # another process may have made it meanwhile
+            return StoredCorpus.open(folder, source.name)
+        return _make(source, tokenizer, folder, words=words)
+    except DamagedError:
+        log.warning("the token cache %s is damaged: tokenising %s again", folder, source.name)
+        remove(folder)
+        return _make(source, tokenizer, folder, words=words)
+
+
+def _make(source: Source, tokenizer: Tokenizer, folder: Path, *, words: bool) -> StoredCorpus:
+    """Tokenise a text into the cache. What a killed process has done is kept, of a text that cannot be read nothing."""
+    try:
+        plan = plan_corpus(source, tokenizer, folder, words=words, restart=True)
+        for index in range(len(plan.splits)):
+            make_shards(folder, index, tokenizer)
+        return finish(folder)
+    except (UserError, OSError):
+        remove(folder)
+        raise
+
+
+@contextmanager
+def cache_errors(folder: Path) -> Iterator[None]:
+    """Turn an `OSError` in the block into a `UserError`."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"cannot use the token cache {folder.parent}: {error.strerror}: point MLMKIT_CACHE elsewhere"
+        ) from None

@@ -1,0 +1,94 @@
+"""Tokenise the texts of a training configuration ahead of training: `mlmkit tokenize CONFIG --output TOKENS`.
+
+TOKENS/tokenizer/     the tokenizer, which the configuration then names as tokenizer.path
+TOKENS/train-1/ ...   a `StoredCorpus` per training text
+TOKENS/held-out/      one per held-out text, by its name
+"""
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from mlmkit.console import progress
+from mlmkit.errors import UserError
+from mlmkit.files import atomic, content, locked, read_record, write_record
+from mlmkit.locations import Source
+from mlmkit.shards import Plan, finish, make_shards, plan_corpus, warn_of_losses
+from mlmkit.stored import StoredCorpus
+from mlmkit.tokenizer import Tokenizer
+from mlmkit.train.config import Config
+from mlmkit.train.workers import from_workers
+
+RECORD, TOKENIZER = "tokenize.json", "tokenizer"
+
+
+def tokenize_texts(
+    config: Config, output: Path, *, workers: int, words: bool = False, run: Callable[[list[Path]], None] | None = None
+) -> dict[str, StoredCorpus]:
+    """Tokenise all texts of a configuration into `output`, and return them by name.
+
+    With `words`, every text says where its words begin; otherwise held-out texts do, and training texts if a phase
+    masks whole words. `run` makes the shards of planned folders; by default, `workers` processes of this machine do.
+
+    A repeated call resumes. Raises `UserError` for what cannot be read, and for an `output` begun with other settings.
+    """
+    with locked(output):
+        texts = _texts(config)
+        tokenizer = _begin(config, texts, output)
+        whole_word = any(phase.masking.whole_word for phase in config.phases.values())
+        for name, source in texts.items():
+            needs_words = words or whole_word or name in config.held_out_sources
+            plan_corpus(source, tokenizer, output / name, words=needs_words)
+        folders = [output / name for name in texts]
+        (run or partial(_run_here, workers=workers))(folders)
+        corpora = {name: finish(output / name) for name in texts}
+        for corpus in corpora.values():
+            warn_of_losses(corpus)
+        return corpora
+
+
+def _texts(config: Config) -> dict[str, Source]:
+    sources = dict.fromkeys(source for phase in config.phases.values() for source in phase.data.sources)
+    texts = {f"train-{number}": source for number, source in enumerate(sources, start=1)}
+    if repeated := texts.keys() & config.held_out_sources:
+        raise UserError(f"held_out.{min(repeated)} has the name of a training text here: give it another")
+    return {**texts, **config.held_out_sources}
+
+
+def _begin(config: Config, texts: dict[str, Source], output: Path) -> Tokenizer:
+    """Create the folder with its tokenizer, or check that it was begun with the same settings."""
+    from mlmkit.train.start import prepare_tokenizer
+
+    sources = {name: asdict(source) for name, source in texts.items()}
+    settings = {"tokenizer": asdict(config.tokenizer), "init_from": config.model.init_from, "texts": sources}
+    settings = json.loads(json.dumps(settings))
+    if not (output / RECORD).exists():
+        if output.exists() and content(output):
+            raise UserError(f"{output} holds something else than tokens: choose another --output")
+        with atomic(output, folder=True) as building:
+            prepare_tokenizer(config, building / TOKENIZER)
+            write_record(building / RECORD, settings)
+    elif (before := read_record(output / RECORD, f"delete {output}")) != settings:
+        difference = next(name for name in settings if before.get(name) != settings[name])
+        raise UserError(f"{output} was begun with another {difference}: choose another --output, or delete that folder")
+    return Tokenizer.from_folder(output / TOKENIZER)
+
+
+def _run_here(folders: list[Path], workers: int) -> None:
+    tasks = [(folder, index) for folder in folders for index in range(len(Plan.read(folder).splits))]
+    with progress() as bar:
+        task = bar.add_task("parts of the text", total=len(tasks))
+        for _ in from_workers(partial(_make, tasks), min(workers, len(tasks))):
+            bar.advance(task)
+
+
+def _make(tasks: list[tuple[Path, int]], *, index: int, every: int) -> Iterator[Any]:
+    """Make every `every`-th split's shards, in a process that uses one core."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    tokenizer = Tokenizer.from_folder(tasks[0][0].parent / TOKENIZER)
+    for folder, split in tasks[index::every]:
+        yield make_shards(folder, split, tokenizer) or split
