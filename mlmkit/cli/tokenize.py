@@ -2,6 +2,7 @@
 
 import os
 import shlex
+from functools import partial
 from pathlib import Path
 
 import click
@@ -21,6 +22,9 @@ class TokenizeOptions(VerifyOption, JsonOption):
     workers: int | None = option(
         "--workers", "Processes, or tasks at once on a cluster. Default: one per core.", type=click.IntRange(1, 4096)
     )
+    engine: str | None = option(
+        "--engine", "Tokenise on a cluster. Default: on this machine.", type=click.Choice(["ray", "slurm"])
+    )
     words: bool = switch("--words", "Say where words begin in training texts too, to evaluate on them.")
 
 
@@ -32,12 +36,17 @@ def tokenize(options: TokenizeOptions) -> None:
     does not depend on the number of workers.
     """
     require("train", "torch", "transformers", "safetensors")
+    from mlmkit.cluster import run_on_cluster
     from mlmkit.train.config_file import load_config
     from mlmkit.train.tokens import TOKENIZER, tokenize_texts
 
     config = load_config(options.config, options.overrides)
     workers = options.workers or len(os.sched_getaffinity(0))
-    corpora = tokenize_texts(config, options.output, workers=workers, words=options.words)
+    run = None
+    if options.engine:
+        cluster = {"engine": options.engine, "workers": options.workers}
+        run = partial(run_on_cluster, tokenizer=options.output / TOKENIZER, **cluster)
+    corpora = tokenize_texts(config, options.output, workers=workers, words=options.words, run=run)
     if options.as_json:
         names = ("documents", "tokens", "characters", "bytes", "unknown_characters", "blank", "bad_rows", "fingerprint")
         print_json({name: {key: corpus.record[key] for key in names} for name, corpus in corpora.items()})
