@@ -5,6 +5,7 @@
 A part is the unit that is scored, stored, resumed and shared among ranks.
 """
 
+import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -52,7 +53,7 @@ def texts_data(texts: Iterable[str], tokenizer: Tokenizer) -> EvalData:
 def file_data(source: Source, tokenizer: Tokenizer, set_name: str | None = None) -> EvalData:
     """Text or tokens from outside, through the token cache. Raises `UserError` as `load_corpus` does."""
     described = {"set": set_name, **asdict(source), "location": source.name, "locations": source.locations}
-    return EvalData(load_corpus(source, tokenizer), described)
+    return EvalData(load_corpus(source, tokenizer), json.loads(json.dumps(described)))  # tuples as they are read back
 
 
 @dataclass(frozen=True)

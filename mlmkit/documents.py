@@ -2,7 +2,7 @@
 
 locations.split_files    source → splits
 read_pieces              a split → texts; a very long line comes in pieces
-read_texts               all splits → whole texts
+read_texts               all files → whole texts
 read_documents           → the selected texts that are not blank
 """
 
@@ -13,9 +13,8 @@ import json
 import logging
 import math
 import re
-from collections.abc import Generator, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from itertools import dropwhile, groupby, repeat, takewhile
 from typing import Any
 
@@ -25,8 +24,8 @@ from mlmkit.masking import document_key
 
 log = logging.getLogger(__name__)
 
-PIECE = 1 << 19  # characters of a text at most, of a line that comes in pieces; tokenising takes 190 bytes for each
-BLOCK = PIECE // 2  # bytes read at once: what is left of one block and the next have at most PIECE characters
+PIECE = 1 << 19  # characters of a piece at most; tokenising takes up to 190 bytes of memory for each
+BLOCK = PIECE // 2  # bytes read at once; what is left of a line and the next block make a piece at most
 ROWS = 1024  # of a parquet file or dataset, read at once
 # How files that are not UTF-8 text begin, what they are, and how to get text from them.
 NOT_UTF8 = (
@@ -43,28 +42,29 @@ NOT_UTF8 = (
     (rb"\xff\xfe|\xfe\xff", "UTF-16", "convert it (iconv -f UTF-16 -t UTF-8 FILE > TEXT)"),
 )
 
-Row = tuple[int, dict[str, Any]]  # its line in the split, or its row in the file; and its fields
+Row = tuple[int, dict[str, Any]]  # number (a line of the split, or a row of the file) and fields
+Line = tuple[Split, int, str]  # where it is, its number there, and its text
 
 
 @dataclass
 class BadRows:
-    """What to do about rows that cannot be read: raise `UserError` for the first, or `skip` and count them."""
+    """Rows that cannot be read: `error` raises `UserError` for the first, `skip` counts them."""
 
     policy: str = "error"
     count: int = 0
     first: str = ""
 
-    def add(self, place: str, problem: str) -> None:
-        """Report one. `place` says where it is."""
+    def add(self, message: str) -> None:
+        """Report one."""
         if self.policy == "error":
-            raise UserError(f"{place}{problem}")
+            raise UserError(message)
         self.count += 1
-        self.first = self.first or f"{place}{problem}"
+        self.first = self.first or message
 
     def warn(self, name: str) -> None:
         """Log how many of the text called `name` there were, if any."""
         if self.count:
-            log.warning("%s: %d rows that cannot be read are left out, first %s", name, self.count, self.first)
+            log.warning("%s: %d rows that cannot be read are left out, the first: %s", name, self.count, self.first)
 
 
 def is_blank(text: str) -> bool:
@@ -73,7 +73,7 @@ def is_blank(text: str) -> bool:
 
 
 def is_selected(key: int, keys: tuple[float, float]) -> bool:
-    """Whether key / 2**64 lies in [begin, end). Exact: Python compares an integer with a float without rounding."""
+    """Whether key / 2**64 lies in [begin, end). Exact, as Python compares an integer with a float without rounding."""
     begin, end = keys
     return begin * 2.0**64 <= key < end * 2.0**64
 
@@ -99,75 +99,71 @@ def read_documents(source: Source) -> Iterator[str]:
 
 
 def read_texts(source: Source) -> Iterator[str]:
-    """Like `read_documents`, but keeps all texts, so that callers can count the blank ones.
+    """Yield all texts, whole, whatever their key. Blank ones are kept, so that callers can count them.
 
-    Rows that `source.on_bad_row` skips are counted in a warning at the end.
+    Rows that are skipped are counted in a warning at the end.
     """
     bad_rows = BadRows(source.on_bad_row)
-    for file in find_files(source):
+    for split in map(Split, find_files(source)):
         parts: list[str] = []
-        for piece, ends in read_pieces(source, Split(file), bad_rows):
+        for piece, ends in read_pieces(source, split, bad_rows):
             if ends and not parts:
                 yield piece
-                continue
-            parts.append(piece)
-            if ends:
-                yield "".join(parts)
-                parts = []
+            else:
+                parts.append(piece)
+                if ends:
+                    yield "".join(parts)
+                    parts = []
     bad_rows.warn(source.name)
 
 
 def read_pieces(source: Source, split: Split, bad_rows: BadRows) -> Iterator[tuple[str, bool]]:
-    """Yield the texts of a split in pieces: (piece, whether the text ends with it). Blank texts are included.
+    """Yield the texts of a split, blank ones too, in pieces: (piece, whether the text ends with it).
 
     A text is one piece, except that a line of a text file longer than `BLOCK` bytes may come in several, of at most
     `PIECE` characters each, so that memory does not grow with it. Texts come whole with `strip`, with `blank_line`, and
-    if bad rows are skipped, as a text must be complete before it is known to be good.
+    when bad rows are skipped, because a text must be complete before it is known to be good.
     """
     if file_format(split.file, source.format)[0] != "text":
         texts = _row_texts(source, split, bad_rows)
     elif source.blank_line:
         texts = _blocks(split, bad_rows)
-    elif source.strip or bad_rows.policy == "skip":
-        texts = (line for _, lines, _ in _lines(split, bad_rows) for line in lines)
     else:
-        return ((line, ends) for _, lines, ends in _lines(split, bad_rows, BLOCK) for line in lines)
+        longest = math.inf if source.strip or bad_rows.policy == "skip" else BLOCK
+        lines = _lines(split, bad_rows, longest)
+        if not source.strip:
+            return ((line, ends) for _, some, ends in lines for line in some)
+        texts = (line for _, some, _ in lines for line in some)
     return zip(map(str.strip, texts) if source.strip else texts, repeat(True))
-
-
-def _place(split: Split, number: int, unit: str = "line", bad_rows: BadRows | None = None) -> str:
-    """Name a row in a message. A line is counted from the start of the file, unless bad rows are skipped.
-
-    For a message that ends the command, the lines before the split are counted. To do so for every split that has a bad
-    row would read a large file many times.
-    """
-    if unit == "line" and split.begin:
-        if bad_rows and bad_rows.policy == "skip":
-            return f"{split.file}: line {number} after byte {split.begin}"
-        number += _lines_before(split)
-    return f"{split.file}: {unit} {number}"
-
-
-def _lines_before(split: Split) -> int:
-    """The lines that begin before the split: LFs before the byte ahead of it, and the line in which that byte is."""
-    count, left = 1, split.begin - 1
-    with open_file(split.file) as stream, file_errors(split.file):
-        while block := stream.read(min(BLOCK, left)):
-            count, left = count + block.count(b"\n"), left - len(block)
-    return count
 
 
 # ---------------------------------------------------------------- lines of text
 
 
+def _place(split: Split, number: int, bad_rows: BadRows, unit: str = "line") -> str:
+    """Name a row in a message. A line is counted from the start of the file if the message ends the command.
+
+    Counting for every split that has a bad line would read a large file many times.
+    """
+    if unit == "row" or not split.begin:
+        return f"{split.file}: {unit} {number}"
+    if bad_rows.policy == "skip":
+        return f"{split.file}: line {number} after byte {split.begin}"
+    number, left = number + 1, split.begin - 1  # the line that has the byte before the split is one more
+    with open_file(split.file) as stream:
+        while left and (block := stream.read(min(BLOCK, left))):
+            number, left = number + block.count(b"\n"), left - len(block)
+    return f"{split.file}: line {number}"
+
+
 def _line_blocks(split: Split) -> Iterator[bytes]:
     """Yield the bytes of the lines that begin in the split, at most `BLOCK` at a time.
 
-    A line begins at byte 0 or after a LF, so reading begins one byte before the split and drops all up to a LF. It goes
-    on behind the split to the end of the last line.
+    A line begins at byte 0 and after each LF. So reading begins one byte before the split, drops all up to the first
+    LF, and goes on behind the split up to the end of the last line.
     """
     position, is_inside = max(split.begin - 1, 0), split.begin == 0
-    last = math.inf if split.end is None else split.end - 1  # where the last line begins at the latest
+    last = math.inf if split.end is None else split.end - 1  # the last byte at which a line may begin
     with open_file(split.file) as stream:
         if position:
             stream.seek(position)
@@ -178,88 +174,81 @@ def _line_blocks(split: Split) -> Iterator[bytes]:
                 return
             position += len(block)
             if not is_inside:
-                start = block.find(b"\n") + 1
-                block, is_inside = block[start:], start > 0
-                if not is_inside:
-                    continue
-            if is_last and (stop := block.find(b"\n") + 1):
-                yield block[:stop]
+                begin = block.find(b"\n") + 1
+                block, is_inside = block[begin:] if begin else b"", begin > 0
+            elif is_last and (end := block.find(b"\n") + 1):
+                yield block[:end]
                 return
             yield block
+
+
+def _line_chunks(split: Split, longest: float) -> Iterator[tuple[bytes, bool]]:
+    """Yield (whole lines, True) or, of a line longer than `longest` bytes, (a piece between code points, False)."""
+    rest = bytearray()
+    for block in _line_blocks(split):
+        rest += block
+        if b"\n" in block:
+            end = rest.rfind(b"\n") + 1
+            yield bytes(rest[:end]), True
+            del rest[:end]
+        while len(rest) > longest:
+            end = int(longest)
+            while rest[end] & 0xC0 == 0x80 and end > 1:
+                end -= 1
+            yield bytes(rest[:end]), False
+            del rest[:end]
+    if rest:
+        yield bytes(rest), True
 
 
 def _lines(
     split: Split, bad_rows: BadRows, longest: float = math.inf, *, keep_bad: bool = False
 ) -> Iterator[tuple[int, list[str], bool]]:
-    """Yield lines of UTF-8 text in lists: (number of the first in the split, lines, whether the last is complete).
+    """Yield lines of UTF-8 text in lists: (number of the first in the split, lines, whether the last one ends).
 
     They are split at LF only, one CR before it removed, a byte-order mark skipped. mask-v1 fixes this; `str.splitlines`
-    splits differently. What is left of a line longer than `longest` bytes is cut: each piece is a list of its own. If
-    bad rows are skipped, `keep_bad` keeps a line that is not UTF-8, with surrogates in place of the bad bytes.
+    splits differently. A piece of a line longer than `longest` bytes is a list of its own. When bad rows are skipped,
+    `keep_bad` keeps a line that is not UTF-8, with surrogates in place of the bad bytes.
     """
-    number, offset, rest = 1, 0, bytearray()  # offset: bytes of the line that have been yielded
-    decode = partial(_decoded, split, bad_rows, keep_bad)
-
+    number = 1
+    offset = 0  # bytes of the line that have been yielded
     is_start = split.begin == 0
     with file_errors(split.file, lambda: f"cannot be read after line {number - 1}"):
-        for block in _line_blocks(split):
+        for data, ends in _line_chunks(split, longest):
             if is_start:
-                _refuse_other_formats(split.file, block)
-            rest += block.removeprefix(codecs.BOM_UTF8) if is_start else block
-            is_start = False
-            if b"\n" in block:
-                end = rest.rfind(b"\n") + 1
-                number += yield from decode(rest[:end], number, offset, ends=True)
-                offset = 0
-                del rest[:end]
-            while len(rest) > longest:
-                end = int(longest)
-                while rest[end] & 0xC0 == 0x80 and end > 1:  # inside a code point
-                    end -= 1
-                yield from decode(rest[:end], number, offset, ends=False)
-                offset += end
-                del rest[:end]
-    if rest:
-        yield from decode(rest, number, offset, ends=True)
+                _refuse_other_formats(split.file, data)
+                data, is_start = data.removeprefix(codecs.BOM_UTF8), False
+            try:
+                lines = data.decode().replace("\r\n", "\n").split("\n")
+                yield number, lines if lines[-1] else lines[:-1], ends
+            except UnicodeDecodeError:
+                errors = "surrogateescape" if keep_bad and bad_rows.policy == "skip" else "strict"
+                for index, line in enumerate(io.BytesIO(data), start=number):
+                    line = line[:-1].removesuffix(b"\r") if line.endswith(b"\n") else line
+                    try:
+                        yield index, [line.decode(errors=errors)], ends
+                    except UnicodeDecodeError as error:
+                        byte = f"byte {error.start + 1 + (offset if index == number else 0)}"
+                        bad_rows.add(
+                            f"{_place(split, index, bad_rows)}, {byte} is not UTF-8 (0x{line[error.start]:02x}): "
+                            "if it is a text file, convert it (for example iconv -f LATIN1 -t UTF-8)"
+                        )
+            number, offset = (number + data.count(b"\n"), 0) if ends else (number, offset + len(data))
 
 
-def _decoded(
-    split: Split, bad_rows: BadRows, keep_bad: bool, data: bytearray, number: int, offset: int, *, ends: bool
-) -> Generator[tuple[int, list[str], bool], None, int]:
-    """Yield the lines in `data`, of which the last may have no LF, as `_lines` does. Returns how many there are."""
-    try:
-        lines = data.decode().replace("\r\n", "\n").split("\n")
-        if not lines[-1]:
-            lines.pop()
-        yield number, lines, ends
-        return len(lines)
-    except UnicodeDecodeError:
-        count = 0
-    for line in io.BytesIO(data):
-        text = line[:-1].removesuffix(b"\r") if line.endswith(b"\n") else line
-        try:
-            yield number + count, [text.decode()], ends
-        except UnicodeDecodeError as error:
-            if keep_bad and bad_rows.policy == "skip":
-                yield number + count, [text.decode(errors="surrogateescape")], ends
-            else:
-                problem = f", byte {offset + error.start + 1} is not UTF-8 (0x{text[error.start]:02x}): "
-                advice = "if it is a text file, convert it (for example iconv -f LATIN1 -t UTF-8)"
-                bad_rows.add(_place(split, number + count, bad_rows=bad_rows), problem + advice)
-        count, offset = count + 1, 0
-    return count
-
-
-def _refuse_other_formats(file: str, block: bytes) -> None:
+def _refuse_other_formats(file: str, data: bytes) -> None:
     for beginning, kind, advice in NOT_UTF8:
-        if re.match(beginning, block):
+        if re.match(beginning, data):
             raise UserError(f"{file} is {kind}, not UTF-8 text: {advice}")
 
 
-def _numbered(split: Split, bad_rows: BadRows) -> Iterator[tuple[Split, int, str]]:
+def _numbered(split: Split, bad_rows: BadRows) -> Iterator[Line]:
     for first, lines, _ in _lines(split, bad_rows, keep_bad=True):
-        for number, line in enumerate(lines, start=first):
-            yield split, number, line
+        yield from ((split, number, line) for number, line in enumerate(lines, start=first))
+
+
+def _has_text(line: Line) -> bool:
+    return not is_blank(line[2])
 
 
 def _blocks(split: Split, bad_rows: BadRows) -> Iterator[str]:
@@ -269,26 +258,26 @@ def _blocks(split: Split, bad_rows: BadRows) -> Iterator[str]:
     """
     lines = _numbered(split, bad_rows)
     if split.begin:
-        lines = dropwhile(lambda line: not is_blank(line[2]), lines)
+        lines = dropwhile(_has_text, lines)
     if split.end is not None:
         lines = _with_end_of_block(lines, _numbered(Split(split.file, split.end), bad_rows))
-    for blank, block in groupby(lines, key=lambda line: is_blank(line[2])):
-        if not blank:
-            first, *others = block
-            text = "\n".join([first[2], *(line for _, _, line in others)])
+    for has_text, block in groupby(lines, key=_has_text):
+        if has_text:
+            (where, number, text), *others = block
+            text = "\n".join([text, *(line for _, _, line in others)])
             if bad_rows.policy == "skip" and (problem := _text_problem(text)):
-                bad_rows.add(_place(first[0], first[1], bad_rows=bad_rows), f" and those up to a blank line: {problem}")
+                bad_rows.add(f"{_place(where, number, bad_rows)} and those up to a blank line: {problem}")
             else:
                 yield text
 
 
-def _with_end_of_block(lines: Iterator[Any], after: Iterator[Any]) -> Iterator[Any]:
+def _with_end_of_block(lines: Iterable[Line], after: Iterable[Line]) -> Iterator[Line]:
     """The lines of a split, unless there are none, and those behind it up to a blank one."""
     line = None
     for line in lines:
         yield line
-    if line is not None:
-        yield from takewhile(lambda line: not is_blank(line[2]), after)
+    if line:
+        yield from takewhile(_has_text, after)
 
 
 # ---------------------------------------------------------------- rows of tables
@@ -301,26 +290,28 @@ def read_rows(source: Source) -> Iterator[tuple[str, dict[str, Any]]]:
     """
     for split in map(Split, find_files(source)):
         format, _ = file_format(split.file, source.format)
-        for number, row in _rows(split, format, "", BadRows()):
-            yield _place(split, number, _unit(format)), row
-
-
-def _unit(format: str) -> str:
-    return "row" if format in ("parquet", "arrow", "hub") else "line"
+        for number, row in _rows(split, format, "", bad_rows := BadRows()):
+            yield _place(split, number, bad_rows, _unit(format)), row
 
 
 def _row_texts(source: Source, split: Split, bad_rows: BadRows) -> Iterator[str]:
     field, format = source.text_field, file_format(split.file, source.format)[0]
     for number, row in _rows(split, format, field, bad_rows):
-        if field in row and not (problem := _text_problem(row[field])):
-            yield row[field]
-        elif field in row:
-            bad_rows.add(_place(split, number, _unit(format), bad_rows), f", field {field!r} {problem}")
+        report = bad_rows
+        if field not in row:
+            problem = f" has no field {field!r} (it has {', '.join(row)})"
+            problem += ": name one with --text-field (in training data.text_field), or rename it"
+            report = bad_rows if format == "jsonl" else BadRows()  # in the other formats all rows have the same fields
+        elif problem := _text_problem(row[field]):
+            problem = f", field {field!r} {problem}"
         else:
-            known = f" has no field {field!r} (it has {', '.join(row)})"
-            advice = "name one with --text-field (in training data.text_field), or rename it"
-            report = bad_rows if format == "jsonl" else BadRows()  # in the other formats it is missing in all rows
-            report.add(_place(split, number, _unit(format), report), f"{known}: {advice}")
+            yield row[field]
+            continue
+        report.add(_place(split, number, report, _unit(format)) + problem)
+
+
+def _unit(format: str) -> str:
+    return "row" if format in ("parquet", "arrow", "hub") else "line"
 
 
 def _text_problem(value: object) -> str:
@@ -330,7 +321,7 @@ def _text_problem(value: object) -> str:
     try:
         value.encode("utf-8")
     except UnicodeEncodeError:
-        return "holds half a surrogate pair or a byte that is not UTF-8, which is not valid Unicode"
+        return "holds half a surrogate pair, or a byte that is not UTF-8, which is not valid Unicode"
     return ""
 
 
@@ -342,22 +333,17 @@ def checked_text(value: object, where: str) -> str:
 
 
 def _rows(split: Split, format: str, column: str, bad_rows: BadRows) -> Iterator[Row]:
-    """Yield the rows of a split. Where the format has columns, it reads only `column`, if it has it."""
-    match format:
-        case "jsonl":
-            return _json_rows(split, bad_rows)
-        case "csv" | "tsv":
-            return _csv_rows(split, "\t" if format == "tsv" else ",", bad_rows)
-        case "parquet":
-            return _parquet_rows(split, column, bad_rows)
-        case "arrow":
-            return _arrow_rows(split, column, bad_rows)
-        case _:
-            return _hub_rows(split, column, bad_rows)
+    """Yield the rows of a split. Of Arrow data it reads only `column`, if there is one of that name."""
+    if format == "jsonl":
+        return _json_rows(split, bad_rows)
+    if format in ("csv", "tsv"):
+        return _csv_rows(split, "," if format == "csv" else "\t", bad_rows)
+    read = {"parquet": _parquet_rows, "arrow": _arrow_rows, "hub": _hub_rows}[format]
+    return read(split, column, bad_rows)
 
 
 def json_object(line: str) -> dict[str, Any]:
-    """Parse a line. Raises `ValueError` that says what is wrong, to be put behind the line's place."""
+    """Parse a line. Raises `ValueError` for anything but an object; the message follows the line's place."""
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
@@ -375,22 +361,15 @@ def _json_rows(split: Split, bad_rows: BadRows) -> Iterator[Row]:
             try:
                 row = json_object(line)
             except ValueError as error:
-                bad_rows.add(_place(split, number, bad_rows=bad_rows), str(error))
+                bad_rows.add(f"{_place(split, number, bad_rows)}{error}")
             else:
                 yield number, row
 
 
 def _csv_rows(split: Split, delimiter: str, bad_rows: BadRows) -> Iterator[Row]:
-    number = 0
-
-    def lines() -> Iterator[str]:
-        nonlocal number
-        for _, line_number, line in _numbered(split, bad_rows):
-            number = line_number
-            yield f"{line}\n"
-
     csv.field_size_limit((1 << 31) - 1)  # process-wide; the default is 128 KiB, which a document may exceed
-    rows = csv.DictReader(lines(), delimiter=delimiter, strict=True)
+    lines = (f"{line}\n" for _, some, _ in _lines(split, bad_rows, keep_bad=True) for line in some)
+    rows = csv.DictReader(lines, delimiter=delimiter, strict=True)
     while True:
         try:
             if (row := next(rows, None)) is None:
@@ -398,11 +377,11 @@ def _csv_rows(split: Split, delimiter: str, bad_rows: BadRows) -> Iterator[Row]:
             if None in row or None in row.values():
                 raise csv.Error(f"it has {'more' if None in row else 'fewer'} fields than the header")
         except csv.Error as error:
-            report = BadRows() if "end of data" in str(error) else bad_rows  # an open quote takes in all other lines
+            report = BadRows() if "end of data" in str(error) else bad_rows  # an open quote takes in all that follows
             advice = "quote texts that contain delimiters or line breaks, and double the quotes in them"
-            report.add(_place(split, number), f": {error}: {advice}")
+            report.add(f"{_place(split, rows.reader.line_num, report)}: {error}: {advice}")
         else:
-            yield number, row
+            yield rows.line_num, row
 
 
 def _parquet_rows(split: Split, column: str, bad_rows: BadRows) -> Iterator[Row]:
@@ -415,23 +394,17 @@ def _parquet_rows(split: Split, column: str, bad_rows: BadRows) -> Iterator[Row]
 
 
 def _arrow_rows(split: Split, column: str, bad_rows: BadRows) -> Iterator[Row]:
-    yield from _batch_rows(_arrow_batches(split.file, column), split.file, "Arrow", 0, bad_rows)
-
-
-def _arrow_batches(file: str, column: str) -> Iterator[Any]:
-    """Yield the record batches of an Arrow file or stream, with only `column`, if they have it."""
     import pyarrow as pa
 
-    with open_file(file, seekable=True) as stream:
-        is_file = stream.read(6) == b"ARROW1"
-        stream.seek(0)
-        if is_file:
-            reader = pa.ipc.open_file(stream)
-            batches = map(reader.get_batch, range(reader.num_record_batches))
-        else:
-            batches = reader = pa.ipc.open_stream(stream)
-        has_column = column in reader.schema.names
-        yield from (batch.select([column]) if has_column else batch for batch in batches)
+    with open_file(split.file, seekable=True) as stream:
+        with file_errors(split.file, lambda: "cannot be read as Arrow"):
+            is_file = stream.read(6) == b"ARROW1"  # the other layout is a stream
+            stream.seek(0)
+            reader = pa.ipc.open_file(stream) if is_file else pa.ipc.open_stream(stream)
+        batches = map(reader.get_batch, range(reader.num_record_batches)) if is_file else reader
+        if column in reader.schema.names:
+            batches = (batch.select([column]) for batch in batches)
+        yield from _batch_rows(batches, split.file, "Arrow", 0, bad_rows)
 
 
 def _hub_rows(split: Split, column: str, bad_rows: BadRows) -> Iterator[Row]:
@@ -444,24 +417,18 @@ def _hub_rows(split: Split, column: str, bad_rows: BadRows) -> Iterator[Row]:
         yield from _batch_rows(batches, split.file, "a dataset", split.begin, bad_rows)
 
 
-def _batch_rows(batches: Iterator[Any], file: str, format: str, number: int, bad_rows: BadRows) -> Iterator[Row]:
+def _batch_rows(batches: Iterable[Any], file: str, format: str, number: int, bad_rows: BadRows) -> Iterator[Row]:
     """Yield the rows of Arrow batches, the first of which has the `number`."""
     with file_errors(file, lambda: f"cannot be read as {format} after row {number - 1}"):
         for batch in batches:
             try:
                 rows = batch.to_pylist()
-            except UnicodeDecodeError:
-                rows = [_one_row(batch, index) for index in range(len(batch))]
-            for row in rows:
-                if isinstance(row, dict):
-                    yield number, row
+            except UnicodeDecodeError as error:
+                if len(batch) > 1:
+                    each = (batch.slice(index, 1) for index in range(len(batch)))
+                    yield from _batch_rows(each, file, format, number, bad_rows)
                 else:
-                    bad_rows.add(f"{file}: row {number}", f" cannot be read as {format}: {row}")
-                number += 1
-
-
-def _one_row(batch: Any, index: int) -> Any:
-    try:
-        return batch.slice(index, 1).to_pylist()[0]
-    except UnicodeDecodeError as error:
-        return error
+                    bad_rows.add(f"{file}: row {number} cannot be read as {format}: {error}")
+            else:
+                yield from enumerate(rows, start=number)
+            number += len(batch)

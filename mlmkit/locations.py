@@ -14,7 +14,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from glob import escape, glob, has_magic
@@ -107,11 +107,12 @@ class Split:
 def find_files(source: Source) -> list[str]:
     """Return the paths, URLs and hub datasets that the locations stand for: location by location, each sorted.
 
-    Hidden files are left out. Raises `UserError` for a location without files, and a file that is named twice.
+    Raises `UserError` for a location without files, a file that cannot be read, and one that is named twice.
     """
     files = [file for location in source.locations for file in _files_at(location)]
-    if twice := sorted(file for file in set(files) if files.count(file) > 1):
-        raise UserError(f"{source.name}: {twice[0]} is in it twice: leave one out")
+    if len(set(files)) < len(files):
+        twice = next(file for file in files if files.count(file) > 1)
+        raise UserError(f"{source.name}: {twice} is in it twice: leave one out")
     return files
 
 
@@ -121,36 +122,33 @@ def _files_at(location: str) -> list[str]:
     if is_remote(location):
         return _remote_files(location)
     path = Path(location)
-    if has_magic(location) and not path.exists():
-        if files := _matching(location):
-            return files
-        raise UserError(f"{location}: no file matches this pattern")
-    if not path.is_dir():
+    if path.is_dir():
+        if is_tokens(location):
+            raise UserError(f"{location} is a tokenised corpus, not text: name the text that it was made from")
+        return _readable(location, _matching(str(Path(escape(location), "**"))))
+    if not has_magic(location) or path.exists():
         existing_file(location)
         return [location]
-    if is_tokens(location):
-        raise UserError(f"{location} is a tokenised corpus, not text: name the text that it was made from")
-    return _readable(location, _matching(str(Path(escape(location), "**"))))
+    if files := _matching(location):
+        return files
+    raise UserError(f"{location}: no file matches this pattern")
 
 
 def _matching(pattern: str) -> list[str]:
-    # Path.glob takes hidden files, but no absolute pattern.
+    """The files, without hidden ones. (`Path.glob` takes these, and no absolute pattern.)"""
     return [file for file in sorted(glob(pattern, recursive=True)) if Path(file).is_file()]  # noqa: PTH207
 
 
-def _readable(folder: str, files: Iterable[str]) -> list[str]:
-    """Sort the files of a folder that have a known suffix. The others are logged."""
-    files = sorted(files)
+def _readable(folder: str, files: Sequence[str]) -> list[str]:
+    """The files of a folder that have a known suffix. The others are logged."""
     known = [file for file in files if _suffixes(file)[0] in FORMATS]
     if not known:
-        suffixes = ", ".join(FORMATS)
         raise UserError(
-            f"{folder} is a folder without a file to read ({suffixes}, each also with {', '.join(COMPRESSIONS)}): "
-            f"name text files with another suffix by a pattern, such as {Path(folder, '*')}"
+            f"{folder} is a folder without a file to read ({', '.join(FORMATS)}, or one of these with "
+            f"{', '.join(COMPRESSIONS)}): name text files with another suffix by a pattern, such as {folder}/*"
         )
-    if others := [file for file in files if _suffixes(file)[0] not in FORMATS]:
-        more = f" and {len(others) - 1} more" if len(others) > 1 else ""
-        _say_once(f"{folder}: {others[0]}{more} left out: another suffix than {', '.join(FORMATS)}")
+    if others := [file for file in files if file not in known]:
+        _say_once(f"{folder}: {len(others)} files with another suffix are left out, the first: {others[0]}")
     return known
 
 
@@ -158,7 +156,7 @@ def existing_file(location: str) -> Path:
     """Return the path. Raises `UserError` if it is missing, a folder, or unreadable."""
     path = Path(location)
     if path.is_dir():
-        raise UserError(f"{location} is a folder: name a file in it, or {HUB}{location} to read it with datasets")
+        raise UserError(f"{location} is a folder: name a file in it")
     if not path.exists():
         raise UserError(f"{location}: no such file (name a hub dataset as {HUB}NAME)")
     if not os.access(path, os.R_OK):
@@ -172,9 +170,9 @@ def is_tokens(location: str | Sequence[str]) -> bool:
 
 
 def file_format(file: str, given: str = "") -> tuple[str, str]:
-    """Return the format of a file, unless `given` by suffix, and its compression, or "". A dataset has the format hub.
+    """Return the format of a file, by its suffix unless `given`, and its compression, or "".
 
-    An unknown suffix means text.
+    A dataset has the format hub. Another suffix means text.
     """
     if file.startswith(HUB):
         return "hub", ""
@@ -183,37 +181,29 @@ def file_format(file: str, given: str = "") -> tuple[str, str]:
 
 
 def formats(source: Source) -> set[str]:
-    """The formats of the files, without reading any: that of a missing file is by its suffix too.
-
-    A tokenised corpus has none.
-    """
+    """The formats of the files, which need not exist. A tokenised corpus has none."""
     files: list[str] = []
     for location in source.locations:
-        if is_tokens(location):
-            continue
-        is_several = not is_remote(location) and (Path(location).is_dir() or has_magic(location))
-        files += _files_at(location) if is_several else [location]
+        if not is_tokens(location):
+            here = _matching(location) if has_magic(location) else []
+            files += here or (_files_at(location) if Path(location).is_dir() else [location])
     return {file_format(file, source.format)[0] for file in files}
 
 
 def _suffixes(file: str) -> tuple[str, str]:
-    """The suffix that says the format, and that of the compression or ""."""
+    """The suffix that says the format, and that of the compression, or ""."""
     path = file.partition("?")[0] if is_remote(file) else file
     inner, outer = ["", "", *(suffix.lower() for suffix in Path(path).suffixes)][-2:]
     return (inner, outer) if outer in COMPRESSIONS else (outer, "")
 
 
 def content_identity(file: str) -> str:
-    """Return what changes with the content of a file: its SHA-256, or what its file system or `datasets` says.
+    """Return what changes with the content of a file: its SHA-256, or its `file_state`, if it is not local.
 
     Raises `UserError` for a file that cannot be read, or is a pipe, which can be read once only.
     """
-    if file.startswith(HUB):
-        return load_hub(file)._fingerprint
-    if is_remote(file):
-        file_system, path = _file_system(file)
-        with file_errors(file):
-            return f"{file_system.checksum(path):x}-{file_system.size(path)}"
+    if file.startswith(HUB) or is_remote(file):
+        return " ".join(map(str, file_state(file)))
     path = existing_file(file)
     if not path.is_file():
         raise UserError(f"{file} is a pipe, which can be read once only: save its content to a file")
@@ -236,7 +226,7 @@ def file_state(file: str) -> list[Any]:
 
 
 def split_files(source: Source, size: int) -> list[Split]:
-    """Cut the files into splits of about `size` bytes, where their format allows. No document is read for it."""
+    """Cut the files into splits of about `size` bytes, where their format allows it."""
     return [split for file in find_files(source) for split in _split_file(file, source, size)]
 
 
@@ -248,25 +238,23 @@ def _split_file(file: str, source: Source, size: int) -> list[Split]:
     elif format == "parquet":
         with open_parquet(file) as parquet:
             groups = [parquet.metadata.row_group(group).total_byte_size for group in range(parquet.num_row_groups)]
-        number = [total // size for total in accumulate(groups, initial=0)]  # of the split in which a group begins
-        begins = [group for group in range(len(groups)) if not group or number[group] > number[group - 1]]
+        numbers = [total // size for total in accumulate(groups, initial=0)]  # of the split in which a group begins
+        begins = [group for group in range(len(groups)) if not group or numbers[group] > numbers[group - 1]]
     elif format == "hub":
         dataset = load_hub(file)
-        has_field = source.text_field in (dataset.column_names or [])
-        stored = dataset.select_columns([source.text_field]) if has_field else dataset
-        begins = range(0, len(dataset), max(len(dataset) * size // max(stored.data.nbytes, 1), 1))
+        begins = range(0, len(dataset), max(size * len(dataset) // max(dataset.data.nbytes, 1), 1))
     begins = begins or [0]
     return [Split(file, begin, end) for begin, end in zip(begins, [*begins[1:], None], strict=True)]
 
 
 def _seekable_size(file: str) -> int:
-    """The size of a file in bytes, or 0 if it can only be read from the beginning."""
+    """The size of a file in bytes, or 0 if it can be read from the beginning only."""
     if not is_remote(file):
         return Path(file).stat().st_size
     file_system, path = _file_system(file)
     with file_errors(file):
-        about = file_system.info(path)
-    return (about["size"] or 0) if about.get("partial", True) else 0
+        entry = file_system.info(path)
+    return (entry["size"] or 0) if entry.get("partial", True) else 0
 
 
 # ---------------------------------------------------------------- reading bytes
@@ -287,20 +275,19 @@ def file_errors(file: str, problem: Callable[[], str] = lambda: "cannot be read"
 
 @contextlib.contextmanager
 def open_file(file: str, *, seekable: bool = False) -> Iterator[IO[bytes]]:
-    """Open a file for reading, decompressed as its suffix says; `seekable` unpacks an archive to a temporary file.
+    """Open a file for reading, decompressed as its suffix says; `seekable` unpacks it to a temporary file.
 
-    Raises `UserError` if it cannot be opened. Reading raises many kinds of errors: see `file_errors`.
+    Raises `UserError` if it cannot be opened. Reading from it may raise any error: see `file_errors`.
     """
     with contextlib.ExitStack() as stack:
         with file_errors(file):
             if is_remote(file):
                 file_system, path = _file_system(file)
-                raw = io.BufferedReader(file_system.open(path, "rb"))
+                stream = stack.enter_context(io.BufferedReader(file_system.open(path, "rb")))
             else:
-                raw = existing_file(file).open("rb")
-            stream: Any = stack.enter_context(raw)
+                stream = stack.enter_context(existing_file(file).open("rb"))
             if compression := file_format(file)[1]:
-                stream = stack.enter_context(_decompressed(raw, compression))
+                stream = stack.enter_context(_decompressed(stream, compression))
                 if seekable:
                     packed, stream = stream, stack.enter_context(tempfile.TemporaryFile())
                     shutil.copyfileobj(packed, stream)
@@ -308,20 +295,19 @@ def open_file(file: str, *, seekable: bool = False) -> Iterator[IO[bytes]]:
         yield stream
 
 
-def _decompressed(raw: io.BufferedReader, compression: str) -> IO[bytes]:
-    """Measured in docs/decisions.md: pyarrow has zstd, and for the others it is as fast as Python's modules."""
-    if not raw.peek(1):
-        raise EOFError("it is empty, which no archive is")
-    if compression == "xz":
-        return lzma.open(raw)
+def _decompressed(stream: io.BufferedReader, compression: str) -> IO[bytes]:
     import pyarrow as pa
 
-    return io.BufferedReader(pa.CompressedInputStream(raw, compression))  # pyright: ignore
+    if not stream.peek(1):
+        raise EOFError("it is empty, which no archive is")
+    if compression == "xz":
+        return lzma.open(stream)
+    return io.BufferedReader(pa.CompressedInputStream(stream, compression))  # pyright: ignore[reportArgumentType]
 
 
 @contextlib.contextmanager
 def open_parquet(file: str) -> Iterator[Any]:
-    """Open a `pyarrow.parquet.ParquetFile`. Raises `UserError` if it is none."""
+    """Open a `pyarrow.parquet.ParquetFile`. Raises `UserError` for another file."""
     import pyarrow.parquet as pq
 
     with open_file(file, seekable=True) as stream:
@@ -339,7 +325,7 @@ def is_remote(location: str) -> bool:
 
 
 def _file_system(url: str) -> tuple[Any, str]:
-    """Return the fsspec file system of a URL, and the path on it. Raises `UserError` that names a missing package."""
+    """The fsspec file system of a URL, and the path on it. Raises `UserError` that names a missing package."""
     require("train", "fsspec")
     from fsspec.core import url_to_fs
 
@@ -347,20 +333,19 @@ def _file_system(url: str) -> tuple[Any, str]:
         return url_to_fs(url)
 
 
-def _remote_files(location: str) -> list[str]:
-    """The files at a URL, which is a pattern with `*`, or a folder if it ends in / or has no known suffix."""
-    file_system, path = _file_system(location)
-    with file_errors(location):
+def _remote_files(url: str) -> list[str]:
+    """The files at a URL: a pattern with `*`, a folder, which ends in / or has no known suffix, or a file."""
+    file_system, path = _file_system(url)
+    with file_errors(url):
         if "*" in path:
-            about = file_system.glob(path, detail=True)
-            found = sorted(name for name, entry in about.items() if entry["type"] == "file")
+            entries = file_system.glob(path, detail=True).items()
+            found = sorted(name for name, entry in entries if entry["type"] == "file")
             if not found:
-                raise UserError(f"{location}: no file matches this pattern")
-        elif location.endswith("/") or (_suffixes(location) == ("", "") and file_system.isdir(path)):
-            inside = ((name, name.removeprefix(path)) for name in file_system.find(path))
-            found = _readable(location, (name for name, relative in inside if "/." not in f"/{relative}"))
+                raise UserError(f"{url}: no file matches this pattern")
+        elif url.endswith("/") or (_suffixes(url)[0] not in FORMATS and file_system.isdir(path)):
+            found = _readable(url, sorted(name for name in file_system.find(path) if "/." not in name[len(path) :]))
         else:
-            return [location]
+            return [url]
         return [file_system.unstrip_protocol(name) for name in found]
 
 
