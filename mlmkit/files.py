@@ -134,7 +134,9 @@ def sweep(folder: Path, *, age: float = GRACE_SECONDS) -> None:
         with suppress(OSError):
             lock = os.open(leftover, os.O_RDONLY)
             try:
-                if time.time() - leftover.stat().st_mtime >= age and _try_lock(lock):
+                # A lock may not reach other machines: what is still written there is young.
+                newest = max(path.stat().st_mtime for path in (leftover, *leftover.glob("*")))
+                if time.time() - newest >= age and _try_lock(lock):
                     _remove(leftover)
             finally:
                 os.close(lock)

@@ -186,8 +186,8 @@ def formats(source: Source) -> set[str]:
     files: list[str] = []
     for location in source.locations:
         if not is_tokens(location):
-            is_several = not is_remote(location) and (has_magic(location) or Path(location).is_dir())
-            files += _files_at(location) if is_several else [location]
+            here = _matching(location) if has_magic(location) else []
+            files += here or (_files_at(location) if Path(location).is_dir() else [location])
     return {file_format(file, source.format)[0] for file in files}
 
 

@@ -128,6 +128,11 @@ def _records(folder: Path, index: int) -> Iterator[dict[str, Any]]:
         yield {"name": path.parent.name, **read_record(path, f"delete {path.parent} and tokenise again")}
 
 
+def is_made(folder: Path, index: int) -> bool:
+    """Whether all shards of a split exist."""
+    return any(record["is_last"] for record in _records(folder, index))
+
+
 def finish(folder: Path) -> StoredCorpus:
     """Complete a corpus of which all shards are made, and return it.
 

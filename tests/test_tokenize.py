@@ -62,7 +62,7 @@ def test_the_number_of_workers_changes_no_byte(capsys, configuration, tmp_path):
     ids = [np.load(outputs[0] / "train-1" / "shards" / shard["name"] / "ids.npy") for shard in record["shards"]]
     assert np.concatenate(ids).tolist() == expected.ids.tolist()
     code, out, _ = run(capsys, *configuration, "--output", outputs[0])  # finished: nothing to do
-    assert code == 0 and f"train-1: {outputs[0]}/train-1" in out
+    assert code == 0 and f'data.train = ["{outputs[0]}/train-1", "{outputs[0]}/train-2"]' in out
     assert hash_tree(outputs[0]) == first
 
 

@@ -1,13 +1,16 @@
 """Training: the loop, its start, its texts."""
 
 import json
+import os
 import re
 import shutil
+import time
 from dataclasses import replace
 from importlib.util import find_spec
 from itertools import permutations
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import run as command_line
@@ -16,7 +19,7 @@ from training import log_lines, same_weights, small_architecture, weights, write
 from transformers import pipeline
 
 import mlmkit
-from mlmkit import corpus, evaluate
+from mlmkit import evaluate, files
 from mlmkit.backends import load as load_backend
 from mlmkit.distributed import Ranks
 from mlmkit.errors import CheckError, UserError
@@ -25,11 +28,13 @@ from mlmkit.export.parity import ProofText
 from mlmkit.files import file_sha256
 from mlmkit.masking import MaskRecipe
 from mlmkit.pretrained import load_pretrained, load_tokenizer
+from mlmkit.token_cache import cache_folder
 from mlmkit.train import loop
 from mlmkit.train.checkpoints import saved_checkpoints
 from mlmkit.train.config import Config
 from mlmkit.train.cost import dry_run
-from mlmkit.train.start import begin_or_check
+from mlmkit.train.rows import RowBuilder
+from mlmkit.train.start import begin_or_check, corpora_of
 
 SETTINGS = ("train.steps=60", "train.save_every=20")
 TABLE = r"table of 64 positions: model\.max_length \(65\) must not"
@@ -201,9 +206,9 @@ def test_positions_that_are_computed_are_extended(tmp_path, text_file, checkpoin
     config = write_config(tmp_path, text_file, "", *settings)
     saved = load_backend(str(loop.train(config, tmp_path / "run")), "torch", "cpu")
     assert (saved.info.max_length, saved.tokenizer.limit) == (96, 96)
-    _, texts = begin_or_check(config, tmp_path / "run", Ranks())
-    [corpus] = texts.values()
-    assert corpus.folder and (corpus.folder / "windows-94").exists()
+    tokenizer, texts = begin_or_check(config, tmp_path / "run", Ranks())
+    rows = RowBuilder(config, corpora_of(config, texts), tokenizer, packed=True)
+    assert rows.windows[0].locate(np.arange(len(rows.windows[0])))["length"].max() in range(80, 95)
 
 
 def test_a_given_tokenizer_takes_the_length_of_the_model(tmp_path, text_file, tokenizer_folder):
@@ -313,13 +318,17 @@ def test_held_out_text_may_be_a_dataset(tmp_path, text_file):
     assert json.loads((tmp_path / "run" / "held_out.json").read_text())["held-out"]["masked_cross_entropy"]["value"] > 0
 
 
-def test_each_start_hashes_a_text_once(config, tmp_path, monkeypatch):
+def test_a_text_is_hashed_once(config, tmp_path, monkeypatch):
     [source], hashed = config.data.sources, []
     monkeypatch.setenv("MLMKIT_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(corpus, "file_sha256", lambda path: hashed.append(str(path)) or file_sha256(path))
-    for times in (2, 1):  # before and after it is tokenised; once it is
+    monkeypatch.setattr(files, "file_sha256", lambda path: hashed.append(str(path)) or file_sha256(path))
+    old = time.time_ns() - 10**10  # a younger file may change unseen
+    text = Path(shutil.copy(source.location, tmp_path / "text.txt"))
+    os.utime(text, ns=(old, old))
+    config = replace(config, data=replace(config.data, train=(str(text),)))
+    for times in (1, 0):
         hashed.clear()
         tokenizer, texts = begin_or_check(config, tmp_path / "run", Ranks())
         [found] = texts.values()
-        assert hashed.count(source.location) == times
-        assert found.folder == corpus.cache_folder(source, tokenizer)
+        assert hashed.count(str(text)) == times
+        assert found.folder == cache_folder(config.data.sources[0], tokenizer, words=False)

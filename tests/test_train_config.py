@@ -167,7 +167,7 @@ MIX = """
 text_field = "body"
 on_bad_row = "skip"
 [[data.source]]
-path = ["a.jsonl", "more/*.jsonl"]
+path = ["a.jsonl", "more.jsonl"]
 weight = 2
 [[data.source]]
 path = "b.csv"
@@ -182,7 +182,7 @@ def test_each_source_is_one_text(tmp_path):
     skip = {"on_bad_row": "skip"}
     config = sources(tmp_path, MIX)
     assert config.data.sources == [
-        Source(("a.jsonl", "more/*.jsonl"), "body", **skip),
+        Source(("a.jsonl", "more.jsonl"), "body", **skip),
         Source("b.csv", "content", **skip),
         Source("c", "body", format="text", **skip),
     ]

@@ -1,14 +1,19 @@
 """The command that tokenises texts ahead of training."""
 
+import json
 import os
-import shlex
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from mlmkit.cli.options import PATH, JsonOption, VerifyOption, argument, command, option, option_class, switch
 from mlmkit.console import print_json, print_table, say
 from mlmkit.errors import require
+
+if TYPE_CHECKING:
+    from mlmkit.stored import StoredCorpus
 
 
 @option_class
@@ -21,6 +26,9 @@ class TokenizeOptions(VerifyOption, JsonOption):
     workers: int | None = option(
         "--workers", "Processes, or tasks at once on a cluster. Default: one per core.", type=click.IntRange(1, 4096)
     )
+    engine: str | None = option(
+        "--engine", "Tokenise on a cluster. Default: on this machine.", type=click.Choice(["ray", "slurm"])
+    )
     words: bool = switch("--words", "Say where words begin in training texts too, to evaluate on them.")
 
 
@@ -32,36 +40,41 @@ def tokenize(options: TokenizeOptions) -> None:
     does not depend on the number of workers.
     """
     require("train", "torch", "transformers", "safetensors")
+    from mlmkit.cluster import run_on_cluster
     from mlmkit.train.config_file import load_config
     from mlmkit.train.tokens import TOKENIZER, tokenize_texts
 
     config = load_config(options.config, options.overrides)
     workers = options.workers or len(os.sched_getaffinity(0))
-    corpora = tokenize_texts(config, options.output, workers=workers, words=options.words)
+    run = None
+    if options.engine:
+        cluster = {"engine": options.engine, "workers": options.workers}
+        run = partial(run_on_cluster, tokenizer=options.output / TOKENIZER, **cluster)
+    corpora = tokenize_texts(config, options.output, workers=workers, words=options.words, run=run)
     if options.as_json:
         names = ("documents", "tokens", "characters", "bytes", "unknown_characters", "blank", "bad_rows", "fingerprint")
         print_json({name: {key: corpus.record[key] for key in names} for name, corpus in corpora.items()})
         return
-    header = ("text", "documents", "tokens", "bytes on disk per token", "from")
-    rows = [
-        (
-            name,
-            f"{len(corpus):,}",
-            f"{corpus.tokens:,}",
-            f"{_size(corpus.folder) / max(corpus.tokens, 1):.2f}",
-            corpus.name,
-        )
-        for name, corpus in corpora.items()
-    ]
-    print_table(rows, header, align="lrrrl")
+    header = ("folder", "documents", "tokens", "bytes per token", "tokens per word", "unknown", "text")
+    print_table([_row(corpus) for corpus in corpora.values()], header, align="lrrrrrl")
     say("")
-    say("use them in a configuration, in place of the texts:")
-    for key, folder in [
-        ("[tokenizer] path", options.output / TOKENIZER),
-        *((name, c.folder) for name, c in corpora.items()),
-    ]:
-        say(f"  {key}: {shlex.quote(str(folder))}")
+    say("name the folders in place of their texts in the configuration, and the tokenizer:")
+    for name, value in _settings(corpora, options.output / TOKENIZER).items():
+        say(f"  {name} = {json.dumps(value, ensure_ascii=False)}")
 
 
-def _size(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+def _row(corpus: "StoredCorpus") -> list[str]:
+    size = sum(path.stat().st_size for path in corpus.folder.rglob("*") if path.is_file())
+    tokens = max(corpus.tokens, 1)
+    counts = [f"{len(corpus):,}", f"{corpus.tokens:,}", f"{size / tokens:.2f}"]
+    rates = [f"{corpus.tokens / max(corpus.sizes['words'], 1):.2f}", f"{corpus.unknown_share:.2%}"]
+    return [corpus.folder.name, *counts, *rates, corpus.name]
+
+
+def _settings(corpora: "dict[str, StoredCorpus]", tokenizer: Path) -> dict[str, str | list[str]]:
+    folders = {name: str(corpus.folder) for name, corpus in corpora.items()}
+    train = [folder for name, folder in folders.items() if name.startswith("train-")]
+    held_out = {name: folder for name, folder in folders.items() if not name.startswith("train-")}
+    single = len(held_out) == 1
+    settings = {"data.held_out" if single else f"held_out.{name}": folder for name, folder in held_out.items()}
+    return {"data.train": train if train[1:] else train[0], **settings, "tokenizer.path": str(tokenizer)}

@@ -42,9 +42,7 @@ log = logging.getLogger(__name__)
 HIGHEST_RATE = 5e-4
 WORDS = "file tokenizer.add"
 WARN_ABOVE, REFUSE_ABOVE = 0.01, 0.5  # shares of a text's characters that become unknown tokens
-FEW_BYTES_PER_TOKEN = (
-    3.2  # in 15 languages, own vocabularies have 3.7 or more, and those of another language at most 2.8
-)
+FEW_BYTES_PER_TOKEN = 3.2  # in 15 languages, own vocabularies have 3.7 or more, foreign ones at most 2.8
 
 
 # ---------------------------------------------------------------- the run's folder

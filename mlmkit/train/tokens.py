@@ -54,8 +54,8 @@ def tokenize_texts(
 def _texts(config: Config) -> dict[str, Source]:
     sources = dict.fromkeys(source for phase in config.phases.values() for source in phase.data.sources)
     texts = {f"train-{number}": source for number, source in enumerate(sources, start=1)}
-    if repeated := texts.keys() & config.held_out_sources:
-        raise UserError(f"held_out.{min(repeated)} has the name of a training text here: give it another")
+    if taken := [name for name in config.held_out_sources if name.startswith("train-")]:
+        raise UserError(f"held_out.{taken[0]}: training texts have such names here: give it another")
     return {**texts, **config.held_out_sources}
 
 

@@ -1,0 +1,189 @@
+"""Shards made by Ray and by Slurm jobs, of which one is killed: the same bytes as on one machine.
+
+Without a Slurm cluster, tests/sbatch.py takes the place of `sbatch`: it runs the elements of the real job here.
+"""
+
+import importlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import paragraphs
+
+from mlmkit.cluster import run_on_cluster, run_with_ray
+from mlmkit.errors import UserError
+from mlmkit.files import hash_tree
+from mlmkit.locations import Source
+from mlmkit.shards import finish, is_made, make_shards, plan_corpus
+from mlmkit.tokenizer import Tokenizer
+
+PARTS = 6  # files, and so tasks
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def ray() -> Iterator[Any]:
+    """Ray with two workers, on loopback."""
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    ray: Any = pytest.importorskip("ray", reason="ray has no wheel for this Python or system")
+    temporary = tempfile.mkdtemp(prefix="ray-")  # not pytest's: Ray's sockets need a short path
+    try:
+        ray.init(
+            address="local",
+            num_cpus=2,
+            include_dashboard=False,
+            object_store_memory=100 << 20,
+            log_to_driver=False,
+            _node_ip_address="127.0.0.1",
+            _temp_dir=temporary,
+        )
+    except Exception as error:  # too little shared memory or time, say
+        pytest.skip(f"Ray does not start on this machine: {error}")
+    try:
+        yield ray
+    finally:
+        ray.shutdown()
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+@pytest.fixture
+def slurm(tmp_path, monkeypatch) -> None:
+    """The Slurm cluster that this machine belongs to, or tests/sbatch.py."""
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    if shutil.which("sinfo") and not subprocess.run(["sinfo"], capture_output=True, timeout=60).returncode:
+        return
+    (tmp_path / "bin").mkdir()
+    script = tmp_path / "bin" / "sbatch"
+    script.write_text(f'#!/bin/sh\nexec {sys.executable} {ROOT / "tests" / "sbatch.py"} "$@"\n')
+    script.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{script.parent}{os.pathsep}{os.environ['PATH']}")
+
+
+@pytest.fixture
+def planned(tmp_path, tokenizer_folder) -> Callable[[str, Path], Path]:
+    """Plans the corpus of a text in a folder with the tokenizer, whose path it returns."""
+
+    def plan(name: str, text: Path) -> Path:
+        folder = tmp_path / name
+        shutil.copytree(tokenizer_folder("wordpiece"), folder / "tokenizer")
+        plan_corpus(Source(str(text)), Tokenizer.from_folder(folder / "tokenizer"), folder / "train-1", words=True)
+        return folder
+
+    return plan
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory) -> Path:
+    """A folder of files that take about a second each."""
+    folder = tmp_path_factory.mktemp("text")
+    for part in range(PARTS):
+        (folder / f"{part}.txt").write_text("\n".join(f"{part} {line}" for line in paragraphs() * 12))
+    return folder
+
+
+@contextmanager
+def one_killed(folder: Path) -> Iterator[list[int]]:
+    """Kill the process that is writing a shard once another shard is there. Yields the process ids of those killed."""
+    shards, killed, ended = folder / "train-1" / "shards", [], threading.Event()
+
+    def watch() -> None:
+        while not ended.wait(0.01):
+            if any(is_made(shards.parent, part) for part in range(PARTS)) and (process := _writer(shards)):
+                with suppress(ProcessLookupError):
+                    os.kill(process, signal.SIGKILL)
+                    killed.append(process)
+                    return
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        yield killed
+    finally:
+        ended.set()
+        thread.join()
+
+
+def _writer(shards: Path) -> int | None:
+    """A process that has an unfinished shard open."""
+    for descriptor in Path("/proc").glob("[0-9]*/fd/*"):
+        with suppress(OSError):
+            if (target := str(descriptor.readlink())).startswith(str(shards)) and ".mlmkit-partial/" in target:
+                return int(descriptor.parts[2])
+    return None
+
+
+def _finished(folder: Path) -> dict[str, str]:
+    finish(folder / "train-1")
+    return {name: sha256 for name, sha256 in hash_tree(folder / "train-1").items() if "mlmkit-partial" not in name}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="finds the process to kill in /proc")
+@pytest.mark.parametrize("engine", ["ray", "slurm"])
+def test_a_killed_task_changes_no_byte(engine, planned, text, request):
+    here, cluster = planned("here", text), planned("cluster", text)
+    for part in range(PARTS):
+        make_shards(here / "train-1", part, Tokenizer.from_folder(here / "tokenizer"))
+    request.getfixturevalue(engine)
+    begun = time.monotonic()
+    with one_killed(cluster) as killed:
+        run_on_cluster([cluster / "train-1"], cluster / "tokenizer", engine, workers=2)
+    assert len(killed) == 1
+    assert _finished(cluster) == _finished(here)
+    assert time.monotonic() - begun < 60
+    if engine == "slurm":
+        assert list((cluster / "logs").glob("*.log"))
+    run_on_cluster([cluster / "train-1"], cluster / "tokenizer", engine)  # nothing is left to do
+
+
+@pytest.mark.parametrize("engine", ["ray", "slurm"])
+def test_a_task_that_fails_says_why(engine, planned, tmp_path, request):
+    request.getfixturevalue(engine)
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "good.txt").write_text("\n".join(paragraphs()))
+    (tmp_path / "text" / "wrong.txt").write_bytes(b"fine\nbroken \xff\n")
+    folder = planned("cluster", tmp_path / "text")
+    with pytest.raises(UserError, match=r"^\S*wrong.txt: line 2, byte 8 is not UTF-8"):
+        run_on_cluster([folder / "train-1"], folder / "tokenizer", engine, workers=1)
+
+
+def test_no_more_calls_at_once_than_workers(ray, tmp_path):
+    def call(number: int) -> int:
+        (tmp_path / str(number)).touch()
+        time.sleep(0.2)
+        running = len(list(tmp_path.iterdir()))
+        (tmp_path / str(number)).unlink()
+        return running
+
+    assert sorted(run_with_ray(call, range(4), workers=1)) == [1, 1, 1, 1]
+
+
+def test_a_job_that_always_dies_is_given_up(slurm, planned, text, monkeypatch):
+    folder = planned("cluster", text)
+    monkeypatch.setattr("sys.executable", "/bin/false")
+    with pytest.raises(UserError, match=r"made nothing \(exit code 1\): see \S*cluster/logs/\d*_\*.log"):
+        run_on_cluster([folder / "train-1"], folder / "tokenizer", "slurm")
+
+
+def test_without_sbatch(planned, text, monkeypatch):
+    folder = planned("cluster", text)
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(UserError, match="no sbatch"):
+        run_on_cluster([folder / "train-1"], folder / "tokenizer", "slurm")
+
+
+def test_without_ray(planned, text, monkeypatch):
+    folder = planned("cluster", text)
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr("mlmkit.errors.find_spec", lambda name: None if name == "ray" else find_spec(name))
+    with pytest.raises(UserError, match=r"mlmkit\[cluster\]"):
+        run_on_cluster([folder / "train-1"], folder / "tokenizer", "ray")
