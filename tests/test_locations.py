@@ -1,5 +1,6 @@
 """Locations → files → splits → texts."""
 
+import asyncio
 import bz2
 import csv
 import gzip
@@ -18,6 +19,7 @@ import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from aiohttp import web as web_server
 from conftest import PORTUGUESE
 from hypothesis import given
 from hypothesis import strategies as st
@@ -502,23 +504,44 @@ def test_remote_mistakes_are_named(memory, location, message):
         read(location)
 
 
-@pytest.fixture
-def web(tmp_path):
-    """A real server, without range requests, of `tmp_path`."""
-    handler = partial(SimpleHTTPRequestHandler, directory=str(tmp_path))
-    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}"
-        server.shutdown()
+@pytest.fixture(params=["with ranges", "without"])
+def web(request, tmp_path):
+    """A web server of `tmp_path`, which can send parts of files or not."""
+    if request.param == "without":
+        handler = partial(SimpleHTTPRequestHandler, directory=str(tmp_path))
+        with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+            threading.Thread(target=server.serve_forever, daemon=True).start()
+            yield f"http://127.0.0.1:{server.server_port}"
+            server.shutdown()
+        return
+    loop, application = asyncio.new_event_loop(), web_server.Application()
+    application.add_routes([web_server.static("/", tmp_path, show_index=True)])
+    runner = web_server.AppRunner(application)
+    loop.run_until_complete(runner.setup())
+    site = web_server.TCPSite(runner, "127.0.0.1", 0)
+    loop.run_until_complete(site.start())
+    thread = threading.Thread(target=loop.run_forever, daemon=True)
+    thread.start()
+    yield f"http://127.0.0.1:{runner.addresses[0][1]}"
+    loop.call_soon_threadsafe(loop.stop)
+    thread.join()
+    loop.run_until_complete(runner.cleanup())
+    loop.close()
 
 
 def test_files_on_a_web_server(tmp_path, web):
     write(tmp_path / "a.txt", b"one\ntwo\n")
     write(tmp_path / "b.jsonl.zst", PACK[".zst"](b'{"text": "three"}\n'))
-    write(tmp_path / "c.parquet", table_bytes(".parquet", ["four"]))
     assert read(f"{web}/a.txt") == ["one", "two"]
     assert read(f"{web}/b.jsonl.zst?download=true") == ["three"]
     assert read(f"{web}/*.txt") == ["one", "two"]
+    assert read(f"{web}/") == ["one", "two", "three"]
     assert content_identity(f"{web}/a.txt") == content_identity(f"{web}/a.txt")
+    assert split_files(Source(f"{web}/a.txt"), 4) == [Split(f"{web}/a.txt")]
+    large = [f"{number} {'x' * 90}" for number in range(80_000)]  # 7.6 MB; fsspec asks for ranges of 5 MiB
+    write(tmp_path / "large.txt", "\n".join(large).encode())
+    assert read(f"{web}/large.txt") == large
     with pytest.raises(UserError, match=r"none\.txt: no such file"):
         read(f"{web}/none.txt")
+    write(tmp_path / "c.parquet", table_bytes(".parquet", ["four"] * 9))
+    assert read(f"{web}/c.parquet") == ["four"] * 9
