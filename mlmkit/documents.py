@@ -25,7 +25,6 @@ from mlmkit.masking import document_key
 log = logging.getLogger(__name__)
 
 PIECE = 1 << 19  # characters of a piece at most; tokenising takes up to 190 bytes of memory for each
-BLOCK = PIECE // 2  # bytes read at once; what is left of a line and the next block make a piece at most
 ROWS = 1024  # of a parquet file or dataset, read at once
 # How files that are not UTF-8 text begin, what they are, and how to get text from them.
 NOT_UTF8 = (
@@ -120,7 +119,7 @@ def read_texts(source: Source) -> Iterator[str]:
 def read_pieces(source: Source, split: Split, bad_rows: BadRows) -> Iterator[tuple[str, bool]]:
     """Yield the texts of a split, blank ones too, in pieces: (piece, whether the text ends with it).
 
-    A text is one piece, except that a line of a text file longer than `BLOCK` bytes may come in several, of at most
+    A text is one piece, except that a line of a text file longer than `PIECE` bytes comes in several, of at most
     `PIECE` characters each, so that memory does not grow with it. Texts come whole with `strip`, with `blank_line`, and
     when bad rows are skipped, because a text must be complete before it is known to be good.
     """
@@ -129,11 +128,11 @@ def read_pieces(source: Source, split: Split, bad_rows: BadRows) -> Iterator[tup
     elif source.blank_line:
         texts = _blocks(split, bad_rows)
     else:
-        longest = math.inf if source.strip or bad_rows.policy == "skip" else BLOCK
-        lines = _lines(split, bad_rows, longest)
+        is_whole = source.strip or bad_rows.policy == "skip"
+        lines = iter(_Lines(split, bad_rows, -1 if is_whole else PIECE - 4))
         if not source.strip:
-            return ((line, ends) for _, some, ends in lines for line in some)
-        texts = (line for _, some, _ in lines for line in some)
+            return lines
+        texts = (line for line, _ in lines)
     return zip(map(str.strip, texts) if source.strip else texts, repeat(True))
 
 
@@ -151,100 +150,90 @@ def _place(split: Split, number: int, bad_rows: BadRows, unit: str = "line") -> 
         return f"{split.file}: line {number} after byte {split.begin}"
     number, left = number + 1, split.begin - 1  # the line that has the byte before the split is one more
     with open_file(split.file) as stream:
-        while left and (block := stream.read(min(BLOCK, left))):
+        while left and (block := stream.read(min(PIECE, left))):
             number, left = number + block.count(b"\n"), left - len(block)
     return f"{split.file}: line {number}"
 
 
-def _line_blocks(split: Split) -> Iterator[bytes]:
-    """Yield the bytes of the lines that begin in the split, at most `BLOCK` at a time.
-
-    A line begins at byte 0 and after each LF. So reading begins one byte before the split, drops all up to the first
-    LF, and goes on behind the split up to the end of the last line.
-    """
-    position, is_inside = max(split.begin - 1, 0), split.begin == 0
-    last = math.inf if split.end is None else split.end - 1  # the last byte at which a line may begin
-    with open_file(split.file) as stream:
-        if position:
-            stream.seek(position)
-        while is_inside or position < last:
-            is_last = position >= last
-            block = stream.read(BLOCK if is_last else int(min(BLOCK, last - position)))
-            if not block:
-                return
-            position += len(block)
-            if not is_inside:
-                begin = block.find(b"\n") + 1
-                block, is_inside = block[begin:] if begin else b"", begin > 0
-            elif is_last and (end := block.find(b"\n") + 1):
-                yield block[:end]
-                return
-            yield block
-
-
-def _line_chunks(split: Split, longest: float) -> Iterator[tuple[bytes, bool]]:
-    """Yield (whole lines, True) or, of a line longer than `longest` bytes, (a piece between code points, False)."""
-    rest = bytearray()
-    for block in _line_blocks(split):
-        rest += block
-        if b"\n" in block:
-            end = rest.rfind(b"\n") + 1
-            yield bytes(rest[:end]), True
-            del rest[:end]
-        while len(rest) > longest:
-            end = int(longest)
-            while rest[end] & 0xC0 == 0x80 and end > 1:
-                end -= 1
-            yield bytes(rest[:end]), False
-            del rest[:end]
-    if rest:
-        yield bytes(rest), True
-
-
-def _lines(
-    split: Split, bad_rows: BadRows, longest: float = math.inf, *, keep_bad: bool = False
-) -> Iterator[tuple[int, list[str], bool]]:
-    """Yield lines of UTF-8 text in lists: (number of the first in the split, lines, whether the last one ends).
+@dataclass
+class _Lines:
+    """The lines of UTF-8 text that begin in the split: (text, whether the line ends with it), and their `number` in it.
 
     They are split at LF only, one CR before it removed, a byte-order mark skipped. mask-v1 fixes this; `str.splitlines`
-    splits differently. A piece of a line longer than `longest` bytes is a list of its own. When bad rows are skipped,
-    `keep_bad` keeps a line that is not UTF-8, with surrogates in place of the bad bytes.
+    splits differently. A line longer than `longest` bytes comes in pieces. When bad rows are skipped, `keep_bad` keeps
+    a line that is not UTF-8, with surrogates in place of the bad bytes.
     """
-    number = 1
-    offset = 0  # bytes of the line that have been yielded
-    is_start = split.begin == 0
-    with file_errors(split.file, lambda: f"cannot be read after line {number - 1}"):
-        for data, ends in _line_chunks(split, longest):
-            if is_start:
-                _refuse_other_formats(split.file, data)
-                data, is_start = data.removeprefix(codecs.BOM_UTF8), False
-            try:
-                lines = data.decode().replace("\r\n", "\n").split("\n")
-                yield number, lines if lines[-1] else lines[:-1], ends
-            except UnicodeDecodeError:
-                errors = "surrogateescape" if keep_bad and bad_rows.policy == "skip" else "strict"
-                for index, line in enumerate(io.BytesIO(data), start=number):
-                    line = line[:-1].removesuffix(b"\r") if line.endswith(b"\n") else line
-                    try:
-                        yield index, [line.decode(errors=errors)], ends
-                    except UnicodeDecodeError as error:
-                        byte = f"byte {error.start + 1 + (offset if index == number else 0)}"
-                        bad_rows.add(
-                            f"{_place(split, index, bad_rows)}, {byte} is not UTF-8 (0x{line[error.start]:02x}): "
-                            "if it is a text file, convert it (for example iconv -f LATIN1 -t UTF-8)"
-                        )
-            number, offset = (number + data.count(b"\n"), 0) if ends else (number, offset + len(data))
+
+    split: Split
+    bad_rows: BadRows
+    longest: int = -1
+    keep_bad: bool = False
+    number: int = 0
+
+    def __iter__(self) -> Iterator[tuple[str, bool]]:
+        file, end, longest = self.split.file, self.split.end or math.inf, self.longest
+        rest, offset = b"", 0  # of a long line: its last code point so far, and the bytes before that
+        with open_file(file) as stream, file_errors(file, lambda: f"cannot be read after line {self.number}"):
+            position = _go_to_line(stream, self.split)
+            while rest or position < end:
+                line = stream.readline(longest)
+                if not line and not rest:
+                    return
+                if not rest:
+                    self.number += 1
+                position, data = position + len(line), rest + line
+                if line.endswith(b"\n"):
+                    stop, rest = -2 if data.endswith(b"\r\n") else -1, b""
+                elif len(line) == longest:
+                    stop = _last_code_point(data)
+                    rest = data[stop:]
+                else:
+                    stop, rest = None, b""
+                try:
+                    text = data[:stop].decode()
+                except UnicodeDecodeError as error:
+                    if not self.keep_bad or self.bad_rows.policy == "error":
+                        self._report(f"byte {offset + error.start + 1}", data[error.start])
+                        continue
+                    text = data[:stop].decode(errors="surrogateescape")
+                yield text, not rest
+                offset = offset + len(data) - len(rest) if rest else 0
+
+    def _report(self, byte: str, value: int) -> None:
+        where = f"{_place(self.split, self.number, self.bad_rows)}, {byte}"
+        advice = "if it is a text file, convert it (for example iconv -f LATIN1 -t UTF-8)"
+        self.bad_rows.add(f"{where} is not UTF-8 (0x{value:02x}): {advice}")
 
 
-def _refuse_other_formats(file: str, data: bytes) -> None:
-    for beginning, kind, advice in NOT_UTF8:
-        if re.match(beginning, data):
-            raise UserError(f"{file} is {kind}, not UTF-8 text: {advice}")
+def _go_to_line(stream: io.BufferedReader, split: Split) -> int:
+    """Go to the first line that begins in the split, at the start of the text or after a LF; return its byte."""
+    if not split.begin:
+        start = stream.peek(512)
+        for beginning, kind, advice in NOT_UTF8:
+            if re.match(beginning, start):
+                raise UserError(f"{split.file} is {kind}, not UTF-8 text: {advice}")
+        mark = len(codecs.BOM_UTF8) if start.startswith(codecs.BOM_UTF8) else 0
+        stream.read(mark)
+        return min(mark, split.end - 1) if split.end else mark  # the first line begins ahead of the mark
+    position = stream.seek(split.begin - 1)
+    while line := stream.readline(PIECE):
+        position += len(line)
+        if line.endswith(b"\n") or (split.end and position >= split.end):
+            break
+    return position
+
+
+def _last_code_point(data: bytes) -> int:
+    """Where the last code point begins, which may be incomplete."""
+    stop = len(data) - 1
+    while stop and data[stop] & 0xC0 == 0x80:
+        stop -= 1
+    return stop
 
 
 def _numbered(split: Split, bad_rows: BadRows) -> Iterator[Line]:
-    for first, lines, _ in _lines(split, bad_rows, keep_bad=True):
-        yield from ((split, number, line) for number, line in enumerate(lines, start=first))
+    lines = _Lines(split, bad_rows, keep_bad=True)
+    return ((split, lines.number, line) for line, _ in lines)
 
 
 def _has_text(line: Line) -> bool:
@@ -354,21 +343,21 @@ def json_object(line: str) -> dict[str, Any]:
 
 
 def _json_rows(split: Split, bad_rows: BadRows) -> Iterator[Row]:
-    for first, lines, _ in _lines(split, bad_rows):
-        for number, line in enumerate(lines, start=first):
-            if is_blank(line):
-                continue
-            try:
-                row = json_object(line)
-            except ValueError as error:
-                bad_rows.add(f"{_place(split, number, bad_rows)}{error}")
-            else:
-                yield number, row
+    lines = _Lines(split, bad_rows)
+    for line, _ in lines:
+        if is_blank(line):
+            continue
+        try:
+            row = json_object(line)
+        except ValueError as error:
+            bad_rows.add(f"{_place(split, lines.number, bad_rows)}{error}")
+        else:
+            yield lines.number, row
 
 
 def _csv_rows(split: Split, delimiter: str, bad_rows: BadRows) -> Iterator[Row]:
     csv.field_size_limit((1 << 31) - 1)  # process-wide; the default is 128 KiB, which a document may exceed
-    lines = (f"{line}\n" for _, some, _ in _lines(split, bad_rows, keep_bad=True) for line in some)
+    lines = (f"{line}\n" for line, _ in _Lines(split, bad_rows, keep_bad=True))
     rows = csv.DictReader(lines, delimiter=delimiter, strict=True)
     while True:
         try:

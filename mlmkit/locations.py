@@ -20,7 +20,7 @@ from functools import cache
 from glob import escape, glob, has_magic
 from itertools import accumulate
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from mlmkit.errors import UserError, first_line, require
 from mlmkit.files import recorded_sha256
@@ -32,6 +32,7 @@ FORMATS = {".txt": "text", ".jsonl": "jsonl", ".json": "jsonl", ".ndjson": "json
 FORMATS |= {".parquet": "parquet", ".arrow": "arrow"}
 COMPRESSIONS = {".gz": "gzip", ".bz2": "bz2", ".xz": "xz", ".zst": "zstd"}
 BAD_ROWS = ("error", "skip")
+BUFFER = 1 << 18  # bytes; reading lines takes half the time it takes with Python's 8 KiB
 PLAN = "plan.json"  # a folder that holds it is a tokenised corpus, or is about to be
 
 _say_once = cache(log.info)
@@ -274,7 +275,7 @@ def file_errors(file: str, problem: Callable[[], str] = lambda: "cannot be read"
 
 
 @contextlib.contextmanager
-def open_file(file: str, *, seekable: bool = False) -> Iterator[IO[bytes]]:
+def open_file(file: str, *, seekable: bool = False) -> Iterator[io.BufferedReader]:
     """Open a file for reading, decompressed as its suffix says; `seekable` unpacks it to a temporary file.
 
     Raises `UserError` if it cannot be opened. Reading from it may raise any error: see `file_errors`.
@@ -283,9 +284,9 @@ def open_file(file: str, *, seekable: bool = False) -> Iterator[IO[bytes]]:
         with file_errors(file):
             if is_remote(file):
                 file_system, path = _file_system(file)
-                stream = stack.enter_context(io.BufferedReader(file_system.open(path, "rb")))
+                stream = stack.enter_context(io.BufferedReader(file_system.open(path, "rb"), BUFFER))
             else:
-                stream = stack.enter_context(existing_file(file).open("rb"))
+                stream = stack.enter_context(existing_file(file).open("rb", BUFFER))
             if compression := file_format(file)[1]:
                 stream = stack.enter_context(_decompressed(stream, compression))
                 if seekable:
@@ -295,14 +296,14 @@ def open_file(file: str, *, seekable: bool = False) -> Iterator[IO[bytes]]:
         yield stream
 
 
-def _decompressed(stream: io.BufferedReader, compression: str) -> IO[bytes]:
+def _decompressed(stream: io.BufferedReader, compression: str) -> io.BufferedReader:
     import pyarrow as pa
 
     if not stream.peek(1):
         raise EOFError("it is empty, which no archive is")
-    if compression == "xz":
-        return lzma.open(stream)
-    return io.BufferedReader(pa.CompressedInputStream(stream, compression))  # pyright: ignore[reportArgumentType]
+    if compression == "xz":  # pyarrow has no xz
+        return io.BufferedReader(lzma.LZMAFile(stream), BUFFER)
+    return io.BufferedReader(pa.CompressedInputStream(stream, compression), BUFFER)  # pyright: ignore
 
 
 @contextlib.contextmanager

@@ -115,8 +115,8 @@ def test_the_unigram_entropy_is_that_of_the_tokens_that_masks_can_select(config,
     tokenizer = load_tokenizer(str(finished / "tokenizer"))
     logged = {entry["held_out"]["name"]: entry["held_out"] for entry in log_lines(finished) if "held_out" in entry}
     for name, source in config.held_out_sources.items():
-        blocks = load_corpus(source, tokenizer).blocks()
-        ids = [id for block in blocks for id in block.ids.tolist() if id not in tokenizer.special_ids]
+        corpus = load_corpus(source, tokenizer)
+        ids = [id for id in corpus.part(0, len(corpus)).ids.tolist() if id not in tokenizer.special_ids]
         shares = [count / len(ids) for count in Counter(ids).values()]
         expected = -math.fsum(share * math.log(share) for share in shares)
         assert logged[name]["unigram_entropy"] == pytest.approx(expected, rel=1e-12)

@@ -3,11 +3,18 @@
 import bz2
 import csv
 import gzip
+import io
 import json
 import lzma
+import re
+import threading
+from fractions import Fraction
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from itertools import groupby
 from pathlib import Path
 
+import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -15,9 +22,10 @@ from conftest import PORTUGUESE
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlmkit.documents import PIECE, BadRows, read_documents, read_pieces, read_texts
+from mlmkit import documents
+from mlmkit.documents import PIECE, BadRows, is_selected, read_documents, read_pieces, read_texts
 from mlmkit.errors import UserError
-from mlmkit.locations import Source, Split, split_files
+from mlmkit.locations import FORMATS, Source, Split, content_identity, find_files, is_tokens, split_files
 
 
 def read(location: Path | str, **options) -> list[str]:
@@ -139,7 +147,7 @@ def pieces(source: Source, split: Split) -> list[str]:
     """The texts of a split, put together from their pieces."""
     texts, parts = [], []
     for piece, ends in read_pieces(source, split, BadRows()):
-        assert len(piece) <= PIECE
+        assert len(piece) <= documents.PIECE or source.blank_line
         parts.append(piece)
         if ends:
             texts.append("".join(parts))
@@ -151,7 +159,7 @@ def pieces(source: Source, split: Split) -> list[str]:
 @given(
     lines=LINES,
     size=st.integers(1, 40),
-    block=st.integers(4, 9),
+    block=st.integers(8, 15),
     crlf=st.booleans(),
     mark=st.booleans(),
     final=st.booleans(),
@@ -170,8 +178,347 @@ def test_the_splits_of_a_text_are_the_whole_text(tmp_path_factory, lines, size, 
         groups = groupby(expected, key=lambda line: not line.strip())
         expected = ["\n".join(group) for blank, group in groups if not blank]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("mlmkit.documents.BLOCK", block)
+        patch.setattr("mlmkit.documents.PIECE", block)
         assert list(read_texts(source)) == expected
         splits = split_files(source, size)
         assert [text for split in splits for text in pieces(source, split)] == expected
     assert len(splits) == max(-(-len(path.read_bytes()) // size), 1)
+
+
+# ------------------------------------------------------------------ formats and compressions
+
+TEXTS = ["one", "dois, três", "  ", "", "日本語 text", "x" * 3000]
+PACK = {
+    "": lambda data: data,
+    ".gz": gzip.compress,
+    ".bz2": bz2.compress,
+    ".xz": partial(lzma.compress, preset=0),
+    ".zst": lambda data: pa.compress(data, "zstd", asbytes=True),
+}
+
+
+def arrow_bytes(layout, texts: list[str]) -> bytes:
+    table, sink = pa.table({"n": range(len(texts)), "text": texts}), pa.BufferOutputStream()
+    with layout(sink, table.schema) as writer:
+        writer.write_table(table, max_chunksize=2)
+    return sink.getvalue().to_pybytes()
+
+
+def table_bytes(suffix: str, texts: list[str]) -> bytes:
+    """A file with these texts in its field `text`."""
+    if suffix == ".arrow":
+        return arrow_bytes(pa.ipc.new_stream, texts)
+    if suffix == ".parquet":
+        sink = pa.BufferOutputStream()
+        pq.write_table(pa.table({"n": range(len(texts)), "text": texts}), sink, row_group_size=2)
+        return sink.getvalue().to_pybytes()
+    if suffix in (".csv", ".tsv"):
+        file = io.StringIO()
+        csv.writer(file, delimiter="," if suffix == ".csv" else "\t").writerows([["n", "text"], *enumerate(texts)])
+        return file.getvalue().encode()
+    if suffix == ".txt":
+        return "".join(f"{text}\n" for text in texts).encode()
+    return "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
+
+
+@pytest.mark.parametrize("compression", PACK)
+@pytest.mark.parametrize("suffix", FORMATS)
+def test_every_format_is_read_plain_and_compressed(tmp_path, suffix, compression):
+    content = table_bytes(suffix, TEXTS)
+    path = write(tmp_path / f"a{suffix}{compression}", PACK[compression](content))
+    assert list(read_texts(Source(path))) == TEXTS
+    other = write(tmp_path / f"a.dat{compression}", path.read_bytes())
+    assert list(read_texts(Source(other, format=FORMATS[suffix]))) == TEXTS
+
+
+def test_an_arrow_file_is_read_as_a_stream_is(tmp_path):
+    path = write(tmp_path / "a.arrow", arrow_bytes(pa.ipc.new_file, TEXTS))
+    assert list(read_texts(Source(path))) == TEXTS
+    for size in (10, len(path.read_bytes()) - 9):
+        with pytest.raises(UserError, match=r"a\.arrow: cannot be read as Arrow"):
+            read(write(tmp_path / "a.arrow", path.read_bytes()[:size]))
+
+
+@pytest.mark.parametrize("policy", ["error", "skip"])
+@pytest.mark.parametrize("compression", [".gz", ".bz2", ".xz", ".zst"])
+def test_a_damaged_archive_is_an_error(tmp_path, compression, policy):
+    lines = "".join(f"{number} {number * 7919 % 65537}\n" for number in range(200_000))
+    whole = PACK[compression](lines.encode())
+    broken = [] if compression == ".zst" else [(whole[:-9] + bytes(9), "cannot be read after line")]  # no checksum
+    for content, message in (
+        *broken,
+        (whole[: len(whole) // 2], r"cannot be read after line \d{4,}: "),
+        (whole[:-1], r"cannot be read after line \d{4,}: "),
+        (whole[:3], "cannot be read after line 0: "),
+        (b"", "cannot be read: it is empty, which no archive is"),
+        (b"plain text\n", "cannot be read after line 0: "),
+    ):
+        path = write(tmp_path / f"a.txt{compression}", content)
+        with pytest.raises(UserError, match=rf"^{path}: {message}"):
+            read(path, on_bad_row=policy)
+    parquet = PACK[compression](table_bytes(".parquet", TEXTS))
+    with pytest.raises(UserError, match=r"a\.parquet\.\w+: cannot be read"):
+        read(write(tmp_path / f"a.parquet{compression}", parquet[:-20]))
+
+
+def test_archives_of_several_members_are_read_whole(tmp_path):
+    for compression, pack in PACK.items():
+        path = write(tmp_path / f"a.txt{compression}", pack(b"one\ntw") + pack(b"o\n") + pack(b"three"))
+        assert read(path) == ["one", "two", "three"]
+
+
+# ------------------------------------------------------------------ locations
+
+
+@pytest.fixture
+def corpus_folder(tmp_path) -> Path:
+    """Text in several formats and folders, and what is no text."""
+    folder = tmp_path / "corpus"
+    for name, texts in {
+        "b.txt": ["b"],
+        "a.jsonl.gz": ["a1", "a2"],
+        "sub/c.parquet": ["c"],
+        "sub/d.csv.zst": ["d"],
+    }.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        suffixes = [*path.suffixes, ""]
+        path.write_bytes(PACK[suffixes[1]](table_bytes(suffixes[0], texts)))
+    for name in ("README.md", "sub/image.png", ".hidden.txt", ".git/x.txt"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(b"no text\n")
+    return folder
+
+
+def test_a_folder_is_all_files_in_it_that_can_be_read(corpus_folder, caplog):
+    caplog.set_level("INFO")
+    assert read(corpus_folder) == ["a1", "a2", "b", "c", "d"]
+    assert read(f"{corpus_folder}/") == ["a1", "a2", "b", "c", "d"]
+    left_out = [message for message in caplog.messages if message.startswith(f"{corpus_folder}: ")]
+    assert left_out == [
+        f"{corpus_folder}: 2 files with another suffix are left out, the first: {corpus_folder}/README.md"
+    ]
+    (corpus_folder / "plan.json").write_text("{}")
+    with pytest.raises(UserError, match="corpus is a tokenised corpus, not text"):
+        read(corpus_folder)
+    assert is_tokens(str(corpus_folder)) and not is_tokens(str(corpus_folder / "sub"))
+
+
+def test_a_pattern_is_the_files_that_match(corpus_folder):
+    assert read(corpus_folder / "*.txt") == ["b"]
+    assert read(corpus_folder / "**" / "*.[pj][as]*") == ["a1", "a2", "c"]
+    assert read(corpus_folder / "README.*") == ["no text"]
+    literal = write(corpus_folder / "[x].txt", b"literal\n")
+    assert read(literal) == ["literal"]
+
+
+def test_several_locations_are_read_in_their_order(corpus_folder):
+    source = Source([corpus_folder / "b.txt", str(corpus_folder / "sub")])
+    assert source == Source((str(corpus_folder / "b.txt"), str(corpus_folder / "sub"))) and hash(source)
+    assert list(read_documents(source)) == ["b", "c", "d"]
+    assert source.name == f"{corpus_folder}/b.txt and 1 more"
+    assert Source([corpus_folder]) == Source(str(corpus_folder))
+    with pytest.raises(UserError, match=r"b\.txt is in it twice"):
+        find_files(Source([corpus_folder / "b.txt", corpus_folder]))
+
+
+@pytest.mark.parametrize("options", [{"format": "yaml"}, {"on_bad_row": "ignore"}])
+def test_unknown_options_are_refused(options):
+    with pytest.raises(UserError, match=r"(format|on_bad_row) .*: choose "):
+        Source("a.txt", **options)
+
+
+# ------------------------------------------------------------------ bad rows
+
+BAD = [
+    ("a.txt", b"one\n\xff\nthree\n", ["one", "three"], "line 2, byte 1 is not UTF-8"),
+    (
+        "a.jsonl",
+        b'{"text": "one"}\n{"te\n[]\n{"body": 1}\n{"text": 3}\n{"text": "\\ud800"}\n\xff\n',
+        ["one"],
+        "line 2 is not",
+    ),
+    ("a.csv", b'n,text\n1,one\n2\n3,"a" b\n4,four\n5,\xff\n\xff,six\n', ["one", "four", "six"], "line 3: it has fewer"),
+]
+
+
+@pytest.mark.parametrize(("name", "content", "expected", "first"), BAD)
+@pytest.mark.parametrize("compression", ["", ".gz"])
+def test_bad_rows_are_skipped_and_counted(tmp_path, caplog, name, content, expected, first, compression):
+    path = write(tmp_path / f"{name}{compression}", PACK[compression](content))
+    with pytest.raises(UserError, match=first):
+        read(path)
+    assert read(path, on_bad_row="skip") == expected
+    count = 6 if name == "a.jsonl" else 3 if name == "a.csv" else 1
+    (message,) = caplog.messages
+    assert message.startswith(f"{path}: {count} rows that cannot be read are left out, the first: {path}: {first}")
+
+
+def test_what_is_wrong_with_all_rows_is_an_error_even_if_bad_rows_are_skipped(tmp_path):
+    for name, content, message in (
+        ("a.csv", b"a,b\nc,d\n", "has no field 'text'"),
+        ("b.csv", b'text\none\n"two\nthree\n', "line 4: unexpected end of data"),
+        ("c.parquet", b"no parquet", "cannot be read as parquet"),
+        ("d.txt", gzip.compress(b"text"), "is gzip"),
+    ):
+        with pytest.raises(UserError, match=message):
+            read(write(tmp_path / name, content), on_bad_row="skip")
+
+
+def test_a_block_with_a_bad_line_is_skipped_whole(tmp_path):
+    path = write(tmp_path / "a.txt", b"one\n\ntwo\n\xff\nthree\n\nfour\n")
+    assert read(path, blank_line=True, on_bad_row="skip") == ["one", "four"]
+    with pytest.raises(UserError, match="line 4, byte 1"):
+        read(path, blank_line=True)
+
+
+def test_a_bad_row_of_a_parquet_file_is_named_and_skipped(tmp_path):
+    values = [b"one", b"\xff\xfe", b"three"]
+    binary = pa.array(values, pa.binary())
+    table = pa.table({"text": pa.Array.from_buffers(pa.string(), 3, binary.buffers())})
+    pq.write_table(table, tmp_path / "a.parquet")
+    assert read(tmp_path / "a.parquet", on_bad_row="skip") == ["one", "three"]
+    with pytest.raises(UserError, match="row 1 cannot be read as parquet: 'utf-8' codec"):
+        read(tmp_path / "a.parquet")
+
+
+# ------------------------------------------------------------------ splits of other files, and where an error is
+
+
+def test_the_splits_of_tables_are_the_whole_table(tmp_path):
+    texts = [f"text {number}" for number in range(1000)]
+    pq.write_table(pa.table({"text": texts}), tmp_path / "a.parquet", row_group_size=64, use_dictionary=False)
+    write(tmp_path / "a.jsonl", table_bytes(".jsonl", texts))
+    folder = tmp_path / "dataset"
+    folder.mkdir()
+    pq.write_table(pa.table({"text": texts}), folder / "train.parquet")
+    for location, size, at_least in (
+        (tmp_path / "a.parquet", 3000, 5),
+        (tmp_path / "a.jsonl", 777, 20),
+        (f"hub:{folder}", 4000, 3),
+    ):
+        source = Source(location)
+        splits = split_files(source, size)
+        assert len(splits) >= at_least
+        assert [text for split in splits for text in pieces(source, split)] == texts
+        assert split_files(source, 1 << 40) == [Split(str(location))]
+    assert split_files(Source(write(tmp_path / "a.txt.gz", gzip.compress(b"a\n" * 99))), 10) == [
+        Split(f"{tmp_path}/a.txt.gz")
+    ]
+
+
+@pytest.mark.parametrize("blank_line", [False, True])
+def test_an_error_in_a_split_names_the_line_of_the_file(tmp_path, blank_line):
+    content = b"good line\n\n" * 50 + b"bad \xff\n\n" + b"good line\n\n" * 50
+    source = Source(write(tmp_path / "a.txt", content), blank_line=blank_line)
+    failed = 0
+    for split in split_files(source, 40):
+        try:
+            pieces(source, split)
+        except UserError as error:
+            assert f"{tmp_path}/a.txt: line 101, byte 5 is not UTF-8" in str(error)
+            failed += 1
+    assert failed
+    skipped = [BadRows("skip") for _ in split_files(source, 40)]
+    for split, bad_rows in zip(split_files(source, 40), skipped, strict=True):
+        list(read_pieces(source, split, bad_rows))
+    assert sum(bad_rows.count for bad_rows in skipped) == 1
+    assert any("after byte" in bad_rows.first for bad_rows in skipped)
+
+
+def test_a_long_line_comes_in_pieces(tmp_path):
+    line = "é日😀a\r" * 600_000  # 3 M characters, 6.6 MB
+    source = Source(write(tmp_path / "a.txt", f"one\r\n{line}\r\nlast".encode()))
+    read_in = list(read_pieces(source, Split(str(tmp_path / "a.txt")), BadRows()))
+    assert len(read_in) > 6 and max(len(piece) for piece, _ in read_in) <= PIECE
+    assert pieces(source, Split(str(tmp_path / "a.txt"))) == list(read_texts(source)) == ["one", line, "last"]
+    bad = write(tmp_path / "b.txt", b"one\n" + b"a" * 3_000_000 + b"\xff\nthree\n")
+    with pytest.raises(UserError, match="line 2, byte 3000001 is not UTF-8"):
+        read(bad)
+    assert read(bad, on_bad_row="skip") == ["one", "three"]
+
+
+# ------------------------------------------------------------------ selection by key
+
+
+def test_keys_divide_the_documents(tmp_path):
+    texts = [f"text {number}" for number in range(2000)]
+    path = write(tmp_path / "a.txt", "\n".join(texts).encode())
+    held_out, training = read(path, keys=(0.0, 0.1)), read(path, keys=(0.1, 1.0))
+    assert sorted(held_out + training) == sorted(texts)
+    assert 150 < len(held_out) < 250
+    assert [text for text in texts if text in set(held_out)] == held_out
+
+
+def test_selection_is_exact():
+    for share in (0.1, 0.005, 1 / 3):
+        border = int(Fraction(share) * 2**64)
+        assert is_selected(border - 1, (0.0, share)) and not is_selected(border + 1, (0.0, share))
+        assert is_selected(border + 1, (share, 1.0)) and not is_selected(border - 1, (share, 1.0))
+    assert is_selected(2**64 - 1, (0.5, 1.0)) and is_selected(0, (0.0, 1e-19))
+
+
+# ------------------------------------------------------------------ remote
+
+
+@pytest.fixture
+def memory():
+    file_system = fsspec.filesystem("memory")
+    for name, content in {
+        "bucket/a.txt": b"one\ntwo\n",
+        "bucket/sub/b.jsonl.gz": gzip.compress(b'{"text": "three"}\n'),
+        "bucket/README.md": b"x",
+        "bucket/.hidden/c.txt": b"x",
+    }.items():
+        file_system.pipe_file(f"/{name}", content)
+    yield file_system
+    file_system.rm("/bucket", recursive=True)
+
+
+def test_remote_files_folders_and_patterns(memory):
+    assert read("memory://bucket/a.txt") == ["one", "two"]
+    for folder in ("memory://bucket", "memory://bucket/"):
+        assert read(folder) == ["one", "two", "three"]
+    assert read("memory://bucket/**/*.gz") == ["three"]
+    source = Source("memory://bucket/a.txt")
+    assert [pieces(source, split) for split in split_files(source, 3)] == [["one"], ["two"], []]
+    before = content_identity("memory://bucket/a.txt")
+    assert content_identity("memory://bucket/a.txt") == before
+    memory.pipe_file("/bucket/a.txt", b"one\ntwx\n")
+    assert content_identity("memory://bucket/a.txt") != before
+
+
+@pytest.mark.parametrize(
+    ("location", "message"),
+    [
+        ("memory://bucket/none.txt", "none.txt: no such file"),
+        ("memory://bucket/*.csv", "no file matches"),
+        ("s3://bucket/a.txt", "Install s3fs"),
+        ("nowhere://bucket/a.txt", "Protocol not known: nowhere"),
+    ],
+)
+def test_remote_mistakes_are_named(memory, location, message):
+    with pytest.raises(UserError, match=rf"^{re.escape(location)}: .*{message}|{message}"):
+        read(location)
+
+
+@pytest.fixture
+def web(tmp_path):
+    """A real server, without range requests, of `tmp_path`."""
+    handler = partial(SimpleHTTPRequestHandler, directory=str(tmp_path))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+def test_files_on_a_web_server(tmp_path, web):
+    write(tmp_path / "a.txt", b"one\ntwo\n")
+    write(tmp_path / "b.jsonl.zst", PACK[".zst"](b'{"text": "three"}\n'))
+    write(tmp_path / "c.parquet", table_bytes(".parquet", ["four"]))
+    assert read(f"{web}/a.txt") == ["one", "two"]
+    assert read(f"{web}/b.jsonl.zst?download=true") == ["three"]
+    assert read(f"{web}/*.txt") == ["one", "two"]
+    assert content_identity(f"{web}/a.txt") == content_identity(f"{web}/a.txt")
+    with pytest.raises(UserError, match=r"none\.txt: no such file"):
+        read(f"{web}/none.txt")

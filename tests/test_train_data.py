@@ -30,7 +30,7 @@ from mlmkit.tokenizer import Tokenizer
 from mlmkit.train import order
 from mlmkit.train.config import Config, DataConfig, MaskingConfig, ModelConfig, RunConfig
 from mlmkit.train.data import MicroBatch, TrainingData
-from mlmkit.train.order import Cursor, Order, Stream, permute
+from mlmkit.train.order import Cursor, Order, Stream, permute, permute_chunks
 
 seeds = st.integers(0, 2**63 - 1)
 
@@ -47,6 +47,19 @@ def small_blocks(monkeypatch) -> None:
 def test_a_keyed_permutation_is_one(size, seed, number):
     key = Order((Stream("text", 8, 1),), (1.0,), seed)._key(1, [1, number])
     assert sorted(permute(np.arange(size), size, key).tolist()) == list(range(size))
+
+
+@given(st.integers(1, 3000), st.integers(1, 300), seeds)
+def test_a_permutation_of_chunks_is_one_and_keeps_neighbours_together(size, chunks, seed):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(order, "CHUNKS", chunks)
+        stream = Stream("text", 8, size)
+        chunk = stream.chunk
+        images = permute_chunks(np.arange(size), stream, Order((stream,), (1.0,), seed)._key(1, [1, 0]))
+    assert sorted(images.tolist()) == list(range(size))
+    assert chunk == max(1, min(64, size // chunks))
+    together = int((np.diff(images) == 1).sum())
+    assert together >= (size // chunk) * (chunk - 1) - 2 * chunk  # all but those around the short chunk
 
 
 def test_permutations_are_uniform_and_unlike_each_other():
