@@ -150,7 +150,7 @@ def _readable(folder: str, files: Sequence[str]) -> list[str]:
             f"{', '.join(COMPRESSIONS)}): name text files with another suffix by a pattern, such as {folder}/*"
         )
     if others := [file for file in files if file not in known]:
-        _say_once(f"{folder}: {len(others)} files with another suffix are left out, the first: {others[0]}")
+        _say_once(f"{folder}: files with another suffix are left out ({len(others)}, the first: {others[0]})")
     return known
 
 

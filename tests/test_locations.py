@@ -298,7 +298,7 @@ def test_a_folder_is_all_files_in_it_that_can_be_read(corpus_folder, caplog):
     assert read(f"{corpus_folder}/") == ["a1", "a2", "b", "c", "d"]
     left_out = [message for message in caplog.messages if message.startswith(f"{corpus_folder}: ")]
     assert left_out == [
-        f"{corpus_folder}: 2 files with another suffix are left out, the first: {corpus_folder}/README.md"
+        f"{corpus_folder}: files with another suffix are left out (2, the first: {corpus_folder}/README.md)"
     ]
     (corpus_folder / "plan.json").write_text("{}")
     with pytest.raises(UserError, match="corpus is a tokenised corpus, not text"):
