@@ -276,7 +276,7 @@ def open_file(file: str, *, seekable: bool = False) -> Iterator[io.BufferedReade
             if is_remote(file):
                 file_system, path = _file_system(file)
                 options = {"block_size": 0} if file.startswith(WEB) and not seekable else {}  # 0: from the beginning
-                stream = stack.enter_context(io.BufferedReader(file_system.open(path, "rb", **options), BUFFER))
+                stream: Any = stack.enter_context(io.BufferedReader(file_system.open(path, "rb", **options), BUFFER))
             else:
                 stream = stack.enter_context(existing_file(file).open("rb", BUFFER))
             if compression := file_format(file)[1]:
