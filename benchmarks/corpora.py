@@ -30,7 +30,7 @@ def measure(options: argparse.Namespace) -> Report:
         os.environ["MLMKIT_CACHE"] = str(folder / "cache")
         os.environ["TOKENIZERS_PARALLELISM"] = "false"  # figures are per core
         model = checkpoint("bert-mini", **TINY)
-        base = max(size for size in options.megabytes if size <= 40 or size == min(options.megabytes))
+        base = min(options.megabytes)
         texts = {f"{mb:g} MB": write_text(folder / f"{mb:g}.txt", base, round(mb / base)) for mb in options.megabytes}
         texts[f"one line of {options.line:g} MB"] = write_line(folder / "line.txt", options.line)
         tokenised, starts, cold = {}, {}, {}
@@ -118,23 +118,17 @@ def begin_run(model: Path, tokens: Path, run: Path) -> None:
 def resume(model: Path, tokens: Path, run: Path) -> dict[str, Any]:
     """The checks of a start and its first batch, without imports."""
     from mlmkit.distributed import Ranks
-    from mlmkit.model import MaskedLM
+    from mlmkit.pretrained import load_pretrained
     from mlmkit.train.order import Cursor
     from mlmkit.train.start import begin_or_check, corpora_of, prepare
 
-    network = MaskedLM.load(str(model)) if hasattr(MaskedLM, "load") else _load(model)
+    network = load_pretrained(str(model))[0]
     config = _config(model, tokens)
     before, began = memory_mib(), time.perf_counter()
     tokenizer, texts = begin_or_check(config, run, Ranks())
     data = prepare(network, config, tokenizer, corpora_of(config, texts), is_fresh=False)
     next(data.batches(Cursor(step=1)))
     return {"seconds": time.perf_counter() - began, "peak above the start, MiB": memory_mib() - before}
-
-
-def _load(model: Path) -> Any:
-    from mlmkit.pretrained import load_pretrained
-
-    return load_pretrained(str(model))[0]
 
 
 def read_cold(model: Path, tokens: Path, chunk: int) -> dict[str, Any]:

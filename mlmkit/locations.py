@@ -28,6 +28,7 @@ from mlmkit.files import recorded_sha256
 log = logging.getLogger(__name__)
 
 HUB = "hub:"
+WEB = ("http://", "https://")  # a web server may not send parts of files, and does not say so
 FORMATS = {".txt": "text", ".jsonl": "jsonl", ".json": "jsonl", ".ndjson": "jsonl", ".csv": "csv", ".tsv": "tsv"}
 FORMATS |= {".parquet": "parquet", ".arrow": "arrow"}
 COMPRESSIONS = {".gz": "gzip", ".bz2": "bz2", ".xz": "xz", ".zst": "zstd"}
@@ -234,8 +235,8 @@ def split_files(source: Source, size: int) -> list[Split]:
 def _split_file(file: str, source: Source, size: int) -> list[Split]:
     begins: Sequence[int] = ()
     format, compression = file_format(file, source.format)
-    if format in ("text", "jsonl") and not compression:
-        begins = range(0, _seekable_size(file), size)
+    if format in ("text", "jsonl") and not compression and not file.startswith(WEB):
+        begins = range(0, file_state(file)[0], size)
     elif format == "parquet":
         with open_parquet(file) as parquet:
             groups = [parquet.metadata.row_group(group).total_byte_size for group in range(parquet.num_row_groups)]
@@ -246,16 +247,6 @@ def _split_file(file: str, source: Source, size: int) -> list[Split]:
         begins = range(0, len(dataset), max(size * len(dataset) // max(dataset.data.nbytes, 1), 1))
     begins = begins or [0]
     return [Split(file, begin, end) for begin, end in zip(begins, [*begins[1:], None], strict=True)]
-
-
-def _seekable_size(file: str) -> int:
-    """The size of a file in bytes, or 0 if it can be read from the beginning only."""
-    if not is_remote(file):
-        return Path(file).stat().st_size
-    file_system, path = _file_system(file)
-    with file_errors(file):
-        entry = file_system.info(path)
-    return (entry["size"] or 0) if entry.get("partial", True) else 0
 
 
 # ---------------------------------------------------------------- reading bytes
@@ -284,7 +275,8 @@ def open_file(file: str, *, seekable: bool = False) -> Iterator[io.BufferedReade
         with file_errors(file):
             if is_remote(file):
                 file_system, path = _file_system(file)
-                stream = stack.enter_context(io.BufferedReader(file_system.open(path, "rb"), BUFFER))
+                options = {"block_size": 0} if file.startswith(WEB) and not seekable else {}  # 0: from the beginning
+                stream = stack.enter_context(io.BufferedReader(file_system.open(path, "rb", **options), BUFFER))
             else:
                 stream = stack.enter_context(existing_file(file).open("rb", BUFFER))
             if compression := file_format(file)[1]:

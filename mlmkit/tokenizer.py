@@ -5,10 +5,11 @@ Needs only the `tokenizers` library, so that an exported artifact runs without t
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from hashlib import sha256
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,9 @@ from tokenizers import Tokenizer as RustTokenizer
 from tokenizers.models import BPE, WordLevel
 
 from mlmkit.bounds import check_tokenizer
+from mlmkit.chunks import ChunkCache, cuts_before_spaces, last_cut
 from mlmkit.errors import UserError, as_user_error
+from mlmkit.long_texts import OVERLAP, WINDOW, Window, encode_windows, regroup
 from mlmkit.masking import MaskVocabulary
 
 if TYPE_CHECKING:
@@ -30,6 +33,9 @@ CLEAN_UP = "clean_up_tokenization_spaces"
 CLEAN_UP_BPE = f"{CLEAN_UP}_for_bpe_even_though_it_will_corrupt_output"
 # transformers' `clean_up_tokenization` removes the spaces in these, in this order.
 CLEANED_UP = (" .", " ?", " !", " ,", " ' ", " n't", " 'm", " 's", " 've", " 're")
+LONGEST_TEXT = 1 << 19  # characters; longer ones are encoded in parts
+_NONE = np.array([], dtype=np.int64)
+TOTALS = ("lengths", "unknown")
 LIMIT = "model_max_length"
 NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
@@ -85,6 +91,9 @@ class Tokenizer:
         self._word_begins = self._find_word_begins()
         self._drops = any(not self._data.encode(char, add_special_tokens=False).ids for char in "𒀀日é.-0")
         does_harm = isinstance(rust.model, BPE) and not config.get(CLEAN_UP_BPE)
+        is_exact = cuts_before_spaces(json.loads(self._serialized)) and not self._drops
+        self._chunks = ChunkCache(self._encode_batch, self._unknown_characters, self.unk_id) if is_exact else None
+        self._window, self._overlap = WINDOW, OVERLAP
         self._cleans_up = bool(config.get(CLEAN_UP)) and not does_harm
 
     def _id_of(self, name: str) -> int:
@@ -191,24 +200,72 @@ class Tokenizer:
 
         Without `words`, `word_begins` is None. Raises `UserError` for a text that the tokenizer cannot process.
         """
-        encodings = _encode(self._data, texts, add_special_tokens=False)
-        ids = np.array([id for encoding in encodings for id in encoding.ids], dtype=np.int64)
-        lengths = np.array([len(encoding) for encoding in encodings], dtype=np.int64)
-        begins = None
-        if words:  # as float64, None becomes NaN, which differs from every other entry
-            words_of = [np.array(encoding.word_ids, dtype=np.float64) for encoding in encodings]
-            begins = _changes(np.concatenate([[], *words_of]), lengths) | np.isin(ids, self._word_begins)
-        unknown = [self._unknown_characters(*pair) for pair in zip(texts, encodings, strict=True)]
-        tokens = Tokens(ids, begins, lengths, np.array(unknown, dtype=np.int64))
-        control = np.array(sorted(self.special_ids - {self.unk_id}), dtype=np.int64)
-        return self._spell_out(tokens, control) if np.isin(tokens.ids, control).any() else tokens
+        if max(map(len, texts), default=0) <= LONGEST_TEXT:
+            return self._encode(texts, words)
+        whole = [list(self.encode_pieces([text], words=words)) for text in texts]
+        parts = [part for each in whole for part in each]
+        totals = (np.array([sum(int(getattr(part, name).sum()) for part in each) for each in whole]) for name in TOTALS)
+        begins = np.concatenate([part.word_begins for part in parts if part.word_begins is not None]) if words else None
+        return Tokens(np.concatenate([part.ids for part in parts]), begins, *totals)
 
-    def _spell_out(self, tokens: Tokens, control: NDArray[np.int64]) -> Tokens:
+    def encode_pieces(self, pieces: Iterable[str], *, words: bool = True) -> Iterator[Tokens]:
+        """Tokenise one text of any length, given in consecutive pieces cut anywhere, in bounded memory.
+
+        Each `Tokens` has a part of the text as its one document; together they are those of `encode([text])`, for some
+        tokenizers exactly and for the others in all likelihood: see `long_texts.py`. Raises `UserError` as `encode`.
+        """
+        texts, rest = regroup(pieces, self._window), ""
+        if self._chunks:
+            for text in texts:
+                rest += text
+                if cut := last_cut(rest):
+                    yield self._encode([rest[:cut]], words)
+                    rest = rest[cut:]
+                elif len(rest) > LONGEST_TEXT:
+                    break
+        for part in encode_windows(self._encode_window, regroup(chain([rest], texts), self._window), self._overlap):
+            unknown = self._unknown_characters(part.text, part.ids, part.spans)
+            begins, sizes = part.word_begins if words else None, ([len(part.ids)], [unknown])
+            yield self._spell_out(Tokens(part.ids, begins, *(np.array(size, dtype=np.int64) for size in sizes)))
+
+    def _encode(self, texts: Sequence[str], words: bool) -> Tokens:
+        if self._chunks:
+            ids, begins, lengths, unknown = self._chunks.encode(texts)
+            return self._spell_out(Tokens(ids, begins if words else None, lengths, unknown))
+        encodings = self._encode_batch(texts)
+        parts = [np.array(encoding.ids, dtype=np.int64) for encoding in encodings]
+        lengths = np.array([len(part) for part in parts], dtype=np.int64)
+        ids, begins = np.concatenate([_NONE, *parts]), None
+        if words:
+            begins = self._begins(ids, np.concatenate([_NONE, *map(_words, encodings)]), lengths)
+        unknown = np.zeros_like(lengths)
+        if self._drops or (ids == self.unk_id).any():
+            unknown[:] = [
+                self._unknown_characters(text, part, _spans(encoding))
+                for text, part, encoding in zip(texts, parts, encodings, strict=True)
+            ]
+        return self._spell_out(Tokens(ids, begins, lengths, unknown))
+
+    def _encode_batch(self, texts: Sequence[str]) -> list[Encoding]:
+        return _encode(self._data, texts, add_special_tokens=False)
+
+    def _encode_window(self, text: str) -> Window:
+        [encoding] = self._encode_batch([text])
+        ids = np.array(encoding.ids, dtype=np.int64)
+        return Window(text, ids, self._begins(ids, _words(encoding), np.array([len(ids)])), _spans(encoding))
+
+    def _begins(self, ids: NDArray[np.int64], words: NDArray, lengths: NDArray[np.int64]) -> NDArray[np.bool_]:
+        return _changes(words, lengths) | np.isin(ids, self._word_begins)
+
+    def _spell_out(self, tokens: Tokens) -> Tokens:
         """Replace each control token that came from plain text by the pieces of its spelling.
 
         Needed where the vocabulary has the token as a piece (Unigram models: XLM-R's "<s>", ALBERT's "[SEP]").
         """
-        pieces = {int(id): self._pieces_of(int(id)) for id in control}
+        control = self.special_ids - {self.unk_id}
+        if not np.isin(tokens.ids, list(control)).any():
+            return tokens
+        pieces = {id: self._pieces_of(id) for id in control}
         replaced = [pieces.get(int(id), [int(id)]) for id in tokens.ids]
         counts = np.array([len(ids) for ids in replaced], dtype=np.int64)
         document = np.repeat(np.arange(len(tokens.lengths)), tokens.lengths)
@@ -221,15 +278,16 @@ class Tokenizer:
             tokens.unknown,
         )
 
-    def _unknown_characters(self, text: str, encoding: Encoding) -> int:
+    def _unknown_characters(self, text: str, ids: NDArray[np.int64], spans: NDArray[np.int64]) -> int:
         """Count the characters covered by unknown tokens, without white space at the edges of a token's span.
 
         If the tokenizer drops what it cannot spell, characters covered by no token count too.
         """
-        if self.unk_id not in encoding.ids and not self._drops:
+        if not self._drops and not (ids == self.unk_id).any():
             return 0
         count = reached = covered = 0
-        for id, (begin, end) in zip([*encoding.ids, None], [*encoding.offsets, (len(text), len(text))], strict=True):
+        end_of_text = (None, (len(text), len(text)))
+        for id, (begin, end) in chain(zip(ids.tolist(), spans.tolist(), strict=True), [end_of_text]):
             if self._drops and (gap := text[covered:begin].strip()):
                 kept = self._data.normalizer.normalize_str(gap) if self._data.normalizer else gap
                 count += min(len(gap), len("".join(kept.split())))  # without what the normalizer removes
@@ -244,7 +302,7 @@ class Tokenizer:
 
         Pieces of the same character share its span. Raises `UserError` as `encode` does.
         """
-        [encoding] = _encode(self._data, [text], add_special_tokens=False)
+        [encoding] = self._encode_batch([text])
         return [
             span
             for id, span in zip(encoding.ids, encoding.offsets, strict=True)
@@ -294,6 +352,15 @@ def _encode(rust: RustTokenizer, texts: Sequence[str], **options: Any) -> list[E
     """Encode as a batch: `encode` blocks all other threads. Raises `UserError` if a regular expression fails."""
     with as_user_error("a text", "the tokenizer cannot process it"):
         return rust.encode_batch(list(texts), **options)
+
+
+def _words(encoding: Encoding) -> NDArray[np.float64]:
+    """Return the word index of each token; None becomes NaN, which differs from every other."""
+    return np.array(encoding.word_ids, dtype=np.float64)
+
+
+def _spans(encoding: Encoding) -> NDArray[np.int64]:
+    return np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2)
 
 
 def _changes(words: NDArray, lengths: NDArray[np.int64]) -> NDArray[np.bool_]:
