@@ -33,7 +33,7 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.fixture(scope="module")
 def ray() -> Iterator[Any]:
-    """Ray with two workers, on loopback."""
+    """Ray with two workers, on this machine."""
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     ray: Any = pytest.importorskip("ray", reason="ray has no wheel for this Python or system")
     temporary = tempfile.mkdtemp(prefix="ray-")  # not pytest's: Ray's sockets need a short path
@@ -44,7 +44,6 @@ def ray() -> Iterator[Any]:
             include_dashboard=False,
             object_store_memory=100 << 20,
             log_to_driver=False,
-            _node_ip_address="127.0.0.1",
             _temp_dir=temporary,
         )
     except Exception as error:  # too little shared memory or time, say
