@@ -39,12 +39,12 @@ def run_on_cluster(folders: Sequence[Path], tokenizer: Path, engine: str, worker
     beside the tokenizer. Raises the first `UserError` of a task, and `UserError` if the engine is missing or gives up.
     """
     folders, tokenizer = [folder.resolve() for folder in folders], tokenizer.resolve()
-    tasks = _tasks(folders)
+    tasks = tasks_of(folders)
     missing = [number for number, task in enumerate(tasks) if not is_made(*task)]
     if engine == "ray" and missing:
         with progress() as bar:
             shown = bar.add_task("parts of the text", total=len(missing))
-            for _ in run_with_ray(partial(_make, tokenizer), [tasks[number] for number in missing], workers):
+            for _ in run_with_ray(partial(make_task, tokenizer), [tasks[number] for number in missing], workers):
                 bar.advance(shown)
     while missing and engine == "slurm":  # what was killed is submitted again, as long as other tasks succeed
         problem = _submit(folders, tokenizer, missing, len(tasks), workers)
@@ -53,11 +53,13 @@ def run_on_cluster(folders: Sequence[Path], tokenizer: Path, engine: str, worker
             raise UserError(problem)
 
 
-def _tasks(folders: Iterable[Path]) -> list[tuple[Path, int]]:
+def tasks_of(folders: Iterable[Path]) -> list[tuple[Path, int]]:
+    """The tasks of planned corpora: folder, and index of the split."""
     return [(folder, index) for folder in folders for index in range(len(Plan.read(folder).splits))]
 
 
-def _make(tokenizer: Path, task: tuple[Path, int]) -> None:
+def make_task(tokenizer: Path, task: tuple[Path, int]) -> None:
+    """Make the shards of a split on one core. Raises `UserError` for text that cannot be read."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a task has one core
     make_shards(*task, _tokenizer(tokenizer))
 
@@ -134,8 +136,8 @@ def _submit(folders: Sequence[Path], tokenizer: Path, missing: Sequence[int], ta
 
 
 def _run_element(tokenizer: str, elements: str, *folders: str) -> None:
-    for task in _tasks(map(Path, folders))[int(os.environ["SLURM_ARRAY_TASK_ID"]) :: int(elements)]:
-        _make(Path(tokenizer), task)
+    for task in tasks_of(map(Path, folders))[int(os.environ["SLURM_ARRAY_TASK_ID"]) :: int(elements)]:
+        make_task(Path(tokenizer), task)
 
 
 if __name__ == "__main__":

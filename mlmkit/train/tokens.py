@@ -6,18 +6,17 @@ TOKENS/held-out/      one per held-out text, by its name
 """
 
 import json
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any
 
+from mlmkit.cluster import make_task, tasks_of
 from mlmkit.console import progress
 from mlmkit.errors import UserError
 from mlmkit.files import atomic, content, locked, read_record, write_record
 from mlmkit.locations import Source
-from mlmkit.shards import Plan, finish, make_shards, plan_corpus, warn_of_losses
+from mlmkit.shards import finish, plan_corpus, warn_of_losses
 from mlmkit.stored import StoredCorpus
 from mlmkit.tokenizer import Tokenizer
 from mlmkit.train.config import Config
@@ -79,16 +78,14 @@ def _begin(config: Config, texts: dict[str, Source], output: Path) -> Tokenizer:
 
 
 def _run_here(folders: list[Path], workers: int) -> None:
-    tasks = [(folder, index) for folder in folders for index in range(len(Plan.read(folder).splits))]
+    tasks = tasks_of(folders)
     with progress() as bar:
-        task = bar.add_task("parts of the text", total=len(tasks))
-        for _ in from_workers(partial(_make, tasks), min(workers, len(tasks))):
-            bar.advance(task)
+        shown = bar.add_task("parts of the text", total=len(tasks))
+        for _ in from_workers(partial(_make, folders[0].parent / TOKENIZER, tasks), min(workers, len(tasks))):
+            bar.advance(shown)
 
 
-def _make(tasks: list[tuple[Path, int]], *, index: int, every: int) -> Iterator[Any]:
-    """Make every `every`-th split's shards, in a process that uses one core."""
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    tokenizer = Tokenizer.from_folder(tasks[0][0].parent / TOKENIZER)
-    for folder, split in tasks[index::every]:
-        yield make_shards(folder, split, tokenizer) or split
+def _make(tokenizer: Path, tasks: list[tuple[Path, int]], *, index: int, every: int) -> Iterator[int]:
+    for number, task in enumerate(tasks[index::every]):
+        make_task(tokenizer, task)
+        yield number
