@@ -21,7 +21,7 @@ from inputs import TINY, checkpoint, documents
 from processes import isolated, memory_mib
 
 CORES, TERABYTE = 64, 10**12
-MAX_LENGTH, BATCH, BATCHES = 512, 8192, 200
+MAX_LENGTH, BATCH, BATCHES, RANKS = 512, 8192, 100, 64
 
 
 def measure(options: argparse.Namespace) -> Report:
@@ -42,7 +42,9 @@ def measure(options: argparse.Namespace) -> Report:
             starts[name] = isolated(resume, model, tokens, folder / f"run-{tokens.name}")
         largest = folder / f"{max(options.megabytes):g}"
         for name, chunk in (("neighbours together", 64), ("single windows", 1)):
-            cold[name] = isolated(read_cold, model, largest, chunk)
+            for world in (1, RANKS):
+                reader = f"one of {RANKS} ranks" if world > 1 else "one process"
+                cold[f"{name}, {reader}"] = isolated(read_cold, model, largest, chunk, world)
     seconds = tokenised[f"{max(options.megabytes):g} MB"]
     hours = {"parallel": seconds["per byte"] * TERABYTE / CORES / 3600}
     hours["serial"] = seconds["serial per byte"] * TERABYTE / 3600
@@ -131,8 +133,8 @@ def resume(model: Path, tokens: Path, run: Path) -> dict[str, Any]:
     return {"seconds": time.perf_counter() - began, "peak above the start, MiB": memory_mib() - before}
 
 
-def read_cold(model: Path, tokens: Path, chunk: int) -> dict[str, Any]:
-    """Batches of windows of at most `MAX_LENGTH` tokens, after the files have left the page cache."""
+def read_cold(model: Path, tokens: Path, chunk: int, world: int) -> dict[str, Any]:
+    """This rank's batches of windows of at most `MAX_LENGTH` tokens, after the files have left the page cache."""
     from mlmkit.stored import StoredCorpus
     from mlmkit.tokenizer import Tokenizer
     from mlmkit.train import order
@@ -141,7 +143,7 @@ def read_cold(model: Path, tokens: Path, chunk: int) -> dict[str, Any]:
     from mlmkit.train.order import Cursor
 
     order.LARGEST_CHUNK = chunk
-    run = RunConfig(steps=1 << 30, global_batch_tokens=BATCH, micro_batch_tokens=BATCH)
+    run = RunConfig(steps=1 << 30, global_batch_tokens=world * BATCH, micro_batch_tokens=BATCH)
     config = Config(data=DataConfig(train=(str(tokens),)), model=ModelConfig(max_length=MAX_LENGTH), train=run)
     corpus = StoredCorpus.open(tokens, tokens.name)
     data = TrainingData(config, [corpus], Tokenizer.from_folder(model), packed=True)
@@ -151,10 +153,16 @@ def read_cold(model: Path, tokens: Path, chunk: int) -> dict[str, Any]:
             os.fsync(file.fileno())
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     read, began, count = _bytes_read(), time.perf_counter(), 0
-    for _, batch in islice(data.batches(Cursor()), BATCHES):
+    for _, batch in islice(data.batches(Cursor(), world=world), BATCHES):
         count += sum(micro.tokens for micro in batch)
     seconds, pages = time.perf_counter() - began, (_bytes_read() - read) / 4096
-    return {"tokens": count, "tokens/s": count / seconds, "pages of 4 KiB per 1,000 tokens": 1000 * pages / count}
+    ids = 1000 * corpus.record["tokens"] * 2 / 4096 / corpus.tokens
+    return {
+        "tokens": count,
+        "tokens/s": count / seconds,
+        "pages of 4 KiB per 1,000 tokens": 1000 * pages / count,
+        "of which the ids need": ids,
+    }
 
 
 def _bytes_read() -> int:

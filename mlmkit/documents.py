@@ -15,6 +15,7 @@ import math
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from itertools import dropwhile, groupby, repeat, takewhile
 from typing import Any
 
@@ -23,6 +24,7 @@ from mlmkit.locations import Source, Split, file_errors, file_format, find_files
 from mlmkit.masking import document_key
 
 log = logging.getLogger(__name__)
+_warn_once = cache(log.warning)
 
 PIECE = 1 << 19  # characters of a piece at most; tokenising takes up to 190 bytes of memory for each
 ROWS = 1024  # of a parquet file or dataset, read at once
@@ -61,9 +63,9 @@ class BadRows:
         self.first = self.first or message
 
     def warn(self, name: str) -> None:
-        """Log how many of the text called `name` there were, if any."""
+        """Log, once per process, how many of the text called `name` there were, if any."""
         if self.count:
-            log.warning("%s: %d rows that cannot be read are left out, the first: %s", name, self.count, self.first)
+            _warn_once(f"{name}: {self.count} rows that cannot be read are left out, the first: {self.first}")
 
 
 def is_blank(text: str) -> bool:

@@ -150,7 +150,7 @@ def _readable(folder: str, files: Sequence[str]) -> list[str]:
             f"{', '.join(COMPRESSIONS)}): name text files with another suffix by a pattern, such as {folder}/*"
         )
     if others := [file for file in files if file not in known]:
-        _say_once(f"{folder}: {len(others)} files with another suffix are left out, the first: {others[0]}")
+        _say_once(f"{folder}: files with another suffix are left out ({len(others)}, the first: {others[0]})")
     return known
 
 
@@ -276,7 +276,7 @@ def open_file(file: str, *, seekable: bool = False) -> Iterator[io.BufferedReade
             if is_remote(file):
                 file_system, path = _file_system(file)
                 options = {"block_size": 0} if file.startswith(WEB) and not seekable else {}  # 0: from the beginning
-                stream = stack.enter_context(io.BufferedReader(file_system.open(path, "rb", **options), BUFFER))
+                stream: Any = stack.enter_context(io.BufferedReader(file_system.open(path, "rb", **options), BUFFER))
             else:
                 stream = stack.enter_context(existing_file(file).open("rb", BUFFER))
             if compression := file_format(file)[1]:

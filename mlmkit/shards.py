@@ -8,7 +8,6 @@ The shards depend on the files, the reading options and the tokenizer only: not 
 interrupted.
 """
 
-import logging
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -28,8 +27,6 @@ from mlmkit.files import atomic, hash_tree, read_record, record_sha256, remove, 
 from mlmkit.locations import PLAN, Source, Split, file_state, find_files, split_files
 from mlmkit.stored import DOCUMENT, TOKENS, StoredCorpus
 from mlmkit.tokenizer import Tokenizer
-
-log = logging.getLogger(__name__)
 
 FORMAT = 1
 SHARD = "shard.json"
@@ -171,8 +168,7 @@ def finish(folder: Path) -> StoredCorpus:
 
 def warn_of_losses(corpus: StoredCorpus) -> None:
     """Say how many rows were skipped."""
-    if skipped := corpus.record["bad_rows"]:
-        log.warning("%s: %d bad rows were skipped; the first: %s", corpus.name, skipped, corpus.record["first_bad_row"])
+    BadRows("skip", corpus.record["bad_rows"], corpus.record["first_bad_row"]).warn(corpus.name)
 
 
 # ---------------------------------------------------------------- one shard

@@ -14,6 +14,7 @@ from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import pyarrow as pa
@@ -30,8 +31,13 @@ from mlmkit.errors import UserError
 from mlmkit.locations import FORMATS, Source, Split, content_identity, find_files, is_tokens, split_files
 
 
-def read(location: Path | str, **options) -> list[str]:
-    return list(read_documents(Source(location, **options)))
+def text_at(location: Any, **options: Any) -> Source:
+    """A `Source`, which also takes a `Path` or a list, though its type says what it holds."""
+    return Source(location, **options)
+
+
+def read(location: Any, **options: Any) -> list[str]:
+    return list(read_documents(text_at(location, **options)))
 
 
 def write(path: Path, content: bytes) -> Path:
@@ -171,7 +177,7 @@ def test_the_splits_of_a_text_are_the_whole_text(tmp_path_factory, lines, size, 
     newline = "\r\n" if crlf else "\n"
     text = ("\ufeff" if mark else "") + newline.join(lines) + (newline if final else "")
     path = write(tmp_path_factory.getbasetemp() / "ranges.txt", text.encode())
-    source = Source(path, blank_line=blank_line)
+    source = text_at(path, blank_line=blank_line)
     expected = [line.removesuffix("\r") for line in text.removeprefix("\ufeff").split("\n")]
     expected[-1] = text.removeprefix("\ufeff").split("\n")[-1]
     if not expected[-1]:
@@ -228,14 +234,14 @@ def table_bytes(suffix: str, texts: list[str]) -> bytes:
 def test_every_format_is_read_plain_and_compressed(tmp_path, suffix, compression):
     content = table_bytes(suffix, TEXTS)
     path = write(tmp_path / f"a{suffix}{compression}", PACK[compression](content))
-    assert list(read_texts(Source(path))) == TEXTS
+    assert list(read_texts(text_at(path))) == TEXTS
     other = write(tmp_path / f"a.dat{compression}", path.read_bytes())
-    assert list(read_texts(Source(other, format=FORMATS[suffix]))) == TEXTS
+    assert list(read_texts(text_at(other, format=FORMATS[suffix]))) == TEXTS
 
 
 def test_an_arrow_file_is_read_as_a_stream_is(tmp_path):
     path = write(tmp_path / "a.arrow", arrow_bytes(pa.ipc.new_file, TEXTS))
-    assert list(read_texts(Source(path))) == TEXTS
+    assert list(read_texts(text_at(path))) == TEXTS
     for size in (10, len(path.read_bytes()) - 9):
         with pytest.raises(UserError, match=r"a\.arrow: cannot be read as Arrow"):
             read(write(tmp_path / "a.arrow", path.read_bytes()[:size]))
@@ -298,7 +304,7 @@ def test_a_folder_is_all_files_in_it_that_can_be_read(corpus_folder, caplog):
     assert read(f"{corpus_folder}/") == ["a1", "a2", "b", "c", "d"]
     left_out = [message for message in caplog.messages if message.startswith(f"{corpus_folder}: ")]
     assert left_out == [
-        f"{corpus_folder}: 2 files with another suffix are left out, the first: {corpus_folder}/README.md"
+        f"{corpus_folder}: files with another suffix are left out (2, the first: {corpus_folder}/README.md)"
     ]
     (corpus_folder / "plan.json").write_text("{}")
     with pytest.raises(UserError, match="corpus is a tokenised corpus, not text"):
@@ -315,13 +321,13 @@ def test_a_pattern_is_the_files_that_match(corpus_folder):
 
 
 def test_several_locations_are_read_in_their_order(corpus_folder):
-    source = Source([corpus_folder / "b.txt", str(corpus_folder / "sub")])
-    assert source == Source((str(corpus_folder / "b.txt"), str(corpus_folder / "sub"))) and hash(source)
+    source = text_at([corpus_folder / "b.txt", str(corpus_folder / "sub")])
+    assert source == text_at((str(corpus_folder / "b.txt"), str(corpus_folder / "sub"))) and hash(source)
     assert list(read_documents(source)) == ["b", "c", "d"]
     assert source.name == f"{corpus_folder}/b.txt and 1 more"
-    assert Source([corpus_folder]) == Source(str(corpus_folder))
+    assert text_at([corpus_folder]) == text_at(str(corpus_folder))
     with pytest.raises(UserError, match=r"b\.txt is in it twice"):
-        find_files(Source([corpus_folder / "b.txt", corpus_folder]))
+        find_files(text_at([corpus_folder / "b.txt", corpus_folder]))
 
 
 @pytest.mark.parametrize("options", [{"format": "yaml"}, {"on_bad_row": "ignore"}])
@@ -399,12 +405,12 @@ def test_the_splits_of_tables_are_the_whole_table(tmp_path):
         (tmp_path / "a.jsonl", 777, 20),
         (f"hub:{folder}", 4000, 3),
     ):
-        source = Source(location)
+        source = text_at(location)
         splits = split_files(source, size)
         assert len(splits) >= at_least
         assert [text for split in splits for text in pieces(source, split)] == texts
         assert split_files(source, 1 << 40) == [Split(str(location))]
-    assert split_files(Source(write(tmp_path / "a.txt.gz", gzip.compress(b"a\n" * 99))), 10) == [
+    assert split_files(text_at(write(tmp_path / "a.txt.gz", gzip.compress(b"a\n" * 99))), 10) == [
         Split(f"{tmp_path}/a.txt.gz")
     ]
 
@@ -412,7 +418,7 @@ def test_the_splits_of_tables_are_the_whole_table(tmp_path):
 @pytest.mark.parametrize("blank_line", [False, True])
 def test_an_error_in_a_split_names_the_line_of_the_file(tmp_path, blank_line):
     content = b"good line\n\n" * 50 + b"bad \xff\n\n" + b"good line\n\n" * 50
-    source = Source(write(tmp_path / "a.txt", content), blank_line=blank_line)
+    source = text_at(write(tmp_path / "a.txt", content), blank_line=blank_line)
     failed = 0
     for split in split_files(source, 40):
         try:
@@ -430,7 +436,7 @@ def test_an_error_in_a_split_names_the_line_of_the_file(tmp_path, blank_line):
 
 def test_a_long_line_comes_in_pieces(tmp_path):
     line = "é日😀a\r" * 600_000  # 3 M characters, 6.6 MB
-    source = Source(write(tmp_path / "a.txt", f"one\r\n{line}\r\nlast".encode()))
+    source = text_at(write(tmp_path / "a.txt", f"one\r\n{line}\r\nlast".encode()))
     read_in = list(read_pieces(source, Split(str(tmp_path / "a.txt")), BadRows()))
     assert len(read_in) > 6 and max(len(piece) for piece, _ in read_in) <= PIECE
     assert pieces(source, Split(str(tmp_path / "a.txt"))) == list(read_texts(source)) == ["one", line, "last"]

@@ -16,7 +16,7 @@ from conftest import paragraphs
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_train_resume import complete, kill_when, last_step
-from training import Ranks, log_lines, same_weights, small_architecture, write_config
+from training import Ranks, log_lines, same_weights, small_architecture, stored, write_config
 from transformers import AutoConfig
 
 from mlmkit.cli import main
@@ -228,10 +228,10 @@ def test_what_has_not_begun_may_change(tmp_path, texts):
 
 
 @pytest.fixture(scope="module")
-def parts(checkpoint):
+def parts(checkpoint, tmp_path_factory):
     _, tokenizer = load_pretrained(str(checkpoint("roberta")))
-    corpora = [replace(tokenize(paragraphs()[i::3], tokenizer), name=f"{i}.txt", fingerprint=str(i)) for i in range(3)]
-    return tokenizer, corpora
+    folder, tokenised = tmp_path_factory.mktemp("parts"), (tokenize(paragraphs()[i::3], tokenizer) for i in range(3))
+    return tokenizer, [stored(each, folder / str(i), f"{i}.txt", 1 + i) for i, each in enumerate(tokenised)]
 
 
 mixes = st.tuples(
@@ -263,9 +263,9 @@ def test_no_phase_shows_again_what_was_seen_while_there_is_more(parts, monkeypat
         ):
             windows = block.take(chosen)
             shown.update(
-                (rows.corpora[source].fingerprint, number, tuple(window))
+                (rows.corpora[source].fingerprint, number, window)
                 for source, number, window in zip(
-                    windows.source.tolist(), windows.pass_number.tolist(), windows.table.tolist(), strict=True
+                    windows.source.tolist(), windows.pass_number.tolist(), windows.spans.tolist(), strict=True
                 )
             )
         position = Position.from_json(json.loads(json.dumps(asdict(rows.position(cursor)))))
@@ -290,7 +290,7 @@ def test_other_windows_begin_a_new_pass(parts):
 
 def test_a_temperature_weights_the_texts_by_size(parts):
     _, corpora = parts
-    sizes = [len(corpus.ids) for corpus in corpora]
+    sizes = [corpus.tokens for corpus in corpora]
     data = DataConfig(train=("a.txt", "b.txt", "c.txt"), temperature=0.5)
     shares = [weight * size for weight, size in zip(passes_per_epoch(data, corpora), sizes, strict=True)]
     assert sum(shares) == pytest.approx(sum(sizes))

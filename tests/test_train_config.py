@@ -179,12 +179,11 @@ format = "text"
 
 
 def test_each_source_is_one_text(tmp_path):
-    skip = {"on_bad_row": "skip"}
     config = sources(tmp_path, MIX)
     assert config.data.sources == [
-        Source(("a.jsonl", "more.jsonl"), "body", **skip),
-        Source("b.csv", "content", **skip),
-        Source("c", "body", format="text", **skip),
+        Source(("a.jsonl", "more.jsonl"), "body", on_bad_row="skip"),
+        Source("b.csv", "content", on_bad_row="skip"),
+        Source("c", "body", format="text", on_bad_row="skip"),
     ]
     assert config.data.source_weights == (2.0, 1.0, 1.0)
     assert from_tables(json.loads(json.dumps(as_tables(config)))) == config

@@ -43,8 +43,9 @@ def _next_commands(run: Path, config: Config) -> list[list[str]]:
     source, model = next(iter(config.held_out_sources.values()), None), str(run / "model")
     reading = ["--text-field", config.data.text_field] if config.data.text_field != "text" else []
     reading += ["--blank-line"] if config.data.blank_line else []
-    is_file = source and not config.data.held_out_share and isinstance(source.location, str)
-    text = [str(source.location), *reading] if is_file else ["TEXT"]
+    text = ["TEXT"]
+    if source and not config.data.held_out_share and isinstance(source.location, str):
+        text = [source.location, *reading]
     beside = str(run.resolve() if run.name in ("", "..") else run)
     return [
         ["mlmkit", "eval", model, "--set", *text, "--output", f"{beside}-eval"],
