@@ -11,7 +11,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from functools import cache, partial
 from hashlib import blake2b
 from itertools import islice
@@ -67,8 +67,8 @@ def make_task(tokenizer: Path, task: tuple[Path, int]) -> None:
 def run_with_ray(function: Callable[[Any], Any], arguments: Iterable[Any], workers: int | None = None) -> Iterator[Any]:
     """Call a function with each argument on a Ray cluster, and yield the results as they come, in any order.
 
-    Uses the cluster at `RAY_ADDRESS`, or the one that this machine belongs to, or starts Ray on this machine. A call
-    has one core. It is repeated up to three times if its process dies. Raises a `UserError` of the function, and
+    Uses the cluster at `RAY_ADDRESS`, or that of `ray start` on this machine, or starts Ray on this machine. A call has
+    one core. It is repeated up to three times if its process dies. Raises a `UserError` of the function, and
     `UserError` if Ray gives up.
     """
     require("cluster", "ray")
@@ -76,8 +76,10 @@ def run_with_ray(function: Callable[[Any], Any], arguments: Iterable[Any], worke
     import ray
     from ray.exceptions import RayError, RayTaskError
 
+    options = {"include_dashboard": False, "log_to_driver": False, "logging_level": logging.ERROR}
     try:
-        with nullcontext() if ray.is_initialized() else _connect_to_ray():
+        with nullcontext() if ray.is_initialized() else ray.init(**options):
+            log.info("Ray has %d machines and %d cores", len(ray.nodes()), ray.cluster_resources()["CPU"])
             call = ray.remote(num_cpus=1, max_retries=3)(lambda argument: function(argument))
             waiting = iter(arguments)
             running = [call.remote(argument) for argument in islice(waiting, workers)]
@@ -89,19 +91,6 @@ def run_with_ray(function: Callable[[Any], Any], arguments: Iterable[Any], worke
         raise (error.cause if isinstance(error.cause, UserError) else error) from None
     except (RayError, ConnectionError) as error:
         raise UserError(f"Ray: {first_line(error)}: run the same command again to resume") from None
-
-
-def _connect_to_ray() -> AbstractContextManager:
-    import ray
-
-    options = {"log_to_driver": False, "logging_level": logging.ERROR}
-    try:
-        return ray.init("auto", **options)
-    except ConnectionError:
-        if "RAY_ADDRESS" in os.environ:
-            raise
-    log.info("this machine belongs to no Ray cluster: starting Ray on this machine only")
-    return ray.init("local", include_dashboard=False, **options)
 
 
 def _submit(folders: Sequence[Path], tokenizer: Path, missing: Sequence[int], tasks: int, workers: int | None) -> str:
