@@ -271,12 +271,10 @@ class Tokenizer:
         document = np.repeat(np.arange(len(tokens.lengths)), tokens.lengths)
         lengths = np.bincount(document, weights=counts, minlength=len(tokens.lengths)).astype(np.int64)
         begins = tokens.word_begins
-        return Tokens(
-            np.array([id for ids in replaced for id in ids], dtype=np.int64),
-            None if begins is None else _changes(np.repeat(np.cumsum(begins), counts), lengths),
-            lengths,
-            tokens.unknown,
-        )
+        if begins is not None:
+            begins = _changes(np.repeat(np.cumsum(begins), counts), lengths)
+            begins[:1] = tokens.word_begins[:1]  # a part of a long text may begin inside a word
+        return Tokens(np.array([id for ids in replaced for id in ids], np.int64), begins, lengths, tokens.unknown)
 
     def _unknown_characters(self, text: str, ids: NDArray[np.int64], spans: NDArray[np.int64]) -> int:
         """Count the characters covered by unknown tokens, without white space at the edges of a token's span.

@@ -159,6 +159,11 @@ def test_a_long_text_is_tokenised_in_parts(kind, tokenizer, monkeypatch):
     assert max(sizes) <= 2 * WINDOW or kind == "greek"
 
 
+def test_a_part_may_begin_inside_a_word(tokenizer):
+    text = "The.statement<s>,executed;" * 100
+    assert in_pieces(tokenizer, text, 1000) == whole(tokenizer, text)
+
+
 def test_a_text_without_a_place_to_cut_grows_and_says_so(tokenizer, monkeypatch, caplog):
     monkeypatch.setattr("mlmkit.long_texts.LONG_WINDOW", 8 * WINDOW)
     monkeypatch.setattr("mlmkit.tokenizer.LONGEST_TEXT", 2 * WINDOW)
