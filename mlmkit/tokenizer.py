@@ -212,7 +212,8 @@ class Tokenizer:
         """Tokenise one text of any length, given in consecutive pieces cut anywhere, in bounded memory.
 
         Each `Tokens` has a part of the text as its one document; together they are those of `encode([text])`, for some
-        tokenizers exactly and for the others in all likelihood: see `long_texts.py`. Raises `UserError` as `encode`.
+        tokenizers exactly and for the others in all likelihood: see `long_texts.py`. Where a tokenizer drops characters,
+        their count may differ by those at a border. Raises `UserError` as `encode`.
         """
         texts, rest = regroup(pieces, self._window), ""
         if self._chunks:
@@ -272,8 +273,9 @@ class Tokenizer:
         lengths = np.bincount(document, weights=counts, minlength=len(tokens.lengths)).astype(np.int64)
         begins = tokens.word_begins
         if begins is not None:
-            begins = _changes(np.repeat(np.cumsum(begins), counts), lengths)
-            begins[:1] = tokens.word_begins[:1]  # a part of a long text may begin inside a word
+            spelled = _changes(np.repeat(np.cumsum(begins), counts), lengths)
+            spelled[:1] = begins[:1]  # a part of a long text may begin inside a word
+            begins = spelled
         return Tokens(np.array([id for ids in replaced for id in ids], np.int64), begins, lengths, tokens.unknown)
 
     def _unknown_characters(self, text: str, ids: NDArray[np.int64], spans: NDArray[np.int64]) -> int:
