@@ -1,13 +1,14 @@
 """Tokenise a text of any length in bounded memory, in windows that overlap.
 
-Each window is encoded with the text around it. Two neighbours are joined where they agree: in the middle of their
-overlap of 3,072 characters, both give the same tokens for at least 1,000 characters on either side of the border, and
-the border lies beside white space or punctuation. Where they do not agree, the first window grows, if need be to the
-whole text.
+Two neighbouring windows are joined in the middle of their overlap of 3,072 characters, beside white space or
+punctuation, where both give the same tokens, spans and words for at least 1,000 characters on either side. Where they
+do not, the first window doubles, if need be up to the whole text.
 
-Long-range effects that no such stretch shows would go unnoticed. None of the usual tokenizers has them: their models
-look no further than a pre-token or a few tokens, and normalizers no further than a run of white space or of combining
-characters. For the tokenizers of `chunks.cuts_before_spaces` no agreement is needed.
+No character is lost or counted twice, and a text without such a border is encoded whole. That the tokens are those of
+the whole text is checked by the agreement, not proved: an effect that reaches further than 1,000 characters and shows
+nowhere between would go unnoticed. The usual normalizers, pre-tokenizers and models look no further than a word, a run
+of white space or a few tokens. The tokenizers that `chunks.cuts_before_spaces` accepts are exact by construction; they
+come here only with a text that has no space for 2^19 characters.
 """
 
 import logging

@@ -212,7 +212,8 @@ class Tokenizer:
         """Tokenise one text of any length, given in consecutive pieces cut anywhere, in bounded memory.
 
         Each `Tokens` has a part of the text as its one document; together they are those of `encode([text])`, for some
-        tokenizers exactly and for the others in all likelihood: see `long_texts.py`. Raises `UserError` as `encode`.
+        tokenizers exactly and for the others in all likelihood: see `long_texts.py`. Where a tokenizer drops characters,
+        their count may differ by those at a border. Raises `UserError` as `encode`.
         """
         texts, rest = regroup(pieces, self._window), ""
         if self._chunks:
@@ -271,12 +272,11 @@ class Tokenizer:
         document = np.repeat(np.arange(len(tokens.lengths)), tokens.lengths)
         lengths = np.bincount(document, weights=counts, minlength=len(tokens.lengths)).astype(np.int64)
         begins = tokens.word_begins
-        return Tokens(
-            np.array([id for ids in replaced for id in ids], dtype=np.int64),
-            None if begins is None else _changes(np.repeat(np.cumsum(begins), counts), lengths),
-            lengths,
-            tokens.unknown,
-        )
+        if begins is not None:
+            spelled = _changes(np.repeat(np.cumsum(begins), counts), lengths)
+            spelled[:1] = begins[:1]  # a part of a long text may begin inside a word
+            begins = spelled
+        return Tokens(np.array([id for ids in replaced for id in ids], np.int64), begins, lengths, tokens.unknown)
 
     def _unknown_characters(self, text: str, ids: NDArray[np.int64], spans: NDArray[np.int64]) -> int:
         """Count the characters covered by unknown tokens, without white space at the edges of a token's span.
