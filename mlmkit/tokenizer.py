@@ -212,8 +212,8 @@ class Tokenizer:
         """Tokenise one text of any length, given in consecutive pieces cut anywhere, in bounded memory.
 
         Each `Tokens` has a part of the text as its one document; together they are those of `encode([text])`, for some
-        tokenizers exactly and for the others in all likelihood: see `long_texts.py`. Where a tokenizer drops characters,
-        their count may differ by those at a border. Raises `UserError` as `encode`.
+        tokenizers exactly and for the others in all likelihood: see `long_texts.py`. Where a tokenizer drops
+        characters, their count may differ by those at a border. Raises `UserError` as `encode` does.
         """
         texts, rest = regroup(pieces, self._window), ""
         if self._chunks:
