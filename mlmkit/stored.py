@@ -48,7 +48,7 @@ class Column:
             with path.open("rb") as file:
                 version = npy.read_magic(file)
                 self.shape, is_fortran, self.dtype = npy.read_array_header_1_0(file)
-                self.begin = file.tell()
+                self.begin, self._row_bytes = file.tell(), self.dtype.itemsize * int(np.prod(self.shape[1:]))
                 if version != (1, 0) or is_fortran or self.dtype.hasobject:
                     raise ValueError("not an array of this format")
         except (OSError, ValueError) as error:
@@ -72,22 +72,13 @@ class Column:
     def read(self, begin: int, end: int, into: NDArray | None = None) -> NDArray:
         """Copy entries `begin` to `end`, to an array of their shape and type if it is given."""
         array = np.empty((end - begin, *self.shape[1:]), self.dtype) if into is None else into
-        buffer, position = array.data.cast("B") if array.size else b"", self._offset(begin)
+        buffer, position = array.data.cast("B") if array.size else b"", self.begin + begin * self._row_bytes
         while len(buffer):  # a read returns at most 2 GiB
             count = os.preadv(self._descriptor, [buffer], position)
             if not count:
                 raise DamagedError(f"{self.path} ends too early")
             buffer, position = buffer[count:], position + count
         return array
-
-    def prefetch(self, begin: int, end: int) -> None:
-        """Let the system read the entries ahead."""
-        if hasattr(os, "posix_fadvise"):  # not on macOS
-            offset = self._offset(begin)
-            os.posix_fadvise(self._descriptor, offset, self._offset(end) - offset, os.POSIX_FADV_WILLNEED)
-
-    def _offset(self, entry: int) -> int:
-        return self.begin + entry * self.dtype.itemsize * int(np.prod(self.shape[1:]))
 
 
 def _allow_open_files() -> None:

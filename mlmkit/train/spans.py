@@ -50,7 +50,7 @@ class CorpusWindows:
         return {"corpus": self.corpus, "capacity": self.capacity}
 
     def locate(self, numbers: NDArray[np.int64]) -> NDArray:
-        """The spans of windows, `[windows]` of dtype `SPAN`, in the order of the numbers; the system reads them ahead.
+        """The spans of windows, `[windows]` of dtype `SPAN`, in the order of the numbers.
 
         Numbers close to each other are found with one read.
         """
@@ -80,9 +80,6 @@ class CorpusWindows:
         columns = (begin + here, start, length, keys[here], shards[here], tokens[here] + start)
         for name, column in zip(SPAN.names or (), columns, strict=True):
             spans[name] = column
-        for index in np.unique(spans["shard"]).tolist():
-            own = spans[spans["shard"] == index]
-            self.corpus.shards[index].ids.prefetch(int(own["token"][0]), int((own["token"] + own["length"])[-1]))
         return spans
 
     def ids(self, spans: NDArray) -> NDArray[np.integer]:
