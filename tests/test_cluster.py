@@ -3,7 +3,6 @@
 Without a Slurm cluster, tests/sbatch.py takes the place of `sbatch`: it runs the elements of the real job here.
 """
 
-import importlib
 import os
 import shutil
 import signal
@@ -14,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -182,7 +182,6 @@ def test_without_sbatch(planned, text, monkeypatch):
 
 def test_without_ray(planned, text, monkeypatch):
     folder = planned("cluster", text)
-    find_spec = importlib.util.find_spec
     monkeypatch.setattr("mlmkit.errors.find_spec", lambda name: None if name == "ray" else find_spec(name))
     with pytest.raises(UserError, match=r"mlmkit\[cluster\]"):
         run_on_cluster([folder / "train-1"], folder / "tokenizer", "ray")
