@@ -82,13 +82,13 @@ def write_text(path: Path, megabytes: float, times: int) -> Path:
 
 def tokenise(source: Path, text: Path, _output: Path) -> dict[str, Any]:
     """Tokenise the text into the cache, or read it from there."""
-    from mlmkit.corpus import load_corpus
+    from mlmkit.token_cache import load_corpus
     from mlmkit.tokenizer import Tokenizer
 
     tokenizer = Tokenizer.from_folder(source)
     before, began = memory_mib(), time.perf_counter()
     corpus = load_corpus(Source(str(text)), tokenizer)
-    return _figures(before, began, len(corpus), len(corpus.ids))
+    return _figures(before, began, len(corpus), corpus.tokens)
 
 
 def evaluate(target: Path, text: Path, output: Path) -> dict[str, Any]:

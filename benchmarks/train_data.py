@@ -43,8 +43,8 @@ def training_data(
     tokenizer_path: Path, text: Path, budget: int, max_length: int = 512, micro_batches: int = 1
 ) -> tuple[Any, int]:
     """`TrainingData` as `mlmkit train` opens it, and the number of documents."""
-    from mlmkit.corpus import load_corpus
     from mlmkit.locations import Source
+    from mlmkit.token_cache import load_corpus
     from mlmkit.tokenizer import Tokenizer
     from mlmkit.train.config import Config, DataConfig, ModelConfig, RunConfig
     from mlmkit.train.data import TrainingData

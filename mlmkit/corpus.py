@@ -192,17 +192,19 @@ def _encode_batch(
 ) -> Stretch:
     filled = texts if keep_blank else [text for text in texts if not is_blank(text)]
     counts = {"texts": len(texts), "blank": len(texts) - len(filled)}
+    keyed = {text: document_key(text) for text in filled}
     if keys != EVERY_KEY:
-        filled = [text for text in filled if is_selected(document_key(text), keys)]
+        filled = [text for text in filled if is_selected(keyed[text], keys)]
     tokens = tokenizer.encode(filled, words=words)
     sizes = [
-        [len(text.split()), len(text), len(text.encode()), unknown]
+        # An ASCII text has as many bytes as characters.
+        [len(text.split()), len(text), len(text) if text.isascii() else len(text.encode()), unknown]
         for text, unknown in zip(filled, tokens.unknown.tolist(), strict=True)
     ]
     return replace(
         _stretch(tokens, tokenizer),
         lengths=tokens.lengths,
-        keys=np.array([document_key(text) for text in filled], "<u8"),
+        keys=np.array([keyed[text] for text in filled], "<u8"),
         text_sizes=np.array(sizes, np.int64).reshape(-1, len(TEXT_SIZES)),
         **counts,
     )
@@ -236,7 +238,7 @@ def _encode_long(
         size[0, 3] += int(tokens.unknown.sum())
         yield _stretch(tokens, tokenizer)
     key = int.from_bytes(hashed.digest(), "little")
-    end = _stretch(Tokens(*(np.empty(0, np.int64),) * 4), tokenizer)
+    end = _stretch(Tokens(np.empty(0, np.int64), None, *(np.empty(0, np.int64),) * 2), tokenizer)
     is_empty = not keep_blank and not size[0, 0]
     if is_empty or not is_selected(key, keys):
         yield replace(end, texts=1, blank=int(is_empty), is_dropped=True)

@@ -56,7 +56,9 @@ class Plan:
     def read(cls, folder: Path) -> "Plan":
         """Read a folder's plan. Raises `DamagedError`."""
         values = read_record(folder / PLAN, f"delete {folder} and tokenise again")
-        source = {name: tuple(value) if isinstance(value, list) else value for name, value in values["source"].items()}
+        source: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value for name, value in values["source"].items()
+        }
         splits = tuple(Split(*split) for split in values["splits"])
         return cls(Source(**source), values["tokenizer"], values["words"], values["files"], splits)
 
@@ -179,7 +181,7 @@ def _write_shard(
 ) -> tuple[dict[str, Any], bool]:
     """Write stretches until the shard is full. Returns its counts, and whether these were the last stretches."""
     is_special, unknown = tokenizer.masking.is_special, tokenizer.unk_id
-    counts = dict.fromkeys((*COUNTS, "texts"), 0)
+    counts: dict[str, Any] = dict.fromkeys((*COUNTS, "texts"), 0)
     largest, is_last, open_tokens = 0, True, 0  # tokens of a document that has not ended
     with ExitStack() as stack:
         dtype = "<u2" if tokenizer.vocabulary_size <= 1 << 16 else "<u4"

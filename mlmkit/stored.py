@@ -72,7 +72,7 @@ class Column:
     def read(self, begin: int, end: int, into: NDArray | None = None) -> NDArray:
         """Copy entries `begin` to `end`, to an array of their shape and type if it is given."""
         array = np.empty((end - begin, *self.shape[1:]), self.dtype) if into is None else into
-        buffer, position = memoryview(array).cast("B") if array.size else b"", self._offset(begin)
+        buffer, position = array.data.cast("B") if array.size else b"", self._offset(begin)
         while len(buffer):  # a read returns at most 2 GiB
             count = os.preadv(self._descriptor, [buffer], position)
             if not count:

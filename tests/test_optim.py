@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimi
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.multiprocessing.spawn import spawn
-from training import log_lines, write_config
+from training import log_lines, stored, write_config
 from transformers import AutoModelForMaskedLM
 
 from mlmkit.corpus import tokenize
@@ -346,10 +346,11 @@ def test_a_new_model_begins_at_the_frequencies_of_its_text(text_file, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["bert", "roberta", "modernbert"])
-def test_the_output_bias_is_that_of_the_weighted_texts(checkpoint, kind):
+def test_the_output_bias_is_that_of_the_weighted_texts(checkpoint, tmp_path, kind):
     model, tokenizer = load_pretrained(str(checkpoint(kind)))
     texts = [tokenize([text], tokenizer) for text in ("a a a b", "b c")]
-    fit_output_bias(model, texts, [2.0, 0.5])
+    on_disk = [stored(text, tmp_path / str(number)) for number, text in enumerate(texts)]
+    fit_output_bias(model, on_disk, [2.0, 0.5])
     counts = np.ones(model.vocabulary_size)
     for text, weight in zip(texts, (2.0, 0.5), strict=True):
         for token in text.ids:
@@ -358,7 +359,7 @@ def test_the_output_bias_is_that_of_the_weighted_texts(checkpoint, kind):
     np.testing.assert_allclose(decoder.bias.detach().numpy(), np.log(counts / counts.sum()), rtol=1e-6)
     inputs = probe_inputs(model, [5])
     before = model.logits(**inputs)
-    fit_output_bias(model, [texts[1]], [1.0])
+    fit_output_bias(model, [on_disk[1]], [1.0])
     assert not torch.equal(before, model.logits(**inputs))  # the forward uses this bias
 
 

@@ -348,7 +348,7 @@ def test_a_long_word_loses_no_character(kind):
     trained = train_tokenizer(lambda: proteins, TokenizerConfig(kind=kind, vocab_size=300), max_length=64)
     tokens = Tokenizer.from_transformers(trained).encode(proteins)
     assert tokens.unknown.tolist() == [0, 0, 0]
-    begins = np.split(tokens.word_begins, np.cumsum(tokens.lengths)[:-1])
+    begins = np.split(np.array(tokens.word_begins), np.cumsum(tokens.lengths)[:-1])
     assert [each.sum() for each in begins] == ([1, 3, 28] if kind == "wordpiece" else [1, 1, 1])
     spelled = [str(trained.decode(trained(text, add_special_tokens=False).input_ids)) for text in proteins]
     assert [text.replace(" ", "") for text in spelled] == proteins

@@ -66,8 +66,8 @@ class CorpusWindows:
         """The spans of ascending numbers, which lie in the groups `first` to `last`."""
         begin, end = first * GROUP, min((last + 1) * GROUP, len(self.corpus))
         parts = []
-        for index, shard, *stretch in self.corpus.stretches(begin, end):
-            bounds, keys = shard.bounds(*stretch), shard.documents.read(*stretch)["key"]
+        for index, shard, one, other in self.corpus.stretches(begin, end):
+            bounds, keys = shard.bounds(one, other), shard.documents.read(one, other)["key"]
             parts.append((np.diff(bounds), keys, np.full(len(keys), index), bounds[:-1]))
         lengths, keys, shards, tokens = map(np.concatenate, zip(*parts, strict=True))
         pieces = -(-lengths // self.capacity)
