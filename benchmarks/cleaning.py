@@ -97,7 +97,7 @@ def check(mixed: Path, cleaned: Path) -> dict[str, object]:
     texts = defaultdict(list)
     for row in rows:
         texts[row["text"].strip()].append((row["source"], row["kind"]))
-    kept = [texts[text][0] for text in read_documents(Source(cleaned))]
+    kept = [texts[text][0] for text in read_documents(Source(str(cleaned)))]
     versions = Counter(source for source, _ in kept)
     english = {row["source"] for row in rows if row["source"].startswith(("wiki", "novels"))}
     sources = lambda pairs: dict(Counter(source.split("-")[0] for source, _ in pairs))  # noqa: E731

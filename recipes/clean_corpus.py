@@ -22,6 +22,7 @@ from functools import partial
 from pathlib import Path
 from time import perf_counter
 
+import ray
 from datatrove.data import Document
 from datatrove.pipeline.dedup import (
     MinhashDedupBuckets,
@@ -93,7 +94,7 @@ def read(source: Source, parts: list[Split], _: None, rank: int, tasks: int) -> 
 
 
 def read_again(folder: Path, _: None, rank: int, tasks: int) -> Iterator[Document]:
-    for number, text in enumerate(read_texts(Source(folder / f"{rank:05d}.jsonl.gz"))):
+    for number, text in enumerate(read_texts(Source(str(folder / f"{rank:05d}.jsonl.gz")))):
         yield Document(text=text, id=f"{rank}/{number}")
 
 
@@ -172,6 +173,7 @@ def main() -> None:
         "cluster": (partial(cluster_steps, output), 1),
         "deduplicate": (partial(deduplicate_steps, output), len(parts)),
     }
+    ray.init(include_dashboard=False, log_to_driver=False)  # once for all stages
     rows = []
     for stage, (steps, tasks) in stages.items():
         records = output / "records" / stage

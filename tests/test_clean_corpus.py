@@ -36,7 +36,7 @@ def test_one_version_of_each_good_document_is_kept(tmp_path):
         rows = (json.dumps({"text": text}) + "\n" for text in documents)
         (tmp_path / f"{name}.jsonl").write_text("".join(rows))
     table = clean(tmp_path)
-    kept = list(read_documents(Source(tmp_path / "cleaned" / "texts")))
+    kept = list(read_documents(Source(str(tmp_path / "cleaned" / "texts"))))
     assert f"{3 * len(originals) + 2:,}" in table
     assert len(originals) * 0.5 < len(kept) <= len(originals)
     versions = dict(zip(edited, originals, strict=True))

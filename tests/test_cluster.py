@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -181,8 +182,6 @@ def test_without_sbatch(planned, text, monkeypatch):
 
 def test_without_ray(planned, text, monkeypatch):
     folder = planned("cluster", text)
-    from importlib.util import find_spec
-
     monkeypatch.setattr("mlmkit.errors.find_spec", lambda name: None if name == "ray" else find_spec(name))
     with pytest.raises(UserError, match=r"mlmkit\[cluster\]"):
         run_on_cluster([folder / "train-1"], folder / "tokenizer", "ray")
