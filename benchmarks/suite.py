@@ -32,6 +32,7 @@ SCRIPTS = {
     "serve_load": "Serving under load, against transformers.pipeline",
     "startup": "Start-up",
     "growth": "Growth with the corpus",
+    "corpora": "Text at any size",
     "train_data": "Packing and reading training data",
     "masking": "Masking",
     "loss_memory": "Memory of the loss",

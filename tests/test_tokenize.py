@@ -152,7 +152,7 @@ def test_what_does_not_fit_is_refused_in_one_line(capsys, configuration, tmp_pat
     line = refusal(capsys, *configuration, "--set", "tokenizer.lowercase=true", "--output", tokens)
     assert "tokenizer.lowercase has no effect" in line
     line = refusal(capsys, *configuration, "--set", "data.blank_line=true", "--output", tokens)
-    assert f"{tokens} was begun with another texts" in line
+    assert f"{tokens} was begun with other texts" in line
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.tex").write_text("mine")
     assert "holds something else than tokens" in refusal(capsys, *configuration, "--output", tmp_path / "other")

@@ -66,14 +66,17 @@ def _begin(config: Config, texts: dict[str, Source], output: Path) -> Tokenizer:
     settings = {"tokenizer": asdict(config.tokenizer), "init_from": config.model.init_from, "texts": sources}
     settings = json.loads(json.dumps(settings))
     if not (output / RECORD).exists():
+        if output.exists() and not output.is_dir():
+            raise UserError(f"{output} is not a folder: choose another --output")
         if output.exists() and content(output):
             raise UserError(f"{output} holds something else than tokens: choose another --output")
         with atomic(output, folder=True) as building:
             prepare_tokenizer(config, building / TOKENIZER)
             write_record(building / RECORD, settings)
     elif (before := read_record(output / RECORD, f"delete {output}")) != settings:
-        difference = next(name for name in settings if before.get(name) != settings[name])
-        raise UserError(f"{output} was begun with another {difference}: choose another --output, or delete that folder")
+        names = {"texts": "other texts", "tokenizer": "another tokenizer", "init_from": "another model.init_from"}
+        difference = next(names[name] for name in names if before.get(name) != settings[name])
+        raise UserError(f"{output} was begun with {difference}: choose another --output, or delete that folder")
     return Tokenizer.from_folder(output / TOKENIZER)
 
 
