@@ -79,7 +79,7 @@ def run_with_ray(function: Callable[[Any], Any], arguments: Iterable[Any], worke
     options = {"include_dashboard": False, "log_to_driver": False, "logging_level": logging.ERROR}
     try:
         with nullcontext() if ray.is_initialized() else ray.init(**options):
-            log.info("Ray has %d machines and %d cores", len(ray.nodes()), ray.cluster_resources()["CPU"])
+            log.info("machines of the Ray cluster: %d, cores: %d", len(ray.nodes()), ray.cluster_resources()["CPU"])
             call = ray.remote(num_cpus=1, max_retries=3)(lambda argument: function(argument))
             waiting = iter(arguments)
             running = [call.remote(argument) for argument in islice(waiting, workers)]
