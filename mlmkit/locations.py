@@ -149,7 +149,7 @@ def _readable(folder: str, files: Sequence[str]) -> list[str]:
             f"{folder} is a folder without a file to read ({', '.join(FORMATS)}, or one of these with "
             f"{', '.join(COMPRESSIONS)}): name text files with another suffix by a pattern, such as {folder}/*"
         )
-    if others := [file for file in files if file not in known]:
+    if others := sorted({*files} - {*known}):
         _say_once(f"{folder}: files with another suffix are left out ({len(others)}, the first: {others[0]})")
     return known
 
