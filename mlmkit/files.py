@@ -12,7 +12,8 @@ import os
 import secrets
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
@@ -34,6 +35,7 @@ LOCK = ".mlmkit-lock"
 RUN = "run.json"  # marks the folder of a training run, from its start
 GRACE_SECONDS = 60.0  # a younger file may not yet be locked by the process that made it
 CHECKSUM = "checksum"
+HASHED_AT_ONCE = 8  # files; hashing releases the interpreter's lock
 LARGEST_RECORD = 64 << 20  # bytes; a result.json with many slices has 0.2 MB
 
 _say_once = cache(log.info)
@@ -323,44 +325,53 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def recorded_sha256(path: Path) -> str:
-    """Return the SHA-256 of a file's bytes, which is remembered in the cache.
+def recorded_sha256(paths: Sequence[Path]) -> list[str]:
+    """Return the SHA-256 of each file's bytes, which are remembered in the cache.
 
     A file of the same path, size and time of modification is not hashed again, except within `verifying`.
     """
-    began, state = time.time_ns(), path.stat()
-    if not _hashed_again:
-        size, modified, sha256 = _read_hashes(path).get(path.name, (None, None, ""))
-        if (size, modified) == (state.st_size, state.st_mtime_ns):
-            return sha256
-    sha256 = file_sha256(path)
-    record_sha256(path, sha256, began)
-    return sha256
+    known = {folder: _read_hashes(folder) for folder in {path.parent for path in paths}}
+    states = [path.stat() for path in paths]
+    hashes: dict[Path, str] = {}
+    for path, state in zip(paths, states, strict=True):
+        size, modified, sha256 = known[path.parent].get(path.name, (None, None, ""))
+        if (size, modified) == (state.st_size, state.st_mtime_ns) and not _hashed_again:
+            hashes[path] = sha256
+    if new := [path for path in paths if path not in hashes]:
+        began = time.time_ns()
+        with ThreadPoolExecutor(HASHED_AT_ONCE) as pool:
+            found = dict(zip(new, pool.map(file_sha256, new), strict=True))
+        hashes |= found
+        record_sha256(found, began)
+    return [hashes[path] for path in paths]
 
 
-def record_sha256(path: Path, sha256: str, at: int | None = None) -> None:
-    """Remember the SHA-256 of a file that was hashed `at` this time, in nanoseconds; now by default.
+def record_sha256(hashes: Mapping[Path, str], at: int | None = None) -> None:
+    """Remember the SHA-256 of files that were hashed `at` this time, in nanoseconds, or later; now by default.
 
     A file that was modified less than two seconds before is not remembered: a later change might not show in its time.
     """
-    state = path.stat()
-    if state.st_mtime_ns < (at or time.time_ns()) - 2 * 10**9:
+    latest = (at or time.time_ns()) - 2 * 10**9
+    by_folder: dict[Path, dict[str, Any]] = {}
+    for path, sha256 in hashes.items():
+        if (state := path.stat()).st_mtime_ns < latest:
+            by_folder.setdefault(path.parent, {})[path.name] = (state.st_size, state.st_mtime_ns, sha256)
+    for folder, new in by_folder.items():
         with suppress(OSError, UserError):  # a cache that cannot be written costs time only
-            hashes = {**_read_hashes(path), path.name: (state.st_size, state.st_mtime_ns, sha256)}
-            record = _hashes_path(path)
+            record = _hashes_path(folder)
             record.parent.mkdir(parents=True, exist_ok=True)
-            write_record(record, hashes)
+            write_record(record, _read_hashes(folder) | new)
 
 
-def _hashes_path(path: Path) -> Path:
-    """The record of the hashes of all files in the same folder."""
-    name = hashlib.sha256(os.fsencode(path.resolve().parent)).hexdigest()[:32]
+def _hashes_path(folder: Path) -> Path:
+    """The record of the hashes of the files in a folder."""
+    name = hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:32]
     return cache_root() / "hashes" / name[:2] / f"{name}.json"
 
 
-def _read_hashes(path: Path) -> dict[str, Any]:
+def _read_hashes(folder: Path) -> dict[str, Any]:
     try:
-        return read_record(_hashes_path(path), "")
+        return read_record(_hashes_path(folder), "")
     except (DamagedError, OSError):
         return {}
 

@@ -199,17 +199,17 @@ def _suffixes(file: str) -> tuple[str, str]:
     return (inner, outer) if outer in COMPRESSIONS else (outer, "")
 
 
-def content_identity(file: str) -> str:
-    """Return what changes with the content of a file: its SHA-256, or its `file_state`, if it is not local.
+def content_identities(files: Sequence[str]) -> list[str]:
+    """Return what changes with the content of each file: its SHA-256, or its `file_state`, if it is not local.
 
     Raises `UserError` for a file that cannot be read, or is a pipe, which can be read once only.
     """
-    if file.startswith(HUB) or is_remote(file):
-        return " ".join(map(str, file_state(file)))
-    path = existing_file(file)
-    if not path.is_file():
-        raise UserError(f"{file} is a pipe, which can be read once only: save its content to a file")
-    return recorded_sha256(path)
+    local = [file for file in files if not (file.startswith(HUB) or is_remote(file))]
+    for file in local:
+        if not existing_file(file).is_file():
+            raise UserError(f"{file} is a pipe, which can be read once only: save its content to a file")
+    hashes = dict(zip(local, recorded_sha256([Path(file) for file in local]), strict=True))
+    return [hashes.get(file) or " ".join(map(str, file_state(file))) for file in files]
 
 
 def file_state(file: str) -> list[Any]:

@@ -8,11 +8,11 @@ The shards depend on the files, the reading options and the tokenizer only: not 
 interrupted.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from hashlib import blake2b
-from itertools import count
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from mlmkit.documents import BadRows, read_pieces, why_empty
 from mlmkit.errors import UserError
 from mlmkit.files import atomic, hash_tree, read_record, record_sha256, remove, sweep, write_record
 from mlmkit.locations import PLAN, Source, Split, file_state, find_files, split_files
-from mlmkit.stored import DOCUMENT, TOKENS, StoredCorpus
+from mlmkit.stored import DOCUMENT, TOKENS, StoredCorpus, file_hashes
 from mlmkit.tokenizer import Tokenizer
 
 FORMAT = 1
@@ -43,14 +43,15 @@ COUNTS = ("documents", "tokens", "unknown_tokens", "special_tokens", "words_begu
 class Plan:
     """What is tokenised, and how: the content of `plan.json`.
 
-    `files` has the size and time of modification of each file. With `words`, the shards say where words begin.
+    `files` has the size and time of modification of each file. `splits` are in groups, each tokenised by itself: small
+    files share one. With `words`, the shards say where words begin.
     """
 
     source: Source
     tokenizer: str  # its fingerprint
     words: bool
     files: dict[str, list[Any]]
-    splits: tuple[Split, ...]
+    splits: tuple[tuple[Split, ...], ...]
 
     @classmethod
     def read(cls, folder: Path) -> "Plan":
@@ -59,12 +60,12 @@ class Plan:
         source: dict[str, Any] = {
             name: tuple(value) if isinstance(value, list) else value for name, value in values["source"].items()
         }
-        splits = tuple(Split(*split) for split in values["splits"])
+        splits = tuple(tuple(Split(*split) for split in group) for group in values["splits"])
         return cls(Source(**source), values["tokenizer"], values["words"], values["files"], splits)
 
     def record(self) -> dict[str, Any]:
         """The plan as JSON holds it."""
-        splits = [[split.file, split.begin, split.end] for split in self.splits]
+        splits = [[[split.file, split.begin, split.end] for split in group] for group in self.splits]
         return {"format": FORMAT, **asdict(self), "splits": splits}
 
 
@@ -77,7 +78,7 @@ def plan_corpus(source: Source, tokenizer: Tokenizer, folder: Path, *, words: bo
     files = {file: file_state(file) for file in find_files(source)}
     total = sum(size for size, _ in files.values())
     size = min(max(total // SPLITS, SMALLEST_SPLIT), LARGEST_SPLIT)
-    plan = Plan(source, tokenizer.fingerprint, words, files, tuple(split_files(source, size)))
+    plan = Plan(source, tokenizer.fingerprint, words, files, tuple(_groups(split_files(source, size), files, size)))
     if (folder / PLAN).exists() and (before := Plan.read(folder)) != plan:
         if not restart:
             difference = next(name for name in vars(plan) if getattr(before, name) != getattr(plan, name))
@@ -89,8 +90,25 @@ def plan_corpus(source: Source, tokenizer: Tokenizer, folder: Path, *, words: bo
     return plan
 
 
+def _groups(splits: Iterable[Split], files: dict[str, list[Any]], size: int) -> Iterator[tuple[Split, ...]]:
+    """Group consecutive whole files while they are smaller than `size` bytes together. Any other split is alone."""
+    group: list[Split] = []
+    room = size
+    for split in splits:
+        is_whole = not split.begin and split.end is None
+        # A size of 0 says that it is not known, or costs nothing to read alone.
+        taken = files[split.file][0] if is_whole and files[split.file][0] else size
+        if group and taken > room:
+            yield tuple(group)
+            group, room = [], size
+        group.append(split)
+        room -= taken
+    if group:
+        yield tuple(group)
+
+
 def make_shards(folder: Path, index: int, tokenizer: Tokenizer) -> None:
-    """Tokenise split `index` of the plan, continuing after the shards that exist.
+    """Tokenise group `index` of the plan's splits, continuing after the shards that exist.
 
     Raises `UserError` for text that cannot be read.
     """
@@ -99,7 +117,7 @@ def make_shards(folder: Path, index: int, tokenizer: Tokenizer) -> None:
     if done and done[-1]["is_last"]:
         return
     bad_rows = BadRows(plan.source.on_bad_row)
-    pieces = read_pieces(plan.source, plan.splits[index], bad_rows)
+    pieces = chain.from_iterable(read_pieces(plan.source, split, bad_rows) for split in plan.splits[index])
     texts = sum(record["texts"] for record in done)
     for _ in range(texts):
         while not next(pieces)[1]:
@@ -161,9 +179,7 @@ def finish(folder: Path) -> StoredCorpus:
     hashed = blake2b(digest_size=16)
     for keys in StoredCorpus(folder, plan.source.name, record).key_blocks():
         hashed.update(keys.tobytes())
-    for shard in listed:
-        for file, sha256 in shard["files"].items():
-            record_sha256(folder / "shards" / shard["name"] / file, sha256)
+    record_sha256(file_hashes(folder, record))
     write_record(folder / TOKENS, {**record, "fingerprint": hashed.hexdigest()})
     return StoredCorpus.open(folder, plan.source.name)
 

@@ -14,7 +14,6 @@ import logging
 import os
 import resource
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -32,7 +31,6 @@ log = logging.getLogger(__name__)
 
 TOKENS = "tokens.json"
 DOCUMENT = np.dtype([("end", "<u4"), ("key", "<u8")])
-HASHED_AT_ONCE = 8  # files; hashing releases the interpreter's lock
 LONGEST_MEAN_WORD = 3.0  # tokens; English has 1.2 to 1.5
 
 
@@ -149,15 +147,13 @@ class StoredCorpus:
         A file is hashed once; then its size and time of modification vouch for it. Raises `DamagedError`.
         """
         record = read_record(folder / TOKENS, "tokenise the text again")
-        files = [(folder / "shards" / shard["name"] / file, sha256) for shard, file, sha256 in _files(record)]
-
-        def is_changed(path: Path, sha256: str) -> bool:
-            return not path.is_file() or recorded_sha256(path) != sha256
-
-        with ThreadPoolExecutor(HASHED_AT_ONCE) as pool:
-            changed = pool.map(is_changed, *zip(*files, strict=True))
-            if damaged := [path for (path, _), is_wrong in zip(files, changed, strict=True) if is_wrong]:
-                raise DamagedError(f"{damaged[0]} is damaged: tokenise the text again")
+        expected = file_hashes(folder, record)
+        damaged = [path for path in expected if not path.is_file()]
+        if not damaged:
+            found = zip(expected.items(), recorded_sha256([*expected]), strict=True)
+            damaged = [path for (path, sha256), now in found if now != sha256]
+        if damaged:
+            raise DamagedError(f"{damaged[0]} is damaged: tokenise the text again")
         return cls(folder, name, record)
 
     @property
@@ -268,10 +264,10 @@ def warn_of_words(corpus: Corpus | StoredCorpus) -> None:
         log.warning("%s: %.1f tokens per word on average: whole-word masking %s: %s", corpus.name, mean, effect, advice)
 
 
-def _files(record: dict[str, Any]) -> Iterator[tuple[dict[str, Any], str, str]]:
-    for shard in record["shards"]:
-        for file, sha256 in shard["files"].items():
-            yield shard, file, sha256
+def file_hashes(folder: Path, record: dict[str, Any]) -> dict[Path, str]:
+    """The SHA-256 of each file of the shards, as `tokens.json` has them."""
+    shards = ((folder / "shards" / shard["name"], shard["files"]) for shard in record["shards"])
+    return {home / file: sha256 for home, files in shards for file, sha256 in files.items()}
 
 
 def check_tokenizer(corpus: StoredCorpus, fingerprint: str) -> None:

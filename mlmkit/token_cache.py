@@ -11,7 +11,7 @@ from pathlib import Path
 from mlmkit.corpus import EVERY_KEY
 from mlmkit.errors import DamagedError, UserError
 from mlmkit.files import cache_root, locked, remove
-from mlmkit.locations import Source, content_identity, file_format, find_files, is_tokens
+from mlmkit.locations import Source, content_identities, file_format, find_files, is_tokens
 from mlmkit.shards import FORMAT, Plan, finish, make_shards, plan_corpus, warn_of_losses
 from mlmkit.stored import TOKENS, StoredCorpus, check_tokenizer
 from mlmkit.tokenizer import Tokenizer
@@ -61,7 +61,8 @@ def cache_folder(source: Source, tokenizer: Tokenizer, *, words: bool = True) ->
     that is missing, unreadable, or a pipe, which can be read once only.
     """
     files = find_files(source)
-    content = [[file_format(file, source.format), content_identity(file)] for file in files]
+    kinds = [file_format(file, source.format) for file in files]
+    content = list(zip(kinds, content_identities(files), strict=True))
     options = asdict(source) | {"location": content}
     identity = json.dumps([CACHE_FORMAT, options, words, tokenizer.fingerprint], sort_keys=True)
     return cache_root() / "tokens" / sha256(identity.encode()).hexdigest()[:32]

@@ -69,11 +69,12 @@ def slurm(tmp_path, monkeypatch) -> None:
 
 
 @pytest.fixture
-def planned(tmp_path, tokenizer_folder) -> Callable[[str, Path], Path]:
-    """Plans the corpus of a text in a folder with the tokenizer, whose path it returns."""
+def planned(tmp_path, tokenizer_folder, monkeypatch) -> Callable[[str, Path], Path]:
+    """Plans the corpus of a text, each file a task, in a folder with the tokenizer, whose path it returns."""
 
     def plan(name: str, text: Path) -> Path:
         folder = tmp_path / name
+        monkeypatch.setattr("mlmkit.shards.SMALLEST_SPLIT", max(file.stat().st_size for file in text.iterdir()))
         shutil.copytree(tokenizer_folder("wordpiece"), folder / "tokenizer")
         plan_corpus(Source(str(text)), Tokenizer.from_folder(folder / "tokenizer"), folder / "train-1", words=True)
         return folder

@@ -28,7 +28,7 @@ from hypothesis import strategies as st
 from mlmkit import documents
 from mlmkit.documents import PIECE, BadRows, is_selected, read_documents, read_pieces, read_texts
 from mlmkit.errors import UserError
-from mlmkit.locations import FORMATS, Source, Split, content_identity, find_files, is_tokens, split_files
+from mlmkit.locations import FORMATS, Source, Split, content_identities, find_files, is_tokens, split_files
 
 
 def text_at(location: Any, **options: Any) -> Source:
@@ -490,10 +490,10 @@ def test_remote_files_folders_and_patterns(memory):
     assert read("memory://bucket/**/*.gz") == ["three"]
     source = Source("memory://bucket/a.txt")
     assert [pieces(source, split) for split in split_files(source, 3)] == [["one"], ["two"], []]
-    before = content_identity("memory://bucket/a.txt")
-    assert content_identity("memory://bucket/a.txt") == before
+    before = content_identities(["memory://bucket/a.txt"])
+    assert content_identities(["memory://bucket/a.txt"]) == before
     memory.pipe_file("/bucket/a.txt", b"one\ntwx\n")
-    assert content_identity("memory://bucket/a.txt") != before
+    assert content_identities(["memory://bucket/a.txt"]) != before
 
 
 @pytest.mark.parametrize(
@@ -542,7 +542,7 @@ def test_files_on_a_web_server(tmp_path, web):
     assert read(f"{web}/b.jsonl.zst?download=true") == ["three"]
     assert read(f"{web}/*.txt") == ["one", "two"]
     assert read(f"{web}/") == ["one", "two", "three"]
-    assert content_identity(f"{web}/a.txt") == content_identity(f"{web}/a.txt")
+    assert content_identities([f"{web}/a.txt"]) == content_identities([f"{web}/a.txt"])
     assert split_files(Source(f"{web}/a.txt"), 4) == [Split(f"{web}/a.txt")]
     large = [f"{number} {'x' * 90}" for number in range(80_000)]  # 7.6 MB; fsspec asks for ranges of 5 MiB
     write(tmp_path / "large.txt", "\n".join(large).encode())

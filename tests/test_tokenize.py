@@ -96,6 +96,24 @@ def test_a_killed_command_resumes_to_the_same_bytes(configuration, tmp_path, tok
     assert ended
 
 
+def test_small_files_share_a_shard(tmp_path, tokenizer_folder):
+    tokenizer, texts = Tokenizer.from_folder(tokenizer_folder("wordpiece")), paragraphs()[:60]
+    (tmp_path / "texts").mkdir()
+    for number, text in enumerate(texts):
+        (tmp_path / "texts" / f"{number:02d}.txt").write_text(text)
+    source = Source(str(tmp_path / "texts"))
+    assert len(plan_corpus(source, tokenizer, tmp_path / "one", words=True).splits) == 1
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("mlmkit.shards.SMALLEST_SPLIT", 2000)
+        groups = plan_corpus(source, tokenizer, tmp_path / "several", words=True).splits
+    sizes = [[(tmp_path / "texts" / split.file).stat().st_size for split in group] for group in groups]
+    assert [split.file for group in groups for split in group] == [f"{tmp_path}/texts/{n:02d}.txt" for n in range(60)]
+    assert all(len(group) == 1 or sum(group) <= 2000 for group in sizes) and len(groups) < 40
+    for index in range(len(groups)):
+        make_shards(tmp_path / "several", index, tokenizer)
+    assert finish(tmp_path / "several").fingerprint == tokenize(texts, tokenizer).fingerprint
+
+
 @pytest.mark.parametrize("strip", [False, True])
 def test_a_long_split_resumes_shard_by_shard(monkeypatch, tmp_path, tokenizer_folder, strip):
     """Blank texts, documents that are left out and a document of many stretches lie between the shards."""

@@ -123,7 +123,7 @@ def index_windows(corpus: StoredCorpus, capacity: int) -> NDArray[np.int64]:
     folder = cache_root() / "windows" / hashlib.sha256(identity.encode()).hexdigest()[:32]
     index, sha256 = folder / "index.npy", folder / "sha256"
     with cache_errors(folder), locked(folder, wait=True):
-        if not (index.exists() and sha256.exists() and recorded_sha256(index).encode() == sha256.read_bytes()):
+        if not (index.exists() and sha256.exists() and recorded_sha256([index]) == [sha256.read_text()]):
             if folder.exists():
                 log.warning("the token cache %s is damaged: rebuilding it", folder)
             with atomic(folder, folder=True) as partial:
