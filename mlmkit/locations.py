@@ -112,9 +112,14 @@ def find_files(source: Source) -> list[str]:
     Raises `UserError` for a location without files, a file that cannot be read, and one that is named twice.
     """
     files = [file for location in source.locations for file in _files_at(location)]
-    if len(set(files)) < len(files):
-        twice = next(file for file in files if files.count(file) > 1)
-        raise UserError(f"{source.name}: {twice} is in it twice: leave one out")
+    seen: set[str] = set()
+    for file in files:
+        if file != file.encode(errors="replace").decode():
+            raise UserError(f"{file!a}: the name of this file is not UTF-8: rename it")
+        real = file if file.startswith(HUB) or is_remote(file) else os.path.realpath(file)
+        if real in seen:  # also through a symbolic link
+            raise UserError(f"{source.name}: {file} is in it twice: leave one out")
+        seen.add(real)
     return files
 
 

@@ -23,9 +23,9 @@ from numpy.typing import DTypeLike, NDArray
 from mlmkit.corpus import TEXT_SIZES, Stretch, encode_documents
 from mlmkit.documents import BadRows, read_pieces, why_empty
 from mlmkit.errors import UserError
-from mlmkit.files import atomic, hash_tree, read_record, record_sha256, remove, sweep, write_record
+from mlmkit.files import atomic, hash_tree, read_record, remove, sweep, write_record
 from mlmkit.locations import PLAN, Source, Split, file_state, find_files, split_files
-from mlmkit.stored import DOCUMENT, TOKENS, StoredCorpus, file_hashes
+from mlmkit.stored import DOCUMENT, TOKENS, StoredCorpus
 from mlmkit.tokenizer import Tokenizer
 
 FORMAT = 1
@@ -81,8 +81,10 @@ def plan_corpus(source: Source, tokenizer: Tokenizer, folder: Path, *, words: bo
     plan = Plan(source, tokenizer.fingerprint, words, files, tuple(_groups(split_files(source, size), files, size)))
     if (folder / PLAN).exists() and (before := Plan.read(folder)) != plan:
         if not restart:
+            names = {"tokenizer": "another tokenizer", "words": "another choice of --words"}
             difference = next(name for name in vars(plan) if getattr(before, name) != getattr(plan, name))
-            raise UserError(f"{folder} was begun with another {difference}: delete it, or name another folder")
+            difference = names.get(difference, "other files or reading options")
+            raise UserError(f"{folder} was begun with {difference}: delete it, or name another folder")
         remove(folder)
     if not (folder / PLAN).exists():
         (folder / "shards").mkdir(parents=True, exist_ok=True)
@@ -120,7 +122,7 @@ def make_shards(folder: Path, index: int, tokenizer: Tokenizer) -> None:
     pieces = chain.from_iterable(read_pieces(plan.source, split, bad_rows) for split in plan.splits[index])
     texts = sum(record["texts"] for record in done)
     for _ in range(texts):
-        while not next(pieces)[1]:
+        while not next(pieces, ("", True))[1]:  # a text that became shorter is noticed in `finish`
             pass
     stretches = encode_documents(pieces, tokenizer, words=plan.words, keys=plan.source.keys)
     for number in count(len(done)):
@@ -179,7 +181,6 @@ def finish(folder: Path) -> StoredCorpus:
     hashed = blake2b(digest_size=16)
     for keys in StoredCorpus(folder, plan.source.name, record).key_blocks():
         hashed.update(keys.tobytes())
-    record_sha256(file_hashes(folder, record))
     write_record(folder / TOKENS, {**record, "fingerprint": hashed.hexdigest()})
     return StoredCorpus.open(folder, plan.source.name)
 

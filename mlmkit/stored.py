@@ -6,14 +6,14 @@ FOLDER/shards/00000-000/      shard 000 of split 00000
     ids.npy                   [tokens] uint16, or uint32 for more than 65,536 entries
     documents.npy             [documents] end (of its tokens) uint32, key uint64
     sizes.npy                 [documents, 4], the columns `TEXT_SIZES`, in the smallest type that holds them
-    words.npy                 [tokens / 8] uint8, a bit per token, lowest first: it begins a word. May be missing
+    words.npy                 [tokens / 8] uint8, a bit per token, lowest first: set if it begins a word. May be missing
     shard.json                counts, and the SHA-256 of each file
 """
 
 import logging
 import os
-import resource
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -49,7 +49,7 @@ class Column:
                 self.begin, self._row_bytes = file.tell(), self.dtype.itemsize * int(np.prod(self.shape[1:]))
                 if version != (1, 0) or is_fortran or self.dtype.hasobject:
                     raise ValueError("not an array of this format")
-        except (OSError, ValueError) as error:
+        except (FileNotFoundError, IsADirectoryError, NotADirectoryError, ValueError) as error:
             raise DamagedError(f"{path} is damaged ({error})") from None
 
     def __len__(self) -> int:
@@ -70,20 +70,24 @@ class Column:
     def read(self, begin: int, end: int, into: NDArray | None = None) -> NDArray:
         """Copy entries `begin` to `end`, to an array of their shape and type if it is given."""
         array = np.empty((end - begin, *self.shape[1:]), self.dtype) if into is None else into
-        buffer, position = array.data.cast("B") if array.size else b"", self.begin + begin * self._row_bytes
+        buffer, position = array.data.cast("B") if array.size else memoryview(b""), self.begin + begin * self._row_bytes
         while len(buffer):  # a read returns at most 2 GiB
-            count = os.preadv(self._descriptor, [buffer], position)
-            if not count:
+            content = os.pread(self._descriptor, len(buffer), position)
+            if not content:
                 raise DamagedError(f"{self.path} ends too early")
-            buffer, position = buffer[count:], position + count
+            buffer[: len(content)] = content
+            buffer, position = buffer[len(content) :], position + len(content)
         return array
 
 
 def _allow_open_files() -> None:
     """Raise this process's limit of open files as far as the system allows: each shard needs up to three."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != hard:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    with suppress(ImportError, ValueError, OSError):  # Windows, and systems with a lower limit of their own
+        import resource
+
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        if soft != hard:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 class Shard:
@@ -144,7 +148,7 @@ class StoredCorpus:
     def open(cls, folder: Path, name: str) -> "StoredCorpus":
         """Open a finished corpus, each of whose files matches its SHA-256.
 
-        A file is hashed once; then its size and time of modification vouch for it. Raises `DamagedError`.
+        A file of the same size and time of modification is not hashed again. Raises `DamagedError`.
         """
         record = read_record(folder / TOKENS, "tokenise the text again")
         expected = file_hashes(folder, record)

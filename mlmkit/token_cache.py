@@ -48,7 +48,10 @@ def open_tokens(source: Source, tokenizer: Tokenizer, *, words: bool) -> StoredC
     corpus = StoredCorpus.open(folder, source.name)
     check_tokenizer(corpus, tokenizer.fingerprint)
     if source.keys != EVERY_KEY and source.keys != Plan.read(folder).source.keys:
-        raise UserError(f"{folder} is tokenised: no share of it can be held out: set data.held_out when you tokenise")
+        raise UserError(
+            f"{folder} is tokenised, so no share of it can be held out: name the held-out tokens beside it as "
+            "data.held_out"
+        )
     if words and not corpus.has_words:
         raise UserError(f"{folder} does not say where words begin, which is needed here: tokenise with --words")
     return corpus

@@ -1,7 +1,6 @@
 """The command that tokenises texts ahead of training."""
 
 import json
-import os
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -41,11 +40,12 @@ def tokenize(options: TokenizeOptions) -> None:
     """
     require("train", "torch", "transformers", "safetensors")
     from mlmkit.cluster import run_on_cluster
+    from mlmkit.distributed import cores
     from mlmkit.train.config_file import load_config
     from mlmkit.train.tokens import TOKENIZER, tokenize_texts
 
     config = load_config(options.config, options.overrides)
-    workers = options.workers or len(os.sched_getaffinity(0))
+    workers = options.workers or cores()
     run = None
     if options.engine:
         cluster = {"engine": options.engine, "workers": options.workers}

@@ -7,7 +7,7 @@ TOKENS/held-out/      one per held-out text, by its name
 
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from mlmkit.cluster import make_task, tasks_of
 from mlmkit.console import progress
 from mlmkit.errors import UserError
 from mlmkit.files import atomic, content, locked, read_record, write_record
-from mlmkit.locations import Source
+from mlmkit.locations import HUB, Source, is_remote
 from mlmkit.shards import finish, plan_corpus, warn_of_losses
 from mlmkit.stored import StoredCorpus
 from mlmkit.tokenizer import Tokenizer
@@ -52,10 +52,17 @@ def tokenize_texts(
 
 def _texts(config: Config) -> dict[str, Source]:
     sources = dict.fromkeys(source for phase in config.phases.values() for source in phase.data.sources)
-    texts = {f"train-{number}": source for number, source in enumerate(sources, start=1)}
+    texts = {f"train-{number}": _absolute(source) for number, source in enumerate(sources, start=1)}
     if taken := [name for name in config.held_out_sources if name.startswith("train-")]:
         raise UserError(f"held_out.{taken[0]}: training texts have such names here: give it another")
-    return {**texts, **config.held_out_sources}
+    return texts | {name: _absolute(source) for name, source in config.held_out_sources.items()}
+
+
+def _absolute(source: Source) -> Source:
+    """The source with absolute paths: workers of a cluster, and a command that resumes, may run elsewhere."""
+    kept = (location.startswith(HUB) or is_remote(location) for location in source.locations)
+    paths = (each if keep else str(Path(each).absolute()) for each, keep in zip(source.locations, kept, strict=True))
+    return replace(source, location=tuple(paths))
 
 
 def _begin(config: Config, texts: dict[str, Source], output: Path) -> Tokenizer:
