@@ -21,13 +21,15 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from mlmkit.corpus import Corpus, tokenize
-from mlmkit.documents import checked_text, is_blank, json_object, read_rows
+from mlmkit.documents import checked_text, read_rows
 from mlmkit.errors import UserError
 from mlmkit.eval.data import EvalData
 from mlmkit.eval.result import Metrics
 from mlmkit.eval.results_store import DOCUMENTS, read_blocks
 from mlmkit.eval.statistics import Estimator, bootstrap, sum_by
+from mlmkit.lines import is_blank
 from mlmkit.locations import Source, formats
+from mlmkit.tables import json_object
 from mlmkit.tokenizer import Tokenizer
 from mlmkit.windows import ranges
 

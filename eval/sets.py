@@ -21,7 +21,7 @@ TASKS = ("text", "pairs")
 
 @dataclass(frozen=True)
 class TextReading:
-    """How a text set is read; the fields are those of `mlmkit.documents.Source`."""
+    """How a text set is read; the fields are those of `mlmkit.locations.Source`."""
 
     field: str = "text"
     blank_line: bool = False

@@ -24,7 +24,7 @@ from mlmkit.corpus import Corpus, tokenize
 from mlmkit.documents import read_documents
 from mlmkit.errors import CheckError, DamagedError, UserError
 from mlmkit.files import read_record
-from mlmkit.locations import Source
+from mlmkit.locations import EVERY_KEY, Source
 from mlmkit.masking import MaskRecipe, corrupt
 from mlmkit.pydocs import topics
 from mlmkit.tokenizer import Tokenizer
@@ -111,7 +111,7 @@ def _held_out(checkpoint: Path) -> Source | None:
                 continue
             location = values.pop("locations", [values["location"]])
             options = {name: value for name, value in values.items() if name not in ("set", "location", "keys")}
-            source = Source(tuple(location), **options, keys=tuple(values.get("keys", (0.0, 1.0))))
+            source = Source(tuple(location), **options, keys=tuple(values.get("keys", EVERY_KEY)))
             if all(Path(path).is_file() for path in location):
                 return source
             log.warning("the run's held-out text %s no longer exists", source.name)

@@ -16,15 +16,16 @@ from itertools import chain
 import numpy as np
 from numpy.typing import NDArray
 
-from mlmkit.documents import is_blank, is_selected
+from mlmkit.documents import is_selected, until_end
 from mlmkit.errors import UserError
+from mlmkit.lines import is_blank
+from mlmkit.locations import EVERY_KEY
 from mlmkit.masking import document_key, first_token_of_word
 from mlmkit.tokenizer import Tokenizer, Tokens
 
 DOCUMENTS_PER_BLOCK = 1024
 CHARACTERS_PER_BATCH = 1 << 19  # tokenising takes up to 190 bytes of memory per character
 TEXT_SIZES = ("words", "characters", "bytes", "unknown_characters")
-EVERY_KEY = (0.0, 1.0)
 
 
 @dataclass(frozen=True)
@@ -171,20 +172,13 @@ def encode_documents(
             yield _encode_batch(batch, tokenizer, words, keys, keep_blank)
             batch, characters = [], 0
         if is_long:
-            rest = chain([text], () if ends else _until_end(pieces))
+            rest = chain([text], () if ends else until_end(pieces))
             yield from _encode_long(rest, tokenizer, words, keys, keep_blank)
         else:
             batch.append(text)
             characters += len(text)
     if batch:
         yield _encode_batch(batch, tokenizer, words, keys, keep_blank)
-
-
-def _until_end(pieces: Iterator[tuple[str, bool]]) -> Iterator[str]:
-    for text, ends in pieces:
-        yield text
-        if ends:
-            return
 
 
 def _encode_batch(
@@ -213,8 +207,8 @@ def _encode_batch(
 def _stretch(tokens: Tokens, tokenizer: Tokenizer) -> Stretch:
     """The tokens, in which no document ends."""
     begins = np.zeros(len(tokens.ids), np.bool_) if tokens.word_begins is None else tokens.word_begins
-    none, dtype = np.empty(0, np.int64), "<u2" if tokenizer.vocabulary_size <= 1 << 16 else "<u4"
-    return Stretch(tokens.ids.astype(dtype), begins, none, none.astype("<u8"), none.reshape(0, len(TEXT_SIZES)))
+    none, ids = np.empty(0, np.int64), tokens.ids.astype(tokenizer.id_type)
+    return Stretch(ids, begins, none, none.astype("<u8"), none.reshape(0, len(TEXT_SIZES)))
 
 
 def _encode_long(

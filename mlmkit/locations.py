@@ -36,6 +36,8 @@ BAD_ROWS = ("error", "skip")
 BUFFER = 1 << 18  # bytes; reading lines takes half the time it takes with Python's 8 KiB
 PLAN = "plan.json"  # a folder that holds it is a tokenised corpus, or is about to be
 
+EVERY_KEY = (0.0, 1.0)  # shares of 2**64
+
 _say_once = cache(log.info)
 
 
@@ -65,7 +67,7 @@ class Source:
     strip: bool = False
     format: str = ""
     on_bad_row: str = "error"
-    keys: tuple[float, float] = (0.0, 1.0)
+    keys: tuple[float, float] = EVERY_KEY
 
     def __post_init__(self) -> None:
         given: Any = self.location
@@ -87,7 +89,7 @@ class Source:
         """What messages call it: the first location, and how many more there are."""
         first, more = self.locations[0], len(self.locations) - 1
         name = f"{first} and {more} more" if more else first
-        return name if self.keys == (0.0, 1.0) else f"{name} ({self.keys[1] - self.keys[0]:g} of it)"
+        return name if self.keys == EVERY_KEY else f"{name} ({self.keys[1] - self.keys[0]:g} of it)"
 
 
 @dataclass(frozen=True)
@@ -234,10 +236,11 @@ def file_state(file: str) -> list[Any]:
 
 def split_files(source: Source, size: int) -> list[Split]:
     """Cut the files into splits of about `size` bytes, where their format allows it."""
-    return [split for file in find_files(source) for split in _split_file(file, source, size)]
+    return [split for file in find_files(source) for split in split_file(file, source, size)]
 
 
-def _split_file(file: str, source: Source, size: int) -> list[Split]:
+def split_file(file: str, source: Source, size: int) -> list[Split]:
+    """Cut one of the source's files into splits of about `size` bytes, where its format allows it."""
     begins: Sequence[int] = ()
     format, compression = file_format(file, source.format)
     if format in ("text", "jsonl") and not compression and not file.startswith(WEB):

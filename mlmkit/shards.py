@@ -21,10 +21,11 @@ from numpy.lib import format as npy
 from numpy.typing import DTypeLike, NDArray
 
 from mlmkit.corpus import TEXT_SIZES, Stretch, encode_documents
-from mlmkit.documents import BadRows, read_pieces, why_empty
+from mlmkit.documents import read_pieces, why_empty
 from mlmkit.errors import UserError
 from mlmkit.files import atomic, hash_tree, read_record, remove, sweep, write_record
-from mlmkit.locations import PLAN, Source, Split, file_state, find_files, split_files
+from mlmkit.lines import BadRows
+from mlmkit.locations import PLAN, Source, Split, file_state, find_files, split_file
 from mlmkit.stored import DOCUMENT, TOKENS, StoredCorpus
 from mlmkit.tokenizer import Tokenizer
 
@@ -78,7 +79,8 @@ def plan_corpus(source: Source, tokenizer: Tokenizer, folder: Path, *, words: bo
     files = {file: file_state(file) for file in find_files(source)}
     total = sum(size for size, _ in files.values())
     size = min(max(total // SPLITS, SMALLEST_SPLIT), LARGEST_SPLIT)
-    plan = Plan(source, tokenizer.fingerprint, words, files, tuple(_groups(split_files(source, size), files, size)))
+    splits = chain.from_iterable(split_file(file, source, size) for file in files)
+    plan = Plan(source, tokenizer.fingerprint, words, files, tuple(_groups(splits, files, size)))
     if (folder / PLAN).exists() and (before := Plan.read(folder)) != plan:
         if not restart:
             names = {"tokenizer": "another tokenizer", "words": "another choice of --words"}
@@ -201,11 +203,10 @@ def _write_shard(
     counts: dict[str, Any] = dict.fromkeys((*COUNTS, "texts"), 0)
     largest, is_last, open_tokens = 0, True, 0  # tokens of a document that has not ended
     with ExitStack() as stack:
-        dtype = "<u2" if tokenizer.vocabulary_size <= 1 << 16 else "<u4"
         ids, documents, sizes, begins = (
             stack.enter_context(GrowingArray(folder / name, kind, shape))
             for name, kind, shape in (
-                ("ids.npy", dtype, ()),
+                ("ids.npy", tokenizer.id_type, ()),
                 ("documents.npy", DOCUMENT, ()),
                 ("sizes.raw", "<u8", (len(TEXT_SIZES),)),
                 ("words.raw", "u1", ()),

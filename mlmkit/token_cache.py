@@ -8,10 +8,9 @@ from dataclasses import asdict
 from hashlib import sha256
 from pathlib import Path
 
-from mlmkit.corpus import EVERY_KEY
 from mlmkit.errors import DamagedError, UserError
 from mlmkit.files import cache_root, locked, remove
-from mlmkit.locations import Source, content_identities, file_format, find_files, is_tokens
+from mlmkit.locations import EVERY_KEY, Source, content_identities, file_format, find_files, is_tokens
 from mlmkit.shards import FORMAT, Plan, finish, make_shards, plan_corpus, warn_of_losses
 from mlmkit.stored import TOKENS, StoredCorpus, check_tokenizer
 from mlmkit.tokenizer import Tokenizer

@@ -172,6 +172,11 @@ class Tokenizer:
         vocabulary = self._control.get_vocab(with_added_tokens=True)
         return max(*vocabulary.values(), *self.prefix, *self.suffix) + 1
 
+    @property
+    def id_type(self) -> str:
+        """The NumPy type in which ids are stored."""
+        return "<u2" if self.vocabulary_size <= 1 << 16 else "<u4"
+
     @cached_property
     def masking(self) -> MaskVocabulary:
         """The mask id, the special ids and the ordinary ids, for mask-v1."""

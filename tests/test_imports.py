@@ -23,6 +23,8 @@ LAYERS = [
     {"errors", "files", "bounds", "masking", "console", "pydocs", "distributed", "loss"},
     {"chunks", "long_texts"},
     {"tokenizer", "locations", "toml"},
+    {"lines"},
+    {"tables"},
     {"documents"},
     {"corpus", "batching", "artifact"},
     {"stored"},

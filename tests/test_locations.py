@@ -25,9 +25,10 @@ from conftest import PORTUGUESE
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlmkit import documents
-from mlmkit.documents import PIECE, BadRows, is_selected, read_documents, read_pieces, read_texts
+from mlmkit import lines
+from mlmkit.documents import is_selected, read_documents, read_pieces, read_texts
 from mlmkit.errors import UserError
+from mlmkit.lines import BadRows
 from mlmkit.locations import FORMATS, Source, Split, content_identities, find_files, is_tokens, split_files
 
 
@@ -155,7 +156,7 @@ def pieces(source: Source, split: Split) -> list[str]:
     """The texts of a split, put together from their pieces."""
     texts, parts = [], []
     for piece, ends in read_pieces(source, split, BadRows()):
-        assert len(piece) <= documents.PIECE or source.blank_line
+        assert len(piece) <= lines.PIECE or source.blank_line
         parts.append(piece)
         if ends:
             texts.append("".join(parts))
@@ -186,7 +187,7 @@ def test_the_splits_of_a_text_are_the_whole_text(tmp_path_factory, lines, size, 
         groups = groupby(expected, key=lambda line: not line.strip())
         expected = ["\n".join(group) for blank, group in groups if not blank]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("mlmkit.documents.PIECE", block)
+        patch.setattr("mlmkit.lines.PIECE", block)
         assert list(read_texts(source)) == expected
         splits = split_files(source, size)
         assert [text for split in splits for text in pieces(source, split)] == expected
@@ -438,7 +439,7 @@ def test_a_long_line_comes_in_pieces(tmp_path):
     line = "é日😀a\r" * 600_000  # 3 M characters, 6.6 MB
     source = text_at(write(tmp_path / "a.txt", f"one\r\n{line}\r\nlast".encode()))
     read_in = list(read_pieces(source, Split(str(tmp_path / "a.txt")), BadRows()))
-    assert len(read_in) > 6 and max(len(piece) for piece, _ in read_in) <= PIECE
+    assert len(read_in) > 6 and max(len(piece) for piece, _ in read_in) <= lines.PIECE
     assert pieces(source, Split(str(tmp_path / "a.txt"))) == list(read_texts(source)) == ["one", line, "last"]
     bad = write(tmp_path / "b.txt", b"one\n" + b"a" * 3_000_000 + b"\xff\nthree\n")
     with pytest.raises(UserError, match="line 2, byte 3000001 is not UTF-8"):
