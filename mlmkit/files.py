@@ -12,7 +12,7 @@ import os
 import secrets
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import cache
@@ -328,39 +328,29 @@ def file_sha256(path: Path) -> str:
 def recorded_sha256(paths: Sequence[Path]) -> list[str]:
     """Return the SHA-256 of each file's bytes, which are remembered in the cache.
 
-    A file of the same path, size and time of modification is not hashed again, except within `verifying`.
+    A file of the same path, size and time of modification is not hashed again, except within `verifying`. A file that
+    was modified less than two seconds before is not remembered: a later change might not show in its time.
     """
     known = {folder: _read_hashes(folder) for folder in {path.parent for path in paths}}
-    states = [path.stat() for path in paths]
+    states = {path: [(state := path.stat()).st_size, state.st_mtime_ns] for path in paths}
     hashes: dict[Path, str] = {}
-    for path, state in zip(paths, states, strict=True):
-        size, modified, sha256 = known[path.parent].get(path.name, (None, None, ""))
-        if (size, modified) == (state.st_size, state.st_mtime_ns) and not _hashed_again:
+    for path, state in states.items():
+        *recorded, sha256 = known[path.parent].get(path.name, [""])
+        if recorded == state and not _hashed_again:
             hashes[path] = sha256
-    if new := [path for path in paths if path not in hashes]:
-        began = time.time_ns()
-        with ThreadPoolExecutor(HASHED_AT_ONCE) as pool:
-            found = dict(zip(new, pool.map(file_sha256, new), strict=True))
-        hashes |= found
-        record_sha256(found, began)
-    return [hashes[path] for path in paths]
-
-
-def record_sha256(hashes: Mapping[Path, str], at: int | None = None) -> None:
-    """Remember the SHA-256 of files that were hashed `at` this time, in nanoseconds, or later; now by default.
-
-    A file that was modified less than two seconds before is not remembered: a later change might not show in its time.
-    """
-    latest = (at or time.time_ns()) - 2 * 10**9
-    by_folder: dict[Path, dict[str, Any]] = {}
-    for path, sha256 in hashes.items():
-        if (state := path.stat()).st_mtime_ns < latest:
-            by_folder.setdefault(path.parent, {})[path.name] = (state.st_size, state.st_mtime_ns, sha256)
-    for folder, new in by_folder.items():
+    latest, new = time.time_ns() - 2 * 10**9, [path for path in states if path not in hashes]
+    with ThreadPoolExecutor(HASHED_AT_ONCE) as pool:
+        hashes |= zip(new, pool.map(file_sha256, new), strict=True)
+    kept: dict[Path, dict[str, Any]] = {}
+    for path in new:
+        if states[path][1] < latest:
+            kept.setdefault(path.parent, {})[path.name] = [*states[path], hashes[path]]
+    for folder, found in kept.items():
         with suppress(OSError, UserError):  # a cache that cannot be written costs time only
             record = _hashes_path(folder)
             record.parent.mkdir(parents=True, exist_ok=True)
-            write_record(record, _read_hashes(folder) | new)
+            write_record(record, _read_hashes(folder) | found)
+    return [hashes[path] for path in paths]
 
 
 def _hashes_path(folder: Path) -> Path:
