@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -19,6 +18,7 @@ from typing import Any
 
 import pytest
 from conftest import paragraphs
+from local_ray import local_ray
 
 from mlmkit.cluster import run_on_cluster, run_with_ray
 from mlmkit.errors import UserError
@@ -33,26 +33,9 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.fixture(scope="module")
 def ray() -> Iterator[Any]:
-    """Ray with two workers, on this machine."""
-    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    ray: Any = pytest.importorskip("ray", reason="ray has no wheel for this Python or system")
-    temporary = tempfile.mkdtemp(prefix="ray-")  # not pytest's: Ray's sockets need a short path
-    try:
-        ray.init(
-            address="local",
-            num_cpus=2,
-            include_dashboard=False,
-            object_store_memory=100 << 20,
-            log_to_driver=False,
-            _temp_dir=temporary,
-        )
-    except Exception as error:  # too little shared memory or time, say
-        pytest.skip(f"Ray does not start on this machine: {error}")
-    try:
+    pytest.importorskip("ray", reason="ray has no wheel for this Python or system")
+    with local_ray() as ray:
         yield ray
-    finally:
-        ray.shutdown()
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 @pytest.fixture

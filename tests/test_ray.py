@@ -3,10 +3,8 @@
 import importlib
 import json
 import os
-import shutil
 import socket
 import sys
-import tempfile
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -15,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from local_ray import local_ray
 
 from mlmkit.backends import load
 from mlmkit.fill import fill
@@ -26,35 +25,21 @@ TEXTS = ["Return a [MASK] object.", "If the argument is [MASK], an exception is 
 
 
 @pytest.fixture(scope="module")
-def address(artifact, tmp_path_factory) -> Iterator[str]:
-    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+def address(artifact) -> Iterator[str]:
     os.environ["PYTHONPATH"] = os.pathsep.join([str(EXAMPLES), str(EXAMPLES.parent), os.environ.get("PYTHONPATH", "")])
     sys.path.insert(0, str(EXAMPLES))
-    ray, example = importlib.import_module("ray"), importlib.import_module("ray_serve")
+    example = importlib.import_module("ray_serve")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    temporary = tempfile.mkdtemp(prefix="ray-")  # not pytest's: Ray's sockets need a short path
-    try:
-        ray.init(
-            address="local",
-            num_cpus=2,
-            include_dashboard=False,
-            object_store_memory=100 << 20,
-            log_to_driver=False,
-            _temp_dir=temporary,
-        )
-    except Exception as error:  # too little shared memory or time, say
-        pytest.skip(f"Ray does not start on this machine: {error}")
-    try:
-        serve.start(http_options={"host": "127.0.0.1", "port": port})
-        serve.run(example.app({"artifact": str(artifact("bert"))}))
-        yield f"http://127.0.0.1:{port}/"
-    finally:
-        serve.shutdown()
-        ray.shutdown()
-        shutil.rmtree(temporary, ignore_errors=True)
-        sys.path.remove(str(EXAMPLES))
+    with local_ray():
+        try:
+            serve.start(http_options={"host": "127.0.0.1", "port": port})
+            serve.run(example.app({"artifact": str(artifact("bert"))}))
+            yield f"http://127.0.0.1:{port}/"
+        finally:
+            serve.shutdown()
+            sys.path.remove(str(EXAMPLES))
 
 
 def post(address: str, body: Any) -> tuple[int, Any]:
