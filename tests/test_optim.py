@@ -30,8 +30,9 @@ from mlmkit.model import MaskedLM, probe_inputs
 from mlmkit.pretrained import load_pretrained
 from mlmkit.tokenizer import Tokenizer
 from mlmkit.train import loop
-from mlmkit.train.config import SCHEDULES, Config, DataConfig, ModelConfig, OptimConfig, RunConfig
+from mlmkit.train.config import Config, DataConfig, ModelConfig, OptimConfig, RunConfig
 from mlmkit.train.config_file import load_config
+from mlmkit.train.config_tables import SCHEDULES
 from mlmkit.train.optimisers import Muon, build_optimizers, hidden_matrices
 from mlmkit.train.order import Cursor
 from mlmkit.train.presets import build_config, fit_output_bias

@@ -181,6 +181,7 @@ def test_what_does_not_fit_is_refused_in_one_line(capsys, configuration, tmp_pat
     def refused(*extra: str) -> str:
         return refusal(capsys, *command, *(part for each in [*settings, *extra] for part in ("--set", each)))
 
+    assert "data.on_bad_row has no effect, as all texts are tokenised" in refused("data.on_bad_row=skip")
     own, other = f"tokenizer.path={tokens}/tokenizer", f"tokenizer.path={tokenizer_folder('bpe')}"
     assert "was tokenised with another tokenizer" in refused(other)
     assert "does not say where words begin" in refused(own, "masking.whole_word=true")

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mlmkit.errors import UserError
-from mlmkit.locations import Source, formats
+from mlmkit.locations import Source, formats, is_tokens
 from mlmkit.toml import build, read_toml
 from mlmkit.train.config import CHANGEABLE, LENGTHS, PHASE_KEYS, REPLACES, Config, change, setting_names
 
@@ -38,6 +38,11 @@ WITHOUT_EFFECT: tuple[tuple[str, Callable[[Config], object], str], ...] = (
         "text files have no fields, and the other texts state their own",
     ),
     ("data.blank_line", lambda c: c.data.blank_line and False not in _are_tables(_texts(c)), "there is no text file"),
+    (
+        "data.on_bad_row",
+        lambda c: all(is_tokens(text.location) for text in _texts(c)),
+        "all texts are tokenised",
+    ),
     ("data.weights", lambda c: len({*c.data.weights}) == 1 and 1.0 not in c.data.weights, "they are equal"),
     ("data.temperature", lambda c: len(c.data.sources) == 1, "there is one text"),
     ("masking.final_mask_prob", lambda c: c.train.steps == 1, "one step has one rate"),

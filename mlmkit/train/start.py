@@ -41,6 +41,7 @@ log = logging.getLogger(__name__)
 # Continued pretraining: BioBERT 5e-5, Gururangan et al. 2020 1e-4 (batches of 256) and 5e-4 (batches of 2,048).
 HIGHEST_RATE = 5e-4
 WORDS = "file tokenizer.add"
+Texts = tuple[dict[Source, StoredCorpus], dict[str, StoredCorpus]]  # to train on; held out, by name
 WARN_ABOVE, REFUSE_ABOVE = 0.01, 0.5  # shares of a text's characters that become unknown tokens
 FEW_BYTES_PER_TOKEN = 3.2  # in 15 languages, own vocabularies have 3.7 or more, foreign ones at most 2.8
 
@@ -71,8 +72,10 @@ def begin_or_check(
     texts: dict[Source, StoredCorpus] = {}
 
     def check() -> list[Path]:
-        texts.update(_begin_or_check(config, run, ranks, start_from))
-        _record_texts(config, run, texts, start_from)
+        loaded, held_out = _begin_or_check(config, run, ranks, start_from)
+        with as_user_error(run, "cannot be written"):
+            record_texts(run, start_from or config.model.init_from, [*loaded.values()], [*held_out.values()])
+        texts.update(loaded)
         return [corpus.folder for corpus in texts.values()]
 
     cached = ranks.from_first(check)
@@ -80,21 +83,10 @@ def begin_or_check(
     if not texts:
         # Finding a text's cache folder may hash the text, which only the first rank does. A machine that does not share
         # the token cache hashes its own copy.
-        for source, folder in zip(_sources(config), cached, strict=True):
+        for source, folder in zip(config.train_sources, cached, strict=True):
             found = folder if folder.exists() else None
-            texts[source] = load_corpus(source, tokenizer, words=_needs_words(config), folder=found)
+            texts[source] = load_corpus(source, tokenizer, words=config.needs_words, folder=found)
     return tokenizer, texts
-
-
-def _needs_words(config: Config) -> bool:
-    return any(phase.masking.whole_word for phase in config.phases.values())
-
-
-def _record_texts(config: Config, run: Path, texts: dict[Source, StoredCorpus], start_from: Path | None) -> None:
-    tokenizer = load_tokenizer(str(run / "tokenizer"))
-    held_out = [load_corpus(source, tokenizer) for source in config.held_out_sources.values()]
-    with as_user_error(run, "cannot be written"):
-        record_texts(run, start_from or config.model.init_from, list(texts.values()), held_out)
 
 
 def corpora_of(phase: Config, texts: dict[Source, StoredCorpus]) -> list[StoredCorpus]:
@@ -102,11 +94,7 @@ def corpora_of(phase: Config, texts: dict[Source, StoredCorpus]) -> list[StoredC
     return [texts[source] for source in phase.data.sources]
 
 
-def _sources(config: Config) -> list[Source]:
-    return list(dict.fromkeys(source for phase in config.phases.values() for source in phase.data.sources))
-
-
-def _begin_or_check(config: Config, run: Path, ranks: Ranks, start_from: Path | None) -> dict[Source, StoredCorpus]:
+def _begin_or_check(config: Config, run: Path, ranks: Ranks, start_from: Path | None) -> Texts:
     if config.optim.name == "stable_adamw":
         with as_user_error("optim.name"):
             require("stable-adamw", "optimi")
@@ -127,12 +115,12 @@ def _begin_or_check(config: Config, run: Path, ranks: Ranks, start_from: Path | 
         tokenizer = load_tokenizer(str(run / "tokenizer"))
     except UserError as error:
         raise UserError(f"{error}: copy the tokenizer's files there from a checkpoint of the run") from None
-    texts = _load_texts(config, tokenizer)
+    texts, held_out = _load_texts(config, tokenizer)
     now = _identity(config, tokenizer, texts, start_from and origin_folder(run, start_from))
     if not now[WORDS]:
         now[WORDS] = before.get(WORDS, "")  # the file is needed at the start only
     if before == now:
-        return texts
+        return texts, held_out
     last = last_checkpoint(run)
     with resuming(last):
         cursor = read_state(last, verify=False).position.cursor if last else None
@@ -147,7 +135,7 @@ def _begin_or_check(config: Config, run: Path, ranks: Ranks, start_from: Path | 
     else:
         log.info("%s was begun with another %s and has no checkpoint: beginning anew", run, difference)
         return _begin(config, run, start_from)
-    return texts
+    return texts, held_out
 
 
 def _check_shares(train: RunConfig, ranks: Ranks) -> None:
@@ -161,19 +149,19 @@ def _check_shares(train: RunConfig, ranks: Ranks) -> None:
             )
 
 
-def _begin(config: Config, run: Path, start_from: Path | None) -> dict[Source, StoredCorpus]:
+def _begin(config: Config, run: Path, start_from: Path | None) -> Texts:
     try:
         with atomic(run, folder=True) as building:
             if not start_from:
                 _warn_of_rate(config)
             tokenizer = prepare_tokenizer(config, building / "tokenizer", start_from)
             _check_models(config, tokenizer, start_from)
-            texts = _load_texts(config, tokenizer)
+            texts, held_out = _load_texts(config, tokenizer)
             _check_rows(config, tokenizer, texts)
             if start_from:
                 shutil.copy(start_from / CURSOR, building)
             write_record(building / RUN, _identity(config, tokenizer, texts, start_from))
-        return texts
+        return texts, held_out
     except OSError as error:
         raise UserError(f"cannot write {run}: {error.strerror or error}") from error
 
@@ -280,7 +268,7 @@ def prepare_tokenizer(config: Config, folder: Path, start_from: Path | None = No
         tokenizer.model_max_length = max(limit, _longest(config))
     else:
         log.info("training a %s tokenizer with %d entries", settings.kind, settings.entries)
-        sources = _sources(config)
+        sources = config.train_sources
 
         def documents() -> Iterator[str]:
             return chain.from_iterable(map(read_documents, sources))
@@ -297,14 +285,14 @@ def _longest(config: Config) -> int:
     return max(phase.model.max_length for phase in config.phases.values())
 
 
-def _load_texts(config: Config, tokenizer: Tokenizer) -> dict[Source, StoredCorpus]:
-    """The tokenised training texts of all phases.
+def _load_texts(config: Config, tokenizer: Tokenizer) -> Texts:
+    """The tokenised training texts of all phases, and the held-out texts.
 
     Raises `UserError` if one of them, or a held-out text, cannot be read, is mostly unknown tokens, or has nothing to
     predict.
     """
-    words = _needs_words(config)
-    texts = {source: load_corpus(source, tokenizer, words=words) for source in _sources(config)}
+    words = config.needs_words
+    texts = {source: load_corpus(source, tokenizer, words=words) for source in config.train_sources}
     held_out = {name: load_corpus(source, tokenizer) for name, source in config.held_out_sources.items()}
     for corpus in [*texts.values(), *held_out.values()]:
         _check_vocabulary(corpus)
@@ -312,7 +300,7 @@ def _load_texts(config: Config, tokenizer: Tokenizer) -> dict[Source, StoredCorp
         for corpus in texts.values():
             warn_of_words(corpus)
     held_out_digests(config, tokenizer, held_out)
-    return texts
+    return texts, held_out
 
 
 def _check_vocabulary(corpus: StoredCorpus) -> None:

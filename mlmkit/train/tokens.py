@@ -38,9 +38,8 @@ def tokenize_texts(
     with locked(output):
         texts = _texts(config)
         tokenizer = _begin(config, texts, output)
-        whole_word = any(phase.masking.whole_word for phase in config.phases.values())
         for name, source in texts.items():
-            needs_words = words or whole_word or name in config.held_out_sources
+            needs_words = words or config.needs_words or name in config.held_out_sources
             plan_corpus(source, tokenizer, output / name, words=needs_words)
         folders = [output / name for name in texts]
         (run or partial(_run_here, workers=workers))(folders)
@@ -51,8 +50,7 @@ def tokenize_texts(
 
 
 def _texts(config: Config) -> dict[str, Source]:
-    sources = dict.fromkeys(source for phase in config.phases.values() for source in phase.data.sources)
-    texts = {f"train-{number}": _absolute(source) for number, source in enumerate(sources, start=1)}
+    texts = {f"train-{number}": _absolute(source) for number, source in enumerate(config.train_sources, start=1)}
     if taken := [name for name in config.held_out_sources if name.startswith("train-")]:
         raise UserError(f"held_out.{taken[0]}: training texts have such names here: give it another")
     return texts | {name: _absolute(source) for name, source in config.held_out_sources.items()}
