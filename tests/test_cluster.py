@@ -4,6 +4,7 @@ Without a Slurm cluster, tests/sbatch.py takes the place of `sbatch`: it runs th
 """
 
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -46,7 +47,8 @@ def slurm(tmp_path, monkeypatch) -> None:
         return
     (tmp_path / "bin").mkdir()
     script = tmp_path / "bin" / "sbatch"
-    script.write_text(f'#!/bin/sh\nexec {sys.executable} {ROOT / "tests" / "sbatch.py"} "$@"\n')
+    command = shlex.join([sys.executable, str(ROOT / "tests" / "sbatch.py")])
+    script.write_text(f'#!/bin/sh\nexec {command} "$@"\n')
     script.chmod(0o755)
     monkeypatch.setenv("PATH", f"{script.parent}{os.pathsep}{os.environ['PATH']}")
 
