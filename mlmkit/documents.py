@@ -14,7 +14,7 @@ from mlmkit.errors import UserError
 from mlmkit.lines import BadRows, Line, Lines, is_blank, numbered_lines, place
 from mlmkit.locations import EVERY_KEY, Source, Split, file_format, find_files
 from mlmkit.masking import document_key
-from mlmkit.tables import table_rows, unit
+from mlmkit.tables import nested_value, table_rows, unit
 
 
 def is_selected(key: int, keys: tuple[float, float]) -> bool:
@@ -138,15 +138,18 @@ def _row_texts(source: Source, split: Split, bad_rows: BadRows) -> Iterator[str]
     field, format = source.text_field, file_format(split.file, source.format)[0]
     for number, row in table_rows(split, format, field, bad_rows):
         report = bad_rows
-        if field not in row:
+        try:
+            text = nested_value(row, field)
+        except KeyError:
             problem = f" has no field {field!r} (it has {', '.join(row)})"
             problem += ": name one with --text-field (in training data.text_field), or rename it"
-            report = bad_rows if format == "jsonl" else BadRows()  # in the other formats all rows have the same fields
-        elif problem := _text_problem(row[field]):
-            problem = f", field {field!r} {problem}"
+            may_vary = format == "jsonl" or field.partition(".")[0] in row  # else no row has it
+            report = bad_rows if may_vary else BadRows()
         else:
-            yield row[field]
-            continue
+            if not (problem := _text_problem(text)):
+                yield text
+                continue
+            problem = f", field {field!r} {problem}"
         report.add(place(split, number, report, unit(format)) + problem)
 
 
