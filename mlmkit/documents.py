@@ -8,7 +8,6 @@ read_documents           → the selected texts that are not blank
 
 from collections.abc import Iterable, Iterator
 from itertools import dropwhile, groupby, repeat, takewhile
-from typing import Any
 
 from mlmkit.errors import UserError
 from mlmkit.lines import BadRows, Line, Lines, is_blank, numbered_lines, place
@@ -121,17 +120,6 @@ def _with_end_of_block(lines: Iterable[Line], after: Iterable[Line]) -> Iterator
 
 
 # ---------------------------------------------------------------- rows of tables
-
-
-def read_rows(source: Source) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield each row of the tables of a source: where it stands, for messages, and its fields.
-
-    Raises `UserError`, naming the file and the row, for what cannot be read.
-    """
-    for split in map(Split, find_files(source)):
-        format, _ = file_format(split.file, source.format)
-        for number, row in table_rows(split, format, "", bad_rows := BadRows()):
-            yield place(split, number, bad_rows, unit(format)), row
 
 
 def _row_texts(source: Source, split: Split, bad_rows: BadRows) -> Iterator[str]:

@@ -164,6 +164,11 @@ def readable_files(folder: str, files: Sequence[str]) -> list[str]:
     return known
 
 
+def location_exists(path: Path) -> bool:
+    """Whether there is such a file or folder, or a file that matches this pattern."""
+    return path.exists() or bool(_matching(str(path)))
+
+
 def existing_file(location: str) -> Path:
     """Return the path. Raises `UserError` if it is missing, a folder, or unreadable."""
     path = Path(location)
@@ -207,6 +212,12 @@ def _suffixes(file: str) -> tuple[str, str]:
     path = file.partition("?")[0] if is_remote(file) else file
     inner, outer = ["", "", *(suffix.lower() for suffix in Path(path).suffixes)][-2:]
     return (inner, outer) if outer in COMPRESSIONS else (outer, "")
+
+
+def name_stem(file: str) -> str:
+    """The name of a file without the suffixes of its format and compression."""
+    path = Path(file)
+    return (path.with_suffix("") if path.suffix.lower() in COMPRESSIONS else path).stem
 
 
 def content_identities(files: Sequence[str]) -> list[str]:
