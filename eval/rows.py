@@ -19,6 +19,7 @@ from mlmkit.windows import Windows, nearest_window, overlapping_windows
 
 METRICS = ("masked", "pseudo")
 VARIANTS = ("original", "within-word")
+OTHER_SPELLINGS = {"within_word": "within-word", "within_word_l2r": "within-word"}  # the second is minicons'
 TYPICAL_ROW = 512  # caps the estimated cost of a row, whatever the model's length, so that parts are always the same
 WHOLE_WORD, FIRST_PIECE, LATER_PIECE = range(3)
 
@@ -45,7 +46,7 @@ class Settings:
         for metric in self.metrics:
             if metric not in METRICS:
                 raise UserError(f"no metric {metric!r}: choose {' or '.join(METRICS)}")
-        _check_variant(self.variant)
+        object.__setattr__(self, "variant", pll_variant(self.variant))
         if not 0.0 < self.pseudo_sample <= 1.0:
             raise UserError(f"the pseudo-likelihood sample must be above 0 and at most 1, not {self.pseudo_sample}")
         if not self.mask_seeds or len(set(self.mask_seeds)) < len(self.mask_seeds):
@@ -175,7 +176,7 @@ def pseudo_rows(
     With `variant="within-word"` the later tokens of the same word are masked too (Kauf and Ivanova 2023). `tokens`
     (flat, ascending) restricts which tokens are scored. Raises `UserError` for an unknown variant.
     """
-    _check_variant(variant)
+    variant = pll_variant(variant)
     tokens = np.arange(len(corpus.ids)) if tokens is None else tokens
     tokens = tokens[~scorable(tokenizer).is_special[corpus.ids[tokens]]]
     document, offset = _locate(corpus, tokens)
@@ -187,9 +188,12 @@ def pseudo_rows(
     return Rows(windows, np.arange(len(tokens) + 1), document, offset, corpus.ids, offset, hide_to)
 
 
-def _check_variant(variant: str) -> None:
+def pll_variant(name: str) -> str:
+    """The variant in mlmkit's spelling. Raises `UserError` if there is none."""
+    variant = OTHER_SPELLINGS.get(name, name)
     if variant not in VARIANTS:
-        raise UserError(f"no pseudo-likelihood variant {variant!r}: choose {' or '.join(VARIANTS)}")
+        raise UserError(f"no pseudo-likelihood variant {name!r}: choose {' or '.join(VARIANTS)}")
+    return variant
 
 
 def scorable(tokenizer: Tokenizer) -> MaskVocabulary:
