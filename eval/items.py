@@ -14,7 +14,7 @@ from typing import Any
 
 from mlmkit.documents import checked_text
 from mlmkit.errors import UserError
-from mlmkit.eval.rows import check_variant
+from mlmkit.eval.rows import pll_variant
 from mlmkit.lines import is_blank
 
 SCORINGS = ("all", "shared")
@@ -91,7 +91,7 @@ class ItemColumns:
     def __post_init__(self) -> None:
         _check("normalisation", self.normalisation, NORMALISATIONS)
         if self.pll:
-            check_variant(self.pll)
+            object.__setattr__(self, "pll", pll_variant(self.pll))
 
     @property
     def sides(self) -> tuple[str, ...]:

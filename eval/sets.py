@@ -14,7 +14,7 @@ from mlmkit.eval.correlation import Correlation, number_columns
 from mlmkit.eval.data import EvalData, file_data
 from mlmkit.eval.item_data import ItemData
 from mlmkit.eval.items import ChoiceColumns, ClozeColumns, Item, ItemColumns, PairColumns, keep_items, read_items
-from mlmkit.eval.rows import Settings
+from mlmkit.eval.rows import Settings, pll_variant
 from mlmkit.eval.set_files import set_rows
 from mlmkit.locations import HUB, Source, existing_file, find_files, is_tokens
 from mlmkit.tokenizer import Tokenizer
@@ -123,7 +123,7 @@ class Request:
         """
         if self.task == "text":
             return settings
-        declared = self.columns.pll
+        declared, variant = self.columns.pll, variant and pll_variant(variant)
         if variant and declared and variant != declared:
             raise UserError(
                 f"{self.name} is scored with pll = {declared!r}, as it was published: leave out {variant!r}"

@@ -141,6 +141,8 @@ def _row_texts(source: Source, split: Split, bad_rows: BadRows) -> Iterator[str]
         if field not in row:
             problem = f" has no field {field!r} (it has {', '.join(row)})"
             problem += ": name one with --text-field (in training data.text_field), or rename it"
+            if {"sentence_good", "sentence_bad"} <= row.keys():
+                problem += "; these are pairs, which --metric pairs measures"
             report = bad_rows if format == "jsonl" else BadRows()  # in the other formats all rows have the same fields
         elif problem := _text_problem(row[field]):
             problem = f", field {field!r} {problem}"
