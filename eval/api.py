@@ -74,20 +74,25 @@ def evaluate(
     `model` is a checkpoint (folder or hub name), an artifact, or what `mlmkit.load` returned. `data` is a list of
     texts, the name of a set (`mlmkit eval --list-sets`), or a file's path. `metrics`: `masked` (cross-entropy, accuracy
     and similar) and `pseudo` (exact pseudo-likelihood; `variant` `original` or `within-word`, on a share
-    `pseudo_sample` of the tokens). A set of items (pairs, choices, cloze) is always measured by them, in the variant
-    that it declares. Several `mask_seed`s give the spread between masks.
+    `pseudo_sample` of the tokens), or `pairs`, for a file of pairs. A set of items (pairs, choices, cloze) is always
+    measured by them, in the variant that it declares. Several `mask_seed`s give the spread between masks.
 
     With `output` the result is kept in that folder, and the same call resumes an interrupted one. Raises
     `mlmkit.UserError` for data or options that cannot be used, and `mlmkit.CheckError` when a score is not finite.
     """
     loaded = load(model, backend, device) if isinstance(model, str | PathLike) else model
+    wanted = (metrics,) if isinstance(metrics, str) else tuple(metrics)
     if isinstance(data, Source):
         data = Request(data.name, "text", data.name, source=data)
     elif isinstance(data, str | PathLike):
-        data = find_set(fspath(data), data_folder(None))
+        data = find_set(fspath(data), data_folder(None), pairs="pairs" in wanted)
     request = data if isinstance(data, Request) else None
+    if request and request.task != "text":
+        wanted = ("pseudo",)
+    elif "pairs" in wanted:
+        raise UserError("the metric pairs is for a file or set of pairs, and this is text: choose masked or pseudo")
     settings = Settings(
-        metrics=(metrics,) if isinstance(metrics, str) else tuple(metrics),
+        metrics=wanted,
         recipe=recipe or MaskRecipe(),
         mask_seeds=_seeds(mask_seed),
         variant=variant or "original",

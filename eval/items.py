@@ -15,7 +15,7 @@ from typing import Any
 
 from mlmkit.documents import checked_text
 from mlmkit.errors import UserError
-from mlmkit.eval.rows import check_variant
+from mlmkit.eval.rows import pll_variant
 from mlmkit.lines import is_blank
 from mlmkit.tables import nested_value
 
@@ -74,8 +74,9 @@ class Item:
 class ItemColumns:
     """Where a row holds an item, and how its options are scored.
 
-    A value that names a column may be a path (`a.b` reaches into nested rows), an alternative (`a|b` takes the first
-    that exists) or a template (`The {animal} sleeps.`). `join` stands between a context and what is scored, `suffix`
+    A value that names a column may be a path, an alternative or a template. `a.b` reaches into nested rows, and `a.0`
+    takes the first entry of a list, or of text separated by tabs; `a|b` takes the first that exists; in a template
+    (`The {animal} sleeps.`) each `{column}` is replaced. `join` stands between a context and what is scored, `suffix`
     behind it. A score is the PLL of the variant `pll` ("": the user's choice), divided by the scored tokens or
     characters if `normalisation` says so. Raises `UserError` for an unknown variant or normalisation.
     """
@@ -92,7 +93,7 @@ class ItemColumns:
     def __post_init__(self) -> None:
         _check("normalisation", self.normalisation, NORMALISATIONS)
         if self.pll:
-            check_variant(self.pll)
+            object.__setattr__(self, "pll", pll_variant(self.pll))
 
     @property
     def sides(self) -> tuple[str, ...]:
@@ -231,6 +232,8 @@ class ChoiceColumns(ItemColumns):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if not self.choices:
+            raise UserError("choices need choices: columns, or one column with a list")
         if self.label == "":
             raise UserError("choices need label: a column, or the index of the right choice")
 
@@ -265,8 +268,12 @@ class ClozeColumns(ItemColumns):
         super().__post_init__()
         if not self.target:
             raise UserError("cloze needs target, the column of what is scored")
+        if self.previous_prefix and not self.previous_target:
+            raise UserError("previous_prefix needs previous_target, the word before")
         if self.appended_masks < 0 or (self.appended_masks and self.pll != "left-to-right"):
-            raise UserError('appended_masks is the number of masks with pll = "left-to-right"')
+            raise UserError('appended_masks is a number of masks, and goes with pll = "left-to-right"')
+        if self.appended_masks and self.suffix:
+            raise UserError("suffix has no effect with appended_masks, because the model sees nothing after the target")
 
     def options(self, row: dict[str, Any], where: str) -> tuple[tuple[Option, ...], int]:
         options = [self._option(row, where, self.prefix, _text(row, self.target, where, is_strict=True))]

@@ -21,6 +21,7 @@ METRICS = ("masked", "pseudo")
 # Which tokens are masked with the scored one: none; the later ones of its word; all scored ones of its document; those
 # of them behind it. The last two are for sets that score a span.
 VARIANTS = ("original", "within-word", "together", "left-to-right")
+OTHER_SPELLINGS = {"within_word": "within-word", "within_word_l2r": "within-word"}  # the second is minicons'
 TYPICAL_ROW = 512  # caps the estimated cost of a row, whatever the model's length, so that parts are always the same
 WHOLE_WORD, FIRST_PIECE, LATER_PIECE = range(3)
 
@@ -49,7 +50,7 @@ class Settings:
         for metric in self.metrics:
             if metric not in METRICS:
                 raise UserError(f"no metric {metric!r}: choose {' or '.join(METRICS)}")
-        check_variant(self.variant)
+        object.__setattr__(self, "variant", pll_variant(self.variant))
         if not 0.0 < self.pseudo_sample <= 1.0:
             raise UserError(f"the pseudo-likelihood sample must be above 0 and at most 1, not {self.pseudo_sample}")
         if not self.mask_seeds or len(set(self.mask_seeds)) < len(self.mask_seeds):
@@ -192,7 +193,7 @@ def pseudo_rows(
     with `appended_masks`, so many masks follow instead of all later tokens; with `together` all its scored tokens.
     Raises `UserError` for an unknown variant.
     """
-    check_variant(variant)
+    variant = pll_variant(variant)
     tokens = np.arange(len(corpus.ids)) if tokens is None else tokens
     tokens = tokens[~scorable(tokenizer).is_special[corpus.ids[tokens]]]
     document, offset = _locate(corpus, tokens)
@@ -214,10 +215,12 @@ def pseudo_rows(
     return Rows(windows, first, document, offset, corpus.ids, hide_from, hide_to, appended_masks)
 
 
-def check_variant(variant: str) -> None:
-    """Raise `UserError` for an unknown variant of pseudo-likelihood."""
+def pll_variant(name: str) -> str:
+    """The variant in mlmkit's spelling. Raises `UserError` if there is none."""
+    variant = OTHER_SPELLINGS.get(name, name)
     if variant not in VARIANTS:
-        raise UserError(f"no pseudo-likelihood variant {variant!r}: choose {', '.join(VARIANTS)}")
+        raise UserError(f"no pseudo-likelihood variant {name!r}: choose {', '.join(VARIANTS)}")
+    return variant
 
 
 def scorable(tokenizer: Tokenizer) -> MaskVocabulary:

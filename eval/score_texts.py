@@ -1,6 +1,7 @@
 """Pseudo-log-likelihood of single texts: `mlmkit.pseudo_log_likelihood`, `mlmkit score` and the server's `/score`."""
 
 import logging
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from os import PathLike
@@ -14,8 +15,25 @@ from mlmkit.corpus import Corpus, tokenize
 from mlmkit.documents import checked_text
 from mlmkit.eval.rows import Rows, pseudo_rows
 from mlmkit.eval.scoring import refuse_batch_coupling, score_rows
+from mlmkit.tokenizer import Tokenizer
+from mlmkit.windows import ranges
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Word:
+    """The word `text`, from `begin` to `end` (exclusive, in code points), and the indices of its `tokens`.
+
+    `log_prob` is the sum of its tokens' log-probabilities in nats, so its surprisal is `-log_prob`; None without a
+    scored token.
+    """
+
+    text: str
+    begin: int
+    end: int
+    tokens: list[int]
+    log_prob: float | None
 
 
 @dataclass(frozen=True)
@@ -23,7 +41,8 @@ class TextScore:
     """A text's pseudo-log-likelihood in nats (summed in float64), and the log-probabilities that it sums.
 
     `token_ids` and `offset` (int64) and `log_prob` (float32) are `[scored]`. A token's offset counts the tokens before
-    it. Without a scored token the pseudo-log-likelihood is None, because 0 would mean certainty.
+    it. `spans` `[scored, 2]` (int64) is where each token begins and ends in the text, in code points. Without a scored
+    token the pseudo-log-likelihood is None, because 0 would mean certainty.
     """
 
     text: str
@@ -31,6 +50,28 @@ class TextScore:
     token_ids: NDArray[np.int64]
     offset: NDArray[np.int64]
     log_prob: NDArray[np.float32]
+    spans: NDArray[np.int64]
+
+    @property
+    def words(self) -> list[Word]:
+        """The words between white space, in order. Each scored token belongs to exactly one.
+
+        A token belongs to the word of its characters. One of white space alone belongs to the next word, or to the
+        last if none follows. Words that share a token are one `Word`, with the white space between them. A text of
+        white space is one word.
+        """
+        bounds = [match.span() for match in re.finditer(r"\S+", self.text)] or [(0, len(self.text))]
+        begins, ends = np.array(bounds).T
+        first = np.minimum(np.searchsorted(ends, self.spans[:, 0], side="right"), len(ends) - 1)
+        last = np.maximum(np.searchsorted(begins, self.spans[:, 1]) - 1, first)
+        begins_word, ends_word = np.ones((2, len(ends)), dtype=bool)  # False inside words that share a token
+        begins_word[ranges(first + 1, last - first)] = ends_word[ranges(first, last - first)] = False
+        tokens: list[list[int]] = [[] for _ in range(begins_word.sum())]
+        for token, word in enumerate((np.cumsum(begins_word) - 1)[first].tolist()):
+            tokens[word].append(token)
+        sums = [float(self.log_prob[own].sum(dtype=np.float64)) if own else None for own in tokens]
+        spans = zip(begins[begins_word].tolist(), ends[ends_word].tolist(), tokens, sums, strict=True)
+        return [Word(self.text[begin:end], begin, end, *rest) for begin, end, *rest in spans]
 
 
 def pseudo_log_likelihood(
@@ -48,6 +89,7 @@ def pseudo_log_likelihood(
     ```python
     good, bad = mlmkit.pseudo_log_likelihood("artifact", ["The keys are here.", "The keys is here."])
     good.pseudo_log_likelihood > bad.pseudo_log_likelihood
+    [(word.text, word.log_prob) for word in good.words]
     ```
 
     An unknown token is scored like any other; other special tokens are context. With `variant="within-word"` the later
@@ -67,10 +109,12 @@ def pseudo_log_likelihood(
         scores = score_rows(loaded, corpus, rows, batch_tokens, lambda documents: bar.advance(task, documents))
     if unknown := int(corpus.text_sizes[:, 3].sum()):
         log.warning("%d characters are unknown to the tokenizer: scored as its unknown token, or not at all", unknown)
-    return text_scores(texts, corpus, rows, scores.log_prob)
+    return text_scores(texts, corpus, rows, scores.log_prob, loaded.tokenizer)
 
 
-def text_scores(texts: Sequence[str], corpus: Corpus, rows: Rows, log_prob: NDArray[np.float32]) -> list[TextScore]:
+def text_scores(
+    texts: Sequence[str], corpus: Corpus, rows: Rows, log_prob: NDArray[np.float32], tokenizer: Tokenizer
+) -> list[TextScore]:
     """The scores `[scored]` of `pseudo_rows`, divided among the texts."""
     ids = corpus.ids[corpus.starts[rows.document] + rows.offset].astype(np.int64)
     ends = np.searchsorted(rows.document, np.arange(len(corpus) + 1))
@@ -78,5 +122,7 @@ def text_scores(texts: Sequence[str], corpus: Corpus, rows: Rows, log_prob: NDAr
     for text, begin, end in zip(texts, ends, ends[1:], strict=False):
         own = log_prob[begin:end]
         total = float(own.sum(dtype=np.float64)) if len(own) else None
-        scores.append(TextScore(text, total, ids[begin:end], rows.offset[begin:end], own))
+        offset = rows.offset[begin:end]
+        spans = np.array(tokenizer.spans(text), dtype=np.int64).reshape(-1, 2)[offset]
+        scores.append(TextScore(text, total, ids[begin:end], offset, own, spans))
     return scores

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mlmkit.backends import Backend, Batch
-from mlmkit.batching import length_batches
+from mlmkit.batching import BATCH_TOKENS, length_batches
 from mlmkit.corpus import Corpus
 from mlmkit.errors import CheckError, UserError
 from mlmkit.eval.data import Part
@@ -21,7 +21,6 @@ from mlmkit.eval.rows import Rows
 from mlmkit.tokenizer import Tokenizer
 from mlmkit.windows import ranges
 
-BATCH_TOKENS = {"cpu": 2048, "cuda": 65536}  # on a CPU larger batches leave the cache: docs/decisions.md
 BATCHES_AHEAD = 8
 
 

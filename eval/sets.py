@@ -24,7 +24,7 @@ from mlmkit.eval.items import (
     read_items,
     with_phenomena,
 )
-from mlmkit.eval.rows import Settings
+from mlmkit.eval.rows import Settings, pll_variant
 from mlmkit.eval.set_files import FileReading, set_rows
 from mlmkit.locations import HUB, Source, existing_file, find_files, is_tokens, location_exists
 from mlmkit.tokenizer import Tokenizer
@@ -138,7 +138,7 @@ class Request:
         """
         if self.task == "text":
             return settings
-        declared = self.columns.pll
+        declared, variant = self.columns.pll, variant and pll_variant(variant)
         if variant and declared and variant != declared:
             raise UserError(
                 f"{self.name} is scored with pll = {declared!r}, as it was published: leave out {variant!r}"

@@ -131,6 +131,8 @@ def _row_texts(source: Source, split: Split, bad_rows: BadRows) -> Iterator[str]
         except KeyError:
             problem = f" has no field {field!r} (it has {', '.join(row)})"
             problem += ": name one with --text-field (in training data.text_field), or rename it"
+            if {"sentence_good", "sentence_bad"} <= row.keys():
+                problem += "; these are pairs, which --metric pairs measures"
             may_vary = format == "jsonl" or field.partition(".")[0] in row  # else no row has it
             report = bad_rows if may_vary else BadRows()
         else:

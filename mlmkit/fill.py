@@ -1,22 +1,25 @@
 """Fills masks. Results have the fields of Hugging Face's pipeline: `score`, `token`, `token_str`, `sequence`.
 
 A text becomes a `Question` (`ask_all`), whose one-row batch any backend can score, alone or merged with other rows;
-`answer` reads the candidates from the scores. `fill` does all three.
+`answer` reads the candidates from the scores. `answer_all` scores in batches, and `fill` does all of it for one text.
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mlmkit.backends import Backend, Batch, ModelInfo, Scored
+from mlmkit.backends import Backend, Batch, ModelInfo, Scored, score_together
+from mlmkit.batching import BATCH_TOKENS, LOOKAHEAD, length_batches
 from mlmkit.errors import CheckError, UserError
 from mlmkit.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
+
+POSITION_TOKENS = 8  # a position's logits take about as much memory as so many tokens
 
 
 class Candidate(TypedDict):
@@ -64,9 +67,15 @@ class Question:
 
 
 def ask_all(
-    tokenizer: Tokenizer, info: ModelInfo, texts: Sequence[str], *, top_k: int = 5, targets: Sequence[str] = ()
+    tokenizer: Tokenizer,
+    info: ModelInfo,
+    texts: Sequence[str],
+    *,
+    top_k: int = 5,
+    targets: Sequence[str] = (),
+    names: Sequence[str] = (),
 ) -> list[Question]:
-    """The questions for several texts with the same targets.
+    """The questions for several texts with the same targets. `names` say in errors which text it is.
 
     Raises `NoMaskError` for a text without a mask, `TextTooLongError` for a text or target that the model cannot take,
     `TargetError` for a target without a token, and `UserError` for invalid UTF-8 and a `top_k` that is out of range.
@@ -76,7 +85,14 @@ def ask_all(
     if not 1 <= top_k <= info.top_k:
         raise UserError(f"top_k must be between 1 and {info.top_k}, not {top_k}")
     target_ids, stand_ins = _target_ids(tokenizer, info, targets)
-    return [Question(*_masked_ids(tokenizer, info, text), target_ids, top_k, stand_ins) for text in texts]
+    questions = []
+    for index, text in enumerate(texts):
+        try:
+            masked = _masked_ids(tokenizer, info, text)
+        except UserError as error:
+            raise type(error)(f"{names[index]}: {error}" if names else str(error)) from None
+        questions.append(Question(*masked, target_ids, top_k, stand_ins))
+    return questions
 
 
 def _masked_ids(tokenizer: Tokenizer, info: ModelInfo, text: str) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -120,15 +136,32 @@ def answer(tokenizer: Tokenizer, question: Question, scored: Scored) -> list[lis
     ]
 
 
+def answer_all(backend: Backend, questions: Sequence[Question]) -> Iterator[list[list[Candidate]]]:
+    """Yield the candidates for the masks of each question, in order, scored in batches of bounded size.
+
+    Warns of targets that are cut. Raises `CheckError` if the model cannot run a batch or a score is not finite.
+    """
+    for target, piece in questions[0].stand_ins.items() if questions else ():
+        log.warning("the target %r has several tokens: its first, %r, is scored instead", target, piece)
+    runs_alone = backend.info.couples_batch or backend.info.sees_padding
+    for begin in range(0, len(questions), LOOKAHEAD):
+        stretch = questions[begin : begin + LOOKAHEAD]
+        rows = [question.batch for question in stretch]
+        sizes = np.array([max(row.input_ids.size, POSITION_TOKENS * len(row.positions)) for row in rows])
+        answers: dict[int, list[list[Candidate]]] = {}
+        for batch in length_batches(sizes, 1 if runs_alone else BATCH_TOKENS[backend.device]):
+            scored = score_together(backend, [rows[index] for index in batch])
+            for index, own in zip(batch.tolist(), scored, strict=True):
+                answers[index] = answer(backend.tokenizer, stretch[index], own)
+        yield from (answers[index] for index in range(len(stretch)))
+
+
 def fill(backend: Backend, text: str, *, top_k: int = 5, targets: Sequence[str] = ()) -> list[list[Candidate]]:
     """The candidates for each mask of the text, best first: one list per mask.
 
     Raises `UserError` like `ask_all`, and `CheckError` if the model cannot run the text or a score is not finite.
     """
-    (question,) = ask_all(backend.tokenizer, backend.info, [text], top_k=top_k, targets=targets)
-    for target, piece in question.stand_ins.items():
-        log.warning("the target %r has several tokens: its first, %r, is scored instead", target, piece)
-    return answer(backend.tokenizer, question, backend.score(question.batch))
+    return next(answer_all(backend, ask_all(backend.tokenizer, backend.info, [text], top_k=top_k, targets=targets)))
 
 
 def _is_unicode(text: str) -> bool:

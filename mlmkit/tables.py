@@ -22,13 +22,19 @@ def unit(format: str) -> str:
 
 
 def nested_value(row: dict[str, Any], field: str) -> Any:
-    """The value of a field; `a.b` is also the field `b` in the field `a`. Raises `KeyError` if there is none."""
-    outer, dot, inner = field.partition(".")
-    if field in row or not dot:
-        return row[field]
-    if not isinstance(row[outer], dict):
-        raise KeyError(field)
-    return nested_value(row[outer], inner)
+    """The value of a field. Unless a field has this very name, `a.b` is the field `b` in the field `a`, and `a.0` is
+    the first entry of its list, or of its text separated by tabs. Raises `KeyError` if there is none.
+    """
+    value: Any = row
+    for key in [field] if field in row else field.split("."):
+        value = value.split("\t") if isinstance(value, str) else value
+        if isinstance(value, list) and key.isdecimal() and int(key) < len(value):
+            value = value[int(key)]
+        elif isinstance(value, dict) and key in value:
+            value = value[key]
+        else:
+            raise KeyError(field)
+    return value
 
 
 def _column(names: Sequence[str], field: str) -> str:

@@ -338,3 +338,15 @@ def test_a_pair_with_an_empty_sentence_is_left_out_and_counted(checkpoint, tmp_p
     assert "items" in result
     assert result["items"]["items"] == 1
     assert result["corpus"]["empty_texts"] == 2
+
+
+def test_a_file_of_pairs_from_python(checkpoint, tmp_path):
+    model, path = load(str(checkpoint("bert"))), tmp_path / "pairs.tsv"
+    path.write_text("sentence_good\tsentence_bad\n" + "".join(f"{good}\t{bad}\n" for good, bad, *_ in PAIRS))
+    evaluation = evaluate(model, path, metrics=["pairs"])
+    assert evaluation.result["items"]["items"] == len(PAIRS)
+    assert evaluation.metrics == evaluate(model, find_set(str(path), pairs=True)).metrics
+    with pytest.raises(UserError, match="these are pairs, which --metric pairs measures"):
+        evaluate(model, path)
+    with pytest.raises(UserError, match="for a file or set of pairs, and this is text"):
+        evaluate(model, ["The statement."], metrics="pairs")

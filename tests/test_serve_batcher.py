@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlmkit.backends import Backend, Batch, Scored, load
-from mlmkit.serve.batcher import Batcher, _Call, merge_rows, split_rows
+from mlmkit.backends import Backend, Batch, Scored, load, merge_rows
+from mlmkit.serve.batcher import Batcher, _Call, split_rows
 from mlmkit.serve.errors import ApiError
 from mlmkit.serve.metrics import Metrics
 

@@ -9,11 +9,22 @@ from os import PathLike, fspath
 from pathlib import Path
 
 from mlmkit.artifact import Manifest, is_artifact, parse_manifest
-from mlmkit.backends.protocol import Backend, Batch, ModelInfo, Scored, capacity
+from mlmkit.backends.protocol import Backend, Batch, ModelInfo, Scored, capacity, merge_rows, score_together
 from mlmkit.errors import UserError, require
 from mlmkit.files import locate_model
 
-__all__ = ["Backend", "Batch", "ModelInfo", "Scored", "capacity", "load", "tensorrt_obstacle", "unproven"]
+__all__ = [
+    "Backend",
+    "Batch",
+    "ModelInfo",
+    "Scored",
+    "capacity",
+    "load",
+    "merge_rows",
+    "score_together",
+    "tensorrt_obstacle",
+    "unproven",
+]
 
 log = logging.getLogger(__name__)
 

@@ -1,5 +1,6 @@
 """The protocol of everything that runs a model: a `Backend` scores a `Batch`. docs/architecture.md has the graph."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -8,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mlmkit.artifact import DYNAMIC_INT8, CheckedFile, Manifest, open_files, read_tokenizer
+from mlmkit.batching import pad
 from mlmkit.errors import UserError
 from mlmkit.tokenizer import Tokenizer
 
@@ -96,6 +98,28 @@ def capacity(backend: Backend) -> int:
             f"{backend.info.path} takes {backend.info.max_length} tokens, and the special tokens need all of them"
         )
     return room
+
+
+def score_together(backend: Backend, rows: Sequence[Batch]) -> list[Scored]:
+    """The scores of each row, `[1, seq]` each, from one call of the backend. Raises what `Backend.score` raises."""
+    if len(rows) == 1:
+        return [backend.score(rows[0])]
+    ends = np.cumsum([len(row.positions) for row in rows])[:-1]
+    scored = backend.score(merge_rows(rows, backend.tokenizer.pad_id))
+    return [Scored(*part) for part in zip(*(np.split(values, ends) for values in scored), strict=True)]
+
+
+def merge_rows(rows: Sequence[Batch], pad_id: int) -> Batch:
+    """One batch of rows `[1, seq]` of any lengths, padded on the right to the longest."""
+    input_ids, _ = pad([row.input_ids[0] for row in rows], pad_id)
+    attention_mask, _ = pad([row.attention_mask[0] for row in rows], 0)
+    longest = input_ids.shape[1]
+    return Batch(
+        input_ids,
+        attention_mask,
+        np.concatenate([row.positions + number * longest for number, row in enumerate(rows)]),
+        np.concatenate([row.targets for row in rows]),
+    )
 
 
 def open_artifact(path: str) -> tuple[Manifest, dict[str, CheckedFile], Tokenizer, ModelInfo]:

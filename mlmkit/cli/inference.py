@@ -7,15 +7,16 @@ from typing import Any
 
 import click
 
-from mlmkit.cli.options import JsonOption, ModelOptions, argument, command, option, option_class, switch
+from mlmkit.cli.options import JsonOption, ModelOptions, TextOptions, argument, command, option, option_class, switch
 from mlmkit.console import print_json, say
 from mlmkit.errors import UserError, require
 from mlmkit.serve.limits import BATCH_TOKENS, QUEUE_TOKENS, Limits
 
 
 @option_class
-class FillOptions(JsonOption, ModelOptions):
-    text: str = argument()
+class FillOptions(JsonOption, ModelOptions, TextOptions):
+    text: str | None = argument(required=False)
+    file: str | None = option("--file", "Fill each text of this file instead, - for standard input.", metavar="FILE")
     top_k: int = option("--top-k", "Candidates per mask.", default=5)
     targets: tuple[str, ...] = option(
         "--targets", "Rank only this, exactly as written. Repeatable.", multiple=True, metavar="TEXT"
@@ -24,24 +25,54 @@ class FillOptions(JsonOption, ModelOptions):
 
 @command(FillOptions)
 def fill(options: FillOptions) -> None:
-    """Fill each mask in TEXT.
+    """Fill each mask in TEXT, or in each text of --file FILE, which --json answers with one object per line.
 
     For example: mlmkit fill MODEL "O rato [MASK] a roupa do rei de Roma."
 
     Write the mask as the model's tokenizer does: [MASK] for BERT, <mask> for RoBERTa. For tokenizers that spell bytes,
     such as RoBERTa's, a target inside a text begins with its space: --targets " rei".
     """
-    from mlmkit.fill import fill as run_fill
+    from mlmkit.fill import answer_all, ask_all
 
-    masks = run_fill(options.load(), options.text, top_k=options.top_k, targets=options.targets)
-    if options.as_json:
-        print_json({"text": options.text, "masks": masks})
-        return
-    for number, candidates in enumerate(masks, start=1):
-        if len(masks) > 1:
-            say(f"mask {number}")
-        for candidate in candidates:
-            say(f"{candidate['score']:8.4f}  {candidate['token_str']:16}  {candidate['sequence']}")
+    if (options.text is None) == (options.file is None):
+        raise click.UsageError("Give either TEXT or --file FILE.")
+    if options.text is not None and (options.blank_line or options.text_field != "text"):
+        raise click.UsageError("--text-field and --blank-line say how --file is read: leave them out.")
+    texts = {"": options.text} if options.text is not None else _file_texts(options)
+    backend = options.load()
+    questions = ask_all(
+        backend.tokenizer,
+        backend.info,
+        list(texts.values()),
+        top_k=options.top_k,
+        targets=options.targets,
+        names=[] if options.file is None else list(texts),
+    )
+    for text, masks in zip(texts.values(), answer_all(backend, questions), strict=True):
+        if options.as_json:
+            print_json({"text": text, "masks": masks})
+            continue
+        if options.file is not None:
+            say(text)
+        for number, candidates in enumerate(masks, start=1):
+            if len(masks) > 1:
+                say(f"mask {number}")
+            for candidate in candidates:
+                say(f"{candidate['score']:8.4f}  {candidate['token_str']:16}  {candidate['sequence']}")
+
+
+def _file_texts(options: FillOptions) -> dict[str, str]:
+    """The texts of `--file` that are not blank, by what messages call them."""
+    from mlmkit.documents import read_texts
+    from mlmkit.lines import is_blank
+    from mlmkit.locations import Source
+
+    source = Source("/dev/stdin" if options.file == "-" else str(options.file), options.text_field, options.blank_line)
+    texts = enumerate(read_texts(source), start=1)
+    named = {f"{options.file}: text {number}, {text[:40]!r}": text for number, text in texts if not is_blank(text)}
+    if not named:
+        raise UserError(f"{options.file}: there is no text to fill")
+    return named
 
 
 def _limit(flag: str, name: str, help: str, least: float = 1) -> Any:

@@ -14,8 +14,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from mlmkit.backends import Backend, Batch, Scored
-from mlmkit.batching import pad
+from mlmkit.backends import Backend, Batch, Scored, score_together
 from mlmkit.serve.errors import ApiError, overloaded, shutting_down
 from mlmkit.serve.limits import MAX_LOGITS
 from mlmkit.serve.metrics import Metrics
@@ -182,7 +181,7 @@ class Batcher:
         loop, start = asyncio.get_running_loop(), time.perf_counter()
         rows, requests = [row for _, _, row in taken], {request for request, _, _ in taken}
         try:
-            scored = await loop.run_in_executor(self._engine, score_rows, self.backend, rows)
+            scored = await loop.run_in_executor(self._engine, score_together, self.backend, rows)
         except Exception as error:
             for request in requests:
                 if not request.answer.done():
@@ -236,28 +235,6 @@ class _Call:
         # Dynamic quantization scales the whole batch: a row's scores would depend on the others, so it runs alone.
         self.is_full = padded + longest > self.tokens_left or self.backend.info.couples_batch
         return True
-
-
-def score_rows(backend: Backend, rows: Sequence[Batch]) -> list[Scored]:
-    """Scores of each row, `[1, seq]` each, from one engine call."""
-    if len(rows) == 1:
-        return [backend.score(rows[0])]
-    ends = np.cumsum([len(row.positions) for row in rows])[:-1]
-    scored = backend.score(merge_rows(rows, backend.tokenizer.pad_id))
-    return [Scored(*part) for part in zip(*(np.split(values, ends) for values in scored), strict=True)]
-
-
-def merge_rows(rows: Sequence[Batch], pad_id: int) -> Batch:
-    """One batch of rows `[1, seq]` of any lengths, padded on the right to the longest."""
-    input_ids, _ = pad([row.input_ids[0] for row in rows], pad_id)
-    attention_mask, _ = pad([row.attention_mask[0] for row in rows], 0)
-    longest = input_ids.shape[1]
-    return Batch(
-        input_ids,
-        attention_mask,
-        np.concatenate([row.positions + number * longest for number, row in enumerate(rows)]),
-        np.concatenate([row.targets for row in rows]),
-    )
 
 
 def split_rows(batch: Batch) -> Iterator[Batch]:

@@ -133,7 +133,7 @@ def write_score(service: Service, job: ScoreJob, scored: list[Scored]) -> bytes:
     log_prob = np.array([row.log_prob[0] for row in scored], dtype=np.float32)
     if not np.isfinite(log_prob).all():
         raise CheckError("the model gives scores that are not finite: its weights or activations are not")
-    scores = text_scores(job.texts, job.corpus, job.rows, log_prob)
+    scores = text_scores(job.texts, job.corpus, job.rows, log_prob, service.backend.tokenizer)
     answers = [_scored_text(service.backend.tokenizer, score, job.per_token) for score in scores]
     return _json(answers[0] if job.is_single else answers)
 
@@ -149,17 +149,16 @@ def _scored_text(tokenizer: Tokenizer, score: TextScore, per_token: bool) -> dic
     total, count = score.pseudo_log_likelihood, len(score.token_ids)
     answer = {"pseudo_log_likelihood": total, "pseudo_perplexity": _perplexity(total or 0.0, count), "tokens": count}
     if per_token:
-        spans = tokenizer.spans(score.text)
-        tokens = zip(score.token_ids.tolist(), score.offset.tolist(), score.log_prob.tolist(), strict=True)
+        tokens = zip(score.token_ids.tolist(), score.spans.tolist(), score.log_prob.tolist(), strict=True)
         answer["per_token"] = [
             {
                 "token": id,
                 "token_str": tokenizer.readable(id),
-                "start": spans[offset][0],
-                "end": spans[offset][1],
+                "start": start,
+                "end": end,
                 "log_prob": log_prob,
             }
-            for id, offset, log_prob in tokens
+            for id, (start, end), log_prob in tokens
         ]
     return answer
 
