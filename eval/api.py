@@ -53,7 +53,7 @@ def evaluate(
     metrics: Sequence[str] | str = ("masked",),
     mask_seed: SupportsIndex | Iterable[SupportsIndex] = 0,
     recipe: MaskRecipe | None = None,
-    variant: str = "original",
+    variant: str | None = None,
     pseudo_sample: float = 1.0,
     output: str | PathLike[str] | None = None,
     overwrite: bool = False,
@@ -74,8 +74,8 @@ def evaluate(
     `model` is a checkpoint (folder or hub name), an artifact, or what `mlmkit.load` returned. `data` is a list of
     texts, the name of a set (`mlmkit eval --list-sets`), or a file's path. `metrics`: `masked` (cross-entropy, accuracy
     and similar) and `pseudo` (exact pseudo-likelihood; `variant` `original` or `within-word`, on a share
-    `pseudo_sample` of the tokens). A set of pairs is always measured by its pairs. Several `mask_seed`s give the spread
-    between masks.
+    `pseudo_sample` of the tokens). A set of items (pairs, choices, cloze) is always measured by them, in the variant
+    that it declares. Several `mask_seed`s give the spread between masks.
 
     With `output` the result is kept in that folder, and the same call resumes an interrupted one. Raises
     `mlmkit.UserError` for data or options that cannot be used, and `mlmkit.CheckError` when a score is not finite.
@@ -86,15 +86,15 @@ def evaluate(
     elif isinstance(data, str | PathLike):
         data = find_set(fspath(data), data_folder(None))
     request = data if isinstance(data, Request) else None
-    if request and request.task == "pairs":
-        metrics = "pseudo"
     settings = Settings(
         metrics=(metrics,) if isinstance(metrics, str) else tuple(metrics),
         recipe=recipe or MaskRecipe(),
         mask_seeds=_seeds(mask_seed),
-        variant=variant,
+        variant=variant or "original",
         pseudo_sample=pseudo_sample,
     )
+    if request:
+        settings = request.settings(settings, variant)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(output) if output else Path(temporary) / "result"
         result = run_evaluation(

@@ -1,6 +1,6 @@
 """Compare evaluations of the same text and positions, with paired intervals.
 
-two stored results → refuse what does not compare → differences of metrics, slices, pairs and single tokens
+two stored results → refuse what does not compare → differences of metrics, slices, items and single tokens
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,8 +12,9 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from mlmkit.errors import UserError
-from mlmkit.eval.metrics import FAMILIES, HIGHER_IS_BETTER, PER_TEXT, UNKNOWN_LIMIT, WITHOUT_INTERVAL, describe_unknown
-from mlmkit.eval.pairs import ACCURACIES, pair_columns, pair_groups, sentence_scores
+from mlmkit.eval.correlation import Correlation, draw_statistics
+from mlmkit.eval.item_metrics import ItemScores, item_groups, item_scores, measure_family
+from mlmkit.eval.metrics import FAMILIES, PER_TEXT, UNKNOWN_LIMIT, WITHOUT_INTERVAL, better, describe_unknown
 from mlmkit.eval.results_store import StoredResult, load_result, read_blocks
 from mlmkit.eval.statistics import Bootstrap, Estimator, finite, percentiles
 
@@ -24,7 +25,7 @@ POSITION = ["document", "offset", "token_id", "input_id"]  # columns that identi
 def compare(folders: Sequence[Path], top: int = 20) -> dict[str, Any]:
     """Compare each evaluation with the first one: differences (its value minus the first's), intervals, p-values.
 
-    Returns `first` and `comparisons`: a description of each result, and for the others `metrics`, `slices`, `pairs`
+    Returns `first` and `comparisons`: a description of each result, and for the others `metrics`, `slices`, `items`
     and the `top` tokens whose scores differ most. Raises `UserError`, with the reason, for evaluations of different
     text, masks or metrics.
     """
@@ -73,9 +74,10 @@ def _compare(a: StoredResult, b: StoredResult, top: int) -> dict[str, Any]:
     is_lossy = unknown["character_share"] > UNKNOWN_LIMIT
     if not same_tokens and is_lossy:
         raise UserError(f"{a.folder}, {b.folder}: their tokenizers differ, and in one {describe_unknown(unknown)}")
-    if "pairs" in one:
-        metrics, groups = _compare_pairs(a, b)
-        return {"metrics": metrics, "slices": {}, "tokens": [], "pairs": groups}
+    if "items" in one:
+        metrics, groups = _compare_items(a, b)
+        items = {"metrics": one["items"]["metrics"], "groups": groups}
+        return {"metrics": metrics, "slices": {}, "tokens": [], "items": items}
     metrics, slices = {}, {}
     for metric in seeds:
         names = set(FAMILIES[metric].estimators if same_tokens else TOKENIZER_FREE) - set(PER_TEXT if is_lossy else ())
@@ -150,9 +152,15 @@ def paired_difference(name: str, estimator: Estimator, draws: Bootstrap, one: sl
     4.2). A draw without a scored token has no difference, and counts for both sides.
     """
     with np.errstate(all="ignore"):
-        values = [finite(estimator(draws.totals[side])) for side in (one, two)]
-        changes = estimator(draws.resampled[:, two]) - estimator(draws.resampled[:, one])
-    documents = int(min(draws.documents[one][0], draws.documents[two][0]))
+        sides = [np.append(estimator(draws.totals[side]), estimator(draws.resampled[:, side])) for side in (one, two)]
+    return _difference(name, *sides, int(min(draws.documents[one][0], draws.documents[two][0])))
+
+
+def _difference(name: str, one: NDArray[np.float64], two: NDArray[np.float64], documents: int) -> dict[str, Any]:
+    """The difference of a metric's values, each `[1 + draws]`: on all documents, then on each draw."""
+    values = [finite(side[0]) for side in (one, two)]
+    with np.errstate(all="ignore"):
+        changes = two[1:] - one[1:]
     difference = low = high = p_value = None
     if values[0] is not None and values[1] is not None:
         difference = values[1] - values[0]
@@ -161,7 +169,7 @@ def paired_difference(name: str, estimator: Estimator, draws: Bootstrap, one: sl
             fewest = min(int((~(changes > 0)).sum()), int((~(changes < 0)).sum()))
             p_value = min(1.0, 2 * (fewest + 1) / (len(changes) + 1))
     return {
-        "better": "higher" if any(part in name for part in HIGHER_IS_BETTER) else "lower",
+        "better": better(name),
         "a": values[0],
         "b": values[1],
         "difference": difference,
@@ -172,9 +180,12 @@ def paired_difference(name: str, estimator: Estimator, draws: Bootstrap, one: sl
     }
 
 
-def _compare_pairs(a: StoredResult, b: StoredResult) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Differences of pair accuracies, overall and by group, from resampling pairs."""
-    columns = np.concatenate([pair_columns(sentence_scores(side.folder)) for side in (a, b)], axis=1)
+def _compare_items(a: StoredResult, b: StoredResult) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Differences of the metrics of items, overall and by group, and of correlations, from resampling items."""
+    source = a.result["corpus"]["source"]
+    scores = [item_scores(side.folder, source["normalisation"]) for side in (a, b)]
+    families = [measure_family(each, source) for each in scores]
+    columns = np.concatenate([family.columns for family in families], axis=1)
     width = columns.shape[1] // 2
 
     def group_differences(rows: NDArray[np.float64]) -> dict[str, Any]:
@@ -182,16 +193,28 @@ def _compare_pairs(a: StoredResult, b: StoredResult) -> tuple[dict[str, Any], di
         draws.add(rows)
         sides = slice(0, width), slice(width, 2 * width)
         differences = {
-            name: paired_difference(name, estimator, draws, *sides) for name, estimator in ACCURACIES.items()
+            name: paired_difference(name, estimator, draws, *sides)
+            for name, estimator in families[0].estimators.items()
         }
-        return {name: {**row, "pairs": row.pop("documents")} for name, row in differences.items()}
+        return {name: {**row, "items": row.pop("documents")} for name, row in differences.items()}
 
     groups: dict[str, Any] = {}
-    for plural, names in pair_groups(a.folder).items():
+    for plural, names in item_groups(a.folder).items():
         groups[plural] = {
             name: group_differences(columns[names == name]) for name in sorted(set(names.tolist()) - {""})
         }
-    return group_differences(columns), groups
+    return {**group_differences(columns), **_compare_correlations(a, b, scores)}, groups
+
+
+def _compare_correlations(a: StoredResult, b: StoredResult, scores: list[ItemScores]) -> dict[str, Any]:
+    differences: dict[str, Any] = {}
+    for declared in (a.result["set"] or {}).get("correlation", ()):
+        correlation = Correlation(**declared)
+        one, two = (draw_statistics(side.folder, own, correlation) for side, own in zip((a, b), scores, strict=True))
+        for name, (values, items) in one.items():
+            row = _difference(name, values, two[name][0], items)
+            differences[name] = {**row, "items": row.pop("documents")}
+    return differences
 
 
 def _largest_differences(

@@ -1,7 +1,7 @@
 """Evaluate a model.
 
     data → parts → rows of each pass (`rows`) → scores (`scoring`) → stored parts (`results_store`)
-    stored parts → tokens.parquet + documents.parquet → metrics (`metrics`, `pairs`) → result.json → report.html
+    stored parts → tokens.parquet + documents.parquet → metrics (`metrics`, `item_metrics`) → result.json → report.html
 
 Every part is stored as soon as it is scored, so an interrupted evaluation resumes after its last part.
 """
@@ -26,9 +26,11 @@ from mlmkit.console import progress
 from mlmkit.corpus import Corpus
 from mlmkit.distributed import Ranks
 from mlmkit.errors import UserError
+from mlmkit.eval.correlation import measure_correlations
 from mlmkit.eval.data import EvalData, Part, cut_parts
+from mlmkit.eval.item_data import ItemData
+from mlmkit.eval.item_metrics import item_scores, measure_items
 from mlmkit.eval.metrics import PER_TEXT, UNKNOWN_LIMIT, measure, seed_spread
-from mlmkit.eval.pairs import PairData, measure_pairs
 from mlmkit.eval.report import write_report
 from mlmkit.eval.result import RESULT_FORMAT, Result, Timing
 from mlmkit.eval.results_store import PartRecord, ResultsStore, StoredResult, read_blocks, token_table
@@ -94,8 +96,7 @@ def run_evaluation(
         if settings.recipe.whole_word and "masked" in settings.metrics:
             warn_of_words(data.corpus)
         frequency = store.write_tables(records, data, backend.tokenizer)
-        result = _build_result(backend, data, settings, passes, records, store, frequency)
-        result["set"] = asdict(declared) if declared else None
+        result = _build_result(backend, data, settings, passes, records, store, frequency, declared)
         result["seconds"] = time.perf_counter() - began
         result = store.finish(result)
         if report:
@@ -163,8 +164,9 @@ def _build_result(
     records: Records,
     store: ResultsStore,
     frequency: NDArray[np.int64],
+    declared: EvalSet | None,
 ) -> Result:
-    """The result of an evaluation whose tables are in the store's folder, but for its `set` and `seconds`.
+    """The result of an evaluation whose tables are in the store's folder, but for its `seconds`.
 
     `frequency` counts each id of the corpus, `[vocabulary]`.
     """
@@ -217,15 +219,19 @@ def _build_result(
         "timing": {metric: _timing(parts) for metric, parts in by_metric.items()},
         "versions": _versions(),
         "command": sys.argv,
-        "set": None,
+        "set": asdict(declared) if declared else None,
         "identity": store.identity,
         "examples": _token_examples(store.folder, passes[0], corpus, backend.tokenizer),
         "seconds": 0.0,
     }
     for metric in by_metric:
-        if metric == "pseudo" and isinstance(data, PairData):
-            pair_metrics, result["pairs"] = measure_pairs(store.folder)
-            result["metrics"] |= pair_metrics
+        if metric == "pseudo" and isinstance(data, ItemData):
+            scores = item_scores(store.folder, data.source["normalisation"])
+            metrics, result["items"] = measure_items(store.folder, scores, data.source)
+            correlations = declared.correlation if declared else ()
+            correlated, counts = measure_correlations(store.folder, scores, correlations)
+            result["metrics"] |= metrics | correlated
+            result["items"] |= {"correlated": counts} if counts else {}
             continue
         seeds = settings.mask_seeds if metric == "masked" else [None]
         measured = measure(store.folder, metric, seeds, len(corpus), mask_id)

@@ -30,7 +30,9 @@ PER_TEXT = ("pseudo_perplexity_per_word", "pseudo_perplexity_per_character", "bi
 UNKNOWN_LIMIT = 0.001  # of the characters; above it there are no figures per unit of text
 # Biased upwards under resampling: 1,000 draws of a calibrated model's text lie above its own error (docs/decisions.md).
 WITHOUT_INTERVAL = frozenset({"expected_calibration_error"})
-HIGHER_IS_BETTER = ("accuracy", "rank", "likelihood")  # in a metric's name; for the others lower is better
+# Parts of metrics' names.
+HIGHER_IS_BETTER = ("accuracy", "rank", "likelihood", "probability", "gain")
+LOWER_IS_BETTER = ("entropy", "perplexity", "error", "bits")
 
 # ---------------------------------------------------------------- slices: groups of scored tokens
 
@@ -269,6 +271,13 @@ def _sampling_errors(totals: Columns) -> dict[str, float]:
         if unit
     }
     return {name: value for name, value in errors.items() if math.isfinite(value)}
+
+
+def better(name: str) -> str:
+    """Which values of a metric are better: `higher`, `lower`, or `neither`, as of a correlation or a preference."""
+    if any(part in name for part in HIGHER_IS_BETTER):
+        return "higher"
+    return "lower" if any(part in name for part in LOWER_IS_BETTER) else "neither"
 
 
 def describe_unknown(unknown: Unknown | Mapping[str, Any]) -> str:

@@ -116,9 +116,11 @@ def slice_bars(split: str, values: Mapping[str, float | None], label: str) -> st
 
 
 @styled
-def pair_accuracies(groups: Mapping[str, Mapping[str, Any]], references: Sequence[Mapping[str, Any]]) -> str:
-    """Accuracy of each group of pairs with its interval. Published values (`phenomena`) appear as marks beside it."""
-    accuracy = {name: group["pair_accuracy"] for name, group in groups.items()}
+def group_accuracies(
+    groups: Mapping[str, Mapping[str, Any]], metric: str, chance: float, references: Sequence[Mapping[str, Any]]
+) -> str:
+    """The `metric` of each group of items with its interval, beside published values (`phenomena`) and chance."""
+    accuracy = {name: group[metric] for name, group in groups.items()}
     names = sorted(accuracy, key=lambda name: accuracy[name]["value"])
     figure, axes = new_figure(7.2, 1.4 + 0.34 * len(names))
     axes.barh(range(len(names)), [100 * accuracy[name]["value"] for name in names], 0.6, color=ONE, alpha=0.85)
@@ -128,13 +130,13 @@ def pair_accuracies(groups: Mapping[str, Mapping[str, Any]], references: Sequenc
         published = 100 * np.array([reference["phenomena"].get(name) for name in names], float)
         mark = {"marker": "od^sv"[number % 5], "markerfacecolor": "none", "markeredgecolor": TWO, "markersize": 6}
         axes.plot(published, range(len(names)), linestyle="none", label=reference["model"], **mark)
-    axes.axvline(50, color=MUTED, **DASHED)
+    axes.axvline(100 * chance, color=MUTED, **DASHED)
     axes.set_yticks(range(len(names)), [name.replace("_", " ") for name in names])
-    axes.set(xlabel="% of pairs right (dashed: chance)", xlim=(0, 100), ylim=(-0.6, len(names) - 0.4))
+    axes.set(xlabel=f"{metric.replace('_', ' ')}, % (dashed: chance)", xlim=(0, 100), ylim=(-0.6, len(names) - 0.4))
     axes.grid(axis="y", visible=False)
     if references:
         axes.legend(loc="lower center", bbox_to_anchor=(0.4, 1.0), ncols=2, fontsize=10)
-    return to_svg(figure, "pairs")
+    return to_svg(figure, "groups")
 
 
 @styled

@@ -40,8 +40,18 @@ HEADLINES = {  # the cards of the report: label, unit, format
     "pair_accuracy": ("pairs right", "by PLL", "{:.2%}"),
     "pair_accuracy_per_token": ("pairs right", "by PLL per token", "{:.2%}"),
     "pair_accuracy_macro": ("pairs right", "mean of paradigms", "{:.2%}"),
+    "first_preferred": ("first preferred", "by PLL", "{:.2%}"),
+    "first_preferred_per_token": ("first preferred", "by PLL per token", "{:.2%}"),
+    "first_preferred_macro": ("first preferred", "mean of paradigms", "{:.2%}"),
+    "choice_accuracy": ("choices right", "", "{:.2%}"),
+    "choice_accuracy_macro": ("choices right", "mean of paradigms", "{:.2%}"),
+    "cloze_log_probability": ("log-probability of the target", "nats per item", "{:.4f}"),
+    "cloze_probability": ("probability of the target", "", "{:.2%}"),
+    "cloze_accuracy": ("targets right", "every token the most probable", "{:.2%}"),
     "pseudo_perplexity_good": ("pseudo-perplexity", "better sentences", "{:,.2f}"),
     "pseudo_perplexity_bad": ("pseudo-perplexity", "worse sentences", "{:,.2f}"),
+    "pseudo_perplexity_first": ("pseudo-perplexity", "first sentences", "{:,.2f}"),
+    "pseudo_perplexity_second": ("pseudo-perplexity", "second sentences", "{:,.2f}"),
 }
 SLICINGS = {
     "frequency": ("token frequency", "How often the token occurs in this corpus."),
@@ -72,12 +82,12 @@ def write_report(stored: StoredResult) -> bool:
     metric = "masked" if "masked" in result["scored"] else "pseudo"
     declared = result["set"] or {}
     references = [item for item in declared.get("reference", []) if item["metric"] in result["metrics"]]
-    pairs = result.get("pairs", {})
-    headlines = [(*HEADLINES[name], value) for name, value in result["metrics"].items() if name in HEADLINES]
-    if not pairs and "unigram_entropy" in result:  # older results lack it
+    items = result.get("items", {})
+    headlines = [(*_headline(name), value) for name, value in result["metrics"].items()]
+    if not items and "unigram_entropy" in result:  # older results lack it
         entropy: Metric = {"value": result["unigram_entropy"], "low": None, "high": None}
         headlines.insert(1, ("unigram entropy", "nats per token, to beat", "{:.4f}", entropy))
-    figures, pairs_figure = _figures(stored, metric, pairs.get("phenomena") or pairs.get("paradigms"), references)
+    figures, groups_figure = _figures(stored, metric, references)
     _render(
         "report.html.jinja",
         stored.folder / REPORT,
@@ -89,17 +99,24 @@ def write_report(stored: StoredResult) -> bool:
         model=Path(result["model"]["path"]).name,
         headlines=headlines,
         figures=figures,
-        pairs_figure=pairs_figure,
+        items=items,
+        headline=_headline,
+        groups_figure=groups_figure,
         references=references,
         slicings=SLICINGS,
     )
     return True
 
 
+def _headline(name: str) -> tuple[str, str, str]:
+    """Label, unit and format of a metric. A correlation's label is its name."""
+    return HEADLINES.get(name, (name.replace("_", " "), "", "{:.4f}"))
+
+
 def _figures(
-    stored: StoredResult, metric: str, pair_groups: dict[str, Any] | None, references: list[dict[str, Any]]
+    stored: StoredResult, metric: str, references: list[dict[str, Any]]
 ) -> tuple[list[tuple[str, str, str]], str]:
-    """Caption, SVG and note of each figure, and the figure of pairs, "" without pairs."""
+    """Caption, SVG and note of each figure, and the figure of the items' groups, "" without groups."""
     from mlmkit.eval import plots
 
     result, histograms = stored.result, _histograms(stored, metric)
@@ -128,7 +145,11 @@ def _figures(
             values = {slice_name: found[name]["value"] for slice_name, found in slices.items()}
             figures.append((f"Loss by {label}", plots.slice_bars(slicing, values, axis), note))
     published = [reference for reference in references if reference["phenomena"]][:5]
-    return figures, plots.pair_accuracies(pair_groups, published) if pair_groups else ""
+    items = result.get("items", {})
+    groups = items.get("phenomena") or items.get("paradigms")
+    if not groups or "chance" not in items:
+        return figures, ""
+    return figures, plots.group_accuracies(groups, items["metrics"][0], items["chance"], published)
 
 
 def _histograms(stored: StoredResult, metric: str) -> dict[str, Any]:
@@ -168,7 +189,7 @@ def write_comparison(comparison: dict[str, Any], folder: Path) -> None:
     for other in comparison["comparisons"]:
         different, agreement = differing_rows(other)
         figures = {}
-        for name in ("masked_cross_entropy", "pseudo_perplexity", "pair_accuracy"):
+        for name in ("masked_cross_entropy", "pseudo_perplexity", *other.get("items", {}).get("metrics", ())[:1]):
             own = [(label, row) for label, row in different if label.split()[0] == name]
             rows = [(f"{label[len(name) :] or 'all'} (n: {measured_on(row)})".strip(), row) for label, row in own]
             if len(rows) > 1:
@@ -197,14 +218,16 @@ def describe_side(letter: str, side: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _named_rows(other: dict[str, Any]) -> Iterator[tuple[str, Row]]:
-    """Every difference with its name: overall, then one metric by slice and by group of pairs."""
+    """Every difference with its name: overall, then one metric by slice and by group of items."""
     yield from other["metrics"].items()
     for metric, slicings in other["slices"].items():
         name, _ = SLICE_METRICS[metric]
         for slicing, slices in slicings.items():
             yield from ((f"{name} {slicing} {label}", row[name]) for label, row in slices.items())
-    for groups in other.get("pairs", {}).values():
-        yield from ((f"pair_accuracy {name}", row["pair_accuracy"]) for name, row in groups.items())
+    for groups in other.get("items", {}).get("groups", {}).values():
+        for name, rows in groups.items():
+            metric = next(iter(rows))
+            yield f"{metric} {name}", rows[metric]
 
 
 def differing_rows(other: dict[str, Any]) -> tuple[list[tuple[str, Row]], str]:
@@ -225,9 +248,9 @@ def _gap(row: Row) -> float:
 
 
 def measured_on(row: Row) -> str:
-    """What a row is measured on: tokens (of A and of B, if they differ) and documents, or pairs."""
-    if "pairs" in row:
-        return f"{row['pairs']:,}"
+    """What a row is measured on: tokens (of A and of B, if they differ) and documents, or items."""
+    if "items" in row:
+        return f"{row['items']:,}"
     return " / ".join(f"{count:,}" for count in (*dict.fromkeys(row["tokens"]), row["documents"]))
 
 

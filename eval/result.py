@@ -4,7 +4,7 @@ from typing import Any, NotRequired, TypedDict
 
 from mlmkit.overlap import Overlap
 
-RESULT_FORMAT = 4  # also counts changes of the parts of unfinished evaluations
+RESULT_FORMAT = 5  # also counts changes of the parts of unfinished evaluations
 
 
 class Metric(TypedDict):
@@ -35,7 +35,7 @@ class Corpus(TypedDict):
     source: dict[str, Any]  # `set` (its name or None), `location`, and the options of reading it
     fingerprint: str  # of the texts and their order, whatever the tokenizer
     documents: int
-    empty_texts: int  # left out: whitespace-only texts, or pairs with such a sentence
+    empty_texts: int  # left out: whitespace-only texts, or items with such an option
     documents_without_tokens: int
     windowed_documents: int  # longer than the model takes, so read in several windows
     tokens: int
@@ -83,7 +83,7 @@ class Result(TypedDict):
     unigram_entropy: NotRequired[float]  # nats per token; older results lack it
     slices: dict[str, SliceGroups]  # by kind of score, `masked` or `pseudo`
     mask_seeds: NotRequired[MaskSeeds]  # for more than one mask seed
-    pairs: NotRequired[dict[str, Any]]  # for minimal pairs: counts, and groups under `phenomena` and `paradigms`
+    items: NotRequired[dict[str, Any]]  # for pairs, choices, cloze: task, counts, groups by `phenomena` and `paradigms`
     unknown: Unknown
     mask_digest: str  # of all masked positions; of the scored ones where only pseudo-likelihood was measured
     digests: dict[str, str]  # by pass: `masked-SEED` or `pseudo`
@@ -102,3 +102,8 @@ class Result(TypedDict):
     identity: dict[str, Any]  # what another call must share to resume this evaluation
     examples: dict[str, list[dict[str, Any]]]  # `worst` and `best` tokens in context, for the report
     files: NotRequired[dict[str, str]]  # SHA-256 of the two tables; absent until they are complete
+
+
+def main_metric(result: Result) -> str:
+    """The metric that stands for a result in tables of several: the one that its set declares, or the first."""
+    return (result["set"] or {}).get("metric") or next(iter(result["metrics"]))

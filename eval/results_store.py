@@ -116,7 +116,7 @@ class PartRecord:
             digest=format_digest(mask_digest(Corruption(shown, flat), corpus.lengths, corpus.keys)),
             rows=len(rows),
             scored=len(rows.offset),
-            tokens=int(rows.windows.length.sum()) + len(rows) * tokenizer.added_tokens,
+            tokens=int(rows.lengths.sum()) + len(rows) * tokenizer.added_tokens,
             seconds=seconds,
         )
 

@@ -18,7 +18,9 @@ from mlmkit.tokenizer import Tokenizer
 from mlmkit.windows import Windows, nearest_window, overlapping_windows
 
 METRICS = ("masked", "pseudo")
-VARIANTS = ("original", "within-word")
+# Which tokens are masked with the scored one: none; the later ones of its word; all scored ones of its document; those
+# of them behind it. The last two are for sets that score a span.
+VARIANTS = ("original", "within-word", "together", "left-to-right")
 TYPICAL_ROW = 512  # caps the estimated cost of a row, whatever the model's length, so that parts are always the same
 WHOLE_WORD, FIRST_PIECE, LATER_PIECE = range(3)
 
@@ -27,8 +29,9 @@ WHOLE_WORD, FIRST_PIECE, LATER_PIECE = range(3)
 class Settings:
     """What to measure.
 
-    `metrics`: `masked`, `pseudo` or both. `recipe` and `mask_seeds` define the masks. `variant` (`original` or
-    `within-word`) and `pseudo_sample` apply to pseudo-likelihood; the latter is the share of tokens to score.
+    `metrics`: `masked`, `pseudo` or both. `recipe` and `mask_seeds` define the masks. The others apply to
+    pseudo-likelihood: `variant` (see `VARIANTS`), `pseudo_sample`, the share of tokens to score, and `appended_masks`,
+    which with `left-to-right` replace all that follows a token by so many masks.
 
     Raises `UserError` for values outside their range.
     """
@@ -38,6 +41,7 @@ class Settings:
     mask_seeds: tuple[int, ...] = (0,)
     variant: str = "original"
     pseudo_sample: float = 1.0
+    appended_masks: int = 0
 
     def __post_init__(self) -> None:
         if not self.metrics:
@@ -45,7 +49,7 @@ class Settings:
         for metric in self.metrics:
             if metric not in METRICS:
                 raise UserError(f"no metric {metric!r}: choose {' or '.join(METRICS)}")
-        _check_variant(self.variant)
+        check_variant(self.variant)
         if not 0.0 < self.pseudo_sample <= 1.0:
             raise UserError(f"the pseudo-likelihood sample must be above 0 and at most 1, not {self.pseudo_sample}")
         if not self.mask_seeds or len(set(self.mask_seeds)) < len(self.mask_seeds):
@@ -56,10 +60,11 @@ class Settings:
 
     def describe(self) -> dict[str, Any]:
         """The settings as `result.json` holds them."""
+        pseudo = {"variant": self.variant, "sample": self.pseudo_sample, "appended_masks": self.appended_masks}
         return {
             "metrics": sorted(set(self.metrics), key=METRICS.index),
             "masking": {**self.recipe.describe(), "seeds": list(self.mask_seeds), "epoch": 0},
-            "pseudo": {"variant": self.variant, "sample": self.pseudo_sample} if "pseudo" in self.metrics else None,
+            "pseudo": pseudo if "pseudo" in self.metrics else None,
         }
 
     def passes(self, pseudo_targets: NDArray[np.int64] | None = None) -> list["Pass"]:
@@ -68,7 +73,8 @@ class Settings:
         if "masked" in self.metrics:
             passes += [MaskedPass(self.recipe, seed) for seed in self.mask_seeds]
         if "pseudo" in self.metrics:
-            passes.append(PseudoPass(self.variant, self.pseudo_sample, self.mask_seeds[0], pseudo_targets))
+            pseudo = (self.variant, self.pseudo_sample, self.mask_seeds[0], pseudo_targets, self.appended_masks)
+            passes.append(PseudoPass(*pseudo))
         return passes
 
 
@@ -109,6 +115,7 @@ class PseudoPass:
     sample: float
     seed: int
     targets: NDArray[np.int64] | None = None
+    appended_masks: int = 0
     metric = "pseudo"
     mask_seed = None
     name = "pseudo"
@@ -126,7 +133,7 @@ class PseudoPass:
         elif self.sample < 1.0:
             recipe, vocabulary = MaskRecipe(mask_prob=self.sample), scorable(tokenizer)
             tokens = corrupt(corpus.ids, corpus.lengths, corpus.keys, recipe, vocabulary, seed=self.seed).selected
-        return pseudo_rows(corpus, tokenizer, capacity, self.variant, tokens)
+        return pseudo_rows(corpus, tokenizer, capacity, self.variant, tokens, self.appended_masks)
 
 
 Pass = MaskedPass | PseudoPass
@@ -137,7 +144,8 @@ class Rows:
     """Row r shows the model `windows` r, and scores the tokens `first[r]` up to `first[r + 1]`.
 
     `document` and `offset` `[scored]` locate the scored tokens, in corpus order. A row shows `input_ids`
-    `[tokens of the corpus]`, with the mask at offsets `hide_from[r]` up to `hide_to[r]`; both are `[rows]`.
+    `[tokens of the corpus]`, with the mask at offsets `hide_from[r]` up to `hide_to[r]`; both are `[rows]`. Behind its
+    window, a row has `appended_masks` masks.
     """
 
     windows: Windows
@@ -147,9 +155,15 @@ class Rows:
     input_ids: NDArray[np.integer]
     hide_from: NDArray[np.int64]
     hide_to: NDArray[np.int64]
+    appended_masks: int = 0
 
     def __len__(self) -> int:
         return len(self.windows)
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """The tokens of each row without special tokens, `[rows]`."""
+        return self.windows.length + self.appended_masks
 
 
 def masked_rows(corpus: Corpus, corruption: Corruption, capacity: int) -> Rows:
@@ -169,27 +183,41 @@ def pseudo_rows(
     capacity: int,
     variant: str = "original",
     tokens: NDArray[np.int64] | None = None,
+    appended_masks: int = 0,
 ) -> Rows:
     """One row per `scorable` token, with that token masked alone.
 
-    With `variant="within-word"` the later tokens of the same word are masked too (Kauf and Ivanova 2023). `tokens`
-    (flat, ascending) restricts which tokens are scored. Raises `UserError` for an unknown variant.
+    `tokens` (flat, ascending) restricts which tokens are scored. With `variant="within-word"` the later tokens of the
+    same word are masked too (Kauf and Ivanova 2023); with `left-to-right` all later scored tokens of the document, or,
+    with `appended_masks`, so many masks follow instead of all later tokens; with `together` all its scored tokens.
+    Raises `UserError` for an unknown variant.
     """
-    _check_variant(variant)
+    check_variant(variant)
     tokens = np.arange(len(corpus.ids)) if tokens is None else tokens
     tokens = tokens[~scorable(tokenizer).is_special[corpus.ids[tokens]]]
     document, offset = _locate(corpus, tokens)
-    windows = overlapping_windows(corpus.lengths, capacity)
-    windows = _take(windows, nearest_window(windows, document, offset))
-    hide_to = offset + 1
+    if appended_masks:
+        length = np.minimum(offset, capacity - appended_masks)
+        windows = Windows(document, offset - length, length)
+    else:
+        windows = overlapping_windows(corpus.lengths, capacity)
+        windows = _take(windows, nearest_window(windows, document, offset))
+    hide_from, hide_to = offset, offset + 1
     if variant == "within-word":
-        hide_to = np.minimum(word_ends(corpus)[tokens] - corpus.starts[document], windows.start + windows.length)
-    return Rows(windows, np.arange(len(tokens) + 1), document, offset, corpus.ids, offset, hide_to)
+        hide_to = word_ends(corpus)[tokens] - corpus.starts[document]
+    elif variant in ("together", "left-to-right") and not appended_masks:
+        hide_to = offset[np.searchsorted(document, document, side="right") - 1] + 1
+    if variant == "together":
+        hide_from = np.maximum(offset[np.searchsorted(document, document)], windows.start)
+    hide_to = np.minimum(hide_to, windows.start + windows.length + appended_masks)
+    first = np.arange(len(tokens) + 1)
+    return Rows(windows, first, document, offset, corpus.ids, hide_from, hide_to, appended_masks)
 
 
-def _check_variant(variant: str) -> None:
+def check_variant(variant: str) -> None:
+    """Raise `UserError` for an unknown variant of pseudo-likelihood."""
     if variant not in VARIANTS:
-        raise UserError(f"no pseudo-likelihood variant {variant!r}: choose {' or '.join(VARIANTS)}")
+        raise UserError(f"no pseudo-likelihood variant {variant!r}: choose {', '.join(VARIANTS)}")
 
 
 def scorable(tokenizer: Tokenizer) -> MaskVocabulary:

@@ -102,11 +102,11 @@ def build_batch(
     """The rows at `index` as a padded batch, and the indices of the scored tokens in it, `[masked]`."""
     begin = corpus.starts[rows.windows.document[index]]
     start, length = rows.windows.start[index], rows.windows.length[index]
-    row, column = np.arange(len(index)), np.arange(length.max() + tokenizer.added_tokens)
-    first, end = len(tokenizer.prefix), len(tokenizer.prefix) + length[:, None]
-    input_ids = np.full((len(row), len(column)), tokenizer.pad_id, dtype=np.int64)
+    row, column = np.arange(len(index)), np.arange(rows.lengths[index].max() + tokenizer.added_tokens)
+    first, end = len(tokenizer.prefix), len(tokenizer.prefix) + rows.lengths[index][:, None]
+    input_ids = np.where(column < end, tokenizer.mask_id, tokenizer.pad_id)
     input_ids[:, :first] = tokenizer.prefix
-    input_ids[(first <= column) & (column < end)] = rows.input_ids[ranges(begin + start, length)]
+    input_ids[(first <= column) & (column < first + length[:, None])] = rows.input_ids[ranges(begin + start, length)]
     input_ids[row[:, None], end + np.arange(len(tokenizer.suffix))] = tokenizer.suffix
     hide_from, hidden = rows.hide_from[index], rows.hide_to[index] - rows.hide_from[index]
     input_ids[np.repeat(row, hidden), ranges(hide_from - start + first, hidden)] = tokenizer.mask_id
@@ -140,7 +140,7 @@ def _empty_scores(size: int) -> TokenScores:
 def _steps(work: Iterable[tuple[Part, Rows]], backend: Backend, batch_tokens: int) -> Generator[_Step]:
     budget = batch_tokens or BATCH_TOKENS[backend.device]
     for part, rows in work:
-        lengths = rows.windows.length + backend.tokenizer.added_tokens
+        lengths = rows.lengths + backend.tokenizer.added_tokens
         batches = length_batches(lengths, budget, equal=backend.info.sees_padding)
         for number, index in enumerate(batches, start=1):
             batch, scored = build_batch(part.corpus, rows, index, backend.tokenizer)

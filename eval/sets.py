@@ -1,4 +1,4 @@
-"""Evaluation sets, declared in TOML: name, source of the text or pairs, and published scores.
+"""Evaluation sets, declared in TOML: name, source of the text or items, and published scores.
 
 --set NAME_OR_FILE → `find_set` → `Request` → `Request.read` → evaluation data
 """
@@ -8,15 +8,20 @@ import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from mlmkit.documents import read_rows
 from mlmkit.errors import UserError
+from mlmkit.eval.correlation import Correlation, number_columns
 from mlmkit.eval.data import EvalData, file_data
-from mlmkit.eval.pairs import PairColumns, PairData, keep_pairs, read_pairs
+from mlmkit.eval.item_data import ItemData
+from mlmkit.eval.items import ChoiceColumns, ClozeColumns, Item, ItemColumns, PairColumns, keep_items, read_items
+from mlmkit.eval.rows import Settings
+from mlmkit.eval.set_files import set_rows
 from mlmkit.locations import HUB, Source, existing_file, find_files, is_tokens
 from mlmkit.tokenizer import Tokenizer
 from mlmkit.toml import build, read_toml
 
 BUILT_IN = Path(__file__).parent / "sets"
-TASKS = ("text", "pairs")
+TASKS = ("text", "pairs", "choices", "cloze")
 
 
 @dataclass(frozen=True)
@@ -50,7 +55,10 @@ class Reference:
 
 @dataclass(frozen=True)
 class EvalSet:
-    """A declared set. `hub` is a location as in `Source`, `local` a path in the data folder."""
+    """A declared set. `hub` is a location as in `Source`, `local` a path in the data folder.
+
+    `metric` is its main metric, which stands for it in tables of several sets: by default the first one.
+    """
 
     name: str
     task: str
@@ -61,9 +69,18 @@ class EvalSet:
     homepage: str = ""
     hub: str = ""
     local: str = ""
+    metric: str = ""
     text: TextReading = TextReading()
     pairs: PairReading = PairReading()
+    choices: ChoiceColumns | None = None
+    cloze: ClozeColumns | None = None
+    correlation: tuple[Correlation, ...] = ()
     reference: tuple[Reference, ...] = ()
+
+    @property
+    def columns(self) -> ItemColumns | None:
+        """Where rows hold the items; None for text."""
+        return None if self.task == "text" else getattr(self, self.task)
 
     def location(self, data: Path | None) -> str:
         """Where to read it from: a local copy if there is one, else the hub. Raises `UserError` if there is neither."""
@@ -95,18 +112,40 @@ class Request:
     location: str
     declared: EvalSet | None = None
     source: Source | None = None
-    columns: PairColumns = field(default_factory=PairColumns)
+    columns: ItemColumns = field(default_factory=PairColumns)
     keep: Path | None = None
+
+    def settings(self, settings: Settings, variant: str | None) -> Settings:
+        """The settings to measure the set with; `variant` is that of pseudo-likelihood which the user asked for.
+
+        Items are measured by pseudo-likelihood, in the variant that the set declares. Raises `UserError` if the user
+        asked for another one.
+        """
+        if self.task == "text":
+            return settings
+        declared = self.columns.pll
+        if variant and declared and variant != declared:
+            raise UserError(
+                f"{self.name} is scored with pll = {declared!r}, as it was published: leave out {variant!r}"
+            )
+        chosen = {"variant": declared or variant or "original", "appended_masks": self.columns.appended_masks}
+        return replace(settings, metrics=("pseudo",), **chosen)
+
+    def items(self) -> list[Item]:
+        """The items of a set that is not text. Raises `UserError` if they are unreadable."""
+        numbers = number_columns(self.declared.correlation if self.declared else ())
+        items = read_items(set_rows(self.location), self.columns, self.location, numbers)
+        if self.keep:
+            items = keep_items(items, str(self.keep), read_rows(Source(str(self.keep), format="tsv")))
+        return items
 
     def read(self, tokenizer: Tokenizer) -> EvalData:
         """The set's data, tokenised. Raises `UserError` if it is unreadable."""
         set_name = self.declared.name if self.declared else None
         if self.source is not None:
             return file_data(self.source, tokenizer, set_name)
-        pairs = read_pairs(self.location, self.columns)
-        if self.keep:
-            pairs = keep_pairs(pairs, self.keep)
-        return PairData(pairs, tokenizer, {"set": set_name, "location": self.location}, self.columns.scoring)
+        source = {"set": set_name, "location": self.location}
+        return ItemData(self.items(), tokenizer, source, self.task, self.columns)
 
 
 def find_set(
@@ -120,8 +159,9 @@ def find_set(
     if (own := name.lower().endswith(".toml")) or name in {path.stem for path in BUILT_IN.glob("*.toml")}:
         declared = read_set(existing_file(name) if own else BUILT_IN / f"{name}.toml", own=own)
         location = declared.location(data)
-        if declared.task == "pairs":
-            return Request(declared.name, "pairs", location, declared, columns=declared.pairs, keep=declared.kept(data))
+        if declared.columns:
+            keep = declared.kept(data)
+            return Request(declared.name, declared.task, location, declared, columns=declared.columns, keep=keep)
         text = declared.text
         source = Source(location, text.field, text.blank_line, text.strip)
         return Request(declared.name, "text", location, declared, source)
@@ -155,7 +195,12 @@ def data_folder(option: str | None) -> Path | None:
 
 def read_set(path: Path, *, own: bool = False) -> EvalSet:
     """Read a declaration; `own` is for one outside mlmkit. Raises `UserError` naming the key that is wrong."""
-    declared: EvalSet = build(EvalSet, read_toml(path), f"{path}: ")
+    tables = read_toml(path)
+    try:
+        declared: EvalSet = build(EvalSet, tables, f"{path}: ")
+    except UserError as error:  # one that a dataclass raises does not name the file
+        message = str(error)
+        raise UserError(message if str(path) in message else f"{path}: {message}") from None
     if own:
         pairs = replace(declared.pairs, keep=_beside(path, declared.pairs.keep))
         declared = replace(declared, local=_beside(path, declared.local), pairs=pairs)
@@ -163,9 +208,24 @@ def read_set(path: Path, *, own: bool = False) -> EvalSet:
         raise UserError(f"{path}: the name {declared.name!r} may only have letters, digits, '.', '-' and '_'")
     if declared.task not in TASKS:
         raise UserError(f"{path}: no task {declared.task!r}: choose {' or '.join(TASKS)}")
+    if unused := [task for task in TASKS if task in tables and task != declared.task]:
+        raise UserError(f"{path}: the table [{unused[0]}] has no effect, because its task is {declared.task!r}")
+    if declared.task != "text" and declared.columns is None:
+        raise UserError(f"{path}: it needs a table [{declared.task}], which names the columns (docs/own-sets.md)")
+    _check_correlations(declared, path)
     if not declared.hub and not declared.local:
         raise UserError(f"{path}: it needs hub or local, to say where the data is")
     return declared
+
+
+def _check_correlations(declared: EvalSet, path: Path) -> None:
+    if declared.correlation and declared.task == "text":
+        raise UserError(f"{path}: [[correlation]] needs items: pairs, choices or cloze")
+    for each in declared.correlation:
+        if each.score in ("probability", "difference") and declared.task != "pairs":
+            raise UserError(f"{path}: the score {each.score!r} of correlation {each.name} is for pairs")
+        if each.previous_score and not (declared.cloze and declared.cloze.previous_target):
+            raise UserError(f"{path}: previous_score needs previous_target in [cloze]")
 
 
 def _beside(declaration: Path, name: str) -> str:

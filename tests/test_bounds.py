@@ -19,7 +19,7 @@ from mlmkit.bounds import read_config
 from mlmkit.console import printable
 from mlmkit.demo import show_fill
 from mlmkit.errors import UserError
-from mlmkit.eval.pairs import PairColumns, read_pairs
+from mlmkit.eval.set_files import set_rows
 
 BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
 ADDED = {"special": False, "normalized": True, "single_word": False, "lstrip": False, "rstrip": False}
@@ -332,4 +332,4 @@ def test_a_small_zip_that_unpacks_to_much_is_not_unpacked(tmp_path):
         for _ in range(257):
             member.write(b" " * (1 << 20))
     with pytest.raises(UserError, match="more than 256 MiB when unpacked"):
-        read_pairs(str(path), PairColumns())
+        list(set_rows(str(path)))

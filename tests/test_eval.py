@@ -59,12 +59,16 @@ class Dense:
             return self.network(torch.tensor([[cls, *ids, sep]])).logits[0, 1:-1].log_softmax(-1)
 
     def pseudo(self, text: str, variant: str) -> list[float]:
-        """The log-probability of each token, masked alone or with the later tokens of its word."""
+        """The log-probability of each token, masked alone or with the other tokens that the variant masks."""
         encoding = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)
         ids, words, scores = encoding["input_ids"], encoding.word_ids(), []
         for i, id in enumerate(ids):
-            later = {j for j in range(i + 1, len(ids)) if variant == "within-word" and words[j] == words[i]}
-            shown = [self.tokenizer.mask_token_id if j == i or j in later else ids[j] for j in range(len(ids))]
+            hidden = {"original": {i}, "together": range(len(ids)), "left-to-right": range(i, len(ids))}
+            hidden["within-word"] = {
+                i,
+                *(j for j in range(i, len(ids)) if words[j] is not None and words[j] == words[i]),
+            }
+            shown = [self.tokenizer.mask_token_id if j in hidden[variant] else ids[j] for j in range(len(ids))]
             scores.append(self.log_probs(shown)[i, id].item())
         return scores
 

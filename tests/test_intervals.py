@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlmkit.eval.compare import paired_difference
+from mlmkit.eval.item_metrics import item_scores, measure_items
 from mlmkit.eval.metrics import measure
-from mlmkit.eval.pairs import measure_pairs
 from mlmkit.eval.report import p_value
 from mlmkit.eval.statistics import Bootstrap
 
@@ -43,7 +43,8 @@ def write_tables(folder: Path, metric: str, documents: list[list[tuple[float, in
     pq.write_table(pa.table(tokens), folder / "tokens.parquet")
     sizes = {"scorable": counts, "words": number % 3 + 1, "characters": number % 5 + 3, "bytes": number % 5 + 4}
     groups = {"phenomenon": [f"p{n // 4}" for n in number], "paradigm": [f"q{n // 8}" for n in number]}
-    table = pa.table({"document": number, **sizes, "same_ids": number < 0, **groups})
+    items = {"item": number // 2, "option": number % 2, "is_right": number % 2 == 0, "same_ids": number < 0}
+    table = pa.table({"document": number, **sizes, **items, "scored_characters": number % 5 + 3, **groups})
     pq.write_table(table, folder / "documents.parquet")
 
 
@@ -65,7 +66,9 @@ def test_a_value_lies_in_its_interval(documents, metric):
     with tempfile.TemporaryDirectory() as folder:
         write_tables(Path(folder), metric, documents)
         measured = measure(Path(folder), metric, [0 if metric == "masked" else None], len(documents), mask_id=0)
-        pairs = measure_pairs(Path(folder)) if metric == "pseudo" else ({}, {})
+        source = {"task": "pairs", "sides": ["good", "bad"]}
+        scores = item_scores(Path(folder), "none") if metric == "pseudo" else None
+        pairs = measure_items(Path(folder), scores, source) if scores else ({}, {})
     for name, found in each_interval({"all": measured.metrics, "pairs": pairs[0], **pairs[1]}):
         if name == "expected_calibration_error":
             assert found["value"] >= 0 and found["low"] is found["high"] is None

@@ -20,8 +20,10 @@ from test_export import with_scores
 from mlmkit.backends import Scored, load
 from mlmkit.errors import UserError
 from mlmkit.eval.api import evaluate
-from mlmkit.eval.pairs import Pair, PairColumns, PairData, keep_pairs, read_pairs
+from mlmkit.eval.item_data import ItemData
+from mlmkit.eval.items import Item, Option, PairColumns, keep_items, read_items
 from mlmkit.eval.score_texts import pseudo_log_likelihood
+from mlmkit.eval.set_files import set_rows
 from mlmkit.eval.sets import built_in_sets, find_set, read_set
 
 PAIRS = [
@@ -32,6 +34,15 @@ PAIRS = [
     ("The same words.", "The same words.", "binding", "none"),
     ("Every expression has a value.", "Every expression have a value.", "agreement", "verb"),
 ]
+
+
+def pair(good: str, bad: str, phenomenon: str = "", paradigm: str = "", id: str = "") -> Item:
+    """A pair of whole sentences."""
+    return Item((Option.of("", good), Option.of("", bad)), 0, phenomenon, paradigm, id)
+
+
+def read_pairs(location: str, columns: PairColumns) -> list[Item]:
+    return read_items(set_rows(location), columns, location)
 
 
 def write_pairs(path: Path, pairs: Sequence[tuple[str, ...]] = PAIRS) -> None:
@@ -62,17 +73,17 @@ def test_pairs_are_counted_as_defined(kind, variant, checkpoint, pair_set, tmp_p
     )
     assert evaluation.metrics["pair_accuracy"]["value"] == pytest.approx(np.mean(right))
     assert evaluation.metrics["pair_accuracy_per_token"]["value"] == pytest.approx(np.mean(right_per_token))
-    assert "pairs" in evaluation.result
-    pairs = evaluation.result["pairs"]
-    assert (pairs["pairs"], pairs["ties"]) == (6, 1)
+    assert "items" in evaluation.result
+    pairs = evaluation.result["items"]
+    assert (pairs["items"], pairs["ties"]) == (6, 1)
     agreement = pairs["phenomena"]["agreement"]
-    assert agreement["pairs"] == 3
+    assert agreement["items"] == 3
     assert agreement["pair_accuracy"]["value"] == pytest.approx(np.mean([right[0], right[1], right[5]]))
     by_paradigm = [np.mean(right[:2]), right[2], right[3], right[4], right[5]]
     assert evaluation.metrics["pair_accuracy_macro"]["value"] == pytest.approx(np.mean(by_paradigm))
     good = -sum(sums[::2]) / sum(len(dense.ids(pair[0])) for pair in PAIRS)
     assert math.log(evaluation.metrics["pseudo_perplexity_good"]["value"] or 0) == pytest.approx(good, abs=1e-4)
-    assert evaluation.documents["is_good"].to_pylist() == [True, False] * 6
+    assert evaluation.documents["is_right"].to_pylist() == [True, False] * 6
 
 
 def test_a_constant_model_gets_no_pair_right(checkpoint, pair_set):
@@ -84,8 +95,8 @@ def test_a_constant_model_gets_no_pair_right(checkpoint, pair_set):
     constant = with_scores(load(str(checkpoint("bert"))), with_equal_scores)
     evaluation = evaluate(constant, find_set(str(pair_set)))
     assert evaluation.metrics["pair_accuracy"]["value"] == 0
-    assert "pairs" in evaluation.result
-    assert evaluation.result["pairs"]["ties"] == 6
+    assert "items" in evaluation.result
+    assert evaluation.result["items"]["ties"] == 6
 
 
 def test_crows_pairs_masks_only_what_both_share(checkpoint, tmp_path):
@@ -95,18 +106,18 @@ def test_crows_pairs_masks_only_what_both_share(checkpoint, tmp_path):
         writer = csv.writer(file)
         writer.writerow(["", "sent_more", "sent_less", "bias_type"])
         writer.writerows([[i, *pair[:2], pair[2]] for i, pair in enumerate(PAIRS)])
-    columns = PairColumns("sent_more", "sent_less", phenomenon="bias_type", scoring="shared")
+    columns = PairColumns(first="sent_more", second="sent_less", phenomenon="bias_type", scoring="shared")
     dense, model = Dense(checkpoint("bert")), load(str(checkpoint("bert")))
     declared = tmp_path / "crows.toml"
     declared.write_text(
-        'name = "crows"\ntask = "pairs"\nlocal = "crows.csv"\n[pairs]\ngood = "sent_more"\nbad = "sent_less"\n'
+        'name = "crows"\ntask = "pairs"\nlocal = "crows.csv"\n[pairs]\nfirst = "sent_more"\nsecond = "sent_less"\n'
         'phenomenon = "bias_type"\nscoring = "shared"\n'
     )
     evaluation = evaluate(model, declared)
-    assert read_pairs(str(path), columns)[0] == Pair(PAIRS[0][0], PAIRS[0][1], "agreement")
+    assert read_pairs(str(path), columns)[0] == pair(PAIRS[0][0], PAIRS[0][1], "agreement")
     tokens = evaluation.tokens.to_pylist()
-    for i, pair in enumerate(PAIRS):
-        ids = [dense.ids(text) for text in pair[:2]]
+    for i, given in enumerate(PAIRS):
+        ids = [dense.ids(text) for text in given[:2]]
         framed = [[dense.tokenizer.cls_token_id, *side, dense.tokenizer.sep_token_id] for side in ids]
         blocks = difflib.SequenceMatcher(None, framed[0], framed[1]).get_matching_blocks()
         for side in (0, 1):
@@ -134,20 +145,22 @@ def test_pairs_from_every_kind_of_file(tmp_path):
         archive.writestr("__MACOSX/data/._a.jsonl", b"\xff\xfe")
     (tmp_path / "dataset").mkdir()
     (tmp_path / "dataset/train.jsonl").write_text(lines)
-    expected = [Pair(f"good {i}", f"bad {i}", "g", "", str(i)) for i in range(4)]
-    columns = PairColumns("good", "bad", phenomenon="group", id="missing|n.id")
+    expected = [pair(f"good {i}", f"bad {i}", "g", "", str(i)) for i in range(4)]
+    columns = PairColumns(good="good", bad="bad", phenomenon="group", id="missing|n.id")
     locations = [str(tmp_path / name) for name in ("a.jsonl", "a.parquet", "a.zip")]
     for location in (*locations, f"hub:{tmp_path / 'dataset'}@train"):
         assert read_pairs(location, columns) == expected
     (tmp_path / "a.tsv").write_text('good\tbad\nx y\tz "w\n')
-    assert read_pairs(str(tmp_path / "a.tsv"), PairColumns("good", "bad"))[0].good == "x y"
+    assert read_pairs(str(tmp_path / "a.tsv"), PairColumns(good="good", bad="bad"))[0].options[0].text == "x y"
 
 
 def test_labelled_sentences_as_stereoset_has_them(tmp_path):
     row = {"bias": "b", "sentences": {"sentence": ["anti", "stereo", "other"], "gold_label": [0, 1, 2]}}
     (tmp_path / "s.jsonl").write_text(json.dumps(row) + "\n")
-    columns = PairColumns("sentences.sentence", "sentences.sentence", phenomenon="bias", label="sentences.gold_label")
-    assert read_pairs(str(tmp_path / "s.jsonl"), columns) == [Pair("stereo", "anti", "b")]
+    columns = PairColumns(
+        good="sentences.sentence", bad="sentences.sentence", phenomenon="bias", label="sentences.gold_label"
+    )
+    assert read_pairs(str(tmp_path / "s.jsonl"), columns) == [pair("stereo", "anti", "b")]
 
 
 def test_unusable_pairs_are_named(tmp_path):
@@ -159,8 +172,8 @@ def test_unusable_pairs_are_named(tmp_path):
         ('{"a": "b"}\n', "no field 'sentence_good' .it has a.: name the columns in a set"),
         ("[1]\n", "not a JSON object"),
         ("{\n", "not JSON"),
-        ("", "no pairs"),
-        ('{"sentence_good": " ", "sentence_bad": "b"}\n', "no pairs"),
+        ("", "no items"),
+        ('{"sentence_good": " ", "sentence_bad": "b"}\n', "no items"),
     ):
         path.write_text(content)
         with pytest.raises(UserError, match=message):
@@ -171,7 +184,7 @@ def test_unusable_pairs_are_named(tmp_path):
     for content in ('{"s": "ab", "l": [1, 0]}', '{"s": ["a"], "l": [1, 0]}', '{"s": ["a", "b"], "l": 1}'):
         path.write_text(content)
         with pytest.raises(UserError, match="not lists of one length"):
-            read_pairs(str(path), PairColumns("s", "s", label="l"))
+            read_pairs(str(path), PairColumns(good="s", bad="s", label="l"))
     (tmp_path / "a.txt").write_text("a\n")
     with pytest.raises(UserError, match="read from"):
         read_pairs(str(tmp_path / "a.txt"), PairColumns())
@@ -206,12 +219,12 @@ def test_an_archive_that_cannot_be_read_is_named(tmp_path):
 
 
 def test_keeping_a_subset(tmp_path):
-    pairs = [Pair("a", "b", paradigm="p", id=str(i)) for i in range(5)]
+    pairs = [pair("a", "b", paradigm="p", id=str(i)) for i in range(5)]
     (tmp_path / "keep.tsv").write_text("file\tUID\tn\tpairIDs\np\tp\t2\t1,3\n")
-    assert [pair.id for pair in keep_pairs(pairs, tmp_path / "keep.tsv")] == ["1", "3"]
+    assert [item.id for item in keep_items(pairs, "keep.tsv", set_rows(str(tmp_path / "keep.tsv")))] == ["1", "3"]
     (tmp_path / "keep.tsv").write_text("file\tUID\tn\tpairIDs\np\tp\t2\t1,9\n")
     with pytest.raises(UserError, match="lists 2 pairs, of which 1"):
-        keep_pairs(pairs, tmp_path / "keep.tsv")
+        keep_items(pairs, "keep.tsv", set_rows(str(tmp_path / "keep.tsv")))
 
 
 # ------------------------------------------------------------------ declared sets
@@ -282,19 +295,19 @@ def test_blimp_and_its_filter_are_whole(checkpoint):
     for name, size in (("blimp", 67000), ("blimp-filtered", 59875)):
         request = find_set(name, DATA)
         data = request.read(tokenizer)
-        assert isinstance(data, PairData)
-        assert len(data.pairs) == size
-        assert len({pair.paradigm for pair in data.pairs}) == 67
-        assert len({(pair.paradigm, pair.id) for pair in data.pairs}) == size
+        assert isinstance(data, ItemData)
+        assert len(data.items) == size
+        assert len({item.paradigm for item in data.items}) == 67
+        assert len({(item.paradigm, item.id) for item in data.items}) == size
 
 
 @pytest.mark.skipif(not (DATA / "crows_pairs").exists(), reason="needs MLMKIT_DATA with crows_pairs")
 def test_local_sets_are_evaluated(checkpoint, tmp_path):
     model = load(str(checkpoint("bert")))
     evaluation = evaluate(model, find_set("crows-pairs", DATA))
-    assert "pairs" in evaluation.result
-    pairs = evaluation.result["pairs"]
-    assert (pairs["pairs"], len(pairs["phenomena"])) == (1508, 9)
+    assert "items" in evaluation.result
+    pairs = evaluation.result["items"]
+    assert (pairs["items"], len(pairs["phenomena"])) == (1508, 9)
     bosque = evaluate(model, find_set("ud-pt-bosque", DATA))
     assert bosque.result["corpus"]["documents"] == 1167
     assert (bosque.result["set"] or {})["name"] == "ud-pt-bosque"
@@ -321,6 +334,6 @@ def test_texts_from_python(checkpoint):
 def test_a_pair_with_an_empty_sentence_is_left_out_and_counted(checkpoint, tmp_path):
     write_pairs(tmp_path / "a.jsonl", [(good, "The words.") for good in ("A word.", " ", "")])
     result = evaluate(str(checkpoint("bert")), find_set(str(tmp_path / "a.jsonl"), pairs=True)).result
-    assert "pairs" in result
-    assert result["pairs"]["pairs"] == 1
+    assert "items" in result
+    assert result["items"]["items"] == 1
     assert result["corpus"]["empty_texts"] == 2

@@ -119,14 +119,14 @@ def test_pairs_have_a_report_and_a_comparison(capsys, checkpoint, artifact, tmp_
     values = [read_result(tmp_path / name)["metrics"]["pair_accuracy"] for name in "ab"]
     difference = found["metrics"]["pair_accuracy"]
     assert difference["difference"] == pytest.approx(values[1]["value"] - values[0]["value"])
-    assert found["pairs"]["phenomena"]["agreement"]["pair_accuracy"]["pairs"] == 3
-    alone = found["pairs"]["phenomena"]["order"]["pair_accuracy"]
-    assert (alone["pairs"], alone["low"], alone["high"], alone["p_value"]) == (1, None, None, None)
-    assert read_result(tmp_path / "a")["pairs"]["phenomena"]["order"]["pair_accuracy"]["low"] is None
+    assert found["items"]["groups"]["phenomena"]["agreement"]["pair_accuracy"]["items"] == 3
+    alone = found["items"]["groups"]["phenomena"]["order"]["pair_accuracy"]
+    assert (alone["items"], alone["low"], alone["high"], alone["p_value"]) == (1, None, None, None)
+    assert read_result(tmp_path / "a")["items"]["phenomena"]["order"]["pair_accuracy"]["low"] is None
     assert (tmp_path / "page" / "compare.html").exists()
     # a plain file of pairs needs no declaration
     plain = run_json(capsys, "eval", artifact("bert"), "--set", tmp_path / "pairs.jsonl", "--metric", "pairs")
-    assert plain["pairs"]["pairs"] == 6
+    assert plain["items"]["items"] == 6
     code, _, err = run(capsys, "eval", artifact("bert"), "--set", tmp_path / "p.toml", "--metric", "masked")
     assert (code, "holds pairs" in err) == (2, True)
 

@@ -130,8 +130,8 @@ def test_a_pair_with_a_sentence_without_a_scored_token_is_wrong(good, bad, capsy
     result = json.loads((tmp_path / "result" / "result.json").read_text())
     assert result["metrics"]["pair_accuracy"] == {"value": 0, "low": 0, "high": 0}
     assert result["metrics"]["pair_accuracy_per_token"]["value"] == 0
-    assert (result["pairs"]["unscored"], result["pairs"]["ties"]) == (2, 0)
-    assert "2 of 2 pairs have a sentence without a scored token" in out
+    assert (result["items"]["unscored"], result["items"]["ties"]) == (2, 0)
+    assert "2 of 2 items have an option without a scored token" in out
 
 
 def test_masks_on_text_of_unknown_tokens_alone_say_so(checkpoint):

@@ -50,7 +50,9 @@ class EvalOptions(VerifyOption, JsonOption, ModelOptions, TextOptions):
     replace_prob: float = option("--replace-prob", "Share of those that become the mask.", default=0.8)
     random_prob: float = option("--random-prob", "Share of those that become a random token.", default=0.1)
     whole_word: bool = switch("--whole-word", "Select whole words.")
-    pll: str = option("--pll", "Pseudo-likelihood.", default="original", metavar="original|within-word")
+    pll: str | None = option(
+        "--pll", "Pseudo-likelihood. Default: by set, else original.", metavar="original|within-word"
+    )
     pseudo_sample: float = option("--pseudo-sample", "Share of tokens to score for pseudo.", default=1.0)
     batch_tokens: int | None = option(
         "--batch-tokens", "Tokens per padded batch. Default: by device.", type=click.IntRange(min=0), metavar="N"
@@ -62,7 +64,7 @@ class EvalOptions(VerifyOption, JsonOption, ModelOptions, TextOptions):
 
 @command(EvalOptions, "eval")
 def evaluate(options: EvalOptions) -> None:
-    """Measure MODEL on text or minimal pairs, with masks that anyone can reproduce.
+    """Measure MODEL on text, minimal pairs, choices or cloze items, with masks that anyone can reproduce.
 
     A set is a name from --list-sets, a .toml file that declares one, a text file (one document per line), .jsonl,
     .csv, .tsv, .parquet, or hub:NAME[:CONFIG][@SPLIT]. With several sets, OUTPUT holds a folder for each.
@@ -164,19 +166,20 @@ def _settings(options: EvalOptions, request: "Request") -> "Settings":
     from mlmkit.masking import MaskRecipe
 
     metrics = options.metrics or ("masked",)
-    if request.task == PAIRS:
-        if set(options.metrics) - {PAIRS}:
-            raise UserError(f"{request.name} holds pairs, which only --metric pairs can measure")
+    if request.task != "text":
+        if set(options.metrics) - {request.task}:
+            raise UserError(f"{request.name} holds {request.task}, which only --metric {request.task} can measure")
         metrics = ("pseudo",)
     elif PAIRS in metrics:
         raise UserError(f"{request.name} holds text, not pairs: choose --metric masked or pseudo")
-    return Settings(
+    settings = Settings(
         metrics=metrics,
         recipe=MaskRecipe(options.mask_prob, options.replace_prob, options.random_prob, options.whole_word),
         mask_seeds=_seeds(options.mask_seed, options.mask_seeds),
-        variant=options.pll,
+        variant=options.pll or "original",
         pseudo_sample=options.pseudo_sample,
     )
+    return request.settings(settings, options.pll)
 
 
 def _seeds(seed: int | None, seeds: str | None) -> tuple[int, ...]:
@@ -222,21 +225,20 @@ def _print_result(result: "Result") -> None:
     for name, metric in result["metrics"].items():
         error = metric.get("standard_error")
         rows.append([name, *_value(metric), f"standard error {_number(error)}" if error else ""])
-    if "unigram_entropy" in result and "pairs" not in result:  # older results lack it
+    if "unigram_entropy" in result and "items" not in result:  # older results lack it
         rows.insert(1, ["unigram_entropy", _number(result["unigram_entropy"]), "-", "to beat"])
     if "mask_seeds" in result:
         seeds = result["mask_seeds"]
         for name, spread in seeds["spread"].items():
             deviation = f"sd {_number(spread['standard_deviation'])} over {len(seeds['by_seed'])} mask seeds"
             rows.append([name, _number(spread["mean"]), "", deviation])
-    pairs = result.get("pairs", {})
-    for name, phenomenon in pairs.get("phenomena", {}).items():
-        ties = f", {phenomenon['ties']} ties" if phenomenon["ties"] else ""
-        rows.append([name, *_value(phenomenon["pair_accuracy"]), f"{phenomenon['pairs']} pairs{ties}"])
+    items = result.get("items", {})
+    for name, phenomenon in items.get("phenomena", {}).items():
+        ties = f", {phenomenon['ties']} ties" if phenomenon.get("ties") else ""
+        rows.append([name, *_value(phenomenon[items["metrics"][0]]), f"{phenomenon['items']} items{ties}"])
     print_table(rows, ["metric", "value", "95 % interval", ""], align="lr")
-    for name, problem in (("ties", "are ties, which"), ("unscored", "have a sentence without a scored token, and")):
-        if pairs.get(name):
-            say(f"{pairs[name]} of {pairs['pairs']} pairs {problem} count as wrong")
+    if items:
+        _print_items(items)
     if unknown := describe_unknown(result["unknown"]):
         say(unknown)
     if corpus["windowed_documents"]:
@@ -247,6 +249,16 @@ def _print_result(result: "Result") -> None:
         say(overlap)
     if "mask_digest" in result:
         say(f"mask_digest: {result['mask_digest']}")
+
+
+def _print_items(items: dict[str, Any]) -> None:
+    if "chance" in items:
+        say(f"chance level: {_number(items['chance'])}")
+    problems = {"ties": "are ties, which count as wrong", "unscored": "have an option without a scored token, and "}
+    problems["unscored"] += "count as wrong" if "chance" in items else "are left out"
+    for name, problem in problems.items():
+        if items.get(name):
+            say(f"{items[name]} of {items['items']} items {problem}")
 
 
 def _number(value: float | None) -> str:
@@ -309,7 +321,7 @@ def _print_comparison(comparison: dict[str, Any]) -> None:
         for name, row in different:
             sides = number(row["a"]), number(row["b"]), signed(row["difference"])
             rows.append([name, row["better"], *sides, span(row), p_value(row["p_value"]), measured_on(row)])
-        n = "pairs" if "pairs" in other else "tokens / documents"
+        n = "items" if "items" in other else "tokens / documents"
         print_table(rows, ["metric", "better", "A", "B", "B - A", "95 %", "p", f"n: {n}"], align="llrrrlrl")
         if other["tokens"]:
             say("tokens that differ most (log P):")
