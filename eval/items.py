@@ -44,9 +44,9 @@ class Option:
         return not self.begin and self.end == len(self.text)
 
     @property
-    def is_empty(self) -> bool:
-        """Whether what is scored is whitespace only."""
-        return is_blank(self.text[self.begin : self.end])
+    def scored(self) -> str:
+        """The characters that are scored."""
+        return self.text[self.begin : self.end]
 
 
 @dataclass(frozen=True)
@@ -278,7 +278,7 @@ def read_items(rows: Iterable[Row], columns: ItemColumns, location: str, numbers
     Raises `UserError` if there are none, and naming the row for one that holds no item.
     """
     items = list(columns.items(rows, list(numbers)))
-    if all(any(option.is_empty for option in item.options[: 1 + item.label]) for item in items):
+    if all(any(is_blank(option.scored) for option in item.options[: 1 + item.label]) for item in items):
         raise UserError(f"{location}: it holds no items")
     return items
 
