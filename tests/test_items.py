@@ -99,7 +99,7 @@ def test_choices_are_ranked_by_the_declared_score(normalisation, checkpoint, tmp
             text = f"{row['question']} {choice}"
             values = scored(dense, text, len(row["question"]), len(text))
             assert by_option(evaluation)[item, option] == pytest.approx(values, abs=1e-4)
-            size = {"none": 1, "tokens": len(values), "characters": 1 + len(choice)}[normalisation]
+            size = {"none": 1, "tokens": len(values), "characters": len(choice)}[normalisation]
             scores.append(sum(values) / size)
         right += int(np.argmax(scores)) == row["a"]
     assert evaluation.metrics["choice_accuracy"]["value"] == right / len(rows)

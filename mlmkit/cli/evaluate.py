@@ -25,6 +25,7 @@ from mlmkit.console import print_json, print_table, say
 from mlmkit.errors import UserError, require
 
 if TYPE_CHECKING:
+    from mlmkit.distributed import Ranks
     from mlmkit.eval.result import Metric, Result
     from mlmkit.eval.rows import Settings
     from mlmkit.eval.score_texts import TextScore
@@ -39,6 +40,7 @@ class EvalOptions(VerifyOption, JsonOption, ModelOptions, TextOptions):
     model: str = argument(default="")
     sets: tuple[str, ...] = option("--set", "What to measure on. Repeatable.", multiple=True, metavar="NAME|FILE")
     list_sets: bool = switch("--list-sets", "List the built-in sets and exit.")
+    every: bool = switch("--every", "MODEL is the folder of a training run: measure each checkpoint that it has kept.")
     data_dir: str | None = option("--data-dir", "Folder with local copies of the sets. Default: $MLMKIT_DATA.")
     metrics: tuple[str, ...] = option(
         "--metric", "Repeatable. Default: by set.", multiple=True, metavar="masked|pseudo|pairs"
@@ -70,7 +72,8 @@ def evaluate(options: EvalOptions) -> None:
     A set is a name from --list-sets, a .toml file that declares one, a text file (one document per line), .jsonl,
     .csv, .tsv, .parquet, or hub:NAME[:CONFIG][@SPLIT]. With several sets, OUTPUT holds a folder for each.
 
-    Run the same command again to resume after an interruption. torchrun -m mlmkit eval shares the work.
+    Run the same command again to resume after an interruption. torchrun -m mlmkit eval shares the work. With --every,
+    the default OUTPUT is MODEL/evaluations, and later calls measure only new checkpoints.
     """
     from mlmkit.eval.sets import data_folder, find_set
 
@@ -91,12 +94,15 @@ def evaluate(options: EvalOptions) -> None:
     ranks = find_ranks()
     output = options.output
     with said_once():
-        if ranks.world > 1 and output is None:
+        if ranks.world > 1 and output is None and not options.every:
             raise UserError("under torchrun the ranks share a folder: name one with --output")
         reading = {"text_field": options.text_field, "blank_line": options.blank_line}
         requests = [find_set(name, data, pairs=PAIRS in options.metrics, **reading) for name in options.sets]
         settings = [_settings(options, request) for request in requests]
     claim_gpu(ranks)
+    if options.every:
+        _evaluate_every(options, requests, settings, ranks)
+        return
     backend = options.load()
     results = []
     with ExitStack() as stack:
@@ -121,6 +127,40 @@ def evaluate(options: EvalOptions) -> None:
                     say(f"result: {folder}")
     if options.as_json and ranks.is_first:
         print_json(results[0] if len(results) == 1 else {"results": results})
+    ranks.close()
+
+
+def _evaluate_every(
+    options: EvalOptions, requests: list["Request"], settings: list["Settings"], ranks: "Ranks"
+) -> None:
+    require("train", "torch", "transformers", "safetensors")
+    from mlmkit.train.evaluations import evaluate_run
+
+    output = options.output or Path(options.model) / "evaluations"
+    _folders(output, requests)  # refuses two sets of the same name
+    rows = evaluate_run(
+        Path(options.model),
+        list(zip(requests, settings, strict=True)),
+        output,
+        backend=options.backend,
+        device=options.device,
+        ranks=ranks,
+        batch_tokens=options.batch_tokens or 0,
+        allow_batch_coupling=options.allow_batch_coupling,
+        overwrite=options.overwrite,
+    )
+    if ranks.is_first and options.as_json:
+        print_json({"output": str(output), "evaluations": rows})
+    elif ranks.is_first:
+        columns = {row["set"]: row["metric"] for row in rows}
+        cells = {(row["set"], row["step"]): " ".join(_value(row)) for row in rows}
+        places = {row["step"]: (row["checkpoint"], f"{row['tokens']:,}", f"{row['words']:,}") for row in rows}
+        print_table(
+            [[*places[step], *(cells.get((name, step), "-") for name in columns)] for step in sorted(places)],
+            ["checkpoint", "tokens", "words", *(f"{name} {metric}" for name, metric in columns.items())],
+            align="l" + "r" * (2 + len(columns)),
+        )
+        say(f"results: {output}")
     ranks.close()
 
 
@@ -157,12 +197,10 @@ def _seeds(seed: int | None, seeds: str | None) -> tuple[int, ...]:
 
 
 def _folders(output: Path, requests: list["Request"]) -> list[Path]:
-    if len(requests) == 1:
-        return [output]
     names = [request.name for request in requests]
     if len(set(names)) < len(names):
         raise UserError("two sets have the same name: evaluate them into different --output folders")
-    return [output / name for name in names]
+    return [output / name for name in names] if len(names) > 1 else [output]
 
 
 def _list_sets(data: Path | None, as_json: bool) -> None:
