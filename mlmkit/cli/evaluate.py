@@ -63,6 +63,7 @@ class EvalOptions(VerifyOption, JsonOption, ModelOptions, TextOptions):
     allow_batch_coupling: bool = switch("--allow-batch-coupling", "Measure a dynamically quantized model anyway.")
     output: Path | None = option("--output", "Folder for result.json, the tables and report.html.", type=PATH)
     overwrite: bool = switch("--overwrite", "Replace an existing result.")
+    by_paradigm: bool = switch("--by-paradigm", "Print the metrics of each paradigm of a set too.")
 
 
 @command(EvalOptions, "eval")
@@ -122,7 +123,7 @@ def evaluate(options: EvalOptions) -> None:
             )
             results.append(result)
             if ranks.is_first and not options.as_json:
-                _print_result(result)
+                _print_result(result, by_paradigm=options.by_paradigm)
                 if output:
                     say(f"result: {folder}")
     if options.as_json and ranks.is_first:
@@ -217,7 +218,7 @@ def _list_sets(data: Path | None, as_json: bool) -> None:
     print_table([[row[name] for name in columns] for row in rows], columns)
 
 
-def _print_result(result: "Result") -> None:
+def _print_result(result: "Result", *, by_paradigm: bool = False) -> None:
     from mlmkit.eval.metrics import describe_unknown
     from mlmkit.overlap import describe_overlap
 
@@ -236,12 +237,15 @@ def _print_result(result: "Result") -> None:
             deviation = f"sd {_number(spread['standard_deviation'])} over {len(seeds['by_seed'])} mask seeds"
             rows.append([name, _number(spread["mean"]), "", deviation])
     items = result.get("items", {})
-    for name, phenomenon in items.get("phenomena", {}).items():
-        ties = f", {phenomenon['ties']} ties" if phenomenon.get("ties") else ""
-        rows.append([name, *_value(phenomenon[items["metrics"][0]]), f"{phenomenon['items']} items{ties}"])
+    paradigms = items.get("paradigms", {}) if by_paradigm else {}
+    for name, group in [*items.get("phenomena", {}).items(), *paradigms.items()]:
+        ties = f", {group['ties']} ties" if group.get("ties") else ""
+        rows.append([name, *_value(group[items["metrics"][0]]), f"{group['items']} items{ties}"])
     print_table(rows, ["metric", "value", "95 % interval", ""], align="lr")
     if items:
         _print_items(items)
+    if by_paradigm and not paradigms:
+        say("--by-paradigm: the set declares no paradigms")
     if unknown := describe_unknown(result["unknown"]):
         say(unknown)
     if corpus["windowed_documents"]:
