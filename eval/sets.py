@@ -5,18 +5,28 @@
 
 import os
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from mlmkit.documents import read_rows
 from mlmkit.errors import UserError
 from mlmkit.eval.correlation import Correlation, number_columns
 from mlmkit.eval.data import EvalData, file_data
 from mlmkit.eval.item_data import ItemData
-from mlmkit.eval.items import ChoiceColumns, ClozeColumns, Item, ItemColumns, PairColumns, keep_items, read_items
+from mlmkit.eval.items import (
+    ChoiceColumns,
+    ClozeColumns,
+    Item,
+    ItemColumns,
+    PairColumns,
+    Row,
+    keep_items,
+    read_items,
+    with_phenomena,
+)
 from mlmkit.eval.rows import Settings, pll_variant
-from mlmkit.eval.set_files import set_rows
-from mlmkit.locations import HUB, Source, existing_file, find_files, is_tokens
+from mlmkit.eval.set_files import FileReading, set_rows
+from mlmkit.locations import HUB, Source, existing_file, find_files, is_tokens, location_exists
 from mlmkit.tokenizer import Tokenizer
 from mlmkit.toml import build, read_toml
 
@@ -55,8 +65,9 @@ class Reference:
 
 @dataclass(frozen=True)
 class EvalSet:
-    """A declared set. `hub` is a location as in `Source`, `local` a path in the data folder.
+    """A declared set. `hub` is a location as in `Source`, `local` a path or pattern in the data folder.
 
+    `files` says how local files of items are read. `phenomena` lists the paradigms of each, by name or as `prefix*`.
     `metric` is its main metric, which stands for it in tables of several sets: by default the first one.
     """
 
@@ -70,10 +81,12 @@ class EvalSet:
     hub: str = ""
     local: str = ""
     metric: str = ""
+    files: FileReading = field(default_factory=FileReading)
     text: TextReading = TextReading()
     pairs: PairReading = PairReading()
     choices: ChoiceColumns | None = None
     cloze: ClozeColumns | None = None
+    phenomena: dict[str, tuple[str, ...]] = field(default_factory=dict)
     correlation: tuple[Correlation, ...] = ()
     reference: tuple[Reference, ...] = ()
 
@@ -88,7 +101,9 @@ class EvalSet:
             return str(path)
         if self.hub:
             return self.hub
-        where = f"put {self.local} (from {self.homepage or 'its publisher'}) under --data-dir or $MLMKIT_DATA"
+        if not self.homepage:
+            raise UserError(f"the set {self.name} has no {self.local} beside its declaration, nor under --data-dir")
+        where = f"put {self.local} (from {self.homepage}) under --data-dir or $MLMKIT_DATA"
         raise UserError(f"the set {self.name} is not on the hub: {where}")
 
     def kept(self, data: Path | None) -> Path | None:
@@ -131,13 +146,25 @@ class Request:
         chosen = {"variant": declared or variant or "original", "appended_masks": self.columns.appended_masks}
         return replace(settings, metrics=("pseudo",), **chosen)
 
+    @property
+    def numbers(self) -> list[str]:
+        """The columns of human numbers."""
+        return number_columns(self.declared.correlation if self.declared else ())
+
+    def rows(self) -> Iterator[Row]:
+        """The rows of a set that is not text. Raises `UserError` for one that is unreadable."""
+        return set_rows(self.location, self.declared.files if self.declared else FileReading())
+
+    def select(self, items: list[Item]) -> list[Item]:
+        """The items that the set keeps, with their phenomena. Raises `UserError` for one that does not exist."""
+        if self.keep:
+            items = keep_items(items, str(self.keep), set_rows(str(self.keep), FileReading(format="tsv")))
+        phenomena = self.declared.phenomena if self.declared else {}
+        return with_phenomena(items, phenomena) if phenomena else items
+
     def items(self) -> list[Item]:
         """The items of a set that is not text. Raises `UserError` if they are unreadable."""
-        numbers = number_columns(self.declared.correlation if self.declared else ())
-        items = read_items(set_rows(self.location), self.columns, self.location, numbers)
-        if self.keep:
-            items = keep_items(items, str(self.keep), read_rows(Source(str(self.keep), format="tsv")))
-        return items
+        return self.select(read_items(self.rows(), self.columns, self.location, self.numbers))
 
     def read(self, tokenizer: Tokenizer) -> EvalData:
         """The set's data, tokenised. Raises `UserError` if it is unreadable."""
@@ -208,11 +235,18 @@ def read_set(path: Path, *, own: bool = False) -> EvalSet:
         raise UserError(f"{path}: the name {declared.name!r} may only have letters, digits, '.', '-' and '_'")
     if declared.task not in TASKS:
         raise UserError(f"{path}: no task {declared.task!r}: choose {' or '.join(TASKS)}")
-    if unused := [task for task in TASKS if task in tables and task != declared.task]:
+    others = {*TASKS, *(("files", "phenomena") if declared.task == "text" else ())} - {declared.task}
+    if unused := sorted(others & tables.keys()):
         raise UserError(f"{path}: the table [{unused[0]}] has no effect, because its task is {declared.task!r}")
     if declared.task != "text" and declared.columns is None:
         raise UserError(f"{path}: it needs a table [{declared.task}], which names the columns (docs/own-sets.md)")
     _check_correlations(declared, path)
+    if "files" in tables and not declared.local:
+        raise UserError(f"{path}: the table [files] has no effect, because the set has no local")
+    if declared.phenomena and declared.columns and declared.columns.phenomenon:
+        raise UserError(f"{path}: [phenomena] and {declared.task}.phenomenon exclude each other: leave one out")
+    if declared.phenomena and declared.columns and not declared.columns.paradigm:
+        raise UserError(f"{path}: [phenomena] needs {declared.task}.paradigm, the column whose names it lists")
     if not declared.hub and not declared.local:
         raise UserError(f"{path}: it needs hub or local, to say where the data is")
     return declared
@@ -231,10 +265,10 @@ def _check_correlations(declared: EvalSet, path: Path) -> None:
 def beside(declaration: Path, name: str) -> str:
     """The absolute path of a file beside a declaration; the name itself if there is none."""
     path = declaration.absolute().parent / name
-    return str(path) if name and path.exists() else name
+    return str(path) if name and location_exists(path) else name
 
 
 def _local(name: str, data: Path | None) -> Path | None:
     """An existing file in the data folder, or at an absolute path; else None."""
     path = Path(name) if data is None else data / name
-    return path if name and (data or path.is_absolute()) and path.exists() else None
+    return path if name and (data or path.is_absolute()) and location_exists(path) else None
