@@ -229,8 +229,8 @@ def read_set(path: Path, *, own: bool = False) -> EvalSet:
         message = str(error)
         raise UserError(message if str(path) in message else f"{path}: {message}") from None
     if own:
-        pairs = replace(declared.pairs, keep=_beside(path, declared.pairs.keep))
-        declared = replace(declared, local=_beside(path, declared.local), pairs=pairs)
+        pairs = replace(declared.pairs, keep=beside(path, declared.pairs.keep))
+        declared = replace(declared, local=beside(path, declared.local), pairs=pairs)
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", declared.name):
         raise UserError(f"{path}: the name {declared.name!r} may only have letters, digits, '.', '-' and '_'")
     if declared.task not in TASKS:
@@ -262,7 +262,7 @@ def _check_correlations(declared: EvalSet, path: Path) -> None:
             raise UserError(f"{path}: previous_score needs previous_target in [cloze]")
 
 
-def _beside(declaration: Path, name: str) -> str:
+def beside(declaration: Path, name: str) -> str:
     """The absolute path of a file beside a declaration; the name itself if there is none."""
     path = declaration.absolute().parent / name
     return str(path) if name and location_exists(path) else name

@@ -4,6 +4,7 @@ import math
 import os
 from contextlib import ExitStack
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,10 +27,12 @@ from mlmkit.errors import UserError, require
 
 if TYPE_CHECKING:
     from mlmkit.distributed import Ranks
+    from mlmkit.eval.data import EvalData
     from mlmkit.eval.result import Metric, Result
     from mlmkit.eval.rows import Settings
     from mlmkit.eval.score_texts import TextScore
     from mlmkit.eval.sets import Request
+    from mlmkit.eval.suites import Suite
     from mlmkit.tokenizer import Tokenizer
 
 PAIRS = "pairs"
@@ -39,6 +42,14 @@ PAIRS = "pairs"
 class EvalOptions(VerifyOption, JsonOption, ModelOptions, TextOptions):
     model: str = argument(default="")
     sets: tuple[str, ...] = option("--set", "What to measure on. Repeatable.", multiple=True, metavar="NAME|FILE")
+    suite: str | None = option(
+        "--suite", "Several sets and one table.", metavar="babylm-strict|multilingual-pairs|FILE"
+    )
+    babylm: Path | None = option(
+        "--babylm-predictions",
+        "Folder to write the suite's predictions to, as BabyLM's leaderboard takes them.",
+        type=PATH,
+    )
     list_sets: bool = switch("--list-sets", "List the built-in sets and exit.")
     every: bool = switch("--every", "MODEL is the folder of a training run: measure each checkpoint that it has kept.")
     data_dir: str | None = option("--data-dir", "Folder with local copies of the sets. Default: $MLMKIT_DATA.")
@@ -63,6 +74,7 @@ class EvalOptions(VerifyOption, JsonOption, ModelOptions, TextOptions):
     allow_batch_coupling: bool = switch("--allow-batch-coupling", "Measure a dynamically quantized model anyway.")
     output: Path | None = option("--output", "Folder for result.json, the tables and report.html.", type=PATH)
     overwrite: bool = switch("--overwrite", "Replace an existing result.")
+    by_paradigm: bool = switch("--by-paradigm", "Print the metrics of each paradigm of a set too.")
 
 
 @command(EvalOptions, "eval")
@@ -70,7 +82,8 @@ def evaluate(options: EvalOptions) -> None:
     """Measure MODEL on text, minimal pairs, choices or cloze items, with masks that anyone can reproduce.
 
     A set is a name from --list-sets, a .toml file that declares one, a text file (one document per line), .jsonl,
-    .csv, .tsv, .parquet, or hub:NAME[:CONFIG][@SPLIT]. With several sets, OUTPUT holds a folder for each.
+    .csv, .tsv, .parquet, or hub:NAME[:CONFIG][@SPLIT]. With several sets, OUTPUT holds a folder for each. A suite is
+    several sets whose main metrics end in one table, OUTPUT/suite.json.
 
     Run the same command again to resume after an interruption. torchrun -m mlmkit eval shares the work. With --every,
     the default OUTPUT is MODEL/evaluations, and later calls measure only new checkpoints.
@@ -83,13 +96,17 @@ def evaluate(options: EvalOptions) -> None:
         return
     if not options.model:
         raise click.UsageError("Missing argument 'MODEL'.")
-    if not options.sets:
-        raise click.UsageError("Missing option '--set'.")
+    if bool(options.sets) == bool(options.suite):
+        raise click.UsageError("Give either --set or --suite.")
+    if options.babylm and (options.every or not options.suite):
+        raise click.UsageError("--babylm-predictions needs --suite babylm-strict, or another with a table [babylm].")
     import tempfile
 
     from mlmkit.distributed import claim_gpu, said_once
     from mlmkit.distributed import ranks as find_ranks
+    from mlmkit.eval.babylm import check_places
     from mlmkit.eval.evaluate import run_evaluation
+    from mlmkit.eval.suites import each_or_none, find_suite
 
     ranks = find_ranks()
     output = options.output
@@ -97,8 +114,12 @@ def evaluate(options: EvalOptions) -> None:
         if ranks.world > 1 and output is None and not options.every:
             raise UserError("under torchrun the ranks share a folder: name one with --output")
         reading = {"text_field": options.text_field, "blank_line": options.blank_line}
-        requests = [find_set(name, data, pairs=PAIRS in options.metrics, **reading) for name in options.sets]
+        suite = find_suite(options.suite) if options.suite else None
+        find = partial(find_set, data=data, pairs=PAIRS in options.metrics, **reading)
+        requests = each_or_none(find, suite.sets if suite else options.sets)
         settings = [_settings(options, request) for request in requests]
+        if suite and options.babylm:
+            check_places(suite, [request.name for request in requests])
     claim_gpu(ranks)
     if options.every:
         _evaluate_every(options, requests, settings, ranks)
@@ -107,10 +128,12 @@ def evaluate(options: EvalOptions) -> None:
     results = []
     with ExitStack() as stack:
         base = output or Path(stack.enter_context(tempfile.TemporaryDirectory())) / "result"
-        for request, chosen, folder in zip(requests, settings, _folders(base, requests), strict=True):
+        folders = _folders(base, requests, always=bool(suite))
+        contents = each_or_none(lambda request: request.read(backend.tokenizer), requests)
+        for request, chosen, content, folder in zip(requests, settings, contents, folders, strict=True):
             result = run_evaluation(
                 backend,
-                request.read(backend.tokenizer),
+                content,
                 chosen,
                 folder,
                 declared=request.declared,
@@ -122,10 +145,13 @@ def evaluate(options: EvalOptions) -> None:
             )
             results.append(result)
             if ranks.is_first and not options.as_json:
-                _print_result(result)
+                if not suite:
+                    _print_result(result, by_paradigm=options.by_paradigm)
                 if output:
                     say(f"result: {folder}")
-    if options.as_json and ranks.is_first:
+        if suite and ranks.is_first:
+            _finish_suite(options, suite, contents, folders, results)
+    if options.as_json and not suite and ranks.is_first:
         print_json(results[0] if len(results) == 1 else {"results": results})
     ranks.close()
 
@@ -137,7 +163,7 @@ def _evaluate_every(
     from mlmkit.train.evaluations import evaluate_run
 
     output = options.output or Path(options.model) / "evaluations"
-    _folders(output, requests)  # refuses two sets of the same name
+    _folders(output, requests, always=True)  # refuses two sets of the same name
     rows = evaluate_run(
         Path(options.model),
         list(zip(requests, settings, strict=True)),
@@ -162,6 +188,35 @@ def _evaluate_every(
         )
         say(f"results: {output}")
     ranks.close()
+
+
+def _finish_suite(
+    options: EvalOptions, suite: "Suite", contents: list["EvalData"], folders: list[Path], results: list["Result"]
+) -> None:
+    """Write and show the table of a suite, and write its predictions."""
+    from mlmkit.eval.babylm import write_predictions
+    from mlmkit.eval.suites import SUITE, suite_record
+    from mlmkit.files import write_record
+
+    record = suite_record(suite, folders, results)
+    if options.output:
+        write_record(options.output / SUITE, record)
+    if options.as_json:
+        print_json(record)
+    else:
+        rows = []
+        for row in record["sets"]:
+            published = next((f"{_number(each['value'])} {each['model']}" for each in row["published"]), "")
+            rows.append([row["set"], row["metric"], *_value(row), row["n"], published])
+        print_table(rows, ["set", "metric", "value", "95 % interval", "n", "published"], align="llrlrl")
+    for folder, content in zip(folders, contents, strict=True):
+        if options.babylm and (place := suite.babylm.get(folder.name)):
+            own = options.babylm / Path(options.model).stem / "main" / "zero_shot" / "mlm"
+            written = write_predictions(own, place, content, folder)
+            if not options.as_json:
+                say(
+                    f"predictions: {written}" if written else f"{folder.name}: BabyLM takes none of a single checkpoint"
+                )
 
 
 def _settings(options: EvalOptions, request: "Request") -> "Settings":
@@ -196,11 +251,13 @@ def _seeds(seed: int | None, seeds: str | None) -> tuple[int, ...]:
         raise UserError(f"--mask-seeds takes numbers separated by commas, not {seeds!r}") from None
 
 
-def _folders(output: Path, requests: list["Request"]) -> list[Path]:
+def _folders(output: Path, requests: list["Request"], *, always: bool) -> list[Path]:
+    if len(requests) == 1 and not always:
+        return [output]
     names = [request.name for request in requests]
     if len(set(names)) < len(names):
         raise UserError("two sets have the same name: evaluate them into different --output folders")
-    return [output / name for name in names] if len(names) > 1 else [output]
+    return [output / name for name in names]
 
 
 def _list_sets(data: Path | None, as_json: bool) -> None:
@@ -217,7 +274,7 @@ def _list_sets(data: Path | None, as_json: bool) -> None:
     print_table([[row[name] for name in columns] for row in rows], columns)
 
 
-def _print_result(result: "Result") -> None:
+def _print_result(result: "Result", *, by_paradigm: bool = False) -> None:
     from mlmkit.eval.metrics import describe_unknown
     from mlmkit.overlap import describe_overlap
 
@@ -236,12 +293,15 @@ def _print_result(result: "Result") -> None:
             deviation = f"sd {_number(spread['standard_deviation'])} over {len(seeds['by_seed'])} mask seeds"
             rows.append([name, _number(spread["mean"]), "", deviation])
     items = result.get("items", {})
-    for name, phenomenon in items.get("phenomena", {}).items():
-        ties = f", {phenomenon['ties']} ties" if phenomenon.get("ties") else ""
-        rows.append([name, *_value(phenomenon[items["metrics"][0]]), f"{phenomenon['items']} items{ties}"])
+    paradigms = items.get("paradigms", {}) if by_paradigm else {}
+    for name, group in [*items.get("phenomena", {}).items(), *paradigms.items()]:
+        ties = f", {group['ties']} ties" if group.get("ties") else ""
+        rows.append([name, *_value(group[items["metrics"][0]]), f"{group['items']} items{ties}"])
     print_table(rows, ["metric", "value", "95 % interval", ""], align="lr")
     if items:
         _print_items(items)
+    if by_paradigm and not paradigms:
+        say("--by-paradigm: the set declares no paradigms")
     if unknown := describe_unknown(result["unknown"]):
         say(unknown)
     if corpus["windowed_documents"]:
