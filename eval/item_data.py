@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from mlmkit.corpus import Corpus, tokenize
 from mlmkit.eval.data import EvalData
 from mlmkit.eval.items import Item, ItemColumns, Option
+from mlmkit.lines import is_blank
 from mlmkit.tokenizer import Tokenizer
 from mlmkit.windows import ranges
 
@@ -36,7 +37,7 @@ class ItemData(EvalData):
     ) -> None:
         # A cloze item has one option that is needed; the word before may be missing.
         needed = 1 if task == "cloze" else None
-        self.items = [item for item in given if not any(option.is_empty for option in item.options[:needed])]
+        self.items = [item for item in given if not any(is_blank(option.scored) for option in item.options[:needed])]
         self.options = list(chain.from_iterable(item.options for item in self.items))
         self.first = np.cumsum([0, *(len(item.options) for item in self.items)])
         self._tokenizer, self._columns = tokenizer, columns
@@ -98,7 +99,7 @@ class ItemData(EvalData):
             for own, best in zip(range(begin, end), right, strict=True)
         ]
         columns: dict[str, Any] = {"item": index, "option": option, "is_right": option == label, "same_ids": same}
-        columns["scored_characters"] = [each.end - each.begin for each in options]
+        columns["scored_characters"] = [len(each.scored.strip()) for each in options]
         columns |= {name: [getattr(item, name) for item in items] for name in ("phenomenon", "paradigm", "id")}
         for number in items[0].numbers if items else ():
             columns[NUMBER + number] = [item.numbers[number] for item in items]

@@ -44,9 +44,9 @@ class Option:
         return not self.begin and self.end == len(self.text)
 
     @property
-    def is_empty(self) -> bool:
-        """Whether what is scored is whitespace only."""
-        return is_blank(self.text[self.begin : self.end])
+    def scored(self) -> str:
+        """The characters that are scored."""
+        return self.text[self.begin : self.end]
 
 
 @dataclass(frozen=True)
@@ -72,8 +72,9 @@ class Item:
 class ItemColumns:
     """Where a row holds an item, and how its options are scored.
 
-    A value that names a column may be a path (`a.b` reaches into nested rows), an alternative (`a|b` takes the first
-    that exists) or a template (`The {animal} sleeps.`). `join` stands between a context and what is scored, `suffix`
+    A value that names a column may be a path, an alternative or a template. `a.b` reaches into nested rows, and `a.0`
+    takes the first entry of a list, or of text separated by tabs; `a|b` takes the first that exists; in a template
+    (`The {animal} sleeps.`) each `{column}` is replaced. `join` stands between a context and what is scored, `suffix`
     behind it. A score is the PLL of the variant `pll` ("": the user's choice), divided by the scored tokens or
     characters if `normalisation` says so. Raises `UserError` for an unknown variant or normalisation.
     """
@@ -219,6 +220,8 @@ class ChoiceColumns(ItemColumns):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if not self.choices:
+            raise UserError("choices need choices: columns, or one column with a list")
         if self.label == "":
             raise UserError("choices need label: a column, or the index of the right choice")
 
@@ -253,8 +256,12 @@ class ClozeColumns(ItemColumns):
         super().__post_init__()
         if not self.target:
             raise UserError("cloze needs target, the column of what is scored")
+        if self.previous_prefix and not self.previous_target:
+            raise UserError("previous_prefix needs previous_target, the word before")
         if self.appended_masks < 0 or (self.appended_masks and self.pll != "left-to-right"):
-            raise UserError('appended_masks is the number of masks with pll = "left-to-right"')
+            raise UserError('appended_masks is a number of masks, and goes with pll = "left-to-right"')
+        if self.appended_masks and self.suffix:
+            raise UserError("suffix has no effect with appended_masks, because the model sees nothing after the target")
 
     def options(self, row: dict[str, Any], where: str) -> tuple[tuple[Option, ...], int]:
         options = [self._option(row, where, self.prefix, _text(row, self.target, where, is_strict=True))]
@@ -271,7 +278,7 @@ def read_items(rows: Iterable[Row], columns: ItemColumns, location: str, numbers
     Raises `UserError` if there are none, and naming the row for one that holds no item.
     """
     items = list(columns.items(rows, list(numbers)))
-    if all(any(option.is_empty for option in item.options[: 1 + item.label]) for item in items):
+    if all(any(is_blank(option.scored) for option in item.options[: 1 + item.label]) for item in items):
         raise UserError(f"{location}: it holds no items")
     return items
 
@@ -301,13 +308,22 @@ def _value(row: dict[str, Any], column: str, where: str, default: Any = None) ->
     for alternative in column.split("|"):
         value: Any = row
         for key in alternative.split("."):
-            value = value.get(key) if isinstance(value, dict) else None
+            value = _entry(value, key)
         if value is not None:
             return value
     if default is not None:
         return default
     problem = f"{where} has no field {column!r} (it has {', '.join(map(str, row))})"
     raise UserError(f"{problem}: name the columns in a set of your own (docs/own-sets.md)")
+
+
+def _entry(value: Any, key: str) -> Any:
+    """The field of a nested row, or by its index the entry of a list or of text separated by tabs; None if missing."""
+    if isinstance(value, dict):
+        return value.get(key)
+    entries = value.split("\t") if isinstance(value, str) else value
+    is_there = isinstance(entries, list) and key.isdecimal() and int(key) < len(entries)
+    return entries[int(key)] if is_there else None
 
 
 def _text(row: dict[str, Any], column: str, where: str, *, is_strict: bool = False, is_literal: bool = False) -> str:

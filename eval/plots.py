@@ -17,7 +17,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import EngFormatter, MaxNLocator
 from numpy.typing import NDArray
 
 INK, MUTED, LINE, ONE, TWO = "#22262b", "#6b727b", "#e3e6ea", "#2f6fb4", "#c4571b"
@@ -228,6 +228,31 @@ def sweep_curves(runs: Sequence[Mapping[str, Any]], best: str, path: Path) -> No
     axes.set(xlabel=key, ylabel="held-out masked cross-entropy, nats")
     axes.margins(x=0.08)
     axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, borderaxespad=0.2, fontsize=9)
+    save_png(figure, path)
+
+
+@styled
+def evaluation_curves(rows: Sequence[Mapping[str, Any]], title: str, path: Path) -> None:
+    """Metrics of a run's checkpoints against the tokens seen as PNG: a panel per metric, a line per set.
+
+    `rows` are those of `evaluations.json`.
+    """
+    names = list(dict.fromkeys(row["metric"] for row in rows))
+    figure, panels = new_figure(8, 0.9 + 2.9 * len(names), nrows=len(names), sharex=True, squeeze=False)
+    for axes, name in zip(panels[:, 0], names, strict=True):
+        own = [row for row in rows if row["metric"] == name]
+        for set_name, color in zip(dict.fromkeys(row["set"] for row in own), cycle([ONE, TWO, *DARK]), strict=False):
+            line = [row for row in own if row["set"] == set_name]
+            _curve_with_intervals(axes, [row["tokens"] for row in line], line, color, set_name, markersize=4)
+        axes.set_ylabel(name.replace("_", " "))
+        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, borderaxespad=0.2, fontsize=9)
+    tokens = [row["tokens"] for row in rows]
+    if min(tokens) > 0 and max(tokens) >= 10 * min(tokens):
+        axes.set_xscale("log")
+    axes.set_xlabel("tokens seen, special tokens included (95 % intervals)")
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    figure.suptitle(title, x=0.01, ha="left", fontsize=12)
+    figure.align_ylabels()
     save_png(figure, path)
 
 

@@ -31,6 +31,11 @@ def say(line: object) -> None:
     click.echo(printable(str(line)))
 
 
+def decimal(value: float | None) -> str:
+    """A measured value with four decimals, or a dash."""
+    return "-" if value is None else f"{value:.4f}"
+
+
 def print_json(value: Any) -> None:
     """Print one line of JSON."""
     click.echo(STEERING.sub(lambda match: json.dumps(match[0])[1:-1], json.dumps(value, ensure_ascii=False)))

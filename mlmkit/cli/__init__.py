@@ -28,7 +28,7 @@ MODULES = {  # of each command, in the order in which they are used
     "eval": "evaluate",
     "compare": "evaluate",
     "report": "evaluate",
-    "score": "evaluate",
+    "score": "inference",
     "fill": "inference",
     "serve": "inference",
 }

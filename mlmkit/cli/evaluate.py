@@ -1,6 +1,5 @@
-"""The commands that measure: eval, compare, report, score."""
+"""The commands that measure: eval, compare, report."""
 
-import math
 import os
 from contextlib import ExitStack
 from dataclasses import asdict
@@ -22,17 +21,16 @@ from mlmkit.cli.options import (
     option_class,
     switch,
 )
-from mlmkit.console import print_json, print_table, say
+from mlmkit.console import decimal, print_json, print_table, say
 from mlmkit.errors import UserError, require
 
 if TYPE_CHECKING:
+    from mlmkit.distributed import Ranks
     from mlmkit.eval.data import EvalData
     from mlmkit.eval.result import Metric, Result
     from mlmkit.eval.rows import Settings
-    from mlmkit.eval.score_texts import TextScore
     from mlmkit.eval.sets import Request
     from mlmkit.eval.suites import Suite
-    from mlmkit.tokenizer import Tokenizer
 
 PAIRS = "pairs"
 
@@ -50,6 +48,7 @@ class EvalOptions(VerifyOption, JsonOption, ModelOptions, TextOptions):
         type=PATH,
     )
     list_sets: bool = switch("--list-sets", "List the built-in sets and exit.")
+    every: bool = switch("--every", "MODEL is the folder of a training run: measure each checkpoint that it has kept.")
     data_dir: str | None = option("--data-dir", "Folder with local copies of the sets. Default: $MLMKIT_DATA.")
     metrics: tuple[str, ...] = option(
         "--metric", "Repeatable. Default: by set.", multiple=True, metavar="masked|pseudo|pairs"
@@ -82,7 +81,8 @@ def evaluate(options: EvalOptions) -> None:
     .csv, .tsv, .parquet, or hub:NAME[:CONFIG][@SPLIT]. With several sets, OUTPUT holds a folder for each. A suite is
     several sets whose main metrics end in one table, OUTPUT/suite.json.
 
-    Run the same command again to resume after an interruption. torchrun -m mlmkit eval shares the work.
+    Run the same command again to resume after an interruption. torchrun -m mlmkit eval shares the work. With --every,
+    the default OUTPUT is MODEL/evaluations, and later calls measure only new checkpoints.
     """
     from mlmkit.eval.sets import data_folder, find_set
 
@@ -92,10 +92,12 @@ def evaluate(options: EvalOptions) -> None:
         return
     if not options.model:
         raise click.UsageError("Missing argument 'MODEL'.")
-    if bool(options.sets) == bool(options.suite):
-        raise click.UsageError("Give either --set or --suite.")
-    if options.babylm and not options.suite:
-        raise click.UsageError("--babylm-predictions needs --suite babylm-strict, or another with a table [babylm].")
+    if not options.sets and not options.suite:
+        raise click.UsageError("Missing option '--set' or '--suite'.")
+    if options.sets and options.suite:
+        raise click.UsageError("--set and --suite exclude each other: name one of them.")
+    if options.babylm and (options.every or not options.suite):
+        raise click.UsageError("--babylm-predictions needs --suite babylm-strict or similar, and a single model.")
     import tempfile
 
     from mlmkit.distributed import claim_gpu, said_once
@@ -107,7 +109,7 @@ def evaluate(options: EvalOptions) -> None:
     ranks = find_ranks()
     output = options.output
     with said_once():
-        if ranks.world > 1 and output is None:
+        if ranks.world > 1 and output is None and not options.every:
             raise UserError("under torchrun the ranks share a folder: name one with --output")
         reading = {"text_field": options.text_field, "blank_line": options.blank_line}
         suite = find_suite(options.suite) if options.suite else None
@@ -115,13 +117,16 @@ def evaluate(options: EvalOptions) -> None:
         requests = each_or_none(find, suite.sets if suite else options.sets)
         settings = [_settings(options, request) for request in requests]
         if suite and options.babylm:
-            check_places(suite, [request.name for request in requests])
+            check_places(suite, requests)
     claim_gpu(ranks)
+    if options.every:
+        _evaluate_every(options, requests, settings, ranks)
+        return
     backend = options.load()
     results = []
     with ExitStack() as stack:
         base = output or Path(stack.enter_context(tempfile.TemporaryDirectory())) / "result"
-        folders = _folders(base, requests, always=bool(suite))
+        folders = _folders(base, requests, is_suite=bool(suite))
         contents = each_or_none(lambda request: request.read(backend.tokenizer), requests)
         for request, chosen, content, folder in zip(requests, settings, contents, folders, strict=True):
             result = run_evaluation(
@@ -165,7 +170,7 @@ def _finish_suite(
     else:
         rows = []
         for row in record["sets"]:
-            published = next((f"{_number(each['value'])} {each['model']}" for each in row["published"]), "")
+            published = next((f"{decimal(each['value'])} {each['model']}" for each in row["published"]), "")
             rows.append([row["set"], row["metric"], *_value(row), row["n"], published])
         print_table(rows, ["set", "metric", "value", "95 % interval", "n", "published"], align="llrlrl")
     for folder, content in zip(folders, contents, strict=True):
@@ -176,6 +181,40 @@ def _finish_suite(
                 say(
                     f"predictions: {written}" if written else f"{folder.name}: BabyLM takes none of a single checkpoint"
                 )
+
+
+def _evaluate_every(
+    options: EvalOptions, requests: list["Request"], settings: list["Settings"], ranks: "Ranks"
+) -> None:
+    require("train", "torch", "transformers", "safetensors")
+    from mlmkit.train.evaluations import evaluate_run
+
+    output = options.output or Path(options.model) / "evaluations"
+    _folders(output, requests)  # refuses two sets of the same name
+    rows = evaluate_run(
+        Path(options.model),
+        list(zip(requests, settings, strict=True)),
+        output,
+        backend=options.backend,
+        device=options.device,
+        ranks=ranks,
+        batch_tokens=options.batch_tokens or 0,
+        allow_batch_coupling=options.allow_batch_coupling,
+        overwrite=options.overwrite,
+    )
+    if ranks.is_first and options.as_json:
+        print_json({"output": str(output), "evaluations": rows})
+    elif ranks.is_first:
+        columns = {row["set"]: row["metric"] for row in rows}
+        cells = {(row["set"], row["step"]): " ".join(_value(row)) for row in rows}
+        places = {row["step"]: (row["checkpoint"], f"{row['tokens']:,}", f"{row['words']:,}") for row in rows}
+        print_table(
+            [[*places[step], *(cells.get((name, step), "-") for name in columns)] for step in sorted(places)],
+            ["checkpoint", "tokens", "words", *(f"{name} {metric}" for name, metric in columns.items())],
+            align="l" + "r" * (2 + len(columns)),
+        )
+        say(f"results: {output}")
+    ranks.close()
 
 
 def _settings(options: EvalOptions, request: "Request") -> "Settings":
@@ -210,13 +249,11 @@ def _seeds(seed: int | None, seeds: str | None) -> tuple[int, ...]:
         raise UserError(f"--mask-seeds takes numbers separated by commas, not {seeds!r}") from None
 
 
-def _folders(output: Path, requests: list["Request"], *, always: bool) -> list[Path]:
-    if len(requests) == 1 and not always:
-        return [output]
+def _folders(output: Path, requests: list["Request"], *, is_suite: bool = False) -> list[Path]:
     names = [request.name for request in requests]
     if len(set(names)) < len(names):
         raise UserError("two sets have the same name: evaluate them into different --output folders")
-    return [output / name for name in names]
+    return [output / name for name in names] if is_suite or len(names) > 1 else [output]
 
 
 def _list_sets(data: Path | None, as_json: bool) -> None:
@@ -243,14 +280,14 @@ def _print_result(result: "Result") -> None:
     rows = []
     for name, metric in result["metrics"].items():
         error = metric.get("standard_error")
-        rows.append([name, *_value(metric), f"standard error {_number(error)}" if error else ""])
+        rows.append([name, *_value(metric), f"standard error {decimal(error)}" if error else ""])
     if "unigram_entropy" in result and "items" not in result:  # older results lack it
-        rows.insert(1, ["unigram_entropy", _number(result["unigram_entropy"]), "-", "to beat"])
+        rows.insert(1, ["unigram_entropy", decimal(result["unigram_entropy"]), "-", "to beat"])
     if "mask_seeds" in result:
         seeds = result["mask_seeds"]
         for name, spread in seeds["spread"].items():
-            deviation = f"sd {_number(spread['standard_deviation'])} over {len(seeds['by_seed'])} mask seeds"
-            rows.append([name, _number(spread["mean"]), "", deviation])
+            deviation = f"sd {decimal(spread['standard_deviation'])} over {len(seeds['by_seed'])} mask seeds"
+            rows.append([name, decimal(spread["mean"]), "", deviation])
     items = result.get("items", {})
     for name, phenomenon in items.get("phenomena", {}).items():
         ties = f", {phenomenon['ties']} ties" if phenomenon.get("ties") else ""
@@ -272,7 +309,7 @@ def _print_result(result: "Result") -> None:
 
 def _print_items(items: dict[str, Any]) -> None:
     if "chance" in items:
-        say(f"chance level: {_number(items['chance'])}")
+        say(f"chance level: {decimal(items['chance'])}")
     problems = {"ties": "are ties, which count as wrong", "unscored": "have an option without a scored token, and "}
     problems["unscored"] += "count as wrong" if "chance" in items else "are left out"
     for name, problem in problems.items():
@@ -280,14 +317,10 @@ def _print_items(items: dict[str, Any]) -> None:
             say(f"{items[name]} of {items['items']} items {problem}")
 
 
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4f}"
-
-
 def _value(metric: "Metric") -> tuple[str, str]:
     """A metric's value and interval."""
     low, high = metric["low"], metric["high"]
-    return _number(metric["value"]), "-" if low is high is None else f"[{_number(low)}, {_number(high)}]"
+    return decimal(metric["value"]), "-" if low is high is None else f"[{decimal(low)}, {decimal(high)}]"
 
 
 @option_class
@@ -365,83 +398,3 @@ def report(result: Path) -> None:
         raise UserError(f"{result} is read-only: copy it to a writable folder")
     write_report(stored)
     say(result / "report.html")
-
-
-@option_class
-class ScoreOptions(JsonOption, ModelOptions, TextOptions):
-    file: str = argument(default="-")
-    pll: str = option("--pll", "Pseudo-likelihood.", default="original", metavar="original|within-word")
-    per_token: bool = switch("--per-token", "Show each token's log-probability.")
-    per_word: bool = switch("--per-word", "Show the surprisal, -log P, of each word between white space.")
-    bits: bool = switch("--bits", "With --per-word: surprisal in bits, -log2 P.")
-    allow_batch_coupling: bool = switch("--allow-batch-coupling", "Score with a dynamically quantized model anyway.")
-
-
-@command(ScoreOptions)
-def score(options: ScoreOptions) -> None:
-    """Pseudo-log-likelihood of each text in FILE.
-
-    FILE is standard input by default. Logarithms are natural.
-
-    Prints one line per text: the sum ("-" without a scored token), the number of tokens, the text. Skips blank lines.
-    """
-    from mlmkit.documents import read_documents
-    from mlmkit.eval.rows import pll_variant
-    from mlmkit.eval.score_texts import pseudo_log_likelihood
-    from mlmkit.locations import Source
-
-    pll = pll_variant(options.pll)
-    if options.bits and not options.per_word:
-        raise UserError("--bits is the unit of the words' surprisal: add --per-word")
-    location = "/dev/stdin" if options.file == "-" else options.file
-    texts = list(read_documents(Source(location, options.text_field, options.blank_line)))
-    if not texts:
-        raise UserError(f"{'standard input' if options.file == '-' else options.file}: there is no text to score")
-    backend = options.load()
-    entries = []
-    coupling = options.allow_batch_coupling
-    for item in pseudo_log_likelihood(backend, texts, variant=pll, allow_batch_coupling=coupling):
-        entry = {"text": item.text, "pseudo_log_likelihood": item.pseudo_log_likelihood, "tokens": len(item.log_prob)}
-        entry |= {"per_word": _word_entries(item, math.log(2) if options.bits else 1.0)} if options.per_word else {}
-        entry |= {"per_token": _token_entries(item, backend.tokenizer)} if options.per_token else {}
-        entries.append(entry)
-    if options.as_json:
-        unit = {"surprisal_unit": "bits" if options.bits else "nats"} if options.per_word else {}
-        print_json({"pll": pll, **unit, "texts": entries})
-        return
-    for entry in entries:
-        text = " ".join(entry["text"].splitlines())
-        say(f"{_number(entry['pseudo_log_likelihood'])}\t{entry['tokens']}\t{text}")
-        for word in entry.get("per_word", ()):
-            say(f"    {_number(word['surprisal']):>9}  {word['begin']}-{word['end']}  {word['word']}")
-        for token in entry.get("per_token", ()):
-            say(f"    {token['log_prob']:9.4f}  {token['token_str']}")
-
-
-def _word_entries(item: "TextScore", nats_per_unit: float) -> list[dict[str, Any]]:
-    return [
-        {
-            "word": word.text,
-            "begin": word.begin,
-            "end": word.end,
-            "tokens": len(word.tokens),
-            "surprisal": None if word.log_prob is None else -word.log_prob / nats_per_unit,
-        }
-        for word in item.words
-    ]
-
-
-def _token_entries(item: "TextScore", tokenizer: "Tokenizer") -> list[dict[str, Any]]:
-    word_of = {token: word.text for word in item.words for token in word.tokens}
-    rows = zip(item.token_ids.tolist(), item.log_prob.tolist(), item.spans.tolist(), strict=True)
-    return [
-        {
-            "token": id,
-            "token_str": tokenizer.token(id),
-            "word": word_of[index],
-            "begin": begin,
-            "end": end,
-            "log_prob": log_prob,
-        }
-        for index, (id, log_prob, (begin, end)) in enumerate(rows)
-    ]

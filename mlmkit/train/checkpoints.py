@@ -51,7 +51,8 @@ class State:
     """What a checkpoint keeps beside weights and optimiser state.
 
     `config` is that of the phase, by the name `phase`; `is_phase_end` says that the phase ended here. `mask_prob` is
-    the mask rate of the last step, and `sums` are the open sums of the log.
+    the mask rate of the last step, and `sums` are the open sums of the log. `is_kept` says that `train.keep_at_words`
+    asks for this checkpoint.
     """
 
     config: Config
@@ -60,6 +61,7 @@ class State:
     is_phase_end: bool = False
     mask_prob: float = 0.0
     sums: dict[str, float] = field(default_factory=lambda: NO_STEPS)
+    is_kept: bool = False
 
 
 def saved_checkpoints(run: Path) -> list[Path]:
@@ -186,8 +188,9 @@ def read_state(folder: Path, *, verify: bool = True) -> State:
         raise DamagedError(f"{name} is not what was saved")
     if "position" not in values:
         raise UserError(f"{folder} was written by an earlier version of mlmkit: set model.init_from to it instead")
+    stated = {name: values[name] for name in ("phase", "is_phase_end", "mask_prob", "sums")}
     position, config = Position.from_json(values["position"]), from_tables(values["config"])
-    return State(config, position, values["phase"], values["is_phase_end"], values["mask_prob"], values["sums"])
+    return State(config, position, **stated, is_kept=values.get("is_kept", False))  # earlier versions lack it
 
 
 def origin_folder(run: Path, start_from: Path) -> Path:
@@ -236,7 +239,7 @@ def _reshaped(tensors: dict[str, Tensor], saved: dict[str, Any]) -> dict[str, Te
 
 
 def prune(run: Path, keep: int) -> None:
-    """Delete checkpoints, but keep the newest `keep`, the ends of phases, and the best on each held-out text."""
+    """Delete checkpoints, but keep the newest `keep`, the best on each held-out text, and those that `State` spares."""
     saved, best = saved_checkpoints(run), {}
     for checkpoint in saved:
         for path in checkpoint.glob(f"{HELD_OUT}*/result.json"):
@@ -245,7 +248,8 @@ def prune(run: Path, keep: int) -> None:
                 best[result["mask_digest"]] = min(loss, best.get(result["mask_digest"], loss))
     kept = {checkpoint for _, checkpoint in best.values()}
     for old in saved[:-keep]:
-        if not (old in kept or (read_remeasurable(old / CURSOR) or {}).get("is_phase_end")):
+        state = read_remeasurable(old / CURSOR) or {}
+        if not (old in kept or state.get("is_phase_end") or state.get("is_kept")):
             remove(old)
 
 

@@ -30,7 +30,8 @@ SET_NAME = re.compile(r"(?![0-9a-f]{8}$)[a-z][a-z0-9_-]{0,63}")
 # Settings that may change on resume: they affect neither data nor weights. Texts are compared by their fingerprints.
 CHANGEABLE = {
     "data": "train source held_out text_field blank_line on_bad_row workers",
-    "train": "device parallel checkpoint_activations save_every keep_checkpoints log_every tensorboard wandb",
+    "train": "device parallel checkpoint_activations save_every keep_checkpoints keep_at_words log_every tensorboard "
+    "wandb",
 }
 # What a phase may change. The keys in PER_PHASE belong to one phase: the next does not inherit them.
 PHASE_KEYS = {

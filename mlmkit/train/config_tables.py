@@ -28,7 +28,7 @@ def _count(value: Any) -> Any:
     return round(float(match[1]) * UNITS[match[2]]) if match else value
 
 
-TokenCount = Annotated[int, Rule(lambda value: 0 < value < 1 << 60, 'positive, such as 5000000 or "10B"', _count)]
+Count = Annotated[int, Rule(lambda value: 0 < value < 1 << 60, 'positive, such as 5000000 or "10B"', _count)]
 
 
 Weight = Annotated[float, Rule(lambda value: 0 < value < 1 << 20, "positive and finite")]
@@ -106,7 +106,7 @@ class TokenizerConfig:
     # Ranks are exact up to 2**24 (`MaskedLM.forward`). The tokenizers library aborts the process at 2**30.
     vocab_size: Annotated[int, Rule(lambda value: 0 < value <= 1 << 24, "between 1 and 2**24")] | None = None
     lowercase: bool = False
-    train_tokens: TokenCount | None = None
+    train_tokens: Count | None = None
     add: str = ""
 
     @property
@@ -174,7 +174,7 @@ class OptimConfig:
     decay_share: Annotated[float, Rule(lambda value: 0 < value <= 1, "above 0 and at most 1")] = 0.2
     decay_shape: Annotated[str, one_of("linear", "1-sqrt")] = "linear"
     warmup_steps: Annotated[int, NOT_NEGATIVE] | None = None
-    warmup_tokens: TokenCount | None = None
+    warmup_tokens: Count | None = None
     warmup_share: Annotated[float, SHARE] | None = None
     max_grad_norm: PositiveFloat = 1.0
 
@@ -184,19 +184,21 @@ class RunConfig:
     """`[train]`: the run's length, batches and checkpoints. Tokens are real ones, special tokens included.
 
     The length is a number of `steps` (1,000 by default), of `tokens`, or of `epochs`. A batch has room for
-    `global_batch_tokens`, and first for `initial_batch_tokens`, which grow to it over `batch_warmup_tokens`.
+    `global_batch_tokens`, and first for `initial_batch_tokens`, which grow to it over `batch_warmup_tokens`. A
+    checkpoint is kept at the first step after each number of words in `keep_at_words` (see `Cursor`).
     """
 
     steps: PositiveInt | None = None
-    tokens: TokenCount | None = None
+    tokens: Count | None = None
     epochs: PositiveFloat | None = None
     initial_batch_tokens: PositiveInt | None = None
-    batch_warmup_tokens: TokenCount | None = None
+    batch_warmup_tokens: Count | None = None
     global_batch_tokens: PositiveInt = 8192
     micro_batch_tokens: PositiveInt = 8192
     seed: Annotated[int, Rule(lambda value: 0 <= value < 1 << 63, "between 0 and 2**63 - 1")] = 0
     save_every: PositiveInt = 500
     keep_checkpoints: PositiveInt = 2
+    keep_at_words: tuple[Count, ...] = ()
     log_every: PositiveInt = 10
     device: Annotated[str, one_of(*DEVICES)] = "auto"
     parallel: Annotated[str, one_of("ddp", "fsdp")] = "ddp"

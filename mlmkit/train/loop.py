@@ -143,6 +143,9 @@ def _train(run: Run, start_from: Path | None) -> None:
         start = run.ranks.from_first(lambda: last_checkpoint(run.folder))
         position = next_position(state.position, run.schedules)
         gc.collect()  # reference cycles of DDP and torch.compile keep the model of this phase in memory
+    words = round(state.position.cursor.words)
+    if missed := [mark for mark in run.config.train.keep_at_words if mark > words]:
+        log.warning("the run saw %d words, so it has no checkpoint at train.keep_at_words %s", words, missed)
     run.ranks.from_first(lambda: finish(run.folder, run.digests))
 
 
@@ -250,15 +253,18 @@ def _train_phase(run: Run, name: str, config: Config, state: State, start: Path 
                 masked=int(masked),
                 capacity=micro_batches * config.train.micro_batch_tokens,
                 mask_prob=mask_prob,
+                tokens_seen=cursor.tokens,
+                words_seen=cursor.words,
                 share=share,
                 steps_left=round(cursor.phase_steps * (1 / share - 1)),
             )
             bar.update(task, completed=schedule.done(cursor), description=description)
             is_last = schedule.is_over(cursor)
-            if stopping or is_last or cursor.step % config.train.save_every == 0:
+            is_kept = any(round(before.words) < mark <= round(cursor.words) for mark in config.train.keep_at_words)
+            if stopping or is_last or is_kept or cursor.step % config.train.save_every == 0:
                 sums = training_log.open_sums()
                 with training_log.paused():
-                    state = State(config, data.rows.position(cursor), name, is_last, mask_prob, sums)
+                    state = State(config, data.rows.position(cursor), name, is_last, mask_prob, sums, is_kept)
                     checkpoint = save_checkpoint(run.folder, state, model, optimizers, ranks)
                     if stopping and not (is_last and cursor.phase + 1 == len(run.schedules)):
                         raise _stopped(run.stop, cursor.step, checkpoint)

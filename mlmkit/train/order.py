@@ -30,7 +30,8 @@ class Cursor:
     """A point between two global batches.
 
     `step` steps of the run are done. The run is in phase `phase`, of which it has done `phase_steps` steps with
-    `phase_tokens` real tokens. `packs` packs of this block of this epoch are used.
+    `phase_tokens` real tokens. `packs` packs of this block of this epoch are used. In all phases together it has seen
+    `tokens` real tokens, and about `words` words (`RowBuilder.words_per_token`), each as often as it was shown.
     """
 
     step: int = 0
@@ -40,6 +41,8 @@ class Cursor:
     epoch: int = 0
     block: int = 0
     packs: int = 0
+    tokens: int = 0
+    words: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -107,7 +110,9 @@ class Position:
             tuple(Stream(**{**stream, "left": tuple(stream["left"])}) for stream in values[name])
             for name in ("streams", "remaining")
         )
-        return cls(Cursor(**values["cursor"]), values["identity"], *streams)
+        # Earlier versions counted the tokens of the phase only.
+        cursor = Cursor(**{"tokens": values["cursor"]["phase_tokens"], **values["cursor"]})
+        return cls(cursor, values["identity"], *streams)
 
     def next_phase(self, phase: int) -> "Position":
         """The same point of the data as the beginning of a phase."""

@@ -146,6 +146,12 @@ class RowBuilder:
         return sum(size * weight for size, weight in zip(sizes, self.passes, strict=True))
 
     @cached_property
+    def words_per_token(self) -> float:
+        """Words, separated by white space, per token, special tokens included: the mean over an epoch."""
+        sizes = zip(self.corpora, self.passes, strict=True)
+        return sum(corpus.sizes["words"] * weight for corpus, weight in sizes) / self.epoch_tokens
+
+    @cached_property
     def windows(self) -> list[CorpusWindows]:
         """The windows of each corpus."""
         return [CorpusWindows(corpus, self.capacity) for corpus in self.corpora]
@@ -184,6 +190,8 @@ class RowBuilder:
                 step=cursor.step + 1,
                 phase_steps=cursor.phase_steps + 1,
                 phase_tokens=cursor.phase_tokens + tokens,
+                tokens=cursor.tokens + tokens,
+                words=cursor.words + tokens * self.words_per_token,
             )
             if (cursor.step - first) % every == index:
                 recipe = self.schedule.recipe(cursor, after)

@@ -1,0 +1,122 @@
+"""Evaluations over the course of a run: each checkpoint that it has kept, on a few sets.
+
+checkpoints ── run_evaluation ──> OUTPUT/SET/step-N ── main metrics ──> OUTPUT/evaluations.json ──> evaluations.png
+
+`evaluations.json` keeps the values of checkpoints that training has removed since they were measured.
+"""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mlmkit.backends import load
+from mlmkit.distributed import Ranks
+from mlmkit.errors import UserError
+from mlmkit.eval.evaluate import run_evaluation
+from mlmkit.eval.rows import Settings
+from mlmkit.eval.sets import Request
+from mlmkit.files import RUN, read_record, write_record
+from mlmkit.pretrained import load_tokenizer
+from mlmkit.train.checkpoints import CURSOR, INITIAL, read_state, saved_checkpoints
+from mlmkit.train.log import can_draw, read_log
+from mlmkit.train.order import Cursor
+
+EVALUATIONS, FIGURE = "evaluations.json", "evaluations.png"
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model folder of a run. In `step` steps it has seen `tokens`, special tokens included, and about `words`."""
+
+    folder: Path
+    step: int
+    tokens: int
+    words: int
+
+
+def kept_checkpoints(run: Path) -> list[Checkpoint]:
+    """The checkpoints in a run's folder, oldest first, `initial` too; `model` only where no other one is left.
+
+    Raises `UserError` if it is not a run, or has none yet.
+    """
+    if not (run / RUN).exists():
+        raise UserError(f"{run} is not a training run: name the folder that `mlmkit train` wrote")
+    saved = saved_checkpoints(run)
+    found = [_at(folder, read_state(folder, verify=False).position.cursor) for folder in saved]
+    if (run / INITIAL).exists():
+        origin = read_state(run, verify=False).position.cursor if (run / CURSOR).exists() else Cursor()
+        found.insert(0, _at(run / INITIAL, origin))
+    if not saved and (run / "model").exists():
+        last = [entry for entry in read_log(run) if "tokens_seen" in entry][-1:]
+        found += [Checkpoint(run / "model", at["step"], at["tokens_seen"], round(at["words_seen"])) for at in last]
+    if not found:
+        raise UserError(f"{run} has no checkpoint yet: it gets one every train.save_every steps")
+    if not (run / "model").exists():
+        log.info("%s is not finished: it has %d checkpoints so far", run, len(found))
+    return found
+
+
+def _at(folder: Path, cursor: Cursor) -> Checkpoint:
+    return Checkpoint(folder, cursor.step, cursor.tokens, round(cursor.words))
+
+
+def evaluate_run(
+    run: Path,
+    sets: Sequence[tuple[Request, Settings]],
+    output: Path,
+    *,
+    backend: str = "auto",
+    device: str = "auto",
+    ranks: Ranks | None = None,
+    **options: Any,
+) -> list[dict[str, Any]]:
+    """Evaluate the `kept_checkpoints` of a run on each set, into `output`; `options` are those of `run_evaluation`.
+
+    A call with the same arguments resumes, and measures only checkpoints that are new. Returns the rows of
+    `evaluations.json`, also those of earlier calls: `set`, `checkpoint` (relative to the run), `step`, `tokens`,
+    `words`, and of the main metric its name `metric`, `value`, `low` and `high`. All `ranks` share the work, and only
+    the first returns rows.
+
+    Raises `UserError` as `kept_checkpoints` and `run_evaluation` do.
+    """
+    ranks = ranks or Ranks()
+    checkpoints = ranks.from_first(lambda: kept_checkpoints(run))
+    tokenizer = load_tokenizer(str(run / "tokenizer"))
+    texts = [request.read(tokenizer) for request, _ in sets]
+    rows = _read(output) if ranks.is_first else {}
+    for number, checkpoint in enumerate(checkpoints, 1):
+        log.info("checkpoint %d of %d: %s", number, len(checkpoints), checkpoint.folder)
+        if not ranks.from_first(checkpoint.folder.exists):
+            log.warning("%s is left out: training has removed it", checkpoint.folder)
+            continue
+        model = load(str(checkpoint.folder), backend, device)
+        for (request, settings), text in zip(sets, texts, strict=True):
+            folder = output / request.name / f"step-{checkpoint.step:08d}"
+            result = run_evaluation(model, text, settings, folder, declared=request.declared, ranks=ranks, **options)
+            if ranks.is_first:
+                metric, value = next(iter(result["metrics"].items()))  # the main one comes first
+                place = {"step": checkpoint.step, "tokens": checkpoint.tokens, "words": checkpoint.words}
+                name = checkpoint.folder.relative_to(run).as_posix()
+                row = {"set": request.name, "checkpoint": name, **place, "metric": metric, **value}
+                rows[request.name, checkpoint.step] = row
+                write_record(output / EVALUATIONS, {"evaluations": _sorted(rows)})
+    if ranks.is_first and can_draw(output / FIGURE):
+        from mlmkit.eval.plots import evaluation_curves
+
+        evaluation_curves(_sorted(rows), run.resolve().name, output / FIGURE)
+    return _sorted(rows)
+
+
+def _sorted(rows: dict[tuple[str, int], dict[str, Any]]) -> list[dict[str, Any]]:
+    return [rows[key] for key in sorted(rows)]
+
+
+def _read(output: Path) -> dict[tuple[str, int], dict[str, Any]]:
+    """The rows of earlier calls by set and step."""
+    path = output / EVALUATIONS
+    rows = read_record(path, "delete it, and run the command again")["evaluations"] if path.exists() else []
+    return {(row["set"], row["step"]): row for row in rows}
