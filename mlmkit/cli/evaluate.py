@@ -261,8 +261,10 @@ def _list_sets(data: Path | None, as_json: bool) -> None:
 
     rows = []
     for item in built_in_sets():
-        is_local = bool(data and item.local and (data / item.local).exists())
-        rows.append({**asdict(item), "available": "local" if is_local else "hub" if item.hub else "missing"})
+        paths = [item.local.replace("{language}", language) for language in item.languages or [""]]
+        is_local = bool(data and item.local and any((data / path).exists() for path in paths))
+        available = "local" if is_local else "hub" if item.hub else "missing"
+        rows.append({**asdict(item), "name": item.usage, "available": available})
     if as_json:
         print_json({"sets": rows})
         return
