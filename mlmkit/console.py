@@ -31,11 +31,6 @@ def say(line: object) -> None:
     click.echo(printable(str(line)))
 
 
-def decimal(value: float | None) -> str:
-    """A measured value with four decimals, or a dash."""
-    return "-" if value is None else f"{value:.4f}"
-
-
 def print_json(value: Any) -> None:
     """Print one line of JSON."""
     click.echo(STEERING.sub(lambda match: json.dumps(match[0])[1:-1], json.dumps(value, ensure_ascii=False)))
@@ -94,3 +89,8 @@ def progress(*, shown: bool = True) -> "Progress":
         transient=True,
         disable=not (shown and console.is_terminal),
     )
+
+
+def number(value: float | None) -> str:
+    """A number with four decimals; a dash for None."""
+    return "-" if value is None else f"{value:.4f}"

@@ -182,7 +182,7 @@ def test_correlations_with_human_numbers(checkpoint, tmp_path):
     assert evaluation.result.get("items", {})["correlated"]["reading_time_spearman"] == 23
     ranks = [pd.Series(values).rank().to_numpy() for values in (surprisal[1:], time)]
     for kind, sides in (("pearson", (surprisal[1:], time)), ("spearman", ranks)):
-        assert metrics[f"reading_time_{kind}"]["value"] == pytest.approx(np.corrcoef(*sides)[0, 1])
+        assert metrics[f"reading_time_{kind}"]["value"] == pytest.approx(np.corrcoef(sides[0], sides[1])[0, 1])
     expected = gain(time, surprisal[1:], columns["frequency"], columns["length"])
     assert metrics["reading"]["value"] == pytest.approx(expected)
     kept = np.arange(24) != 5
@@ -321,8 +321,9 @@ def test_results_of_items_are_printed_reported_and_compared(checkpoint, artifact
     )
     declared = declare(tmp_path, rows, declaration)
     for model, name in ((checkpoint("bert"), "a"), (artifact("bert"), "b")):
-        code, out, _ = run(capsys, "eval", model, "--set", declared, "--output", tmp_path / name)
+        code, out, _ = run(capsys, "eval", model, "--set", declared, "--output", tmp_path / name, "--by-paradigm")
         assert code == 0 and "chance level: 0.5000" in out and "choice_accuracy_macro" in out
+        assert [line.split()[0] for line in out.splitlines() if line.endswith("4 items")] == ["g0", "g1"]
         assert "x_n_spearman" in (tmp_path / name / "report.html").read_text().replace(" ", "_")
     found = run_json(capsys, "compare", tmp_path / "a", tmp_path / "b", "--output", tmp_path / "compare")
     metrics = found["comparisons"][0]["metrics"]

@@ -1,6 +1,5 @@
-"""The commands that measure: eval, compare, report."""
+"""The command eval."""
 
-import os
 from contextlib import ExitStack
 from dataclasses import asdict
 from functools import partial
@@ -21,7 +20,7 @@ from mlmkit.cli.options import (
     option_class,
     switch,
 )
-from mlmkit.console import decimal, print_json, print_table, say
+from mlmkit.console import number, print_json, print_table, say
 from mlmkit.errors import UserError, require
 
 if TYPE_CHECKING:
@@ -71,6 +70,7 @@ class EvalOptions(VerifyOption, JsonOption, ModelOptions, TextOptions):
     allow_batch_coupling: bool = switch("--allow-batch-coupling", "Measure a dynamically quantized model anyway.")
     output: Path | None = option("--output", "Folder for result.json, the tables and report.html.", type=PATH)
     overwrite: bool = switch("--overwrite", "Replace an existing result.")
+    by_paradigm: bool = switch("--by-paradigm", "Print the metrics of each paradigm of a set too.")
 
 
 @command(EvalOptions, "eval")
@@ -92,12 +92,10 @@ def evaluate(options: EvalOptions) -> None:
         return
     if not options.model:
         raise click.UsageError("Missing argument 'MODEL'.")
-    if not options.sets and not options.suite:
-        raise click.UsageError("Missing option '--set' or '--suite'.")
-    if options.sets and options.suite:
-        raise click.UsageError("--set and --suite exclude each other: name one of them.")
+    if bool(options.sets) == bool(options.suite):
+        raise click.UsageError("Give either --set or --suite.")
     if options.babylm and (options.every or not options.suite):
-        raise click.UsageError("--babylm-predictions needs --suite babylm-strict or similar, and a single model.")
+        raise click.UsageError("--babylm-predictions needs --suite babylm-strict, or another with a table [babylm].")
     import tempfile
 
     from mlmkit.distributed import claim_gpu, said_once
@@ -126,7 +124,7 @@ def evaluate(options: EvalOptions) -> None:
     results = []
     with ExitStack() as stack:
         base = output or Path(stack.enter_context(tempfile.TemporaryDirectory())) / "result"
-        folders = _folders(base, requests, is_suite=bool(suite))
+        folders = _folders(base, requests, always=bool(suite))
         contents = each_or_none(lambda request: request.read(backend.tokenizer), requests)
         for request, chosen, content, folder in zip(requests, settings, contents, folders, strict=True):
             result = run_evaluation(
@@ -144,7 +142,7 @@ def evaluate(options: EvalOptions) -> None:
             results.append(result)
             if ranks.is_first and not options.as_json:
                 if not suite:
-                    _print_result(result)
+                    _print_result(result, by_paradigm=options.by_paradigm)
                 if output:
                     say(f"result: {folder}")
         if suite and ranks.is_first:
@@ -154,35 +152,6 @@ def evaluate(options: EvalOptions) -> None:
     ranks.close()
 
 
-def _finish_suite(
-    options: EvalOptions, suite: "Suite", contents: list["EvalData"], folders: list[Path], results: list["Result"]
-) -> None:
-    """Write and show the table of a suite, and write its predictions."""
-    from mlmkit.eval.babylm import write_predictions
-    from mlmkit.eval.suites import SUITE, suite_record
-    from mlmkit.files import write_record
-
-    record = suite_record(suite, folders, results)
-    if options.output:
-        write_record(options.output / SUITE, record)
-    if options.as_json:
-        print_json(record)
-    else:
-        rows = []
-        for row in record["sets"]:
-            published = next((f"{decimal(each['value'])} {each['model']}" for each in row["published"]), "")
-            rows.append([row["set"], row["metric"], *_value(row), row["n"], published])
-        print_table(rows, ["set", "metric", "value", "95 % interval", "n", "published"], align="llrlrl")
-    for folder, content in zip(folders, contents, strict=True):
-        if options.babylm and (place := suite.babylm.get(folder.name)):
-            own = options.babylm / Path(options.model).stem / "main" / "zero_shot" / "mlm"
-            written = write_predictions(own, place, content, folder)
-            if not options.as_json:
-                say(
-                    f"predictions: {written}" if written else f"{folder.name}: BabyLM takes none of a single checkpoint"
-                )
-
-
 def _evaluate_every(
     options: EvalOptions, requests: list["Request"], settings: list["Settings"], ranks: "Ranks"
 ) -> None:
@@ -190,7 +159,7 @@ def _evaluate_every(
     from mlmkit.train.evaluations import evaluate_run
 
     output = options.output or Path(options.model) / "evaluations"
-    _folders(output, requests)  # refuses two sets of the same name
+    _folders(output, requests, always=True)  # refuses two sets of the same name
     rows = evaluate_run(
         Path(options.model),
         list(zip(requests, settings, strict=True)),
@@ -215,6 +184,35 @@ def _evaluate_every(
         )
         say(f"results: {output}")
     ranks.close()
+
+
+def _finish_suite(
+    options: EvalOptions, suite: "Suite", contents: list["EvalData"], folders: list[Path], results: list["Result"]
+) -> None:
+    """Write and show the table of a suite, and write its predictions."""
+    from mlmkit.eval.babylm import write_predictions
+    from mlmkit.eval.suites import SUITE, suite_record
+    from mlmkit.files import write_record
+
+    record = suite_record(suite, folders, results)
+    if options.output:
+        write_record(options.output / SUITE, record)
+    if options.as_json:
+        print_json(record)
+    else:
+        rows = []
+        for row in record["sets"]:
+            published = next((f"{number(each['value'])} {each['model']}" for each in row["published"]), "")
+            rows.append([row["set"], row["metric"], *_value(row), row["n"], published])
+        print_table(rows, ["set", "metric", "value", "95 % interval", "n", "published"], align="llrlrl")
+    for folder, content in zip(folders, contents, strict=True):
+        if options.babylm and (place := suite.babylm.get(folder.name)):
+            own = options.babylm / Path(options.model).stem / "main" / "zero_shot" / "mlm"
+            written = write_predictions(own, place, content, folder)
+            if not options.as_json:
+                say(
+                    f"predictions: {written}" if written else f"{folder.name}: BabyLM takes none of a single checkpoint"
+                )
 
 
 def _settings(options: EvalOptions, request: "Request") -> "Settings":
@@ -249,11 +247,13 @@ def _seeds(seed: int | None, seeds: str | None) -> tuple[int, ...]:
         raise UserError(f"--mask-seeds takes numbers separated by commas, not {seeds!r}") from None
 
 
-def _folders(output: Path, requests: list["Request"], *, is_suite: bool = False) -> list[Path]:
+def _folders(output: Path, requests: list["Request"], *, always: bool) -> list[Path]:
+    if len(requests) == 1 and not always:
+        return [output]
     names = [request.name for request in requests]
     if len(set(names)) < len(names):
         raise UserError("two sets have the same name: evaluate them into different --output folders")
-    return [output / name for name in names] if is_suite or len(names) > 1 else [output]
+    return [output / name for name in names]
 
 
 def _list_sets(data: Path | None, as_json: bool) -> None:
@@ -261,8 +261,10 @@ def _list_sets(data: Path | None, as_json: bool) -> None:
 
     rows = []
     for item in built_in_sets():
-        is_local = bool(data and item.local and (data / item.local).exists())
-        rows.append({**asdict(item), "available": "local" if is_local else "hub" if item.hub else "missing"})
+        paths = [item.local.replace("{language}", language) for language in item.languages or [""]]
+        is_local = bool(data and item.local and any((data / path).exists() for path in paths))
+        available = "local" if is_local else "hub" if item.hub else "missing"
+        rows.append({**asdict(item), "name": item.usage, "available": available})
     if as_json:
         print_json({"sets": rows})
         return
@@ -270,7 +272,7 @@ def _list_sets(data: Path | None, as_json: bool) -> None:
     print_table([[row[name] for name in columns] for row in rows], columns)
 
 
-def _print_result(result: "Result") -> None:
+def _print_result(result: "Result", *, by_paradigm: bool = False) -> None:
     from mlmkit.eval.metrics import describe_unknown
     from mlmkit.overlap import describe_overlap
 
@@ -280,21 +282,24 @@ def _print_result(result: "Result") -> None:
     rows = []
     for name, metric in result["metrics"].items():
         error = metric.get("standard_error")
-        rows.append([name, *_value(metric), f"standard error {decimal(error)}" if error else ""])
+        rows.append([name, *_value(metric), f"standard error {number(error)}" if error else ""])
     if "unigram_entropy" in result and "items" not in result:  # older results lack it
-        rows.insert(1, ["unigram_entropy", decimal(result["unigram_entropy"]), "-", "to beat"])
+        rows.insert(1, ["unigram_entropy", number(result["unigram_entropy"]), "-", "to beat"])
     if "mask_seeds" in result:
         seeds = result["mask_seeds"]
         for name, spread in seeds["spread"].items():
-            deviation = f"sd {decimal(spread['standard_deviation'])} over {len(seeds['by_seed'])} mask seeds"
-            rows.append([name, decimal(spread["mean"]), "", deviation])
+            deviation = f"sd {number(spread['standard_deviation'])} over {len(seeds['by_seed'])} mask seeds"
+            rows.append([name, number(spread["mean"]), "", deviation])
     items = result.get("items", {})
-    for name, phenomenon in items.get("phenomena", {}).items():
-        ties = f", {phenomenon['ties']} ties" if phenomenon.get("ties") else ""
-        rows.append([name, *_value(phenomenon[items["metrics"][0]]), f"{phenomenon['items']} items{ties}"])
+    paradigms = items.get("paradigms", {}) if by_paradigm else {}
+    for name, group in [*items.get("phenomena", {}).items(), *paradigms.items()]:
+        ties = f", {group['ties']} ties" if group.get("ties") else ""
+        rows.append([name, *_value(group[items["metrics"][0]]), f"{group['items']} items{ties}"])
     print_table(rows, ["metric", "value", "95 % interval", ""], align="lr")
     if items:
         _print_items(items)
+    if by_paradigm and not paradigms:
+        say("--by-paradigm: the set declares no paradigms")
     if unknown := describe_unknown(result["unknown"]):
         say(unknown)
     if corpus["windowed_documents"]:
@@ -309,7 +314,7 @@ def _print_result(result: "Result") -> None:
 
 def _print_items(items: dict[str, Any]) -> None:
     if "chance" in items:
-        say(f"chance level: {decimal(items['chance'])}")
+        say(f"chance level: {number(items['chance'])}")
     problems = {"ties": "are ties, which count as wrong", "unscored": "have an option without a scored token, and "}
     problems["unscored"] += "count as wrong" if "chance" in items else "are left out"
     for name, problem in problems.items():
@@ -320,81 +325,4 @@ def _print_items(items: dict[str, Any]) -> None:
 def _value(metric: "Metric") -> tuple[str, str]:
     """A metric's value and interval."""
     low, high = metric["low"], metric["high"]
-    return decimal(metric["value"]), "-" if low is high is None else f"[{decimal(low)}, {decimal(high)}]"
-
-
-@option_class
-class CompareOptions(JsonOption):
-    results: tuple[str, ...] = argument(nargs=-1, required=True, metavar="RESULT_A RESULT_B [RESULT ...]")
-    output: Path | None = option("--output", "Folder to write compare.html to.", type=PATH)
-    top: int = option("--top", "How many tokens to show.", default=20, type=click.IntRange(min=0))
-
-
-@command(CompareOptions)
-def compare(options: CompareOptions) -> None:
-    """Compare evaluations of the same text and masks, each with RESULT_A.
-
-    Shows each metric's difference with its paired interval and p-value, overall and by slice, and the tokens where the
-    two differ most. Refuses results on different text or with different masks.
-    """
-    from mlmkit.eval.compare import compare as run_comparison
-    from mlmkit.eval.report import write_comparison
-
-    if len(options.results) < 2:
-        raise UserError("name at least two results to compare")
-    comparison = run_comparison([Path(item) for item in options.results], options.top)
-    if options.output:
-        write_comparison(comparison, options.output)
-    if options.as_json:
-        print_json(comparison)
-        return
-    _print_comparison(comparison)
-    if options.output:
-        say(f"page: {options.output / 'compare.html'}")
-
-
-def _print_comparison(comparison: dict[str, Any]) -> None:
-    from mlmkit.eval.report import describe_side, differing_rows, measured_on, number, p_value, signed, span
-
-    first = comparison["first"]
-    for line in describe_side("A", first):
-        say(line)
-    for other in comparison["comparisons"]:
-        for line in describe_side("B", other):
-            say(line)
-        if other["variant"] != first["variant"]:
-            say(f"note: A is scored as {first['variant']}, B as {other['variant']}")
-        different, agreement = differing_rows(other)
-        if agreement:
-            say(agreement)
-        if not different:
-            continue
-        rows = []
-        for name, row in different:
-            sides = number(row["a"]), number(row["b"]), signed(row["difference"])
-            rows.append([name, row["better"], *sides, span(row), p_value(row["p_value"]), measured_on(row)])
-        n = "items" if "items" in other else "tokens / documents"
-        print_table(rows, ["metric", "better", "A", "B", "B - A", "95 %", "p", f"n: {n}"], align="llrrrlrl")
-        if other["tokens"]:
-            say("tokens that differ most (log P):")
-            tokens = []
-            for token in other["tokens"]:
-                where = f"document {token['document']}, token {token['offset']}"
-                sides = (f"{token[name]:.3f}" for name in ("log_prob_a", "log_prob_b"))
-                tokens.append([repr(token["token"]), where, *sides, f"{token['difference']:+.3f}"])
-            print_table(tokens, ["token", "where", "A", "B", "B - A"], align="llrrr")
-
-
-@click.command()
-@click.argument("result", type=PATH)
-def report(result: Path) -> None:
-    """Write RESULT/report.html again, from the stored result."""
-    from mlmkit.eval.report import write_report
-    from mlmkit.eval.results_store import load_result
-
-    require("report", "jinja2", "matplotlib")
-    stored = load_result(result)
-    if not os.access(result, os.W_OK):
-        raise UserError(f"{result} is read-only: copy it to a writable folder")
-    write_report(stored)
-    say(result / "report.html")
+    return number(metric["value"]), "-" if low is high is None else f"[{number(low)}, {number(high)}]"

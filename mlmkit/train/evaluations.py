@@ -15,6 +15,7 @@ from mlmkit.backends import load
 from mlmkit.distributed import Ranks
 from mlmkit.errors import UserError
 from mlmkit.eval.evaluate import run_evaluation
+from mlmkit.eval.result import main_metric
 from mlmkit.eval.rows import Settings
 from mlmkit.eval.sets import Request
 from mlmkit.files import RUN, read_record, write_record
@@ -98,10 +99,10 @@ def evaluate_run(
             folder = output / request.name / f"step-{checkpoint.step:08d}"
             result = run_evaluation(model, text, settings, folder, declared=request.declared, ranks=ranks, **options)
             if ranks.is_first:
-                metric, value = next(iter(result["metrics"].items()))  # the main one comes first
+                metric = main_metric(result)
                 place = {"step": checkpoint.step, "tokens": checkpoint.tokens, "words": checkpoint.words}
                 name = checkpoint.folder.relative_to(run).as_posix()
-                row = {"set": request.name, "checkpoint": name, **place, "metric": metric, **value}
+                row = {"set": request.name, "checkpoint": name, **place, "metric": metric, **result["metrics"][metric]}
                 rows[request.name, checkpoint.step] = row
                 write_record(output / EVALUATIONS, {"evaluations": _sorted(rows)})
     if ranks.is_first and can_draw(output / FIGURE):
