@@ -100,12 +100,16 @@ class ItemColumns:
         """What a pair's two options are called in the names of metrics; none for other items."""
         return ()
 
+    def items(self, rows: Iterable[Row], numbers: Iterable[str]) -> Iterator[Item]:
+        """Yield the items of rows. Raises `UserError` naming the row that holds none."""
+        return (self.item(group, numbers) for group in self.groups(rows))
+
     def groups(self, rows: Iterable[Row]) -> Iterator[list[Row]]:
         """The rows of each item: one, unless the options stand in different rows."""
         return ([row] for row in rows)
 
     def item(self, group: list[Row], numbers: Iterable[str]) -> Item:
-        """The item that a group of rows holds. Raises `UserError` naming the row if it holds none."""
+        """The item that a group of rows holds. Raises `UserError` as `items` does."""
         ((where, row),) = group
         return self._item(row, where, self.options(row, where), numbers)
 
@@ -290,8 +294,7 @@ def read_items(rows: Iterable[Row], columns: ItemColumns, location: str, numbers
 
     Raises `UserError` if there are none, and naming the row for one that holds no item.
     """
-    numbers = list(numbers)
-    items = [columns.item(group, numbers) for group in columns.groups(rows)]
+    items = list(columns.items(rows, list(numbers)))
     if all(any(is_blank(option.scored) for option in item.options[: 1 + item.label]) for item in items):
         raise UserError(f"{location}: it holds no items")
     return items
