@@ -3,6 +3,7 @@
 https://github.com/babylm-org/babylm-eval, strict/evaluation_pipeline/{sentence_zero_shot,reading}/run.py
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,18 +12,20 @@ import numpy as np
 from mlmkit.errors import UserError
 from mlmkit.eval.item_data import ItemData
 from mlmkit.eval.item_metrics import item_scores
+from mlmkit.eval.sets import Request
 from mlmkit.eval.suites import Suite
 from mlmkit.files import write_json
 
 AGE_OF_ACQUISITION = "AoA_word"
 
 
-def check_places(suite: Suite, names: list[str]) -> None:
+def check_places(suite: Suite, requests: Sequence[Request]) -> None:
     """Raise `UserError` unless `suite.babylm` says where the predictions of some of its sets go, and of no others."""
     if not suite.babylm:
-        raise UserError(f"the suite {suite.name} has no table [babylm]: predictions are written of babylm-strict, say")
-    if unknown := sorted({*suite.babylm} - {*names}):
-        raise UserError(f"the suite {suite.name}: [babylm] names {unknown[0]}, which is none of its sets")
+        raise UserError(f"the suite {suite.name} has no table [babylm], which says where BabyLM expects predictions")
+    names = {request.name for request in requests if request.task != "text"}
+    if unknown := sorted({*suite.babylm} - names):
+        raise UserError(f"the suite {suite.name}: [babylm] names {unknown[0]}, which is none of its sets of items")
 
 
 def write_predictions(folder: Path, place: str, data: ItemData, result: Path) -> Path | None:

@@ -242,9 +242,10 @@ class ChoiceColumns(ItemColumns):
             raise UserError("choices need label: a column, or the index of the right choice")
 
     def options(self, row: dict[str, Any], where: str) -> tuple[tuple[Option, ...], int]:
-        values = [_value(row, column, where) for column in self.choices]
-        values = values[0] if len(values) == 1 and isinstance(values[0], list) else values
-        texts = [checked_text(value, f"{where}, a choice") for value in values]
+        if len(self.choices) == 1 and isinstance(values := _value(row, self.choices[0], where), list):
+            texts = [checked_text(value, f"{where}, a choice") for value in values]
+        else:
+            texts = [_text(row, column, where, is_strict=True) for column in self.choices]
         if len(texts) < 2:
             raise UserError(f"{where} has {len(texts)} choices, and an item needs two")
         label = _index(self.label if isinstance(self.label, int) else _value(row, self.label, where), texts)

@@ -3,6 +3,7 @@
 location (file, folder, pattern, zip, hub dataset) → files → rows of fields, each with a column `file`
 """
 
+import json
 import logging
 import tempfile
 import zipfile
@@ -19,7 +20,7 @@ from mlmkit.toml import Rule, one_of
 
 log = logging.getLogger(__name__)
 
-ALTERNATING = "alternating"
+ALTERNATING, GROUPED = "alternating", "grouped"
 LARGEST_UNPACKED = 256 << 20  # bytes, of a zip; BLiMP has 27 MB
 APPLIES_TO = {  # the formats that a setting of `[files]` changes the reading of
     "first": {ALTERNATING},
@@ -43,10 +44,11 @@ class FileReading:
     `format` replaces what the suffixes say. In an `alternating` file the lines come in twos, which become the columns
     `sentence_good` and `sentence_bad`; `first` says which of them is first, the good one by default. `quoting`: whether
     a quotation mark at the beginning of a csv or tsv field encloses the field. By default it does in csv, and is
-    refused in tsv, which is written both ways. `encoding` is UTF-8 by default.
+    refused in tsv, which is written both ways. `encoding` is UTF-8 by default. A `grouped` file is one JSON object with
+    lists of rows; a row's column `group` is the key of its list.
     """
 
-    format: Annotated[str, one_of("jsonl", "csv", "tsv", "parquet", "arrow", ALTERNATING)] = ""
+    format: Annotated[str, one_of("jsonl", "csv", "tsv", "parquet", "arrow", ALTERNATING, GROUPED)] = ""
     first: Annotated[str, one_of("good", "bad")] = ""
     delimiter: Annotated[str, Rule(lambda text: len(text) == 1 and text not in '"\r\n', "one character")] = ""
     quoting: bool | None = None
@@ -138,6 +140,8 @@ def _file_rows(file: _File, reading: FileReading) -> Iterator[Row]:
     split = Split(file.path)
     if file.format == ALTERNATING:
         return _alternating_rows(split, bad_first=reading.first == "bad")
+    if file.format == GROUPED:
+        return _grouped_rows(split)
     if file.format not in DELIMITERS:
         return table_rows(split, file.format, "", BadRows())
     delimiter = reading.delimiter or DELIMITERS[file.format]
@@ -172,3 +176,13 @@ def _alternating_rows(split: Split, *, bad_first: bool) -> Iterator[Row]:
             first = line
     if first:
         raise UserError(f"{split.file}: no second line follows {first!r}, but the lines must come in twos")
+
+
+def _grouped_rows(split: Split) -> Iterator[Row]:
+    with (
+        open_file(split.file) as stream,
+        file_errors(split.file, lambda: "it must be one JSON object of lists of rows"),
+    ):
+        groups = json.load(stream)
+        rows = [{"group": group} | row for group, members in groups.items() for row in members]
+    return enumerate(rows, start=1)

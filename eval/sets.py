@@ -53,7 +53,10 @@ class PairReading(PairColumns):
 
 @dataclass(frozen=True)
 class Reference:
-    """A published value of `metric` with its source, and the values of single phenomena if published."""
+    """A published value of `metric` with its source, and the values of single phenomena if published.
+
+    `languages` holds the value of each language of a set that is there in several.
+    """
 
     model: str
     metric: str
@@ -61,12 +64,14 @@ class Reference:
     value: float | None = None
     note: str = ""
     phenomena: dict[str, float] | None = None
+    languages: dict[str, float] | None = None
 
 
 @dataclass(frozen=True)
 class EvalSet:
     """A declared set. `hub` is a location as in `Source`, `local` a path or pattern in the data folder.
 
+    With `languages` it is one set for each of them, which takes the place of `{language}` in `hub` and `local`.
     `files` says how local files of items are read. `phenomena` lists the paradigms of each, by name or as `prefix*`.
     `metric` is its main metric, which stands for it in tables of several sets: by default the first one.
     """
@@ -80,6 +85,7 @@ class EvalSet:
     homepage: str = ""
     hub: str = ""
     local: str = ""
+    languages: tuple[str, ...] = ()
     metric: str = ""
     files: FileReading = field(default_factory=FileReading)
     text: TextReading = TextReading()
@@ -89,6 +95,37 @@ class EvalSet:
     phenomena: dict[str, tuple[str, ...]] = field(default_factory=dict)
     correlation: tuple[Correlation, ...] = ()
     reference: tuple[Reference, ...] = ()
+
+    @property
+    def usage(self) -> str:
+        """How `--set` names it."""
+        return f"{self.name}:LANGUAGE" if self.languages else self.name
+
+    def for_language(self, language: str) -> "EvalSet":
+        """The set in one of its `languages`, called NAME-LANGUAGE; the set itself if it has none.
+
+        Raises `UserError` for a language that the set does not have.
+        """
+        if not self.languages and language:
+            raise UserError(f"the set {self.name} has no languages to choose from: leave out {language!r}")
+        if not self.languages:
+            return self
+        if language not in self.languages:
+            example = f"{self.name}:{self.languages[0]}"
+            raise UserError(f"name a language of {self.name}, as in {example}: it has {', '.join(self.languages)}")
+        reference = (each for each in self.reference if not each.languages or language in each.languages)
+        return replace(
+            self,
+            name=f"{self.name}-{language}",
+            language=language,
+            languages=(),
+            hub=self.hub.replace("{language}", language),
+            local=self.local.replace("{language}", language),
+            reference=tuple(
+                replace(each, value=each.languages[language], languages=None) if each.languages else each
+                for each in reference
+            ),
+        )
 
     @property
     def columns(self) -> ItemColumns | None:
@@ -180,11 +217,12 @@ def find_set(
 ) -> Request:
     """Find what `--set NAME_OR_FILE` names: a built-in set, the path of a declaration, or a file or hub dataset.
 
+    `:LANGUAGE` behind the former two chooses a language of a set that is there in several.
+
     `data` is the data folder. `text_field`, `blank_line` and `pairs` say how to read a file or hub dataset. Raises
     `UserError` if `name` is none of these, or if its declaration is invalid.
     """
-    if (own := name.lower().endswith(".toml")) or name in {path.stem for path in BUILT_IN.glob("*.toml")}:
-        declared = read_set(existing_file(name) if own else BUILT_IN / f"{name}.toml", own=own)
+    if declared := _declared(name):
         location = declared.location(data)
         if declared.columns:
             keep = declared.kept(data)
@@ -195,7 +233,7 @@ def find_set(
     if not name.startswith(HUB):
         path = Path(name)
         if not path.exists() and not path.suffix and path.name == name:
-            known = ", ".join(item.name for item in built_in_sets())
+            known = ", ".join(item.usage for item in built_in_sets())
             raise UserError(f"no set or file {name!r}: the sets are {known}")
         if not is_tokens(name):
             find_files(Source(name))
@@ -203,6 +241,19 @@ def find_set(
     if pairs:
         return Request(label, "pairs", name)
     return Request(label, "text", name, source=Source(name, text_field, blank_line))
+
+
+def _declared(name: str) -> EvalSet | None:
+    """The declaration that NAME or FILE.toml means, alone or with :LANGUAGE; or NAME-LANGUAGE, as its results say."""
+    built_in = {path.stem: path for path in BUILT_IN.glob("*.toml")}
+    base, _, language = name.partition(":")
+    if base.lower().endswith(".toml"):
+        return read_set(existing_file(base), own=True).for_language(language)
+    if base in built_in:
+        return read_set(built_in[base]).for_language(language)
+    base, _, language = name.rpartition("-")
+    declared = read_set(built_in[base]) if base in built_in else None
+    return declared.for_language(language) if declared and language in declared.languages else None
 
 
 def built_in_sets() -> list[EvalSet]:
@@ -249,6 +300,8 @@ def read_set(path: Path, *, own: bool = False) -> EvalSet:
         raise UserError(f"{path}: [phenomena] needs {declared.task}.paradigm, the column whose names it lists")
     if not declared.hub and not declared.local:
         raise UserError(f"{path}: it needs hub or local, to say where the data is")
+    if bool(declared.languages) != ("{language}" in declared.hub + declared.local):
+        raise UserError(f"{path}: languages and {{language}} in hub or local go together")
     return declared
 
 

@@ -18,7 +18,7 @@ Row = tuple[int, dict[str, Any]]  # number (a line of the split, or a row of the
 
 
 def unit(format: str) -> str:
-    return "row" if format in ("parquet", "arrow", "hub") else "line"
+    return "row" if format in ("parquet", "arrow", "hub", "grouped") else "line"
 
 
 def nested_value(row: dict[str, Any], field: str) -> Any:

@@ -177,7 +177,7 @@ def mistakes(folder: Path, checkpoint: Path, artifact: Path) -> dict[str, list[o
     train = ["train", folder / "good.toml", "--output", output, "--set"]
     return {
         "Missing argument 'MODEL'": ["eval"],
-        "Missing option '--set'": ["eval", artifact],
+        "Give either --set or --suite": ["eval", artifact],
         "holds text, not pairs": ["eval", artifact, "--set", "wikitext-2", "--metric", "pairs"],
         "exclude each other": ["eval", artifact, "--set", good, "--mask-seed", 1, "--mask-seeds", "1,2"],
         "numbers separated by commas": ["eval", artifact, "--set", good, "--mask-seeds", "1;2"],

@@ -228,6 +228,13 @@ def test_a_column_may_be_a_path_an_alternative_or_a_template():
     assert item.paradigm == "3_ops"
 
 
+def test_choices_may_be_templates_or_one_list_of_any_length():
+    row = {"who": "She", "verb": "sleeps", "all": ["a", "b", "c"]}
+    [item] = items(ChoiceColumns(choices=("{who} {verb}", "{verb}?"), label=1), row)
+    assert [option.text for option in item.options] == ["She sleeps", "sleeps?"]
+    assert len(items(ChoiceColumns(choices=("all",), label=1), row)[0].options) == 3
+
+
 @pytest.mark.parametrize("label", [1, "1", "b", "B", "the text"])
 def test_a_label_is_an_index_a_letter_or_a_text(label):
     [item] = items(ChoiceColumns(choices=("x", "y"), label="l"), {"x": "other", "y": "the text", "l": label})

@@ -1,7 +1,5 @@
-"""The commands that measure: eval, compare, report, score."""
+"""The command eval."""
 
-import math
-import os
 from contextlib import ExitStack
 from dataclasses import asdict
 from functools import partial
@@ -22,7 +20,7 @@ from mlmkit.cli.options import (
     option_class,
     switch,
 )
-from mlmkit.console import print_json, print_table, say
+from mlmkit.console import number, print_json, print_table, say
 from mlmkit.errors import UserError, require
 
 if TYPE_CHECKING:
@@ -30,10 +28,8 @@ if TYPE_CHECKING:
     from mlmkit.eval.data import EvalData
     from mlmkit.eval.result import Metric, Result
     from mlmkit.eval.rows import Settings
-    from mlmkit.eval.score_texts import TextScore
     from mlmkit.eval.sets import Request
     from mlmkit.eval.suites import Suite
-    from mlmkit.tokenizer import Tokenizer
 
 PAIRS = "pairs"
 
@@ -125,7 +121,7 @@ def evaluate(options: EvalOptions) -> None:
         requests = each_or_none(find, suite.sets if suite else options.sets)
         settings = [_settings(options, request) for request in requests]
         if suite and options.babylm:
-            check_places(suite, [request.name for request in requests])
+            check_places(suite, requests)
     claim_gpu(ranks)
     if options.every:
         _evaluate_every(options, requests, settings, ranks)
@@ -229,7 +225,7 @@ def _finish_suite(
     else:
         rows = []
         for row in record["sets"]:
-            published = next((f"{_number(each['value'])} {each['model']}" for each in row["published"]), "")
+            published = next((f"{number(each['value'])} {each['model']}" for each in row["published"]), "")
             rows.append([row["set"], row["metric"], *_value(row), row["n"], published])
         print_table(rows, ["set", "metric", "value", "95 % interval", "n", "published"], align="llrlrl")
     for folder, content in zip(folders, contents, strict=True):
@@ -288,8 +284,10 @@ def _list_sets(data: Path | None, as_json: bool) -> None:
 
     rows = []
     for item in built_in_sets():
-        is_local = bool(data and item.local and (data / item.local).exists())
-        rows.append({**asdict(item), "available": "local" if is_local else "hub" if item.hub else "missing"})
+        paths = [item.local.replace("{language}", language) for language in item.languages or [""]]
+        is_local = bool(data and item.local and any((data / path).exists() for path in paths))
+        available = "local" if is_local else "hub" if item.hub else "missing"
+        rows.append({**asdict(item), "name": item.usage, "available": available})
     if as_json:
         print_json({"sets": rows})
         return
@@ -307,14 +305,14 @@ def _print_result(result: "Result", *, by_paradigm: bool = False) -> None:
     rows = []
     for name, metric in result["metrics"].items():
         error = metric.get("standard_error")
-        rows.append([name, *_value(metric), f"standard error {_number(error)}" if error else ""])
+        rows.append([name, *_value(metric), f"standard error {number(error)}" if error else ""])
     if "unigram_entropy" in result and "items" not in result:  # older results lack it
-        rows.insert(1, ["unigram_entropy", _number(result["unigram_entropy"]), "-", "to beat"])
+        rows.insert(1, ["unigram_entropy", number(result["unigram_entropy"]), "-", "to beat"])
     if "mask_seeds" in result:
         seeds = result["mask_seeds"]
         for name, spread in seeds["spread"].items():
-            deviation = f"sd {_number(spread['standard_deviation'])} over {len(seeds['by_seed'])} mask seeds"
-            rows.append([name, _number(spread["mean"]), "", deviation])
+            deviation = f"sd {number(spread['standard_deviation'])} over {len(seeds['by_seed'])} mask seeds"
+            rows.append([name, number(spread["mean"]), "", deviation])
     items = result.get("items", {})
     paradigms = items.get("paradigms", {}) if by_paradigm else {}
     for name, group in [*items.get("phenomena", {}).items(), *paradigms.items()]:
@@ -339,7 +337,7 @@ def _print_result(result: "Result", *, by_paradigm: bool = False) -> None:
 
 def _print_items(items: dict[str, Any]) -> None:
     if "chance" in items:
-        say(f"chance level: {_number(items['chance'])}")
+        say(f"chance level: {number(items['chance'])}")
     problems = {"ties": "are ties, which count as wrong", "unscored": "have an option without a scored token, and "}
     problems["unscored"] += "count as wrong" if "chance" in items else "are left out"
     for name, problem in problems.items():
@@ -347,168 +345,7 @@ def _print_items(items: dict[str, Any]) -> None:
             say(f"{items[name]} of {items['items']} items {problem}")
 
 
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4f}"
-
-
 def _value(metric: "Metric") -> tuple[str, str]:
     """A metric's value and interval."""
     low, high = metric["low"], metric["high"]
-    return _number(metric["value"]), "-" if low is high is None else f"[{_number(low)}, {_number(high)}]"
-
-
-@option_class
-class CompareOptions(JsonOption):
-    results: tuple[str, ...] = argument(nargs=-1, required=True, metavar="RESULT_A RESULT_B [RESULT ...]")
-    output: Path | None = option("--output", "Folder to write compare.html to.", type=PATH)
-    top: int = option("--top", "How many tokens to show.", default=20, type=click.IntRange(min=0))
-
-
-@command(CompareOptions)
-def compare(options: CompareOptions) -> None:
-    """Compare evaluations of the same text and masks, each with RESULT_A.
-
-    Shows each metric's difference with its paired interval and p-value, overall and by slice, and the tokens where the
-    two differ most. Refuses results on different text or with different masks.
-    """
-    from mlmkit.eval.compare import compare as run_comparison
-    from mlmkit.eval.report import write_comparison
-
-    if len(options.results) < 2:
-        raise UserError("name at least two results to compare")
-    comparison = run_comparison([Path(item) for item in options.results], options.top)
-    if options.output:
-        write_comparison(comparison, options.output)
-    if options.as_json:
-        print_json(comparison)
-        return
-    _print_comparison(comparison)
-    if options.output:
-        say(f"page: {options.output / 'compare.html'}")
-
-
-def _print_comparison(comparison: dict[str, Any]) -> None:
-    from mlmkit.eval.report import describe_side, differing_rows, measured_on, number, p_value, signed, span
-
-    first = comparison["first"]
-    for line in describe_side("A", first):
-        say(line)
-    for other in comparison["comparisons"]:
-        for line in describe_side("B", other):
-            say(line)
-        if other["variant"] != first["variant"]:
-            say(f"note: A is scored as {first['variant']}, B as {other['variant']}")
-        different, agreement = differing_rows(other)
-        if agreement:
-            say(agreement)
-        if not different:
-            continue
-        rows = []
-        for name, row in different:
-            sides = number(row["a"]), number(row["b"]), signed(row["difference"])
-            rows.append([name, row["better"], *sides, span(row), p_value(row["p_value"]), measured_on(row)])
-        n = "items" if "items" in other else "tokens / documents"
-        print_table(rows, ["metric", "better", "A", "B", "B - A", "95 %", "p", f"n: {n}"], align="llrrrlrl")
-        if other["tokens"]:
-            say("tokens that differ most (log P):")
-            tokens = []
-            for token in other["tokens"]:
-                where = f"document {token['document']}, token {token['offset']}"
-                sides = (f"{token[name]:.3f}" for name in ("log_prob_a", "log_prob_b"))
-                tokens.append([repr(token["token"]), where, *sides, f"{token['difference']:+.3f}"])
-            print_table(tokens, ["token", "where", "A", "B", "B - A"], align="llrrr")
-
-
-@click.command()
-@click.argument("result", type=PATH)
-def report(result: Path) -> None:
-    """Write RESULT/report.html again, from the stored result."""
-    from mlmkit.eval.report import write_report
-    from mlmkit.eval.results_store import load_result
-
-    require("report", "jinja2", "matplotlib")
-    stored = load_result(result)
-    if not os.access(result, os.W_OK):
-        raise UserError(f"{result} is read-only: copy it to a writable folder")
-    write_report(stored)
-    say(result / "report.html")
-
-
-@option_class
-class ScoreOptions(JsonOption, ModelOptions, TextOptions):
-    file: str = argument(default="-")
-    pll: str = option("--pll", "Pseudo-likelihood.", default="original", metavar="original|within-word")
-    per_token: bool = switch("--per-token", "Show each token's log-probability.")
-    per_word: bool = switch("--per-word", "Show the surprisal, -log P, of each word between white space.")
-    bits: bool = switch("--bits", "With --per-word: surprisal in bits, -log2 P.")
-    allow_batch_coupling: bool = switch("--allow-batch-coupling", "Score with a dynamically quantized model anyway.")
-
-
-@command(ScoreOptions)
-def score(options: ScoreOptions) -> None:
-    """Pseudo-log-likelihood of each text in FILE.
-
-    FILE is standard input by default. Logarithms are natural.
-
-    Prints one line per text: the sum ("-" without a scored token), the number of tokens, the text. Skips blank lines.
-    """
-    from mlmkit.documents import read_documents
-    from mlmkit.eval.rows import pll_variant
-    from mlmkit.eval.score_texts import pseudo_log_likelihood
-    from mlmkit.locations import Source
-
-    pll = pll_variant(options.pll)
-    if options.bits and not options.per_word:
-        raise UserError("--bits is the unit of the words' surprisal: add --per-word")
-    location = "/dev/stdin" if options.file == "-" else options.file
-    texts = list(read_documents(Source(location, options.text_field, options.blank_line)))
-    if not texts:
-        raise UserError(f"{'standard input' if options.file == '-' else options.file}: there is no text to score")
-    backend = options.load()
-    entries = []
-    coupling = options.allow_batch_coupling
-    for item in pseudo_log_likelihood(backend, texts, variant=pll, allow_batch_coupling=coupling):
-        entry = {"text": item.text, "pseudo_log_likelihood": item.pseudo_log_likelihood, "tokens": len(item.log_prob)}
-        entry |= {"per_word": _word_entries(item, math.log(2) if options.bits else 1.0)} if options.per_word else {}
-        entry |= {"per_token": _token_entries(item, backend.tokenizer)} if options.per_token else {}
-        entries.append(entry)
-    if options.as_json:
-        unit = {"surprisal_unit": "bits" if options.bits else "nats"} if options.per_word else {}
-        print_json({"pll": pll, **unit, "texts": entries})
-        return
-    for entry in entries:
-        text = " ".join(entry["text"].splitlines())
-        say(f"{_number(entry['pseudo_log_likelihood'])}\t{entry['tokens']}\t{text}")
-        for word in entry.get("per_word", ()):
-            say(f"    {_number(word['surprisal']):>9}  {word['begin']}-{word['end']}  {word['word']}")
-        for token in entry.get("per_token", ()):
-            say(f"    {token['log_prob']:9.4f}  {token['token_str']}")
-
-
-def _word_entries(item: "TextScore", nats_per_unit: float) -> list[dict[str, Any]]:
-    return [
-        {
-            "word": word.text,
-            "begin": word.begin,
-            "end": word.end,
-            "tokens": len(word.tokens),
-            "surprisal": None if word.log_prob is None else -word.log_prob / nats_per_unit,
-        }
-        for word in item.words
-    ]
-
-
-def _token_entries(item: "TextScore", tokenizer: "Tokenizer") -> list[dict[str, Any]]:
-    word_of = {token: word.text for word in item.words for token in word.tokens}
-    rows = zip(item.token_ids.tolist(), item.log_prob.tolist(), item.spans.tolist(), strict=True)
-    return [
-        {
-            "token": id,
-            "token_str": tokenizer.token(id),
-            "word": word_of[index],
-            "begin": begin,
-            "end": end,
-            "log_prob": log_prob,
-        }
-        for index, (id, log_prob, (begin, end)) in enumerate(rows)
-    ]
+    return number(metric["value"]), "-" if low is high is None else f"[{number(low)}, {number(high)}]"
