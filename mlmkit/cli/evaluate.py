@@ -46,6 +46,9 @@ class EvalOptions(VerifyOption, JsonOption, ModelOptions, TextOptions):
         "Folder to write the suite's predictions to, as BabyLM's leaderboard takes them.",
         type=PATH,
     )
+    check_set: str | None = option(
+        "--check-set", "Show how a set of items will be scored, and all that is wrong with it.", metavar="NAME|FILE"
+    )
     list_sets: bool = switch("--list-sets", "List the built-in sets and exit.")
     every: bool = switch("--every", "MODEL is the folder of a training run: measure each checkpoint that it has kept.")
     data_dir: str | None = option("--data-dir", "Folder with local copies of the sets. Default: $MLMKIT_DATA.")
@@ -92,6 +95,9 @@ def evaluate(options: EvalOptions) -> None:
         return
     if not options.model:
         raise click.UsageError("Missing argument 'MODEL'.")
+    if options.check_set:
+        _check_set(options, data)
+        return
     if bool(options.sets) == bool(options.suite):
         raise click.UsageError("Give either --set or --suite.")
     if options.babylm and (options.every or not options.suite):
@@ -150,6 +156,23 @@ def evaluate(options: EvalOptions) -> None:
     if options.as_json and not suite and ranks.is_first:
         print_json(results[0] if len(results) == 1 else {"results": results})
     ranks.close()
+
+
+def _check_set(options: EvalOptions, data: Path | None) -> None:
+    from mlmkit.eval.check_set import check_set
+    from mlmkit.eval.sets import find_set
+
+    if options.sets or options.suite or options.every or options.output:
+        raise click.UsageError("--check-set measures nothing: leave out --set, --suite, --every and --output.")
+    request = find_set(options.check_set or "", data, pairs=PAIRS in options.metrics)
+    report, problems = check_set(request, options.load(), _settings(options, request))
+    if options.as_json:
+        print_json({"report": report, "problems": problems})
+    else:
+        for line in (*report, *(f"problem: {problem}" for problem in problems)):
+            say(line)
+    if problems:
+        raise UserError(f"{options.check_set} cannot be evaluated: {len(problems)} problems, see above")
 
 
 def _evaluate_every(
