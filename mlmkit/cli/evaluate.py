@@ -25,8 +25,10 @@ from mlmkit.console import print_json, print_table, say
 from mlmkit.errors import UserError, require
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from mlmkit.distributed import Ranks
-    from mlmkit.eval.result import Metric, Result
+    from mlmkit.eval.result import Result
     from mlmkit.eval.rows import Settings
     from mlmkit.eval.score_texts import TextScore
     from mlmkit.eval.sets import Request
@@ -268,7 +270,7 @@ def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.4f}"
 
 
-def _value(metric: "Metric") -> tuple[str, str]:
+def _value(metric: "Mapping[str, Any]") -> tuple[str, str]:
     """A metric's value and interval."""
     low, high = metric["low"], metric["high"]
     return _number(metric["value"]), "-" if low is high is None else f"[{_number(low)}, {_number(high)}]"
