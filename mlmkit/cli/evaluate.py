@@ -24,9 +24,11 @@ from mlmkit.console import number, print_json, print_table, say
 from mlmkit.errors import UserError, require
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from mlmkit.distributed import Ranks
     from mlmkit.eval.data import EvalData
-    from mlmkit.eval.result import Metric, Result
+    from mlmkit.eval.result import Result
     from mlmkit.eval.rows import Settings
     from mlmkit.eval.sets import Request
     from mlmkit.eval.suites import Suite
@@ -345,7 +347,7 @@ def _print_items(items: dict[str, Any]) -> None:
             say(f"{items[name]} of {items['items']} items {problem}")
 
 
-def _value(metric: "Metric") -> tuple[str, str]:
+def _value(metric: "Mapping[str, Any]") -> tuple[str, str]:
     """A metric's value and interval."""
     low, high = metric["low"], metric["high"]
     return number(metric["value"]), "-" if low is high is None else f"[{number(low)}, {number(high)}]"
