@@ -216,6 +216,7 @@ def _finish_suite(
 ) -> None:
     """Write and show the table of a suite, and write its predictions."""
     from mlmkit.eval.babylm import write_predictions
+    from mlmkit.eval.item_data import ItemData
     from mlmkit.eval.suites import SUITE, suite_record
     from mlmkit.files import write_record
 
@@ -231,7 +232,8 @@ def _finish_suite(
             rows.append([row["set"], row["metric"], *_value(row), row["n"], published])
         print_table(rows, ["set", "metric", "value", "95 % interval", "n", "published"], align="llrlrl")
     for folder, content in zip(folders, contents, strict=True):
-        if options.babylm and (place := suite.babylm.get(folder.name)):
+        place = suite.babylm.get(folder.name)
+        if options.babylm and place and isinstance(content, ItemData):  # text was refused (`check_places`)
             own = options.babylm / Path(options.model).stem / "main" / "zero_shot" / "mlm"
             written = write_predictions(own, place, content, folder)
             if not options.as_json:
