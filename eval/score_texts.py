@@ -70,8 +70,8 @@ class TextScore:
         for token, word in enumerate((np.cumsum(begins_word) - 1)[first].tolist()):
             tokens[word].append(token)
         sums = [float(self.log_prob[own].sum(dtype=np.float64)) if own else None for own in tokens]
-        spans = zip(begins[begins_word].tolist(), ends[ends_word].tolist(), tokens, sums, strict=True)
-        return [Word(self.text[begin:end], begin, end, *rest) for begin, end, *rest in spans]
+        words = zip(begins[begins_word].tolist(), ends[ends_word].tolist(), tokens, sums, strict=True)
+        return [Word(self.text[begin:end], begin, end, own, total) for begin, end, own, total in words]
 
 
 def pseudo_log_likelihood(
