@@ -344,7 +344,7 @@ def test_a_file_of_pairs_from_python(checkpoint, tmp_path):
     model, path = load(str(checkpoint("bert"))), tmp_path / "pairs.tsv"
     path.write_text("sentence_good\tsentence_bad\n" + "".join(f"{good}\t{bad}\n" for good, bad, *_ in PAIRS))
     evaluation = evaluate(model, path, metrics=["pairs"])
-    assert evaluation.result["items"]["items"] == len(PAIRS)
+    assert evaluation.result.get("items", {})["items"] == len(PAIRS)
     assert evaluation.metrics == evaluate(model, find_set(str(path), pairs=True)).metrics
     with pytest.raises(UserError, match="these are pairs, which --metric pairs measures"):
         evaluate(model, path)

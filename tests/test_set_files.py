@@ -1,5 +1,6 @@
 """Own sets: a declaration and its files → items."""
 
+import dataclasses
 import gzip
 import json
 import zipfile
@@ -11,8 +12,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from mlmkit.errors import UserError
-from mlmkit.eval.items import Item
-from mlmkit.eval.sets import find_set
+from mlmkit.eval.correlation import Correlation
+from mlmkit.eval.items import ChoiceColumns, ClozeColumns, Item
+from mlmkit.eval.set_files import FileReading
+from mlmkit.eval.sets import EvalSet, PairReading, Reference, TextReading, find_set
+
+PAGE = Path(__file__).parent.parent / "docs/own-sets.md"
 
 ROWS = [{"sentence_good": f"She sees {i}.", "sentence_bad": f"She see {i}."} for i in range(3)]
 JSONL = "".join(json.dumps(row) + "\n" for row in ROWS).encode()
@@ -191,3 +196,13 @@ def test_files_and_phenomena_are_for_items(tmp_path):
     declared = write(tmp_path / "set.toml", 'name = "own"\ntask = "pairs"\nhub = "hub:x"\n[files]\nformat = "csv"\n')
     with pytest.raises(UserError, match=r"\[files\] has no effect, because the set has no local"):
         find_set(str(declared))
+
+
+def test_every_key_of_a_declaration_is_documented():
+    page = PAGE.read_text(encoding="utf-8")
+    kinds = (EvalSet, TextReading, PairReading, ChoiceColumns, ClozeColumns, FileReading, Correlation, Reference)
+    keys = {field.name for kind in kinds for field in dataclasses.fields(kind)}
+    rows = [line.split("|")[1] for line in page.partition("## Every key")[2].splitlines() if line.startswith("| `")]
+    documented = {key for row in rows for key in row.replace("`", "").replace(",", "").split()}
+    assert documented <= keys
+    assert {f"[{key}]" in page for key in keys - documented} == {True}

@@ -308,6 +308,7 @@ def test_a_set_is_read_and_scored_from_its_published_layout(name, checkpoint, tm
     declared = request.declared
     assert declared is not None
     metric = result["metrics"][declared.metric or next(iter(result["metrics"]))]
+    assert metric["value"] is not None
     assert math.isfinite(metric["value"])
     assert result["corpus"]["source"]["set"] == request.name == name.replace(":", "-")
 

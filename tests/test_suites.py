@@ -122,8 +122,8 @@ def test_all_that_is_missing_is_said_before_anything_is_computed(capsys, suite, 
     for name in ("blimp", "boxes"):
         (tmp_path / f"{name}.jsonl").unlink()
     error = refusal(capsys, "eval", model, "--suite", suite, "--output", output)
-    assert "put blimp.jsonl (from its publisher) under --data-dir" in error
-    assert "put boxes.jsonl" in error
+    assert "the set blimp has no blimp.jsonl beside its declaration" in error
+    assert "the set boxes has no boxes.jsonl" in error
     (tmp_path / "blimp.jsonl").write_text('{"sentence_good": "A name."}\n')
     (tmp_path / "boxes.jsonl").write_text('{"context": 1}\n')
     error = refusal(capsys, "eval", model, "--suite", suite, "--output", output)

@@ -48,6 +48,9 @@ class EvalOptions(VerifyOption, JsonOption, ModelOptions, TextOptions):
         "Folder to write the suite's predictions to, as BabyLM's leaderboard takes them.",
         type=PATH,
     )
+    check_set: str | None = option(
+        "--check-set", "Show how a set of items will be scored, and all that is wrong with it.", metavar="NAME|FILE"
+    )
     list_sets: bool = switch("--list-sets", "List the built-in sets and exit.")
     every: bool = switch("--every", "MODEL is the folder of a training run: measure each checkpoint that it has kept.")
     data_dir: str | None = option("--data-dir", "Folder with local copies of the sets. Default: $MLMKIT_DATA.")
@@ -94,6 +97,9 @@ def evaluate(options: EvalOptions) -> None:
         return
     if not options.model:
         raise click.UsageError("Missing argument 'MODEL'.")
+    if options.check_set:
+        _check_set(options, data)
+        return
     if bool(options.sets) == bool(options.suite):
         raise click.UsageError("Give either --set or --suite.")
     if options.babylm and (options.every or not options.suite):
@@ -154,6 +160,23 @@ def evaluate(options: EvalOptions) -> None:
     ranks.close()
 
 
+def _check_set(options: EvalOptions, data: Path | None) -> None:
+    from mlmkit.eval.check_set import check_set
+    from mlmkit.eval.sets import find_set
+
+    if options.sets or options.suite or options.every or options.output:
+        raise click.UsageError("--check-set measures nothing: leave out --set, --suite, --every and --output.")
+    request = find_set(options.check_set or "", data, pairs=PAIRS in options.metrics)
+    report, problems = check_set(request, options.load(), _settings(options, request))
+    if options.as_json:
+        print_json({"report": report, "problems": problems})
+    else:
+        for line in (*report, *(f"problem: {problem}" for problem in problems)):
+            say(line)
+    if problems:
+        raise UserError(f"{options.check_set} cannot be evaluated: {len(problems)} problems, see above")
+
+
 def _evaluate_every(
     options: EvalOptions, requests: list["Request"], settings: list["Settings"], ranks: "Ranks"
 ) -> None:
@@ -193,6 +216,7 @@ def _finish_suite(
 ) -> None:
     """Write and show the table of a suite, and write its predictions."""
     from mlmkit.eval.babylm import write_predictions
+    from mlmkit.eval.item_data import ItemData
     from mlmkit.eval.suites import SUITE, suite_record
     from mlmkit.files import write_record
 
@@ -208,7 +232,8 @@ def _finish_suite(
             rows.append([row["set"], row["metric"], *_value(row), row["n"], published])
         print_table(rows, ["set", "metric", "value", "95 % interval", "n", "published"], align="llrlrl")
     for folder, content in zip(folders, contents, strict=True):
-        if options.babylm and (place := suite.babylm.get(folder.name)):
+        place = suite.babylm.get(folder.name)
+        if options.babylm and place and isinstance(content, ItemData):  # text was refused (`check_places`)
             own = options.babylm / Path(options.model).stem / "main" / "zero_shot" / "mlm"
             written = write_predictions(own, place, content, folder)
             if not options.as_json:
