@@ -24,6 +24,7 @@ from mlmkit.eval.result import main_metric
 from mlmkit.eval.results_store import REMEASURE_HINT, RESULT
 from mlmkit.eval.rows import Settings
 from mlmkit.eval.sets import Request
+from mlmkit.eval.suites import each_or_none
 from mlmkit.files import RUN, atomic, read_record, write_record
 from mlmkit.pretrained import load_tokenizer
 from mlmkit.train.checkpoints import CURSOR, INITIAL, read_state, saved_checkpoints
@@ -93,7 +94,7 @@ def evaluate_run(
     ranks = ranks or Ranks()
     checkpoints = ranks.from_first(lambda: kept_checkpoints(run))
     tokenizer = load_tokenizer(str(run / "tokenizer"))
-    texts = [request.read(tokenizer) for request, _ in sets]
+    texts = each_or_none(lambda each: each[0].read(tokenizer), sets)
     rows = _read(output) if ranks.is_first else {}
     for number, checkpoint in enumerate(checkpoints, 1):
         log.info("checkpoint %d of %d: %s", number, len(checkpoints), checkpoint.folder)
