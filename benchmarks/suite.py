@@ -28,6 +28,7 @@ from processes import ROOT, last_line
 SCRIPTS = {
     "train_vs_transformers": "Training, against transformers.Trainer",
     "pll_vs_peers": "Evaluation, against the loop that one writes",
+    "pairs_speed": "Minimal pairs: each distinct row once",
     "export_vs_optimum": "The exported graph, against optimum-onnx",
     "serve_load": "Serving under load, against transformers.pipeline",
     "startup": "Start-up",

@@ -1,6 +1,6 @@
 """Scoring rows: length-sorted batches through a backend, results in corpus order.
 
-(part, rows) → padded batches, prepared ahead in a thread → backend.score → `TokenScores` per part
+(part, rows) → padded batches of distinct rows, prepared ahead in a thread → backend.score → `TokenScores` per part
 """
 
 from collections import deque
@@ -22,6 +22,7 @@ from mlmkit.tokenizer import Tokenizer
 from mlmkit.windows import ranges
 
 BATCHES_AHEAD = 8
+STRETCH_TOKENS = 1 << 18  # rows x longest row that are compared at once, 2 MiB of ids: as much as an ordinary part
 
 
 @dataclass(frozen=True)
@@ -39,13 +40,12 @@ class TokenScores:
 
 @dataclass(frozen=True)
 class _Step:
-    """A batch of a part, and the indices of the scored tokens in it; no batch for a part without scored tokens."""
+    """A batch of a part, and the indices of the tokens that it scores; without a batch the part is complete."""
 
     part: Part
     rows: Rows
     batch: Batch | None
     scored: NDArray[np.int64]
-    is_last: bool
 
 
 def score_parts(
@@ -58,8 +58,8 @@ def score_parts(
     """Score the rows of each part. Reading, tokenising and padding run ahead in a thread while the model computes.
 
     `batch_tokens` bounds rows x longest row of a batch; 0 chooses by device. `advance` is called with the number of
-    documents done: a batch counts as its share of the part's rows. Raises `CheckError` naming the document and token
-    when a score is not finite.
+    documents done: a batch counts as its share of the part's scored tokens. Raises `CheckError` naming the document
+    and token when a score is not finite.
     """
     scores: TokenScores | None = None
     with closing(_ahead(_steps(work, backend, batch_tokens))) as steps:
@@ -67,8 +67,8 @@ def score_parts(
             scores = scores or _empty_scores(len(step.rows.offset))
             if step.batch is not None:
                 _score(backend, step, scores)
-                advance(len(step.part.corpus) * len(step.batch.input_ids) / len(step.rows))
-            if step.is_last:
+                advance(len(step.part.corpus) * len(step.scored) / len(step.rows.offset))
+            else:
                 yield step.part, step.rows, scores
                 scores = None
 
@@ -118,6 +118,27 @@ def build_batch(
     return Batch(input_ids, attention_mask, positions, targets), scored
 
 
+def distinct_batches(batch: Batch, budget: int, *, equal: bool) -> Iterator[tuple[Batch, NDArray[np.int64]]]:
+    """Cut a padded batch into batches of its distinct rows, by length; each comes with the indices of its targets.
+
+    Rows with the same ids become one row with all of their targets: a pair whose sentences differ in one token shares
+    the row that masks it. `budget` and `equal` are those of `length_batches`.
+    """
+    lengths = batch.attention_mask.sum(axis=1)
+    shown = np.column_stack([lengths, batch.input_ids]).astype(np.int32)  # with lengths, as a text may hold padding ids
+    _, first, row_of = np.unique(shown.view(f"V{shown[0].nbytes}").ravel(), return_index=True, return_inverse=True)
+    row, column = np.divmod(batch.positions, batch.input_ids.shape[1])
+    order = np.argsort(row_of[row], kind="stable")
+    counts = np.bincount(row_of[row], minlength=len(first))
+    begin = np.cumsum(counts) - counts
+    for index in length_batches(lengths[first], budget, equal=equal):
+        rows, longest = first[index], int(lengths[first[index]].max())
+        targets = order[ranges(begin[index], counts[index])]
+        positions = np.repeat(np.arange(len(index)), counts[index]) * longest + column[targets]
+        shape = (batch.input_ids[rows, :longest], batch.attention_mask[rows, :longest])
+        yield Batch(*shape, positions, batch.targets[targets]), targets
+
+
 def _score(backend: Backend, step: _Step, scores: TokenScores) -> None:
     assert step.batch is not None
     log_prob, rank, top_log_prob, top_id = backend.score(step.batch)
@@ -137,15 +158,13 @@ def _empty_scores(size: int) -> TokenScores:
 
 
 def _steps(work: Iterable[tuple[Part, Rows]], backend: Backend, batch_tokens: int) -> Generator[_Step]:
-    budget = batch_tokens or BATCH_TOKENS[backend.device]
+    tokenizer, budget = backend.tokenizer, batch_tokens or BATCH_TOKENS[backend.device]
     for part, rows in work:
-        lengths = rows.lengths + backend.tokenizer.added_tokens
-        batches = length_batches(lengths, budget, equal=backend.info.sees_padding)
-        for number, index in enumerate(batches, start=1):
-            batch, scored = build_batch(part.corpus, rows, index, backend.tokenizer)
-            yield _Step(part, rows, batch, scored, is_last=number == len(batches))
-        if not batches:
-            yield _Step(part, rows, None, np.zeros(0, dtype=np.int64), is_last=True)
+        for stretch in length_batches(rows.lengths + tokenizer.added_tokens, max(budget, STRETCH_TOKENS)):
+            padded, scored = build_batch(part.corpus, rows, stretch, tokenizer)
+            for batch, targets in distinct_batches(padded, budget, equal=backend.info.sees_padding):
+                yield _Step(part, rows, batch, scored[targets])
+        yield _Step(part, rows, None, np.zeros(0, dtype=np.int64))
 
 
 def _ahead(steps: Generator[_Step]) -> Generator[_Step]:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-BATCH_TOKENS = {"cpu": 2048, "cuda": 65536}  # on a CPU larger batches leave the cache: docs/decisions.md
+BATCH_TOKENS = {"cpu": 1024, "cuda": 65536}  # on a CPU larger batches leave the cache: docs/decisions.md
 OPEN_PACKS = 32
 LOOKAHEAD = 1024
 
