@@ -13,17 +13,11 @@ from mlmkit.errors import UserError
 from mlmkit.eval.data import Part
 from mlmkit.eval.item_data import ItemData
 from mlmkit.eval.items import Item
-from mlmkit.eval.rows import Settings
+from mlmkit.eval.rows import Settings, how_masked
 from mlmkit.eval.scoring import build_batch
 from mlmkit.eval.sets import Request
 
 EXAMPLES = 3
-MASKED = {
-    "original": "each masked alone",
-    "within-word": "each masked with the later tokens of its word",
-    "together": "all masked at once",
-    "left-to-right": "each masked with all later ones",
-}
 
 
 def check_set(request: Request, backend: Backend, settings: Settings) -> tuple[list[str], list[str]]:
@@ -90,9 +84,7 @@ def _examples(data: ItemData, backend: Backend, settings: Settings) -> Iterator[
 
 def _summary(data: ItemData, settings: Settings) -> Iterator[str]:
     """What is compared, and how many items there are of each phenomenon and paradigm."""
-    source, masked = data.source, MASKED[settings.variant]
-    if settings.appended_masks:
-        masked = f"each the first of {settings.appended_masks} masks behind the text before it"
+    source, masked = data.source, how_masked(settings.variant, settings.appended_masks)
     shared = " that both sentences share" if source["scoring"] == "shared" else ""
     per = "" if source["normalisation"] == "none" else f", divided by the number of scored {source['normalisation']}"
     yield f"{len(data.items)} items with {len(data.options)} options"

@@ -17,6 +17,7 @@ from mlmkit.errors import UserError, require
 from mlmkit.eval.metrics import CALIBRATION_BINS, calibration_bin, describe_unknown
 from mlmkit.eval.result import Metric
 from mlmkit.eval.results_store import REPORT, StoredResult, read_blocks
+from mlmkit.eval.rows import how_masked
 from mlmkit.eval.statistics import RESAMPLES
 from mlmkit.files import write_text
 from mlmkit.overlap import describe_overlap
@@ -95,6 +96,7 @@ def write_report(stored: StoredResult) -> bool:
         unknown=describe_unknown(result["unknown"]),
         overlap=describe_overlap(result["corpus"].get("overlap")),
         metric=metric,
+        masked=how_masked(pseudo["variant"], pseudo["appended_masks"]) if (pseudo := result["pseudo"]) else "",
         title=declared.get("name") or Path(result["corpus"]["source"]["location"]).name,
         model=Path(result["model"]["path"]).name,
         headlines=headlines,

@@ -18,9 +18,12 @@ from mlmkit.tokenizer import Tokenizer
 from mlmkit.windows import Windows, nearest_window, overlapping_windows
 
 METRICS = ("masked", "pseudo")
-# Which tokens are masked with the scored one: none; the later ones of its word; all scored ones of its document; those
-# of them behind it. The last two are for sets that score a span.
-VARIANTS = ("original", "within-word", "together", "left-to-right")
+VARIANTS = {  # of pseudo-likelihood, and how each masks the tokens that it scores
+    "original": "each masked alone",
+    "within-word": "each masked with the later tokens of its word",
+    "together": "all masked at once",
+    "left-to-right": "each masked with all later ones",
+}
 OTHER_SPELLINGS = {"within_word": "within-word", "within_word_l2r": "within-word"}  # the second is minicons'
 TYPICAL_ROW = 512  # caps the estimated cost of a row, whatever the model's length, so that parts are always the same
 WHOLE_WORD, FIRST_PIECE, LATER_PIECE = range(3)
@@ -215,6 +218,13 @@ def pseudo_rows(
     hide_to = np.minimum(hide_to, windows.start + windows.length + appended_masks)
     first = np.arange(len(tokens) + 1)
     return Rows(windows, first, document, offset, corpus.ids, hide_from, hide_to, appended_masks)
+
+
+def how_masked(variant: str, appended_masks: int) -> str:
+    """How the scored tokens are masked, in words."""
+    if appended_masks:
+        return f"each the first of {appended_masks} masks behind the text before it"
+    return VARIANTS[variant]
 
 
 def pll_variant(name: str) -> str:

@@ -390,4 +390,6 @@ def test_a_set_decides_how_it_is_scored(checkpoint, capsys, tmp_path):
     assert code == 2 and "mine is scored with pll = 'together'" in err
     code, _, err = run(capsys, *arguments, "--metric", "pairs")
     assert code == 2 and "mine holds cloze, which only --metric cloze can measure" in err
-    assert run_json(capsys, *arguments, "--metric", "cloze")["pseudo"]["variant"] == "together"
+    found = run_json(capsys, *arguments, "--metric", "cloze", "--output", tmp_path / "result")
+    assert found["pseudo"]["variant"] == "together"
+    assert "Scored tokens, all masked at once" in (tmp_path / "result" / "report.html").read_text()

@@ -52,7 +52,7 @@ def backend(request: pytest.FixtureRequest, artifact: Callable[[str], Path]) -> 
     budget=st.sampled_from([0, 1, 20, 60]),
     stretch=st.sampled_from([1, 40, STRETCH_TOKENS]),
     room=st.sampled_from([4, 62]),
-    variant=st.sampled_from(VARIANTS),
+    variant=st.sampled_from([*VARIANTS]),
 )
 @settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_each_distinct_row_is_scored_once_and_to_the_bit(backend, texts, budget, stretch, room, variant, monkeypatch):
