@@ -26,7 +26,8 @@ from mlmkit.eval.items import (
 )
 from mlmkit.eval.rows import Settings, pll_variant
 from mlmkit.eval.set_files import FileReading, set_rows
-from mlmkit.locations import HUB, Source, existing_file, find_files, is_tokens, location_exists
+from mlmkit.hub import HUB
+from mlmkit.locations import Source, existing_file, find_files, is_tokens, location_exists
 from mlmkit.tokenizer import Tokenizer
 from mlmkit.toml import build, read_toml
 

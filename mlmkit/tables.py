@@ -8,8 +8,9 @@ import json
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+from mlmkit.hub import load_hub
 from mlmkit.lines import BadRows, Lines, is_blank, place
-from mlmkit.locations import Split, file_errors, load_hub, open_file, open_parquet
+from mlmkit.locations import Split, file_errors, open_file, open_parquet
 
 ROWS = 1024  # of a parquet file or dataset, read at once
 DELIMITERS = {"csv": ",", "tsv": "\t"}

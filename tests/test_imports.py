@@ -21,7 +21,7 @@ def module_name(path: Path) -> str:
 MODULES = {module_name(path): path for pattern in PATTERNS for path in ROOT.glob(pattern)}
 LAYERS = [
     {"errors", "files", "bounds", "masking", "console", "pydocs", "distributed", "loss"},
-    {"chunks", "long_texts"},
+    {"chunks", "hub", "long_texts"},
     {"tokenizer", "locations", "toml"},
     {"lines"},
     {"tables"},

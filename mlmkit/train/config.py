@@ -11,7 +11,8 @@ from functools import cached_property
 from typing import Any
 
 from mlmkit.errors import UserError
-from mlmkit.locations import HUB, Source
+from mlmkit.hub import HUB
+from mlmkit.locations import Source
 from mlmkit.toml import build, checked
 from mlmkit.train.config_tables import (
     DataConfig,

@@ -15,7 +15,8 @@ from mlmkit.cluster import make_task, tasks_of
 from mlmkit.console import progress
 from mlmkit.errors import UserError
 from mlmkit.files import atomic, content, locked, read_record, write_record
-from mlmkit.locations import HUB, Source, is_remote
+from mlmkit.hub import HUB
+from mlmkit.locations import Source, is_remote
 from mlmkit.shards import finish, plan_corpus, warn_of_losses
 from mlmkit.stored import StoredCorpus
 from mlmkit.tokenizer import Tokenizer
