@@ -142,17 +142,12 @@ def _r2_gain(table: Values) -> float:
     """(R² − R²_baseline) / (1 − R²_baseline): the share of what the baseline leaves unexplained that the score adds.
 
     Ordinary least squares. The baseline has its columns and the product of each two of them, the other model the score
-    in addition (BabyLM's reading task).
+    in addition (BabyLM's reading task). The gain is the squared partial correlation: that of what the baseline leaves
+    of the score and of the human numbers (Frisch and Waugh 1933).
     """
-    score, human, predictors = table[:, 0], table[:, 1], table[:, 2:]
+    predictors = table[:, 2:]
     products = [predictors[:, a] * predictors[:, b] for a, b in combinations(range(predictors.shape[1]), 2)]
     design = np.column_stack([np.ones(len(table)), predictors, *products])
-    unexplained = _residual(design, human)
-    return float(1 - _residual(np.column_stack([design, score]), human) / unexplained)
-
-
-def _residual(design: Values, human: Values) -> float:
-    """The sum of squares that a least-squares fit leaves. Columns are scaled, or products would spoil its precision."""
-    scaled = design / np.sqrt((design**2).sum(axis=0))
-    coefficients, *_ = np.linalg.lstsq(scaled, human)
-    return float(((human - scaled @ coefficients) ** 2).sum())
+    design /= np.sqrt((design**2).sum(axis=0))  # products of large numbers would spoil the fit's precision
+    coefficients, *_ = np.linalg.lstsq(design, table[:, :2])
+    return _pearson(table[:, :2] - design @ coefficients) ** 2

@@ -61,15 +61,9 @@ class ItemData(EvalData):
             return self._shared_targets()
         if all(option.is_whole for option in self.options):
             return None
-        starts = self.corpus.starts
-        targets = [starts[i] + self._scored_offsets(option, i) for i, option in enumerate(self.options)]
-        return np.concatenate(targets)
-
-    def _scored_offsets(self, option: Option, document: int) -> NDArray[np.int64]:
-        if option.is_whole:
-            return np.arange(int(self.corpus.lengths[document]))
-        begin, end = np.array(self._tokenizer.spans(option.text), dtype=np.int64).reshape(-1, 2).T
-        return np.flatnonzero((end > option.begin) & (begin < option.end))
+        spans = self._tokenizer.spans([option.text for option in self.options])
+        scored = (_scored(each, option) for each, option in zip(spans, self.options, strict=True))
+        return np.concatenate([first + tokens for first, tokens in zip(self.corpus.starts, scored, strict=False)])
 
     def _shared_targets(self) -> NDArray[np.int64]:
         corpus, spans, prefix = self.corpus, [], len(self._tokenizer.prefix)
@@ -108,3 +102,9 @@ class ItemData(EvalData):
     def _ids(self, document: int) -> bytes:
         starts = self.corpus.starts
         return self.corpus.ids[starts[document] : starts[document + 1]].tobytes()
+
+
+def _scored(spans: NDArray[np.int64], option: Option) -> NDArray[np.int64]:
+    """The indices of the tokens whose `spans`, `[tokens, 2]`, overlap what the option scores."""
+    begin, end = spans.T
+    return np.flatnonzero((end > option.begin) & (begin < option.end) | option.is_whole)

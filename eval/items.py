@@ -8,14 +8,16 @@ An item has one or more options: the two sentences of a pair, the choices, or th
 
 import math
 import re
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from mlmkit.documents import checked_text
 from mlmkit.errors import UserError
 from mlmkit.eval.rows import pll_variant
 from mlmkit.lines import is_blank
+from mlmkit.tables import nested_value
 
 SCORINGS = ("all", "shared")
 NORMALISATIONS = ("none", "tokens", "characters")
@@ -100,8 +102,16 @@ class ItemColumns:
 
     def items(self, rows: Iterable[Row], numbers: Iterable[str]) -> Iterator[Item]:
         """Yield the items of rows. Raises `UserError` naming the row that holds none."""
-        for where, row in rows:
-            yield self._item(row, where, self.options(row, where), numbers)
+        return (self.item(group, numbers) for group in self.groups(rows))
+
+    def groups(self, rows: Iterable[Row]) -> Iterator[list[Row]]:
+        """The rows of each item: one, unless the options stand in different rows."""
+        return ([row] for row in rows)
+
+    def item(self, group: list[Row], numbers: Iterable[str]) -> Item:
+        """The item that a group of rows holds. Raises `UserError` as `items` does."""
+        ((where, row),) = group
+        return self._item(row, where, self.options(row, where), numbers)
 
     def options(self, row: dict[str, Any], where: str) -> tuple[tuple[Option, ...], int]:
         """The options of a row, and the index of the right one."""
@@ -165,28 +175,34 @@ class PairColumns(ItemColumns):
     def sides(self) -> tuple[str, ...]:
         return ("first", "second") if self.first else ("good", "bad")
 
-    def items(self, rows: Iterable[Row], numbers: Iterable[str]) -> Iterator[Item]:
+    def groups(self, rows: Iterable[Row]) -> Iterator[list[Row]]:
         if not self.group_by:
-            yield from super().items(rows, numbers)
-            return
-        groups: dict[str, dict[str, Row]] = {}
+            return super().groups(rows)
+        groups: dict[str, list[Row]] = {}
         for where, row in rows:
-            group = groups.setdefault(_text(row, self.group_by, where), {})
+            groups.setdefault(_text(row, self.group_by, where), []).append((where, row))
+        return iter(groups.values())
+
+    def item(self, group: list[Row], numbers: Iterable[str]) -> Item:
+        if not self.group_by:
+            return super().item(group, numbers)
+        variants: dict[str, Row] = {}
+        for where, row in group:
             variant = _text(row, self.variant, where)
-            if variant in group:
+            if variant in variants:
                 raise UserError(
                     f"{where}: {self.variant} {variant!r} is there twice for {self.group_by!r}: it needs more"
                 )
-            group[variant] = (where, row)
-        for name, group in groups.items():
-            if missing := [each for each in self.variants if each not in group]:
-                where = next(iter(group.values()))[0]
-                raise UserError(
-                    f"{where}: {name!r} has no row with {self.variant} {missing[0]!r}, only {', '.join(group)}"
-                )
-            sides = [group[each] for each in self.variants]
-            options = tuple(self._side(row, where, side) for side, (where, row) in enumerate(sides))
-            yield self._item(sides[0][1], sides[0][0], (options, 0), numbers)
+            variants[variant] = (where, row)
+        if missing := [each for each in self.variants if each not in variants]:
+            where, row = group[0]
+            name = _text(row, self.group_by, where)
+            raise UserError(
+                f"{where}: {name!r} has no row with {self.variant} {missing[0]!r}, only {', '.join(variants)}"
+            )
+        sides = [variants[each] for each in self.variants]
+        options = tuple(self._side(row, where, side) for side, (where, row) in enumerate(sides))
+        return self._item(sides[0][1], sides[0][0], (options, 0), numbers)
 
     def options(self, row: dict[str, Any], where: str) -> tuple[tuple[Option, ...], int]:
         return (self._side(row, where, 0), self._side(row, where, 1)), 0
@@ -226,9 +242,10 @@ class ChoiceColumns(ItemColumns):
             raise UserError("choices need label: a column, or the index of the right choice")
 
     def options(self, row: dict[str, Any], where: str) -> tuple[tuple[Option, ...], int]:
-        values = [_value(row, column, where) for column in self.choices]
-        values = values[0] if len(values) == 1 and isinstance(values[0], list) else values
-        texts = [checked_text(value, f"{where}, a choice") for value in values]
+        if len(self.choices) == 1 and isinstance(values := _value(row, self.choices[0], where), list):
+            texts = [checked_text(value, f"{where}, a choice") for value in values]
+        else:
+            texts = [_text(row, column, where, is_strict=True) for column in self.choices]
         if len(texts) < 2:
             raise UserError(f"{where} has {len(texts)} choices, and an item needs two")
         label = _index(self.label if isinstance(self.label, int) else _value(row, self.label, where), texts)
@@ -298,6 +315,27 @@ def keep_items(items: Iterable[Item], listing: str, rows: Iterable[Row]) -> list
     return kept
 
 
+def with_phenomena(items: Sequence[Item], phenomena: Mapping[str, Sequence[str]]) -> list[Item]:
+    """The items with the phenomenon that lists their paradigm, by its name or its beginning and a `*`; "" for none.
+
+    Raises `UserError` for a name that no paradigm has, and for a paradigm in two phenomena.
+    """
+    paradigms = sorted({item.paradigm for item in items})
+    phenomenon_of: dict[str, str] = {}
+    for phenomenon, names in phenomena.items():
+        for name in names:
+            matching = [each for each in paradigms if each == name or (name[-1:] == "*" and each.startswith(name[:-1]))]
+            if not matching:
+                raise UserError(
+                    f"phenomena.{phenomenon}: no paradigm is called {name!r}: there are {', '.join(paradigms)}"
+                )
+            for paradigm in matching:
+                if phenomenon_of.setdefault(paradigm, phenomenon) != phenomenon:
+                    both = f"{phenomenon_of[paradigm]} and {phenomenon}"
+                    raise UserError(f"the paradigm {paradigm!r} is in two phenomena, {both}")
+    return [replace(item, phenomenon=phenomenon_of.get(item.paradigm, "")) for item in items]
+
+
 # ---------------------------------------------------------------- fields of a row
 
 
@@ -306,24 +344,13 @@ def _value(row: dict[str, Any], column: str, where: str, default: Any = None) ->
     if not column:
         return ""
     for alternative in column.split("|"):
-        value: Any = row
-        for key in alternative.split("."):
-            value = _entry(value, key)
-        if value is not None:
-            return value
+        with suppress(KeyError):
+            if (value := nested_value(row, alternative)) is not None:
+                return value
     if default is not None:
         return default
     problem = f"{where} has no field {column!r} (it has {', '.join(map(str, row))})"
     raise UserError(f"{problem}: name the columns in a set of your own (docs/own-sets.md)")
-
-
-def _entry(value: Any, key: str) -> Any:
-    """The field of a nested row, or by its index the entry of a list or of text separated by tabs; None if missing."""
-    if isinstance(value, dict):
-        return value.get(key)
-    entries = value.split("\t") if isinstance(value, str) else value
-    is_there = isinstance(entries, list) and key.isdecimal() and int(key) < len(entries)
-    return entries[int(key)] if is_there else None
 
 
 def _text(row: dict[str, Any], column: str, where: str, *, is_strict: bool = False, is_literal: bool = False) -> str:

@@ -246,11 +246,11 @@ def evaluation_curves(rows: Sequence[Mapping[str, Any]], title: str, path: Path)
             _curve_with_intervals(axes, [row["tokens"] for row in line], line, color, set_name, markersize=4)
         axes.set_ylabel(name.replace("_", " "))
         axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, borderaxespad=0.2, fontsize=9)
-    tokens = [row["tokens"] for row in rows]
+    tokens, bottom = [row["tokens"] for row in rows], panels[-1, 0]
     if min(tokens) > 0 and max(tokens) >= 10 * min(tokens):
-        axes.set_xscale("log")
-    axes.set_xlabel("tokens seen, special tokens included (95 % intervals)")
-    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+        bottom.set_xscale("log")
+    bottom.set_xlabel("tokens seen, special tokens included (95 % intervals)")
+    bottom.xaxis.set_major_formatter(EngFormatter(sep=""))
     figure.suptitle(title, x=0.01, ha="left", fontsize=12)
     figure.align_ylabels()
     save_png(figure, path)

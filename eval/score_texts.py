@@ -70,8 +70,8 @@ class TextScore:
         for token, word in enumerate((np.cumsum(begins_word) - 1)[first].tolist()):
             tokens[word].append(token)
         sums = [float(self.log_prob[own].sum(dtype=np.float64)) if own else None for own in tokens]
-        spans = zip(begins[begins_word].tolist(), ends[ends_word].tolist(), tokens, sums, strict=True)
-        return [Word(self.text[begin:end], begin, end, *rest) for begin, end, *rest in spans]
+        words = zip(begins[begins_word].tolist(), ends[ends_word].tolist(), tokens, sums, strict=True)
+        return [Word(self.text[begin:end], begin, end, own, total) for begin, end, own, total in words]
 
 
 def pseudo_log_likelihood(
@@ -119,10 +119,9 @@ def text_scores(
     ids = corpus.ids[corpus.starts[rows.document] + rows.offset].astype(np.int64)
     ends = np.searchsorted(rows.document, np.arange(len(corpus) + 1))
     scores = []
-    for text, begin, end in zip(texts, ends, ends[1:], strict=False):
+    for text, span, begin, end in zip(texts, tokenizer.spans(texts), ends, ends[1:], strict=False):
         own = log_prob[begin:end]
         total = float(own.sum(dtype=np.float64)) if len(own) else None
         offset = rows.offset[begin:end]
-        spans = np.array(tokenizer.spans(text), dtype=np.int64).reshape(-1, 2)[offset]
-        scores.append(TextScore(text, total, ids[begin:end], offset, own, spans))
+        scores.append(TextScore(text, total, ids[begin:end], offset, own, span[offset]))
     return scores

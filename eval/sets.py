@@ -5,18 +5,28 @@
 
 import os
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from mlmkit.documents import read_rows
 from mlmkit.errors import UserError
 from mlmkit.eval.correlation import Correlation, number_columns
 from mlmkit.eval.data import EvalData, file_data
 from mlmkit.eval.item_data import ItemData
-from mlmkit.eval.items import ChoiceColumns, ClozeColumns, Item, ItemColumns, PairColumns, keep_items, read_items
+from mlmkit.eval.items import (
+    ChoiceColumns,
+    ClozeColumns,
+    Item,
+    ItemColumns,
+    PairColumns,
+    Row,
+    keep_items,
+    read_items,
+    with_phenomena,
+)
 from mlmkit.eval.rows import Settings, pll_variant
-from mlmkit.eval.set_files import set_rows
-from mlmkit.locations import HUB, Source, existing_file, find_files, is_tokens
+from mlmkit.eval.set_files import FileReading, set_rows
+from mlmkit.locations import HUB, Source, existing_file, find_files, is_tokens, location_exists
 from mlmkit.tokenizer import Tokenizer
 from mlmkit.toml import build, read_toml
 
@@ -43,7 +53,10 @@ class PairReading(PairColumns):
 
 @dataclass(frozen=True)
 class Reference:
-    """A published value of `metric` with its source, and the values of single phenomena if published."""
+    """A published value of `metric` with its source, and the values of single phenomena if published.
+
+    `languages` holds the value of each language of a set that is there in several.
+    """
 
     model: str
     metric: str
@@ -51,12 +64,15 @@ class Reference:
     value: float | None = None
     note: str = ""
     phenomena: dict[str, float] | None = None
+    languages: dict[str, float] | None = None
 
 
 @dataclass(frozen=True)
 class EvalSet:
-    """A declared set. `hub` is a location as in `Source`, `local` a path in the data folder.
+    """A declared set. `hub` is a location as in `Source`, `local` a path or pattern in the data folder.
 
+    With `languages` it is one set for each of them, which takes the place of `{language}` in `hub` and `local`.
+    `files` says how local files of items are read. `phenomena` lists the paradigms of each, by name or as `prefix*`.
     `metric` is its main metric, which stands for it in tables of several sets: by default the first one.
     """
 
@@ -69,13 +85,47 @@ class EvalSet:
     homepage: str = ""
     hub: str = ""
     local: str = ""
+    languages: tuple[str, ...] = ()
     metric: str = ""
+    files: FileReading = field(default_factory=FileReading)
     text: TextReading = TextReading()
     pairs: PairReading = PairReading()
     choices: ChoiceColumns | None = None
     cloze: ClozeColumns | None = None
+    phenomena: dict[str, tuple[str, ...]] = field(default_factory=dict)
     correlation: tuple[Correlation, ...] = ()
     reference: tuple[Reference, ...] = ()
+
+    @property
+    def usage(self) -> str:
+        """How `--set` names it."""
+        return f"{self.name}:LANGUAGE" if self.languages else self.name
+
+    def for_language(self, language: str) -> "EvalSet":
+        """The set in one of its `languages`, called NAME-LANGUAGE; the set itself if it has none.
+
+        Raises `UserError` for a language that the set does not have.
+        """
+        if not self.languages and language:
+            raise UserError(f"the set {self.name} has no languages to choose from: leave out {language!r}")
+        if not self.languages:
+            return self
+        if language not in self.languages:
+            example = f"{self.name}:{self.languages[0]}"
+            raise UserError(f"name a language of {self.name}, as in {example}: it has {', '.join(self.languages)}")
+        reference = (each for each in self.reference if not each.languages or language in each.languages)
+        return replace(
+            self,
+            name=f"{self.name}-{language}",
+            language=language,
+            languages=(),
+            hub=self.hub.replace("{language}", language),
+            local=self.local.replace("{language}", language),
+            reference=tuple(
+                replace(each, value=each.languages[language], languages=None) if each.languages else each
+                for each in reference
+            ),
+        )
 
     @property
     def columns(self) -> ItemColumns | None:
@@ -88,7 +138,9 @@ class EvalSet:
             return str(path)
         if self.hub:
             return self.hub
-        where = f"put {self.local} (from {self.homepage or 'its publisher'}) under --data-dir or $MLMKIT_DATA"
+        if not self.homepage:
+            raise UserError(f"the set {self.name} has no {self.local} beside its declaration, nor under --data-dir")
+        where = f"put {self.local} (from {self.homepage}) under --data-dir or $MLMKIT_DATA"
         raise UserError(f"the set {self.name} is not on the hub: {where}")
 
     def kept(self, data: Path | None) -> Path | None:
@@ -131,13 +183,25 @@ class Request:
         chosen = {"variant": declared or variant or "original", "appended_masks": self.columns.appended_masks}
         return replace(settings, metrics=("pseudo",), **chosen)
 
+    @property
+    def numbers(self) -> list[str]:
+        """The columns of human numbers."""
+        return number_columns(self.declared.correlation if self.declared else ())
+
+    def rows(self) -> Iterator[Row]:
+        """The rows of a set that is not text. Raises `UserError` for one that is unreadable."""
+        return set_rows(self.location, self.declared.files if self.declared else FileReading())
+
+    def select(self, items: list[Item]) -> list[Item]:
+        """The items that the set keeps, with their phenomena. Raises `UserError` for one that does not exist."""
+        if self.keep:
+            items = keep_items(items, str(self.keep), set_rows(str(self.keep), FileReading(format="tsv")))
+        phenomena = self.declared.phenomena if self.declared else {}
+        return with_phenomena(items, phenomena) if phenomena else items
+
     def items(self) -> list[Item]:
         """The items of a set that is not text. Raises `UserError` if they are unreadable."""
-        numbers = number_columns(self.declared.correlation if self.declared else ())
-        items = read_items(set_rows(self.location), self.columns, self.location, numbers)
-        if self.keep:
-            items = keep_items(items, str(self.keep), read_rows(Source(str(self.keep), format="tsv")))
-        return items
+        return self.select(read_items(self.rows(), self.columns, self.location, self.numbers))
 
     def read(self, tokenizer: Tokenizer) -> EvalData:
         """The set's data, tokenised. Raises `UserError` if it is unreadable."""
@@ -153,11 +217,12 @@ def find_set(
 ) -> Request:
     """Find what `--set NAME_OR_FILE` names: a built-in set, the path of a declaration, or a file or hub dataset.
 
+    `:LANGUAGE` behind the former two chooses a language of a set that is there in several.
+
     `data` is the data folder. `text_field`, `blank_line` and `pairs` say how to read a file or hub dataset. Raises
     `UserError` if `name` is none of these, or if its declaration is invalid.
     """
-    if (own := name.lower().endswith(".toml")) or name in {path.stem for path in BUILT_IN.glob("*.toml")}:
-        declared = read_set(existing_file(name) if own else BUILT_IN / f"{name}.toml", own=own)
+    if declared := _declared(name):
         location = declared.location(data)
         if declared.columns:
             keep = declared.kept(data)
@@ -168,7 +233,7 @@ def find_set(
     if not name.startswith(HUB):
         path = Path(name)
         if not path.exists() and not path.suffix and path.name == name:
-            known = ", ".join(item.name for item in built_in_sets())
+            known = ", ".join(item.usage for item in built_in_sets())
             raise UserError(f"no set or file {name!r}: the sets are {known}")
         if not is_tokens(name):
             find_files(Source(name))
@@ -176,6 +241,19 @@ def find_set(
     if pairs:
         return Request(label, "pairs", name)
     return Request(label, "text", name, source=Source(name, text_field, blank_line))
+
+
+def _declared(name: str) -> EvalSet | None:
+    """The declaration that NAME or FILE.toml means, alone or with :LANGUAGE; or NAME-LANGUAGE, as its results say."""
+    built_in = {path.stem: path for path in BUILT_IN.glob("*.toml")}
+    base, _, language = name.partition(":")
+    if base.lower().endswith(".toml"):
+        return read_set(existing_file(base), own=True).for_language(language)
+    if base in built_in:
+        return read_set(built_in[base]).for_language(language)
+    base, _, language = name.rpartition("-")
+    declared = read_set(built_in[base]) if base in built_in else None
+    return declared.for_language(language) if declared and language in declared.languages else None
 
 
 def built_in_sets() -> list[EvalSet]:
@@ -202,19 +280,28 @@ def read_set(path: Path, *, own: bool = False) -> EvalSet:
         message = str(error)
         raise UserError(message if str(path) in message else f"{path}: {message}") from None
     if own:
-        pairs = replace(declared.pairs, keep=_beside(path, declared.pairs.keep))
-        declared = replace(declared, local=_beside(path, declared.local), pairs=pairs)
+        pairs = replace(declared.pairs, keep=beside(path, declared.pairs.keep))
+        declared = replace(declared, local=beside(path, declared.local), pairs=pairs)
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", declared.name):
         raise UserError(f"{path}: the name {declared.name!r} may only have letters, digits, '.', '-' and '_'")
     if declared.task not in TASKS:
         raise UserError(f"{path}: no task {declared.task!r}: choose {' or '.join(TASKS)}")
-    if unused := [task for task in TASKS if task in tables and task != declared.task]:
+    others = {*TASKS, *(("files", "phenomena") if declared.task == "text" else ())} - {declared.task}
+    if unused := sorted(others & tables.keys()):
         raise UserError(f"{path}: the table [{unused[0]}] has no effect, because its task is {declared.task!r}")
     if declared.task != "text" and declared.columns is None:
         raise UserError(f"{path}: it needs a table [{declared.task}], which names the columns (docs/own-sets.md)")
     _check_correlations(declared, path)
+    if "files" in tables and not declared.local:
+        raise UserError(f"{path}: the table [files] has no effect, because the set has no local")
+    if declared.phenomena and declared.columns and declared.columns.phenomenon:
+        raise UserError(f"{path}: [phenomena] and {declared.task}.phenomenon exclude each other: leave one out")
+    if declared.phenomena and declared.columns and not declared.columns.paradigm:
+        raise UserError(f"{path}: [phenomena] needs {declared.task}.paradigm, the column whose names it lists")
     if not declared.hub and not declared.local:
         raise UserError(f"{path}: it needs hub or local, to say where the data is")
+    if bool(declared.languages) != ("{language}" in declared.hub + declared.local):
+        raise UserError(f"{path}: languages and {{language}} in hub or local go together")
     return declared
 
 
@@ -228,13 +315,13 @@ def _check_correlations(declared: EvalSet, path: Path) -> None:
             raise UserError(f"{path}: previous_score needs previous_target in [cloze]")
 
 
-def _beside(declaration: Path, name: str) -> str:
+def beside(declaration: Path, name: str) -> str:
     """The absolute path of a file beside a declaration; the name itself if there is none."""
     path = declaration.absolute().parent / name
-    return str(path) if name and path.exists() else name
+    return str(path) if name and location_exists(path) else name
 
 
 def _local(name: str, data: Path | None) -> Path | None:
     """An existing file in the data folder, or at an absolute path; else None."""
     path = Path(name) if data is None else data / name
-    return path if name and (data or path.is_absolute()) and path.exists() else None
+    return path if name and (data or path.is_absolute()) and location_exists(path) else None

@@ -89,3 +89,8 @@ def progress(*, shown: bool = True) -> "Progress":
         transient=True,
         disable=not (shown and console.is_terminal),
     )
+
+
+def number(value: float | None) -> str:
+    """A number with four decimals; a dash for None."""
+    return "-" if value is None else f"{value:.4f}"

@@ -8,13 +8,12 @@ read_documents           → the selected texts that are not blank
 
 from collections.abc import Iterable, Iterator
 from itertools import dropwhile, groupby, repeat, takewhile
-from typing import Any
 
 from mlmkit.errors import UserError
 from mlmkit.lines import BadRows, Line, Lines, is_blank, numbered_lines, place
 from mlmkit.locations import EVERY_KEY, Source, Split, file_format, find_files
 from mlmkit.masking import document_key
-from mlmkit.tables import table_rows, unit
+from mlmkit.tables import nested_value, table_rows, unit
 
 
 def is_selected(key: int, keys: tuple[float, float]) -> bool:
@@ -123,32 +122,24 @@ def _with_end_of_block(lines: Iterable[Line], after: Iterable[Line]) -> Iterator
 # ---------------------------------------------------------------- rows of tables
 
 
-def read_rows(source: Source) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield each row of the tables of a source: where it stands, for messages, and its fields.
-
-    Raises `UserError`, naming the file and the row, for what cannot be read.
-    """
-    for split in map(Split, find_files(source)):
-        format, _ = file_format(split.file, source.format)
-        for number, row in table_rows(split, format, "", bad_rows := BadRows()):
-            yield place(split, number, bad_rows, unit(format)), row
-
-
 def _row_texts(source: Source, split: Split, bad_rows: BadRows) -> Iterator[str]:
     field, format = source.text_field, file_format(split.file, source.format)[0]
     for number, row in table_rows(split, format, field, bad_rows):
         report = bad_rows
-        if field not in row:
+        try:
+            text = nested_value(row, field)
+        except KeyError:
             problem = f" has no field {field!r} (it has {', '.join(row)})"
             problem += ": name one with --text-field (in training data.text_field), or rename it"
             if {"sentence_good", "sentence_bad"} <= row.keys():
                 problem += "; these are pairs, which --metric pairs measures"
-            report = bad_rows if format == "jsonl" else BadRows()  # in the other formats all rows have the same fields
-        elif problem := _text_problem(row[field]):
-            problem = f", field {field!r} {problem}"
+            may_vary = format == "jsonl" or field.partition(".")[0] in row  # else no row has it
+            report = bad_rows if may_vary else BadRows()
         else:
-            yield row[field]
-            continue
+            if not (problem := _text_problem(text)):
+                yield text
+                continue
+            problem = f", field {field!r} {problem}"
         report.add(place(split, number, report, unit(format)) + problem)
 
 

@@ -134,7 +134,7 @@ def _files_at(location: str) -> list[str]:
     if path.is_dir():
         if is_tokens(location):
             raise UserError(f"{location} is a tokenised corpus, not text: name the text that it was made from")
-        return _readable(location, _matching(str(Path(escape(location), "**"))))
+        return readable_files(location, _matching(str(Path(escape(location), "**"))))
     if not has_magic(location) or path.exists():
         existing_file(location)
         return [location]
@@ -148,17 +148,25 @@ def _matching(pattern: str) -> list[str]:
     return [file for file in sorted(glob(pattern, recursive=True)) if Path(file).is_file()]  # noqa: PTH207
 
 
-def _readable(folder: str, files: Sequence[str]) -> list[str]:
-    """The files of a folder that have a known suffix. The others are logged."""
+def readable_files(folder: str, files: Sequence[str]) -> list[str]:
+    """The files of a folder or archive that have a known suffix. The others are logged.
+
+    Raises `UserError` if there are none.
+    """
     known = [file for file in files if _suffixes(file)[0] in FORMATS]
     if not known:
         raise UserError(
-            f"{folder} is a folder without a file to read ({', '.join(FORMATS)}, or one of these with "
-            f"{', '.join(COMPRESSIONS)}): name text files with another suffix by a pattern, such as {folder}/*"
+            f"{folder} has no file to read ({', '.join(FORMATS)}, or one of these with {', '.join(COMPRESSIONS)}): "
+            "rename text files with another suffix, or name them by a pattern, such as FOLDER/*"
         )
     if others := sorted({*files} - {*known}):
         _say_once(f"{folder}: files with another suffix are left out ({len(others)}, the first: {others[0]})")
     return known
+
+
+def location_exists(path: Path) -> bool:
+    """Whether there is such a file or folder, or a file that matches this pattern."""
+    return path.exists() or bool(_matching(str(path)))
 
 
 def existing_file(location: str) -> Path:
@@ -204,6 +212,12 @@ def _suffixes(file: str) -> tuple[str, str]:
     path = file.partition("?")[0] if is_remote(file) else file
     inner, outer = ["", "", *(suffix.lower() for suffix in Path(path).suffixes)][-2:]
     return (inner, outer) if outer in COMPRESSIONS else (outer, "")
+
+
+def name_stem(file: str) -> str:
+    """The name of a file without the suffixes of its format and compression."""
+    path = Path(file)
+    return (path.with_suffix("") if path.suffix.lower() in COMPRESSIONS else path).stem
 
 
 def content_identities(files: Sequence[str]) -> list[str]:
@@ -344,7 +358,9 @@ def _remote_files(url: str) -> list[str]:
             if not found:
                 raise UserError(f"{url}: no file matches this pattern")
         elif url.endswith("/") or (_suffixes(url)[0] not in FORMATS and file_system.isdir(path)):
-            found = _readable(url, sorted(name for name in file_system.find(path) if "/." not in name[len(path) :]))
+            found = readable_files(
+                url, sorted(name for name in file_system.find(path) if "/." not in name[len(path) :])
+            )
         else:
             return [url]
         return [file_system.unstrip_protocol(name) for name in found]

@@ -5,29 +5,51 @@ split → table_rows → (number, fields); a row that cannot be read goes to `Ba
 
 import csv
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from mlmkit.lines import BadRows, Lines, is_blank, place
 from mlmkit.locations import Split, file_errors, load_hub, open_file, open_parquet
 
 ROWS = 1024  # of a parquet file or dataset, read at once
+DELIMITERS = {"csv": ",", "tsv": "\t"}
 
 Row = tuple[int, dict[str, Any]]  # number (a line of the split, or a row of the file) and fields
 
 
 def unit(format: str) -> str:
-    return "row" if format in ("parquet", "arrow", "hub") else "line"
+    return "row" if format in ("parquet", "arrow", "hub", "grouped") else "line"
 
 
-def table_rows(split: Split, format: str, column: str, bad_rows: BadRows) -> Iterator[Row]:
-    """Yield the rows of a split. Of Arrow data it reads only `column`, if there is one of that name."""
+def nested_value(row: dict[str, Any], field: str) -> Any:
+    """The value of a field. Unless a field has this very name, `a.b` is the field `b` in the field `a`, and `a.0` is
+    the first entry of its list, or of its text separated by tabs. Raises `KeyError` if there is none.
+    """
+    value: Any = row
+    for key in [field] if field in row else field.split("."):
+        value = value.split("\t") if isinstance(value, str) else value
+        if isinstance(value, list) and key.isdecimal() and int(key) < len(value):
+            value = value[int(key)]
+        elif isinstance(value, dict) and key in value:
+            value = value[key]
+        else:
+            raise KeyError(field)
+    return value
+
+
+def _column(names: Sequence[str], field: str) -> str:
+    """The column that holds a field, or "" if there is none."""
+    return next((name for name in (field, field.partition(".")[0]) if name in names), "")
+
+
+def table_rows(split: Split, format: str, field: str, bad_rows: BadRows) -> Iterator[Row]:
+    """Yield the rows of a split. Of Arrow data it reads only the column that holds `field`, if there is one."""
     if format == "jsonl":
         return _json_rows(split, bad_rows)
     if format in ("csv", "tsv"):
-        return _csv_rows(split, "," if format == "csv" else "\t", bad_rows)
+        return csv_rows(split, DELIMITERS[format], bad_rows)
     read = {"parquet": _parquet_rows, "arrow": _arrow_rows, "hub": _hub_rows}[format]
-    return read(split, column, bad_rows)
+    return read(split, field, bad_rows)
 
 
 def json_object(line: str) -> dict[str, Any]:
@@ -54,10 +76,12 @@ def _json_rows(split: Split, bad_rows: BadRows) -> Iterator[Row]:
             yield lines.number, row
 
 
-def _csv_rows(split: Split, delimiter: str, bad_rows: BadRows) -> Iterator[Row]:
+def csv_rows(split: Split, delimiter: str, bad_rows: BadRows, *, quoting: bool = True) -> Iterator[Row]:
+    """Yield the rows under a header. Without `quoting`, a quotation mark is a character like any other."""
     csv.field_size_limit((1 << 31) - 1)  # process-wide; the default is 128 KiB, which a document may exceed
     lines = (f"{line}\n" for line, _ in Lines(split, bad_rows, keep_bad=True))
-    rows = csv.DictReader(lines, delimiter=delimiter, strict=True)
+    style = csv.QUOTE_MINIMAL if quoting else csv.QUOTE_NONE
+    rows = csv.DictReader(lines, delimiter=delimiter, strict=True, quoting=style)
     while True:
         try:
             if (row := next(rows, None)) is None:
@@ -72,16 +96,16 @@ def _csv_rows(split: Split, delimiter: str, bad_rows: BadRows) -> Iterator[Row]:
             yield rows.line_num, row
 
 
-def _parquet_rows(split: Split, column: str, bad_rows: BadRows) -> Iterator[Row]:
+def _parquet_rows(split: Split, field: str, bad_rows: BadRows) -> Iterator[Row]:
     with open_parquet(split.file) as parquet:
         groups = range(split.begin, parquet.num_row_groups if split.end is None else split.end)
         number = sum(parquet.metadata.row_group(group).num_rows for group in range(split.begin))
-        columns = [column] if column in parquet.schema_arrow.names else None
-        batches = parquet.iter_batches(ROWS, row_groups=groups, columns=columns)
+        column = _column(parquet.schema_arrow.names, field)
+        batches = parquet.iter_batches(ROWS, row_groups=groups, columns=[column] if column else None)
         yield from _batch_rows(batches, split.file, "parquet", number, bad_rows)
 
 
-def _arrow_rows(split: Split, column: str, bad_rows: BadRows) -> Iterator[Row]:
+def _arrow_rows(split: Split, field: str, bad_rows: BadRows) -> Iterator[Row]:
     import pyarrow as pa
 
     with open_file(split.file, seekable=True) as stream:
@@ -90,19 +114,19 @@ def _arrow_rows(split: Split, column: str, bad_rows: BadRows) -> Iterator[Row]:
             stream.seek(0)
             reader = pa.ipc.open_file(stream) if is_file else pa.ipc.open_stream(stream)
         batches = map(reader.get_batch, range(reader.num_record_batches)) if is_file else reader
-        if column in reader.schema.names:
+        if column := _column(reader.schema.names, field):
             batches = (batch.select([column]) for batch in batches)
         yield from _batch_rows(batches, split.file, "Arrow", 0, bad_rows)
 
 
-def _hub_rows(split: Split, column: str, bad_rows: BadRows) -> Iterator[Row]:
+def _hub_rows(split: Split, field: str, bad_rows: BadRows) -> Iterator[Row]:
     dataset = load_hub(split.file)
     dataset = dataset.select(range(split.begin, len(dataset) if split.end is None else split.end))
-    if column not in (dataset.column_names or []):
-        yield from enumerate(dataset, start=split.begin)
-    else:
+    if column := _column(dataset.column_names or [], field):
         batches = dataset.select_columns([column]).with_format("arrow").iter(ROWS)
         yield from _batch_rows(batches, split.file, "a dataset", split.begin, bad_rows)
+    else:
+        yield from enumerate(dataset, start=split.begin)
 
 
 def _batch_rows(batches: Iterable[Any], file: str, format: str, number: int, bad_rows: BadRows) -> Iterator[Row]:

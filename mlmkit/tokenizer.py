@@ -34,6 +34,7 @@ CLEAN_UP_BPE = f"{CLEAN_UP}_for_bpe_even_though_it_will_corrupt_output"
 # transformers' `clean_up_tokenization` removes the spaces in these, in this order.
 CLEANED_UP = (" .", " ?", " !", " ,", " ' ", " n't", " 'm", " 's", " 've", " 're")
 LONGEST_TEXT = 1 << 19  # characters; longer ones are encoded in parts
+BATCH_TEXTS = 1024  # whose encodings are in memory at once
 _NONE = np.array([], dtype=np.int64)
 TOTALS = ("lengths", "unknown")
 LIMIT = "model_max_length"
@@ -302,17 +303,19 @@ class Tokenizer:
             covered = max(covered, end)
         return count
 
-    def spans(self, text: str) -> list[tuple[int, int]]:
-        """Return the begin and end of each token of `encode([text])` in the text, in code points.
+    def spans(self, texts: Sequence[str]) -> Iterator[NDArray[np.int64]]:
+        """Yield for each text the begin and end of each token of `encode([text])` in code points, `[tokens, 2]`.
 
         Pieces of the same character share its span. Raises `UserError` as `encode` does.
         """
-        [encoding] = self._encode_batch([text])
-        return [
-            span
-            for id, span in zip(encoding.ids, encoding.offsets, strict=True)
-            for _ in (self._pieces_of(id) if id in self.special_ids and id != self.unk_id else [id])
-        ]
+        control = list(self.special_ids - {self.unk_id})
+        for begin in range(0, len(texts), BATCH_TEXTS):
+            for encoding in self._encode_batch(texts[begin : begin + BATCH_TEXTS]):
+                spans = _spans(encoding)
+                if np.isin(encoding.ids, control).any():
+                    pieces = [len(self._pieces_of(id)) if id in control else 1 for id in encoding.ids]
+                    spans = np.repeat(spans, pieces, axis=0)
+                yield spans
 
     def _pieces_of(self, control_id: int) -> list[int]:
         spelling = self.token(control_id)

@@ -177,7 +177,7 @@ def mistakes(folder: Path, checkpoint: Path, artifact: Path) -> dict[str, list[o
     train = ["train", folder / "good.toml", "--output", output, "--set"]
     return {
         "Missing argument 'MODEL'": ["eval"],
-        "Missing option '--set'": ["eval", artifact],
+        "Give either --set or --suite": ["eval", artifact],
         "holds text, not pairs": ["eval", artifact, "--set", "wikitext-2", "--metric", "pairs"],
         "exclude each other": ["eval", artifact, "--set", good, "--mask-seed", 1, "--mask-seeds", "1,2"],
         "numbers separated by commas": ["eval", artifact, "--set", good, "--mask-seeds", "1;2"],
@@ -210,7 +210,7 @@ def mistakes(folder: Path, checkpoint: Path, artifact: Path) -> dict[str, list[o
         "is not UTF-8": ["eval", artifact, "--set", folder / "latin.txt", "--output", output],
         "holds int": ["eval", artifact, "--set", folder / "bad.jsonl", "--output", output],
         "no such file": ["eval", artifact, "--set", folder / "none.txt", "--output", output],
-        "is a folder without a file": ["eval", artifact, "--set", folder / "no-text", "--output", output],
+        "has no file to read": ["eval", artifact, "--set", folder / "no-text", "--output", output],
         "mask_prob must be": ["eval", artifact, "--set", good, "--mask-prob", "nan", "--output", output],
         "must not exceed 1": ["eval", artifact, "--set", good, "--random-prob", "0.5", "--output", output],
         "no metric": ["eval", artifact, "--set", good, "--metric", "bleu", "--output", output],

@@ -1,5 +1,6 @@
 """Evaluations over the course of a run: checkpoints kept at word counts, and `eval RUN --every`."""
 
+import csv
 import json
 import logging
 import shutil
@@ -10,17 +11,20 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from conftest import refusal, run, run_json
+from numpy.typing import NDArray
 from training import log_lines, write_config
 
 from mlmkit.backends import Backend, load
+from mlmkit.eval.acquisition import age_of_acquisition, fit_sigmoid
 from mlmkit.train import evaluations
 from mlmkit.train.checkpoints import read_state, saved_checkpoints
 from mlmkit.train.config import Config
 from mlmkit.train.loop import train
 
-MARKS = (800, 1500)
+MARKS = (800, 1200, 1600)
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +48,7 @@ def pairs(text: Path) -> Path:
 def config(
     tmp_path_factory: pytest.TempPathFactory, text_file: Path, text: Path, checkpoint: Callable[[str], Path]
 ) -> Config:
-    """12 steps from trained weights, of which the first after 800 and 1,500 words are kept, and the last."""
+    """12 steps from trained weights, of which the first after 800, 1,200 and 1,600 words are kept, and the last."""
     kept = ("train.keep_checkpoints=1", "train.save_every=12", f"train.keep_at_words={list(MARKS)}")
     start = (f"model.init_from={checkpoint('bert')}", f"data.held_out={text}")
     return write_config(tmp_path_factory.mktemp("config"), text_file, "", *start, *kept)
@@ -69,7 +73,7 @@ def folder(finished: Path, tmp_path: Path) -> Path:
 def test_a_checkpoint_is_kept_at_the_first_step_after_each_number_of_words(finished):
     saved = saved_checkpoints(finished)
     cursors = [read_state(folder).position.cursor for folder in saved]
-    assert [read_state(folder).is_kept for folder in saved] == [True, True, False]
+    assert [read_state(folder).is_kept for folder in saved] == [True, True, True, False]
     for mark, cursor in zip(MARKS, cursors, strict=False):
         assert mark <= cursor.words < mark * (1 + 1.2 / cursor.step)
     logged = {entry["step"]: entry for entry in log_lines(finished) if "words_seen" in entry}
@@ -132,9 +136,9 @@ def test_each_checkpoint_has_the_numbers_that_eval_gives(capsys, folder, text, p
         assert row["metric"] == name
         assert {key: row[key] for key in ("value", "low", "high")} == alone[name]
     assert [row["tokens"] for row in rows[:1]] == [0]
-    assert [row["words"] for row in rows] == sorted(row["words"] for row in rows[:4]) * 2
+    assert [row["words"] for row in rows] == sorted(row["words"] for row in rows[:5]) * 2
     last = read_state(saved_checkpoints(folder)[-1]).position.cursor
-    assert (rows[3]["step"], rows[3]["tokens"], rows[3]["words"]) == (12, last.tokens, round(last.words))
+    assert (rows[4]["step"], rows[4]["tokens"], rows[4]["words"]) == (12, last.tokens, round(last.words))
     assert (folder / "evaluations" / "evaluations.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -174,7 +178,7 @@ def test_an_interrupted_call_resumes(capsys, folder, text, monkeypatch):
     assert every(capsys, folder, "--set", text) == expected
     after = modified(folder)
     assert {name: after[name] for name in before} == before
-    assert len(after) == 4
+    assert len(after) == 5
 
 
 def test_a_run_in_training_says_how_many_checkpoints_there_are(capsys, folder, text, caplog):
@@ -182,7 +186,7 @@ def test_a_run_in_training_says_how_many_checkpoints_there_are(capsys, folder, t
     caplog.set_level(logging.INFO, logger="mlmkit")
     code, out, _ = run(capsys, "eval", folder, "--every", "--set", text)
     assert code == 0
-    assert f"{folder} is not finished: it has 4 checkpoints so far" in caplog.messages
+    assert f"{folder} is not finished: it has 5 checkpoints so far" in caplog.messages
     header, _rule, *rows, place = out.splitlines()
     assert header.split() == ["checkpoint", "tokens", "words", "held", "masked_cross_entropy"]
     assert [row.split()[0] for row in rows] == [
@@ -222,3 +226,73 @@ def test_what_cannot_be_measured_is_refused_in_a_line(capsys, folder, text, tmp_
     for name in ("initial", "checkpoints", "model"):
         shutil.rmtree(folder / name)
     assert "has no checkpoint yet" in refusal(capsys, "eval", folder, *measure)
+
+
+# ------------------------------------------------------------------ ages of acquisition
+
+BABYLM = np.log10([1e6 * n for n in (*range(1, 11), *range(20, 101, 10), *range(200, 1001, 100))])
+CHANCE = np.log(16384)
+
+
+def sigmoid(lower: float, height: float, middle: float, width: float) -> NDArray[np.float64]:
+    return lower + height / (1 + np.exp((BABYLM - middle) / width))
+
+
+@pytest.mark.parametrize(("middle", "width"), [(7.2, 0.3), (8.1, 0.1), (6.4, 0.5), (7.7, 0.02)])
+def test_the_age_of_acquisition_is_where_the_curve_crosses_the_cutoff(middle, width):
+    surprisal = sigmoid(2.5, 8.0, middle, width)
+    cutoff = (CHANCE + surprisal.min()) / 2
+    expected = middle + width * np.log(8.0 / (cutoff - 2.5) - 1)
+    assert sigmoid(2.5, 8.0, middle, width)[expected > BABYLM].min() > cutoff
+    # A step between two checkpoints may be anywhere between them.
+    assert age_of_acquisition(BABYLM, surprisal, CHANCE) == pytest.approx(expected, abs=1e-3 if width > 0.05 else 0.05)
+    noise = np.random.default_rng(0).normal(0, 0.2, (50, len(BABYLM)))
+    ages = [age_of_acquisition(BABYLM, surprisal + each, CHANCE) for each in noise]
+    assert np.median(ages) == pytest.approx(expected, abs=0.05)
+    assert np.std(ages) < 0.1
+
+
+def test_the_fit_has_no_larger_error_than_the_curve_that_made_the_data():
+    generator = np.random.default_rng(1)
+    for _ in range(20):
+        made = sigmoid(
+            generator.uniform(1, 4), generator.uniform(1, 9), generator.uniform(6, 9), generator.uniform(0.05, 1)
+        )
+        data = made + generator.normal(0, 0.1, len(made))
+        fitted = sigmoid(*map(float, fit_sigmoid(BABYLM, data)))
+        assert ((fitted - data) ** 2).sum() <= ((made - data) ** 2).sum() * 1.0001
+
+
+def test_a_word_whose_curve_does_not_cross_the_cutoff_has_no_age():
+    falling = sigmoid(2.0, 8.0, 7.5, 0.2)
+    assert age_of_acquisition(BABYLM, falling, CHANCE) == pytest.approx(7.5, abs=0.05)
+    never, always = sigmoid(10.0, 2.0, 7.5, 0.2), sigmoid(1.0, 1.0, 7.5, 0.2)
+    for surprisal in (falling[::-1], never, always, np.full_like(falling, 9.0), np.full_like(falling, np.nan)):
+        assert np.isnan(age_of_acquisition(BABYLM, surprisal, CHANCE))
+
+
+def test_every_writes_the_ages_of_the_words_of_a_cloze_set(capsys, folder, tmp_path, caplog):
+    targets = {"value": "value", "object": "object", 'a "quoted" one': "name"}
+    rows = [
+        {"before": before, "word": word, "group": group}
+        for group, word in targets.items()
+        for before in ("This is the", "It")
+    ]
+    (tmp_path / "cloze.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    declared, columns = tmp_path / "cloze.toml", 'prefix = "before"\ntarget = "word"\nparadigm = "group"\n'
+    declared.write_text(f'name = "words"\ntask = "cloze"\nlocal = "cloze.jsonl"\n[cloze]\n{columns}')
+    every(capsys, folder, "--set", declared)
+    read = list(csv.DictReader((folder / "evaluations" / "words" / "acquisition.csv").open()))
+    assert [row["paradigm"] for row in read] == sorted(targets)
+    saved = saved_checkpoints(folder)
+    x = np.log10([round(read_state(each).position.cursor.words) for each in saved])
+    results = [run_json(capsys, "eval", each, "--set", declared) for each in saved]
+    for row in read:
+        values = [result["items"]["paradigms"][row["paradigm"]]["cloze_log_probability"]["value"] for result in results]
+        age = age_of_acquisition(x, -np.array(values), np.log(results[0]["model"]["vocabulary_size"]))
+        assert float(row["log10_words"] or "nan") == pytest.approx(age, nan_ok=True)
+    caplog.set_level(logging.INFO, logger="mlmkit")
+    shutil.rmtree(saved[0])
+    every(capsys, folder, "--set", declared, "--output", tmp_path / "few")
+    assert "words has no ages of acquisition: they need a paradigm and 4 checkpoints" in caplog.messages
+    assert not (tmp_path / "few" / "words" / "acquisition.csv").exists()

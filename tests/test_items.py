@@ -182,7 +182,7 @@ def test_correlations_with_human_numbers(checkpoint, tmp_path):
     assert evaluation.result.get("items", {})["correlated"]["reading_time_spearman"] == 23
     ranks = [pd.Series(values).rank().to_numpy() for values in (surprisal[1:], time)]
     for kind, sides in (("pearson", (surprisal[1:], time)), ("spearman", ranks)):
-        assert metrics[f"reading_time_{kind}"]["value"] == pytest.approx(np.corrcoef(*sides)[0, 1])
+        assert metrics[f"reading_time_{kind}"]["value"] == pytest.approx(np.corrcoef(sides[0], sides[1])[0, 1])
     expected = gain(time, surprisal[1:], columns["frequency"], columns["length"])
     assert metrics["reading"]["value"] == pytest.approx(expected)
     kept = np.arange(24) != 5
@@ -226,6 +226,13 @@ def test_a_column_may_be_a_path_an_alternative_or_a_template():
     assert [option.text for option in item.options] == ["xShe has 3.", "xy"]
     assert [(option.begin, option.end) for option in item.options] == [(1, 11), (1, 2)]
     assert item.paradigm == "3_ops"
+
+
+def test_choices_may_be_templates_or_one_list_of_any_length():
+    row = {"who": "She", "verb": "sleeps", "all": ["a", "b", "c"]}
+    [item] = items(ChoiceColumns(choices=("{who} {verb}", "{verb}?"), label=1), row)
+    assert [option.text for option in item.options] == ["She sleeps", "sleeps?"]
+    assert len(items(ChoiceColumns(choices=("all",), label=1), row)[0].options) == 3
 
 
 @pytest.mark.parametrize("label", [1, "1", "b", "B", "the text"])
@@ -321,8 +328,9 @@ def test_results_of_items_are_printed_reported_and_compared(checkpoint, artifact
     )
     declared = declare(tmp_path, rows, declaration)
     for model, name in ((checkpoint("bert"), "a"), (artifact("bert"), "b")):
-        code, out, _ = run(capsys, "eval", model, "--set", declared, "--output", tmp_path / name)
+        code, out, _ = run(capsys, "eval", model, "--set", declared, "--output", tmp_path / name, "--by-paradigm")
         assert code == 0 and "chance level: 0.5000" in out and "choice_accuracy_macro" in out
+        assert [line.split()[0] for line in out.splitlines() if line.endswith("4 items")] == ["g0", "g1"]
         assert "x_n_spearman" in (tmp_path / name / "report.html").read_text().replace(" ", "_")
     found = run_json(capsys, "compare", tmp_path / "a", tmp_path / "b", "--output", tmp_path / "compare")
     metrics = found["comparisons"][0]["metrics"]

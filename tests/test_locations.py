@@ -71,6 +71,27 @@ def test_every_kind_of_table_gives_the_same_documents(tmp_path):
     assert read(f"hub:{folder}@train", text_field="body") == expected
 
 
+def test_a_field_may_be_in_a_nested_row(tmp_path):
+    rows = [{"meta": {"n": i, "body": {"raw": text}}, "x": 1} for i, text in enumerate(PORTUGUESE)]
+    write(tmp_path / "a.jsonl", "\n".join(map(json.dumps, rows)).encode())
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+    table = pa.Table.from_pylist(rows)
+    with pa.ipc.new_stream(tmp_path / "a.arrow", table.schema) as stream:
+        stream.write_table(table)
+    (tmp_path / "dataset").mkdir()
+    write(tmp_path / "dataset/train.jsonl", (tmp_path / "a.jsonl").read_bytes())
+    tables = [tmp_path / name for name in ("a.jsonl", "a.parquet", "a.arrow")]
+    for location in (*tables, f"hub:{tmp_path}/dataset@train"):
+        assert read(location, text_field="meta.body.raw") == [*PORTUGUESE]
+    for field in ("meta.raw", "x.raw", "meta.body.raw.x", "text.raw"):
+        with pytest.raises(UserError, match=f"has no field '{field}'"):
+            read(tmp_path / "a.parquet", text_field=field)
+    dotted = write(tmp_path / "b.jsonl", b'{"a.b": "one", "a": {"b": "two"}}\n{"a": {"b": "three"}}\n{"a": null}\n')
+    assert read(dotted, text_field="a.b", on_bad_row="skip") == ["one", "three"]
+    pq.write_table(pa.Table.from_pylist([{"a": None}, {"a": {"b": "one"}}]), tmp_path / "c.parquet")
+    assert read(tmp_path / "c.parquet", text_field="a.b", on_bad_row="skip") == ["one"]
+
+
 @pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.csv"])
 def test_a_byte_order_mark_is_no_part_of_the_text(tmp_path, name):
     lines = {"a.txt": "one\n\ufefftwo\n", "a.jsonl": '{"text": "one"}\n', "a.csv": "text\none\n"}[name]
@@ -138,7 +159,7 @@ def test_missing_column_folder_and_file_are_named(tmp_path):
         read(tmp_path / "a.parquet")
     (tmp_path / "empty").mkdir()
     for path, message in (
-        (tmp_path / "empty", "is a folder without a file to read"),
+        (tmp_path / "empty", "has no file to read"),
         (tmp_path / "none.txt", "no such file"),
         (tmp_path / "*.txt", "no file matches"),
         (f"hub:{tmp_path / 'none'}", "cannot be loaded"),

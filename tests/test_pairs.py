@@ -166,10 +166,10 @@ def test_labelled_sentences_as_stereoset_has_them(tmp_path):
 def test_unusable_pairs_are_named(tmp_path):
     path = tmp_path / "a.jsonl"
     for content, message in (
-        ('{"sentence_good": "a"}\n', r"line 1 has no field 'sentence_bad' \(it has sentence_good\)"),
+        ('{"sentence_good": "a"}\n', r"line 1 has no field 'sentence_bad' \(it has sentence_good, file\)"),
         ('{"sentence_good": 1, "sentence_bad": "b"}\n', "holds int, not text"),
         ('{"sentence_good": "a \\ud800", "sentence_bad": "b"}\n', "surrogate"),
-        ('{"a": "b"}\n', "no field 'sentence_good' .it has a.: name the columns in a set"),
+        ('{"a": "b"}\n', "no field 'sentence_good' .it has a, file.: name the columns in a set"),
         ("[1]\n", "not a JSON object"),
         ("{\n", "not JSON"),
         ("", "no items"),
@@ -212,9 +212,10 @@ def test_an_archive_that_cannot_be_read_is_named(tmp_path):
     encrypted, deflate64 = _zipped(path, zipfile.ZIP_DEFLATED), _zipped(path, zipfile.ZIP_DEFLATED)
     _in_both_headers(encrypted, 6, 1)
     _in_both_headers(deflate64, 8, 9)
-    for content in (*damaged.values(), b"no archive", encrypted, deflate64):
+    causes = (*((content, ".") for content in damaged.values()), (b"no archive", "not a zip"))
+    for content, cause in (*causes, (encrypted, "encrypted"), (deflate64, "compression method")):
         path.write_bytes(content)
-        with pytest.raises(UserError, match=r"a\.zip.*(cannot be read: .+: unpack it|is not JSON)"):
+        with pytest.raises(UserError, match=rf"a\.zip: unpack it yourself .* cannot be read here: .*{cause}"):
             read_pairs(str(path), PairColumns())
 
 
@@ -235,7 +236,7 @@ TEXT_SET = 'task = "text"\nlocal = "a"\n'
 def test_every_declared_set_can_be_read_and_says_what_it_is():
     sets = {item.name: item for item in built_in_sets()}
     wanted = {"wikitext-2", "wikitext-103", "penn-treebank", "lambada", "c4", "blimp", "blimp-filtered", "crows-pairs"}
-    wanted |= {"stereoset", "multiblimp-por", "ud-pt-bosque"}
+    wanted |= {"stereoset", "multiblimp", "ud-pt-bosque"}
     assert wanted <= sets.keys()
     assert sum(item.language == "pt" and item.task == "text" for item in sets.values()) >= 3
     for item in sets.values():
@@ -343,7 +344,7 @@ def test_a_file_of_pairs_from_python(checkpoint, tmp_path):
     model, path = load(str(checkpoint("bert"))), tmp_path / "pairs.tsv"
     path.write_text("sentence_good\tsentence_bad\n" + "".join(f"{good}\t{bad}\n" for good, bad, *_ in PAIRS))
     evaluation = evaluate(model, path, metrics=["pairs"])
-    assert evaluation.result["items"]["items"] == len(PAIRS)
+    assert evaluation.result.get("items", {})["items"] == len(PAIRS)
     assert evaluation.metrics == evaluate(model, find_set(str(path), pairs=True)).metrics
     with pytest.raises(UserError, match="these are pairs, which --metric pairs measures"):
         evaluate(model, path)

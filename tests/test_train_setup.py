@@ -71,9 +71,8 @@ def test_added_tokens_match_whole_words_only(tmp_path, words, tokenizers, kind):
     text = "Águia a roupa (roupa) de Roma, COVID-19; Águia"
     ids, words = new.encode([text]).ids, tokenize([text], new).words
     added = ids >= old.vocabulary_size
-    spelled = [
-        text[begin:end].strip() for (begin, end), is_added in zip(new.spans(text), added, strict=True) if is_added
-    ]
+    (spans,) = new.spans([text])
+    spelled = [text[begin:end].strip() for (begin, end), is_added in zip(spans, added, strict=True) if is_added]
     assert spelled == ["Águia", "roupa", "roupa", "Roma", "COVID", "Águia"]
     assert (np.bincount(words)[words[added]] == 1).all(), "each is a word of its own"
     assert set(range(old.vocabulary_size, new.vocabulary_size)) <= set(new.masking.ordinary.tolist()), "drawable"

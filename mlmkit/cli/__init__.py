@@ -26,9 +26,9 @@ MODULES = {  # of each command, in the order in which they are used
     "export": "export",
     "inspect": "inspect",
     "eval": "evaluate",
-    "compare": "evaluate",
-    "report": "evaluate",
-    "score": "evaluate",
+    "compare": "results",
+    "report": "results",
+    "score": "score",
     "fill": "inference",
     "serve": "inference",
 }

@@ -1,9 +1,8 @@
-"""The commands that measure: eval, compare, report, score."""
+"""The command eval."""
 
-import math
-import os
 from contextlib import ExitStack
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,16 +20,18 @@ from mlmkit.cli.options import (
     option_class,
     switch,
 )
-from mlmkit.console import print_json, print_table, say
+from mlmkit.console import number, print_json, print_table, say
 from mlmkit.errors import UserError, require
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from mlmkit.distributed import Ranks
-    from mlmkit.eval.result import Metric, Result
+    from mlmkit.eval.data import EvalData
+    from mlmkit.eval.result import Result
     from mlmkit.eval.rows import Settings
-    from mlmkit.eval.score_texts import TextScore
     from mlmkit.eval.sets import Request
-    from mlmkit.tokenizer import Tokenizer
+    from mlmkit.eval.suites import Suite
 
 PAIRS = "pairs"
 
@@ -39,6 +40,17 @@ PAIRS = "pairs"
 class EvalOptions(VerifyOption, JsonOption, ModelOptions, TextOptions):
     model: str = argument(default="")
     sets: tuple[str, ...] = option("--set", "What to measure on. Repeatable.", multiple=True, metavar="NAME|FILE")
+    suite: str | None = option(
+        "--suite", "Several sets and one table.", metavar="babylm-strict|multilingual-pairs|FILE"
+    )
+    babylm: Path | None = option(
+        "--babylm-predictions",
+        "Folder to write the suite's predictions to, as BabyLM's leaderboard takes them.",
+        type=PATH,
+    )
+    check_set: str | None = option(
+        "--check-set", "Show how a set of items will be scored, and all that is wrong with it.", metavar="NAME|FILE"
+    )
     list_sets: bool = switch("--list-sets", "List the built-in sets and exit.")
     every: bool = switch("--every", "MODEL is the folder of a training run: measure each checkpoint that it has kept.")
     data_dir: str | None = option("--data-dir", "Folder with local copies of the sets. Default: $MLMKIT_DATA.")
@@ -63,6 +75,7 @@ class EvalOptions(VerifyOption, JsonOption, ModelOptions, TextOptions):
     allow_batch_coupling: bool = switch("--allow-batch-coupling", "Measure a dynamically quantized model anyway.")
     output: Path | None = option("--output", "Folder for result.json, the tables and report.html.", type=PATH)
     overwrite: bool = switch("--overwrite", "Replace an existing result.")
+    by_paradigm: bool = switch("--by-paradigm", "Print the metrics of each paradigm of a set too.")
 
 
 @command(EvalOptions, "eval")
@@ -70,7 +83,8 @@ def evaluate(options: EvalOptions) -> None:
     """Measure MODEL on text, minimal pairs, choices or cloze items, with masks that anyone can reproduce.
 
     A set is a name from --list-sets, a .toml file that declares one, a text file (one document per line), .jsonl,
-    .csv, .tsv, .parquet, or hub:NAME[:CONFIG][@SPLIT]. With several sets, OUTPUT holds a folder for each.
+    .csv, .tsv, .parquet, or hub:NAME[:CONFIG][@SPLIT]. With several sets, OUTPUT holds a folder for each. A suite is
+    several sets whose main metrics end in one table, OUTPUT/suite.json.
 
     Run the same command again to resume after an interruption. torchrun -m mlmkit eval shares the work. With --every,
     the default OUTPUT is MODEL/evaluations, and later calls measure only new checkpoints.
@@ -83,13 +97,20 @@ def evaluate(options: EvalOptions) -> None:
         return
     if not options.model:
         raise click.UsageError("Missing argument 'MODEL'.")
-    if not options.sets:
-        raise click.UsageError("Missing option '--set'.")
+    if options.check_set:
+        _check_set(options, data)
+        return
+    if bool(options.sets) == bool(options.suite):
+        raise click.UsageError("Give either --set or --suite.")
+    if options.babylm and (options.every or not options.suite):
+        raise click.UsageError("--babylm-predictions needs --suite babylm-strict, or another with a table [babylm].")
     import tempfile
 
     from mlmkit.distributed import claim_gpu, said_once
     from mlmkit.distributed import ranks as find_ranks
+    from mlmkit.eval.babylm import check_places
     from mlmkit.eval.evaluate import run_evaluation
+    from mlmkit.eval.suites import each_or_none, find_suite
 
     ranks = find_ranks()
     output = options.output
@@ -97,8 +118,12 @@ def evaluate(options: EvalOptions) -> None:
         if ranks.world > 1 and output is None and not options.every:
             raise UserError("under torchrun the ranks share a folder: name one with --output")
         reading = {"text_field": options.text_field, "blank_line": options.blank_line}
-        requests = [find_set(name, data, pairs=PAIRS in options.metrics, **reading) for name in options.sets]
+        suite = find_suite(options.suite) if options.suite else None
+        find = partial(find_set, data=data, pairs=PAIRS in options.metrics, **reading)
+        requests = each_or_none(find, suite.sets if suite else options.sets)
         settings = [_settings(options, request) for request in requests]
+        if suite and options.babylm:
+            check_places(suite, requests)
     claim_gpu(ranks)
     if options.every:
         _evaluate_every(options, requests, settings, ranks)
@@ -107,10 +132,12 @@ def evaluate(options: EvalOptions) -> None:
     results = []
     with ExitStack() as stack:
         base = output or Path(stack.enter_context(tempfile.TemporaryDirectory())) / "result"
-        for request, chosen, folder in zip(requests, settings, _folders(base, requests), strict=True):
+        folders = _folders(base, requests, always=bool(suite))
+        contents = each_or_none(lambda request: request.read(backend.tokenizer), requests)
+        for request, chosen, content, folder in zip(requests, settings, contents, folders, strict=True):
             result = run_evaluation(
                 backend,
-                request.read(backend.tokenizer),
+                content,
                 chosen,
                 folder,
                 declared=request.declared,
@@ -122,12 +149,32 @@ def evaluate(options: EvalOptions) -> None:
             )
             results.append(result)
             if ranks.is_first and not options.as_json:
-                _print_result(result)
+                if not suite:
+                    _print_result(result, by_paradigm=options.by_paradigm)
                 if output:
                     say(f"result: {folder}")
-    if options.as_json and ranks.is_first:
+        if suite and ranks.is_first:
+            _finish_suite(options, suite, contents, folders, results)
+    if options.as_json and not suite and ranks.is_first:
         print_json(results[0] if len(results) == 1 else {"results": results})
     ranks.close()
+
+
+def _check_set(options: EvalOptions, data: Path | None) -> None:
+    from mlmkit.eval.check_set import check_set
+    from mlmkit.eval.sets import find_set
+
+    if options.sets or options.suite or options.every or options.output:
+        raise click.UsageError("--check-set measures nothing: leave out --set, --suite, --every and --output.")
+    request = find_set(options.check_set or "", data, pairs=PAIRS in options.metrics)
+    report, problems = check_set(request, options.load(), _settings(options, request))
+    if options.as_json:
+        print_json({"report": report, "problems": problems})
+    else:
+        for line in (*report, *(f"problem: {problem}" for problem in problems)):
+            say(line)
+    if problems:
+        raise UserError(f"{options.check_set} cannot be evaluated: {len(problems)} problems, see above")
 
 
 def _evaluate_every(
@@ -137,7 +184,7 @@ def _evaluate_every(
     from mlmkit.train.evaluations import evaluate_run
 
     output = options.output or Path(options.model) / "evaluations"
-    _folders(output, requests)  # refuses two sets of the same name
+    _folders(output, requests, always=True)  # refuses two sets of the same name
     rows = evaluate_run(
         Path(options.model),
         list(zip(requests, settings, strict=True)),
@@ -162,6 +209,37 @@ def _evaluate_every(
         )
         say(f"results: {output}")
     ranks.close()
+
+
+def _finish_suite(
+    options: EvalOptions, suite: "Suite", contents: list["EvalData"], folders: list[Path], results: list["Result"]
+) -> None:
+    """Write and show the table of a suite, and write its predictions."""
+    from mlmkit.eval.babylm import write_predictions
+    from mlmkit.eval.item_data import ItemData
+    from mlmkit.eval.suites import SUITE, suite_record
+    from mlmkit.files import write_record
+
+    record = suite_record(suite, folders, results)
+    if options.output:
+        write_record(options.output / SUITE, record)
+    if options.as_json:
+        print_json(record)
+    else:
+        rows = []
+        for row in record["sets"]:
+            published = next((f"{number(each['value'])} {each['model']}" for each in row["published"]), "")
+            rows.append([row["set"], row["metric"], *_value(row), row["n"], published])
+        print_table(rows, ["set", "metric", "value", "95 % interval", "n", "published"], align="llrlrl")
+    for folder, content in zip(folders, contents, strict=True):
+        place = suite.babylm.get(folder.name)
+        if options.babylm and place and isinstance(content, ItemData):  # text was refused (`check_places`)
+            own = options.babylm / Path(options.model).stem / "main" / "zero_shot" / "mlm"
+            written = write_predictions(own, place, content, folder)
+            if not options.as_json:
+                say(
+                    f"predictions: {written}" if written else f"{folder.name}: BabyLM takes none of a single checkpoint"
+                )
 
 
 def _settings(options: EvalOptions, request: "Request") -> "Settings":
@@ -196,11 +274,13 @@ def _seeds(seed: int | None, seeds: str | None) -> tuple[int, ...]:
         raise UserError(f"--mask-seeds takes numbers separated by commas, not {seeds!r}") from None
 
 
-def _folders(output: Path, requests: list["Request"]) -> list[Path]:
+def _folders(output: Path, requests: list["Request"], *, always: bool) -> list[Path]:
+    if len(requests) == 1 and not always:
+        return [output]
     names = [request.name for request in requests]
     if len(set(names)) < len(names):
         raise UserError("two sets have the same name: evaluate them into different --output folders")
-    return [output / name for name in names] if len(names) > 1 else [output]
+    return [output / name for name in names]
 
 
 def _list_sets(data: Path | None, as_json: bool) -> None:
@@ -208,8 +288,10 @@ def _list_sets(data: Path | None, as_json: bool) -> None:
 
     rows = []
     for item in built_in_sets():
-        is_local = bool(data and item.local and (data / item.local).exists())
-        rows.append({**asdict(item), "available": "local" if is_local else "hub" if item.hub else "missing"})
+        paths = [item.local.replace("{language}", language) for language in item.languages or [""]]
+        is_local = bool(data and item.local and any((data / path).exists() for path in paths))
+        available = "local" if is_local else "hub" if item.hub else "missing"
+        rows.append({**asdict(item), "name": item.usage, "available": available})
     if as_json:
         print_json({"sets": rows})
         return
@@ -217,7 +299,7 @@ def _list_sets(data: Path | None, as_json: bool) -> None:
     print_table([[row[name] for name in columns] for row in rows], columns)
 
 
-def _print_result(result: "Result") -> None:
+def _print_result(result: "Result", *, by_paradigm: bool = False) -> None:
     from mlmkit.eval.metrics import describe_unknown
     from mlmkit.overlap import describe_overlap
 
@@ -227,21 +309,24 @@ def _print_result(result: "Result") -> None:
     rows = []
     for name, metric in result["metrics"].items():
         error = metric.get("standard_error")
-        rows.append([name, *_value(metric), f"standard error {_number(error)}" if error else ""])
+        rows.append([name, *_value(metric), f"standard error {number(error)}" if error else ""])
     if "unigram_entropy" in result and "items" not in result:  # older results lack it
-        rows.insert(1, ["unigram_entropy", _number(result["unigram_entropy"]), "-", "to beat"])
+        rows.insert(1, ["unigram_entropy", number(result["unigram_entropy"]), "-", "to beat"])
     if "mask_seeds" in result:
         seeds = result["mask_seeds"]
         for name, spread in seeds["spread"].items():
-            deviation = f"sd {_number(spread['standard_deviation'])} over {len(seeds['by_seed'])} mask seeds"
-            rows.append([name, _number(spread["mean"]), "", deviation])
+            deviation = f"sd {number(spread['standard_deviation'])} over {len(seeds['by_seed'])} mask seeds"
+            rows.append([name, number(spread["mean"]), "", deviation])
     items = result.get("items", {})
-    for name, phenomenon in items.get("phenomena", {}).items():
-        ties = f", {phenomenon['ties']} ties" if phenomenon.get("ties") else ""
-        rows.append([name, *_value(phenomenon[items["metrics"][0]]), f"{phenomenon['items']} items{ties}"])
+    paradigms = items.get("paradigms", {}) if by_paradigm else {}
+    for name, group in [*items.get("phenomena", {}).items(), *paradigms.items()]:
+        ties = f", {group['ties']} ties" if group.get("ties") else ""
+        rows.append([name, *_value(group[items["metrics"][0]]), f"{group['items']} items{ties}"])
     print_table(rows, ["metric", "value", "95 % interval", ""], align="lr")
     if items:
         _print_items(items)
+    if by_paradigm and not paradigms:
+        say("--by-paradigm: the set declares no paradigms")
     if unknown := describe_unknown(result["unknown"]):
         say(unknown)
     if corpus["windowed_documents"]:
@@ -256,7 +341,7 @@ def _print_result(result: "Result") -> None:
 
 def _print_items(items: dict[str, Any]) -> None:
     if "chance" in items:
-        say(f"chance level: {_number(items['chance'])}")
+        say(f"chance level: {number(items['chance'])}")
     problems = {"ties": "are ties, which count as wrong", "unscored": "have an option without a scored token, and "}
     problems["unscored"] += "count as wrong" if "chance" in items else "are left out"
     for name, problem in problems.items():
@@ -264,168 +349,7 @@ def _print_items(items: dict[str, Any]) -> None:
             say(f"{items[name]} of {items['items']} items {problem}")
 
 
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4f}"
-
-
-def _value(metric: "Metric") -> tuple[str, str]:
+def _value(metric: "Mapping[str, Any]") -> tuple[str, str]:
     """A metric's value and interval."""
     low, high = metric["low"], metric["high"]
-    return _number(metric["value"]), "-" if low is high is None else f"[{_number(low)}, {_number(high)}]"
-
-
-@option_class
-class CompareOptions(JsonOption):
-    results: tuple[str, ...] = argument(nargs=-1, required=True, metavar="RESULT_A RESULT_B [RESULT ...]")
-    output: Path | None = option("--output", "Folder to write compare.html to.", type=PATH)
-    top: int = option("--top", "How many tokens to show.", default=20, type=click.IntRange(min=0))
-
-
-@command(CompareOptions)
-def compare(options: CompareOptions) -> None:
-    """Compare evaluations of the same text and masks, each with RESULT_A.
-
-    Shows each metric's difference with its paired interval and p-value, overall and by slice, and the tokens where the
-    two differ most. Refuses results on different text or with different masks.
-    """
-    from mlmkit.eval.compare import compare as run_comparison
-    from mlmkit.eval.report import write_comparison
-
-    if len(options.results) < 2:
-        raise UserError("name at least two results to compare")
-    comparison = run_comparison([Path(item) for item in options.results], options.top)
-    if options.output:
-        write_comparison(comparison, options.output)
-    if options.as_json:
-        print_json(comparison)
-        return
-    _print_comparison(comparison)
-    if options.output:
-        say(f"page: {options.output / 'compare.html'}")
-
-
-def _print_comparison(comparison: dict[str, Any]) -> None:
-    from mlmkit.eval.report import describe_side, differing_rows, measured_on, number, p_value, signed, span
-
-    first = comparison["first"]
-    for line in describe_side("A", first):
-        say(line)
-    for other in comparison["comparisons"]:
-        for line in describe_side("B", other):
-            say(line)
-        if other["variant"] != first["variant"]:
-            say(f"note: A is scored as {first['variant']}, B as {other['variant']}")
-        different, agreement = differing_rows(other)
-        if agreement:
-            say(agreement)
-        if not different:
-            continue
-        rows = []
-        for name, row in different:
-            sides = number(row["a"]), number(row["b"]), signed(row["difference"])
-            rows.append([name, row["better"], *sides, span(row), p_value(row["p_value"]), measured_on(row)])
-        n = "items" if "items" in other else "tokens / documents"
-        print_table(rows, ["metric", "better", "A", "B", "B - A", "95 %", "p", f"n: {n}"], align="llrrrlrl")
-        if other["tokens"]:
-            say("tokens that differ most (log P):")
-            tokens = []
-            for token in other["tokens"]:
-                where = f"document {token['document']}, token {token['offset']}"
-                sides = (f"{token[name]:.3f}" for name in ("log_prob_a", "log_prob_b"))
-                tokens.append([repr(token["token"]), where, *sides, f"{token['difference']:+.3f}"])
-            print_table(tokens, ["token", "where", "A", "B", "B - A"], align="llrrr")
-
-
-@click.command()
-@click.argument("result", type=PATH)
-def report(result: Path) -> None:
-    """Write RESULT/report.html again, from the stored result."""
-    from mlmkit.eval.report import write_report
-    from mlmkit.eval.results_store import load_result
-
-    require("report", "jinja2", "matplotlib")
-    stored = load_result(result)
-    if not os.access(result, os.W_OK):
-        raise UserError(f"{result} is read-only: copy it to a writable folder")
-    write_report(stored)
-    say(result / "report.html")
-
-
-@option_class
-class ScoreOptions(JsonOption, ModelOptions, TextOptions):
-    file: str = argument(default="-")
-    pll: str = option("--pll", "Pseudo-likelihood.", default="original", metavar="original|within-word")
-    per_token: bool = switch("--per-token", "Show each token's log-probability.")
-    per_word: bool = switch("--per-word", "Show the surprisal, -log P, of each word between white space.")
-    bits: bool = switch("--bits", "With --per-word: surprisal in bits, -log2 P.")
-    allow_batch_coupling: bool = switch("--allow-batch-coupling", "Score with a dynamically quantized model anyway.")
-
-
-@command(ScoreOptions)
-def score(options: ScoreOptions) -> None:
-    """Pseudo-log-likelihood of each text in FILE.
-
-    FILE is standard input by default. Logarithms are natural.
-
-    Prints one line per text: the sum ("-" without a scored token), the number of tokens, the text. Skips blank lines.
-    """
-    from mlmkit.documents import read_documents
-    from mlmkit.eval.rows import pll_variant
-    from mlmkit.eval.score_texts import pseudo_log_likelihood
-    from mlmkit.locations import Source
-
-    pll = pll_variant(options.pll)
-    if options.bits and not options.per_word:
-        raise UserError("--bits is the unit of the words' surprisal: add --per-word")
-    location = "/dev/stdin" if options.file == "-" else options.file
-    texts = list(read_documents(Source(location, options.text_field, options.blank_line)))
-    if not texts:
-        raise UserError(f"{'standard input' if options.file == '-' else options.file}: there is no text to score")
-    backend = options.load()
-    entries = []
-    coupling = options.allow_batch_coupling
-    for item in pseudo_log_likelihood(backend, texts, variant=pll, allow_batch_coupling=coupling):
-        entry = {"text": item.text, "pseudo_log_likelihood": item.pseudo_log_likelihood, "tokens": len(item.log_prob)}
-        entry |= {"per_word": _word_entries(item, math.log(2) if options.bits else 1.0)} if options.per_word else {}
-        entry |= {"per_token": _token_entries(item, backend.tokenizer)} if options.per_token else {}
-        entries.append(entry)
-    if options.as_json:
-        unit = {"surprisal_unit": "bits" if options.bits else "nats"} if options.per_word else {}
-        print_json({"pll": pll, **unit, "texts": entries})
-        return
-    for entry in entries:
-        text = " ".join(entry["text"].splitlines())
-        say(f"{_number(entry['pseudo_log_likelihood'])}\t{entry['tokens']}\t{text}")
-        for word in entry.get("per_word", ()):
-            say(f"    {_number(word['surprisal']):>9}  {word['begin']}-{word['end']}  {word['word']}")
-        for token in entry.get("per_token", ()):
-            say(f"    {token['log_prob']:9.4f}  {token['token_str']}")
-
-
-def _word_entries(item: "TextScore", nats_per_unit: float) -> list[dict[str, Any]]:
-    return [
-        {
-            "word": word.text,
-            "begin": word.begin,
-            "end": word.end,
-            "tokens": len(word.tokens),
-            "surprisal": None if word.log_prob is None else -word.log_prob / nats_per_unit,
-        }
-        for word in item.words
-    ]
-
-
-def _token_entries(item: "TextScore", tokenizer: "Tokenizer") -> list[dict[str, Any]]:
-    word_of = {token: word.text for word in item.words for token in word.tokens}
-    rows = zip(item.token_ids.tolist(), item.log_prob.tolist(), item.spans.tolist(), strict=True)
-    return [
-        {
-            "token": id,
-            "token_str": tokenizer.token(id),
-            "word": word_of[index],
-            "begin": begin,
-            "end": end,
-            "log_prob": log_prob,
-        }
-        for index, (id, log_prob, (begin, end)) in enumerate(rows)
-    ]
+    return number(metric["value"]), "-" if low is high is None else f"[{number(low)}, {number(high)}]"

@@ -11,13 +11,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
+from pyarrow.csv import write_csv
+
 from mlmkit.backends import load
 from mlmkit.distributed import Ranks
 from mlmkit.errors import UserError
+from mlmkit.eval.acquisition import PARAMETERS, age_of_acquisition
 from mlmkit.eval.evaluate import run_evaluation
+from mlmkit.eval.result import main_metric
+from mlmkit.eval.results_store import REMEASURE_HINT, RESULT
 from mlmkit.eval.rows import Settings
 from mlmkit.eval.sets import Request
-from mlmkit.files import RUN, read_record, write_record
+from mlmkit.eval.suites import each_or_none
+from mlmkit.files import RUN, atomic, read_record, write_record
 from mlmkit.pretrained import load_tokenizer
 from mlmkit.train.checkpoints import CURSOR, INITIAL, read_state, saved_checkpoints
 from mlmkit.train.log import can_draw, read_log
@@ -78,15 +86,15 @@ def evaluate_run(
 
     A call with the same arguments resumes, and measures only checkpoints that are new. Returns the rows of
     `evaluations.json`, also those of earlier calls: `set`, `checkpoint` (relative to the run), `step`, `tokens`,
-    `words`, and of the main metric its name `metric`, `value`, `low` and `high`. All `ranks` share the work, and only
-    the first returns rows.
+    `words`, and of the main metric its name `metric`, `value`, `low` and `high`. For a cloze set with paradigms,
+    `acquisition.csv` has the age of acquisition of each. All `ranks` share the work; only the first returns rows.
 
     Raises `UserError` as `kept_checkpoints` and `run_evaluation` do.
     """
     ranks = ranks or Ranks()
     checkpoints = ranks.from_first(lambda: kept_checkpoints(run))
     tokenizer = load_tokenizer(str(run / "tokenizer"))
-    texts = [request.read(tokenizer) for request, _ in sets]
+    texts = each_or_none(lambda each: each[0].read(tokenizer), sets)
     rows = _read(output) if ranks.is_first else {}
     for number, checkpoint in enumerate(checkpoints, 1):
         log.info("checkpoint %d of %d: %s", number, len(checkpoints), checkpoint.folder)
@@ -98,17 +106,38 @@ def evaluate_run(
             folder = output / request.name / f"step-{checkpoint.step:08d}"
             result = run_evaluation(model, text, settings, folder, declared=request.declared, ranks=ranks, **options)
             if ranks.is_first:
-                metric, value = next(iter(result["metrics"].items()))  # the main one comes first
+                metric = main_metric(result)
                 place = {"step": checkpoint.step, "tokens": checkpoint.tokens, "words": checkpoint.words}
                 name = checkpoint.folder.relative_to(run).as_posix()
-                row = {"set": request.name, "checkpoint": name, **place, "metric": metric, **value}
+                row = {"set": request.name, "checkpoint": name, **place, "metric": metric, **result["metrics"][metric]}
                 rows[request.name, checkpoint.step] = row
                 write_record(output / EVALUATIONS, {"evaluations": _sorted(rows)})
-    if ranks.is_first and can_draw(output / FIGURE):
+    for request, _ in sets if ranks.is_first else ():
+        if request.task == "cloze":
+            _write_ages(output / request.name, [row for row in _sorted(rows) if row["set"] == request.name])
+    if rows and can_draw(output / FIGURE):
         from mlmkit.eval.plots import evaluation_curves
 
         evaluation_curves(_sorted(rows), run.resolve().name, output / FIGURE)
     return _sorted(rows)
+
+
+def _write_ages(folder: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Write the age of acquisition of each paradigm, which should be a word, to `acquisition.csv`."""
+    paths = {row["words"]: folder / f"step-{row['step']:08d}" / RESULT for row in rows if row["words"]}
+    results = {words: read_record(path, REMEASURE_HINT) for words, path in paths.items() if path.exists()}
+    paradigms = [result["items"].get("paradigms", {}) for result in results.values()]
+    if len(results) < PARAMETERS or not paradigms[0]:
+        log.info("%s has no ages of acquisition: they need a paradigm and %d checkpoints", folder.name, PARAMETERS)
+        return
+    x, chance = np.log10([*results]), np.log(next(iter(results.values()))["model"]["vocabulary_size"])
+    surprisals = {
+        name: -np.array([groups[name]["cloze_log_probability"]["value"] for groups in paradigms], float)
+        for name in paradigms[0]
+    }
+    ages = pa.array([age_of_acquisition(x, each, chance) for each in surprisals.values()], from_pandas=True)
+    with atomic(folder / "acquisition.csv") as path:
+        write_csv(pa.table({"paradigm": [*surprisals], "log10_words": ages}), path)
 
 
 def _sorted(rows: dict[tuple[str, int], dict[str, Any]]) -> list[dict[str, Any]]:

@@ -1,0 +1,88 @@
+"""The commands for finished evaluations: compare, report."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import click
+
+from mlmkit.cli.options import PATH, JsonOption, argument, command, option, option_class
+from mlmkit.console import print_json, print_table, say
+from mlmkit.errors import UserError, require
+
+
+@option_class
+class CompareOptions(JsonOption):
+    results: tuple[str, ...] = argument(nargs=-1, required=True, metavar="RESULT_A RESULT_B [RESULT ...]")
+    output: Path | None = option("--output", "Folder to write compare.html to.", type=PATH)
+    top: int = option("--top", "How many tokens to show.", default=20, type=click.IntRange(min=0))
+
+
+@command(CompareOptions)
+def compare(options: CompareOptions) -> None:
+    """Compare evaluations of the same text and masks, each with RESULT_A.
+
+    Shows each metric's difference with its paired interval and p-value, overall and by slice, and the tokens where the
+    two differ most. Refuses results on different text or with different masks.
+    """
+    from mlmkit.eval.compare import compare as run_comparison
+    from mlmkit.eval.report import write_comparison
+
+    if len(options.results) < 2:
+        raise UserError("name at least two results to compare")
+    comparison = run_comparison([Path(item) for item in options.results], options.top)
+    if options.output:
+        write_comparison(comparison, options.output)
+    if options.as_json:
+        print_json(comparison)
+        return
+    _print_comparison(comparison)
+    if options.output:
+        say(f"page: {options.output / 'compare.html'}")
+
+
+def _print_comparison(comparison: dict[str, Any]) -> None:
+    from mlmkit.eval.report import describe_side, differing_rows, measured_on, number, p_value, signed, span
+
+    first = comparison["first"]
+    for line in describe_side("A", first):
+        say(line)
+    for other in comparison["comparisons"]:
+        for line in describe_side("B", other):
+            say(line)
+        if other["variant"] != first["variant"]:
+            say(f"note: A is scored as {first['variant']}, B as {other['variant']}")
+        different, agreement = differing_rows(other)
+        if agreement:
+            say(agreement)
+        if not different:
+            continue
+        rows = []
+        for name, row in different:
+            sides = number(row["a"]), number(row["b"]), signed(row["difference"])
+            rows.append([name, row["better"], *sides, span(row), p_value(row["p_value"]), measured_on(row)])
+        n = "items" if "items" in other else "tokens / documents"
+        print_table(rows, ["metric", "better", "A", "B", "B - A", "95 %", "p", f"n: {n}"], align="llrrrlrl")
+        if other["tokens"]:
+            say("tokens that differ most (log P):")
+            tokens = []
+            for token in other["tokens"]:
+                where = f"document {token['document']}, token {token['offset']}"
+                sides = (f"{token[name]:.3f}" for name in ("log_prob_a", "log_prob_b"))
+                tokens.append([repr(token["token"]), where, *sides, f"{token['difference']:+.3f}"])
+            print_table(tokens, ["token", "where", "A", "B", "B - A"], align="llrrr")
+
+
+@click.command()
+@click.argument("result", type=PATH)
+def report(result: Path) -> None:
+    """Write RESULT/report.html again, from the stored result."""
+    from mlmkit.eval.report import write_report
+    from mlmkit.eval.results_store import load_result
+
+    require("report", "jinja2", "matplotlib")
+    stored = load_result(result)
+    if not os.access(result, os.W_OK):
+        raise UserError(f"{result} is read-only: copy it to a writable folder")
+    write_report(stored)
+    say(result / "report.html")
