@@ -1,15 +1,17 @@
 """Predictions in the files that BabyLM's `collate_preds.py` takes, as its `run.py` of each task writes them.
 
-https://github.com/babylm-org/babylm-eval, strict/evaluation_pipeline/{sentence_zero_shot,reading}/run.py
+https://github.com/babylm-org/babylm-eval, strict/evaluation_pipeline/{sentence_zero_shot,reading,AoA_word}/run.py
 """
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from mlmkit.errors import UserError
+from mlmkit.eval.data import EvalData
 from mlmkit.eval.item_data import ItemData
 from mlmkit.eval.item_metrics import item_scores
 from mlmkit.eval.sets import Request
@@ -17,6 +19,8 @@ from mlmkit.eval.suites import Suite
 from mlmkit.files import write_json
 
 AGE_OF_ACQUISITION = "AoA_word"
+MAIN = "main"  # BabyLM's name for the finished model
+MILLION = 10**6
 
 
 def check_places(suite: Suite, requests: Sequence[Request]) -> None:
@@ -28,20 +32,52 @@ def check_places(suite: Suite, requests: Sequence[Request]) -> None:
         raise UserError(f"the suite {suite.name}: [babylm] names {unknown[0]}, which is none of its sets of items")
 
 
-def write_predictions(folder: Path, place: str, data: ItemData, result: Path) -> Path | None:
-    """Write those of a result to `folder/place`, such as `blimp/blimp_filtered`, and return the file.
+def revision(words: int) -> str:
+    """BabyLM's name for the checkpoint after so many words, such as chck_10M; "" before the first million."""
+    return f"chck_{words // MILLION}M" if words >= MILLION else ""
 
-    None for the age of acquisition, for which BabyLM takes no predictions of one model, but those of 19 or 28
-    checkpoints.
+
+class Predictions:
+    """Writes the predictions of a model, and of its checkpoints, to `folder/REVISION/zero_shot/mlm/PLACE`.
+
+    `places` are those of a suite: for a set its task and dataset, such as `blimp/blimp_filtered`. The surprisals for
+    the age of acquisition are in one file, under `main`, for all revisions.
     """
-    task = place.partition("/")[0]
-    if task == AGE_OF_ACQUISITION:
-        return None
-    predicted = _reading(data, result) if task == "reading" else _sentences(task, data, result)
-    path = folder / place / "predictions.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, {name: {"predictions": rows} for name, rows in predicted.items()})
-    return path
+
+    def __init__(self, folder: Path, places: Mapping[str, str]) -> None:
+        self.folder, self.places = folder, places
+        self._surprisals: list[dict[str, Any]] = []
+
+    def write(self, name: str, data: EvalData, result: Path, revision: str = MAIN, words: int | None = None) -> str:
+        """Write those of a set's result and return where; "" if the suite has no place for the set."""
+        place = self.places.get(name)
+        if not place or not isinstance(data, ItemData):  # text was refused (`check_places`)
+            return ""
+        task = place.partition("/")[0]
+        if task == AGE_OF_ACQUISITION:
+            self._surprisals += _surprisals(data, result, revision, words)
+            written: dict[str, Any] = {"results": self._surprisals}
+            path = self.folder / MAIN / "zero_shot" / "mlm" / place / "surprisal.json"
+        else:
+            predicted = _reading(data, result) if task == "reading" else _sentences(task, data, result)
+            written = {subtask: {"predictions": rows} for subtask, rows in predicted.items()}
+            path = self.folder / revision / "zero_shot" / "mlm" / place / "predictions.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, written)
+        return str(path)
+
+
+def _surprisals(data: ItemData, result: Path, step: str, words: int | None) -> list[dict[str, Any]]:
+    """The surprisal of each word in each of its contexts, in nats."""
+    surprisal = -np.nan_to_num(item_scores(result, "none").score[:, 0])
+    number: Counter[str] = Counter()
+    rows = []
+    for item, value in zip(data.items, surprisal.tolist(), strict=True):
+        (option,) = item.options
+        row = {"step": step, "word_count": words, "target_word": item.paradigm, "context_id": number[item.paradigm]}
+        rows.append(row | {"context": option.text[: option.begin], "surprisal": value})
+        number[item.paradigm] += 1
+    return rows
 
 
 def _sentences(task: str, data: ItemData, result: Path) -> dict[str, list[dict[str, Any]]]:
@@ -56,7 +92,7 @@ def _sentences(task: str, data: ItemData, result: Path) -> dict[str, list[dict[s
         option = item.options[index]
         subtask = _subtask(task, item.paradigm)
         rows = predicted.setdefault(subtask, [])
-        shown = option.text if task == "comps" else option.text[option.begin : option.end]
+        shown = option.text if task == "comps" else option.scored
         row = {"id": f"{subtask}_{len(rows)}", "pred": shown}
         rows.append(row | ({"prob": share} if task.startswith("wug") else {}))
     return predicted

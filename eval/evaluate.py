@@ -75,7 +75,7 @@ def run_evaluation(
     began = time.perf_counter()
     refuse_batch_coupling(backend, allow_batch_coupling)
     passes = settings.passes(data.pseudo_targets())
-    store = ResultsStore(folder, _identity(backend, data, settings))
+    store = ResultsStore(folder, _identity(backend, data, settings, declared))
     with ExitStack() as stack:
         ranks.from_first(lambda: stack.enter_context(locked(folder)))
         finished, store.folder = ranks.from_first(lambda: (store.finished(overwrite=overwrite), store.folder))
@@ -129,7 +129,7 @@ def _score_pass(
             began = time.perf_counter()
 
 
-def _identity(backend: Backend, data: EvalData, settings: Settings) -> dict[str, Any]:
+def _identity(backend: Backend, data: EvalData, settings: Settings, declared: EvalSet | None) -> dict[str, Any]:
     """What a call must share with an unfinished evaluation to resume it. A different batch size is fine."""
     return {
         "format": RESULT_FORMAT,
@@ -138,6 +138,7 @@ def _identity(backend: Backend, data: EvalData, settings: Settings) -> dict[str,
         "tokenizer": backend.tokenizer.fingerprint,
         "backend": [backend.name, backend.device, backend.info.precision],
         **settings.describe(),
+        "correlation": repr(declared.correlation if declared else ()),
     }
 
 

@@ -33,8 +33,8 @@ class ItemScores:
     """The scores of items, NaN where an option does not exist or has no scored token; `[items, options]` each.
 
     `tokens` counts the scored ones, `log_probability` is their sum, `score` the same after normalisation, `per_token`
-    its mean, and `is_exact` says whether each is the most probable token. By item, `[items]`: `is_same` says whether
-    another option has the token ids of the right one, `right` is the index of the right option, `sizes` counts them.
+    its mean, `is_exact` says whether each is the most probable token, and `is_same` whether the option, not itself the
+    right one, has its token ids. By item, `[items]`: `right` is the index of the right option, `sizes` counts them.
     """
 
     tokens: NDArray[np.float64]
@@ -78,7 +78,7 @@ def item_scores(folder: Path, normalisation: str) -> ItemScores:
         score=matrix(normalised[normalisation]),
         per_token=matrix(per_token),
         is_exact=matrix((exact == count) & (count > 0), False),
-        is_same=np.bincount(item, weights=same_ids) > 0,
+        is_same=matrix(same_ids, False),
         right=option[is_right],
         sizes=np.bincount(item),
     )
@@ -106,9 +106,9 @@ def accuracy_columns(scores: ItemScores) -> NDArray[np.float64]:
     columns = [np.ones(len(scores)), ~is_scored]
     for values in (scores.score, scores.per_token):
         best = values[rows, scores.right]
+        values = np.where(scores.is_same, best[:, None], values)
         others = np.where(exists & (options != scores.right[:, None]), values, -np.inf).max(axis=1)
-        is_tie = (best == others) | (scores.is_same & (best >= others))
-        columns += [is_scored & (best > others) & ~is_tie, is_scored & is_tie]
+        columns += [is_scored & (best > others), is_scored & (best == others)]
     return np.stack(columns, axis=1).astype(np.float64)
 
 

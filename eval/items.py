@@ -248,9 +248,9 @@ class ChoiceColumns(ItemColumns):
             texts = [_text(row, column, where, is_strict=True) for column in self.choices]
         if len(texts) < 2:
             raise UserError(f"{where} has {len(texts)} choices, and an item needs two")
-        label = _index(self.label if isinstance(self.label, int) else _value(row, self.label, where), texts)
-        if label is None:
-            raise UserError(f"{where}: its label is none of its {len(texts)} choices")
+        value = self.label if isinstance(self.label, int) else _value(row, self.label, where)
+        if (label := _index(value, texts)) is None:
+            raise UserError(f"{where}: its label {value!r} is none of its {len(texts)} choices")
         return tuple(self._option(row, where, self.context, text) for text in texts), label
 
 
@@ -285,6 +285,8 @@ class ClozeColumns(ItemColumns):
         if self.previous_target:
             values = [_value(row, column, where, "") for column in (self.previous_prefix, self.previous_target)]
             prefix, target = (str(value or "") for value in values)
+            if not target or (self.previous_prefix and not prefix):  # BabyLM scores no word that begins a sentence
+                prefix = target = ""
             options.append(Option.of(prefix, target, self.join))
         return tuple(options), 0
 

@@ -197,6 +197,8 @@ def pseudo_rows(
     tokens = np.arange(len(corpus.ids)) if tokens is None else tokens
     tokens = tokens[~scorable(tokenizer).is_special[corpus.ids[tokens]]]
     document, offset = _locate(corpus, tokens)
+    if appended_masks >= capacity:
+        raise UserError(f"appended_masks = {appended_masks} leaves no room for text: the model takes {capacity} tokens")
     if appended_masks:
         length = np.minimum(offset, capacity - appended_masks)
         windows = Windows(document, offset - length, length)

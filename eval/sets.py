@@ -171,10 +171,12 @@ class Request:
         """The settings to measure the set with; `variant` is that of pseudo-likelihood which the user asked for.
 
         Items are measured by pseudo-likelihood, in the variant that the set declares. Raises `UserError` if the user
-        asked for another one.
+        asked for another one, or for a sample of the tokens.
         """
         if self.task == "text":
             return settings
+        if settings.pseudo_sample < 1.0:
+            raise UserError(f"{self.name} holds {self.task}, whose tokens are all scored: a sample is for text")
         declared, variant = self.columns.pll, variant and pll_variant(variant)
         if variant and declared and variant != declared:
             raise UserError(

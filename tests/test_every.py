@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from conftest import refusal, run, run_json
 from numpy.typing import NDArray
 from training import log_lines, write_config
 
 from mlmkit.backends import Backend, load
+from mlmkit.eval import babylm
 from mlmkit.eval.acquisition import age_of_acquisition, fit_sigmoid
 from mlmkit.train import evaluations
 from mlmkit.train.checkpoints import read_state, saved_checkpoints
@@ -296,3 +298,40 @@ def test_every_writes_the_ages_of_the_words_of_a_cloze_set(capsys, folder, tmp_p
     every(capsys, folder, "--set", declared, "--output", tmp_path / "few")
     assert "words has no ages of acquisition: they need a paradigm and 4 checkpoints" in caplog.messages
     assert not (tmp_path / "few" / "words" / "acquisition.csv").exists()
+
+
+def test_predictions_for_babylm_of_each_checkpoint(finished, capsys, tmp_path, monkeypatch):
+    """Those of the first checkpoint after each million words, and all surprisals in one file."""
+    monkeypatch.setattr(babylm, "MILLION", 400)
+    (tmp_path / "words.jsonl").write_text(
+        "".join(f'{{"c": "The", "w": "{word}"}}\n' for word in ("name", "name", "list"))
+    )
+    (tmp_path / "words.toml").write_text(
+        'name = "words"\ntask = "cloze"\nlocal = "words.jsonl"\n[cloze]\nprefix = "c"\ntarget = "w"\nparadigm = "w"\n'
+    )
+    rows = [{"sentence_good": "The name is bound.", "sentence_bad": "The name are bound.", "UID": "p"}]
+    (tmp_path / "pairs.jsonl").write_text(json.dumps(rows[0]) + "\n")
+    (tmp_path / "few.toml").write_text(
+        'name = "few"\ntask = "pairs"\nlocal = "pairs.jsonl"\n[pairs]\nparadigm = "UID"\n'
+    )
+    suite = 'name = "s"\nsets = ["words.toml", "few.toml"]\n[babylm]\nwords = "AoA_word"\nfew = "blimp/blimp_fast"\n'
+    (tmp_path / "s.toml").write_text(suite)
+    arguments = ("--suite", tmp_path / "s.toml", "--output", tmp_path / "out", "--babylm-predictions", tmp_path / "b")
+    found = run_json(capsys, "eval", finished, "--every", *arguments)["evaluations"]
+    words = {row["words"]: row["step"] for row in found if row["set"] == "words" and row["words"] >= 400}
+    names: dict[str, int] = {}
+    for count in sorted(words):
+        names.setdefault(f"chck_{count // 400}M", count)
+    folder = tmp_path / "b" / finished.name
+    assert {path.name for path in folder.iterdir()} == {"main", *names}
+    for name in names:
+        path = folder / name / "zero_shot" / "mlm" / "blimp" / "blimp_fast" / "predictions.json"
+        assert json.loads(path.read_text())["p"]["predictions"][0]["id"] == "p_0"
+    written = json.loads((folder / "main" / "zero_shot" / "mlm" / "AoA_word" / "surprisal.json").read_text())["results"]
+    assert [(row["step"], row["word_count"]) for row in written[::3]] == list(names.items())
+    assert [(row["target_word"], row["context_id"], row["context"]) for row in written[:3]] == [
+        ("name", 0, "The"), ("name", 1, "The"), ("list", 0, "The")
+    ]  # fmt: skip
+    tokens = pq.read_table(tmp_path / "out" / "words" / f"step-{words[names['chck_2M']]:08d}" / "tokens.parquet")
+    first = sum(row["log_prob"] for row in tokens.to_pylist() if row["document"] == 0)
+    assert written[0]["step"] == "chck_2M" and written[0]["surprisal"] == pytest.approx(-first)

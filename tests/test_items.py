@@ -15,6 +15,7 @@ from test_eval import Dense
 from mlmkit.backends import load
 from mlmkit.errors import UserError
 from mlmkit.eval.api import Evaluation, evaluate
+from mlmkit.eval.item_metrics import RIGHT, TIE, ItemScores, accuracy_columns
 from mlmkit.eval.items import ChoiceColumns, ClozeColumns, Item, ItemColumns, PairColumns
 from mlmkit.eval.sets import read_set
 
@@ -144,7 +145,40 @@ def test_appended_masks_hide_all_that_follows(checkpoint, tmp_path):
     assert result["corpus"]["windowed_documents"] == 1
 
 
+def test_settings_that_a_set_cannot_be_measured_with_are_refused(checkpoint, tmp_path):
+    model = load(str(checkpoint("bert")))
+    declared = declare(tmp_path, [{"t": "a name"}], 'task = "cloze"\n[cloze]\ntarget = "t"\n')
+    with pytest.raises(UserError, match="mine holds cloze, whose tokens are all scored"):
+        evaluate(model, declared, pseudo_sample=0.5)
+    masks = 'task = "cloze"\n[cloze]\ntarget = "t"\npll = "left-to-right"\nappended_masks = 62\n'
+    with pytest.raises(UserError, match="appended_masks = 62 leaves no room for text: the model takes 62 tokens"):
+        evaluate(model, declare(tmp_path, [{"t": "a name"}], masks))
+
+
+def test_options_with_the_same_ids_tie_whatever_the_last_bits_say():
+    values = np.array([[-2.0, -2.0 + 1e-6, -9.0], [-2.0, -2.0 - 1e-6, -9.0], [-2.0, -2.0, -1.0], [-2.0, -3.0, -4.0]])
+    same = np.zeros((4, 3), dtype=bool)
+    same[:3, 1] = True
+    three = np.full(4, 3)
+    scores = ItemScores(np.ones((4, 3)), values, values, values, same, same, np.zeros(4, dtype=np.int64), three)
+    right, tie = accuracy_columns(scores)[:, [RIGHT, TIE]].T.tolist()
+    assert (right, tie) == ([0, 0, 0, 1], [1, 1, 0, 0])
+
+
 # ------------------------------------------------------------------ correlations
+
+
+def test_a_result_with_another_correlation_is_refused(checkpoint, tmp_path):
+    """A finished result is returned as it is, so the formula is part of what identifies it."""
+    rows = [{"w": word, "n": i} for i, word in enumerate(WORDS)]
+    model = load(str(checkpoint("bert")))
+    declaration = 'task = "cloze"\n[cloze]\ntarget = "w"\n[[correlation]]\nname = "x"\ncolumns = "n"\n'
+    first = evaluate(model, declare(tmp_path, rows, declaration), output=tmp_path / "result").metrics
+    again = evaluate(model, declare(tmp_path, rows, declaration), output=tmp_path / "result").metrics
+    assert again == first
+    with pytest.raises(UserError, match="an evaluation with another correlation"):
+        changed = declare(tmp_path, rows, f'{declaration}score = "surprisal"\n')
+        evaluate(model, changed, output=tmp_path / "result")
 
 
 def test_correlations_with_human_numbers(checkpoint, tmp_path):
@@ -241,6 +275,15 @@ def test_a_label_is_an_index_a_letter_or_a_text(label):
     assert item.label == 1
 
 
+def test_a_word_without_context_has_no_score_as_the_word_before():
+    """As in BabyLM's reading task, where the word that begins a sentence is not scored."""
+    columns = ClozeColumns(target="w", previous_prefix="p", previous_target="v")
+    rows = [{"w": "b", "p": p, "v": v} for p, v in (("", "The"), (None, "The"), ("The", ""), ("The", "a"))]
+    assert [item.options[1].text for item in items(columns, *rows)] == ["", "", "", "The a"]
+    alone = ClozeColumns(target="w", previous_target="v")
+    assert items(alone, rows[0])[0].options[1].text == "The"
+
+
 def test_rows_of_one_item_are_grouped():
     columns = PairColumns(first="s", second="s", group_by="{o}-{t}", variant="g", variants=("she", "he"), id="o")
     rows = [
@@ -262,8 +305,8 @@ def test_rows_of_one_item_are_grouped():
     ("columns", "row", "message"),
     [
         (ChoiceColumns(choices=("x",), label="l"), {"x": ["a"], "l": 0}, "row 0 has 1 choice.*needs two"),
-        (ChoiceColumns(choices=("x",), label="l"), {"x": ["a", "b"], "l": 2}, "label is none of its 2 choices"),
-        (ChoiceColumns(choices=("x",), label=-1), {"x": ["a", "b"]}, "label is none of its 2 choices"),
+        (ChoiceColumns(choices=("x",), label="l"), {"x": ["a", "b"], "l": 2}, "label 2 is none of its 2 choices"),
+        (ChoiceColumns(choices=("x",), label=-1), {"x": ["a", "b"]}, "label -1 is none of its 2 choices"),
         (ChoiceColumns(choices=("x", "y"), label=0), {"x": "a", "y": 3}, "holds int, not text"),
         (ClozeColumns(target="t"), {"t": 3}, "field 't' holds int, not text"),
         (ClozeColumns(target="{u}"), {"t": "a"}, "no field 'u'"),

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from mlmkit.distributed import Ranks
+    from mlmkit.eval.babylm import Predictions
     from mlmkit.eval.data import EvalData
     from mlmkit.eval.result import Result
     from mlmkit.eval.rows import Settings
@@ -102,7 +103,7 @@ def evaluate(options: EvalOptions) -> None:
         return
     if bool(options.sets) == bool(options.suite):
         raise click.UsageError("Give either --set or --suite.")
-    if options.babylm and (options.every or not options.suite):
+    if options.babylm and not options.suite:
         raise click.UsageError("--babylm-predictions needs --suite babylm-strict, or another with a table [babylm].")
     import tempfile
 
@@ -126,7 +127,7 @@ def evaluate(options: EvalOptions) -> None:
             check_places(suite, requests)
     claim_gpu(ranks)
     if options.every:
-        _evaluate_every(options, requests, settings, ranks)
+        _evaluate_every(options, requests, settings, suite, ranks)
         return
     backend = options.load()
     results = []
@@ -177,8 +178,21 @@ def _check_set(options: EvalOptions, data: Path | None) -> None:
         raise UserError(f"{options.check_set} cannot be evaluated: {len(problems)} problems, see above")
 
 
+def _predictions(options: EvalOptions, suite: "Suite | None") -> "Predictions | None":
+    """What writes predictions for BabyLM, if the user wants them."""
+    from mlmkit.eval.babylm import Predictions
+
+    if not (options.babylm and suite):
+        return None
+    return Predictions(options.babylm / Path(options.model).resolve().stem, suite.babylm)
+
+
 def _evaluate_every(
-    options: EvalOptions, requests: list["Request"], settings: list["Settings"], ranks: "Ranks"
+    options: EvalOptions,
+    requests: list["Request"],
+    settings: list["Settings"],
+    suite: "Suite | None",
+    ranks: "Ranks",
 ) -> None:
     require("train", "torch", "transformers", "safetensors")
     from mlmkit.train.evaluations import evaluate_run
@@ -192,6 +206,7 @@ def _evaluate_every(
         backend=options.backend,
         device=options.device,
         ranks=ranks,
+        predictions=_predictions(options, suite),
         batch_tokens=options.batch_tokens or 0,
         allow_batch_coupling=options.allow_batch_coupling,
         overwrite=options.overwrite,
@@ -215,8 +230,6 @@ def _finish_suite(
     options: EvalOptions, suite: "Suite", contents: list["EvalData"], folders: list[Path], results: list["Result"]
 ) -> None:
     """Write and show the table of a suite, and write its predictions."""
-    from mlmkit.eval.babylm import write_predictions
-    from mlmkit.eval.item_data import ItemData
     from mlmkit.eval.suites import SUITE, suite_record
     from mlmkit.files import write_record
 
@@ -231,15 +244,11 @@ def _finish_suite(
             published = next((f"{number(each['value'])} {each['model']}" for each in row["published"]), "")
             rows.append([row["set"], row["metric"], *_value(row), row["n"], published])
         print_table(rows, ["set", "metric", "value", "95 % interval", "n", "published"], align="llrlrl")
-    for folder, content in zip(folders, contents, strict=True):
-        place = suite.babylm.get(folder.name)
-        if options.babylm and place and isinstance(content, ItemData):  # text was refused (`check_places`)
-            own = options.babylm / Path(options.model).stem / "main" / "zero_shot" / "mlm"
-            written = write_predictions(own, place, content, folder)
-            if not options.as_json:
-                say(
-                    f"predictions: {written}" if written else f"{folder.name}: BabyLM takes none of a single checkpoint"
-                )
+    if predictions := _predictions(options, suite):
+        for folder, content in zip(folders, contents, strict=True):
+            written = predictions.write(folder.name, content, folder)
+            if written and not options.as_json:
+                say(f"predictions: {written}")
 
 
 def _settings(options: EvalOptions, request: "Request") -> "Settings":

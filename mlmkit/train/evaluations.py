@@ -19,6 +19,7 @@ from mlmkit.backends import load
 from mlmkit.distributed import Ranks
 from mlmkit.errors import UserError
 from mlmkit.eval.acquisition import PARAMETERS, age_of_acquisition
+from mlmkit.eval.babylm import Predictions, revision
 from mlmkit.eval.evaluate import run_evaluation
 from mlmkit.eval.result import main_metric
 from mlmkit.eval.results_store import REMEASURE_HINT, RESULT
@@ -80,6 +81,7 @@ def evaluate_run(
     backend: str = "auto",
     device: str = "auto",
     ranks: Ranks | None = None,
+    predictions: Predictions | None = None,
     **options: Any,
 ) -> list[dict[str, Any]]:
     """Evaluate the `kept_checkpoints` of a run on each set, into `output`; `options` are those of `run_evaluation`.
@@ -87,7 +89,8 @@ def evaluate_run(
     A call with the same arguments resumes, and measures only checkpoints that are new. Returns the rows of
     `evaluations.json`, also those of earlier calls: `set`, `checkpoint` (relative to the run), `step`, `tokens`,
     `words`, and of the main metric its name `metric`, `value`, `low` and `high`. For a cloze set with paradigms,
-    `acquisition.csv` has the age of acquisition of each. All `ranks` share the work; only the first returns rows.
+    `acquisition.csv` has the age of acquisition of each. `predictions` get those of the first checkpoint after each
+    million words. All `ranks` share the work; only the first returns rows.
 
     Raises `UserError` as `kept_checkpoints` and `run_evaluation` do.
     """
@@ -96,6 +99,7 @@ def evaluate_run(
     tokenizer = load_tokenizer(str(run / "tokenizer"))
     texts = each_or_none(lambda each: each[0].read(tokenizer), sets)
     rows = _read(output) if ranks.is_first else {}
+    revisions = {revision(each.words): each for each in reversed(checkpoints)}  # the first of each name
     for number, checkpoint in enumerate(checkpoints, 1):
         log.info("checkpoint %d of %d: %s", number, len(checkpoints), checkpoint.folder)
         if not ranks.from_first(checkpoint.folder.exists):
@@ -112,6 +116,12 @@ def evaluate_run(
                 row = {"set": request.name, "checkpoint": name, **place, "metric": metric, **result["metrics"][metric]}
                 rows[request.name, checkpoint.step] = row
                 write_record(output / EVALUATIONS, {"evaluations": _sorted(rows)})
+                name = revision(checkpoint.words)
+                if predictions and name and revisions[name] == checkpoint:
+                    predictions.write(request.name, text, folder, name, checkpoint.words)
+    if predictions and ranks.is_first:
+        found = ", ".join(name for name in reversed(revisions) if name)
+        log.info("predictions in %s: %s", predictions.folder, found or "none, as no checkpoint has seen 1M words")
     for request, _ in sets if ranks.is_first else ():
         if request.task == "cloze":
             _write_ages(output / request.name, [row for row in _sorted(rows) if row["set"] == request.name])
