@@ -119,8 +119,9 @@ def measure(options: argparse.Namespace) -> Report:
     rates, passes = [isolated(matrix_rate, "cpu")], dict[tuple[str, str], list[Pass]]()
     for backend, path in models.items():
         with contestants({backend: (Scorer, path, backend, pairs)}) as started:
-            turns = {(backend, way): calls(started, scoring_pass, way)[backend] for way in (EVERY, DISTINCT, TODAY)}
-            passes |= alternate(turns, options.rounds)
+            turns = {way: calls(started, scoring_pass, way)[backend] for way in (EVERY, DISTINCT, TODAY)}
+            taken = alternate(turns, options.rounds)
+        passes |= {(backend, way): taken[way] for way in turns}
         rates.append(isolated(matrix_rate, "cpu"))
     floor = max(rates) / 2 / isolated(encoder_parameters, source)  # tokens per second
     apart = {backend: agreement([passes[backend, way][0] for way in (EVERY, DISTINCT, TODAY)]) for backend in models}
