@@ -148,6 +148,7 @@ def _r2_gain(table: Values) -> float:
     predictors = table[:, 2:]
     products = [predictors[:, a] * predictors[:, b] for a, b in combinations(range(predictors.shape[1]), 2)]
     design = np.column_stack([np.ones(len(table)), predictors, *products])
-    design /= np.sqrt((design**2).sum(axis=0))  # products of large numbers would spoil the fit's precision
+    norms = np.sqrt((design**2).sum(axis=0))
+    design /= np.where(norms, norms, 1.0)  # products of large numbers would spoil the fit's precision
     coefficients, *_ = np.linalg.lstsq(design, table[:, :2])
     return _pearson(table[:, :2] - design @ coefficients) ** 2

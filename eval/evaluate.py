@@ -242,6 +242,9 @@ def _build_result(
             digest_of = {seed: result["digests"][f"masked-{seed}"] for seed in measured.by_seed}
             by_seed = {seed: {"mask_digest": digest_of[seed], **own} for seed, own in measured.by_seed.items()}
             result["mask_seeds"] = {"by_seed": by_seed, "spread": seed_spread(measured.by_seed)}
+    if "items" in result and declared and declared.metric and declared.metric not in result["metrics"]:
+        known = ", ".join(result["metrics"])
+        raise UserError(f"{declared.name} has no metric {declared.metric!r} that could be its main one: it has {known}")
     if corpus.unknown_share > UNKNOWN_LIMIT:
         for name in result["metrics"].keys() & PER_TEXT:
             result["metrics"][name] = {"value": None, "low": None, "high": None}

@@ -164,7 +164,7 @@ class PairColumns(ItemColumns):
             raise UserError('scoring = "shared" is for whole sentences: leave out context, suffix and pll')
         if self.bad_context and not self.context:
             raise UserError("bad_context needs context, that of the better sentence")
-        if self.group_by and not (self.variant and len(self.variants) == 2):
+        if self.group_by and not (self.variant and len(self.variants) == len(set(self.variants)) == 2):
             raise UserError("group_by needs variant, a column, and variants, its two values")
         if (self.variant or self.variants) and not self.group_by:
             raise UserError("variant and variants need group_by, which says what the rows of an item have in common")
@@ -297,7 +297,8 @@ def read_items(rows: Iterable[Row], columns: ItemColumns, location: str, numbers
     Raises `UserError` if there are none, and naming the row for one that holds no item.
     """
     items = list(columns.items(rows, list(numbers)))
-    if all(any(is_blank(option.scored) for option in item.options[: 1 + item.label]) for item in items):
+    needed = 1 if isinstance(columns, ClozeColumns) else None  # the word before may be missing
+    if all(any(is_blank(option.scored) for option in item.options[:needed]) for item in items):
         raise UserError(f"{location}: it holds no items")
     return items
 
@@ -361,19 +362,21 @@ def _text(row: dict[str, Any], column: str, where: str, *, is_strict: bool = Fal
     With `is_literal`, a name that is no template stands for itself.
     """
     if "{" in column:
-        value = re.sub(r"\{([^{}]+)\}", lambda match: str(_value(row, match[1], where)), column)
+        value = re.sub(r"\{([^{}]+)\}", lambda match: _text(row, match[1], where), column)
     else:
         value = column if is_literal else _value(row, column, where)
-    return checked_text(value if is_strict else str(value), f"{where}, field {column!r}")
+    is_ready = is_strict or isinstance(value, list | dict)  # `checked_text` refuses all but text
+    return checked_text(value if is_ready else str(value), f"{where}, field {column!r}")
 
 
 def _number(row: dict[str, Any], column: str, where: str) -> float:
     """The number in a column; NaN if it is missing there."""
     value = _value(row, column, where, math.nan)
-    try:
-        return math.nan if str(value).strip().lower() in MISSING_NUMBERS else float(value)
-    except (TypeError, ValueError):
-        raise UserError(f"{where}, field {column!r} holds {value!r}, not a number") from None
+    with suppress(TypeError, ValueError):
+        number = math.nan if str(value).strip().lower() in MISSING_NUMBERS else float(value)
+        if not math.isinf(number):
+            return number
+    raise UserError(f"{where}, field {column!r} holds {value!r}, not a number")
 
 
 def _index(label: Any, texts: list[str]) -> int | None:

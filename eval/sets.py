@@ -3,6 +3,7 @@
 --set NAME_OR_FILE → `find_set` → `Request` → `Request.read` → evaluation data
 """
 
+import math
 import os
 import re
 from collections.abc import Iterator
@@ -196,7 +197,12 @@ class Request:
         return set_rows(self.location, self.declared.files if self.declared else FileReading())
 
     def select(self, items: list[Item]) -> list[Item]:
-        """The items that the set keeps, with their phenomena. Raises `UserError` for one that does not exist."""
+        """The items that the set keeps, with their phenomena. Raises `UserError` for one that does not exist, and for a
+        column of human numbers without one.
+        """
+        for column in self.numbers:
+            if items and all(math.isnan(item.numbers[column]) for item in items):
+                raise UserError(f"{self.location}: no row has a number in {column!r}, a column of [[correlation]]")
         if self.keep:
             items = keep_items(items, str(self.keep), set_rows(str(self.keep), FileReading(format="tsv")))
         phenomena = self.declared.phenomena if self.declared else {}
@@ -311,6 +317,9 @@ def read_set(path: Path, *, own: bool = False) -> EvalSet:
 def _check_correlations(declared: EvalSet, path: Path) -> None:
     if declared.correlation and declared.task == "text":
         raise UserError(f"{path}: [[correlation]] needs items: pairs, choices or cloze")
+    names = [each.name for each in declared.correlation]
+    if "" in names or len(set(names)) < len(names):
+        raise UserError(f"{path}: each [[correlation]] needs a name of its own")
     for each in declared.correlation:
         if each.score in ("probability", "difference") and declared.task != "pairs":
             raise UserError(f"{path}: the score {each.score!r} of correlation {each.name} is for pairs")

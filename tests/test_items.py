@@ -155,6 +155,27 @@ def test_settings_that_a_set_cannot_be_measured_with_are_refused(checkpoint, tmp
         evaluate(model, declare(tmp_path, [{"t": "a name"}], masks))
 
 
+def test_a_column_without_numbers_and_an_unknown_main_metric_are_refused(checkpoint, tmp_path):
+    declaration = 'task = "cloze"\n[cloze]\ntarget = "t"\n[[correlation]]\nname = "x"\ncolumns = "n"\n'
+    declared = declare(tmp_path, [{"t": "a name", "m": 1}], declaration)
+    with pytest.raises(UserError, match="rows.jsonl: no row has a number in 'n'"):
+        evaluate(str(checkpoint("bert")), declared)
+    declared = declare(tmp_path, [{"t": "a name", "n": 1}], f'metric = "accuracy"\n{declaration}')
+    with pytest.raises(UserError, match="no metric 'accuracy' that could be its main one"):
+        evaluate(str(checkpoint("bert")), declared)
+
+
+def test_a_baseline_that_is_zero_in_a_draw_leaves_a_gain(checkpoint, tmp_path):
+    """A column that is rarely 1 is all 0 in some draws, where a division by its size stopped the fit."""
+    rows = [{"w": word, "n": i * i, "rare": int(i == 0)} for i, word in enumerate(WORDS)]
+    declaration = (
+        'task = "cloze"\n[cloze]\ntarget = "w"\n[[correlation]]\nname = "x"\ncolumns = "n"\nbaseline = "rare"\n'
+    )
+    gain = evaluate(str(checkpoint("bert")), declare(tmp_path, rows, declaration)).metrics["x"]
+    assert gain["value"] is not None and gain["low"] is not None and gain["high"] is not None
+    assert 0 <= gain["low"] <= gain["value"] <= gain["high"] <= 100
+
+
 def test_options_with_the_same_ids_tie_whatever_the_last_bits_say():
     values = np.array([[-2.0, -2.0 + 1e-6, -9.0], [-2.0, -2.0 - 1e-6, -9.0], [-2.0, -2.0, -1.0], [-2.0, -3.0, -4.0]])
     same = np.zeros((4, 3), dtype=bool)
@@ -310,6 +331,8 @@ def test_rows_of_one_item_are_grouped():
         (ChoiceColumns(choices=("x", "y"), label=0), {"x": "a", "y": 3}, "holds int, not text"),
         (ClozeColumns(target="t"), {"t": 3}, "field 't' holds int, not text"),
         (ClozeColumns(target="{u}"), {"t": "a"}, "no field 'u'"),
+        (ClozeColumns(target="a {t}"), {"t": ["b"]}, "field 't' holds list, not text"),
+        (ClozeColumns(target="t", prefix="p"), {"t": "a", "p": ["b"]}, "field 'p' holds list, not text"),
     ],
 )
 def test_rows_without_an_item_are_named(columns, row, message):
@@ -320,8 +343,9 @@ def test_rows_without_an_item_are_named(columns, row, message):
 def test_a_number_that_is_none_is_named():
     assert math.isnan(items(ClozeColumns(target="t"), {"t": "a", "n": "NA"}, numbers=("n",))[0].numbers["n"])
     assert math.isnan(items(ClozeColumns(target="t"), {"t": "a"}, numbers=("n",))[0].numbers["n"])
-    with pytest.raises(UserError, match="field 'n' holds 'fast', not a number"):
-        items(ClozeColumns(target="t"), {"t": "a", "n": "fast"}, numbers=("n",))
+    for value in ("fast", "inf", "1e999"):
+        with pytest.raises(UserError, match=f"field 'n' holds '{value}', not a number"):
+            items(ClozeColumns(target="t"), {"t": "a", "n": value}, numbers=("n",))
 
 
 CLOZE = 'task = "cloze"\n[cloze]\ntarget = "t"\n'
@@ -338,6 +362,7 @@ CLOZE = 'task = "cloze"\n[cloze]\ntarget = "t"\n'
         ('task = "pairs"\n[pairs]\nbad_context = "c"\n', "bad_context needs context"),
         ('task = "pairs"\n[pairs]\ngroup_by = "c"\n', "group_by needs variant"),
         ('task = "pairs"\n[pairs]\nvariant = "c"\n', "need group_by"),
+        ('task = "pairs"\n[pairs]\ngroup_by = "g"\nvariant = "c"\nvariants = ["a", "a"]\n', "variants, its two values"),
         ('task = "choices"\n[choices]\nchoices = "c"\n', "choices need label"),
         ('task = "choices"\n[choices]\nlabel = 0\n', "choices need choices"),
         ('task = "cloze"\n[cloze]\nprefix = "t"\n', "cloze needs target"),
@@ -345,6 +370,8 @@ CLOZE = 'task = "cloze"\n[cloze]\ntarget = "t"\n'
         (f'{CLOZE}pll = "l2r"\n', "no pseudo-likelihood variant 'l2r'"),
         (f"{CLOZE}appended_masks = 3\n", "appended_masks is a number.*left-to-right"),
         (f'{CLOZE}previous_prefix = "p"\n', "previous_prefix needs previous_target"),
+        (f'{CLOZE}[[correlation]]\nname = ""\ncolumns = "n"\n', r"each \[\[correlation\]\] needs a name of its own"),
+        (CLOZE + 2 * '[[correlation]]\nname = "x"\ncolumns = "n"\n', r"each \[\[correlation\]\] needs a name"),
         (f'{CLOZE}[[correlation]]\nname = "x"\ncolumns = []\n', "columns must be the columns of human numbers"),
         (
             f'{CLOZE}[[correlation]]\nname = "x"\ncolumns = "n"\nscore = "difference"\n',
