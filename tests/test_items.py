@@ -158,7 +158,7 @@ def test_settings_that_a_set_cannot_be_measured_with_are_refused(checkpoint, tmp
 def test_a_column_without_numbers_and_an_unknown_main_metric_are_refused(checkpoint, tmp_path):
     declaration = 'task = "cloze"\n[cloze]\ntarget = "t"\n[[correlation]]\nname = "x"\ncolumns = "n"\n'
     declared = declare(tmp_path, [{"t": "a name", "m": 1}], declaration)
-    with pytest.raises(UserError, match="rows.jsonl: no row has a number in 'n'"):
+    with pytest.raises(UserError, match=r"rows\.jsonl: no row has a number in 'n'"):
         evaluate(str(checkpoint("bert")), declared)
     declared = declare(tmp_path, [{"t": "a name", "n": 1}], f'metric = "accuracy"\n{declaration}')
     with pytest.raises(UserError, match="no metric 'accuracy' that could be its main one"):
