@@ -213,6 +213,7 @@ def _compare_correlations(a: StoredResult, b: StoredResult, scores: list[ItemSco
         one, two = (draw_statistics(side.folder, own, correlation) for side, own in zip((a, b), scores, strict=True))
         for name, (values, items) in one.items():
             row = _difference(name, values, two[name][0], items)
+            row |= {"better": "higher"} if name == correlation.name else {}  # a mean of gains
             differences[name] = {**row, "items": row.pop("documents")}
     return differences
 

@@ -3,11 +3,13 @@
 split → table_rows → (number, fields); a row that cannot be read goes to `BadRows`
 """
 
+import contextlib
 import csv
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+from mlmkit.errors import UserError
 from mlmkit.hub import load_hub
 from mlmkit.lines import BadRows, Lines, is_blank, place
 from mlmkit.locations import Split, file_errors, open_file, open_parquet
@@ -83,6 +85,10 @@ def csv_rows(split: Split, delimiter: str, bad_rows: BadRows, *, quoting: bool =
     lines = (f"{line}\n" for line, _ in Lines(split, bad_rows, keep_bad=True))
     style = csv.QUOTE_MINIMAL if quoting else csv.QUOTE_NONE
     rows = csv.DictReader(lines, delimiter=delimiter, strict=True, quoting=style)
+    with contextlib.suppress(csv.Error):  # reported with its line below
+        names = [name for name in rows.fieldnames or () if name]
+        if repeated := {name for name in names if names.count(name) > 1}:
+            raise UserError(f"{split.file}: two columns are called {min(repeated)!r}: rename one")
     while True:
         try:
             if (row := next(rows, None)) is None:

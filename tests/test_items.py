@@ -391,10 +391,12 @@ def test_mistakes_in_a_declaration_of_items_are_named(declaration, message, tmp_
 
 
 def test_results_of_items_are_printed_reported_and_compared(checkpoint, artifact, capsys, tmp_path):
-    rows = [{"x": ["a name", "the name"], "n": i, "g": f"g{i % 2}", "w": word} for i, word in enumerate(WORDS)]
+    rows = [
+        {"x": ["a name", "the name"], "n": i, "m": i % 3, "g": f"g{i % 2}", "w": word} for i, word in enumerate(WORDS)
+    ]
     declaration = (
         'task = "choices"\n[choices]\nchoices = "x"\nlabel = 0\nparadigm = "g"\ncontext = "{w}"\n'
-        '[[correlation]]\nname = "x"\ncolumns = "n"\n'
+        '[[correlation]]\nname = "x"\ncolumns = "n"\nbaseline = "m"\n'
     )
     declared = declare(tmp_path, rows, declaration)
     for model, name in ((checkpoint("bert"), "a"), (artifact("bert"), "b")):
@@ -404,9 +406,9 @@ def test_results_of_items_are_printed_reported_and_compared(checkpoint, artifact
         assert "x_n_spearman" in (tmp_path / name / "report.html").read_text().replace(" ", "_")
     found = run_json(capsys, "compare", tmp_path / "a", tmp_path / "b", "--output", tmp_path / "compare")
     metrics = found["comparisons"][0]["metrics"]
-    assert {"choice_accuracy", "x_n_spearman", "x_n_pearson"} == set(metrics)
+    assert {"choice_accuracy", "x", "x_n_spearman", "x_n_pearson", "x_n_r2_gain"} == set(metrics)
     assert metrics["x_n_spearman"]["items"] == 8
-    assert metrics["x_n_spearman"]["better"] == "neither"
+    assert [metrics[name]["better"] for name in ("x", "x_n_r2_gain", "x_n_spearman")] == ["higher", "higher", "neither"]
     assert found["comparisons"][0]["items"]["groups"]["paradigms"]["g1"]["choice_accuracy"]["items"] == 4
 
 
@@ -417,6 +419,8 @@ def test_a_set_decides_how_it_is_scored(checkpoint, capsys, tmp_path):
     assert code == 2 and "mine is scored with pll = 'together'" in err
     code, _, err = run(capsys, *arguments, "--metric", "pairs")
     assert code == 2 and "mine holds cloze, which only --metric cloze can measure" in err
+    code, _, err = run(capsys, *arguments, "--mask-prob", "0.3")
+    assert code == 2 and "need --metric masked" in err
     found = run_json(capsys, *arguments, "--metric", "cloze", "--output", tmp_path / "result")
     assert found["pseudo"]["variant"] == "together"
     assert "Scored tokens, all masked at once" in (tmp_path / "result" / "report.html").read_text()

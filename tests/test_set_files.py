@@ -14,7 +14,7 @@ import pytest
 from mlmkit.errors import UserError
 from mlmkit.eval.correlation import Correlation
 from mlmkit.eval.items import ChoiceColumns, ClozeColumns, Item
-from mlmkit.eval.set_files import FileReading
+from mlmkit.eval.set_files import FileReading, set_rows
 from mlmkit.eval.sets import EvalSet, PairReading, Reference, TextReading, find_set
 
 PAGE = Path(__file__).parent.parent / "docs/own-sets.md"
@@ -100,6 +100,12 @@ def test_suffixes_in_capitals_and_a_column_called_file(tmp_path):
     assert [item.paradigm for item in items_of(tmp_path, "Q.TSV", '[pairs]\nparadigm = "file"\n')] == ["own"]
     assert [item.paradigm for item in items_of(tmp_path, "Q.ZIP", '[pairs]\nparadigm = "file"\n')] == ["A"] * 3
     assert len(find_set(str(tmp_path / "Q.TSV"), pairs=True).items()) == 1
+
+
+def test_two_columns_of_one_name_are_refused(tmp_path):
+    (tmp_path / "a.csv").write_text(",,sentence_good,sentence_bad,sentence_bad\n0,1,a,b,c\n")
+    with pytest.raises(UserError, match=r"a\.csv: two columns are called 'sentence_bad'"):
+        list(set_rows(str(tmp_path / "a.csv")))
 
 
 def test_a_quotation_mark_that_begins_a_tsv_field_is_never_read_in_silence(tmp_path):

@@ -112,6 +112,7 @@ def evaluate(options: EvalOptions) -> None:
     from mlmkit.eval.babylm import check_places
     from mlmkit.eval.evaluate import run_evaluation
     from mlmkit.eval.suites import each_or_none, find_suite
+    from mlmkit.masking import MaskRecipe
 
     ranks = find_ranks()
     output = options.output
@@ -123,6 +124,9 @@ def evaluate(options: EvalOptions) -> None:
         find = partial(find_set, data=data, pairs=PAIRS in options.metrics, **reading)
         requests = each_or_none(find, suite.sets if suite else options.sets)
         settings = [_settings(options, request) for request in requests]
+        has_masks = any("masked" in each.metrics or each.pseudo_sample < 1.0 for each in settings)
+        if not has_masks and (settings[0].recipe != MaskRecipe() or settings[0].mask_seeds != (0,)):
+            raise UserError("--mask-seed, --mask-prob and similar options need --metric masked: leave them out")
         if suite and options.babylm:
             check_places(suite, requests)
     claim_gpu(ranks)
