@@ -12,10 +12,9 @@ from ray import serve
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 
-from mlmkit.backends import load
+from mlmkit.backends import load, score_together
 from mlmkit.errors import UserError
 from mlmkit.fill import Candidate, Question, answer, ask_all
-from mlmkit.serve.batcher import score_rows
 
 
 @serve.deployment(max_ongoing_requests=64)
@@ -41,7 +40,7 @@ class FillMask:
     async def fill(self, questions: list[Question]) -> list[list[list[Candidate]]]:
         rows = [question.batch for question in questions]
         calls = [rows] if self.is_mergeable else [[row] for row in rows]
-        predicted = [one for call in calls for one in await asyncio.to_thread(score_rows, self.backend, call)]
+        predicted = [one for call in calls for one in await asyncio.to_thread(score_together, self.backend, call)]
         tokenizer = self.backend.tokenizer
         return [answer(tokenizer, question, one) for question, one in zip(questions, predicted, strict=True)]
 

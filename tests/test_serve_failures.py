@@ -87,8 +87,8 @@ def test_sigterm_makes_it_unready_and_ends_it_within_the_deadline(artifact):
 
 def test_work_beyond_the_drain_deadline_is_refused_and_the_exit_code_is_0(artifact):
     slow = (
-        "import mlmkit.serve.batcher as b, time; score = b.score_rows; "
-        "b.score_rows = lambda *a: (time.sleep(0.5), score(*a))[1]"
+        "import mlmkit.serve.batcher as b, time; score = b.score_together; "
+        "b.score_together = lambda *a: (time.sleep(0.5), score(*a))[1]"
     )
     with running(artifact("bert"), "--drain", "1", before=slow) as server, server.connect() as client:
         send_and_wait(server, client)
