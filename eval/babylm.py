@@ -78,7 +78,7 @@ def _surprisals(data: ItemData, result: Path, step: str, words: int | None) -> l
     number: Counter[str] = Counter()
     rows = []
     for item, value in zip(data.items, surprisal.tolist(), strict=True):
-        (option,) = item.options
+        option = item.options[0]
         row = {"step": step, "word_count": words, "target_word": item.paradigm, "context_id": number[item.paradigm]}
         rows.append(row | {"context": option.text[: option.begin], "surprisal": value})
         number[item.paradigm] += 1

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterator
 
 import numpy as np
+from numpy.typing import NDArray
 
 from mlmkit.backends import Backend, capacity
 from mlmkit.errors import UserError
@@ -32,10 +33,11 @@ def check_set(request: Request, backend: Backend, settings: Settings) -> tuple[l
         data = ItemData(items, backend.tokenizer, {}, request.task, request.columns)
     except UserError:  # all are blank, or there are none
         return [], [*problems, f"{request.location}: it holds no items that can be scored"]
+    targets = data.pseudo_targets()
     return [
-        *_examples(data, backend, settings),
+        *_examples(data, targets, backend, settings),
         *_summary(data, settings),
-        *_warnings(data, capacity(backend)),
+        *_warnings(data, targets, capacity(backend)),
     ], problems
 
 
@@ -62,11 +64,11 @@ def _read(request: Request) -> tuple[list[Item], list[str]]:
         return items, [*problems, str(error)]
 
 
-def _examples(data: ItemData, backend: Backend, settings: Settings) -> Iterator[str]:
+def _examples(data: ItemData, targets: NDArray[np.int64] | None, backend: Backend, settings: Settings) -> Iterator[str]:
     """For each option of the first items: its text, the tokens that are scored, and what the model reads for one."""
     items, tokenizer, task = data.items[:EXAMPLES], backend.tokenizer, data.source["task"]
     corpus = data.corpus.part(0, int(data.first[len(items)]))
-    (pseudo,) = settings.passes(data.pseudo_targets())
+    (pseudo,) = settings.passes(targets)
     rows = pseudo.rows(Part(0, 0, 0, corpus), tokenizer, capacity(backend))
     names = data.source["sides"] or (["target", "the word before"] if task == "cloze" else [])
     for index, item in enumerate(items):
@@ -96,9 +98,9 @@ def _summary(data: ItemData, settings: Settings) -> Iterator[str]:
         yield f"{' / '.join(filter(None, names)) or 'without a paradigm'}: {count} items"
 
 
-def _warnings(data: ItemData, capacity: int) -> Iterator[str]:
+def _warnings(data: ItemData, targets: NDArray[np.int64] | None, capacity: int) -> Iterator[str]:
     """What is odd about the items, one line for each kind."""
-    corpus, targets, columns = data.corpus, data.pseudo_targets(), data.document_columns(0, len(data.corpus))
+    corpus, columns = data.corpus, data.document_columns(0, len(data.corpus))
     scored = corpus.lengths if targets is None else np.diff(np.searchsorted(targets, corpus.starts))
     of_options = {
         "options with the same tokens, which tie": columns["same_ids"].to_numpy(zero_copy_only=False),

@@ -81,21 +81,20 @@ def draw_statistics(folder: Path, scores: ItemScores, correlation: Correlation) 
         human = _numbers(folder, column)
         table = np.stack([score, human, *baseline], axis=1)
         table = table[~np.isnan(table).any(axis=1)]
-        draws = list(_draws(len(table)))
-
-        def over(statistic: Callable[[Values], float], table: Values = table, draws: list[Any] = draws) -> Values:
-            with np.errstate(all="ignore"):
-                return np.array([statistic(table[rows]) for rows in draws])
-
         name = f"{correlation.name}_{column}"
-        statistics[f"{name}_spearman"] = over(_spearman), len(table)
-        statistics[f"{name}_pearson"] = over(_pearson), len(table)
+        statistics[f"{name}_spearman"] = _over_draws(_spearman, table), len(table)
+        statistics[f"{name}_pearson"] = _over_draws(_pearson, table), len(table)
         if baseline:
-            gains.append(over(_r2_gain))
+            gains.append(_over_draws(_r2_gain, table))
             statistics[f"{name}_r2_gain"] = gains[-1], len(table)
     if gains:
         statistics[correlation.name] = 100 * np.mean(gains, axis=0), len(score)
     return statistics
+
+
+def _over_draws(statistic: Callable[[Values], float], table: Values) -> Values:
+    with np.errstate(all="ignore"):
+        return np.array([statistic(table[rows]) for rows in _draws(len(table))])
 
 
 def _draws(items: int) -> Iterator[Any]:

@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 from mlmkit.corpus import Corpus, tokenize
 from mlmkit.eval.data import EvalData
 from mlmkit.eval.items import Item, ItemColumns, Option
-from mlmkit.lines import is_blank
 from mlmkit.tokenizer import Tokenizer
 from mlmkit.windows import ranges
 
@@ -35,14 +34,12 @@ class ItemData(EvalData):
     def __init__(
         self, given: Sequence[Item], tokenizer: Tokenizer, source: dict[str, Any], task: str, columns: ItemColumns
     ) -> None:
-        # A cloze item has one option that is needed; the word before may be missing.
-        needed = 1 if task == "cloze" else None
-        self.items = [item for item in given if not any(is_blank(option.scored) for option in item.options[:needed])]
+        self.items = [item for item in given if not columns.is_empty(item)]
         self.options = list(chain.from_iterable(item.options for item in self.items))
         self.first = np.cumsum([0, *(len(item.options) for item in self.items)])
-        self._tokenizer, self._columns = tokenizer, columns
+        self._tokenizer = tokenizer
         corpus = tokenize([option.text for option in self.options], tokenizer)
-        scored = {"task": task, "scoring": getattr(columns, "scoring", "all"), "normalisation": columns.normalisation}
+        scored = {"task": task, "scoring": columns.scoring, "normalisation": columns.normalisation}
         # All of this is part of what is measured: the same sentences with other labels are another corpus.
         labels = [(item.label, item.phenomenon, item.paradigm, item.id, str(item.numbers)) for item in self.items]
         spans = [(option.begin, option.end) for option in self.options]

@@ -1,6 +1,6 @@
 """What a model makes of items: how often it prefers the right option, and how probable a cloze target is.
 
-tokens.parquet + documents.parquet → `option_scores` → `ItemScores` → column sums → values and intervals over items
+tokens.parquet + documents.parquet → `item_scores` → `ItemScores` → column sums → values and intervals over items
 """
 
 from collections.abc import Mapping

@@ -8,6 +8,7 @@ An item has one or more options: the two sentences of a pair, the choices, or th
 
 import math
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -71,7 +72,7 @@ class Item:
 
 
 @dataclass(frozen=True)
-class ItemColumns:
+class ItemColumns(ABC):
     """Where a row holds an item, and how its options are scored.
 
     A value that names a column may be a path, an alternative or a template. `a.b` reaches into nested rows, and `a.0`
@@ -88,6 +89,7 @@ class ItemColumns:
     phenomenon: str = ""
     paradigm: str = ""
     id: str = ""
+    scoring = "all"
     appended_masks = 0
 
     def __post_init__(self) -> None:
@@ -113,9 +115,13 @@ class ItemColumns:
         ((where, row),) = group
         return self._item(row, where, self.options(row, where), numbers)
 
+    @abstractmethod
     def options(self, row: dict[str, Any], where: str) -> tuple[tuple[Option, ...], int]:
         """The options of a row, and the index of the right one."""
-        raise NotImplementedError
+
+    def is_empty(self, item: Item) -> bool:
+        """Whether what an option scores is whitespace only."""
+        return any(is_blank(option.scored) for option in item.options)
 
     def _item(
         self, row: dict[str, Any], where: str, options: tuple[tuple[Option, ...], int], numbers: Iterable[str]
@@ -290,6 +296,9 @@ class ClozeColumns(ItemColumns):
             options.append(Option.of(prefix, target, self.join))
         return tuple(options), 0
 
+    def is_empty(self, item: Item) -> bool:
+        return is_blank(item.options[0].scored)  # the word before may be missing
+
 
 def read_items(rows: Iterable[Row], columns: ItemColumns, location: str, numbers: Iterable[str] = ()) -> list[Item]:
     """The items of a set's rows, with the human `numbers` of these columns.
@@ -297,8 +306,7 @@ def read_items(rows: Iterable[Row], columns: ItemColumns, location: str, numbers
     Raises `UserError` if there are none, and naming the row for one that holds no item.
     """
     items = list(columns.items(rows, list(numbers)))
-    needed = 1 if isinstance(columns, ClozeColumns) else None  # the word before may be missing
-    if all(any(is_blank(option.scored) for option in item.options[:needed]) for item in items):
+    if all(map(columns.is_empty, items)):
         raise UserError(f"{location}: it holds no items")
     return items
 

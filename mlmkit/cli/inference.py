@@ -65,10 +65,8 @@ def _file_texts(options: FillOptions) -> dict[str, str]:
     """The texts of `--file` that are not blank, by what messages call them."""
     from mlmkit.documents import read_texts
     from mlmkit.lines import is_blank
-    from mlmkit.locations import Source
 
-    source = Source("/dev/stdin" if options.file == "-" else str(options.file), options.text_field, options.blank_line)
-    texts = enumerate(read_texts(source), start=1)
+    texts = enumerate(read_texts(options.source(str(options.file))), start=1)
     named = {f"{options.file}: text {number}, {text[:40]!r}": text for number, text in texts if not is_blank(text)}
     if not named:
         raise UserError(f"{options.file}: there is no text to fill")

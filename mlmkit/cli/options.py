@@ -21,6 +21,7 @@ import click
 
 if TYPE_CHECKING:
     from mlmkit.backends import Backend
+    from mlmkit.locations import Source
 
 Options = TypeVar("Options")
 PATH = click.Path(path_type=Path)
@@ -101,6 +102,12 @@ class TextOptions:
 
     text_field: str = option("--text-field", "The key or column that holds the text.", default="text")
     blank_line: bool = switch("--blank-line", "In a text file, blank lines separate documents.")
+
+    def source(self, file: str) -> "Source":
+        """The texts of a file; `-` is standard input."""
+        from mlmkit.locations import Source
+
+        return Source("/dev/stdin" if file == "-" else file, self.text_field, self.blank_line)
 
 
 @option_class

@@ -33,13 +33,11 @@ def score(options: ScoreOptions) -> None:
     from mlmkit.documents import read_documents
     from mlmkit.eval.rows import pll_variant
     from mlmkit.eval.score_texts import pseudo_log_likelihood
-    from mlmkit.locations import Source
 
     pll = pll_variant(options.pll)
     if options.bits and not options.per_word:
         raise UserError("--bits is the unit of the words' surprisal: add --per-word")
-    location = "/dev/stdin" if options.file == "-" else options.file
-    texts = list(read_documents(Source(location, options.text_field, options.blank_line)))
+    texts = list(read_documents(options.source(options.file)))
     if not texts:
         raise UserError(f"{'standard input' if options.file == '-' else options.file}: there is no text to score")
     backend = options.load()
