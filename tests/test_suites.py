@@ -11,6 +11,7 @@ from conftest import paragraphs, refusal, run, run_json
 
 from mlmkit.backends import load
 from mlmkit.eval.api import evaluate
+from mlmkit.eval.result import main_metric
 from mlmkit.files import read_record
 
 PAIRS = [
@@ -117,6 +118,15 @@ def test_a_suite_is_its_sets_and_a_table(capsys, suite, checkpoint, tmp_path):
     assert line.split()[-3:] == ["4", "0.7500", "Ours"]
 
 
+def test_the_first_metric_stands_for_a_set_whose_own_was_not_measured(checkpoint, tmp_path):
+    (tmp_path / "a.txt").write_text("\n".join(paragraphs()[:2]))
+    path = tmp_path / "a.toml"
+    path.write_text('name = "a"\ntask = "text"\nlocal = "a.txt"\nmetric = "pseudo_perplexity"\n')
+    model = load(str(checkpoint("bert")))
+    for metric, name in (("masked", "masked_cross_entropy"), ("pseudo", "pseudo_perplexity")):
+        assert main_metric(evaluate(model, path, metrics=metric).result) == name
+
+
 def test_all_that_is_missing_is_said_before_anything_is_computed(capsys, suite, checkpoint, tmp_path):
     model, output = checkpoint("bert"), tmp_path / "output"
     for name in ("blimp", "boxes"):
@@ -137,6 +147,7 @@ def test_bad_suites_are_refused(capsys, suite, checkpoint, tmp_path):
     assert "either --set or --suite" in refusal(capsys, "eval", model)
     assert "either --set or --suite" in refusal(capsys, "eval", model, "--set", "blimp", "--suite", suite)
     assert "no suite 'babylm'" in refusal(capsys, "eval", model, "--suite", "babylm")
+    assert "--by-paradigm has no effect" in refusal(capsys, "eval", model, "--suite", suite, "--by-paradigm")
     assert "needs --suite" in refusal(capsys, "eval", model, "--set", suite, "--babylm-predictions", tmp_path)
     predictions = ("--babylm-predictions", tmp_path / "predictions")
     text = suite.read_text()

@@ -42,7 +42,7 @@ class EvalOptions(VerifyOption, JsonOption, ModelOptions, TextOptions):
     model: str = argument(default="")
     sets: tuple[str, ...] = option("--set", "What to measure on. Repeatable.", multiple=True, metavar="NAME|FILE")
     suite: str | None = option(
-        "--suite", "Several sets and one table.", metavar="babylm-strict|multilingual-pairs|FILE"
+        "--suite", "Several sets and one table.", metavar="babylm-strict|babylm-fast|multilingual-pairs|FILE"
     )
     babylm: Path | None = option(
         "--babylm-predictions",
@@ -103,6 +103,8 @@ def evaluate(options: EvalOptions) -> None:
         return
     if bool(options.sets) == bool(options.suite):
         raise click.UsageError("Give either --set or --suite.")
+    if options.by_paradigm and (options.suite or options.every or options.as_json):
+        raise click.UsageError("--by-paradigm has no effect with --suite, --every or --json: leave it out.")
     if options.babylm and not options.suite:
         raise click.UsageError("--babylm-predictions needs --suite babylm-strict, or another with a table [babylm].")
     import tempfile
