@@ -5,16 +5,13 @@ write_onnx      write its scoring graph, with tokenizer and configuration
 convert         change the graph's precision
 require_parity  load the artifact as a user would, and compare its scores with the reference
 with_plan       build a TensorRT plan, if requested, and prove it where it can run
-write_card      describe it all for the hub, if requested
 """
 
 import logging
-from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from os import PathLike, fspath
 from pathlib import Path
-from typing import Any
 
 import onnx_ir as ir
 from transformers import AutoTokenizer
@@ -24,7 +21,6 @@ from mlmkit.artifact import FORMAT, GRAPH, MANIFEST, PRECISIONS, Manifest, hash_
 from mlmkit.backends.onnx import OnnxBackend
 from mlmkit.backends.torch import TorchBackend
 from mlmkit.errors import CheckError, UserError
-from mlmkit.export.card import write_card
 from mlmkit.export.graphs import artifact_with
 from mlmkit.export.onnx import OPSET, write_onnx
 from mlmkit.export.parity import ProofText, calibration_batches, proof_text, require_calibration, require_parity
@@ -44,15 +40,12 @@ def export(
     text: ProofText | None = None,
     allow_drift: bool = False,
     plans: PlanOptions | None = None,
-    card: bool = False,
-    results: Sequence[Mapping[str, Any]] = (),
     overwrite: bool = False,
 ) -> Manifest:
     """Export a checkpoint folder or hub name to the artifact folder `output`; return the manifest.
 
     Parity is checked on `text`, by default the text that `proof_text` picks. fp16 and int8 are calibrated on every
     other document and checked on the rest. `plans` adds a TensorRT plan, which is proven if this machine can run it.
-    `card` adds a model card that shows `results`, the contents of `result.json` files.
 
     The folder appears only when everything succeeded. Raises `UserError` for a checkpoint that cannot be used, and
     `CheckError` if parity does not hold and `allow_drift` is not set.
@@ -112,6 +105,4 @@ def export(
             from mlmkit.export.plans import with_plan  # needs TensorRT
 
             manifest = with_plan(folder, manifest, plans, reference, text, allow_drift=allow_drift)
-        if card:
-            write_card(folder, manifest, checkpoint=checkpoint, results=results)
     return manifest
