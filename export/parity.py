@@ -214,18 +214,20 @@ class Parity:
 
 
 def require_parity(
-    reference: Backend, engine: Backend, text: ProofText, precision: str, weight_bytes: int, *, allow_drift: bool
+    reference: Backend, engine: Backend, text: ProofText, precision: str, weight_bytes: int, *, allow_drift: bool | None
 ) -> Parity:
     """Check parity on the part of `text` that the precision was not calibrated on.
 
     `weight_bytes`, the size of the weights, decides how much of it is scored. Raises `CheckError` if a difference
-    exceeds its bound and `allow_drift` is not set, and `UserError` if the text has no token to score.
+    exceeds its bound and `allow_drift` is not set, and `UserError` if the text has no token to score. `allow_drift` is
+    None where no option allows it.
     """
     parity = check_parity(reference, engine, text.split(precision)[1], BOUNDS[precision], weight_bytes)
     if not parity.passed:
         failure = f"parity does not hold {parity_line(parity.as_dict())}"
         if not allow_drift:
-            raise CheckError(f"{failure}; nothing was written. --allow-drift writes it anyway")
+            hint = "" if allow_drift is None else ". --allow-drift writes it anyway"
+            raise CheckError(f"{failure}; nothing was written{hint}")
         log.warning("%s; written anyway, and the manifest says so", failure)
     return parity
 

@@ -12,7 +12,7 @@ from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForMaskedLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers.utils.hub import cached_files
 
-from mlmkit.artifact import is_artifact
+from mlmkit.artifact import is_artifact, refuse_other_graphs
 from mlmkit.bounds import check_folder, check_tokenizer, weight_names
 from mlmkit.errors import UserError, as_user_error, first_line, require
 from mlmkit.files import locate_model
@@ -89,6 +89,7 @@ def load_config(path: str) -> PreTrainedConfig:
         raise UserError(f"{path} is an artifact: name the checkpoint it was exported from")
     if folder.is_dir() and not (folder / "config.json").exists():
         raise UserError(f"{path} has no config.json: it is neither a checkpoint nor an artifact")
+    refuse_other_graphs(folder)
     if folder.is_dir() and not any(folder.glob("*.safetensors*")):
         raise UserError(f"{path} has no model.safetensors: to convert a pytorch_model.bin, run there {CONVERT}")
     config = from_pretrained(AutoConfig, path)

@@ -8,7 +8,7 @@ import shlex
 from os import PathLike, fspath
 from pathlib import Path
 
-from mlmkit.artifact import Manifest, is_artifact, parse_manifest
+from mlmkit.artifact import Manifest, is_artifact, parse_manifest, refuse_other_graphs
 from mlmkit.backends.protocol import Backend, Batch, ModelInfo, Scored, capacity, merge_rows, score_together
 from mlmkit.errors import UserError, require
 from mlmkit.files import locate_model
@@ -74,6 +74,7 @@ def load(path: str | PathLike[str], backend: str = "auto", device: str = "auto")
 
         return OnnxBackend(path, device)
     if backend in ("onnx", "tensorrt"):
+        refuse_other_graphs(Path(path))
         raise UserError(f"{path} is not an artifact: export it first (mlmkit export {path} --output ARTIFACT)")
     require("train", "torch", "transformers", "safetensors")
     from mlmkit.backends.torch import TorchBackend
