@@ -39,7 +39,7 @@ types: $(INSTALLED)
 	$(VENV_PYTHON) -m basedpyright
 
 # Transformers 4 and tools that need it, 75 MB, which the tests put before .venv on the path of a process of their own.
-$(TRANSFORMERS4)/installed: requirements-transformers4.txt $(INSTALLED)
+$(TRANSFORMERS4)/installed: requirements-transformers4.txt | $(INSTALLED)
 	@rm -rf $(TRANSFORMERS4)
 	@$(VENV_PYTHON) -m pip install --quiet --no-compile --no-deps --target $(TRANSFORMERS4) --requirement $<
 	@touch $@
