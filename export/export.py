@@ -20,11 +20,10 @@ from mlmkit import __version__
 from mlmkit.artifact import FORMAT, GRAPH, MANIFEST, PRECISIONS, Manifest, hash_files, weight_bytes, write_manifest
 from mlmkit.backends.onnx import OnnxBackend
 from mlmkit.backends.torch import TorchBackend
-from mlmkit.corpus import tokenize
 from mlmkit.errors import CheckError, UserError
 from mlmkit.export.graphs import artifact_with
 from mlmkit.export.onnx import OPSET, write_onnx
-from mlmkit.export.parity import PYTHON_DOCS, ProofText, parity_batches, proof_text, require_parity
+from mlmkit.export.parity import ProofText, calibration_batches, proof_text, require_calibration, require_parity
 from mlmkit.export.precision import convert, emulate
 from mlmkit.export.profiles import PlanOptions
 from mlmkit.files import locate_model, new_folder
@@ -55,8 +54,7 @@ def export(
         raise UserError(f"unknown precision {precision!r}: choose {', '.join(PRECISIONS)}")
     checkpoint, output = locate_model(fspath(checkpoint)), Path(output)
     text = text or proof_text(checkpoint)
-    if precision == "int8" and text.name == PYTHON_DOCS:
-        raise UserError("int8 needs scales measured on text like yours: give some with --text")
+    require_calibration(precision, text)
     with new_folder(output, replaces=MANIFEST if overwrite else "") as folder:
         log.info("loading %s", checkpoint)
         reference = TorchBackend(checkpoint, "cpu")
@@ -72,11 +70,7 @@ def export(
         size = weight_bytes(folder)
         if precision != "fp32":
             log.info("converting it to %s", precision)
-        batches = []
-        if calibration_text := text.split(precision)[0]:
-            corpus = tokenize(calibration_text.texts, reference.tokenizer)
-            batches = parity_batches(corpus, reference.tokenizer, info.max_length, size)
-        calibration = convert(folder / GRAPH, precision, batches)
+        calibration = convert(folder / GRAPH, precision, calibration_batches(text, precision, reference, size))
         manifest = Manifest(
             format=FORMAT,
             files=hash_files(folder),

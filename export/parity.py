@@ -119,6 +119,21 @@ def _held_out(checkpoint: Path) -> Source | None:
     return None
 
 
+def require_calibration(precision: str, text: ProofText) -> None:
+    """Raise `UserError` for int8 if no text was given: its scales must be measured on text like the user's."""
+    if precision == "int8" and text.name == PYTHON_DOCS:
+        raise UserError("int8 needs scales measured on text like yours: give some with --text")
+
+
+def calibration_batches(text: ProofText, precision: str, reference: Backend, weight_bytes: int) -> list[Batch]:
+    """Batches of the part of `text` that the precision is calibrated on, none if it needs none."""
+    calibration_text = text.split(precision)[0]
+    if calibration_text is None:
+        return []
+    corpus = tokenize(calibration_text.texts, reference.tokenizer)
+    return parity_batches(corpus, reference.tokenizer, reference.info.max_length, weight_bytes)
+
+
 def parity_batches(corpus: Corpus, tokenizer: Tokenizer, max_length: int, weight_bytes: int) -> list[Batch]:
     """Batches of several shapes from a text, masked by mask-v1 with seed 0.
 
