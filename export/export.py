@@ -27,7 +27,7 @@ from mlmkit.export.parity import ProofText, calibration_batches, proof_text, req
 from mlmkit.export.precision import convert, emulate
 from mlmkit.export.profiles import PlanOptions
 from mlmkit.files import locate_model, new_folder
-from mlmkit.pretrained import from_pretrained, save_tokenizer
+from mlmkit.pretrained import from_pretrained, save_config, save_tokenizer
 
 log = logging.getLogger(__name__)
 
@@ -66,7 +66,7 @@ def export(
         log.info("writing the ONNX graph")
         write_onnx(reference.model, folder / GRAPH)
         save_tokenizer(from_pretrained(AutoTokenizer, checkpoint), folder)
-        reference.model.network.config.save_pretrained(folder)
+        save_config(reference.model.network.config, folder)
         size = weight_bytes(folder)
         if precision != "fp32":
             log.info("converting it to %s", precision)

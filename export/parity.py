@@ -91,7 +91,7 @@ def proof_text(checkpoint: str, given: str | None = None) -> ProofText:
 
     Raises `UserError` for a text that cannot be read or has no documents.
     """
-    if source := Source(given) if given else _held_out(Path(checkpoint).resolve()):
+    if source := Source(given) if given else held_out_text(Path(checkpoint).resolve()):
         texts = list(islice(read_documents(source), DOCUMENTS))
         if not texts:
             raise UserError(f"{source.name} has no documents")
@@ -100,7 +100,7 @@ def proof_text(checkpoint: str, given: str | None = None) -> ProofText:
     return ProofText(PYTHON_DOCS, topics())
 
 
-def _held_out(checkpoint: Path) -> Source | None:
+def held_out_text(checkpoint: Path) -> Source | None:
     """A held-out text of the training run that the checkpoint belongs to, if it still exists."""
     for run in (checkpoint, checkpoint.parent, checkpoint.parent.parent):
         for result in sorted(run.glob("checkpoints/*/held-out*/result.json"), key=str, reverse=True):

@@ -260,6 +260,7 @@ SIZES = '"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "i
 ARCHITECTURES = {
     "bert": f'{{"model_type": "bert", {SIZES}}}',
     "convbert": f'{{"model_type": "convbert", {SIZES}, "embedding_size": 32, "head_ratio": 1}}',
+    "distilbert": '{"model_type": "distilbert", "dim": 32, "n_layers": 2, "n_heads": 2, "hidden_dim": 48}',
     "roberta": f'{{"model_type": "roberta", {SIZES}}}',
     "modernbert": f'{{"model_type": "modernbert", "local_attention": 8, "global_attn_every_n_layers": 2, {SIZES}}}',
 }

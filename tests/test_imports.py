@@ -35,7 +35,7 @@ LAYERS = [
     {"backends"},
     {"average", "fill", "eval", "export", "inspection"},
     {"train", "serve"},
-    {"demo"},
+    {"card", "demo"},
     {"cli"},
     {"__main__"},
 ]

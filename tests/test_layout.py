@@ -245,7 +245,7 @@ def test_nothing_is_written_when_parity_does_not_hold(source, layout, tmp_path, 
     folder = Path(shutil.copytree(source("bert"), tmp_path / "bert"))
     before = sorted(tmp_path.rglob("*"))
     for output in (tmp_path / "new", folder):
-        with pytest.raises(CheckError, match="nothing was written$"):
+        with pytest.raises(CheckError, match=r"nothing was written$"):
             export_transformers(folder, output, text=PROOF)
         assert sorted(tmp_path.rglob("*")) == before
 
