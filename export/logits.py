@@ -8,7 +8,6 @@ require_parity  score with that file, and compare with the checkpoint
 
 import inspect
 import logging
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from os import PathLike, fspath
 from pathlib import Path
@@ -29,7 +28,14 @@ from mlmkit.errors import CheckError, first_line
 from mlmkit.export.graphs import feeds, save_graph, scratch_folder
 from mlmkit.export.layout import GRAPH_NAMES, layout_folder, refuse_other_model
 from mlmkit.export.onnx import write_graph
-from mlmkit.export.parity import ProofText, calibration_batches, proof_text, require_calibration, require_parity
+from mlmkit.export.parity import (
+    ProofText,
+    calibration_batches,
+    proof_text,
+    require_calibration,
+    require_parity,
+    row_groups,
+)
 from mlmkit.export.precision import convert
 from mlmkit.files import locate_model
 from mlmkit.model import MaskedLM, score_logits
@@ -84,9 +90,7 @@ def export_transformers(
             log.info("writing the ONNX graph")
             write_graph(model, scratch / GRAPH, Logits(model), inputs, ["logits"], axes=AXES)
             size = weight_bytes(scratch)
-            batches = calibration_batches(text, precision, reference, size)
-            groups = [group for batch in batches for group in _row_groups(batch, model.vocabulary_size)]
-            convert(scratch / GRAPH, precision, groups)
+            convert(scratch / GRAPH, precision, calibration_batches(text, precision, reference, size))
             save_graph(ir.load(scratch / GRAPH), graph, single_file=True)
         log.info("checking parity with ONNX Runtime on real text")
         engine = LogitsBackend(graph, reference.tokenizer, replace(reference.info, precision=precision))
@@ -136,7 +140,8 @@ class LogitsBackend:
     def score(self, batch: Batch) -> Scored:
         order = np.argsort(batch.positions, kind="stable")
         ordered = batch._replace(positions=batch.positions[order], targets=batch.targets[order])
-        scored = map(self._score, _row_groups(ordered, self.info.vocabulary_size))
+        row_bytes = 4 * batch.input_ids.shape[1] * self.info.vocabulary_size
+        scored = map(self._score, row_groups(ordered, max(LOGITS_BYTES // row_bytes, 1)))
         return Scored(*(np.concatenate(values)[np.argsort(order)] for values in zip(*scored, strict=True)))
 
     def _score(self, batch: Batch) -> Scored:
@@ -147,14 +152,3 @@ class LogitsBackend:
         logits = np.asarray(output).reshape(-1, self.info.vocabulary_size)[batch.positions]
         scores = score_logits(torch.from_numpy(logits), torch.from_numpy(batch.targets), self.info.top_k)
         return Scored(*(values.numpy() for values in scores))
-
-
-def _row_groups(batch: Batch, vocabulary_size: int) -> Iterator[Batch]:
-    """A batch in groups of rows whose logits take at most `LOGITS_BYTES`."""
-    count, seq = batch.input_ids.shape
-    most = max(LOGITS_BYTES // (4 * seq * vocabulary_size), 1)
-    rows = batch.positions // seq
-    for first in range(0, count, most):
-        group, inside = slice(first, first + most), (rows >= first) & (rows < first + most)
-        positions = batch.positions[inside] - first * seq
-        yield Batch(batch.input_ids[group], batch.attention_mask[group], positions, batch.targets[inside])
