@@ -8,6 +8,7 @@ with_plan       build a TensorRT plan, if requested, and prove it where it can r
 write_card      describe it all for the hub, if requested
 """
 
+import json
 import logging
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -48,12 +49,14 @@ def export(
     card: bool = False,
     results: Sequence[Mapping[str, Any]] = (),
     overwrite: bool = False,
+    trust_remote_code: bool = False,
 ) -> Manifest:
     """Export a checkpoint folder or hub name to the artifact folder `output`; return the manifest.
 
     Parity is checked on `text`, by default the text that `proof_text` picks. fp16 and int8 are calibrated on every
     other document and checked on the rest. `plans` adds a TensorRT plan, which is proven if this machine can run it.
-    `card` adds a model card that shows `results`, the contents of `result.json` files.
+    `card` adds a model card that shows `results`, the contents of `result.json` files. With `trust_remote_code`, Python
+    code that comes with the checkpoint runs, and weights may be in `pytorch_model.bin`; the artifact has no code.
 
     The folder appears only when everything succeeded. Raises `UserError` for a checkpoint that cannot be used, and
     `CheckError` if parity does not hold and `allow_drift` is not set.
@@ -66,7 +69,7 @@ def export(
         raise UserError("int8 needs scales measured on text like yours: give some with --text")
     with new_folder(output, replaces=MANIFEST if overwrite else "") as folder:
         log.info("loading %s", checkpoint)
-        reference = TorchBackend(checkpoint, "cpu")
+        reference = TorchBackend(checkpoint, "cpu", trust_remote_code=trust_remote_code)
         info = reference.info
         if plans is not None:
             from mlmkit.export.tensorrt import plan_targets  # needs TensorRT
@@ -74,8 +77,10 @@ def export(
             plan_targets(info.architecture, precision, plans)  # fail now rather than after the export
         log.info("writing the ONNX graph")
         write_onnx(reference.model, folder / GRAPH)
-        save_tokenizer(from_pretrained(AutoTokenizer, checkpoint), folder)
-        reference.model.network.config.save_pretrained(folder)
+        save_tokenizer(from_pretrained(AutoTokenizer, checkpoint, trust_remote_code=trust_remote_code), folder)
+        # Not save_pretrained, which refuses NeoBERT's max_length as a setting of text generation.
+        reference.model.network.config.to_json_file(folder / "config.json")
+        _remove_code(folder)
         size = weight_bytes(folder)
         if precision != "fp32":
             log.info("converting it to %s", precision)
@@ -121,3 +126,13 @@ def export(
         if card:
             write_card(folder, manifest, checkpoint=checkpoint, results=results)
     return manifest
+
+
+def _remove_code(folder: Path) -> None:
+    """Remove the code that transformers saves with a configuration or tokenizer whose class came with the model."""
+    for path in folder.glob("*.py"):
+        path.unlink()
+    for name in ("config.json", "tokenizer_config.json"):
+        values = json.loads((folder / name).read_bytes())
+        if values.pop("auto_map", None):
+            (folder / name).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")

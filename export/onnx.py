@@ -6,7 +6,7 @@ import torch
 
 from mlmkit.backends import Batch, Scored
 from mlmkit.errors import UserError
-from mlmkit.export.attention import exported_forms
+from mlmkit.export.attention import ComplexForms, exported_forms
 from mlmkit.export.graphs import quiet, save_graph
 from mlmkit.model import MaskedLM
 
@@ -23,7 +23,7 @@ def write_onnx(model: MaskedLM, path: Path, *, opset: int = OPSET) -> None:
     sample = (input_ids, torch.ones_like(input_ids), torch.tensor([1, 4, 9]), torch.tensor([5, 6, 7]))
     batch, seq, masked = (torch.export.Dim(name) for name in ("batch", "seq", "masked"))
     try:
-        with quiet(), exported_forms(model):
+        with quiet(), exported_forms(model), ComplexForms():
             program = torch.onnx.export(
                 model.eval(),
                 sample,

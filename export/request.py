@@ -34,6 +34,7 @@ class ExportRequest:
     model_card: bool = False
     results: tuple[str, ...] = ()
     overwrite: bool = False
+    trust_remote_code: bool = False
 
     @property
     def artifact(self) -> Path:
@@ -43,6 +44,8 @@ class ExportRequest:
     def check(self) -> None:
         """Raise `UserError` for options that contradict each other, paths that exist and packages that are missing."""
         from_artifact = is_artifact(Path(self.checkpoint))
+        if from_artifact and self.trust_remote_code:
+            raise UserError(f"{self.checkpoint} is an artifact, which has no code: leave out --trust-remote-code")
         if self.prove:
             others = (self.output, self.precision, self.trt, self.triton, self.model_card, self.results, self.plan)
             if not from_artifact:
@@ -119,5 +122,6 @@ class ExportRequest:
             plans=plans,
             card=self.model_card,
             results=results,
+            trust_remote_code=self.trust_remote_code,
             **common,
         )
