@@ -5,16 +5,13 @@ write_onnx      write its scoring graph, with tokenizer and configuration
 convert         change the graph's precision
 require_parity  load the artifact as a user would, and compare its scores with the reference
 with_plan       build a TensorRT plan, if requested, and prove it where it can run
-write_card      describe it all for the hub, if requested
 """
 
 import logging
-from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from os import PathLike, fspath
 from pathlib import Path
-from typing import Any
 
 import onnx_ir as ir
 from transformers import AutoTokenizer
@@ -23,16 +20,14 @@ from mlmkit import __version__
 from mlmkit.artifact import FORMAT, GRAPH, MANIFEST, PRECISIONS, Manifest, hash_files, weight_bytes, write_manifest
 from mlmkit.backends.onnx import OnnxBackend
 from mlmkit.backends.torch import TorchBackend
-from mlmkit.corpus import tokenize
 from mlmkit.errors import CheckError, UserError
-from mlmkit.export.card import write_card
 from mlmkit.export.graphs import artifact_with
 from mlmkit.export.onnx import OPSET, write_onnx
-from mlmkit.export.parity import PYTHON_DOCS, ProofText, parity_batches, proof_text, require_parity
+from mlmkit.export.parity import ProofText, calibration_batches, proof_text, require_calibration, require_parity
 from mlmkit.export.precision import convert, emulate
 from mlmkit.export.profiles import PlanOptions
 from mlmkit.files import locate_model, new_folder
-from mlmkit.pretrained import from_pretrained, save_tokenizer
+from mlmkit.pretrained import from_pretrained, save_config, save_tokenizer
 
 log = logging.getLogger(__name__)
 
@@ -45,15 +40,12 @@ def export(
     text: ProofText | None = None,
     allow_drift: bool = False,
     plans: PlanOptions | None = None,
-    card: bool = False,
-    results: Sequence[Mapping[str, Any]] = (),
     overwrite: bool = False,
 ) -> Manifest:
     """Export a checkpoint folder or hub name to the artifact folder `output`; return the manifest.
 
     Parity is checked on `text`, by default the text that `proof_text` picks. fp16 and int8 are calibrated on every
     other document and checked on the rest. `plans` adds a TensorRT plan, which is proven if this machine can run it.
-    `card` adds a model card that shows `results`, the contents of `result.json` files.
 
     The folder appears only when everything succeeded. Raises `UserError` for a checkpoint that cannot be used, and
     `CheckError` if parity does not hold and `allow_drift` is not set.
@@ -62,8 +54,7 @@ def export(
         raise UserError(f"unknown precision {precision!r}: choose {', '.join(PRECISIONS)}")
     checkpoint, output = locate_model(fspath(checkpoint)), Path(output)
     text = text or proof_text(checkpoint)
-    if precision == "int8" and text.name == PYTHON_DOCS:
-        raise UserError("int8 needs scales measured on text like yours: give some with --text")
+    require_calibration(precision, text)
     with new_folder(output, replaces=MANIFEST if overwrite else "") as folder:
         log.info("loading %s", checkpoint)
         reference = TorchBackend(checkpoint, "cpu")
@@ -75,15 +66,11 @@ def export(
         log.info("writing the ONNX graph")
         write_onnx(reference.model, folder / GRAPH)
         save_tokenizer(from_pretrained(AutoTokenizer, checkpoint), folder)
-        reference.model.network.config.save_pretrained(folder)
+        save_config(reference.model.network.config, folder)
         size = weight_bytes(folder)
         if precision != "fp32":
             log.info("converting it to %s", precision)
-        batches = []
-        if calibration_text := text.split(precision)[0]:
-            corpus = tokenize(calibration_text.texts, reference.tokenizer)
-            batches = parity_batches(corpus, reference.tokenizer, info.max_length, size)
-        calibration = convert(folder / GRAPH, precision, batches)
+        calibration = convert(folder / GRAPH, precision, calibration_batches(text, precision, reference, size))
         manifest = Manifest(
             format=FORMAT,
             files=hash_files(folder),
@@ -118,6 +105,4 @@ def export(
             from mlmkit.export.plans import with_plan  # needs TensorRT
 
             manifest = with_plan(folder, manifest, plans, reference, text, allow_drift=allow_drift)
-        if card:
-            write_card(folder, manifest, checkpoint=checkpoint, results=results)
     return manifest

@@ -91,7 +91,7 @@ def proof_text(checkpoint: str, given: str | None = None) -> ProofText:
 
     Raises `UserError` for a text that cannot be read or has no documents.
     """
-    if source := Source(given) if given else _held_out(Path(checkpoint).resolve()):
+    if source := Source(given) if given else held_out_text(Path(checkpoint).resolve()):
         texts = list(islice(read_documents(source), DOCUMENTS))
         if not texts:
             raise UserError(f"{source.name} has no documents")
@@ -100,7 +100,7 @@ def proof_text(checkpoint: str, given: str | None = None) -> ProofText:
     return ProofText(PYTHON_DOCS, topics())
 
 
-def _held_out(checkpoint: Path) -> Source | None:
+def held_out_text(checkpoint: Path) -> Source | None:
     """A held-out text of the training run that the checkpoint belongs to, if it still exists."""
     for run in (checkpoint, checkpoint.parent, checkpoint.parent.parent):
         for result in sorted(run.glob("checkpoints/*/held-out*/result.json"), key=str, reverse=True):
@@ -117,6 +117,21 @@ def _held_out(checkpoint: Path) -> Source | None:
             log.warning("the run's held-out text %s no longer exists", source.name)
             return None
     return None
+
+
+def require_calibration(precision: str, text: ProofText) -> None:
+    """Raise `UserError` for int8 if no text was given: its scales must be measured on text like the user's."""
+    if precision == "int8" and text.name == PYTHON_DOCS:
+        raise UserError("int8 needs scales measured on text like yours: give some with --text")
+
+
+def calibration_batches(text: ProofText, precision: str, reference: Backend, weight_bytes: int) -> list[Batch]:
+    """Batches of the part of `text` that the precision is calibrated on, none if it needs none."""
+    calibration_text = text.split(precision)[0]
+    if calibration_text is None:
+        return []
+    corpus = tokenize(calibration_text.texts, reference.tokenizer)
+    return parity_batches(corpus, reference.tokenizer, reference.info.max_length, weight_bytes)
 
 
 def parity_batches(corpus: Corpus, tokenizer: Tokenizer, max_length: int, weight_bytes: int) -> list[Batch]:

@@ -3,7 +3,7 @@
 Nothing heavy is imported before `run`.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -31,8 +31,6 @@ class ExportRequest:
     plan: Mapping[str, Any] = field(default_factory=dict)
     prove: bool = False
     triton: Path | None = None
-    model_card: bool = False
-    results: tuple[str, ...] = ()
     overwrite: bool = False
 
     @property
@@ -44,7 +42,7 @@ class ExportRequest:
         """Raise `UserError` for options that contradict each other, paths that exist and packages that are missing."""
         from_artifact = is_artifact(Path(self.checkpoint))
         if self.prove:
-            others = (self.output, self.precision, self.trt, self.triton, self.model_card, self.results, self.plan)
+            others = (self.output, self.precision, self.trt, self.triton, self.plan)
             if not from_artifact:
                 raise UserError(f"{self.checkpoint} is not an artifact: --prove runs an artifact's plan")
             if any(others) or self.overwrite:
@@ -55,16 +53,14 @@ class ExportRequest:
                     f"{self.checkpoint} is an artifact: add a plan with --trt or write a Triton repository with "
                     "--triton, or name the checkpoint it was exported from"
                 )
-            if self.precision or self.model_card or self.results:
-                raise UserError("--precision, --model-card and --result need a checkpoint, not an artifact")
+            if self.precision:
+                raise UserError("--precision needs a checkpoint, not an artifact")
             if not self.trt and (self.output or self.text or self.allow_drift):
                 raise UserError("--triton reads the artifact as it is: omit --output, --text and --allow-drift")
         if self.output is None and (self.trt or not from_artifact):
             raise UserError("name the artifact folder to write: --output ARTIFACT")
         if self.plan and not self.trt:
             raise UserError(f"--{next(iter(self.plan)).replace('_', '-')} applies to a TensorRT plan: add --trt")
-        if self.results and not self.model_card:
-            raise UserError("--result is shown on the model card: add --model-card")
         if self.output:
             refuse_existing(self.output, MANIFEST if self.overwrite else "")
         if (self.trt or self.prove) and not (find_spec("tensorrt") or find_spec("tensorrt_rtx")):
@@ -81,20 +77,19 @@ class ExportRequest:
 
             check_repository(self.artifact.resolve().name, self.triton, overwrite=self.overwrite)
 
-    def run(self, results: Sequence[Mapping[str, Any]] = ()) -> tuple[Manifest, list[str] | None]:
+    def run(self) -> tuple[Manifest, list[str] | None]:
         """Do the work, after `check`; return the artifact's manifest and the names of the Triton models written.
 
-        `results` are the contents of the `result.json` files that the model card shows. Raises as
-        `mlmkit.export.export.export` does.
+        Raises as `mlmkit.export.export.export` does.
         """
-        manifest, models = self._write_artifact(results), None
+        manifest, models = self._write_artifact(), None
         if self.triton:
             from mlmkit.export.triton import write_repository
 
             models = write_repository(self.artifact, self.triton, overwrite=self.overwrite)
         return manifest, models
 
-    def _write_artifact(self, results: Sequence[Mapping[str, Any]]) -> Manifest:
+    def _write_artifact(self) -> Manifest:
         if self.output is None and not self.prove:
             return parse_manifest(self.artifact)
         from mlmkit.export.parity import proof_text
@@ -117,7 +112,5 @@ class ExportRequest:
             self.output,
             precision=self.precision or "fp32",
             plans=plans,
-            card=self.model_card,
-            results=results,
             **common,
         )

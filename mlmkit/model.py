@@ -68,14 +68,14 @@ class MaskedLM(nn.Module):
         `inputs` go to the transformers model unchanged: `input_ids` and `attention_mask`, or `packed_inputs`.
         """
         if not self.gathers_before_head:
-            return self._dense_logits(**inputs).flatten(0, 1).index_select(0, positions)
+            return self.dense_logits(**inputs).flatten(0, 1).index_select(0, positions)
         self._positions = positions
         try:
             return self.network(**inputs).logits.squeeze(0)
         finally:
             self._positions = None
 
-    def _dense_logits(self, **inputs: Any) -> Tensor:
+    def dense_logits(self, **inputs: Any) -> Tensor:
         """Logits `[batch, seq, vocabulary]`. Perceiver returns its maximum length, whatever the row's: cut to seq."""
         return self.network(**inputs).logits[:, : inputs["input_ids"].shape[1]]
 
@@ -89,7 +89,7 @@ class MaskedLM(nn.Module):
         positions = flat.flip(0)[::3]
         try:
             with probing(network):
-                dense = self._dense_logits(**inputs)
+                dense = self.dense_logits(**inputs)
                 if dense.shape != (2, seq, self.vocabulary_size):
                     raise UserError(f"a {kind} model does not give logits per token: mlmkit cannot score with it")
                 # Half the digits: rounding stays below, a head that mixes positions does not.
@@ -101,7 +101,7 @@ class MaskedLM(nn.Module):
                         return True
                 except PROBE_ERRORS as error:
                     log.debug("the head does not accept gathered rows: %s", error)
-                if not _close(self._dense_logits(**inputs), dense, bound):
+                if not _close(self.dense_logits(**inputs), dense, bound):
                     raise UserError(f"this {kind} model gives different logits each time, so it cannot be evaluated")
         except PROBE_ERRORS as error:
             raise UserError(f"a {kind} model cannot score from token ids alone: {first_line(error)}") from error
@@ -137,19 +137,10 @@ class MaskedLM(nn.Module):
         """Score the targets: this is the scoring graph of `docs/architecture.md`.
 
         `input_ids` and `attention_mask` are `[batch, seq]`, `positions` (flat) and `targets` `[masked]`, all int64.
-        The log-softmax is float32 whatever the model's dtype. `rank` counts the other ids whose logit is at least the
-        target's, so ties count against the model.
+        The log-softmax is float32 whatever the model's dtype.
         """
-        logits = self.logits(positions, input_ids=input_ids, attention_mask=attention_mask).float()
-        # Not logsumexp: ONNX Runtime's is slower, three times less exact, and fails if no position is masked.
-        log_probs = torch.log_softmax(logits, dim=-1)
-        target = targets.unsqueeze(-1)
-        # A matrix product, exact up to 2**24 ids: ONNX Runtime's ReduceSum takes five times as long, and its shape is
-        # wrong if no position is masked.
-        at_least = (logits >= logits.gather(-1, target)).float() @ torch.ones(logits.shape[-1], 1, device=logits.device)
-        rank = at_least.squeeze(-1).long() - 1
-        top_id = torch.topk(logits, self.top_k, dim=-1).indices
-        return Scores(log_probs.gather(-1, target).squeeze(-1), rank, log_probs.gather(-1, top_id), top_id)
+        logits = self.logits(positions, input_ids=input_ids, attention_mask=attention_mask)
+        return score_logits(logits.float(), targets, self.top_k)
 
     def loss_sum(self, positions: Tensor, targets: Tensor, **inputs: Any) -> Tensor:
         """Sum the cross-entropy (nats) over `targets` `[masked]`. Divide it by the global count, not the batch's.
@@ -184,6 +175,22 @@ class MaskedLM(nn.Module):
         table = getattr(self.network.config.get_text_config(), "max_position_embeddings", None) or (1 << 30)
         limit = table - self.position_offset
         return min(limit, tokenizer_limit or limit)
+
+
+def score_logits(logits: Tensor, targets: Tensor, top_k: int) -> Scores:
+    """Score `targets` `[masked]` by float32 `logits` `[masked, vocabulary]`, and find the `top_k` best ids.
+
+    `rank` counts the other ids whose logit is at least the target's, so ties count against the model.
+    """
+    # Not logsumexp: ONNX Runtime's is slower, three times less exact, and fails if no position is masked.
+    log_probs = torch.log_softmax(logits, dim=-1)
+    target = targets.unsqueeze(-1)
+    # A matrix product, exact up to 2**24 ids: ONNX Runtime's ReduceSum takes five times as long, and its shape is
+    # wrong if no position is masked.
+    at_least = (logits >= logits.gather(-1, target)).float() @ torch.ones(logits.shape[-1], 1, device=logits.device)
+    rank = at_least.squeeze(-1).long() - 1
+    top_id = torch.topk(logits, top_k, dim=-1).indices
+    return Scores(log_probs.gather(-1, target).squeeze(-1), rank, log_probs.gather(-1, top_id), top_id)
 
 
 # ---------------------------------------------------------------- probes

@@ -90,11 +90,15 @@ def find_overlap(model: str | Path, corpus: Corpus | StoredCorpus) -> Overlap | 
 
     None if it comes from none, or the tokens of a text are gone.
     """
-    texts = _read(run_of(model))
-    if known := texts["overlap"].get(corpus.fingerprint):
+    if known := _read(run_of(model))["overlap"].get(corpus.fingerprint):
         return known
-    corpora = _open(texts["tokens"])
+    corpora = training_texts(model)
     return measure_overlap(corpus, corpora) if corpora else None
+
+
+def training_texts(model: str | Path) -> list[StoredCorpus]:
+    """The training texts of the run that a model comes from; none if it comes from none, or the tokens are gone."""
+    return _open(_read(run_of(model))["tokens"])
 
 
 def run_of(model: str | Path) -> Path | None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
+from tokenizers.models import BPE
 from transformers import AutoConfig, AutoModelForMaskedLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers.utils.hub import cached_files
 
@@ -17,13 +18,15 @@ from mlmkit.bounds import check_folder, check_tokenizer, weight_names
 from mlmkit.errors import UserError, as_user_error, first_line, require
 from mlmkit.files import locate_model
 from mlmkit.model import MaskedLM, sees_context
-from mlmkit.tokenizer import Tokenizer
+from mlmkit.tokenizer import CLEAN_UP, CLEAN_UP_BPE, NAMED_TOKENS, Tokenizer
 
 CONVERT = "python -c \"import transformers as t; t.AutoModelForMaskedLM.from_pretrained('.').save_pretrained('.')\""
 HAS_CODE = (
     "it comes with Python code (auto_map), and mlmkit never runs a model's code: use a model whose architecture and "
     "tokenizer are part of transformers"
 )
+# Entries of tokenizer_config.json that transformers 4 cannot read, or that are about the machine that wrote them.
+NOT_KEPT = ("backend", "extra_special_tokens", "is_local", "local_files_only", "model_specific_special_tokens")
 FREE_WEIGHTS = 4 << 20  # 16 MiB, too few to refuse
 
 
@@ -123,13 +126,57 @@ def load_tokenizer(path: str) -> Tokenizer:
 
 
 def save_tokenizer(tokenizer: Any, folder: Path) -> None:
-    """Save a tokenizer of transformers. Raises `OSError` for all errors, also those of the tokenizers library."""
+    """Save a tokenizer of transformers such that versions 4.57 and 5 read the same from it.
+
+    Raises `OSError` for all errors, also those of the tokenizers library.
+    """
     try:
         tokenizer.save_pretrained(folder)
     except OSError:
         raise
     except Exception as error:  # the tokenizers library raises bare Exception
         raise OSError(f"cannot write {folder}: {first_line(error)}") from error
+    path = folder / "tokenizer_config.json"
+    config = _config_for_both_versions(json.loads(path.read_bytes()), tokenizer)
+    path.write_text(json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _config_for_both_versions(config: dict[str, Any], tokenizer: Any) -> dict[str, Any]:
+    """`tokenizer_config.json` as transformers 4 and 5 both understand it, with what their defaults differ in.
+
+    Both take `PreTrainedTokenizerFast` exactly as `tokenizer.json` has it; `BertTokenizer` and the like change what
+    they load, each version in its own way, and version 4 lacks some.
+    """
+    config = {name: value for name, value in config.items() if name not in NOT_KEPT}
+    config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    config["model_input_names"] = tokenizer.model_input_names
+    named = [getattr(tokenizer, name) for name in NAMED_TOKENS]
+    if extra := [token for token in tokenizer.all_special_tokens if token not in named]:
+        config["additional_special_tokens"] = extra  # version 5 takes this name for its extra_special_tokens
+    pre_tokenizer = json.loads(tokenizer.backend_tokenizer.to_str())["pre_tokenizer"] or {}
+    if "add_prefix_space" in pre_tokenizer:
+        config["add_prefix_space"] = pre_tokenizer["add_prefix_space"]
+    if isinstance(tokenizer.backend_tokenizer.model, BPE) and not config.get(CLEAN_UP_BPE):
+        config[CLEAN_UP] = False  # version 5 ignores it for BPE
+    return config
+
+
+def save_config(config: PreTrainedConfig, folder: Path) -> None:
+    """Write `config.json`; for ModernBERT also with the names that transformers 4 knows.
+
+    Version 5 reads `layer_types` and `rope_parameters`, which stay. Version 4 would ignore them and take its defaults.
+    """
+    config = copy.deepcopy(config)
+    if config.model_type == "modernbert":
+        layers = range(config.num_hidden_layers)
+        full = [kind == "full_attention" for kind in config.layer_types]
+        # Version 4 has them at a regular distance only. Where there is none, 0 makes it fail instead of differ.
+        config.global_attn_every_n_layers = next(
+            (every for every in range(1, len(layers) + 1) if full == [layer % every == 0 for layer in layers]), 0
+        )
+        config.global_rope_theta = config.rope_parameters["full_attention"]["rope_theta"]
+        config.local_rope_theta = config.rope_parameters["sliding_attention"]["rope_theta"]
+    config.save_pretrained(folder)
 
 
 def from_pretrained(kind: Any, path: str, **options: Any) -> Any:

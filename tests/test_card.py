@@ -1,86 +1,296 @@
-"""The model card: the hub can read it, and it states parity and metrics."""
+"""The model card: the Hub can read it, its examples run, and it says what was trained, proven and measured."""
 
 import json
+import os
+import re
+import shlex
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+from conftest import ARCHITECTURES, edit_record, refusal, run
 from huggingface_hub import ModelCard
+from huggingface_hub.repocard import metadata_load
+from huggingface_hub.repocard_data import model_index_to_eval_results
 
-from mlmkit.artifact import read_manifest
+import mlmkit
+from mlmkit.artifact import read_manifest, write_manifest
 from mlmkit.backends import load
-from mlmkit.errors import UserError
+from mlmkit.card import find_example
 from mlmkit.eval.api import evaluate
-from mlmkit.export.card import write_card
+from mlmkit.fill import fill
+from mlmkit.locations import Source
+from mlmkit.train.config_file import load_config
+from mlmkit.train.loop import train
+
+ROOT = Path(__file__).parent.parent
+CONFIG = """
+[data]
+train = "{folder}/treino.txt"
+held_out = "{folder}/teste.txt"
+[tokenizer]
+vocab_size = 500
+[model]
+architecture = "{folder}/architecture.json"
+max_length = 64
+[train]
+steps = 4
+global_batch_tokens = 256
+micro_batch_tokens = 256
+save_every = 2
+"""
+
+
+def front_matter(folder: Path) -> dict[str, Any]:
+    """The front matter as huggingface_hub reads it."""
+    metadata = metadata_load(folder / "README.md")
+    assert metadata == ModelCard.load(folder / "README.md").data.to_dict()
+    return metadata or {}
+
+
+def blocks(text: str, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
 
 
 @pytest.fixture(scope="module")
-def result(artifact, text_file, tmp_path_factory) -> dict:
+def portuguese(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a run on the Portuguese text of the quickstart: `treino.txt`, `teste.txt`, `run`."""
+    folder = tmp_path_factory.mktemp("portuguese")
+    page = (ROOT / "docs" / "pt" / "quickstart.md").read_text(encoding="utf-8")
+    for name in ("treino.txt", "teste.txt"):
+        text = re.search(rf"cat > {name} <<'TEXTO'\n(.*?)TEXTO", page, re.DOTALL)
+        assert text
+        (folder / name).write_text(text[1], encoding="utf-8")
+    (folder / "architecture.json").write_text(ARCHITECTURES["bert"])
+    (folder / "config.toml").write_text(CONFIG.format(folder=folder))
+    train(load_config(folder / "config.toml"), folder / "run")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def result(artifact, text_file, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("result") / "result"
     evaluate(artifact("bert"), text_file, output=folder)
-    return json.loads((folder / "result.json").read_text())
+    return folder
 
 
-def front_matter(folder: Path) -> dict:
-    """The front matter as huggingface_hub reads it."""
-    return ModelCard.load(folder / "README.md").data.to_dict()
-
-
-def test_the_front_matter_is_what_the_hub_reads(copy):
-    write_card(copy, read_manifest(copy), checkpoint="google-bert/bert-base-uncased")
-    assert front_matter(copy) == {
-        "library_name": "mlmkit",
+def test_the_card_of_a_portuguese_run(portuguese, capsys, caplog):
+    model = portuguese / "run" / "model"
+    given = ("--license", "apache-2.0", "--language", "pt", "--dataset", "user/machado", "--dataset", "oscar")
+    code, out, err = run(capsys, "card", portuguese / "run", *given)
+    assert code == 0 and "the Hub will miss" not in caplog.text, err
+    assert out.splitlines()[-1] == shlex.join(["hf", "upload", "USER/NAME", str(model)])
+    front = front_matter(model)
+    entries = front.pop("model-index")[0]["results"]
+    [widget] = front.pop("widget")
+    assert front == {
+        "language": ["pt"],
+        "license": "apache-2.0",
+        "library_name": "transformers",
         "pipeline_tag": "fill-mask",
-        "base_model": "google-bert/bert-base-uncased",
-        "tags": ["mlmkit", "masked-lm", "onnx", "bert", "fp32"],
+        "mask_token": "[MASK]",
+        "datasets": ["user/machado", "oscar"],
+        "tags": ["mlmkit", "masked-lm", "bert"],
     }
-    write_card(copy, replace(read_manifest(copy), precision="int8"), checkpoint="google-bert/bert-base-uncased")
-    assert front_matter(copy)["base_model_relation"] == "quantized"
+    # A held-out sentence with one whole word masked, so the widget is in the model's language.
+    before, after = widget["text"].split("[MASK]")
+    pattern = re.compile(re.escape(before) + r"\w+" + re.escape(after))
+    assert pattern.search((portuguese / "teste.txt").read_text(encoding="utf-8"))
+    text = (model / "README.md").read_text(encoding="utf-8")
+    assert text.count(widget["text"]) == 3  # the widget and both examples with a mask
+    # What training measured at the last checkpoint, which holds the same weights.
+    measured = json.loads((portuguese / "run/checkpoints/step-00000004/held-out/result.json").read_text())
+    metric = measured["metrics"]["masked_cross_entropy"]
+    [entry] = [each for each in entries[0]["metrics"] if each["type"] == "masked_cross_entropy"]
+    assert entry["value"] == metric["value"] and entry["args"] == {"low": metric["low"], "high": metric["high"]}
+    assert f"(95 % interval {metric['low']:.4f} to {metric['high']:.4f})" in entry["name"]
+    assert {each.dataset_type for each in model_index_to_eval_results([{"name": "x", "results": entries}])[1]} == {
+        "teste-txt"
+    }
+    # The training.
+    last = [json.loads(line) for line in (portuguese / "run/log.jsonl").read_text().splitlines() if "loss" in line][-1]
+    assert f"4 steps, {last['tokens_seen']:,} tokens, {round(last['words_seen']):,} words" in text
+    assert re.search(r"\| treino\.txt \| 12 \| \d+ \| \d+ \| [0-9a-f]{32} \|", text)
+    assert 'model.architecture = "architecture.json"\n' in text and "masking.mask_prob = 0.15\n" in text
+    assert str(portuguese) not in text
+    assert re.search(r"^\| `model.safetensors` \| `[0-9a-f]{64}` \|$", text, re.MULTILINE)
+    run(capsys, "card", portuguese / "run", *given)
+    assert (model / "README.md").read_text(encoding="utf-8") == text
 
 
-@pytest.mark.parametrize("name", ["/home/someone/run/model", "./model", "a/b/c", "a b", "existing/folder"])
-def test_a_local_checkpoint_is_no_base_model_and_its_path_stays_private(copy, name, tmp_path, monkeypatch):
-    (tmp_path / "existing/folder").mkdir(parents=True)
+def examples(portuguese: Path, capsys: pytest.CaptureFixture[str], language: str) -> list[str]:
+    """The blocks of the run's card, with the model's folder in place of its name on the Hub."""
+    run(capsys, "card", portuguese / "run")
+    model = portuguese / "run" / "model"
+    return blocks((model / "README.md").read_text(encoding="utf-8").replace("USER/NAME", str(model)), language)
+
+
+def test_the_commands_of_a_checkpoint_run(portuguese, capsys, tmp_path, monkeypatch):
+    [commands] = examples(portuguese, capsys, "bash")
     monkeypatch.chdir(tmp_path)
-    write_card(copy, read_manifest(copy), checkpoint=name)
-    assert "base_model" not in front_matter(copy)
-    assert name not in (copy / "README.md").read_text()
+    for name in ("sentences.txt", "corpus.txt"):
+        Path(name).write_text((portuguese / "teste.txt").read_text(encoding="utf-8"), encoding="utf-8")
+    for command in commands.splitlines():
+        program, *arguments = shlex.split(command)
+        assert program == "mlmkit"
+        if arguments[0] != "export":  # ten seconds; the quickstart runs it
+            code, _, err = run(capsys, *arguments)
+            assert code == 0, err
 
 
-def test_the_body_says_what_was_proven_and_measured(copy, result, text_file):
-    manifest = read_manifest(copy)
-    write_card(copy, manifest, checkpoint="x/y", results=[result])
+def test_the_pipeline_of_a_checkpoint_runs(portuguese, capsys):
+    code, known = examples(portuguese, capsys, "python")[0], dict[str, Any]()
+    exec(code.replace("\nfill_mask(", "\nfilled = fill_mask("), known)
+    assert len(known["filled"]) == 5
+
+
+def test_the_embeddings_of_a_checkpoint_run(portuguese, capsys):
+    pytest.importorskip("sentence_transformers")
+    code, known = examples(portuguese, capsys, "python")[1], dict[str, Any]()
+    exec(code.replace("\nencoder.encode(", "\nvectors = encoder.encode("), known)
+    assert known["vectors"].shape == (1, 32)
+
+
+def test_a_checkpoint_of_a_run_is_published_without_its_optimiser(portuguese, capsys):
+    folder = portuguese / "run" / "checkpoints" / "step-00000002"
+    _, out, _ = run(capsys, "card", folder)
+    excluded = ["--exclude=optimizer*", "--exclude=trainer.json", "--exclude=held-out*"]
+    assert shlex.split(out.splitlines()[-1]) == ["hf", "upload", "USER/NAME", str(folder), *excluded]
+    text = (folder / "README.md").read_text(encoding="utf-8")
+    assert "\n2 steps, " in text and "| teste.txt | masked cross entropy |" in text
+    assert "trainer.json" not in text
+    (folder / "README.md").unlink()
+
+
+def test_the_card_of_an_artifact(copy, result, text_file, capsys, caplog):
+    given = ("--text", text_file, "--result", result, "--base-model", "google-bert/bert-base-uncased")
+    code, out, _ = run(capsys, "card", copy, *given)
+    assert code == 0 and "the Hub will miss what --license, --language, --dataset would say" in caplog.text
+    assert out.splitlines()[-1] == f"hf upload USER/NAME {copy}"
+    front = front_matter(copy)
+    assert front["library_name"] == "mlmkit" and front["base_model"] == "google-bert/bert-base-uncased"
+    assert front["tags"] == ["mlmkit", "masked-lm", "onnx", "fp32", "bert"]
+    assert "license" not in front and "base_model_relation" not in front
+    manifest, measured = read_manifest(copy), json.loads((result / "result.json").read_text())
     text = (copy / "README.md").read_text()
     assert f"| {manifest.parity['max_log_prob_difference']:.1e} |" in text
     assert "Within the bounds" in text
-    metric = result["metrics"]["masked_cross_entropy"]
+    metric = measured["metrics"]["masked_cross_entropy"]
     assert f"| {metric['value']:.4f} | {metric['low']:.4f} to {metric['high']:.4f} | onnx on cpu, fp32 |" in text
-    assert f"| {result['mask_digest']} |" in text
+    assert f"| {measured['corpus']['fingerprint']} | {measured['mask_digest']} |" in text
     assert "| text.txt | masked cross entropy |" in text
     assert str(text_file.parent) not in text
     assert all(f"| `{name}` | `{digest}` |" in text for name, digest in manifest.files.items())
-    assert 'mlmkit fill ARTIFACT "To be or not to [MASK]."' in text
-    write_card(copy, replace(manifest, drift_allowed=True), checkpoint="x/y")
+    write_manifest(copy, replace(manifest, precision="int8", drift_allowed=True))
+    run(capsys, "card", copy, "--base-model", "google-bert/bert-base-uncased")
+    assert front_matter(copy)["base_model_relation"] == "quantized"
     text = (copy / "README.md").read_text()
-    assert "Beyond the bounds" in text
-    assert "## Metrics" not in text
+    assert "Beyond the bounds" in text and "## Metrics" not in text
 
 
-def test_a_name_cannot_break_out_of_its_cell(copy, result):
-    source = {**result["corpus"]["source"], "set": "a|b\n# title<script>"}
-    hostile = {**result, "corpus": {**result["corpus"], "source": source}}
-    write_card(copy, read_manifest(copy), checkpoint="x/y", results=[hostile])
-    assert "| a\\|b# title&lt;script> | masked cross entropy |" in (copy / "README.md").read_text()
+def test_without_a_text_the_examples_are_in_no_language(copy, capsys, caplog):
+    run(capsys, "card", copy)
+    assert "--text would say" in caplog.text
+    assert "widget" not in front_matter(copy)
+    text = (copy / "README.md").read_text()
+    assert "mlmkit fill artifact '... [MASK] ...'" in text and 'score("...")' in text
 
 
-def test_a_result_of_other_weights_is_refused(copy, result):
-    other = {**result, "model": {**result["model"], "fingerprint": "0" * 64}}
-    with pytest.raises(UserError, match="was not measured on the weights"):
-        write_card(copy, read_manifest(copy), checkpoint="x/y", results=[other])
+def without_mlmkit(code: str, folder: Path) -> Any:
+    """What the code prints as JSON in a process that cannot import mlmkit, torch or transformers."""
+    block = "import sys; sys.modules.update(dict.fromkeys(['mlmkit', 'torch', 'transformers'])); import json\n"
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    command = [sys.executable, "-c", block + code]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("source", ["card", "page"])
+@pytest.mark.parametrize("kind", ["bert", "roberta"])
+def test_the_graph_runs_without_mlmkit(artifact, kind, source, tmp_path, capsys, text_file):
+    """The code of the card and of docs/graph.md, with scores and candidates that equal those of mlmkit."""
+    folder = tmp_path / "artifact"
+    folder.mkdir()
+    for file in artifact(kind).iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    run(capsys, "card", folder, "--text", text_file)
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    [code] = blocks(card, "python")
+    if source == "page":
+        own = "[MASK]" if kind == "bert" else "<mask>"
+        [page] = blocks((ROOT / "docs" / "graph.md").read_text(encoding="utf-8"), "python")
+        assert page.partition("\nprint(")[0] == code.partition("\nprint(")[0].replace(own, "[MASK]")
+        code = page.replace("[MASK]", own)
+    sentence, masked = (json.loads(text) for text in re.findall(r'^print\(\w+\((".*")\)\)', code, re.MULTILINE))
+    functions = code.partition("\nprint(")[0]
+    total, candidates = without_mlmkit(
+        f"{functions}\nprint(json.dumps([score({sentence!r}), fill({masked!r})]))", tmp_path
+    )
+    backend = load(str(folder))
+    assert total == pytest.approx(mlmkit.pseudo_log_likelihood(backend, [sentence])[0].pseudo_log_likelihood, abs=1e-6)
+    expected = fill(backend, masked)
+    assert [[token for token, _ in row] for row in candidates] == [
+        [backend.tokenizer.token(each["token"]) for each in row] for row in expected
+    ]
+    for row, wanted in zip(candidates, expected, strict=True):
+        assert [value for _, value in row] == pytest.approx([each["score"] for each in wanted], abs=1e-6)
+
+
+def test_an_example_is_a_whole_word_of_one_token(artifact, tmp_path):
+    backend = load(str(artifact("roberta")))
+    (tmp_path / "text.txt").write_text(
+        "Too short.\nA statement with <mask> in it is not used at all.\n"
+        "First this statement, which is much too long for an example because it goes on and on and on and on and on "
+        "and on and on and on and on.  The statement is an expression of the\u00a0module? Never this one.\n"
+    )
+    text = Source(str(tmp_path / "text.txt"))
+    masked, sentence = find_example(text, backend.tokenizer, backend.info)
+    assert sentence == "The statement is an expression of the module?"
+    original = backend.tokenizer.encode_control(sentence).ids
+    ids = backend.tokenizer.encode_control(masked).ids
+    [index] = [index for index, id in enumerate(ids) if id == backend.tokenizer.mask_id]
+    assert ids[:index] + original[index : index + 1] + ids[index + 1 :] == original
+    assert backend.tokenizer.token(original[index]).removeprefix("Ġ") in ("statement", "expression")
+    short = replace(backend.info, max_length=5)
+    assert find_example(text, backend.tokenizer, short) == ("", "")
+
+
+def test_a_name_cannot_break_out_of_its_place(copy, result, tmp_path, capsys):
+    hostile = tmp_path / "hostile"
+    hostile.mkdir()
+    for file in result.iterdir():
+        (hostile / file.name).write_bytes(file.read_bytes())
+    measured = json.loads((hostile / "result.json").read_text())
+    source = {**measured["corpus"]["source"], "set": 'a|b\n---\n# title<script>: "x'}
+    edit_record(hostile / "result.json", corpus={**measured["corpus"], "source": source})
+    assert run(capsys, "card", copy, "--result", hostile)[0] == 0
+    assert '| a\\|b---# title&lt;script>: "x | masked cross entropy |' in (copy / "README.md").read_text()
+    assert front_matter(copy)["model-index"][0]["results"][0]["dataset"]["name"] == source["set"]
+
+
+def test_what_cannot_be_published_is_refused(copy, result, portuguese, capsys):
+    assert "was not measured on the weights" in refusal(capsys, "card", portuguese / "run", "--result", result)
+    assert "--license 'MIT': give an identifier of the Hub" in refusal(capsys, "card", copy, "--license", "MIT")
+    assert "--language 'pt-BR'" in refusal(capsys, "card", copy, "--language", "pt-BR")
+    assert "--dataset './text'" in refusal(capsys, "card", copy, "--dataset", "./text")
+    assert "is not a folder: download" in refusal(capsys, "card", "user/name")
+    (copy / "config.json").write_text("{}")
+    assert "config.json is not the file that was exported" in refusal(capsys, "card", copy)
     assert not (copy / "README.md").exists()
 
 
-def test_the_card_may_be_edited(copy):
-    write_card(copy, read_manifest(copy), checkpoint="x/y")
-    (copy / "README.md").write_text("mine")
+def test_an_edited_card_stays(copy, capsys):
+    run(capsys, "card", copy)
+    assert run(capsys, "card", copy, "--license", "mit")[0] == 0  # as it was not edited
+    card = copy / "README.md"
+    card.write_text(card.read_text() + "\nMine.\n")
+    assert "replace it with --overwrite" in refusal(capsys, "card", copy)
     assert load(str(copy)).info.architecture == "bert"
+    assert run(capsys, "card", copy, "--overwrite")[0] == 0
+    assert "Mine." not in card.read_text()
+    card.write_text("mine")
+    assert "is not as mlmkit wrote it" in refusal(capsys, "card", copy)

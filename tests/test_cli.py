@@ -185,7 +185,6 @@ def mistakes(folder: Path, checkpoint: Path, artifact: Path) -> dict[str, list[o
         "there is no text to score": ["score", artifact, folder / "empty.txt"],
         "unknown device": ["fill", artifact, "a [MASK]", "--device", "tpu"],
         "--max-batch applies to a TensorRT plan": ["export", checkpoint, "--output", output, "--max-batch", 2],
-        "--result is shown on the model card": ["export", checkpoint, "--output", output, "--result", folder],
         "empty.txt has no documents": ["export", checkpoint, "--output", output, "--text", folder / "empty.txt"],
         "name the checkpoint it was exported from": [*train, f"model.init_from={artifact}"],
         "No such command": ["evaluate"],

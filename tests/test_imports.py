@@ -36,7 +36,7 @@ LAYERS = [
     {"questions"},
     {"average", "fill", "eval", "export", "inspection"},
     {"train", "serve"},
-    {"demo"},
+    {"card", "demo"},
     {"cli"},
     {"__main__"},
 ]

@@ -25,6 +25,7 @@ MODULES = {  # of each command, in the order in which they are used
     "average": "train",
     "export": "export",
     "inspect": "inspect",
+    "card": "card",
     "eval": "evaluate",
     "compare": "results",
     "report": "results",

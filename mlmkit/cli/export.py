@@ -41,10 +41,6 @@ class ExportOptions(PlanArguments, JsonOption):
     triton: Path | None = option(
         "--triton", "Write a model repository for Triton Inference Server, too or only.", type=PATH, metavar="DIR"
     )
-    model_card: bool = switch("--model-card", "Write a README.md for the hub.")
-    results: tuple[str, ...] = option(
-        "--result", "An evaluation to show on the model card. Repeatable.", multiple=True, metavar="RESULT"
-    )
     overwrite: bool = switch("--overwrite", "Replace an existing artifact.")
 
 
@@ -65,12 +61,7 @@ def export(options: ExportOptions) -> None:
     plan = {name: values.pop(name) for name in PlanArguments.__annotations__ if name in values}
     request = ExportRequest(plan=plan, **values)
     request.check()
-    evaluations = []
-    if request.results:
-        from mlmkit.eval.results_store import load_result
-
-        evaluations = [load_result(Path(folder)).result for folder in request.results]
-    manifest, models = request.run(evaluations)
+    manifest, models = request.run()
     artifact = request.artifact
     if options.as_json:
         print_json(

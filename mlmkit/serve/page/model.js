@@ -60,7 +60,7 @@ function figure(name, value) {
 
 function examples(info) {
   const server = new URL(".", document.baseURI).href;
-  const text = `Paris is the ${info.mask_token} of France.`;
+  const text = `... ${info.mask_token} ...`; // in no language, as the model may know any
   const header = needsToken() ? ` \\\n  -H "Authorization: Bearer $MLMKIT_TOKEN"` : "";
   const curl = `curl ${server}fill-mask \\
   -H "Content-Type: application/json"${header} \\
