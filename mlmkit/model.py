@@ -173,10 +173,9 @@ class MaskedLM(nn.Module):
     def max_length(self, tokenizer_limit: int | None = None) -> int:
         """Return how many tokens a row can hold, special tokens included, by position table and tokenizer."""
         config = self.network.config.get_text_config()
-        tables = (
-            getattr(config, name, None) for name in ("max_position_embeddings", "max_length")
-        )  # NeoBERT's: latter
-        limit = next(filter(None, tables), 1 << 30) - self.position_offset
+        # NeoBERT calls it max_length.
+        lengths = (getattr(config, name, None) for name in ("max_position_embeddings", "max_length"))
+        limit = next(filter(None, lengths), 1 << 30) - self.position_offset
         return min(limit, tokenizer_limit or limit)
 
 
