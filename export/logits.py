@@ -39,7 +39,7 @@ from mlmkit.export.parity import (
 from mlmkit.export.precision import convert
 from mlmkit.files import locate_model
 from mlmkit.model import MaskedLM, score_logits
-from mlmkit.pretrained import from_pretrained, save_tokenizer
+from mlmkit.pretrained import from_pretrained, save_config, save_tokenizer
 from mlmkit.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
@@ -80,7 +80,7 @@ def export_transformers(
         reference = TorchBackend(checkpoint, "cpu")
         model, tokenizer = reference.model, from_pretrained(AutoTokenizer, checkpoint)
         save_tokenizer(tokenizer, folder)
-        model.network.config.save_pretrained(folder)
+        save_config(model.network.config, folder)
         refuse_other_model(checkpoint, output, folder)
         if Tokenizer.from_folder(folder).fingerprint != reference.tokenizer.fingerprint:
             raise CheckError("the saved tokenizer differs from the loaded one; nothing was exported")

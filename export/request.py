@@ -36,6 +36,7 @@ class ExportRequest:
     triton: Path | None = None
     overwrite: bool = False
     layout: str = "mlmkit"
+    trust_remote_code: bool = False
 
     @property
     def artifact(self) -> Path:
@@ -48,6 +49,8 @@ class ExportRequest:
             self._check_transformers()
             return
         from_artifact = is_artifact(Path(self.checkpoint))
+        if from_artifact and self.trust_remote_code:
+            raise UserError(f"{self.checkpoint} is an artifact, which has no code: leave out --trust-remote-code")
         if self.prove:
             others = (self.output, self.precision, self.trt, self.triton, self.plan)
             if not from_artifact:
@@ -128,5 +131,6 @@ class ExportRequest:
             self.output,
             precision=self.precision or "fp32",
             plans=plans,
+            trust_remote_code=self.trust_remote_code,
             **common,
         )

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from mlmkit.cli.options import PATH, JsonOption, argument, command, option, option_class, switch
+from mlmkit.cli.options import PATH, JsonOption, TrustOption, argument, command, option, option_class, switch
 from mlmkit.console import print_json, say
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ class PlanArguments:
 
 
 @option_class
-class ExportOptions(PlanArguments, JsonOption):
+class ExportOptions(PlanArguments, JsonOption, TrustOption):
     checkpoint: str = argument()
     output: Path | None = option("--output", "The folder to write.", type=PATH)
     layout: str = option(
