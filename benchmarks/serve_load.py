@@ -125,11 +125,12 @@ def _port(process: subprocess.Popen[bytes], log: Any) -> int:
 def open_engine(folder: Path, requests: Requests) -> tuple[Any, list[Any]]:
     """The engine alone, and the batches of the requests."""
     from mlmkit.backends import load as load_backend
-    from mlmkit.fill import ask_all
+    from mlmkit.fill import rank_together, step
+    from mlmkit.questions import ask_all
 
     backend = load_backend(str(folder))
     texts = [body["inputs"] for _, body in requests]
-    return backend, [question.batch for question in ask_all(backend.tokenizer, backend.info, texts)]
+    return backend, step(rank_together(ask_all(backend.tokenizer, backend.info, texts)))[0]
 
 
 def seconds_per_call(engine: tuple[Any, list[Any]], seconds: float) -> float:

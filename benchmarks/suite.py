@@ -24,7 +24,7 @@ from inputs import KEPT
 from page import changes, render
 from processes import ROOT, last_line
 
-# In the order of the page. Surveys that take hours are dry-run here; the docs have their results.
+# In the order of the page. Studies are dry-run here; the docs have their results.
 SCRIPTS = {
     "train_vs_transformers": "Training, against transformers.Trainer",
     "pll_vs_peers": "Evaluation, against the loop that one writes",
@@ -42,6 +42,7 @@ SCRIPTS = {
 STUDIES = {
     "architectures": "Every architecture (docs/architectures.md)",
     "plans": "TensorRT plans (docs/tensorrt.md)",
+    "openvino_vs_onnxruntime": "OpenVINO on the scoring graph (docs/decisions.md)",
 }
 TIMEOUT = 1200  # seconds per script
 

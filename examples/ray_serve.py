@@ -12,9 +12,10 @@ from ray import serve
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 
-from mlmkit.backends import load, score_together
+from mlmkit.backends import Batch, Scored, load, score_together
 from mlmkit.errors import UserError
-from mlmkit.fill import Candidate, Question, answer, ask_all
+from mlmkit.fill import answer, rank_together, step
+from mlmkit.questions import ask_all
 
 
 @serve.deployment(max_ongoing_requests=64)
@@ -30,19 +31,21 @@ class FillMask:
         try:
             body = await request.json()
             parameters = body.get("parameters") or {}
+            parameters |= parameters.pop("tokenizer_kwargs", None) or {}
             (question,) = ask_all(self.backend.tokenizer, self.backend.info, [body["inputs"]], **parameters)
         except (UserError, ValueError, KeyError, TypeError, AttributeError) as error:
             return JSONResponse({"error": str(error), "error_type": "invalid_request"}, 422)
-        filled = await self.fill(question)
+        rounds = rank_together([question])
+        rows, rankings = step(rounds)
+        while rankings is None:
+            rows, rankings = step(rounds, await asyncio.gather(*map(self.score, rows)))
+        filled = answer(self.backend.tokenizer, question, rankings[0])
         return JSONResponse(filled if len(filled) > 1 else filled[0])
 
     @serve.batch(max_batch_size=32, batch_wait_timeout_s=0.005)
-    async def fill(self, questions: list[Question]) -> list[list[list[Candidate]]]:
-        rows = [question.batch for question in questions]
+    async def score(self, rows: list[Batch]) -> list[Scored]:
         calls = [rows] if self.is_mergeable else [[row] for row in rows]
-        predicted = [one for call in calls for one in await asyncio.to_thread(score_together, self.backend, call)]
-        tokenizer = self.backend.tokenizer
-        return [answer(tokenizer, question, one) for question, one in zip(questions, predicted, strict=True)]
+        return [one for call in calls for one in await asyncio.to_thread(score_together, self.backend, call)]
 
 
 def app(arguments: dict[str, Any]) -> serve.Application:

@@ -20,15 +20,14 @@ from mlmkit import __version__
 from mlmkit.artifact import FORMAT, GRAPH, MANIFEST, PRECISIONS, Manifest, hash_files, weight_bytes, write_manifest
 from mlmkit.backends.onnx import OnnxBackend
 from mlmkit.backends.torch import TorchBackend
-from mlmkit.corpus import tokenize
 from mlmkit.errors import CheckError, UserError
 from mlmkit.export.graphs import artifact_with
 from mlmkit.export.onnx import OPSET, write_onnx
-from mlmkit.export.parity import PYTHON_DOCS, ProofText, parity_batches, proof_text, require_parity
+from mlmkit.export.parity import ProofText, calibration_batches, proof_text, require_calibration, require_parity
 from mlmkit.export.precision import convert, emulate
 from mlmkit.export.profiles import PlanOptions
 from mlmkit.files import locate_model, new_folder
-from mlmkit.pretrained import from_pretrained, save_tokenizer
+from mlmkit.pretrained import from_pretrained, save_config, save_tokenizer
 
 log = logging.getLogger(__name__)
 
@@ -42,11 +41,14 @@ def export(
     allow_drift: bool = False,
     plans: PlanOptions | None = None,
     overwrite: bool = False,
+    trust_remote_code: bool = False,
 ) -> Manifest:
     """Export a checkpoint folder or hub name to the artifact folder `output`; return the manifest.
 
     Parity is checked on `text`, by default the text that `proof_text` picks. fp16 and int8 are calibrated on every
     other document and checked on the rest. `plans` adds a TensorRT plan, which is proven if this machine can run it.
+    With `trust_remote_code`, Python code that comes with the checkpoint runs, and weights may be in
+    `pytorch_model.bin`; the artifact has no code.
 
     The folder appears only when everything succeeded. Raises `UserError` for a checkpoint that cannot be used, and
     `CheckError` if parity does not hold and `allow_drift` is not set.
@@ -55,11 +57,10 @@ def export(
         raise UserError(f"unknown precision {precision!r}: choose {', '.join(PRECISIONS)}")
     checkpoint, output = locate_model(fspath(checkpoint)), Path(output)
     text = text or proof_text(checkpoint)
-    if precision == "int8" and text.name == PYTHON_DOCS:
-        raise UserError("int8 needs scales measured on text like yours: give some with --text")
+    require_calibration(precision, text)
     with new_folder(output, replaces=MANIFEST if overwrite else "") as folder:
         log.info("loading %s", checkpoint)
-        reference = TorchBackend(checkpoint, "cpu")
+        reference = TorchBackend(checkpoint, "cpu", trust_remote_code=trust_remote_code)
         info = reference.info
         if plans is not None:
             from mlmkit.export.tensorrt import plan_targets  # needs TensorRT
@@ -67,16 +68,12 @@ def export(
             plan_targets(info.architecture, precision, plans)  # fail now rather than after the export
         log.info("writing the ONNX graph")
         write_onnx(reference.model, folder / GRAPH)
-        save_tokenizer(from_pretrained(AutoTokenizer, checkpoint), folder)
-        reference.model.network.config.save_pretrained(folder)
+        save_tokenizer(from_pretrained(AutoTokenizer, checkpoint, trust_remote_code=trust_remote_code), folder)
+        save_config(reference.model.network.config, folder)
         size = weight_bytes(folder)
         if precision != "fp32":
             log.info("converting it to %s", precision)
-        batches = []
-        if calibration_text := text.split(precision)[0]:
-            corpus = tokenize(calibration_text.texts, reference.tokenizer)
-            batches = parity_batches(corpus, reference.tokenizer, info.max_length, size)
-        calibration = convert(folder / GRAPH, precision, batches)
+        calibration = convert(folder / GRAPH, precision, calibration_batches(text, precision, reference, size))
         manifest = Manifest(
             format=FORMAT,
             files=hash_files(folder),

@@ -16,9 +16,11 @@ import onnx_ir as ir
 from onnx_ir.passes.common import ClearMetadataAndDocStringPass, RemoveUnusedNodesPass
 
 from mlmkit.artifact import GRAPH, Manifest, hash_files, write_manifest
+from mlmkit.backends import Batch
 
 # Larger weights go into a file of their own, which the runtime maps into memory. A protobuf file cannot exceed 2 GB.
 EXTERNAL_DATA_BYTES = 64 << 20
+SINGLE_FILE_BYTES = 2_000_000_000  # nearly protobuf's 2 GiB: the nodes take some of it
 
 
 def reachable(starts: Iterable[ir.Node], step: Callable[[ir.Node], Iterable[ir.Node]]) -> list[ir.Node]:
@@ -39,17 +41,24 @@ def add_constant(graph: ir.Graph, name: str, numbers: Any) -> ir.Value:
     return graph.initializers[name]
 
 
-def save_graph(model: ir.Model, path: Path) -> None:
+def feeds(names: Iterable[str], batch: Batch) -> dict[str, Any]:
+    """The inputs of a graph that has inputs of these names: a batch's own, and `token_type_ids` of zeros."""
+    values = {**batch._asdict(), "token_type_ids": np.zeros_like(batch.input_ids)}
+    return {name: values[name] for name in names}
+
+
+def save_graph(model: ir.Model, path: Path, *, single_file: bool = False) -> None:
     """Write a graph; large weights go beside it, into `model.onnx.data`.
 
-    Drops weights that no node reads, and the exporter's metadata: its stack traces contain paths of this machine and
-    take two thirds of a small graph.
+    With `single_file` they stay in it, unless protobuf's limit forces them into `model.onnx_data`, where optimum and
+    transformers.js look. Drops weights that no node reads, and the exporter's metadata: its stack traces contain paths
+    of this machine and take two thirds of a small graph.
     """
     RemoveUnusedNodesPass()(model)
     ClearMetadataAndDocStringPass()(model)
     size = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None)
-    if size > EXTERNAL_DATA_BYTES:
-        ir.save(model, path, external_data=f"{path.name}.data")
+    if size > (SINGLE_FILE_BYTES if single_file else EXTERNAL_DATA_BYTES):
+        ir.save(model, path, external_data=f"{path.name}{'_' if single_file else '.'}data")
     else:  # weights that were read from another graph's data file would otherwise stay there
         ir.save(ir.external_data.load_to_model(model), path)
 

@@ -20,7 +20,7 @@ from onnxruntime.quantization import (
 )
 
 from mlmkit.backends import Batch
-from mlmkit.export.graphs import add_constant, quiet, reachable, scratch_folder
+from mlmkit.export.graphs import add_constant, feeds, quiet, reachable, scratch_folder
 
 LARGEST_ACTIVATION = 127
 # Seven bits. On x86 without VNNI, ONNX Runtime adds two products of a weight with an activation from 0 to 255 in 16
@@ -75,12 +75,11 @@ def quantize_weight(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def linear_products(graph: ir.Graph) -> list[ir.Node]:
     """The products of an activation with a constant matrix, except the last one, which computes the logits."""
-    log_softmax = next(node for node in graph if node.op_type == "LogSoftmax")
-    head = reachable(
-        log_softmax.predecessors(),
-        lambda node: () if node.op_type in ("MatMul", "Gemm") else node.predecessors(),
-    )
-    body = reachable(log_softmax.predecessors(), ir.Node.predecessors)
+    log_softmax = next((node for node in graph if node.op_type == "LogSoftmax"), None)
+    producers = [log_softmax.inputs[0]] if log_softmax else graph.outputs  # of a graph that only computes logits
+    logits = [producer for value in producers if value is not None and (producer := value.producer()) is not None]
+    head = reachable(logits, lambda node: () if node.op_type in ("MatMul", "Gemm") else node.predecessors())
+    body = reachable(logits, ir.Node.predecessors)
     return [node for node in body if _is_linear(node) and node not in head]
 
 
@@ -97,6 +96,7 @@ def activation_thresholds(graph: Path, batches: Iterable[Batch]) -> dict[str, fl
 
     The threshold keeps 99.999 % of a value's numbers; ONNX Runtime's calibrator measures it.
     """
+    names = [str(value.name) for value in ir.load(graph).graph.inputs]
     with scratch_folder(graph.parent) as folder, quiet():
         calibrator: Any = create_calibrator(
             graph,
@@ -106,7 +106,7 @@ def activation_thresholds(graph: Path, batches: Iterable[Batch]) -> dict[str, fl
             _has_external_data(graph),
         )
         for batch in batches:  # one call per batch: the calibrator keeps every intermediate value of a call in memory
-            calibrator.collect_data(_Reader(batch))
+            calibrator.collect_data(_Reader(feeds(names, batch)))
         ranges = calibrator.compute_data()
     by_name = {name: ranges[name].range_value for name in ranges.keys()}  # noqa: SIM118  (not a mapping)
     return {name: float(max(abs(low.item()), abs(high.item()))) for name, (low, high) in by_name.items()}
@@ -115,8 +115,8 @@ def activation_thresholds(graph: Path, batches: Iterable[Batch]) -> dict[str, fl
 class _Reader(CalibrationDataReader):
     """The one batch of a calibration step."""
 
-    def __init__(self, batch: Batch) -> None:
-        self._batches = iter([batch._asdict()])
+    def __init__(self, inputs: dict[str, Any]) -> None:
+        self._batches = iter([inputs])
 
     def get_next(self) -> dict[str, Any] | None:  # pyright: ignore[reportIncompatibleMethodOverride]
         return next(self._batches, None)

@@ -119,6 +119,21 @@ def held_out_text(checkpoint: Path) -> Source | None:
     return None
 
 
+def require_calibration(precision: str, text: ProofText) -> None:
+    """Raise `UserError` for int8 if no text was given: its scales must be measured on text like the user's."""
+    if precision == "int8" and text.name == PYTHON_DOCS:
+        raise UserError("int8 needs scales measured on text like yours: give some with --text")
+
+
+def calibration_batches(text: ProofText, precision: str, reference: Backend, weight_bytes: int) -> list[Batch]:
+    """Batches of the part of `text` that the precision is calibrated on, none if it needs none."""
+    calibration_text = text.split(precision)[0]
+    if calibration_text is None:
+        return []
+    corpus = tokenize(calibration_text.texts, reference.tokenizer)
+    return parity_batches(corpus, reference.tokenizer, reference.info.max_length, weight_bytes)
+
+
 def parity_batches(corpus: Corpus, tokenizer: Tokenizer, max_length: int, weight_bytes: int) -> list[Batch]:
     """Batches of several shapes from a text, masked by mask-v1 with seed 0.
 
@@ -199,18 +214,20 @@ class Parity:
 
 
 def require_parity(
-    reference: Backend, engine: Backend, text: ProofText, precision: str, weight_bytes: int, *, allow_drift: bool
+    reference: Backend, engine: Backend, text: ProofText, precision: str, weight_bytes: int, *, allow_drift: bool | None
 ) -> Parity:
     """Check parity on the part of `text` that the precision was not calibrated on.
 
     `weight_bytes`, the size of the weights, decides how much of it is scored. Raises `CheckError` if a difference
-    exceeds its bound and `allow_drift` is not set, and `UserError` if the text has no token to score.
+    exceeds its bound and `allow_drift` is not set, and `UserError` if the text has no token to score. `allow_drift` is
+    None where no option allows it.
     """
     parity = check_parity(reference, engine, text.split(precision)[1], BOUNDS[precision], weight_bytes)
     if not parity.passed:
         failure = f"parity does not hold {parity_line(parity.as_dict())}"
         if not allow_drift:
-            raise CheckError(f"{failure}; nothing was written. --allow-drift writes it anyway")
+            hint = "" if allow_drift is None else ". --allow-drift writes it anyway"
+            raise CheckError(f"{failure}; nothing was written{hint}")
         log.warning("%s; written anyway, and the manifest says so", failure)
     return parity
 

@@ -26,7 +26,7 @@ import onnxruntime as ort
 
 from mlmkit.artifact import DYNAMIC_INT8
 from mlmkit.backends import Batch
-from mlmkit.export.graphs import reachable, replace_graph, scratch_folder
+from mlmkit.export.graphs import feeds, reachable, replace_graph, scratch_folder
 from mlmkit.export.int8 import activation_thresholds, dynamic_int8, static_int8
 
 FLOAT = ir.DataType.FLOAT
@@ -91,16 +91,17 @@ def value_ranges(graph: Path, batches: Iterable[Batch]) -> dict[str, float]:
     with scratch_folder(graph.parent) as folder:
         ir.save(model, folder / "ranges.onnx", external_data="ranges.onnx.data")
         session = ort.InferenceSession(folder / "ranges.onnx", providers=["CPUExecutionProvider"])
+    names = [value.name for value in session.get_inputs()]
     ranges = np.zeros(len(measured))
     for batch in batches:
-        ranges = np.maximum(ranges, np.asarray(session.run(None, batch._asdict())))  # pyright: ignore[reportArgumentType]
+        ranges = np.maximum(ranges, np.asarray(session.run(None, feeds(names, batch))))
     return {str(value.name): float(largest) for value, largest in zip(measured, ranges, strict=True)}
 
 
 def lower(model: ir.Model, precision: str, overflowing: Collection[str] = ()) -> int:
     """Change a float32 model to `fp16` or `bf16` in place; return how many of its float32 nodes stay float32.
 
-    `overflowing` names the values that must stay float32.
+    Its inputs and outputs stay float32. `overflowing` names the values that must stay float32.
     """
     graph, kind = model.graph, TYPES[precision]
     exact = _exact_nodes(graph)
@@ -125,6 +126,10 @@ def lower(model: ir.Model, precision: str, overflowing: Collection[str] = ()) ->
                 node.replace_input_with(index, converted[value, wanted])
         if not stays:
             _retype(node, FLOAT, kind)
+    for index, value in enumerate(graph.outputs):
+        if value in is_float and value.dtype == kind:
+            graph.outputs[index] = _convert_value(graph, value, FLOAT)
+            value.name, graph.outputs[index].name = f"{value.name}_{precision}", value.name
     return kept
 
 

@@ -23,12 +23,16 @@ from mlmkit.pretrained import (
     load_config,
     load_pretrained,
     load_tokenizer,
+    save_config,
     save_tokenizer,
     weight_files,
 )
 
-# Entries of a configuration that change no result. The data types of the tensors are compared instead of `dtype`.
-INCIDENTAL = dict.fromkeys(("_name_or_path", "transformers_version", "transformers_weights", "dtype"))
+# Entries of a configuration that change no result. The data types of the tensors are compared instead of `dtype`, and
+# `layer_types` instead of the distance between global layers.
+INCIDENTAL = dict.fromkeys(
+    ("_name_or_path", "transformers_version", "transformers_weights", "dtype", "global_attn_every_n_layers")
+)
 
 
 def average(
@@ -60,7 +64,7 @@ def average(
         for other in others:
             _refuse_difference(description, _description(other), first, other)
         save_torch_state_dict(_means(paths, shares), folder)
-        load_config(first).save_pretrained(folder)
+        save_config(load_config(first), folder)
         save_tokenizer(from_pretrained(AutoTokenizer, first), folder)
     return shares
 

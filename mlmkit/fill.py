@@ -1,25 +1,35 @@
 """Fills masks. Results have the fields of Hugging Face's pipeline: `score`, `token`, `token_str`, `sequence`.
 
-A text becomes a `Question` (`ask_all`), whose one-row batch any backend can score, alone or merged with other rows;
-`answer` reads the candidates from the scores. `answer_all` scores in batches, and `fill` does all of it for one text.
+    ask_all           texts -> questions, checked (questions.py)
+    rank_together     questions -> rows to score, in one round or several -> rankings
+    answer            a ranking -> candidates
+
+`answer_all` scores the rows in batches; the server merges them with those of other requests. `fill` is for one text.
 """
 
 import logging
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import TypedDict
+import math
+from collections.abc import Generator, Iterator, Sequence
+from itertools import islice
+from typing import Any, Literal, TypeAlias, TypedDict, TypeVar, Unpack, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mlmkit.backends import Backend, Batch, ModelInfo, Scored, score_together
+from mlmkit.backends import Backend, Batch, Scored, score_together
 from mlmkit.batching import BATCH_TOKENS, LOOKAHEAD, length_batches
-from mlmkit.errors import CheckError, UserError
+from mlmkit.errors import CheckError
+from mlmkit.questions import Question, ask_all
 from mlmkit.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 
 POSITION_TOKENS = 8  # a position's logits take about as much memory as so many tokens
+
+Result = TypeVar("Result")
+Rounds: TypeAlias = Generator[list[Batch], list[Scored], Result]  # yields rows, `[1, seq]` each; receives their scores
+# Of each mask, or of all masks together: natural log of the probability and ids of what fills it, best first.
+Ranking: TypeAlias = list[list[tuple[float, tuple[int, ...]]]]
 
 
 class Candidate(TypedDict):
@@ -31,167 +41,221 @@ class Candidate(TypedDict):
     sequence: str
 
 
-class NoMaskError(UserError):
-    """The text has no mask."""
+class TargetCandidate(TypedDict):
+    """A whole target for a mask, `token_str` as it was given.
 
-
-class TextTooLongError(UserError):
-    """The text or a target has more tokens than the model takes, or more characters than so many tokens can hold."""
-
-
-class TargetError(UserError):
-    """A target has no token in the vocabulary."""
-
-
-@dataclass(frozen=True)
-class Question:
-    """A text to fill.
-
-    `ids` `[seq]` includes special tokens, `masks` `[masks]` holds the positions of its masks; both are int64. If there
-    are `targets` (ids), only these are ranked. `stand_ins` maps each target of several tokens to its first token, which
-    is scored in its place.
+    `log_prob` is the sum of the log-probabilities of its tokens, `score` the geometric mean of their probabilities.
     """
 
-    ids: NDArray[np.int64]
-    masks: NDArray[np.int64]
-    targets: list[int]
-    top_k: int
-    stand_ins: dict[str, str]
-
-    @property
-    def batch(self) -> Batch:
-        """One row, with a position per mask, or per mask and target: positions may repeat."""
-        positions = np.repeat(self.masks, max(len(self.targets), 1))
-        targets = np.tile(np.array(self.targets or [0], dtype=np.int64), len(self.masks))
-        return Batch(self.ids[None], np.ones_like(self.ids)[None], positions, targets)
+    score: float
+    log_prob: float
+    tokens: list[int]
+    token_str: str
+    sequence: str
 
 
-def ask_all(
-    tokenizer: Tokenizer,
-    info: ModelInfo,
-    texts: Sequence[str],
-    *,
-    top_k: int = 5,
-    targets: Sequence[str] = (),
-    names: Sequence[str] = (),
-) -> list[Question]:
-    """The questions for several texts with the same targets. `names` say in errors which text it is.
+class JointCandidate(TypedDict):
+    """A token for each mask: `score` is their joint probability, filled in from left to right, `log_prob` its log."""
 
-    Raises `NoMaskError` for a text without a mask, `TextTooLongError` for a text or target that the model cannot take,
-    `TargetError` for a target without a token, and `UserError` for invalid UTF-8 and a `top_k` that is out of range.
+    score: float
+    log_prob: float
+    tokens: list[int]
+    token_strs: list[str]
+    sequence: str
+
+
+Answer: TypeAlias = list[list[Candidate]] | list[list[TargetCandidate]] | list[list[JointCandidate]]
+
+
+class Truncation(TypedDict, total=False):
+    """Options of `fill` for texts that are too long."""
+
+    truncation: bool
+    max_length: int | None
+
+
+def rank_together(questions: Sequence[Question]) -> Rounds[list[Ranking]]:
+    """Rank what fills the masks of each question. Raises `CheckError` if a score is not finite."""
+    programs = [(_rank_targets if question.targets else _rank_vocabulary)(question) for question in questions]
+    rows, rankings = [next(program) for program in programs], [Ranking() for _ in questions]
+    while True:
+        scored = iter((yield [row for own in rows for row in own]))
+        for index, own in enumerate(rows):
+            if own:
+                rows[index], ranking = step(programs[index], list(islice(scored, len(own))))
+                rankings[index] = ranking or []
+        if not any(rows):
+            return rankings
+
+
+def step(rounds: Rounds[Result], scored: Any = None) -> tuple[list[Batch], Result | None]:
+    """Give the scores of the last rows, none at first. Returns the next rows, and after the last round the result."""
+    try:
+        return rounds.send(scored), None
+    except StopIteration as end:
+        return [], end.value
+
+
+def _rank_vocabulary(question: Question) -> Rounds[Ranking]:
+    """Tokens for each mask while the others stay open; if `joint`, fillings of all masks, by a beam from left to right.
+
+    A filling's probability is the product of P(token | text, earlier masks filled, later masks open), so it depends on
+    the order. The best fillings are certain to be found if the beam holds every filling of the masks before the last.
     """
-    if not all(_is_unicode(string) for string in (*texts, *targets)):
-        raise UserError("a text or a target is not valid UTF-8")
-    if not 1 <= top_k <= info.top_k:
-        raise UserError(f"top_k must be between 1 and {info.top_k}, not {top_k}")
-    target_ids, stand_ins = _target_ids(tokenizer, info, targets)
-    questions = []
-    for index, text in enumerate(texts):
-        try:
-            masked = _masked_ids(tokenizer, info, text)
-        except UserError as error:
-            raise type(error)(f"{names[index]}: {error}" if names else str(error)) from None
-        questions.append(Question(*masked, target_ids, top_k, stand_ins))
-    return questions
+    if not question.joint:
+        [scored] = yield [_row(question.ids, question.masks)]
+        log_prob = _finite(scored.top_log_prob[:, : question.top_k])
+        return [_ranking(*mask) for mask in zip(log_prob, scored.top_id[:, : question.top_k], strict=True)]
+    total, fillings = np.zeros(1), np.zeros((1, 0), dtype=np.int64)  # [beam] and [beam, masks so far]
+    for number, mask in enumerate(question.masks):
+        rows = np.tile(question.ids, (len(fillings), 1))
+        rows[:, question.masks[:number]] = fillings
+        scored = yield [_row(ids, mask[None]) for ids in rows]
+        log_prob = total[:, None] + _finite(np.concatenate([own.top_log_prob for own in scored]))
+        best = np.argsort(-log_prob, axis=None, kind="stable")[: question.beam]
+        before, rank = np.unravel_index(best, log_prob.shape)
+        tokens = np.concatenate([own.top_id for own in scored])[before, rank]
+        total, fillings = log_prob[before, rank], np.column_stack([fillings[before], tokens])
+    return [_ranking(total, fillings)[: question.top_k]]
 
 
-def _masked_ids(tokenizer: Tokenizer, info: ModelInfo, text: str) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """The ids of a text with special tokens, and the positions of its masks."""
-    ids = np.array(_control_ids(tokenizer, info, text), dtype=np.int64)
-    masks = np.flatnonzero(ids == tokenizer.mask_id)
-    if not len(masks):
-        raise NoMaskError(f"the text has no {tokenizer.mask_token}: put it where a word is to be filled in")
-    return ids, masks
+def _rank_targets(question: Question) -> Rounds[Ranking]:
+    """The targets for each mask while the others stay open.
 
-
-def _control_ids(tokenizer: Tokenizer, info: ModelInfo, text: str, kind: str = "text") -> list[int]:
-    check_length(len(text), "characters", info.max_length * tokenizer.characters_per_token, kind)
-    encoding = tokenizer.encode_control(text)
-    check_length(len(encoding), "tokens", info.max_length, kind)
-    return encoding.ids
-
-
-def check_length(count: int, unit: str, most: int, kind: str = "text") -> None:
-    """Raise `TextTooLongError` if a text has more than `most` characters or tokens."""
-    if count > most:
-        raise TextTooLongError(f"a {kind} has {count} {unit}, and at most {most} are taken: shorten it")
-
-
-def answer(tokenizer: Tokenizer, question: Question, scored: Scored) -> list[list[Candidate]]:
-    """The candidates for each mask, best first, from the scores of the question's batch.
-
-    Each mask is filled independently of the others. Raises `CheckError` if a score is not finite.
+    A target of n pieces takes the place of the mask, and its log-probability is the sum of
+    log P(piece | text, earlier pieces, later pieces masked), its pseudo-log-likelihood within the word (Kauf and
+    Ivanova 2023). The mean over its pieces decides, as in X-FACTR (Jiang et al. 2020) and mLAMA (Kassner et al. 2021).
     """
-    if question.targets:
-        scores = np.exp(scored.log_prob).reshape(len(question.masks), len(question.targets))
-        order = np.argsort(-scores, axis=1, kind="stable")[:, : question.top_k]
-        ids, scores = np.array(question.targets)[order], np.take_along_axis(scores, order, axis=1)
-    else:
-        ids, scores = scored.top_id[:, : question.top_k], np.exp(scored.top_log_prob[:, : question.top_k])
-    if not np.isfinite(scores).all():
+    rows, members, targets = [], [], list(question.targets)
+    all_masks = np.arange(len(question.masks))
+    for (size, known), own in question.contexts.items():
+        place = [*known, *[question.ids[question.masks[0]]] * (size - len(known))]
+        pieces = [targets[index][len(known)] for index in own]
+        for masks in [all_masks] if size == 1 else all_masks[:, None]:  # targets of one piece share one row
+            positions = np.repeat(question.masks[masks] + len(known), len(own))
+            ids = _insert(question.ids, int(question.masks[masks[0]]), place)
+            rows.append(_row(ids, positions, np.tile(pieces, len(masks))))
+            members.append(np.ix_(masks, np.array(own)))
+    scored = yield rows
+    log_prob = np.zeros((len(all_masks), len(targets)))
+    for own, scores in zip(members, scored, strict=True):
+        log_prob[own] += _finite(scores.log_prob).reshape(log_prob[own].shape)
+    order = np.argsort(-log_prob / [len(pieces) for pieces in targets], axis=1, kind="stable")[:, : question.top_k]
+    return [[(float(log_prob[mask, index]), targets[index]) for index in best] for mask, best in enumerate(order)]
+
+
+def _row(ids: NDArray[np.int64], positions: NDArray[np.int64], targets: NDArray[np.int64] | None = None) -> Batch:
+    return Batch(
+        ids[None], np.ones_like(ids)[None], positions, np.zeros_like(positions) if targets is None else targets
+    )
+
+
+def _insert(ids: NDArray[np.int64], position: int, pieces: Sequence[int]) -> NDArray[np.int64]:
+    """Put pieces in the place of one id."""
+    return np.concatenate([ids[:position], np.array(pieces, dtype=np.int64), ids[position + 1 :]])
+
+
+def _ranking(log_prob: NDArray, tokens: NDArray[np.int64]) -> list[tuple[float, tuple[int, ...]]]:
+    return list(zip(log_prob.tolist(), map(tuple, tokens.reshape(len(log_prob), -1).tolist()), strict=True))
+
+
+def _finite(log_prob: NDArray[np.float32]) -> NDArray[np.float64]:
+    if not np.isfinite(log_prob).all():
         raise CheckError("the model's scores are not finite: its weights or activations are not either")
+    return log_prob.astype(np.float64)
+
+
+def answer(tokenizer: Tokenizer, question: Question, ranking: Ranking) -> Answer:
+    """The candidates for each mask, best first; of a `joint` question, one list for all its masks."""
+    places: Any = [question.masks] if question.joint else question.masks[:, None]
     return [
-        [_candidate(tokenizer, question, int(mask), id, score) for id, score in zip(*row, strict=True)]
-        for mask, *row in zip(question.masks, ids.tolist(), scores.tolist(), strict=True)
+        [_candidate(tokenizer, question, masks, list(tokens), log_prob) for log_prob, tokens in best]
+        for masks, best in zip(places, ranking, strict=True)
     ]
 
 
-def answer_all(backend: Backend, questions: Sequence[Question]) -> Iterator[list[list[Candidate]]]:
-    """Yield the candidates for the masks of each question, in order, scored in batches of bounded size.
-
-    Warns of targets that are cut. Raises `CheckError` if the model cannot run a batch or a score is not finite.
-    """
-    for target, piece in questions[0].stand_ins.items() if questions else ():
-        log.warning("the target %r has several tokens: its first, %r, is scored instead", target, piece)
-    runs_alone = backend.info.couples_batch or backend.info.sees_padding
-    for begin in range(0, len(questions), LOOKAHEAD):
-        stretch = questions[begin : begin + LOOKAHEAD]
-        rows = [question.batch for question in stretch]
-        sizes = np.array([max(row.input_ids.size, POSITION_TOKENS * len(row.positions)) for row in rows])
-        answers: dict[int, list[list[Candidate]]] = {}
-        for batch in length_batches(sizes, 1 if runs_alone else BATCH_TOKENS[backend.device]):
-            scored = score_together(backend, [rows[index] for index in batch])
-            for index, own in zip(batch.tolist(), scored, strict=True):
-                answers[index] = answer(backend.tokenizer, stretch[index], own)
-        yield from (answers[index] for index in range(len(stretch)))
-
-
-def fill(backend: Backend, text: str, *, top_k: int = 5, targets: Sequence[str] = ()) -> list[list[Candidate]]:
-    """The candidates for each mask of the text, best first: one list per mask.
-
-    Raises `UserError` like `ask_all`, and `CheckError` if the model cannot run the text or a score is not finite.
-    """
-    return next(answer_all(backend, ask_all(backend.tokenizer, backend.info, [text], top_k=top_k, targets=targets)))
-
-
-def _is_unicode(text: str) -> bool:
-    """False for the surrogates that Python puts in place of command-line bytes that are not UTF-8."""
-    return text.encode("utf-8", "ignore").decode() == text
-
-
-def _target_ids(tokenizer: Tokenizer, info: ModelInfo, targets: Sequence[str]) -> tuple[list[int], dict[str, str]]:
-    """Distinct ids in the given order, and the stand-ins of targets with several tokens (as transformers' pipeline)."""
-    ids: list[int] = []
-    stand_ins: dict[str, str] = {}
-    for target in targets:
-        id = tokenizer.token_id(target)
-        if id is None:
-            framed = _control_ids(tokenizer, info, target, "target")
-            pieces = framed[len(tokenizer.prefix) : len(framed) - len(tokenizer.suffix)]
-            if not pieces or pieces[0] == tokenizer.unk_id:
-                raise TargetError(f"the target {target!r} has no token in this vocabulary")
-            id = pieces[0]
-            if len(pieces) > 1:
-                stand_ins[target] = tokenizer.token(id)
-        ids.append(id)
-    return list(dict.fromkeys(ids)), stand_ins
-
-
-def _candidate(tokenizer: Tokenizer, question: Question, mask: int, id: int, score: float) -> Candidate:
+def _candidate(
+    tokenizer: Tokenizer, question: Question, masks: NDArray[np.int64], tokens: list[int], log_prob: float
+) -> Any:
     filled = question.ids.copy()
-    filled[mask] = id
+    filled[masks] = tokens[: len(masks)]
+    filled = np.insert(filled, masks[-1] + 1, tokens[len(masks) :])
     if "pad_token" in tokenizer.named:
         filled = filled[filled != tokenizer.pad_id]  # as the pipeline does
     # While other masks are open, special tokens stay in the text, because they show where these masks are.
-    sequence = tokenizer.decode(filled.tolist(), skip_special_tokens=len(question.masks) == 1)
-    return Candidate(score=score, token=id, token_str=tokenizer.decode([id]), sequence=sequence)
+    sequence = tokenizer.decode(filled.tolist(), skip_special_tokens=len(masks) == len(question.masks))
+    score, strings = math.exp(log_prob), [tokenizer.decode([id]) for id in tokens]
+    if question.joint:
+        return JointCandidate(score=score, log_prob=log_prob, tokens=tokens, token_strs=strings, sequence=sequence)
+    if question.whole_targets:
+        score, string = math.exp(log_prob / len(tokens)), question.targets[tuple(tokens)]
+        return TargetCandidate(score=score, log_prob=log_prob, tokens=tokens, token_str=string, sequence=sequence)
+    return Candidate(score=score, token=tokens[0], token_str=strings[0], sequence=sequence)
+
+
+def answer_all(backend: Backend, questions: Sequence[Question]) -> Iterator[Answer]:
+    """Yield the candidates for each question, in order, scored in batches of bounded size.
+
+    Warns of targets and texts that are cut. Raises `CheckError` if the model cannot run a batch or a score is not
+    finite.
+    """
+    for target, piece in questions[0].stand_ins.items() if questions else ():
+        option = "whole_targets (--whole-targets) scores all of it"
+        log.warning("the target %r has several tokens: its first, %r, is scored instead; %s", target, piece, option)
+    blocks = np.cumsum([question.rows for question in questions], dtype=np.int64) // LOOKAHEAD
+    for indices in np.split(np.arange(len(questions)), np.flatnonzero(np.diff(blocks)) + 1):
+        block = [questions[index] for index in indices]
+        for question in block:
+            if question.is_truncated:
+                lengths = len(question.ids), question.tokens
+                log.warning("%s is truncated to %d of its %d tokens, around the masks", question.name, *lengths)
+        rounds = rank_together(block)
+        rows, rankings = step(rounds)
+        while rankings is None:
+            rows, rankings = step(rounds, _score(backend, rows))
+        for question, ranking in zip(block, rankings, strict=True):
+            yield answer(backend.tokenizer, question, ranking)
+
+
+def _score(backend: Backend, rows: Sequence[Batch]) -> list[Scored]:
+    """The scores of each row, from batches of rows of similar length."""
+    runs_alone = backend.info.couples_batch or backend.info.sees_padding
+    sizes = np.array([max(row.input_ids.size, POSITION_TOKENS * len(row.positions)) for row in rows], dtype=np.int64)
+    scored: dict[int, Scored] = {}
+    for batch in length_batches(sizes, 1 if runs_alone else BATCH_TOKENS[backend.device]):
+        scored |= zip(batch.tolist(), score_together(backend, [rows[index] for index in batch]), strict=True)
+    return [scored[index] for index in range(len(rows))]
+
+
+@overload
+def fill(
+    backend: Backend, text: str, *, top_k: int = 5, targets: Sequence[str] = (), **cut: Unpack[Truncation]
+) -> list[list[Candidate]]: ...
+@overload
+def fill(
+    backend: Backend,
+    text: str,
+    *,
+    top_k: int = 5,
+    targets: Sequence[str],
+    whole_targets: Literal[True],
+    **cut: Unpack[Truncation],
+) -> list[list[TargetCandidate]]: ...
+@overload
+def fill(
+    backend: Backend, text: str, *, top_k: int = 5, joint: Literal[True], **cut: Unpack[Truncation]
+) -> list[list[JointCandidate]]: ...
+def fill(backend: Backend, text: str, **options: Any) -> Answer:
+    """The candidates for each mask of the text, best first: one list per mask.
+
+    Args:
+        top_k: Candidates per mask.
+        targets: Rank only these, exactly as written.
+        whole_targets: Score all tokens of a target, not only its first. See `TargetCandidate`.
+        joint: Rank fillings of all masks together, in one list. See `JointCandidate`.
+        truncation: Cut a text that is too long to a window around its masks, with a warning.
+        max_length: The tokens of that window, special ones included; by default as many as the model takes.
+
+    Raises `UserError` like `ask_all`, and `CheckError` if the model cannot run the text or a score is not finite.
+    """
+    return next(answer_all(backend, ask_all(backend.tokenizer, backend.info, [text], **options)))

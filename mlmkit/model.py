@@ -68,14 +68,14 @@ class MaskedLM(nn.Module):
         `inputs` go to the transformers model unchanged: `input_ids` and `attention_mask`, or `packed_inputs`.
         """
         if not self.gathers_before_head:
-            return self._dense_logits(**inputs).flatten(0, 1).index_select(0, positions)
+            return self.dense_logits(**inputs).flatten(0, 1).index_select(0, positions)
         self._positions = positions
         try:
             return self.network(**inputs).logits.squeeze(0)
         finally:
             self._positions = None
 
-    def _dense_logits(self, **inputs: Any) -> Tensor:
+    def dense_logits(self, **inputs: Any) -> Tensor:
         """Logits `[batch, seq, vocabulary]`. Perceiver returns its maximum length, whatever the row's: cut to seq."""
         return self.network(**inputs).logits[:, : inputs["input_ids"].shape[1]]
 
@@ -89,11 +89,11 @@ class MaskedLM(nn.Module):
         positions = flat.flip(0)[::3]
         try:
             with probing(network):
-                dense = self._dense_logits(**inputs)
+                dense = self.dense_logits(**inputs)
                 if dense.shape != (2, seq, self.vocabulary_size):
                     raise UserError(f"a {kind} model does not give logits per token: mlmkit cannot score with it")
                 # Half the digits: rounding stays below, a head that mixes positions does not.
-                bound = torch.finfo(dense.dtype).eps ** 0.5 * float(dense.abs().nan_to_num().max())
+                bound = torch.finfo(dense.dtype).eps ** 0.5 * _largest(dense)
                 expected = dense.flatten(0, 1)[positions]
                 try:
                     self.gathers_before_head = True
@@ -101,7 +101,7 @@ class MaskedLM(nn.Module):
                         return True
                 except PROBE_ERRORS as error:
                     log.debug("the head does not accept gathered rows: %s", error)
-                if not _close(self._dense_logits(**inputs), dense, bound):
+                if not _close(self.dense_logits(**inputs), dense, bound):
                     raise UserError(f"this {kind} model gives different logits each time, so it cannot be evaluated")
         except PROBE_ERRORS as error:
             raise UserError(f"a {kind} model cannot score from token ids alone: {first_line(error)}") from error
@@ -119,7 +119,7 @@ class MaskedLM(nn.Module):
                 expected = self.logits(**inputs)
                 product = F.linear(self._decoder_input(decoder, **inputs), decoder.weight, decoder.bias)
             # Tight: anything else that a head does, such as a soft cap, may hardly show on random weights.
-            bound = 16 * torch.finfo(expected.dtype).eps * float(expected.abs().nan_to_num().max())
+            bound = 16 * torch.finfo(expected.dtype).eps * _largest(expected)
             return _close(product, expected, bound)
         except PROBE_ERRORS as error:
             log.debug("the head does more than a matrix product: %s", error)
@@ -137,19 +137,10 @@ class MaskedLM(nn.Module):
         """Score the targets: this is the scoring graph of `docs/architecture.md`.
 
         `input_ids` and `attention_mask` are `[batch, seq]`, `positions` (flat) and `targets` `[masked]`, all int64.
-        The log-softmax is float32 whatever the model's dtype. `rank` counts the other ids whose logit is at least the
-        target's, so ties count against the model.
+        The log-softmax is float32 whatever the model's dtype.
         """
-        logits = self.logits(positions, input_ids=input_ids, attention_mask=attention_mask).float()
-        # Not logsumexp: ONNX Runtime's is slower, three times less exact, and fails if no position is masked.
-        log_probs = torch.log_softmax(logits, dim=-1)
-        target = targets.unsqueeze(-1)
-        # A matrix product, exact up to 2**24 ids: ONNX Runtime's ReduceSum takes five times as long, and its shape is
-        # wrong if no position is masked.
-        at_least = (logits >= logits.gather(-1, target)).float() @ torch.ones(logits.shape[-1], 1, device=logits.device)
-        rank = at_least.squeeze(-1).long() - 1
-        top_id = torch.topk(logits, self.top_k, dim=-1).indices
-        return Scores(log_probs.gather(-1, target).squeeze(-1), rank, log_probs.gather(-1, top_id), top_id)
+        logits = self.logits(positions, input_ids=input_ids, attention_mask=attention_mask)
+        return score_logits(logits.float(), targets, self.top_k)
 
     def loss_sum(self, positions: Tensor, targets: Tensor, **inputs: Any) -> Tensor:
         """Sum the cross-entropy (nats) over `targets` `[masked]`. Divide it by the global count, not the batch's.
@@ -181,9 +172,27 @@ class MaskedLM(nn.Module):
 
     def max_length(self, tokenizer_limit: int | None = None) -> int:
         """Return how many tokens a row can hold, special tokens included, by position table and tokenizer."""
-        table = getattr(self.network.config.get_text_config(), "max_position_embeddings", None) or (1 << 30)
-        limit = table - self.position_offset
+        config = self.network.config.get_text_config()
+        # NeoBERT calls it max_length.
+        lengths = (getattr(config, name, None) for name in ("max_position_embeddings", "max_length"))
+        limit = next(filter(None, lengths), 1 << 30) - self.position_offset
         return min(limit, tokenizer_limit or limit)
+
+
+def score_logits(logits: Tensor, targets: Tensor, top_k: int) -> Scores:
+    """Score `targets` `[masked]` by float32 `logits` `[masked, vocabulary]`, and find the `top_k` best ids.
+
+    `rank` counts the other ids whose logit is at least the target's, so ties count against the model.
+    """
+    # Not logsumexp: ONNX Runtime's is slower, three times less exact, and fails if no position is masked.
+    log_probs = torch.log_softmax(logits, dim=-1)
+    target = targets.unsqueeze(-1)
+    # A matrix product, exact up to 2**24 ids: ONNX Runtime's ReduceSum takes five times as long, and its shape is
+    # wrong if no position is masked.
+    at_least = (logits >= logits.gather(-1, target)).float() @ torch.ones(logits.shape[-1], 1, device=logits.device)
+    rank = at_least.squeeze(-1).long() - 1
+    top_id = torch.topk(logits, top_k, dim=-1).indices
+    return Scores(log_probs.gather(-1, target).squeeze(-1), rank, log_probs.gather(-1, top_id), top_id)
 
 
 # ---------------------------------------------------------------- probes
@@ -237,6 +246,11 @@ def probe_inputs(model: MaskedLM, lengths: Sequence[int]) -> dict[str, Any]:
     last = model.vocabulary_size - 1
     ids = torch.cat([last - torch.arange(length) % (last // 2) for length in lengths]).unsqueeze(0)
     return {"positions": torch.arange(ids.shape[1]), "input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def _largest(logits: Tensor) -> float:
+    """Return the largest finite value: some models give special tokens minus infinity."""
+    return float(logits.abs().nan_to_num(posinf=0).max())
 
 
 def _close(logits: Tensor, expected: Tensor, bound: float) -> bool:

@@ -9,7 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +78,23 @@ def edit_record(path: Path, **changes: Any) -> None:
     path.write_text(json.dumps(sealed(values | changes)))
 
 
+@pytest.fixture(scope="session")
+def transformers4() -> Callable[..., Any]:
+    """Runs a script with arguments under transformers 4: the JSON that it prints last. Its imports take seconds."""
+    folder = Path(__file__).parent.parent / "build" / "transformers4"
+    if not folder.exists():
+        pytest.skip(f"transformers 4 is not installed: make {folder.relative_to(folder.parent.parent)}/installed")
+
+    def run_script(script: str, *arguments: object) -> Any:
+        command = [sys.executable, "-c", script, *map(str, arguments)]
+        environment = {**os.environ, "PYTHONPATH": str(folder)}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return json.loads(done.stdout.splitlines()[-1])
+
+    return run_script
+
+
 @pytest.fixture(scope="session", autouse=True)
 def token_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Use a token cache for the tests instead of the user's."""
@@ -134,19 +151,22 @@ def graph_cache(shared: Callable[[str, Callable[[Path], object]], Path]) -> Iter
     """Exports of the same weights share one graph: torch's exporter takes ten seconds for each."""
     import onnx_ir as ir
 
-    from mlmkit.export import export
+    from mlmkit.export import export, logits
     from mlmkit.export.graphs import save_graph
-    from mlmkit.export.onnx import write_onnx
+    from mlmkit.export.onnx import write_graph, write_onnx
 
-    def write(model: Any, path: Path) -> None:
-        digest = hashlib.sha256(repr(model.network.config).encode())
+    def cached(write: Callable[..., None], model: Any, path: Path, *arguments: Any, **options: Any) -> None:
+        digest = hashlib.sha256(repr((write.__name__, model.network.config, arguments[1:], options)).encode())
         for name, weight in model.state_dict().items():
             digest.update(name.encode() + weight.numpy().tobytes())
-        folder = shared(f"graph-{digest.hexdigest()}", lambda folder: write_onnx(model, folder / GRAPH))
+        folder = shared(
+            f"graph-{digest.hexdigest()}", lambda folder: write(model, folder / GRAPH, *arguments, **options)
+        )
         save_graph(ir.load(folder / GRAPH), path)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(export, "write_onnx", write)
+        patch.setattr(export, "write_onnx", partial(cached, write_onnx))
+        patch.setattr(logits, "write_graph", partial(cached, write_graph))
         yield
 
 
@@ -240,6 +260,7 @@ SIZES = '"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "i
 ARCHITECTURES = {
     "bert": f'{{"model_type": "bert", {SIZES}}}',
     "convbert": f'{{"model_type": "convbert", {SIZES}, "embedding_size": 32, "head_ratio": 1}}',
+    "distilbert": '{"model_type": "distilbert", "dim": 32, "n_layers": 2, "n_heads": 2, "hidden_dim": 48}',
     "roberta": f'{{"model_type": "roberta", {SIZES}}}',
     "modernbert": f'{{"model_type": "modernbert", "local_attention": 8, "global_attn_every_n_layers": 2, {SIZES}}}',
 }

@@ -34,6 +34,7 @@ LAYERS = [
     {"windows", "model"},
     {"packing", "pretrained"},
     {"backends"},
+    {"questions"},
     {"average", "fill", "eval", "export", "inspection"},
     {"train", "serve"},
     {"card", "demo"},

@@ -3,6 +3,7 @@
 import contextlib
 import json
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 from typing import Any
 
@@ -19,6 +20,7 @@ from serving import Server, tensors
 
 from mlmkit.backends import Batch, load
 from mlmkit.eval.score_texts import pseudo_log_likelihood
+from mlmkit.fill import fill
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +77,52 @@ def test_a_target_of_several_tokens_is_ranked_by_its_first_and_counted_in_a_head
     answer = served("roberta").ask("/fill-mask", {"inputs": "A <mask>.", "parameters": {"targets": " the"}})
     assert [item["token_str"] for item in answer.json] == [" the"]
     assert "x-targets-replaced" not in answer.headers
+
+
+OPTIONS: list[dict[str, Any]] = [
+    {"joint": True, "top_k": 3},
+    {"targets": ["the", "exceptions raised", ",", "an"], "whole_targets": True},
+    {"tokenizer_kwargs": {"truncation": True, "max_length": 24}},
+    {"tokenizer_kwargs": {"truncation": True}, "joint": True, "top_k": 20},
+]
+
+
+@pytest.mark.parametrize("kind", ["bert", "roberta"])
+def test_options_of_fill_are_those_of_the_library(kind, artifact, served):
+    """Also when many clients ask at once, so that rounds of some requests share calls with rounds of others."""
+    backend, server = load(str(artifact(kind))), served(kind)
+    texts = [text.replace("{}", backend.tokenizer.mask_token) for text in (*TEXTS, f"a {{}} b {{}} {'c ' * 70}")]
+    asked, expected = [], []
+    for options in OPTIONS:
+        own = texts if "tokenizer_kwargs" in options else texts[:-1]
+        library = {name: value for name, value in options.items() if name != "tokenizer_kwargs"}
+        library |= options.get("tokenizer_kwargs", {})
+        lists = [fill(backend, text, **library) for text in own]
+        answers = [masks[0] if len(masks) == 1 else masks for masks in lists]
+        asked += [{"inputs": inputs, "parameters": options} for inputs in [*own, own]]
+        expected += [*answers, answers]
+    with ThreadPoolExecutor(16) as clients:
+        given = list(clients.map(lambda body: server.ask("/fill-mask", body), asked * 3))
+    for answer, wanted in zip(given, expected * 3, strict=True):
+        assert answer.status == 200, answer.json
+        assert comparable(answer.json) == comparable(wanted)
+        np.testing.assert_allclose(scores(answer.json), scores(wanted), rtol=1e-4)
+
+
+def comparable(value: Any) -> Any:
+    """Everything but the scores and their logarithms."""
+    if isinstance(value, list):
+        return [comparable(item) for item in value]
+    return {key: item for key, item in value.items() if key not in ("score", "log_prob")}
+
+
+def test_truncated_texts_are_counted_in_a_header(server):
+    long, cut = "a [MASK] " + "b " * 70, {"tokenizer_kwargs": {"truncation": True}}
+    answer = server.ask("/fill-mask", {"inputs": [long, "a [MASK]", long], "parameters": cut})
+    assert (answer.status, answer.headers["x-texts-truncated"]) == (200, "2")
+    assert "x-texts-truncated" not in server.ask("/fill-mask", {"inputs": "a [MASK]", "parameters": cut}).headers
+    refused = server.ask("/fill-mask", {"inputs": long})
+    assert (refused.error, "allow truncation" in refused.json["error"]) == ((422, "text_too_long"), True)
 
 
 @pytest.mark.parametrize("variant", ["original", "within-word"])

@@ -24,6 +24,7 @@ FILL = "/fill-mask"
 SHORT = encode(FILL, {"inputs": "The [MASK] is"})
 # 620 rows of 64 tokens: most of a second, even for a tiny model
 LONG = encode("/score", {"inputs": ["a " * 62] * 10})
+ROUNDS = {"inputs": "[MASK] " * 60, "parameters": {"joint": True}}  # 60 rounds of ten rows
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +67,16 @@ def test_requests_accepted_before_sigterm_are_answered(artifact):
         assert statuses.pop("no connection") > 0
         assert not statuses, seen
         assert "Traceback" not in server.log
+
+
+def test_a_request_of_many_rounds_is_answered_after_sigterm(artifact):
+    with running(artifact("bert")) as server, server.connect() as client:
+        client.sendall(encode(FILL, ROUNDS))
+        wait_until(lambda: server.metric("mlmkit_batch_rows_count") > 2)
+        server.process.send_signal(signal.SIGTERM)
+        answer = read(client)
+        assert (answer.status, len(answer.json), len(answer.json[0]["tokens"])) == (200, 5, 60)
+        assert server.process.wait(30) == 0
 
 
 def test_sigterm_makes_it_unready_and_ends_it_within_the_deadline(artifact):
@@ -188,6 +199,8 @@ def test_a_request_past_its_deadline_gets_503_and_leaves_the_queue(artifact):
     with running(artifact("bert"), "--deadline", "0.05") as server:
         answer = server.ask("/score", {"inputs": ["a " * 62] * 16})
         assert (answer.error, answer.headers["retry-after"]) == ((503, "deadline_exceeded"), "1")
+        wait_until(lambda: server.metric("mlmkit_queue_tokens") == 0)
+        assert server.ask(FILL, ROUNDS).error == (503, "deadline_exceeded")
         wait_until(lambda: server.metric("mlmkit_queue_tokens") == 0)
         assert server.ask(FILL, {"inputs": "The [MASK]"}).status == 200
 

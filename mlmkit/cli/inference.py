@@ -7,20 +7,34 @@ from typing import Any
 
 import click
 
-from mlmkit.cli.options import JsonOption, ModelOptions, TextOptions, argument, command, option, option_class, switch
+from mlmkit.cli.options import (
+    InferenceOptions,
+    JsonOption,
+    ModelOptions,
+    TextOptions,
+    argument,
+    command,
+    option,
+    option_class,
+    switch,
+)
 from mlmkit.console import print_json, say
 from mlmkit.errors import UserError, require
 from mlmkit.serve.limits import BATCH_TOKENS, QUEUE_TOKENS, Limits
 
 
 @option_class
-class FillOptions(JsonOption, ModelOptions, TextOptions):
+class FillOptions(JsonOption, InferenceOptions, TextOptions):
     text: str | None = argument(required=False)
     file: str | None = option("--file", "Fill each text of this file instead, - for standard input.", metavar="FILE")
     top_k: int = option("--top-k", "Candidates per mask.", default=5)
     targets: tuple[str, ...] = option(
         "--targets", "Rank only this, exactly as written. Repeatable.", multiple=True, metavar="TEXT"
     )
+    whole_targets: bool = switch("--whole-targets", "Rank targets by all of their tokens, not by the first.")
+    joint: bool = switch("--joint", "Rank fillings of all masks of a text together.")
+    truncation: bool = switch("--truncation", "Cut a text that is too long to a window around its masks.")
+    max_length: int | None = option("--max-length", "Tokens of that window.  [default: the model's maximum]", type=int)
 
 
 @command(FillOptions)
@@ -32,7 +46,8 @@ def fill(options: FillOptions) -> None:
     Write the mask as the model's tokenizer does: [MASK] for BERT, <mask> for RoBERTa. For tokenizers that spell bytes,
     such as RoBERTa's, a target inside a text begins with its space: --targets " rei".
     """
-    from mlmkit.fill import answer_all, ask_all
+    from mlmkit.fill import answer_all
+    from mlmkit.questions import ask_all
 
     if (options.text is None) == (options.file is None):
         raise click.UsageError("Give either TEXT or --file FILE.")
@@ -46,11 +61,16 @@ def fill(options: FillOptions) -> None:
         list(texts.values()),
         top_k=options.top_k,
         targets=options.targets,
+        whole_targets=options.whole_targets,
+        joint=options.joint,
+        truncation=options.truncation,
+        max_length=options.max_length,
         names=[] if options.file is None else list(texts),
     )
-    for text, masks in zip(texts.values(), answer_all(backend, questions), strict=True):
+    for text, question, masks in zip(texts.values(), questions, answer_all(backend, questions), strict=True):
         if options.as_json:
-            print_json({"text": text, "masks": masks})
+            filled = {"fillings": masks[0]} if options.joint else {"masks": masks}
+            print_json({"text": text, **filled} | ({"truncated": True} if question.is_truncated else {}))
             continue
         if options.file is not None:
             say(text)
@@ -58,7 +78,8 @@ def fill(options: FillOptions) -> None:
             if len(masks) > 1:
                 say(f"mask {number}")
             for candidate in candidates:
-                say(f"{candidate['score']:8.4f}  {candidate['token_str']:16}  {candidate['sequence']}")
+                string = " | ".join(candidate["token_strs"]) if "token_strs" in candidate else candidate["token_str"]
+                say(f"{candidate['score']:8.4f}  {string:16}  {candidate['sequence']}")
 
 
 def _file_texts(options: FillOptions) -> dict[str, str]:

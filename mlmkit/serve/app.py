@@ -13,7 +13,7 @@ from starlette.exceptions import HTTPException
 
 from mlmkit import __version__
 from mlmkit.errors import CheckError, UserError
-from mlmkit.fill import NoMaskError, TargetError, TextTooLongError
+from mlmkit.questions import NoMaskError, TargetError, TextTooLongError
 from mlmkit.serve import schemas
 from mlmkit.serve.bodies import json_body
 from mlmkit.serve.errors import ApiError
@@ -72,14 +72,14 @@ def _add_routes(app: FastAPI, service: Service) -> None:
         body = await json_body(request)
         is_short = len(body) <= SHORT_BODY and body.count(b'"') <= SHORT_QUOTES
         job = await service.in_thread(read_fill, service, body, is_short=is_short)
-        scored = await service.batcher.score([question.batch for question in job.questions])
+        answer, is_short = job.rows, job.candidates <= SHORT_ANSWER
         try:
-            answer = await service.in_thread(write_fill, service, job, scored, is_short=job.candidates <= SHORT_ANSWER)
+            while not isinstance(answer, bytes):
+                scored = await service.batcher.score(answer)
+                answer = await service.in_thread(write_fill, service, job, scored, is_short=is_short)
         finally:
             job.is_abandoned.set()
-        replaced = {target for question in job.questions for target in question.stand_ins}
-        headers = {"X-Targets-Replaced": str(len(replaced))} if replaced else {}
-        return Response(answer, headers=headers, media_type="application/json")
+        return Response(answer, headers=job.headers, media_type="application/json")
 
     @app.post("/score", tags=["Texts"], response_model=schemas.ScoreAnswer, openapi_extra=score_schema)
     async def score(request: Request) -> Response:

@@ -2,7 +2,7 @@
 
     read_fill, read_score    bytes -> checked against the limits -> rows for the engine
     Batcher.score            rows -> scores
-    write_fill, write_score  scores -> bytes
+    write_fill, write_score  scores -> bytes, or for a fill of several rounds the next rows
 
 Reading and writing may take long and run in a thread.
 """
@@ -22,11 +22,12 @@ from mlmkit.errors import CheckError
 from mlmkit.eval.rows import Rows, pseudo_rows
 from mlmkit.eval.score_texts import TextScore, text_scores
 from mlmkit.eval.scoring import build_batch
-from mlmkit.fill import Question, answer, ask_all, check_length
+from mlmkit.fill import Ranking, Rounds, answer, rank_together, step
+from mlmkit.questions import Question, ask_all, check_length
 from mlmkit.serve.batcher import split_rows
 from mlmkit.serve.bodies import parse_body
 from mlmkit.serve.errors import ApiError
-from mlmkit.serve.schemas import FillMaskParameters, FillMaskRequest, ScoreParameters, ScoreRequest
+from mlmkit.serve.schemas import FillMaskParameters, FillMaskRequest, ScoreParameters, ScoreRequest, TokenizerKwargs
 from mlmkit.serve.service import Service
 from mlmkit.tokenizer import Tokenizer
 
@@ -38,19 +39,27 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class FillJob:
-    """A fill-mask request: one question per text. `is_single`: the answer is not a list over texts.
+    """A fill-mask request: one question per text, their `rounds`, and the `rows` of the first round.
 
-    `is_abandoned` is set when nobody waits for the answer any more: a thread cannot be cancelled.
+    `candidates` is an upper bound on those that the answer holds or that are looked up for it. `is_single`: the answer
+    is not a list over texts. `is_abandoned` is set when nobody waits for the answer any more: a thread cannot be
+    cancelled.
     """
 
     questions: list[Question]
+    candidates: int
+    rounds: Rounds[list[Ranking]]
+    rows: list[Batch]
     is_single: bool
     is_abandoned: threading.Event = field(default_factory=threading.Event)
 
     @property
-    def candidates(self) -> int:
-        """An upper bound on the candidates that the answer holds or that are looked up for it."""
-        return sum(len(question.masks) * max(question.top_k, len(question.targets)) for question in self.questions)
+    def headers(self) -> dict[str, str]:
+        """How many targets and texts were cut, which Hugging Face's schema has no field for."""
+        replaced = {target for question in self.questions for target in question.stand_ins}
+        truncated = sum(question.is_truncated for question in self.questions)
+        counts = {"X-Targets-Replaced": len(replaced), "X-Texts-Truncated": truncated}
+        return {name: str(count) for name, count in counts.items() if count}
 
 
 def read_fill(service: Service, body: bytes) -> FillJob:
@@ -62,31 +71,47 @@ def read_fill(service: Service, body: bytes) -> FillJob:
     request = parse_body(FillMaskRequest, body)
     texts, parameters = _checked_texts(service, request.inputs), request.parameters or FillMaskParameters(top_k=None)
     targets = [parameters.targets] if isinstance(parameters.targets, str) else parameters.targets or []
-    top_k = 5 if parameters.top_k is None else parameters.top_k
     if len(targets) > limits.targets:
         raise ApiError(422, "too_many_targets", f"{len(targets)} targets are more than the limit of {limits.targets}")
-    info = replace(backend.info, max_length=limits.text_tokens)
-    questions = ask_all(backend.tokenizer, info, texts, top_k=top_k, targets=targets)
+    cut = parameters.tokenizer_kwargs or TokenizerKwargs()
+    questions = ask_all(
+        backend.tokenizer,
+        replace(backend.info, max_length=limits.text_tokens),
+        texts,
+        top_k=5 if parameters.top_k is None else parameters.top_k,
+        targets=targets,
+        whole_targets=bool(parameters.whole_targets),
+        joint=bool(parameters.joint),
+        truncation=bool(cut.truncation),
+        max_length=cut.max_length,
+    )
     for question in questions:
         if len(question.masks) > limits.text_masks:
             message = f"a text has {len(question.masks)} masks; the limit is {limits.text_masks}"
             raise ApiError(422, "too_many_masks", message)
-    # Hugging Face's pipeline answers a list of one text like the text alone.
-    job = FillJob(questions, isinstance(request.inputs, str) or len(texts) == 1)
-    if job.candidates > limits.candidates:
-        message = f"{job.candidates} candidates (masks x top_k or targets) are more than the limit of"
+    candidates = sum(question.candidates for question in questions)
+    if candidates > limits.candidates:
+        message = f"{candidates} candidates (masks x top_k, targets or beam) are more than the limit of"
         raise ApiError(413, "too_many_candidates", f"{message} {limits.candidates}: send several requests")
-    return job
+    service.batcher.check_size(sum(question.work for question in questions))  # before the rows are built
+    rounds = rank_together(questions)
+    # Hugging Face's pipeline answers a list of one text like the text alone.
+    return FillJob(questions, candidates, rounds, step(rounds)[0], isinstance(request.inputs, str) or len(texts) == 1)
 
 
-def write_fill(service: Service, job: FillJob, scored: list[Scored]) -> bytes:
-    """The answer in the form of Hugging Face's pipeline. Raises `CheckError` for scores that are not finite."""
-    tokenizer = service.backend.tokenizer
+def write_fill(service: Service, job: FillJob, scored: list[Scored]) -> list[Batch] | bytes:
+    """The rows of the next round, or after the last round the answer in the form of Hugging Face's pipeline.
+
+    Raises `CheckError` for scores that are not finite.
+    """
+    rows, rankings = step(job.rounds, scored)
+    if rankings is None:
+        return rows
     texts = []
-    for question, scores in zip(job.questions, scored, strict=True):
+    for question, ranking in zip(job.questions, rankings, strict=True):
         if job.is_abandoned.is_set():
             return b""
-        masks = answer(tokenizer, question, scores)
+        masks = answer(service.backend.tokenizer, question, ranking)
         texts.append(_json(masks[0] if len(masks) == 1 else masks))  # text by text: json holds the interpreter's lock
     return texts[0] if job.is_single else b"[%s]" % b", ".join(texts)
 

@@ -16,11 +16,24 @@ class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
 
+class TokenizerKwargs(_Strict):
+    """`truncation`: cut a text that is too long to a window of `max_length` tokens around its masks."""
+
+    truncation: StrictBool | None = False
+    max_length: StrictInt | None = Field(default=None, description="With special tokens. Default: the server's limit.")
+
+
 class FillMaskParameters(_Strict):
-    """`targets`: rank only these, taken with their spaces. One of several tokens is ranked by its first token."""
+    """`targets`: rank only these, taken with their spaces. One of several tokens is ranked by its first token.
+
+    `whole_targets`: rank targets by all of their tokens. `joint`: rank fillings of all masks of a text together.
+    """
 
     top_k: StrictInt | None = Field(5, description="Candidates per mask.")
     targets: StrictStr | Strings | None = None
+    tokenizer_kwargs: TokenizerKwargs | None = None
+    whole_targets: StrictBool | None = False
+    joint: StrictBool | None = False
 
 
 class FillMaskRequest(_Strict):
@@ -40,7 +53,29 @@ class FilledMask(BaseModel):
     sequence: str = Field(description="The text with it filled in.")
 
 
-FilledText = list[FilledMask] | list[list[FilledMask]]
+class FilledTarget(BaseModel):
+    """One whole target for one mask, with `whole_targets`."""
+
+    score: float = Field(description="The geometric mean of the probabilities of its tokens.")
+    log_prob: float = Field(description="The sum of the log-probabilities of its tokens (natural log).")
+    tokens: list[int]
+    token_str: str = Field(description="The target as it was sent.")
+    sequence: str
+
+
+class JointFilling(BaseModel):
+    """One token for each mask of a text, with `joint`."""
+
+    score: float = Field(description="Their joint probability, filled in from left to right.")
+    log_prob: float
+    tokens: list[int]
+    token_strs: list[str]
+    sequence: str
+
+
+FilledText = (
+    list[FilledMask] | list[list[FilledMask]] | list[FilledTarget] | list[list[FilledTarget]] | list[JointFilling]
+)
 FillMaskAnswer = FilledText | list[FilledText]
 
 

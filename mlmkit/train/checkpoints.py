@@ -35,6 +35,7 @@ from mlmkit.distributed import Ranks
 from mlmkit.errors import DamagedError, EndedElsewhereError, UserError, first_line
 from mlmkit.files import changed_file, hash_tree, new_folder, read_record, remove, write_record
 from mlmkit.model import MaskedLM
+from mlmkit.pretrained import save_config
 from mlmkit.train.config import HELD_OUT, Config, as_tables, from_tables
 from mlmkit.train.log import NO_STEPS
 from mlmkit.train.order import NOWHERE, Position
@@ -142,6 +143,7 @@ def _save_model(model: MaskedLM, tokenizer_folder: Path, folder: Path, ranks: Ra
 
     def write() -> None:
         model.network.save_pretrained(folder, state_dict=weights)
+        save_config(model.network.config, folder)
         shutil.copytree(tokenizer_folder, folder, dirs_exist_ok=True)
 
     ranks.from_first(write)
