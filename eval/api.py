@@ -61,6 +61,7 @@ def evaluate(
     allow_batch_coupling: bool = False,
     backend: str = "auto",
     device: str = "auto",
+    trust_remote_code: bool = False,
 ) -> Evaluation:
     """Evaluate a masked language model, with masks that others can reproduce exactly.
 
@@ -77,10 +78,12 @@ def evaluate(
     `pseudo_sample` of the tokens), or `pairs`, for a file of pairs. A set of items (pairs, choices, cloze) is always
     measured by them, in the variant that it declares. Several `mask_seed`s give the spread between masks.
 
-    With `output` the result is kept in that folder, and the same call resumes an interrupted one. Raises
+    `backend`, `device` and `trust_remote_code` are those of `mlmkit.load`, for a `model` that is not loaded yet. With
+    `output` the result is kept in that folder, and the same call resumes an interrupted one. Raises
     `mlmkit.UserError` for data or options that cannot be used, and `mlmkit.CheckError` when a score is not finite.
     """
-    loaded = load(model, backend, device) if isinstance(model, str | PathLike) else model
+    is_path = isinstance(model, str | PathLike)
+    loaded = load(model, backend, device, trust_remote_code) if is_path else model
     wanted = (metrics,) if isinstance(metrics, str) else tuple(metrics)
     if isinstance(data, Source):
         data = Request(data.name, "text", data.name, source=data)

@@ -83,6 +83,7 @@ def pseudo_log_likelihood(
     allow_batch_coupling: bool = False,
     backend: str = "auto",
     device: str = "auto",
+    trust_remote_code: bool = False,
 ) -> list[TextScore]:
     """Pseudo-log-likelihood of each text, in nats: every token masked alone (Salazar et al. 2020).
 
@@ -96,7 +97,8 @@ def pseudo_log_likelihood(
     tokens of the same word are masked too (Kauf and Ivanova 2023). `model` is as in `evaluate`. Raises
     `mlmkit.UserError` for texts or options that cannot be used, and `mlmkit.CheckError` when a score is not finite.
     """
-    loaded = load(model, backend, device) if isinstance(model, str | PathLike) else model
+    is_path = isinstance(model, str | PathLike)
+    loaded = load(model, backend, device, trust_remote_code) if is_path else model
     refuse_batch_coupling(loaded, allow_batch_coupling)
     texts = [texts] if isinstance(texts, str) else texts
     texts = [checked_text(text, f"text {number}") for number, text in enumerate(texts)]

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import eager_mask
 
@@ -69,6 +70,21 @@ def _attention(
     if attention_mask is not None:
         scores = scores + attention_mask
     return torch.matmul(scores.softmax(dim=-1), value).transpose(1, 2), None
+
+
+class ComplexForms(TorchFunctionMode):
+    """Views complex numbers where a model unsqueezes them: torch's exporter has that for real numbers only.
+
+    NeoBERT turns its queries and keys with complex numbers.
+    """
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Replace the one function, and call the others."""
+        if function in (torch.unsqueeze, Tensor.unsqueeze) and args[0].is_complex():
+            shape, dim = list(args[0].shape), kwargs["dim"] if kwargs else args[1]
+            shape.insert(dim % (len(shape) + 1), 1)
+            return args[0].reshape(shape)
+        return function(*args, **(kwargs or {}))
 
 
 AttentionInterface.register(EXPORTED_ATTENTION, _attention)

@@ -41,11 +41,14 @@ def export(
     allow_drift: bool = False,
     plans: PlanOptions | None = None,
     overwrite: bool = False,
+    trust_remote_code: bool = False,
 ) -> Manifest:
     """Export a checkpoint folder or hub name to the artifact folder `output`; return the manifest.
 
     Parity is checked on `text`, by default the text that `proof_text` picks. fp16 and int8 are calibrated on every
     other document and checked on the rest. `plans` adds a TensorRT plan, which is proven if this machine can run it.
+    With `trust_remote_code`, Python code that comes with the checkpoint runs, and weights may be in
+    `pytorch_model.bin`; the artifact has no code.
 
     The folder appears only when everything succeeded. Raises `UserError` for a checkpoint that cannot be used, and
     `CheckError` if parity does not hold and `allow_drift` is not set.
@@ -57,7 +60,7 @@ def export(
     require_calibration(precision, text)
     with new_folder(output, replaces=MANIFEST if overwrite else "") as folder:
         log.info("loading %s", checkpoint)
-        reference = TorchBackend(checkpoint, "cpu")
+        reference = TorchBackend(checkpoint, "cpu", trust_remote_code=trust_remote_code)
         info = reference.info
         if plans is not None:
             from mlmkit.export.tensorrt import plan_targets  # needs TensorRT
@@ -65,7 +68,7 @@ def export(
             plan_targets(info.architecture, precision, plans)  # fail now rather than after the export
         log.info("writing the ONNX graph")
         write_onnx(reference.model, folder / GRAPH)
-        save_tokenizer(from_pretrained(AutoTokenizer, checkpoint), folder)
+        save_tokenizer(from_pretrained(AutoTokenizer, checkpoint, trust_remote_code=trust_remote_code), folder)
         save_config(reference.model.network.config, folder)
         size = weight_bytes(folder)
         if precision != "fp32":

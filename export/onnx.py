@@ -8,7 +8,7 @@ from torch import nn
 
 from mlmkit.backends import Batch, Scored
 from mlmkit.errors import UserError
-from mlmkit.export.attention import exported_forms
+from mlmkit.export.attention import ComplexForms, exported_forms
 from mlmkit.export.graphs import quiet, save_graph
 from mlmkit.model import MaskedLM
 
@@ -47,7 +47,7 @@ def write_graph(
     sample = tuple(samples[name] for name in inputs)
     batch, seq, masked = map(torch.export.Dim, (*axes, "masked"))
     try:
-        with quiet(), exported_forms(model):
+        with quiet(), exported_forms(model), ComplexForms():
             program = torch.onnx.export(
                 module.eval(),
                 sample,

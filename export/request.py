@@ -11,8 +11,11 @@ from typing import Any
 
 from mlmkit.artifact import MANIFEST, Manifest, is_artifact, parse_manifest
 from mlmkit.errors import UserError, require
+from mlmkit.export.layout import check_layout
 from mlmkit.export.profiles import PlanOptions
-from mlmkit.files import refuse_existing
+from mlmkit.files import locate_model, refuse_existing
+
+OF_BOTH_LAYOUTS = ("checkpoint", "output", "precision", "text", "overwrite", "layout")
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,8 @@ class ExportRequest:
     prove: bool = False
     triton: Path | None = None
     overwrite: bool = False
+    layout: str = "mlmkit"
+    trust_remote_code: bool = False
 
     @property
     def artifact(self) -> Path:
@@ -40,7 +45,12 @@ class ExportRequest:
 
     def check(self) -> None:
         """Raise `UserError` for options that contradict each other, paths that exist and packages that are missing."""
+        if self.layout == "transformers":
+            self._check_transformers()
+            return
         from_artifact = is_artifact(Path(self.checkpoint))
+        if from_artifact and self.trust_remote_code:
+            raise UserError(f"{self.checkpoint} is an artifact, which has no code: leave out --trust-remote-code")
         if self.prove:
             others = (self.output, self.precision, self.trt, self.triton, self.plan)
             if not from_artifact:
@@ -77,6 +87,15 @@ class ExportRequest:
 
             check_repository(self.artifact.resolve().name, self.triton, overwrite=self.overwrite)
 
+    def _check_transformers(self) -> None:
+        if others := [name for name, value in vars(self).items() if value and name not in OF_BOTH_LAYOUTS]:
+            name = next(iter(self.plan)) if others[0] == "plan" else others[0]
+            raise UserError(f"--{name.replace('_', '-')} does not apply to --layout transformers: leave it out")
+        if self.output is None:
+            raise UserError("name the folder to write: --output DIR")
+        check_layout(locate_model(self.checkpoint), self.output, self.precision or "fp32", overwrite=self.overwrite)
+        require("train", "torch", "transformers", "onnx", "onnxscript", "safetensors")
+
     def run(self) -> tuple[Manifest, list[str] | None]:
         """Do the work, after `check`; return the artifact's manifest and the names of the Triton models written.
 
@@ -112,5 +131,6 @@ class ExportRequest:
             self.output,
             precision=self.precision or "fp32",
             plans=plans,
+            trust_remote_code=self.trust_remote_code,
             **common,
         )

@@ -22,6 +22,7 @@ from mlmkit.tokenizer import Tokenizer
 MANIFEST, CARD = "mlmkit.json", "README.md"
 FORMAT = 3
 GRAPH, WEIGHTS, PLAN = "model.onnx", "model.onnx.data", "model.plan"
+ONNX_FOLDER = "onnx"  # where other tools look for graphs
 NEEDED = (GRAPH, "tokenizer.json", "tokenizer_config.json", "config.json")
 # Plain names that mean a file of this folder on every system: no separators, drives, streams, Windows devices or
 # hidden files.
@@ -123,6 +124,15 @@ class CheckedFile:
 def is_artifact(folder: Path) -> bool:
     """Whether the folder has a manifest."""
     return (folder / MANIFEST).is_file()
+
+
+def refuse_other_graphs(folder: Path) -> None:
+    """Raise `UserError` for a folder that only holds graphs for other tools (`mlmkit export --layout transformers`)."""
+    if any((folder / ONNX_FOLDER).glob("*.onnx")) and not any(folder.glob("*.safetensors*")):
+        raise UserError(
+            f"{folder} holds graphs for optimum and transformers.js ({ONNX_FOLDER}/), which mlmkit does not run: name "
+            "the checkpoint that they were exported from, or its artifact"
+        )
 
 
 def hash_files(folder: Path) -> dict[str, str]:

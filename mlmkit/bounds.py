@@ -60,15 +60,15 @@ def largest_file(name: str) -> int:
     return 16 << 20 if "config" in name else 128 << 20
 
 
-def weight_names(folder: Path, config: dict[str, Any]) -> list[str]:
-    """Return the safetensors files in the folder from which transformers will load the weights."""
-    index = folder / "model.safetensors.index.json"
-    names = [config.get("transformers_weights") or "model.safetensors"]
-    if names == ["model.safetensors"] and not (folder / names[0]).exists() and index.exists():
+def weight_names(folder: Path, usual: str, config: dict[str, Any]) -> list[str]:
+    """Return the files in the folder, of the type of the `usual` one, from which transformers will load the weights."""
+    index, kind = folder / f"{usual}.index.json", usual.partition(".")[2]
+    names = [config.get("transformers_weights") or usual]
+    if names == [usual] and not (folder / usual).exists() and index.exists():
         names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
     for name in names:
-        if not re.fullmatch(r"[^/\\:]+\.safetensors", name):
-            raise UserError(f"the weights would be read from {name!r}, which is not a safetensors file in the folder")
+        if not re.fullmatch(rf"[^/\\:]+\.{kind}", name):
+            raise UserError(f"the weights would be read from {name!r}, which is not a {kind} file in the folder")
     return names
 
 

@@ -18,7 +18,6 @@ from string import Template
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from mlmkit.artifact import CARD, FLAVOURS, Manifest, is_artifact, report_rows
 from mlmkit.backends import ModelInfo
@@ -98,12 +97,9 @@ def write_card(
         raise UserError(f"{path} is not as mlmkit wrote it: replace it with --overwrite")
     subject = _open(folder)
     measured = {each.resolve(): load_result(each).result for each in results}
-    if wrong := [
-        result["model"]["path"]
-        for result in measured.values()
-        if result["model"]["fingerprint"] != subject.info.fingerprint
-    ]:
-        raise UserError(f"the result of {wrong[0]} was not measured on the weights of {model}")
+    for result in measured.values():
+        if result["model"]["fingerprint"] != subject.info.fingerprint:
+            raise UserError(f"the result of {result['model']['path']} was not measured on the weights of {model}")
     shown = [*(_held_out_results(subject) | measured).values()]
     text = text or (held_out_text(folder.resolve()) if subject.run else None)
     example, sentence = find_example(text, subject.tokenizer, subject.info) if text else ("", "")
@@ -174,35 +170,36 @@ def _is_sealed(text: str) -> bool:
 def find_example(text: Source, tokenizer: Tokenizer, info: ModelInfo) -> tuple[str, str]:
     """The first sentence that suits, with and without a mask for its longest word of one token; empty if none suits."""
     special = [tokenizer.token(id) for id in tokenizer.special_ids]
-    beginnings = (document[:BEGINNING] for document in islice(read_documents(text), DOCUMENTS))
-    for part in (part for beginning in beginnings for part in SENTENCE_END.split(beginning)):
-        sentence = " ".join(part.split())
-        tokens = tokenizer.encode([sentence])
-        begins: Any = tokens.word_begins
-        fits = begins.sum() in WORDS and len(begins) + tokenizer.added_tokens <= info.max_length
-        if fits and sentence.isprintable() and not any(token in sentence for token in special):
-            whole = begins & np.append(begins[1:], True)
-            spans = next(tokenizer.spans([sentence])).tolist()
-            words = [(sentence[slice(*spans[index])].strip(), index) for index in np.flatnonzero(whole)]
-            for word, index in sorted(words, key=lambda each: -len(each[0])):
-                if word.isalpha() and (
-                    masked := _masked(sentence, word, spans[index][1], tokens.ids, index, tokenizer)
-                ):
-                    return masked, sentence
+    for document in islice(read_documents(text), DOCUMENTS):
+        for part in SENTENCE_END.split(document[:BEGINNING]):
+            sentence = " ".join(part.split())
+            suits = sentence.isprintable() and not any(token in sentence for token in special)
+            if suits and (masked := _mask_word(sentence, tokenizer, info.max_length)):
+                return masked, sentence
     log.warning("%s has no sentence of 5 to 25 words that suits as an example", text.name)
     return "", ""
 
 
-def _masked(sentence: str, word: str, end: int, ids: NDArray[np.int64], index: int, tokenizer: Tokenizer) -> str:
-    """The sentence with a mask for a word, if the model then sees `ids` with a mask at `index`; "" if not.
+def _mask_word(sentence: str, tokenizer: Tokenizer, max_length: int) -> str:
+    """The sentence with a mask for its longest word of one token; "" if it does not suit.
 
-    In some byte-level vocabularies the space before a word belongs to its token, and so to the mask.
+    The model then sees the ids of the sentence with a mask among them: in some byte-level vocabularies the space before
+    a word is part of its token, and so goes with it.
     """
-    expected = np.where(np.arange(len(ids)) == index, tokenizer.mask_id, ids)
-    before = sentence[: end - len(word)]
-    texts = (head + tokenizer.mask_token + sentence[end:] for head in (before, before.rstrip()))
-    wanted = tokenizer.frame(expected).tolist()
-    return next((text for text in texts if tokenizer.encode_control(text).ids == wanted), "")
+    tokens = tokenizer.encode([sentence])
+    begins: Any = tokens.word_begins
+    if begins.sum() not in WORDS or len(begins) + tokenizer.added_tokens > max_length:
+        return ""
+    spans = next(tokenizer.spans([sentence])).tolist()
+    whole = np.flatnonzero(begins & np.append(begins[1:], True)).tolist()
+    words = {index: sentence[slice(*spans[index])].strip() for index in whole}
+    for index in sorted(words, key=lambda index: -len(words[index])):
+        before, after = sentence[: spans[index][1] - len(words[index])], sentence[spans[index][1] :]
+        wanted = tokenizer.frame(np.where(np.arange(len(begins)) == index, tokenizer.mask_id, tokens.ids)).tolist()
+        for masked in (f"{head}{tokenizer.mask_token}{after}" for head in (before, before.rstrip())):
+            if words[index][:1].isalpha() and tokenizer.encode_control(masked).ids == wanted:
+                return masked
+    return ""
 
 
 def _usage(subject: _Model, base: str | None, example: str, sentence: str) -> str:
@@ -252,9 +249,11 @@ def _model_index(name: str, results: Sequence[Result]) -> list[dict[str, Any]]:
         name_of_text, metrics = _measured_on(result), []
         for metric, figures in result["metrics"].items():
             if figures["value"] is not None:
-                bounds = {bound: figures[bound] for bound in ("low", "high") if figures[bound] is not None}
-                label = metric.replace("_", " ") + (f" (95 % interval {_interval(figures)})" if bounds else "")
-                metrics.append({"type": metric, "value": figures["value"], "name": label, "args": bounds})
+                entry = {"type": metric, "value": figures["value"], "name": metric.replace("_", " ")}
+                if figures["low"] is not None:
+                    entry["name"] += f" (95 % interval {_interval(figures)})"
+                    entry["args"] = {"low": figures["low"], "high": figures["high"]}
+                metrics.append(entry)
         kind = re.sub(r"[^a-z0-9]+", "-", name_of_text.lower()).strip("-") or "text"
         digests = {"fingerprint": result["corpus"]["fingerprint"], "mask_digest": result["mask_digest"]}
         dataset = {"name": name_of_text, "type": kind, "args": digests}
@@ -300,13 +299,12 @@ def _training(subject: _Model) -> str:
 
     kept = kept_checkpoints(subject.run)
     at = next((each for each in kept if each.folder.name == subject.folder.resolve().name), kept[-1])
-    counts = f"{at.step:,} steps, {at.tokens:,} tokens, {at.words:,} words, every pass over the text counted.\n"
-    parts = [f"## Training\n\n{counts}"]
-    texts = training_texts(subject.run)
-    rows = [
-        (_text_name(text.name), f"{len(text):,}", f"{text.tokens:,}", f"{text.sizes['words']:,}", text.fingerprint)
-        for text in texts
-    ]
+    seen = f"{at.tokens:,} tokens, special tokens included, and {at.words:,} words"
+    parts = [f"## Training\n\n{at.step:,} steps. Every pass over the text counted, {seen}.\n"]
+    rows = []
+    for text in training_texts(subject.run):
+        sizes = f"{len(text):,}", f"{text.tokens:,}", f"{text.sizes['words']:,}"
+        rows.append((_text_name(text.name), *sizes, text.fingerprint))
     if rows:
         parts.append(_table(("text", "documents", "tokens", "words", "fingerprint"), rows))
     else:
@@ -326,7 +324,7 @@ def _settings(tables: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
 
 
 def _text_name(location: str) -> str:
-    return location if location.startswith(HUB) else Path(location).name
+    return location if location.startswith(HUB) else Path(location.partition("?")[0]).name  # a URL may have a key
 
 
 # ---------------------------------------------------------------- the other sections
@@ -351,10 +349,12 @@ def _parity(subject: _Model) -> str:
 
 
 def _digests(subject: _Model) -> str:
-    files = [
-        path for path in sorted(subject.folder.iterdir()) if path.is_file() and path.name not in (CARD, *UNPUBLISHED)
-    ]
-    hashes = subject.manifest.files if subject.manifest else {path.name: file_sha256(path) for path in files}
+    files = [path for path in sorted(subject.folder.iterdir()) if path.is_file()]
+    hashes = (
+        subject.manifest.files
+        if subject.manifest
+        else {path.name: file_sha256(path) for path in files if path.name not in (CARD, *UNPUBLISHED)}
+    )
     rows = [(f"`{name}`", f"`{sha256}`") for name, sha256 in hashes.items()]
     rows += [("the weights", f"`{subject.info.fingerprint}`"), ("the tokenizer", f"`{subject.tokenizer.fingerprint}`")]
     return "## Digests\n\n" + _table(("", "SHA-256"), rows)

@@ -16,6 +16,7 @@ from mlmkit.artifact import (
     is_artifact,
     parse_manifest,
     read_tokenizer,
+    refuse_other_graphs,
 )
 from mlmkit.backends import tensorrt_obstacle, unproven
 from mlmkit.errors import UserError
@@ -57,6 +58,7 @@ def inspect(folder: Path) -> Inspection:
     Raises `UserError` for a folder without a manifest, or with one that cannot be read.
     """
     if not is_artifact(folder):
+        refuse_other_graphs(folder)
         raise UserError(
             f"{folder} is not an artifact: it has no {MANIFEST} (mlmkit export CHECKPOINT --output ARTIFACT)"
         )

@@ -93,7 +93,7 @@ class MaskedLM(nn.Module):
                 if dense.shape != (2, seq, self.vocabulary_size):
                     raise UserError(f"a {kind} model does not give logits per token: mlmkit cannot score with it")
                 # Half the digits: rounding stays below, a head that mixes positions does not.
-                bound = torch.finfo(dense.dtype).eps ** 0.5 * float(dense.abs().nan_to_num().max())
+                bound = torch.finfo(dense.dtype).eps ** 0.5 * _largest(dense)
                 expected = dense.flatten(0, 1)[positions]
                 try:
                     self.gathers_before_head = True
@@ -119,7 +119,7 @@ class MaskedLM(nn.Module):
                 expected = self.logits(**inputs)
                 product = F.linear(self._decoder_input(decoder, **inputs), decoder.weight, decoder.bias)
             # Tight: anything else that a head does, such as a soft cap, may hardly show on random weights.
-            bound = 16 * torch.finfo(expected.dtype).eps * float(expected.abs().nan_to_num().max())
+            bound = 16 * torch.finfo(expected.dtype).eps * _largest(expected)
             return _close(product, expected, bound)
         except PROBE_ERRORS as error:
             log.debug("the head does more than a matrix product: %s", error)
@@ -172,8 +172,10 @@ class MaskedLM(nn.Module):
 
     def max_length(self, tokenizer_limit: int | None = None) -> int:
         """Return how many tokens a row can hold, special tokens included, by position table and tokenizer."""
-        table = getattr(self.network.config.get_text_config(), "max_position_embeddings", None) or (1 << 30)
-        limit = table - self.position_offset
+        config = self.network.config.get_text_config()
+        # NeoBERT calls it max_length.
+        lengths = (getattr(config, name, None) for name in ("max_position_embeddings", "max_length"))
+        limit = next(filter(None, lengths), 1 << 30) - self.position_offset
         return min(limit, tokenizer_limit or limit)
 
 
@@ -244,6 +246,11 @@ def probe_inputs(model: MaskedLM, lengths: Sequence[int]) -> dict[str, Any]:
     last = model.vocabulary_size - 1
     ids = torch.cat([last - torch.arange(length) % (last // 2) for length in lengths]).unsqueeze(0)
     return {"positions": torch.arange(ids.shape[1]), "input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def _largest(logits: Tensor) -> float:
+    """Return the largest finite value: some models give special tokens minus infinity."""
+    return float(logits.abs().nan_to_num(posinf=0).max())
 
 
 def _close(logits: Tensor, expected: Tensor, bound: float) -> bool:

@@ -1,7 +1,11 @@
-"""Load masked LMs and tokenizers that transformers can read, without ever running code that comes with them."""
+"""Load masked LMs and tokenizers that transformers can read.
+
+Code that comes with them runs, and a pickle is read, only with `trust_remote_code`.
+"""
 
 import copy
 import json
+import logging
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,53 +13,62 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file
 from tokenizers.models import BPE
 from transformers import AutoConfig, AutoModelForMaskedLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers.utils.hub import cached_files
 
-from mlmkit.artifact import is_artifact
+from mlmkit.artifact import is_artifact, refuse_other_graphs
 from mlmkit.bounds import check_folder, check_tokenizer, weight_names
 from mlmkit.errors import UserError, as_user_error, first_line, require
 from mlmkit.files import locate_model
 from mlmkit.model import MaskedLM, sees_context
 from mlmkit.tokenizer import CLEAN_UP, CLEAN_UP_BPE, NAMED_TOKENS, Tokenizer
 
+log = logging.getLogger(__name__)
+
 CONVERT = "python -c \"import transformers as t; t.AutoModelForMaskedLM.from_pretrained('.').save_pretrained('.')\""
-HAS_CODE = (
-    "it comes with Python code (auto_map), and mlmkit never runs a model's code: use a model whose architecture and "
-    "tokenizer are part of transformers"
+TRUST = "eval, score, fill and export with --trust-remote-code"
+HAS_CODE = f"it comes with Python code (auto_map), which mlmkit never runs unless told to: only {TRUST} run it"
+# Entries of tokenizer_config.json that transformers 4 cannot read, that are about the machine that wrote them, or that
+# name code.
+NOT_KEPT = (
+    *("backend", "extra_special_tokens", "is_local", "local_files_only", "model_specific_special_tokens"),
+    "auto_map",
 )
-# Entries of tokenizer_config.json that transformers 4 cannot read, or that are about the machine that wrote them.
-NOT_KEPT = ("backend", "extra_special_tokens", "is_local", "local_files_only", "model_specific_special_tokens")
 FREE_WEIGHTS = 4 << 20  # 16 MiB, too few to refuse
 
 
 def load_pretrained(
-    path: str, *, dtype: torch.dtype = torch.float32, new_head: bool = False
+    path: str, *, dtype: torch.dtype = torch.float32, new_head: bool = False, trust_remote_code: bool = False
 ) -> tuple[MaskedLM, Tokenizer]:
     """Load a checkpoint (a folder or hub name) and its tokenizer, on the CPU, in evaluation mode.
 
-    Reads weights from safetensors only. Raises `UserError` if it is not a complete masked LM with its tokenizer. With
-    `new_head` it must be a complete encoder without a masked-LM head, which gets one with random weights from torch's
-    generator; the output embeddings are tied to the input embeddings.
+    Reads weights from safetensors only. With `trust_remote_code`, runs the Python code that comes with the model, and
+    reads `pytorch_model.bin` (tensors only, no other objects) if there is no safetensors file. Raises `UserError` if it
+    is not a complete masked LM with its tokenizer. With `new_head` it must be a complete encoder without a masked-LM
+    head, which gets one with random weights from torch's generator; the output embeddings are tied to the input
+    embeddings.
     """
     path = locate_model(path)
-    config = load_config(path)
+    if trust_remote_code:
+        log.warning("--trust-remote-code: Python code that comes with %s may do on this machine all that you may", path)
+    config = load_config(path, trust_remote_code=trust_remote_code)
     if new_head:
         config.tie_word_embeddings = True
     network, info = from_pretrained(
         AutoModelForMaskedLM,
         path,
+        trust_remote_code=trust_remote_code,
         config=config,
         dtype=dtype,
-        use_safetensors=True,
         output_loading_info=True,
         ignore_mismatched_sizes=True,  # reported below, in one line
     )
     _check_head(path, network, sorted(info["missing_keys"]), new_head)
     if mismatched := sorted(str(key) for key in info["mismatched_keys"]):
         raise UserError(f"{path}: the weights do not have the shapes that config.json asks for: {mismatched[0]}")
-    tokenizer = load_tokenizer(path)
+    tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)
     model = MaskedLM(network.eval())
     if tokenizer.vocabulary_size > model.vocabulary_size:
         raise UserError(
@@ -85,29 +98,33 @@ def _check_head(path: str, network: PreTrainedModel, missing: list[str], new_hea
         raise UserError(f"model.new_head has no effect, as {path} has a masked LM head: leave it out")
 
 
-def load_config(path: str) -> PreTrainedConfig:
+def load_config(path: str, *, trust_remote_code: bool = False) -> PreTrainedConfig:
     """Load the configuration of a masked LM. Raises `UserError` if it is missing or of another kind of model."""
     folder = Path(path)
     if is_artifact(folder):
         raise UserError(f"{path} is an artifact: name the checkpoint it was exported from")
     if folder.is_dir() and not (folder / "config.json").exists():
         raise UserError(f"{path} has no config.json: it is neither a checkpoint nor an artifact")
-    if folder.is_dir() and not any(folder.glob("*.safetensors*")):
-        raise UserError(f"{path} has no model.safetensors: to convert a pytorch_model.bin, run there {CONVERT}")
-    config = from_pretrained(AutoConfig, path)
-    refuse_other_models(config, path)
+    refuse_other_graphs(folder)
+    has_weights = any(folder.glob("*.safetensors*")) or (trust_remote_code and any(folder.glob("pytorch_model*.bin")))
+    if folder.is_dir() and not has_weights:
+        convert = f"to convert a pytorch_model.bin, run there {CONVERT}; {TRUST} read it as it is"
+        raise UserError(f"{path} has no model.safetensors: {convert}")
+    config = from_pretrained(AutoConfig, path, trust_remote_code=trust_remote_code)
+    if not (trust_remote_code and _has_code(config)):
+        refuse_other_models(config, path)
     return config
 
 
 def refuse_other_models(config: PreTrainedConfig, name: str) -> None:
-    """Raise `UserError` unless the configuration is of a masked language model."""
+    """Raise `UserError` unless the configuration is of a masked language model of transformers."""
     if type(config) not in AutoModelForMaskedLM._model_mapping:
         raise UserError(f"{name} is a {config.model_type} model, for which transformers has no masked LM")
     if getattr(config, "is_decoder", False):
         raise UserError(f"{name} is a causal model (is_decoder): mlmkit is for masked language models")
 
 
-def load_tokenizer(path: str) -> Tokenizer:
+def load_tokenizer(path: str, *, trust_remote_code: bool = False) -> Tokenizer:
     """Load a checkpoint's tokenizer. Raises `UserError` if there is none that mlmkit can use."""
     path = locate_model(path)
     folder = Path(path)
@@ -116,7 +133,7 @@ def load_tokenizer(path: str) -> Tokenizer:
             require("train", "sentencepiece")  # without it transformers asks for tiktoken
         elif not any(folder.glob("*vocab*")):
             raise UserError(f"{path} has no tokenizer.json: save or copy the model's tokenizer there")
-    loaded = from_pretrained(AutoTokenizer, path)
+    loaded = from_pretrained(AutoTokenizer, path, trust_remote_code=trust_remote_code)
     with as_user_error(path):
         tokenizer = Tokenizer.from_transformers(loaded)
     if not len(tokenizer.masking.ordinary):
@@ -126,10 +143,11 @@ def load_tokenizer(path: str) -> Tokenizer:
 
 
 def save_tokenizer(tokenizer: Any, folder: Path) -> None:
-    """Save a tokenizer of transformers such that versions 4.57 and 5 read the same from it.
+    """Save a tokenizer of transformers, without code, such that versions 4.57 and 5 read the same from it.
 
     Raises `OSError` for all errors, also those of the tokenizers library.
     """
+    tokenizer._auto_class = None  # or code that came with it would be copied
     try:
         tokenizer.save_pretrained(folder)
     except OSError:
@@ -176,11 +194,13 @@ def save_config(config: PreTrainedConfig, folder: Path) -> None:
         )
         config.global_rope_theta = config.rope_parameters["full_attention"]["rope_theta"]
         config.local_rope_theta = config.rope_parameters["sliding_attention"]["rope_theta"]
-    config.save_pretrained(folder)
+    vars(config).pop("auto_map", None)  # names code, which is not copied
+    # Not save_pretrained, which refuses NeoBERT's max_length as a setting of text generation.
+    config.to_json_file(folder / "config.json")
 
 
-def from_pretrained(kind: Any, path: str, **options: Any) -> Any:
-    """Call `kind.from_pretrained(path)`, after checking the files, without running code from the folder.
+def from_pretrained(kind: Any, path: str, *, trust_remote_code: bool = False, **options: Any) -> Any:
+    """Call `kind.from_pretrained(path)`, after checking the files; code from the folder runs only if it is trusted.
 
     Raises `UserError` for what cannot be loaded this way.
     """
@@ -193,18 +213,58 @@ def from_pretrained(kind: Any, path: str, **options: Any) -> Any:
             for file in _fetch(path, ["tokenizer.json"]):
                 check_tokenizer(json.loads(file.read_bytes()))
         if kind is AutoModelForMaskedLM:
-            _refuse_missing_weights(options["config"], weight_files(path))
+            files = weight_files(path, trust_remote_code=trust_remote_code)
+            _refuse_missing_weights(options["config"], files, trust_remote_code=trust_remote_code)
+            if trust_remote_code and _has_code(options["config"]):
+                return _load_with_code(options["config"], files, options["dtype"])
+            options |= {"use_safetensors": not any(file.suffix == ".bin" for file in files), "weights_only": True}
         try:
-            return kind.from_pretrained(path, trust_remote_code=False, **options)
+            return kind.from_pretrained(path, trust_remote_code=trust_remote_code, **options)
         except ValueError as error:
             raise (UserError(HAS_CODE) if "trust_remote_code" in str(error) else error) from None
 
 
-def weight_files(path: str) -> list[Path]:
-    """Return the safetensors files of a checkpoint's weights, downloaded first if it is on the hub."""
+def _has_code(config: PreTrainedConfig) -> bool:
+    """Whether the masked LM's class comes with the checkpoint."""
+    return "AutoModelForMaskedLM" in (getattr(config, "auto_map", None) or {})
+
+
+def _load_with_code(
+    config: PreTrainedConfig, files: Sequence[Path], dtype: torch.dtype
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """Load a network whose class comes with it, and say which weights are missing or of another shape.
+
+    Most such code was written for transformers 4. The `from_pretrained` of transformers 5 builds networks without
+    memory, so it loses what their `__init__` computes: NeoBERT's rotary table became NaN, tied weights came apart.
+    """
+    network = AutoModelForMaskedLM.from_config(config, trust_remote_code=True, dtype=dtype)
+    found: dict[str, torch.Tensor] = {}
+    for file in files:
+        is_pickle = file.suffix == ".bin"
+        found |= torch.load(file, map_location="cpu", weights_only=True) if is_pickle else load_file(file)
+    own = network.state_dict(keep_vars=True)
+    shared = {id(own[name]) for name in found.keys() & own.keys()}
+    mismatched = [name for name in found.keys() & own.keys() if found[name].shape != own[name].shape]
+    if not mismatched:
+        network.load_state_dict(found, strict=False)
+    parameters = network.named_parameters(remove_duplicate=False)
+    missing = [name for name, weight in parameters if id(weight) not in shared]
+    return network, {"missing_keys": missing, "mismatched_keys": mismatched}
+
+
+def weight_files(path: str, *, trust_remote_code: bool = False) -> list[Path]:
+    """Return the safetensors files of a checkpoint's weights, downloaded first if it is on the hub.
+
+    With `trust_remote_code`, the files of `pytorch_model.bin` if there is no safetensors file.
+    """
     folder = next((file.parent for file in _fetch(path, ["config.json"])), Path(path))
-    _fetch(path, ("model.safetensors", "model.safetensors.index.json"))
-    return _fetch(path, weight_names(folder, check_folder(folder) if folder.is_dir() else {}))
+    config = check_folder(folder) if folder.is_dir() else {}
+    usual = "model.safetensors"
+    is_there = _fetch(path, (usual, f"{usual}.index.json")) or "transformers_weights" in config
+    if trust_remote_code and not is_there:
+        usual = "pytorch_model.bin"
+        _fetch(path, (usual, f"{usual}.index.json"))
+    return _fetch(path, weight_names(folder, usual, config))
 
 
 def _fetch(path: str, names: Sequence[str]) -> list[Path]:
@@ -213,10 +273,13 @@ def _fetch(path: str, names: Sequence[str]) -> list[Path]:
     return [Path(file) for name in names for file in cached_files(path, [name], **silent) or ()]
 
 
-def _refuse_missing_weights(config: PreTrainedConfig, files: Sequence[Path]) -> None:
+def _refuse_missing_weights(config: PreTrainedConfig, files: Sequence[Path], *, trust_remote_code: bool) -> None:
     """Raise `UserError` if the configuration asks for far more weights, and so memory, than the files hold."""
     held = 0
     for file in files:
+        if file.suffix == ".bin":
+            held += file.stat().st_size // 2  # two bytes each, at least
+            continue
         with safe_open(file, "pt") as tensors:
             held += sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())  # noqa: SIM118
     text, most = config.get_text_config(), 2 * held + FREE_WEIGHTS
@@ -224,7 +287,7 @@ def _refuse_missing_weights(config: PreTrainedConfig, files: Sequence[Path]) -> 
     asked = max(text.vocab_size, getattr(text, "max_position_embeddings", 0) * getattr(text, "hidden_size", 0) // 2)
     if asked <= most:
         with torch.device("meta"):
-            network = AutoModelForMaskedLM.from_config(copy.deepcopy(config), trust_remote_code=False)
+            network = AutoModelForMaskedLM.from_config(copy.deepcopy(config), trust_remote_code=trust_remote_code)
         asked = sum(tensor.numel() for tensor in (*network.parameters(), *network.buffers()))
     if asked > most:
         raise UserError(f"its configuration asks for {asked:,} weights, and its files hold {held:,}")

@@ -9,7 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -151,19 +151,22 @@ def graph_cache(shared: Callable[[str, Callable[[Path], object]], Path]) -> Iter
     """Exports of the same weights share one graph: torch's exporter takes ten seconds for each."""
     import onnx_ir as ir
 
-    from mlmkit.export import export
+    from mlmkit.export import export, logits
     from mlmkit.export.graphs import save_graph
-    from mlmkit.export.onnx import write_onnx
+    from mlmkit.export.onnx import write_graph, write_onnx
 
-    def write(model: Any, path: Path) -> None:
-        digest = hashlib.sha256(repr(model.network.config).encode())
+    def cached(write: Callable[..., None], model: Any, path: Path, *arguments: Any, **options: Any) -> None:
+        digest = hashlib.sha256(repr((write.__name__, model.network.config, arguments[1:], options)).encode())
         for name, weight in model.state_dict().items():
             digest.update(name.encode() + weight.numpy().tobytes())
-        folder = shared(f"graph-{digest.hexdigest()}", lambda folder: write_onnx(model, folder / GRAPH))
+        folder = shared(
+            f"graph-{digest.hexdigest()}", lambda folder: write(model, folder / GRAPH, *arguments, **options)
+        )
         save_graph(ir.load(folder / GRAPH), path)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(export, "write_onnx", write)
+        patch.setattr(export, "write_onnx", partial(cached, write_onnx))
+        patch.setattr(logits, "write_graph", partial(cached, write_graph))
         yield
 
 

@@ -1,6 +1,7 @@
 """What modules and commands import. A test cannot measure seconds reliably, so it compares sets of packages."""
 
 import ast
+import shutil
 import subprocess
 import sys
 from functools import cache
@@ -107,6 +108,8 @@ def test_an_artifact_runs_without_the_extras(always, artifact, tmp_path):
     (tmp_path / "text.txt").write_text("The statement\n")
     assert packages(COMMAND, "fill", artifact("bert"), "The [MASK] statement", "--device", "cpu") - always == ENGINE
     assert packages(COMMAND, "inspect", artifact("bert")) - always == {*ENGINE, "rich"}
+    folder = shutil.copytree(artifact("bert"), tmp_path / "artifact")
+    card = packages(COMMAND, "card", folder, "--text", tmp_path / "text.txt")
     score = packages(COMMAND, "score", artifact("bert"), tmp_path / "text.txt")
     evaluate = packages(COMMAND, "eval", artifact("bert"), "--set", tmp_path / "text.txt", "--mask-prob", "0.9")
-    assert not (score | evaluate) & {"torch", "transformers", "onnx", "onnxscript", "safetensors", "datasets"}
+    assert not (card | score | evaluate) & {"torch", "transformers", "onnx", "onnxscript", "safetensors", "datasets"}

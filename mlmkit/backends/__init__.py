@@ -8,7 +8,7 @@ import shlex
 from os import PathLike, fspath
 from pathlib import Path
 
-from mlmkit.artifact import Manifest, is_artifact, parse_manifest
+from mlmkit.artifact import Manifest, is_artifact, parse_manifest, refuse_other_graphs
 from mlmkit.backends.protocol import Backend, Batch, ModelInfo, Scored, capacity, merge_rows, score_together
 from mlmkit.errors import UserError, require
 from mlmkit.files import locate_model
@@ -52,11 +52,15 @@ def unproven(path: str | Path, manifest: Manifest) -> str | None:
     return f"no GPU has run its TensorRT plan yet: {command} compares it with the graph"
 
 
-def load(path: str | PathLike[str], backend: str = "auto", device: str = "auto") -> Backend:
+def load(
+    path: str | PathLike[str], backend: str = "auto", device: str = "auto", trust_remote_code: bool = False
+) -> Backend:
     """Load a checkpoint (a folder or a hub name) or an artifact.
 
     With `auto`, a checkpoint runs on torch, an artifact on TensorRT if it has a proven plan for this machine, otherwise
-    on ONNX Runtime. Raises `UserError` if `path` is neither or cannot run on that backend and device.
+    on ONNX Runtime. With `trust_remote_code`, Python code that comes with a checkpoint runs, and weights may be in
+    `pytorch_model.bin`. Raises `UserError` if `path` is neither or cannot run on that backend and device, and for an
+    artifact with `trust_remote_code`.
     """
     if backend not in BACKENDS:
         raise UserError(f"unknown backend {backend!r}: choose {', '.join(BACKENDS)}")
@@ -66,6 +70,8 @@ def load(path: str | PathLike[str], backend: str = "auto", device: str = "auto")
     if is_artifact(Path(path)):
         if backend == "torch":
             raise UserError(f"{path} is an artifact, which torch cannot run: name the checkpoint it came from")
+        if trust_remote_code:
+            raise UserError(f"{path} is an artifact, which has no code: leave out --trust-remote-code")
         if _picks_tensorrt(path, backend, device):
             from mlmkit.backends.tensorrt.backend import TensorRTBackend
 
@@ -74,11 +80,12 @@ def load(path: str | PathLike[str], backend: str = "auto", device: str = "auto")
 
         return OnnxBackend(path, device)
     if backend in ("onnx", "tensorrt"):
+        refuse_other_graphs(Path(path))
         raise UserError(f"{path} is not an artifact: export it first (mlmkit export {path} --output ARTIFACT)")
     require("train", "torch", "transformers", "safetensors")
     from mlmkit.backends.torch import TorchBackend
 
-    return TorchBackend(path, device)
+    return TorchBackend(path, device, trust_remote_code=trust_remote_code)
 
 
 def _picks_tensorrt(path: str, backend: str, device: str) -> bool:

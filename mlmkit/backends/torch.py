@@ -24,8 +24,8 @@ class TorchBackend:
     name = "torch"
     manifest = None
 
-    def __init__(self, path: str, device: str = "auto") -> None:
-        self.model, self.tokenizer = load_pretrained(path)
+    def __init__(self, path: str, device: str = "auto", *, trust_remote_code: bool = False) -> None:
+        self.model, self.tokenizer = load_pretrained(path, trust_remote_code=trust_remote_code)
         self.device = pick_device(device)
         self.info = model_info(path, self.model, self.tokenizer)
         self.model.to(self.device)

@@ -10,8 +10,8 @@ import click
 
 from mlmkit.cli.options import (
     PATH,
+    InferenceOptions,
     JsonOption,
-    ModelOptions,
     TextOptions,
     VerifyOption,
     argument,
@@ -38,7 +38,7 @@ PAIRS = "pairs"
 
 
 @option_class
-class EvalOptions(VerifyOption, JsonOption, ModelOptions, TextOptions):
+class EvalOptions(VerifyOption, JsonOption, InferenceOptions, TextOptions):
     model: str = argument(default="")
     sets: tuple[str, ...] = option("--set", "What to measure on. Repeatable.", multiple=True, metavar="NAME|FILE")
     suite: str | None = option(
@@ -105,6 +105,8 @@ def evaluate(options: EvalOptions) -> None:
         raise click.UsageError("Give either --set or --suite.")
     if options.by_paradigm and (options.suite or options.every or options.as_json):
         raise click.UsageError("--by-paradigm has no effect with --suite, --every or --json: leave it out.")
+    if options.trust_remote_code and options.every:
+        raise click.UsageError("--trust-remote-code has no effect with --every: a run's checkpoints have no code.")
     if options.babylm and not options.suite:
         raise click.UsageError("--babylm-predictions needs --suite babylm-strict, or another with a table [babylm].")
     import tempfile

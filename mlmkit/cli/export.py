@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from mlmkit.cli.options import PATH, JsonOption, argument, command, option, option_class, switch
+from mlmkit.cli.options import PATH, JsonOption, TrustOption, argument, command, option, option_class, switch
 from mlmkit.console import print_json, say
 
 if TYPE_CHECKING:
@@ -28,9 +28,15 @@ class PlanArguments:
 
 
 @option_class
-class ExportOptions(PlanArguments, JsonOption):
+class ExportOptions(PlanArguments, JsonOption, TrustOption):
     checkpoint: str = argument()
-    output: Path | None = option("--output", "The artifact folder to write.", type=PATH)
+    output: Path | None = option("--output", "The folder to write.", type=PATH)
+    layout: str = option(
+        "--layout",
+        "An artifact of mlmkit, or what optimum and transformers.js load.",
+        type=click.Choice(["mlmkit", "transformers"]),
+        default="mlmkit",
+    )
     precision: str | None = option("--precision", "Precision of the graph. Default: fp32.", metavar=PRECISIONS)
     text: str | None = option(
         "--text", "Check parity on this text. Default: the run's held-out text.", type=click.Path()
@@ -41,7 +47,7 @@ class ExportOptions(PlanArguments, JsonOption):
     triton: Path | None = option(
         "--triton", "Write a model repository for Triton Inference Server, too or only.", type=PATH, metavar="DIR"
     )
-    overwrite: bool = switch("--overwrite", "Replace an existing artifact.")
+    overwrite: bool = switch("--overwrite", "Replace an existing artifact or graph.")
 
 
 @command(ExportOptions)
@@ -54,6 +60,9 @@ def export(options: ExportOptions) -> None:
     With --trt, CHECKPOINT may be an artifact: its plan is built without torch. TensorRT for RTX builds plans without a
     GPU; --prove proves them on a machine with one. With only --prove or --triton, CHECKPOINT is an artifact, and there
     is no --output.
+
+    --layout transformers writes config.json, the tokenizer and onnx/model.onnx (model_fp16.onnx in fp16, and so on), a
+    graph of logits under the same proof. An existing folder of the same model gets the graph added.
     """
     from mlmkit.export.request import ExportRequest
 
@@ -61,6 +70,9 @@ def export(options: ExportOptions) -> None:
     plan = {name: values.pop(name) for name in PlanArguments.__annotations__ if name in values}
     request = ExportRequest(plan=plan, **values)
     request.check()
+    if request.layout == "transformers":
+        _export_transformers(options, request.artifact)
+        return
     manifest, models = request.run()
     artifact = request.artifact
     if options.as_json:
@@ -85,6 +97,19 @@ def export(options: ExportOptions) -> None:
     if manifest.tensorrt and (request.trt or request.prove):
         for line in _plan_lines(artifact, manifest.tensorrt):
             say(line)
+
+
+def _export_transformers(options: ExportOptions, output: Path) -> None:
+    from mlmkit.export.logits import export_transformers
+    from mlmkit.export.parity import parity_line, proof_text
+
+    text, precision = proof_text(options.checkpoint, options.text), options.precision or "fp32"
+    graph = export_transformers(options.checkpoint, output, precision=precision, text=text, overwrite=options.overwrite)
+    if options.as_json:
+        print_json(asdict(graph) | {"path": str(graph.path)})
+        return
+    say(f"parity {parity_line(graph.parity)}")
+    say(f"graph: {graph.path}, from {', '.join(graph.inputs)} to logits")
 
 
 def _plan_lines(artifact: Path, built: "TensorRT") -> list[str]:

@@ -7,14 +7,24 @@ from typing import Any
 
 import click
 
-from mlmkit.cli.options import JsonOption, ModelOptions, TextOptions, argument, command, option, option_class, switch
+from mlmkit.cli.options import (
+    InferenceOptions,
+    JsonOption,
+    ModelOptions,
+    TextOptions,
+    argument,
+    command,
+    option,
+    option_class,
+    switch,
+)
 from mlmkit.console import print_json, say
 from mlmkit.errors import UserError, require
 from mlmkit.serve.limits import BATCH_TOKENS, QUEUE_TOKENS, Limits
 
 
 @option_class
-class FillOptions(JsonOption, ModelOptions, TextOptions):
+class FillOptions(JsonOption, InferenceOptions, TextOptions):
     text: str | None = argument(required=False)
     file: str | None = option("--file", "Fill each text of this file instead, - for standard input.", metavar="FILE")
     top_k: int = option("--top-k", "Candidates per mask.", default=5)

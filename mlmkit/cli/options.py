@@ -89,11 +89,25 @@ class ModelOptions:
     backend: str = option("--backend", "What runs the model.", default="auto", metavar="auto|torch|onnx|tensorrt")
     device: str = option("--device", "Where to run the model.", default="auto", metavar="auto|cpu|cuda")
 
+
+@option_class
+class TrustOption:
+    """Whether code that comes with a checkpoint may run."""
+
+    trust_remote_code: bool = switch(
+        "--trust-remote-code", "Run the checkpoint's own Python code, and read a pytorch_model.bin."
+    )
+
+
+@option_class
+class InferenceOptions(ModelOptions, TrustOption):
+    """Which model to run, on what, and whether its code is trusted."""
+
     def load(self) -> "Backend":
         """Load the model. Raises `UserError` if it cannot be loaded, or not on this backend or device."""
         from mlmkit.backends import load
 
-        return load(self.model, self.backend, self.device)
+        return load(self.model, self.backend, self.device, self.trust_remote_code)
 
 
 @option_class

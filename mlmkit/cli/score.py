@@ -3,7 +3,16 @@
 import math
 from typing import TYPE_CHECKING, Any
 
-from mlmkit.cli.options import JsonOption, ModelOptions, TextOptions, argument, command, option, option_class, switch
+from mlmkit.cli.options import (
+    InferenceOptions,
+    JsonOption,
+    TextOptions,
+    argument,
+    command,
+    option,
+    option_class,
+    switch,
+)
 from mlmkit.console import number, print_json, say
 from mlmkit.errors import UserError
 
@@ -13,7 +22,7 @@ if TYPE_CHECKING:
 
 
 @option_class
-class ScoreOptions(JsonOption, ModelOptions, TextOptions):
+class ScoreOptions(JsonOption, InferenceOptions, TextOptions):
     file: str = argument(default="-")
     pll: str = option("--pll", "Pseudo-likelihood.", default="original", metavar="original|within-word")
     per_token: bool = switch("--per-token", "Show each token's log-probability.")
