@@ -78,9 +78,10 @@ def models(tmp_path_factory, text_file, checkpoint, artifact) -> dict[str, Path]
         settings += ["model.rope_theta=500"] if family == "modernbert" else []
         train(write_config(folder, text_file, "", *settings), folder / "run")
         folders[family] = folder / "run" / "model"
-    average([str(folders["modernbert"]), str(folders["modernbert"])], folder / "average")
-    last = saved_checkpoints(folder / "run")[-1]
-    return folders | {"checkpoint": last, "average": folder / "average", "artifact": artifact("roberta")}
+    model = folders["modernbert"]
+    average([str(model), str(model)], model.parent / "average")
+    last = saved_checkpoints(model.parent)[-1]
+    return folders | {"checkpoint": last, "average": model.parent / "average", "artifact": artifact("roberta")}
 
 
 @pytest.fixture(scope="module")
