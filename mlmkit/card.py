@@ -299,8 +299,8 @@ def _training(subject: _Model) -> str:
 
     kept = kept_checkpoints(subject.run)
     at = next((each for each in kept if each.folder.name == subject.folder.resolve().name), kept[-1])
-    counts = f"{at.step:,} steps, {at.tokens:,} tokens, {at.words:,} words: special tokens included, and every pass over the text.\n"
-    parts = [f"## Training\n\n{counts}"]
+    seen = f"{at.tokens:,} tokens, special tokens included, and {at.words:,} words"
+    parts = [f"## Training\n\n{at.step:,} steps. Every pass over the text counted, {seen}.\n"]
     rows = []
     for text in training_texts(subject.run):
         sizes = f"{len(text):,}", f"{text.tokens:,}", f"{text.sizes['words']:,}"

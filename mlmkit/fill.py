@@ -127,14 +127,13 @@ def _rank_targets(question: Question) -> Rounds[Ranking]:
     Ivanova 2023). The mean over its pieces decides, as in X-FACTR (Jiang et al. 2020) and mLAMA (Kassner et al. 2021).
     """
     rows, members, targets = [], [], list(question.targets)
-    all_masks = np.arange(len(question.masks))
+    all_masks, mask_id = np.arange(len(question.masks)), question.ids[question.masks[0]]
     for (size, known), own in question.contexts.items():
-        place = [*known, *[question.ids[question.masks[0]]] * (size - len(known))]
         pieces = [targets[index][len(known)] for index in own]
         for masks in [all_masks] if size == 1 else all_masks[:, None]:  # targets of one piece share one row
-            positions = np.repeat(question.masks[masks] + len(known), len(own))
-            ids = _insert(question.ids, int(question.masks[masks[0]]), place)
-            rows.append(_row(ids, positions, np.tile(pieces, len(masks))))
+            place = question.masks[masks[0]]
+            ids = np.insert(question.ids, place, [*known, *[mask_id] * (size - 1 - len(known))])  # then comes the mask
+            rows.append(_row(ids, np.repeat(question.masks[masks] + len(known), len(own)), np.tile(pieces, len(masks))))
             members.append(np.ix_(masks, np.array(own)))
     scored = yield rows
     log_prob = np.zeros((len(all_masks), len(targets)))
@@ -144,15 +143,8 @@ def _rank_targets(question: Question) -> Rounds[Ranking]:
     return [[(float(log_prob[mask, index]), targets[index]) for index in best] for mask, best in enumerate(order)]
 
 
-def _row(ids: NDArray[np.int64], positions: NDArray[np.int64], targets: NDArray[np.int64] | None = None) -> Batch:
-    return Batch(
-        ids[None], np.ones_like(ids)[None], positions, np.zeros_like(positions) if targets is None else targets
-    )
-
-
-def _insert(ids: NDArray[np.int64], position: int, pieces: Sequence[int]) -> NDArray[np.int64]:
-    """Put pieces in the place of one id."""
-    return np.concatenate([ids[:position], np.array(pieces, dtype=np.int64), ids[position + 1 :]])
+def _row(ids: NDArray[np.int64], positions: NDArray[np.int64], targets: NDArray[np.int64] | int = 0) -> Batch:
+    return Batch(ids[None], np.ones_like(ids)[None], positions, np.zeros_like(positions) + targets)
 
 
 def _ranking(log_prob: NDArray, tokens: NDArray[np.int64]) -> list[tuple[float, tuple[int, ...]]]:

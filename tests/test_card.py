@@ -10,6 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import onnxruntime
 import pytest
 from conftest import ARCHITECTURES, edit_record, refusal, run
 from huggingface_hub import ModelCard
@@ -112,7 +114,8 @@ def test_the_card_of_a_portuguese_run(portuguese, capsys, caplog):
     }
     # The training.
     last = [json.loads(line) for line in (portuguese / "run/log.jsonl").read_text().splitlines() if "loss" in line][-1]
-    assert f"4 steps, {last['tokens_seen']:,} tokens, {round(last['words_seen']):,} words" in text
+    counts = f"{last['tokens_seen']:,} tokens, special tokens included, and {round(last['words_seen']):,} words"
+    assert f"\n4 steps. Every pass over the text counted, {counts}." in text
     assert re.search(r"\| treino\.txt \| 12 \| \d+ \| \d+ \| [0-9a-f]{32} \|", text)
     assert 'model.architecture = "architecture.json"\n' in text and "masking.mask_prob = 0.15\n" in text
     assert str(portuguese) not in text
@@ -160,7 +163,7 @@ def test_a_checkpoint_of_a_run_is_published_without_its_optimiser(portuguese, ca
     excluded = ["--exclude=optimizer*", "--exclude=trainer.json", "--exclude=held-out*"]
     assert shlex.split(out.splitlines()[-1]) == ["hf", "upload", "USER/NAME", str(folder), *excluded]
     text = (folder / "README.md").read_text(encoding="utf-8")
-    assert "\n2 steps, " in text and "| teste.txt | masked cross entropy |" in text
+    assert "\n2 steps. " in text and "| teste.txt | masked cross entropy |" in text
     assert "trainer.json" not in text
     (folder / "README.md").unlink()
 
@@ -238,6 +241,28 @@ def test_the_graph_runs_without_mlmkit(artifact, kind, source, tmp_path, capsys,
     ]
     for row, wanted in zip(candidates, expected, strict=True):
         assert [value for _, value in row] == pytest.approx([each["score"] for each in wanted], abs=1e-6)
+
+
+def test_values_out_of_range_are_treated_as_the_page_says(artifact):
+    """docs/graph.md has the table; on a CPU."""
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    session = onnxruntime.InferenceSession(str(artifact("bert") / "model.onnx"), options)
+    size, ids = read_manifest(artifact("bert")).vocabulary_size, np.array([[2, 10, 11, 3], [2, 12, 13, 3]])
+
+    def log_prob(position: int, target: int, input_ids: Any = ids) -> float:
+        each = {"input_ids": input_ids, "attention_mask": np.ones_like(ids)}
+        each |= {"positions": np.array([position]), "targets": np.array([target])}
+        return float(session.run(["log_prob"], each)[0][0])
+
+    assert log_prob(-1, 5) == log_prob(7, 5) and log_prob(-8, 5) == log_prob(0, 5)
+    assert log_prob(1, -1) == log_prob(1, size - 1) and log_prob(1, -size) == log_prob(1, 0)
+    assert log_prob(1, 5, np.where(ids == 10, -1, ids)) == log_prob(1, 5, np.where(ids == 10, size - 1, ids))
+    for position, target in ((8, 5), (-9, 5), (1, size), (1, -size - 1)):
+        with pytest.raises(Exception, match=r"out of data bounds|GatherElements"):
+            log_prob(position, target)
+    with pytest.raises(Exception, match="out of data bounds"):
+        log_prob(1, 5, np.where(ids == 10, size, ids))
 
 
 def test_an_example_is_a_whole_word_of_one_token(artifact, tmp_path):
