@@ -65,20 +65,24 @@ def export_transformers(
     precision: str = "fp32",
     text: ProofText | None = None,
     overwrite: bool = False,
+    trust_remote_code: bool = False,
 ) -> LogitsGraph:
     """Export a checkpoint folder or hub name to `output` as optimum and transformers.js expect it: see `layout`.
 
     The graph computes float32 logits `[batch, seq, vocabulary]`. Parity is checked as `mlmkit.export.export.export`
     does, on what ONNX Runtime computes with the file. Nothing is written unless it holds: raises `CheckError`, and
-    `UserError` for a checkpoint or a folder that cannot be used.
+    `UserError` for a checkpoint or a folder that cannot be used. `trust_remote_code` is as in `export`.
     """
     checkpoint, output = locate_model(fspath(checkpoint)), Path(output)
     text = text or proof_text(checkpoint)
     require_calibration(precision, text)
     with layout_folder(checkpoint, output, precision, overwrite=overwrite) as folder:
         log.info("loading %s", checkpoint)
-        reference = TorchBackend(checkpoint, "cpu")
-        model, tokenizer = reference.model, from_pretrained(AutoTokenizer, checkpoint)
+        reference = TorchBackend(checkpoint, "cpu", trust_remote_code=trust_remote_code)
+        tokenizer, model = (
+            from_pretrained(AutoTokenizer, checkpoint, trust_remote_code=trust_remote_code),
+            reference.model,
+        )
         save_tokenizer(tokenizer, folder)
         save_config(model.network.config, folder)
         refuse_other_model(checkpoint, output, folder)
@@ -90,7 +94,9 @@ def export_transformers(
             log.info("writing the ONNX graph")
             write_graph(model, scratch / GRAPH, Logits(model), inputs, ["logits"], axes=AXES)
             size = weight_bytes(scratch)
-            convert(scratch / GRAPH, precision, calibration_batches(text, precision, reference, size))
+            batches = calibration_batches(text, precision, reference, size)
+            # Calibration holds the logits several times: batches of eight rows took 23 GB for BERT-base.
+            convert(scratch / GRAPH, precision, [row for batch in batches for row in row_groups(batch, 1)])
             save_graph(ir.load(scratch / GRAPH), graph, single_file=True)
         log.info("checking parity with ONNX Runtime on real text")
         engine = LogitsBackend(graph, reference.tokenizer, replace(reference.info, precision=precision))

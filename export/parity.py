@@ -126,16 +126,12 @@ def require_calibration(precision: str, text: ProofText) -> None:
 
 
 def calibration_batches(text: ProofText, precision: str, reference: Backend, weight_bytes: int) -> list[Batch]:
-    """Rows of the part of `text` that the precision is calibrated on, none if it needs none.
-
-    Calibration keeps all values of a batch in memory: 23 GB for BERT-base and eight rows of 512 tokens.
-    """
+    """Batches of the part of `text` that the precision is calibrated on, none if it needs none."""
     calibration_text = text.split(precision)[0]
     if calibration_text is None:
         return []
     corpus = tokenize(calibration_text.texts, reference.tokenizer)
-    batches = parity_batches(corpus, reference.tokenizer, reference.info.max_length, weight_bytes)
-    return [row for batch in batches for row in row_groups(batch, 1) if len(row.positions)]
+    return parity_batches(corpus, reference.tokenizer, reference.info.max_length, weight_bytes)
 
 
 def row_groups(batch: Batch, most: int) -> Iterator[Batch]:

@@ -15,7 +15,7 @@ from mlmkit.export.layout import check_layout
 from mlmkit.export.profiles import PlanOptions
 from mlmkit.files import locate_model, refuse_existing
 
-OF_BOTH_LAYOUTS = ("checkpoint", "output", "precision", "text", "overwrite", "layout")
+OF_BOTH_LAYOUTS = ("checkpoint", "output", "precision", "text", "overwrite", "layout", "trust_remote_code")
 
 
 @dataclass(frozen=True)

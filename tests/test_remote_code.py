@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnxruntime as ort
 import pytest
 import torch
 from conftest import PROOF, refusal, run, run_json
@@ -106,6 +107,19 @@ def test_an_artifact_contains_no_code(capsys, exported, remote):
         capsys, "export", folder, "--triton", folder.parent / "triton", TRUST
     )
     assert "no effect with --every" in run(capsys, "eval", folder, "--every", "--set", "x", TRUST)[2]
+
+
+def test_a_graph_of_logits_contains_no_code(capsys, remote, graph_cache, text_file, tmp_path):
+    folder, _, network = remote["ltg"]
+    layout = ("--layout", "transformers", "--text", text_file)
+    graph = run_json(capsys, "export", folder, "--output", tmp_path / "layout", *layout, TRUST)
+    assert not list((tmp_path / "layout").rglob("*.py"))
+    ids = torch.tensor([[2, 10, 11, 3], [2, 12, 3, 0]])
+    inputs = {"input_ids": ids, "attention_mask": (ids > 0).long()}
+    (logits,) = ort.InferenceSession(graph["path"]).run(None, {name: ids.numpy() for name, ids in inputs.items()})
+    with torch.no_grad():
+        expected = network(**inputs).logits
+    np.testing.assert_allclose(np.asarray(logits)[ids > 0], expected[ids > 0], atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("weights", ["pytorch_model.bin", "model.safetensors"])

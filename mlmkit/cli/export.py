@@ -103,8 +103,14 @@ def _export_transformers(options: ExportOptions, output: Path) -> None:
     from mlmkit.export.logits import export_transformers
     from mlmkit.export.parity import parity_line, proof_text
 
-    text, precision = proof_text(options.checkpoint, options.text), options.precision or "fp32"
-    graph = export_transformers(options.checkpoint, output, precision=precision, text=text, overwrite=options.overwrite)
+    graph = export_transformers(
+        options.checkpoint,
+        output,
+        precision=options.precision or "fp32",
+        text=proof_text(options.checkpoint, options.text),
+        overwrite=options.overwrite,
+        trust_remote_code=options.trust_remote_code,
+    )
     if options.as_json:
         print_json(asdict(graph) | {"path": str(graph.path)})
         return
