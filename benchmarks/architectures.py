@@ -284,7 +284,7 @@ def measure(options: argparse.Namespace) -> Report:
 
 SCRIPT = Path(__file__).name
 HEADER = ["architecture", "max \\|Δ log P\\|", "rank, best agree", "head sees", "packs", "sees padding", "longest row"]
-HEADER += PRECISIONS
+HEADER += [*PRECISIONS, "tokenizer"]
 NO_PLANS = "TensorRT for RTX was not installed, so no plan was built."
 
 
@@ -339,7 +339,20 @@ def cells(row: Row) -> list[str]:
     if row.max_log_prob_difference is not None:
         numbers = [f"{row.max_log_prob_difference:.1e}", f"{row.rank_agreement:.4g}, {row.top_1_agreement:.4g}"]
     head = {True: "masked", False: "all", None: ""}[row.gathers_before_head]
-    return [row.name, *numbers, head, yes[row.packs], yes[row.sees_padding], length, *plan_cells(row)]
+    measured = [row.name, *numbers, head, yes[row.packs], yes[row.sees_padding], length, *plan_cells(row)]
+    return [*measured, tokenizer_cell(row.name)]
+
+
+def tokenizer_cell(name: str) -> str:
+    """What mlmkit does with the tokenizer that transformers lists for an architecture, or with a tokenizer.json."""
+    from transformers import PreTrainedTokenizer
+    from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES, tokenizer_class_from_name
+
+    listed = TOKENIZER_MAPPING_NAMES.get(name)
+    kind = tokenizer_class_from_name(listed) if listed else None
+    if name == "tapas":
+        return "no"
+    return "torch only" if kind and issubclass(kind, PreTrainedTokenizer) else "yes"
 
 
 def plan_cells(row: Row) -> list[str]:

@@ -66,10 +66,10 @@ def export(
             from mlmkit.export.tensorrt import plan_targets  # needs TensorRT
 
             plan_targets(info.architecture, precision, plans)  # fail now rather than after the export
-        log.info("writing the ONNX graph")
-        write_onnx(reference.model, folder / GRAPH)
         save_tokenizer(from_pretrained(AutoTokenizer, checkpoint, trust_remote_code=trust_remote_code), folder)
         save_config(reference.model.network.config, folder)
+        log.info("writing the ONNX graph")
+        write_onnx(reference.model, folder / GRAPH)
         size = weight_bytes(folder)
         if precision != "fp32":
             log.info("converting it to %s", precision)

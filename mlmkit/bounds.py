@@ -12,7 +12,9 @@ from typing import Any
 
 from mlmkit.errors import UserError
 
-READ = re.compile(r"tokenizer.*|.*(config|vocab|merges|special_tokens|added_tokens).*|.*\.(index\.json|model|jinja)")
+READ = re.compile(
+    r"tokenizer.*|.*(config|vocab|merges|special_tokens|added_tokens).*|.*\.(index\.json|model|jinja|codes)|word_.*\.json"
+)
 # Trained models have at most about 200 layers and 22,000 labels; each costs time and memory before weights are read.
 COUNT = re.compile("(^n_|.*num).*(layer|group|block|expert|network|stage)|.*layers$")
 MOST = ((COUNT, 1000), (re.compile(".*labels"), 1 << 20))

@@ -131,7 +131,7 @@ def load_tokenizer(path: str, *, trust_remote_code: bool = False) -> Tokenizer:
     if folder.is_dir() and not (folder / "tokenizer.json").exists():
         if any(folder.glob("*.model")):
             require("train", "sentencepiece")  # without it transformers asks for tiktoken
-        elif not any(folder.glob("*vocab*")):
+        elif not any(folder.glob("*vocab*")) and not (folder / "tokenizer_config.json").exists():
             raise UserError(f"{path} has no tokenizer.json: save or copy the model's tokenizer there")
     loaded = from_pretrained(AutoTokenizer, path, trust_remote_code=trust_remote_code)
     with as_user_error(path):
@@ -142,11 +142,19 @@ def load_tokenizer(path: str, *, trust_remote_code: bool = False) -> Tokenizer:
     return tokenizer
 
 
+def require_rust(tokenizer: Any) -> None:
+    """Raise `UserError` for a tokenizer that transformers has in Python only."""
+    if not hasattr(tokenizer, "backend_tokenizer"):
+        name = type(tokenizer).__name__
+        raise UserError(f"{name} exists in Python only, so it cannot be exported or trained with: use it on torch")
+
+
 def save_tokenizer(tokenizer: Any, folder: Path) -> None:
     """Save a tokenizer of transformers, without code, such that versions 4.57 and 5 read the same from it.
 
-    Raises `OSError` for all errors, also those of the tokenizers library.
+    Raises `OSError` for all errors, also those of the tokenizers library, and `UserError` as `require_rust` does.
     """
+    require_rust(tokenizer)
     tokenizer._auto_class = None  # or code that came with it would be copied
     try:
         tokenizer.save_pretrained(folder)

@@ -24,6 +24,7 @@ from mlmkit.chunks import ChunkCache, cuts_before_spaces, last_cut
 from mlmkit.errors import UserError, as_user_error
 from mlmkit.long_texts import OVERLAP, WINDOW, Window, encode_windows, regroup
 from mlmkit.masking import MaskVocabulary
+from mlmkit.slow_tokenizer import PythonTokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -71,7 +72,7 @@ class Tokenizer:
         self._serialized = rust.to_str()
         # Two copies, because the switch is part of the object's state: corpus text is data, where "[MASK]" is several
         # ordinary pieces; text for `fill` contains real mask tokens.
-        self._data = RustTokenizer.from_str(self._serialized)
+        self._data = rust.from_str(self._serialized)
         self._data.encode_special_tokens = True
         self._control = rust
         self._control.encode_special_tokens = False
@@ -154,15 +155,18 @@ class Tokenizer:
 
     @classmethod
     def from_transformers(cls, tokenizer: "PreTrainedTokenizerBase") -> "Tokenizer":
-        """Wrap a fast tokenizer of transformers.
+        """Wrap a tokenizer of transformers; one that it has in Python only is used as it is.
 
-        Raises `UserError` if it has no fast version, no mask token, or is too large (`mlmkit.bounds`).
+        Raises `UserError` if it has no mask token, is too large (`mlmkit.bounds`), or of another kind.
         """
-        rust = getattr(tokenizer, "backend_tokenizer", None)
-        if not isinstance(rust, RustTokenizer):
-            raise UserError(f"{type(tokenizer).__name__} has no fast version (tokenizer.json), which mlmkit needs")
+        rust: Any = getattr(tokenizer, "backend_tokenizer", None)
         config = {name: getattr(tokenizer, name, None) for name in (*NAMED_TOKENS, LIMIT, CLEAN_UP, CLEAN_UP_BPE)}
         config["extra_special_tokens"] = tokenizer.all_special_tokens
+        if not isinstance(rust, RustTokenizer):
+            if not hasattr(tokenizer, "_tokenize"):
+                raise UserError(f"{type(tokenizer).__name__} has no tokenizer.json, and is not a tokenizer in Python")
+            python: Any = PythonTokenizer(tokenizer)
+            return cls(python, config)
         serialized = rust.to_str()  # checked here, because transformers may have converted it from another format
         check_tokenizer(json.loads(serialized))
         return cls(RustTokenizer.from_str(serialized), config)

@@ -68,8 +68,9 @@ def test_the_page_says_what_builds_what_is_fused_and_why_the_rest_is_not_built(t
     for said in (
         "**3 of 4 export and agree**",
         "**6 of 12 plans build**",
-        "| bert | 1.0e-06 | 1, 1 |  |  |  |  | yes | 2 fused | 2 fused | 2 fused |",
-        "| no | no | no | no |",
+        "| bert | 1.0e-06 | 1, 1 |  |  |  |  | yes | 2 fused | 2 fused | 2 fused | yes |",
+        "| no | no | no | no | yes |",
+        "| yes | no | yes | no | torch only |",
         "- **fnet** has no plan: `no DFT`",
         "- **xlm** has no plan in fp16, int8: `A`",
         "- **mra** is not exported: `torch: zeros`",

@@ -22,7 +22,7 @@ def module_name(path: Path) -> str:
 MODULES = {module_name(path): path for pattern in PATTERNS for path in ROOT.glob(pattern)}
 LAYERS = [
     {"errors", "files", "bounds", "masking", "console", "pydocs", "distributed", "loss"},
-    {"chunks", "hub", "long_texts"},
+    {"chunks", "hub", "long_texts", "slow_tokenizer"},
     {"tokenizer", "locations", "toml"},
     {"lines"},
     {"tables"},

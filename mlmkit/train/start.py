@@ -19,7 +19,7 @@ from mlmkit.locations import Source, find_files, is_tokens
 from mlmkit.model import MaskedLM
 from mlmkit.overlap import record_texts
 from mlmkit.packing import enable_packing
-from mlmkit.pretrained import from_pretrained, load_tokenizer, save_tokenizer
+from mlmkit.pretrained import from_pretrained, load_tokenizer, require_rust, save_tokenizer
 from mlmkit.stored import StoredCorpus, warn_of_words
 from mlmkit.token_cache import load_corpus
 from mlmkit.tokenizer import Tokenizer
@@ -264,6 +264,7 @@ def prepare_tokenizer(config: Config, folder: Path, start_from: Path | None = No
     if given := settings.path or ("" if settings.vocab_size else init_from):
         load_tokenizer(given)  # refuses what mlmkit cannot use
         tokenizer = from_pretrained(AutoTokenizer, locate_model(given))
+        require_rust(tokenizer)
         limit = tokenizer.model_max_length if given == init_from else 0
         tokenizer.model_max_length = max(limit, _longest(config))
     else:
