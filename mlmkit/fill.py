@@ -127,11 +127,11 @@ def _rank_targets(question: Question) -> Rounds[Ranking]:
     Ivanova 2023). The mean over its pieces decides, as in X-FACTR (Jiang et al. 2020) and mLAMA (Kassner et al. 2021).
     """
     rows, members, targets = [], [], list(question.targets)
-    all_masks, mask_id = np.arange(len(question.masks)), question.ids[question.masks[0]]
+    all_masks, mask_id = np.arange(len(question.masks)), int(question.ids[question.masks[0]])
     for (size, known), own in question.contexts.items():
         pieces = [targets[index][len(known)] for index in own]
         for masks in [all_masks] if size == 1 else all_masks[:, None]:  # targets of one piece share one row
-            place = question.masks[masks[0]]
+            place = int(question.masks[masks[0]])
             ids = np.insert(question.ids, place, [*known, *[mask_id] * (size - 1 - len(known))])  # then comes the mask
             rows.append(_row(ids, np.repeat(question.masks[masks] + len(known), len(own)), np.tile(pieces, len(masks))))
             members.append(np.ix_(masks, np.array(own)))
@@ -240,13 +240,12 @@ def fill(
 def fill(backend: Backend, text: str, **options: Any) -> Answer:
     """The candidates for each mask of the text, best first: one list per mask.
 
-    Args:
-        top_k: Candidates per mask.
-        targets: Rank only these, exactly as written.
-        whole_targets: Score all tokens of a target, not only its first. See `TargetCandidate`.
-        joint: Rank fillings of all masks together, in one list. See `JointCandidate`.
-        truncation: Cut a text that is too long to a window around its masks, with a warning.
-        max_length: The tokens of that window, special ones included; by default as many as the model takes.
+    - `top_k`: candidates per mask.
+    - `targets`: rank only these, exactly as written.
+    - `whole_targets`: score all tokens of a target, not only its first. See `TargetCandidate`.
+    - `joint`: rank fillings of all masks together, in one list. See `JointCandidate`.
+    - `truncation`: cut a text that is too long to a window around its masks, with a warning.
+    - `max_length`: the tokens of that window, special ones included; by default as many as the model takes.
 
     Raises `UserError` like `ask_all`, and `CheckError` if the model cannot run the text or a score is not finite.
     """
