@@ -115,13 +115,14 @@ def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str]
     folders: dict[str, Path] = {}
 
     def make(kind: str) -> Path:
+        from mlmkit.pretrained import save_tokenizer
         from mlmkit.train.config import TokenizerConfig
         from mlmkit.train.tokenizer import train_tokenizer
 
         if kind not in folders:
             folders[kind] = tmp_path_factory.mktemp(kind)
             config = TokenizerConfig(kind=kind, vocab_size=600)
-            train_tokenizer(paragraphs, config, max_length=64).save_pretrained(folders[kind])
+            save_tokenizer(train_tokenizer(paragraphs, config, max_length=64), folders[kind])
         return folders[kind]
 
     return make
@@ -199,6 +200,7 @@ def checkpoint(
         import torch
         from transformers import AutoModelForMaskedLM
 
+        from mlmkit.pretrained import save_config
         from mlmkit.train.presets import build_config
 
         if kind not in folders:
@@ -215,6 +217,7 @@ def checkpoint(
                     if parameter.ndim > 1:
                         parameter.mul_(6)
             network.save_pretrained(folders[kind])
+            save_config(network.config, folders[kind])
             for file in tokenizer_path.iterdir():
                 (folders[kind] / file.name).write_bytes(file.read_bytes())
         return folders[kind]

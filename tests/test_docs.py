@@ -5,6 +5,7 @@ A fence of `bash` or `python` has a mark before it, an HTML comment that no read
     <!-- runnable -->                             it runs here, after those before it on the page, in one shell
     <!-- runnable: steps = 900 → steps = 4 -->    the same with less of it; several are parted by `;`
     <!-- not run: needs a GPU -->                 why it does not
+    <!-- run by: tests/test_use.py -->            another test runs it
 
 Each page runs in a folder of its own, which holds what `material` puts there.
 """
@@ -33,7 +34,7 @@ ROOT = Path(__file__).parent.parent
 MARKED = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 LINKED = [*MARKED, *(ROOT / name for name in ("CHANGELOG.md", "CONTRIBUTING.md", "recipes/README.md"))]
 LANGUAGES = ("bash", "python")
-MARK = re.compile(r"<!-- (?:(?P<runnable>runnable)(?:: (?P<changes>.+))?|not run: (?P<reason>.+)) -->\s*")
+MARK = re.compile(r"<!-- (?:(?P<runnable>runnable)(?:: (?P<changes>.+))?|(?:not run|run by): (?P<reason>.+)) -->\s*")
 SHELL = """
 set -eu
 mlmkit() {
@@ -159,6 +160,7 @@ def test_every_block_runs_or_says_why_not(path: Path):
         ("<!-- runnable: true → :; x → y -->\n```bash\ntrue; x\n```", True, ""),
         ("<!-- runnable: false → : -->\n```bash\ntrue\n```", False, "changes 'false'"),
         ("<!-- not run: needs a GPU -->\n```bash\ntrue\n```", False, ""),
+        ("<!-- run by: tests/test_use.py -->\n```python\ntrue\n```", False, ""),
         ("<!-- not run: -->\n```bash\ntrue\n```", False, "neither"),
         ("Text.\n```bash\ntrue\n```", False, "neither"),
         ("```\ntrue\n```", False, "without a language"),

@@ -4,6 +4,7 @@ import json
 import logging
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as some
 from numpy.typing import NDArray
 
+from mlmkit.artifact import DYNAMIC_INT8
 from mlmkit.backends import Backend, load
 from mlmkit.fill import answer_all, fill
 from mlmkit.questions import TargetError, TextTooLongError, ask_all
@@ -333,6 +335,17 @@ def test_texts_of_all_forms_are_answered_together_as_alone(artifact):
             for one, other in zip(answer, fill(backend, text, **options), strict=True):
                 assert [each["sequence"] for each in one] == [each["sequence"] for each in other]
                 np.testing.assert_allclose([each["score"] for each in one], [e["score"] for e in other], rtol=1e-4)
+
+
+@pytest.mark.parametrize("property", [{"precision": DYNAMIC_INT8}, {"sees_padding": True}])
+def test_rows_run_alone_where_others_would_change_their_scores(property, checkpoint, monkeypatch):
+    backend, rows = load(str(checkpoint("bert"))), []
+    score = backend.score
+    monkeypatch.setattr(backend, "info", replace(backend.info, **property))
+    monkeypatch.setattr(backend, "score", lambda batch: rows.append(len(batch.input_ids)) or score(batch))
+    fill(backend, "The [MASK] of [MASK]", joint=True)
+    fill(backend, "The [MASK] of [MASK]", targets=TARGETS, whole_targets=True)
+    assert len(rows) > 11 and set(rows) == {1}
 
 
 def test_the_command_prints_fillings(capsys, checkpoint):
