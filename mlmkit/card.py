@@ -205,10 +205,11 @@ def _mask_word(sentence: str, tokenizer: Tokenizer, max_length: int) -> str:
 def _usage(subject: _Model, base: str | None, example: str, sentence: str) -> str:
     """What the model is and how it is run. Without an example there are placeholders, which are in no language."""
     manifest, mask = subject.manifest, subject.tokenizer.mask_token
-    template = Path(__file__).parent / "cards" / ("artifact.md" if manifest else "checkpoint.md")
+    templates = ["artifact.md" if manifest else "checkpoint.md", *(["onnx.md"] if _has_onnx(subject) else [])]
+    text = "".join((Path(__file__).parent / "cards" / name).read_text(encoding="utf-8") for name in templates)
     example, sentence = (example, sentence) if example else (f"... {mask} ...", "...")
     python = {"mask": mask, "masked": example, "sentence": sentence}
-    return Template(template.read_text(encoding="utf-8")).substitute(
+    return Template(text).substitute(
         asdict(subject.info) | {name: json.dumps(value, ensure_ascii=False) for name, value in python.items()},
         shell_masked=shlex.quote(example),
         source=f", from [{base}](https://huggingface.co/{base})" if base else "",
@@ -330,9 +331,15 @@ def _text_name(location: str) -> str:
 # ---------------------------------------------------------------- the other sections
 
 
+def _has_onnx(subject: _Model) -> bool:
+    """Whether transformers.js finds a graph, as `mlmkit export --layout transformers` writes it."""
+    return (subject.folder / "onnx" / "model.onnx").is_file()
+
+
 def _tags(subject: _Model) -> list[str]:
     manifest = subject.manifest
     engines = ["onnx", *(["tensorrt"] if manifest.tensorrt else []), manifest.precision] if manifest else []
+    engines += ["onnx", "transformers.js"] if _has_onnx(subject) else []
     return ["mlmkit", "masked-lm", *engines, subject.info.architecture]
 
 
@@ -348,14 +355,16 @@ def _parity(subject: _Model) -> str:
     )
 
 
+def _hashes(subject: _Model) -> dict[str, str]:
+    if subject.manifest:
+        return subject.manifest.files
+    paths = [path for pattern in ("*", "onnx/*") for path in sorted(subject.folder.glob(pattern)) if path.is_file()]
+    names = {path.relative_to(subject.folder).as_posix(): path for path in paths}
+    return {name: file_sha256(path) for name, path in names.items() if name not in (CARD, *UNPUBLISHED)}
+
+
 def _digests(subject: _Model) -> str:
-    files = [path for path in sorted(subject.folder.iterdir()) if path.is_file()]
-    hashes = (
-        subject.manifest.files
-        if subject.manifest
-        else {path.name: file_sha256(path) for path in files if path.name not in (CARD, *UNPUBLISHED)}
-    )
-    rows = [(f"`{name}`", f"`{sha256}`") for name, sha256 in hashes.items()]
+    rows = [(f"`{name}`", f"`{sha256}`") for name, sha256 in _hashes(subject).items()]
     rows += [("the weights", f"`{subject.info.fingerprint}`"), ("the tokenizer", f"`{subject.tokenizer.fingerprint}`")]
     return "## Digests\n\n" + _table(("", "SHA-256"), rows)
 

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -168,6 +169,20 @@ def test_a_checkpoint_of_a_run_is_published_without_its_optimiser(portuguese, ca
     (folder / "README.md").unlink()
 
 
+def test_a_checkpoint_with_a_graph_of_the_hubs_layout(portuguese, artifact, capsys, tmp_path):
+    """tests/test_layout.py runs transformers.js on it."""
+    folder = Path(shutil.copytree(portuguese / "run" / "model", tmp_path / "model"))
+    (folder / "onnx").mkdir()
+    shutil.copy(artifact("bert") / "model.onnx", folder / "onnx")
+    run(capsys, "card", folder, "--text", portuguese / "teste.txt")
+    front, text = front_matter(folder), (folder / "README.md").read_text(encoding="utf-8")
+    assert {"onnx", "transformers.js"} < set(front["tags"])
+    [code] = blocks(text, "js")
+    assert f"await fillMask({json.dumps(front['widget'][0]['text'], ensure_ascii=False)});" in code
+    assert "| `onnx/model.onnx` | `" in text
+    assert "## Training" not in text  # outside its run
+
+
 def test_the_card_of_an_artifact(copy, result, text_file, capsys, caplog):
     given = ("--text", text_file, "--result", result, "--base-model", "google-bert/bert-base-uncased")
     code, out, _ = run(capsys, "card", copy, *given)
@@ -253,7 +268,8 @@ def test_values_out_of_range_are_treated_as_the_page_says(artifact):
     def log_prob(position: int, target: int, input_ids: Any = ids) -> float:
         each = {"input_ids": input_ids, "attention_mask": np.ones_like(ids)}
         each |= {"positions": np.array([position]), "targets": np.array([target])}
-        return float(session.run(["log_prob"], each)[0][0])
+        [scores] = session.run(["log_prob"], each)
+        return float(np.asarray(scores)[0])
 
     assert log_prob(-1, 5) == log_prob(7, 5) and log_prob(-8, 5) == log_prob(0, 5)
     assert log_prob(1, -1) == log_prob(1, size - 1) and log_prob(1, -size) == log_prob(1, 0)
