@@ -237,7 +237,17 @@ def fill(
 def fill(
     backend: Backend, text: str, *, top_k: int = 5, joint: Literal[True], **cut: Unpack[Truncation]
 ) -> list[list[JointCandidate]]: ...
-def fill(backend: Backend, text: str, **options: Any) -> Answer:
+def fill(
+    backend: Backend,
+    text: str,
+    *,
+    top_k: int = 5,
+    targets: Sequence[str] = (),
+    whole_targets: bool = False,
+    joint: bool = False,
+    truncation: bool = False,
+    max_length: int | None = None,
+) -> Answer:
     """The candidates for each mask of the text, best first: one list per mask.
 
     - `top_k`: candidates per mask.
@@ -249,4 +259,15 @@ def fill(backend: Backend, text: str, **options: Any) -> Answer:
 
     Raises `UserError` like `ask_all`, and `CheckError` if the model cannot run the text or a score is not finite.
     """
-    return next(answer_all(backend, ask_all(backend.tokenizer, backend.info, [text], **options)))
+    questions = ask_all(
+        backend.tokenizer,
+        backend.info,
+        [text],
+        top_k=top_k,
+        targets=targets,
+        whole_targets=whole_targets,
+        joint=joint,
+        truncation=truncation,
+        max_length=max_length,
+    )
+    return next(answer_all(backend, questions))
