@@ -107,11 +107,11 @@ def ask_all(
     if not 1 <= top_k <= info.top_k:
         raise UserError(f"top_k must be between 1 and {info.top_k}, not {top_k}")
     if whole_targets and not targets:
-        raise UserError("whole_targets has no effect without targets: name some")
+        raise UserError("no target is named that could be scored whole: name targets too")
     if joint and targets:
-        raise UserError("joint ranks the whole vocabulary: leave out either joint or the targets")
+        raise UserError("joint fillings rank the whole vocabulary: leave out either joint or the targets")
     if max_length is not None and not truncation:
-        raise UserError("max_length has no effect without truncation: allow it, or leave max_length out")
+        raise UserError("a maximum length has no effect without truncation: ask for truncation too")
     least, most = tokenizer.added_tokens + 1, info.max_length if max_length is None else max_length
     if max_length is not None and not least <= most <= info.max_length:
         raise UserError(f"max_length must be between {least} and {info.max_length}, not {most}")

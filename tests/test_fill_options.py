@@ -158,7 +158,7 @@ def test_impossible_windows_are_refused(capsys, checkpoint):
     def refused(text: str, *options: object) -> str:
         return refusal(capsys, "fill", checkpoint("bert"), text, *options)
 
-    assert "max_length has no effect without truncation" in refused("a [MASK]", "--max-length", 20)
+    assert "a maximum length has no effect without truncation" in refused("a [MASK]", "--max-length", 20)
     for length in (-1, 0, 2, 65):
         error = refused("a [MASK]", "--truncation", "--max-length", length)
         assert f"max_length must be between 3 and 64, not {length}" in error
@@ -229,7 +229,7 @@ def test_whole_targets_and_truncation_leave_room_for_the_longest(model, plain):
 
 def test_targets_that_cannot_be_scored_whole_are_refused(capsys, checkpoint):
     model, options = checkpoint("bert"), ("--whole-targets", "--targets")
-    assert "whole_targets has no effect without targets" in refusal(capsys, "fill", model, "a [MASK]", options[0])
+    assert "name targets too" in refusal(capsys, "fill", model, "a [MASK]", options[0])
     for target in ("the [MASK]", "the 😀", "[MASK]"):
         assert "cannot be scored whole" in refusal(capsys, "fill", model, "a [MASK]", *options, target)
     assert "the target '' has no token" in refusal(capsys, "fill", model, "a [MASK]", *options, "")
@@ -359,4 +359,4 @@ def test_the_command_prints_fillings(capsys, checkpoint):
     _, out, _ = run(capsys, "fill", model, "a [MASK]", "--whole-targets", "--targets", "the statement")
     assert "the statement     a the statement" in out
     error = refusal(capsys, "fill", model, text, "--joint", "--targets", "the")
-    assert "joint ranks the whole vocabulary: leave out either joint or the targets" in error
+    assert "joint fillings rank the whole vocabulary: leave out either joint or the targets" in error

@@ -35,11 +35,12 @@ class ExportOptions(PlanArguments, JsonOption, TrustOption):
         "--layout",
         "An artifact of mlmkit, or what optimum and transformers.js load.",
         type=click.Choice(["mlmkit", "transformers"]),
+        metavar="mlmkit|transformers",
         default="mlmkit",
     )
     precision: str | None = option("--precision", "Precision of the graph. Default: fp32.", metavar=PRECISIONS)
     text: str | None = option(
-        "--text", "Check parity on this text. Default: the run's held-out text.", type=click.Path()
+        "--text", "Calibrate and check parity on this text. Default: the run's held-out text.", type=click.Path()
     )
     allow_drift: bool = switch("--allow-drift", "Export even if the artifact's scores are outside the bounds.")
     trt: bool = switch("--trt", "Build a TensorRT plan too.")
@@ -115,7 +116,7 @@ def _export_transformers(options: ExportOptions, output: Path) -> None:
         print_json(asdict(graph) | {"path": str(graph.path)})
         return
     say(f"parity {parity_line(graph.parity)}")
-    say(f"graph: {graph.path}, from {', '.join(graph.inputs)} to logits")
+    say(f"graph: {graph.path} (inputs: {', '.join(graph.inputs)}; output: logits)")
 
 
 def _plan_lines(artifact: Path, built: "TensorRT") -> list[str]:

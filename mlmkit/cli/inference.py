@@ -31,15 +31,16 @@ class FillOptions(JsonOption, InferenceOptions, TextOptions):
     targets: tuple[str, ...] = option(
         "--targets", "Rank only this, exactly as written. Repeatable.", multiple=True, metavar="TEXT"
     )
-    whole_targets: bool = switch("--whole-targets", "Rank targets by all of their tokens, not by the first.")
-    joint: bool = switch("--joint", "Rank fillings of all masks of a text together.")
+    whole_targets: bool = switch("--whole-targets", "Rank --targets by all of their tokens, not by the first.")
+    joint: bool = switch("--joint", "Rank fillings of all masks of a text together. Not with --targets.")
+    as_json: bool = switch("--json", "Print one JSON object per text and nothing else.")
     truncation: bool = switch("--truncation", "Cut a text that is too long to a window around its masks.")
     max_length: int | None = option("--max-length", "Tokens of that window.  [default: the model's maximum]", type=int)
 
 
 @command(FillOptions)
 def fill(options: FillOptions) -> None:
-    """Fill each mask in TEXT, or in each text of --file FILE, which --json answers with one object per line.
+    """Fill the masks in TEXT, or in the texts of a file.
 
     For example: mlmkit fill MODEL "O rato [MASK] a roupa do rei de Roma."
 
