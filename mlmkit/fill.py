@@ -221,7 +221,7 @@ def _score(backend: Backend, rows: Sequence[Batch]) -> list[Scored]:
 
 @overload
 def fill(
-    backend: Backend, text: str, *, top_k: int = 5, targets: Sequence[str] = (), **cut: Unpack[Truncation]
+    backend: Backend, text: str, *, top_k: int = 5, targets: str | Sequence[str] = (), **cut: Unpack[Truncation]
 ) -> list[list[Candidate]]: ...
 @overload
 def fill(
@@ -229,7 +229,7 @@ def fill(
     text: str,
     *,
     top_k: int = 5,
-    targets: Sequence[str],
+    targets: str | Sequence[str],
     whole_targets: Literal[True],
     **cut: Unpack[Truncation],
 ) -> list[list[TargetCandidate]]: ...
@@ -242,7 +242,7 @@ def fill(
     text: str,
     *,
     top_k: int = 5,
-    targets: Sequence[str] = (),
+    targets: str | Sequence[str] = (),
     whole_targets: bool = False,
     joint: bool = False,
     truncation: bool = False,
@@ -254,7 +254,8 @@ def fill(
     - `targets`: rank only these, exactly as written.
     - `whole_targets`: score all tokens of a target, not only its first. See `TargetCandidate`.
     - `joint`: rank fillings of all masks together, in one list. See `JointCandidate`.
-    - `truncation`: cut a text that is too long to a window around its masks, with a warning.
+    - `truncation`: cut a text that is too long to a window around its masks, with a warning. The window leaves room for
+      the longest of the `whole_targets`.
     - `max_length`: the tokens of that window, special ones included; by default as many as the model takes.
 
     Raises `UserError` like `ask_all`, and `CheckError` if the model cannot run the text or a score is not finite.

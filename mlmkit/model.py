@@ -173,9 +173,10 @@ class MaskedLM(nn.Module):
     def max_length(self, tokenizer_limit: int | None = None) -> int:
         """Return how many tokens a row can hold, special tokens included, by position table and tokenizer."""
         config = self.network.config.get_text_config()
-        # NeoBERT calls it max_length.
-        lengths = (getattr(config, name, None) for name in ("max_position_embeddings", "max_length"))
-        limit = next(filter(None, lengths), 1 << 30) - self.position_offset
+        table = getattr(config, "max_position_embeddings", None)
+        if not table and hasattr(config, "auto_map"):
+            table = getattr(config, "max_length", None)  # NeoBERT's; elsewhere a setting of text generation
+        limit = (table or 1 << 30) - self.position_offset
         return min(limit, tokenizer_limit or limit)
 
 

@@ -7,6 +7,7 @@ import copy
 import json
 import logging
 import math
+import pickle
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,8 @@ log = logging.getLogger(__name__)
 
 CONVERT = "python -c \"import transformers as t; t.AutoModelForMaskedLM.from_pretrained('.').save_pretrained('.')\""
 TRUST = "eval, score, fill and export with --trust-remote-code"
-HAS_CODE = f"it comes with Python code (auto_map), which mlmkit never runs unless told to: only {TRUST} run it"
+HAS_CODE = f"it comes with Python code (auto_map), which mlmkit does not run: only {TRUST} do"
+NOT_TENSORS = "its pytorch_model.bin holds objects other than tensors, which mlmkit never loads: ask its author"
 # Entries of tokenizer_config.json that transformers 4 cannot read, that are about the machine that wrote them, or that
 # name code.
 NOT_KEPT = (
@@ -52,7 +54,7 @@ def load_pretrained(
     """
     path = locate_model(path)
     if trust_remote_code:
-        log.warning("--trust-remote-code: Python code that comes with %s may do on this machine all that you may", path)
+        log.warning("--trust-remote-code: Python code of %s, if it has any, runs with all of your rights", path)
     config = load_config(path, trust_remote_code=trust_remote_code)
     if new_head:
         config.tie_word_embeddings = True
@@ -106,7 +108,7 @@ def load_config(path: str, *, trust_remote_code: bool = False) -> PreTrainedConf
     if folder.is_dir() and not (folder / "config.json").exists():
         raise UserError(f"{path} has no config.json: it is neither a checkpoint nor an artifact")
     refuse_other_graphs(folder)
-    has_weights = any(folder.glob("*.safetensors*")) or (trust_remote_code and any(folder.glob("pytorch_model*.bin")))
+    has_weights = any(folder.glob("*.safetensors*")) or (trust_remote_code and any(folder.glob("pytorch_model*.bin*")))
     if folder.is_dir() and not has_weights:
         convert = f"to convert a pytorch_model.bin, run there {CONVERT}; {TRUST} read it as it is"
         raise UserError(f"{path} has no model.safetensors: {convert}")
@@ -196,10 +198,10 @@ def save_config(config: PreTrainedConfig, folder: Path) -> None:
     if config.model_type == "modernbert":
         layers = range(config.num_hidden_layers)
         full = [kind == "full_attention" for kind in config.layer_types]
-        # Version 4 has them at a regular distance only. Where there is none, 0 makes it fail instead of differ.
-        config.global_attn_every_n_layers = next(
-            (every for every in range(1, len(layers) + 1) if full == [layer % every == 0 for layer in layers]), 0
-        )
+        every = next((n for n in range(1, len(layers) + 1) if full == [layer % n == 0 for layer in layers]), 0)
+        # Version 4 knows no other distances and no scaled positions. With 0 it fails instead of giving other logits.
+        is_scaled = any(each["rope_type"] != "default" for each in config.rope_parameters.values())
+        config.global_attn_every_n_layers = 0 if is_scaled else every
         config.global_rope_theta = config.rope_parameters["full_attention"]["rope_theta"]
         config.local_rope_theta = config.rope_parameters["sliding_attention"]["rope_theta"]
     vars(config).pop("auto_map", None)  # names code, which is not copied
@@ -223,11 +225,13 @@ def from_pretrained(kind: Any, path: str, *, trust_remote_code: bool = False, **
         if kind is AutoModelForMaskedLM:
             files = weight_files(path, trust_remote_code=trust_remote_code)
             _refuse_missing_weights(options["config"], files, trust_remote_code=trust_remote_code)
-            if trust_remote_code and _has_code(options["config"]):
-                return _load_with_code(options["config"], files, options["dtype"])
             options |= {"use_safetensors": not any(file.suffix == ".bin" for file in files), "weights_only": True}
         try:
+            if kind is AutoModelForMaskedLM and trust_remote_code and _has_code(options["config"]):
+                return _load_with_code(options["config"], files, options["dtype"])
             return kind.from_pretrained(path, trust_remote_code=trust_remote_code, **options)
+        except pickle.UnpicklingError:  # torch's message says how to load them all the same
+            raise UserError(NOT_TENSORS) from None
         except ValueError as error:
             raise (UserError(HAS_CODE) if "trust_remote_code" in str(error) else error) from None
 
@@ -249,7 +253,10 @@ def _load_with_code(
     found: dict[str, torch.Tensor] = {}
     for file in files:
         is_pickle = file.suffix == ".bin"
-        found |= torch.load(file, map_location="cpu", weights_only=True) if is_pickle else load_file(file)
+        tensors = torch.load(file, map_location="cpu", weights_only=True) if is_pickle else load_file(file)
+        if not (isinstance(tensors, dict) and all(isinstance(each, torch.Tensor) for each in tensors.values())):
+            raise UserError(NOT_TENSORS)
+        found |= tensors
     own = network.state_dict(keep_vars=True)
     shared = {id(own[name]) for name in found.keys() & own.keys()}
     mismatched = [name for name in found.keys() & own.keys() if found[name].shape != own[name].shape]
@@ -257,6 +264,8 @@ def _load_with_code(
         network.load_state_dict(found, strict=False)
     parameters = network.named_parameters(remove_duplicate=False)
     missing = [name for name, weight in parameters if id(weight) not in shared]
+    if buffers := sorted(own.keys() - found.keys() - dict(network.named_parameters(remove_duplicate=False)).keys()):
+        log.warning("not in the weights, so taken as the model's code computes them: %s", ", ".join(buffers))
     return network, {"missing_keys": missing, "mismatched_keys": mismatched}
 
 

@@ -89,7 +89,7 @@ def ask_all(
     texts: Sequence[str],
     *,
     top_k: int = 5,
-    targets: Sequence[str] = (),
+    targets: str | Sequence[str] = (),
     whole_targets: bool = False,
     joint: bool = False,
     truncation: bool = False,
@@ -102,6 +102,7 @@ def ask_all(
     `TargetError` for a target that cannot be scored, and `UserError` for invalid UTF-8 and for options that are out of
     range or have no effect.
     """
+    targets = [targets] if isinstance(targets, str) else targets  # as in transformers' pipeline
     if not all(_is_unicode(string) for string in (*texts, *targets)):
         raise UserError("a text or a target is not valid UTF-8")
     if not 1 <= top_k <= info.top_k:
@@ -130,7 +131,7 @@ def ask_all(
 def _masked_ids(
     tokenizer: Tokenizer, text: str, most: int, extra: int, truncation: bool
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], int]:
-    """The ids of a text with special tokens, at most `most` with `extra` more; its masks; its length if not cut."""
+    """The ids of a text with special tokens, at most `most` with `extra` more; its masks; the whole text's length."""
     # All of a text is tokenised before it is cut, because a part alone may have other tokens at its ends. 2^19
     # characters take up to 1 s and 200 MiB, 2 million up to 9 s and 500 MiB.
     characters = most * tokenizer.characters_per_token
@@ -183,8 +184,9 @@ def _target_ids(
         pieces = _pieces(tokenizer, most, target)
         if not pieces or pieces[0] == tokenizer.unk_id:
             raise TargetError(f"the target {target!r} has no token in this vocabulary")
-        if whole and {tokenizer.unk_id, tokenizer.mask_id} & {*pieces}:
-            raise TargetError(f"the target {target!r} cannot be scored whole: it has a mask or an unknown character")
+        special = tokenizer.special_ids if len(pieces) > 1 else {tokenizer.mask_id, tokenizer.unk_id}
+        if whole and special & {*pieces}:
+            raise TargetError(f"the target {target!r} cannot be scored whole: it has a special or unknown token")
         if not whole and len(pieces) > 1:
             stand_ins[target] = tokenizer.token(pieces[0])
         ids.setdefault(tuple(pieces if whole else pieces[:1]), target)

@@ -14,7 +14,9 @@ from tokenizers.processors import TemplateProcessing
 
 from mlmkit.files import file_sha256
 
-FAR = 32  # characters: how far behind the one before a token is looked for, per token that was not found
+SEARCHED_CHARACTERS = 32  # after the token before, per token that was not found
+# Settings that determine no id. What the vocabulary's files hold is hashed, wherever they lie.
+INCIDENTAL = ("backend", "is_local", "local_files_only", "model_max_length", "name_or_path")
 
 
 @dataclass(frozen=True)
@@ -51,12 +53,17 @@ class PythonTokenizer:
 
     def to_str(self) -> str:
         """Return, as JSON, what determines the ids of a text: the class, its settings, and the vocabulary's files."""
-        settings = {name: str(value) for name, value in self._slow.init_kwargs.items() if "_file" not in name}
-        settings.pop("name_or_path", None)
+        settings = {
+            name: str(value)
+            for name, value in self._slow.init_kwargs.items()
+            if "_file" not in name and name not in INCIDENTAL
+        }
+        added = {id: repr(token) for id, token in sorted(self._slow.added_tokens_decoder.items())}
         with TemporaryDirectory() as folder:
             files = {Path(file).name: file_sha256(Path(file)) for file in self._slow.save_vocabulary(folder, None)}
         return json.dumps(
-            {"model": {}, "class": type(self._slow).__name__, "settings": settings, "files": files}, sort_keys=True
+            {"model": {}, "class": type(self._slow).__name__, "settings": settings, "added": added, "files": files},
+            sort_keys=True,
         )
 
     def from_str(self, _serialized: str) -> "PythonTokenizer":
@@ -128,7 +135,7 @@ def align(text: str, pieces: Sequence[str]) -> list[tuple[int, int]]:
     spans: list[tuple[int, int]] = []
     reached = unplaced = 0
     for piece in pieces:
-        last = reached + FAR * (unplaced + 1) + len(piece)
+        last = reached + SEARCHED_CHARACTERS * (unplaced + 1) + len(piece)
         places = [source.find(piece, reached + bool(unplaced), last) for source in (text, lowered)] if piece else []
         begin = min((place for place in places if place >= 0), default=-1)
         if begin < 0 or (not unplaced and text[reached:begin].strip()):

@@ -97,9 +97,7 @@ def test_no_answer_in_a_text_runs_a_folders_code(capsys, monkeypatch, copies, ca
         else:
             monkeypatch.setattr("sys.stdin", StringIO("1\ny\n" * 9))
             code, out, err = run(capsys, *command)
-        assert (code, out, "[y/N]" in err, "which mlmkit never runs unless told to" in err) == (2, "", False, True), (
-            command
-        )
+        assert (code, out, "[y/N]" in err, "which mlmkit does not run" in err) == (2, "", False, True), command
     assert not canary.exists()
     assert not home.exists()
 

@@ -230,12 +230,14 @@ def test_whole_targets_and_truncation_leave_room_for_the_longest(model, plain):
 def test_targets_that_cannot_be_scored_whole_are_refused(capsys, checkpoint):
     model, options = checkpoint("bert"), ("--whole-targets", "--targets")
     assert "name targets too" in refusal(capsys, "fill", model, "a [MASK]", options[0])
-    for target in ("the [MASK]", "the 😀", "[MASK]"):
+    for target in ("the [MASK]", "the 😀", "[MASK]", "the [SEP] of"):
         assert "cannot be scored whole" in refusal(capsys, "fill", model, "a [MASK]", *options, target)
     assert "the target '' has no token" in refusal(capsys, "fill", model, "a [MASK]", *options, "")
     assert "a target has" in refusal(capsys, "fill", model, "a [MASK]", *options, "the " * 63)
     with pytest.raises(TargetError):
         fill(load(str(model)), "a [MASK]", targets=["😀"], whole_targets=True)
+    one = fill(load(str(model)), "a [MASK]", targets="the")  # not its letters
+    assert [candidate["token_str"] for candidate in one[0]] == ["the"]
 
 
 # ---------------------------------------------------------------- joint fillings

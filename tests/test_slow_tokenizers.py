@@ -94,8 +94,9 @@ def test_ids_words_and_spans(folders, kind):
     ends = [*begins[1:], len(tokens.ids)]
     found = [text[spans[first, 0] : spans[last - 1, 1]] for first, last in zip(begins, ends, strict=True)]
     assert found == words
-    again = load_tokenizer(str(shutil.copytree(folder, folder.parent / f"{kind}-copy")))
-    assert again.fingerprint == ours.fingerprint
+    if kind != "bertweet":  # transformers saves it without its merges
+        theirs.save_pretrained(folder.parent / f"{kind}-saved")
+        assert load_tokenizer(str(folder.parent / f"{kind}-saved")).fingerprint == ours.fingerprint
     assert sum(tokens.unknown) == 0
 
 
@@ -116,6 +117,10 @@ def test_a_vocabulary_is_part_of_the_fingerprint(folders, tmp_path):
     other = Path(shutil.copytree(folder, tmp_path / "other"))
     (other / "bpe.codes").write_text("\n".join(MERGES[:3]) + "\n")
     assert load_tokenizer(str(other)).fingerprint != before
+    added = AutoTokenizer.from_pretrained(folders("esm"))
+    added.add_tokens(["MKT"])
+    added.save_pretrained(tmp_path / "added")
+    assert load_tokenizer(str(tmp_path / "added")).fingerprint != load_tokenizer(str(folders("esm"))).fingerprint
 
 
 def test_unknown_characters_are_counted(folders):

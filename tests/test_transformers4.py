@@ -125,3 +125,12 @@ def test_the_distance_of_global_layers_is_written(tmp_path, layers, every):
     save_config(AutoConfig.for_model("modernbert", num_hidden_layers=len(kinds), layer_types=kinds), tmp_path)
     assert json.loads((tmp_path / "config.json").read_text())["global_attn_every_n_layers"] == every
     assert AutoConfig.from_pretrained(tmp_path).layer_types == kinds
+
+
+def test_scaled_positions_are_not_for_transformers_4(tmp_path):
+    """It would ignore the scale; at 0 it fails."""
+    rope = {"full_attention": {"rope_type": "linear", "factor": 4.0, "rope_theta": 160_000.0}}
+    rope["sliding_attention"] = {"rope_type": "default", "rope_theta": 10_000.0}
+    save_config(AutoConfig.for_model("modernbert", rope_parameters=rope), tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["global_attn_every_n_layers"] == 0
+    assert AutoConfig.from_pretrained(tmp_path).rope_parameters == rope
