@@ -39,6 +39,8 @@ vocab_size = 500
 [model]
 architecture = "{folder}/architecture.json"
 max_length = 64
+[optim]
+schedule = "constant"
 [train]
 steps = 4
 global_batch_tokens = 256
@@ -335,3 +337,17 @@ def test_an_edited_card_stays(copy, capsys):
     assert "Mine." not in card.read_text()
     card.write_text("mine")
     assert "is not as mlmkit wrote it" in refusal(capsys, "card", copy)
+
+
+def test_training_keeps_what_was_added_to_the_same_weights(portuguese, caplog, tmp_path):
+    """Another held-out text leaves a card and graphs; more steps remove them, with a warning."""
+    config, folder = portuguese / "config.toml", shutil.copytree(portuguese / "run", tmp_path / "run")
+    model = folder / "model"
+    (model / "README.md").write_text("mine")
+    (model / "onnx").mkdir()
+    train(load_config(config, [f"data.held_out={portuguese / 'treino.txt'}"]), folder)
+    assert (model / "README.md").read_text() == "mine" and (model / "onnx").is_dir()
+    assert "removed" not in caplog.text
+    train(load_config(config, ["train.steps=5"]), folder)
+    assert f"mlmkit removed README.md, onnx: mlmkit card {model} writes" in caplog.text
+    assert not (model / "README.md").exists() and not (model / "onnx").exists()
