@@ -15,7 +15,7 @@ import numpy as np
 
 from mlmkit.errors import UserError, require
 from mlmkit.eval.metrics import CALIBRATION_BINS, calibration_bin, describe_unknown
-from mlmkit.eval.result import Metric
+from mlmkit.eval.result import Metric, Result
 from mlmkit.eval.results_store import REPORT, StoredResult, read_blocks
 from mlmkit.eval.rows import how_masked
 from mlmkit.eval.statistics import RESAMPLES
@@ -96,6 +96,7 @@ def write_report(stored: StoredResult) -> bool:
         unknown=describe_unknown(result["unknown"]),
         overlap=describe_overlap(result["corpus"].get("overlap")),
         metric=metric,
+        scored=scored_tokens(result),
         masked=how_masked(pseudo["variant"], pseudo["appended_masks"]) if (pseudo := result["pseudo"]) else "",
         title=declared.get("name") or Path(result["corpus"]["source"]["location"]).name,
         model=Path(result["model"]["path"]).name,
@@ -108,6 +109,24 @@ def write_report(stored: StoredResult) -> bool:
         slicings=SLICINGS,
     )
     return True
+
+
+def scored_tokens(result: Result) -> dict[str, str]:
+    """How many tokens were scored, which, and how they were masked, in words, by kind of score."""
+    masking, pseudo, scored, described = result["masking"], result["pseudo"], result["scored"], dict[str, str]()
+    if "masked" in scored:
+        treatment = f"{masking['replace_prob']} masked, {masking['random_prob']} random"
+        words, seeds = ", whole words" if masking["whole_word"] else "", ", ".join(map(str, masking["seeds"]))
+        described["masked tokens"] = (
+            f"{scored['masked']:,}; {masking['algorithm']}, {masking['mask_prob']} selected: {treatment}{words}; "
+            f"mask seed {seeds}, epoch {masking['epoch']}"
+        )
+    if pseudo:
+        how = how_masked(pseudo["variant"], pseudo["appended_masks"])
+        sample = f"; a sample of {pseudo['sample']}, mask seed {masking['seed']}" if pseudo["sample"] < 1 else ""
+        count = f"{scored['pseudo']:,} of {result['corpus']['tokens']:,} tokens"
+        described["pseudo-likelihood"] = f"{count}; {pseudo['variant']}, {how}{sample}"
+    return described
 
 
 def _headline(name: str) -> tuple[str, str, str]:

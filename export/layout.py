@@ -27,6 +27,8 @@ def check_layout(checkpoint: str, output: Path, precision: str, *, overwrite: bo
         raise UserError(f"this layout has no precision {precision!r} (its clients lack bfloat16): choose {known}")
     if is_artifact(Path(checkpoint)):
         raise UserError(f"{checkpoint} is an artifact: name the checkpoint it was exported from")
+    if is_artifact(output):
+        raise UserError(f"{output} is an artifact, which has a graph of its own: choose another folder")
     if not _is_filled(output):
         return
     graph = output / ONNX_FOLDER / GRAPH_NAMES[precision]

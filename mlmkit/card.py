@@ -10,7 +10,7 @@ import logging
 import re
 import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
 from itertools import islice
 from pathlib import Path
@@ -19,17 +19,17 @@ from typing import Any
 
 import numpy as np
 
-from mlmkit.artifact import CARD, FLAVOURS, Manifest, is_artifact, report_rows
+from mlmkit.artifact import CARD, FLAVOURS, MANIFEST, Manifest, is_artifact
 from mlmkit.backends import ModelInfo
 from mlmkit.backends.protocol import open_artifact
 from mlmkit.documents import read_documents
 from mlmkit.errors import UserError, as_user_error, require
+from mlmkit.eval.report import number, scored_tokens, span
 from mlmkit.eval.result import Metric, Result
 from mlmkit.eval.results_store import load_result
-from mlmkit.export.parity import DOCUMENTS, held_out_text
-from mlmkit.files import RUN, file_sha256, locate_model, read_record, write_text
-from mlmkit.hub import HUB
-from mlmkit.locations import Source
+from mlmkit.export.parity import DOCUMENTS, held_out_text, parity_line
+from mlmkit.files import locate_model, write_text
+from mlmkit.locations import Source, last_part
 from mlmkit.overlap import run_of, training_texts
 from mlmkit.tokenizer import Tokenizer
 
@@ -38,6 +38,7 @@ log = logging.getLogger(__name__)
 REPOSITORY = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
 LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]*")
 LANGUAGE = re.compile(r"[a-z]{2,3}|code|multilingual")
+FORM = "{:.4f}"  # of a metric
 SEAL = "\n<!-- mlmkit card: "
 SENTENCE_END = re.compile(r"(?<=[.!?…])\s+|(?<=[。！？])|\n")
 WORDS = range(5, 26)  # of a sentence that makes a good example
@@ -60,11 +61,13 @@ class _Model:
     """What the card describes: an artifact, with its `manifest`, or a checkpoint, with the `run` that trained it."""
 
     folder: Path
+    name: str
     info: ModelInfo
     tokenizer: Tokenizer
-    weights: int = 0
+    parameters: int = 0
     manifest: Manifest | None = None
     run: Path | None = None
+    checkpoints: Sequence[Any] = ()  # of the run, up to this one
 
 
 def write_card(
@@ -96,18 +99,20 @@ def write_card(
     if path.exists() and not overwrite and not _is_sealed(path.read_text(encoding="utf-8", errors="replace")):
         raise UserError(f"{path} is not as mlmkit wrote it: replace it with --overwrite")
     subject = _open(folder)
-    measured = {each.resolve(): load_result(each).result for each in results}
-    for result in measured.values():
+    shown = [load_result(each).result for each in results]
+    for result in shown:
         if result["model"]["fingerprint"] != subject.info.fingerprint:
             raise UserError(f"the result of {result['model']['path']} was not measured on the weights of {model}")
-    shown = [*(_held_out_results(subject) | measured).values()]
+    measured = set[Any]().union(*map(_measured, shown))
+    shown = [*(each for each in _held_out_results(subject) if not _measured(each) <= measured), *shown]
     text = text or (held_out_text(folder.resolve()) if subject.run else None)
     example, sentence = find_example(text, subject.tokenizer, subject.info) if text else ("", "")
-    began_elsewhere = any(phase["model"]["init_from"] for phase in _phases(subject))
-    given = {"license": license, "language": languages, "dataset": datasets, "text": example}
-    given |= {"base-model": base_model} if began_elsewhere else {}
+    given = {"license": license, "language": languages, "dataset": datasets}
+    given |= {"base-model": base_model} if any(each.model.init_from for each in _phases(subject).values()) else {}
     if missing := [f"--{name}" for name, value in given.items() if not value]:
         log.warning("the Hub will miss what %s would say", ", ".join(missing))
+    if not example:
+        log.warning("no example and no widget: pass --text FILE")
     front = {
         "language": [*languages],
         "license": license,
@@ -119,10 +124,10 @@ def write_card(
         "datasets": [*datasets],
         "tags": _tags(subject),
         "widget": [{"text": example}] if example else [],
-        "model-index": _model_index((subject.run or folder).resolve().name, shown),
+        "model-index": _model_index(subject.name, shown),
     }
     usage = _usage(subject, base_model, example, sentence)
-    body = [usage, _metrics(shown), _training(subject), _parity(subject), _digests(subject)]
+    body = [usage, _metrics(shown), _training(subject), _proof(subject)]
     _write(path, front, "\n".join(filter(None, body)))
     excluded = [f"--exclude={pattern}" for pattern in UNPUBLISHED if any(folder.glob(pattern))]
     return Card(path, example, shlex.join(["hf", "upload", "USER/NAME", str(folder), *excluded]))
@@ -136,14 +141,18 @@ def _check(option: str, values: Iterable[str | None], pattern: re.Pattern[str], 
 def _open(folder: Path) -> _Model:
     if is_artifact(folder):
         manifest, _, tokenizer, info = open_artifact(str(folder))
-        return _Model(folder, info, tokenizer, manifest=manifest)
+        return _Model(folder, folder.resolve().name, info, tokenizer, manifest=manifest)
     require("train", "torch", "transformers", "safetensors")
     from mlmkit.backends.torch import TorchBackend
+    from mlmkit.train.evaluations import kept_checkpoints
 
-    backend = TorchBackend(str(folder), "cpu")
-    weights = sum(weight.numel() for weight in backend.model.parameters())
-    is_of_run = CHECKPOINT.fullmatch(folder.resolve().name)  # other folders inside a run may hold any model
-    return _Model(folder, backend.info, backend.tokenizer, weights, run=run_of(folder) if is_of_run else None)
+    backend, name = TorchBackend(str(folder), "cpu"), folder.resolve().name
+    parameters = sum(weight.numel() for weight in backend.model.parameters())
+    opened = _Model(folder, name, backend.info, backend.tokenizer, parameters)
+    if not (CHECKPOINT.fullmatch(name) and (run := run_of(folder))):  # other folders in a run may hold any model
+        return opened
+    kept = [each for each in kept_checkpoints(run) if name == "model" or each.folder.name <= name]
+    return replace(opened, name=run.name, run=run, checkpoints=kept)
 
 
 def _write(path: Path, front: Mapping[str, Any], body: str) -> None:
@@ -208,36 +217,39 @@ def _usage(subject: _Model, base: str | None, example: str, sentence: str) -> st
     templates = ["artifact.md" if manifest else "checkpoint.md", *(["onnx.md"] if _has_onnx(subject) else [])]
     text = "".join((Path(__file__).parent / "cards" / name).read_text(encoding="utf-8") for name in templates)
     example, sentence = (example, sentence) if example else (f"... {mask} ...", "...")
+    article = "an" if subject.info.architecture[0] in "aeiou" else "a"
+    figures = {name: f"{value:,}" if type(value) is int else value for name, value in asdict(subject.info).items()}
     python = {"mask": mask, "masked": example, "sentence": sentence}
     return Template(text).substitute(
-        asdict(subject.info) | {name: json.dumps(value, ensure_ascii=False) for name, value in python.items()},
+        figures | {name: json.dumps(value, ensure_ascii=False) for name, value in python.items()},
+        title=f"{_cell(subject.name)}: {article} {subject.info.architecture} masked language model",
         shell_masked=shlex.quote(example),
         source=f", from [{base}](https://huggingface.co/{base})" if base else "",
         plan=f", and a plan of {FLAVOURS[manifest.tensorrt.flavour]}" if manifest and manifest.tensorrt else "",
-        weights=f"{subject.weights:,}",
+        parameters=f"{subject.parameters:,}",
     )
 
 
 # ---------------------------------------------------------------- results
 
 
-def _held_out_results(subject: _Model) -> dict[Path, Result]:
-    """The evaluations that training made of these weights, by folder."""
-    if not subject.run:
-        return {}
-    from mlmkit.train.checkpoints import saved_checkpoints
-
-    results = {}
-    holders = (subject.folder, *saved_checkpoints(subject.run)[-1:])
-    for path in sorted(each.resolve() for holder in holders for each in holder.glob("held-out*")):
+def _held_out_results(subject: _Model) -> Iterator[Result]:
+    """The evaluations that training made of these weights."""
+    folders = {subject.folder.resolve(), *(each.folder for each in subject.checkpoints[-1:])}
+    for path in sorted(path for folder in folders for path in folder.glob("held-out*")):
         try:
             result = load_result(path).result
         except UserError as error:
             log.warning("not on the card: %s", error)
             continue
         if result["model"]["fingerprint"] == subject.info.fingerprint:
-            results[path] = result
-    return results
+            yield result
+
+
+def _measured(result: Result) -> set[tuple[str, ...]]:
+    """What each pass measured: the text, the scored positions and the variant of pseudo-likelihood."""
+    variants, digests = {"pseudo": repr(result["pseudo"])}, result["digests"].items()
+    return {(result["corpus"]["fingerprint"], digest, variants.get(name, "")) for name, digest in digests}
 
 
 def _model_index(name: str, results: Sequence[Result]) -> list[dict[str, Any]]:
@@ -247,88 +259,79 @@ def _model_index(name: str, results: Sequence[Result]) -> list[dict[str, Any]]:
     """
     entries = []
     for result in results:
-        name_of_text, metrics = _measured_on(result), []
+        metrics = []
         for metric, figures in result["metrics"].items():
             if figures["value"] is not None:
-                entry = {"type": metric, "value": figures["value"], "name": metric.replace("_", " ")}
+                entry = {"type": metric, "value": figures["value"], "name": _label(metric, figures)}
                 if figures["low"] is not None:
-                    entry["name"] += f" (95 % interval {_interval(figures)})"
+                    entry["name"] += f" (95 % interval {span(figures, FORM)})"
                     entry["args"] = {"low": figures["low"], "high": figures["high"]}
                 metrics.append(entry)
-        kind = re.sub(r"[^a-z0-9]+", "-", name_of_text.lower()).strip("-") or "text"
+        kind = re.sub(r"[^a-z0-9]+", "-", _set_name(result).lower()).strip("-") or "text"
         digests = {"fingerprint": result["corpus"]["fingerprint"], "mask_digest": result["mask_digest"]}
-        dataset = {"name": name_of_text, "type": kind, "args": digests}
+        dataset = {"name": _set_name(result), "type": kind, "args": digests | scored_tokens(result)}
         entries.append({"task": {"type": "fill-mask"}, "dataset": dataset, "metrics": metrics})
     return [{"name": name, "results": entries}] if entries else []
 
 
 def _metrics(results: Sequence[Result]) -> str:
-    rows = []
+    """For each result a table, and what was scored under it."""
+    parts = ["## Metrics\n\nLogarithms are natural. Intervals are over documents; in a set of items, over items.\n"]
     for result in results:
-        run_by = f"{result['backend']['name']} on {result['backend']['device']}, {result['model']['precision']}"
-        digests = result["corpus"]["fingerprint"], result["mask_digest"]
-        for metric, figures in result["metrics"].items():
-            value, interval = _number(figures["value"]), _interval(figures)
-            rows.append((_measured_on(result), metric.replace("_", " "), value, interval, run_by, *digests))
-    head = ("set", "metric", "value", "95 % interval", "run by", "text's fingerprint", "mask digest")
-    note = "Logarithms are natural; intervals are over documents.\n\n"
-    return f"## Metrics\n\n{note}{_table(head, rows)}" if rows else ""
+        rows = [
+            (_label(name, each), number(each["value"]), span(each, FORM)) for name, each in result["metrics"].items()
+        ]
+        if "items" not in result and "unigram_entropy" in result:  # older results lack it
+            rows.insert(1, ("unigram entropy, to beat", number(result["unigram_entropy"]), "–"))
+        corpus, run_by = result["corpus"], f"{result['backend']['name']} on {result['backend']['device']}"
+        sizes = f"{corpus['documents']:,} documents, {corpus['tokens']:,} tokens"
+        facts = {"text": f"{sizes}, fingerprint `{corpus['fingerprint']}`", **scored_tokens(result)}
+        facts |= {"mask digest": f"`{result['mask_digest']}`", "run by": f"{run_by}, {result['model']['precision']}"}
+        parts += [f"### {_cell(_set_name(result))}\n", _table(("metric", "value", "95 % interval"), rows)]
+        parts.append("".join(f"- {name}: {fact}\n" for name, fact in facts.items()))
+    return "\n".join(parts) if results else ""
 
 
-def _measured_on(result: Result) -> str:
+def _label(metric: str, figures: Metric) -> str:
+    return metric.replace("_", " ").replace("top5", "top-5") + (", of a sample" if "standard_error" in figures else "")
+
+
+def _set_name(result: Result) -> str:
     source = result["corpus"]["source"]
-    return source["set"] or _text_name(source["location"] or "texts")
+    return source["set"] or last_part(source["location"] or "texts")
 
 
-def _interval(figures: Metric) -> str:
-    return "-" if figures["low"] is None else f"{_number(figures['low'])} to {_number(figures['high'])}"
+# ---------------------------------------------------------------- the other sections
 
 
-# ---------------------------------------------------------------- the training run
-
-
-def _phases(subject: _Model) -> list[dict[str, Any]]:
-    remedy = "copy the model to another folder, and describe it there"
-    return read_record(subject.run / RUN, remedy).get("phases", []) if subject.run else []
+def _phases(subject: _Model) -> dict[str, Any]:
+    """The configuration of each phase up to these weights, by the phase's name."""
+    return {each.state.phase: each.state.config for each in subject.checkpoints if each.state}
 
 
 def _training(subject: _Model) -> str:
     """How far these weights were trained, on which texts, with which settings."""
     if not subject.run:
         return ""
-    from mlmkit.train.evaluations import kept_checkpoints
+    from mlmkit.train.config import to_toml
 
-    kept = kept_checkpoints(subject.run)
-    at = next((each for each in kept if each.folder.name == subject.folder.resolve().name), kept[-1])
-    seen = f"{at.tokens:,} tokens, special tokens included, and {at.words:,} words"
-    parts = [f"## Training\n\n{at.step:,} steps. Every pass over the text counted, {seen}.\n"]
-    rows = []
-    for text in training_texts(subject.run):
-        sizes = f"{len(text):,}", f"{text.tokens:,}", f"{text.sizes['words']:,}"
-        rows.append((_text_name(text.name), *sizes, text.fingerprint))
+    at, phases = subject.checkpoints[-1], _phases(subject)
+    seen = f"{at.tokens:,} tokens (special tokens included) and {at.words:,} words, counting repeated passes"
+    parts = [f"## Training\n\n{at.step:,} steps: {seen}.\n"]
+    rows = [
+        (last_part(text.name), f"{len(text):,}", f"{text.tokens:,}", f"{text.sizes['words']:,}", text.fingerprint)
+        for text in training_texts(subject.run)
+    ]
     if rows:
         parts.append(_table(("text", "documents", "tokens", "words", "fingerprint"), rows))
     else:
         log.warning("the card does not count the training text: its tokens are not in the cache")
-    settings = ["\n".join(["```toml", *_settings(phase), "```\n"]) for phase in _phases(subject)]
-    return "\n".join([*parts, *settings])
-
-
-def _settings(tables: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
-    """Lines of TOML for the settings that have a value. Of a path only the last part is shown."""
-    for name, value in tables.items():
-        if isinstance(value, dict):
-            yield from _settings(value, f"{prefix}{name}.")
-        elif value not in (None, "", []) and name != "constant_until":
-            shown = Path(value).name if isinstance(value, str) else value
-            yield f"{prefix}{name} = {json.dumps(shown, ensure_ascii=False)}"
-
-
-def _text_name(location: str) -> str:
-    return location if location.startswith(HUB) else Path(location.partition("?")[0]).name  # a URL may have a key
-
-
-# ---------------------------------------------------------------- the other sections
+    if not phases:
+        log.warning("the card does not show the settings of the training: no checkpoint of the run is left")
+    for name, config in phases.items():
+        title = f"The configuration{name and f' of phase {name}'}, for `mlmkit train`; lines with # are defaults:"
+        parts.append(f"{title}\n\n```toml\n{to_toml(config)}```\n")
+    return "\n".join(parts)
 
 
 def _has_onnx(subject: _Model) -> bool:
@@ -343,30 +346,17 @@ def _tags(subject: _Model) -> list[str]:
     return ["mlmkit", "masked-lm", *engines, subject.info.architecture]
 
 
-def _parity(subject: _Model) -> str:
-    if not subject.manifest:
-        return ""
-    verdict = "Within the bounds that the export demands."
-    if subject.manifest.drift_allowed:
-        verdict = "**Beyond the bounds that the export demands**; exported anyway, with `--allow-drift`."
-    return (
-        "## Parity with the checkpoint\n\nThe engine against the checkpoint in float32, on real text; differences of "
-        f"log-probabilities in nats. {verdict}\n\n" + _table(("", "value"), report_rows(subject.manifest.parity))
-    )
-
-
-def _hashes(subject: _Model) -> dict[str, str]:
-    if subject.manifest:
-        return subject.manifest.files
-    paths = [path for pattern in ("*", "onnx/*") for path in sorted(subject.folder.glob(pattern)) if path.is_file()]
-    names = {path.relative_to(subject.folder).as_posix(): path for path in paths}
-    return {name: file_sha256(path) for name, path in names.items() if name not in (CARD, *UNPUBLISHED)}
-
-
-def _digests(subject: _Model) -> str:
-    rows = [(f"`{name}`", f"`{sha256}`") for name, sha256 in _hashes(subject).items()]
-    rows += [("the weights", f"`{subject.info.fingerprint}`"), ("the tokenizer", f"`{subject.tokenizer.fingerprint}`")]
-    return "## Digests\n\n" + _table(("", "SHA-256"), rows)
+def _proof(subject: _Model) -> str:
+    """The parity of an artifact, and the digests."""
+    rows = [("weights", subject.info.fingerprint), ("tokenizer", subject.tokenizer.fingerprint)]
+    digests = f"## Digests\n\n{_table(('', 'SHA-256'), rows)}"
+    if not (manifest := subject.manifest):
+        return digests
+    # A text is named by its path, or as "the run's held-out text (PATH)".
+    parity = manifest.parity | {"text": re.sub(r"(^|\()[^()]*/", r"\1", str(manifest.parity.get("text")))}
+    drift = " **Exported with `--allow-drift`.**" if manifest.drift_allowed else ""
+    line = f"The engine against the checkpoint in float32, {_cell(parity_line(parity))}.{drift}"
+    return f"## Parity with the checkpoint\n\n{line}\n\n{digests}\nFor those of the files see `{MANIFEST}`.\n"
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -377,7 +367,3 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def _cell(text: str) -> str:
     """Text that cannot break out of its cell or act as HTML: the names of sets come from users."""
     return "".join(char for char in text.replace("|", "\\|").replace("<", "&lt;") if char.isprintable())
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4f}"

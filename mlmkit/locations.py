@@ -214,6 +214,11 @@ def _suffixes(file: str) -> tuple[str, str]:
     return (inner, outer) if outer in COMPRESSIONS else (outer, "")
 
 
+def last_part(location: str) -> str:
+    """A location fit to publish: without its folders, and without the query of a URL, which may be a key."""
+    return location if location.startswith(HUB) else Path(location.partition("?")[0]).name
+
+
 def name_stem(file: str) -> str:
     """The name of a file without the suffixes of its format and compression."""
     path = Path(file)

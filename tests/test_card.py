@@ -39,6 +39,8 @@ vocab_size = 500
 [model]
 architecture = "{folder}/architecture.json"
 max_length = 64
+[optim]
+schedule = "constant"
 [train]
 steps = 4
 global_batch_tokens = 256
@@ -80,11 +82,11 @@ def result(artifact, text_file, tmp_path_factory) -> Path:
     return folder
 
 
-def test_the_card_of_a_portuguese_run(portuguese, capsys, caplog):
+def test_the_card_of_a_portuguese_run(portuguese, capsys, caplog, tmp_path):
     model = portuguese / "run" / "model"
     given = ("--license", "apache-2.0", "--language", "pt", "--dataset", "user/machado", "--dataset", "oscar")
     code, out, err = run(capsys, "card", portuguese / "run", *given)
-    assert code == 0 and "the Hub will miss" not in caplog.text, err
+    assert code == 0 and "the Hub will miss" not in caplog.text and "no example" not in caplog.text, err
     assert out.splitlines()[-1] == shlex.join(["hf", "upload", "USER/NAME", str(model)])
     front = front_matter(model)
     entries = front.pop("model-index")[0]["results"]
@@ -115,12 +117,19 @@ def test_the_card_of_a_portuguese_run(portuguese, capsys, caplog):
     }
     # The training.
     last = [json.loads(line) for line in (portuguese / "run/log.jsonl").read_text().splitlines() if "loss" in line][-1]
-    counts = f"{last['tokens_seen']:,} tokens, special tokens included, and {round(last['words_seen']):,} words"
-    assert f"\n4 steps. Every pass over the text counted, {counts}." in text
+    counts = f"{last['tokens_seen']:,} tokens (special tokens included) and {round(last['words_seen']):,} words"
+    assert f"\n4 steps: {counts}, counting repeated passes.\n" in text
     assert re.search(r"\| treino\.txt \| 12 \| \d+ \| \d+ \| [0-9a-f]{32} \|", text)
-    assert 'model.architecture = "architecture.json"\n' in text and "masking.mask_prob = 0.15\n" in text
+    [toml] = blocks(text, "toml")
+    assert 'model.architecture = "architecture.json"\n' in toml and "# masking.mask_prob = 0.15\n" in toml
+    (tmp_path / "config.toml").write_text(toml)
+    was, read = load_config(portuguese / "config.toml"), load_config(tmp_path / "config.toml")
+    assert read.data.train == ("treino.txt",) and read.data.held_out == "teste.txt"
+    assert (read.tokenizer, read.masking, read.optim) == (was.tokenizer, was.masking, was.optim)
+    assert (read.train.steps, read.train.global_batch_tokens) == (4, 256)
     assert str(portuguese) not in text
-    assert re.search(r"^\| `model.safetensors` \| `[0-9a-f]{64}` \|$", text, re.MULTILINE)
+    assert "\n# run: a bert masked language model\n" in text
+    assert f"| weights | {measured['model']['fingerprint']} |" in text
     run(capsys, "card", portuguese / "run", *given)
     assert (model / "README.md").read_text(encoding="utf-8") == text
 
@@ -164,7 +173,7 @@ def test_a_checkpoint_of_a_run_is_published_without_its_optimiser(portuguese, ca
     excluded = ["--exclude=optimizer*", "--exclude=trainer.json", "--exclude=held-out*"]
     assert shlex.split(out.splitlines()[-1]) == ["hf", "upload", "USER/NAME", str(folder), *excluded]
     text = (folder / "README.md").read_text(encoding="utf-8")
-    assert "\n2 steps. " in text and "| teste.txt | masked cross entropy |" in text
+    assert "\n2 steps: " in text and "\n### teste.txt\n\n| metric |" in text
     assert "trainer.json" not in text
     (folder / "README.md").unlink()
 
@@ -179,7 +188,6 @@ def test_a_checkpoint_with_a_graph_of_the_hubs_layout(portuguese, artifact, caps
     assert {"onnx", "transformers.js"} < set(front["tags"])
     [code] = blocks(text, "js")
     assert f"await fillMask({json.dumps(front['widget'][0]['text'], ensure_ascii=False)});" in code
-    assert "| `onnx/model.onnx` | `" in text
     assert "## Training" not in text  # outside its run
 
 
@@ -187,6 +195,7 @@ def test_the_card_of_an_artifact(copy, result, text_file, capsys, caplog):
     given = ("--text", text_file, "--result", result, "--base-model", "google-bert/bert-base-uncased")
     code, out, _ = run(capsys, "card", copy, *given)
     assert code == 0 and "the Hub will miss what --license, --language, --dataset would say" in caplog.text
+    assert "no example" not in caplog.text
     assert out.splitlines()[-1] == f"hf upload USER/NAME {copy}"
     front = front_matter(copy)
     assert front["library_name"] == "mlmkit" and front["base_model"] == "google-bert/bert-base-uncased"
@@ -194,24 +203,52 @@ def test_the_card_of_an_artifact(copy, result, text_file, capsys, caplog):
     assert "license" not in front and "base_model_relation" not in front
     manifest, measured = read_manifest(copy), json.loads((result / "result.json").read_text())
     text = (copy / "README.md").read_text()
-    assert f"| {manifest.parity['max_log_prob_difference']:.1e} |" in text
-    assert "Within the bounds" in text
+    assert f", largest {manifest.parity['max_log_prob_difference']:.1e} (bound " in text
+    assert "--allow-drift" not in text
     metric = measured["metrics"]["masked_cross_entropy"]
-    assert f"| {metric['value']:.4f} | {metric['low']:.4f} to {metric['high']:.4f} | onnx on cpu, fp32 |" in text
-    assert f"| {measured['corpus']['fingerprint']} | {measured['mask_digest']} |" in text
-    assert "| text.txt | masked cross entropy |" in text
+    assert f"| masked cross entropy | {metric['value']:.4f} | {metric['low']:.4f} to {metric['high']:.4f} |" in text
+    assert f"| unigram entropy, to beat | {measured['unigram_entropy']:.4f} |" in text and "top-5 accuracy" in text
+    assert (
+        f"fingerprint `{measured['corpus']['fingerprint']}`\n- masked tokens: {measured['scored']['masked']:,}; "
+        in text
+    )
+    assert "; mask-v1, 0.15 selected: 0.8 masked, 0.1 random; mask seed 0, epoch 0\n" in text
+    assert f"\n- mask digest: `{measured['mask_digest']}`\n- run by: onnx on cpu, fp32\n" in text
+    assert "\n### text.txt\n" in text
     assert str(text_file.parent) not in text
-    assert all(f"| `{name}` | `{digest}` |" in text for name, digest in manifest.files.items())
-    write_manifest(copy, replace(manifest, precision="int8", drift_allowed=True))
+    assert f"| weights | {manifest.fingerprint} |" in text
+    parity = {**manifest.parity, "text": f"the run's held-out text ({text_file})"}
+    write_manifest(copy, replace(manifest, precision="int8", drift_allowed=True, parity=parity))
     run(capsys, "card", copy, "--base-model", "google-bert/bert-base-uncased")
     assert front_matter(copy)["base_model_relation"] == "quantized"
     text = (copy / "README.md").read_text()
-    assert "Beyond the bounds" in text and "## Metrics" not in text
+    assert "--allow-drift" in text and "## Metrics" not in text
+    assert "masked tokens of the run's held-out text (text.txt), in nats: " in text
+    assert str(text_file.parent) not in text
+
+
+def test_a_result_replaces_what_training_measured_of_the_same(portuguese, capsys, tmp_path):
+    """The same text and masks are shown once. A sample is called one, with its variant and how many were scored."""
+    model, source = portuguese / "run" / "model", portuguese / "teste.txt"
+    for name, metrics in (("same", ["masked"]), ("both", ["masked", "pseudo"])):
+        options = {"metrics": metrics, "pseudo_sample": 0.5} if "pseudo" in metrics else {}
+        evaluate(model, source, output=tmp_path / name, **options)
+        assert run(capsys, "card", model, "--result", tmp_path / name)[0] == 0
+        text = (model / "README.md").read_text(encoding="utf-8")
+        assert text.count("| masked cross entropy |") == text.count("### teste.txt") == 1
+        assert len(front_matter(model)["model-index"][0]["results"]) == 1
+    result = json.loads((tmp_path / "both" / "result.json").read_text())
+    count = f"{result['scored']['pseudo']} of {result['corpus']['tokens']} tokens"
+    assert f"- pseudo-likelihood: {count}; original, each masked alone; a sample of 0.5, mask seed 0\n" in text
+    assert "| pseudo perplexity, of a sample |" in text and "name: pseudo perplexity, of a sample (95 %" in text
+    evaluate(model, source, output=tmp_path / "pseudo", metrics=["pseudo"])
+    run(capsys, "card", model, "--result", tmp_path / "pseudo")
+    assert (model / "README.md").read_text(encoding="utf-8").count("\n### teste.txt\n") == 2
 
 
 def test_without_a_text_the_examples_are_in_no_language(copy, capsys, caplog):
     run(capsys, "card", copy)
-    assert "--text would say" in caplog.text
+    assert "no example and no widget: pass --text FILE" in caplog.text
     assert "widget" not in front_matter(copy)
     text = (copy / "README.md").read_text()
     assert "mlmkit fill artifact '... [MASK] ...'" in text and 'score("...")' in text
@@ -309,7 +346,7 @@ def test_a_name_cannot_break_out_of_its_place(copy, result, tmp_path, capsys):
     source = {**measured["corpus"]["source"], "set": 'a|b\n---\n# title<script>: "x'}
     edit_record(hostile / "result.json", corpus={**measured["corpus"], "source": source})
     assert run(capsys, "card", copy, "--result", hostile)[0] == 0
-    assert '| a\\|b---# title&lt;script>: "x | masked cross entropy |' in (copy / "README.md").read_text()
+    assert '\n### a\\|b---# title&lt;script>: "x\n' in (copy / "README.md").read_text()
     assert front_matter(copy)["model-index"][0]["results"][0]["dataset"]["name"] == source["set"]
 
 
@@ -335,3 +372,17 @@ def test_an_edited_card_stays(copy, capsys):
     assert "Mine." not in card.read_text()
     card.write_text("mine")
     assert "is not as mlmkit wrote it" in refusal(capsys, "card", copy)
+
+
+def test_training_keeps_what_was_added_to_the_same_weights(portuguese, caplog, tmp_path):
+    """Another held-out text leaves a card and graphs; more steps remove them, with a warning."""
+    config, folder = portuguese / "config.toml", shutil.copytree(portuguese / "run", tmp_path / "run")
+    model = folder / "model"
+    (model / "README.md").write_text("mine")
+    (model / "onnx").mkdir()
+    train(load_config(config, [f"data.held_out={portuguese / 'treino.txt'}"]), folder)
+    assert (model / "README.md").read_text() == "mine" and (model / "onnx").is_dir()
+    assert "removed" not in caplog.text
+    train(load_config(config, ["train.steps=5"]), folder)
+    assert f"mlmkit removed README.md, onnx: mlmkit card {model} writes" in caplog.text
+    assert not (model / "README.md").exists() and not (model / "onnx").exists()

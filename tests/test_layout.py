@@ -272,6 +272,7 @@ def test_what_the_layout_does_not_have_is_refused(capsys, checkpoint, tmp_path):
     assert "--output DIR" in refused()
     (tmp_path / "mlmkit.json").touch()
     assert "is an artifact" in refusal(capsys, "export", tmp_path, "--layout", "transformers", *output)
+    assert "is an artifact, which has a graph" in refused("--output", tmp_path)
     assert "int8 needs scales" in refused(*output, "--precision", "int8")
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "thesis.tex").touch()

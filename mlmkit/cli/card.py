@@ -10,13 +10,15 @@ from mlmkit.console import say
 class CardOptions:
     model: str = argument(metavar="RUN|CHECKPOINT|ARTIFACT")
     license: str | None = option("--license", "The Hub's identifier of the licence, such as apache-2.0.", metavar="ID")
-    languages: tuple[str, ...] = option("--language", "Such as pt. Repeatable.", multiple=True, metavar="CODE")
+    languages: tuple[str, ...] = option(
+        "--language", "ISO 639 code of the language, such as pt. Repeatable.", multiple=True, metavar="CODE"
+    )
     datasets: tuple[str, ...] = option(
         "--dataset", "A dataset on the Hub that the model was trained on. Repeatable.", multiple=True, metavar="NAME"
     )
     base_model: str | None = option("--base-model", "The model on the Hub that this one comes from.", metavar="NAME")
     results: tuple[Path, ...] = option(
-        "--result", "An evaluation of this model to show. Repeatable.", multiple=True, metavar="RESULT", type=PATH
+        "--result", "Folder that `mlmkit eval` wrote. Repeatable.", multiple=True, metavar="RESULT", type=PATH
     )
     text: Path | None = option(
         "--text", "Take the example from this text. Default: the run's held-out text.", type=PATH
@@ -26,7 +28,7 @@ class CardOptions:
 
 @command(CardOptions)
 def card(options: CardOptions) -> None:
-    """Write a model card for the Hugging Face Hub, the README.md in the model's folder.
+    """Write the model card (README.md) for the Hugging Face Hub.
 
     Shows how the model is used, how it was trained, its metrics and its digests. The last line printed is the command
     that publishes the folder.

@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from filecmp import cmpfiles
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ from torch.optim import Optimizer
 
 from mlmkit.distributed import Ranks
 from mlmkit.errors import DamagedError, EndedElsewhereError, UserError, first_line
-from mlmkit.files import changed_file, hash_tree, new_folder, read_record, remove, write_record
+from mlmkit.files import changed_file, content, hash_tree, new_folder, read_record, remove, write_record
 from mlmkit.model import MaskedLM
 from mlmkit.pretrained import save_config
 from mlmkit.train.config import HELD_OUT, Config, as_tables, from_tables
@@ -150,10 +151,25 @@ def _save_model(model: MaskedLM, tokenizer_folder: Path, folder: Path, ranks: Ra
 
 
 def copy_model(checkpoint: Path, folder: Path) -> None:
-    """Copy the part of a checkpoint that Hugging Face tools read."""
+    """Copy the part of a checkpoint that Hugging Face tools read. A folder that has all of it already stays as it is.
+
+    Otherwise what else is in the folder, such as a card or graphs, describes other weights: it is removed, and a
+    warning says so.
+    """
+    ignored = shutil.ignore_patterns(OPTIMIZER, CURSOR, f"{HELD_OUT}*")
+    names = {path.name for path in checkpoint.iterdir()}
+    names -= ignored(str(checkpoint), [*names])
+    before = {path.name for path in content(folder)} if folder.is_dir() else set[str]()
+    if names <= before and not any(cmpfiles(checkpoint, folder, names, shallow=False)[1:]):
+        return
     with new_folder(folder, replaces="config.json") as building:
-        ignored = shutil.ignore_patterns(OPTIMIZER, CURSOR, f"{HELD_OUT}*")
         shutil.copytree(checkpoint, building, ignore=ignored, dirs_exist_ok=True)
+    if others := sorted(before - names):
+        log.warning(
+            "%s has other weights than before, so mlmkit removed %s: mlmkit card %s writes a card again, mlmkit export "
+            "%s --output %s --layout transformers a graph",
+            *(folder, ", ".join(others), folder, folder, folder),
+        )
 
 
 # ---------------------------------------------------------------- resuming

@@ -3,6 +3,7 @@
 file, --set ──> tables ──> Config ──> Config.phases: one complete configuration per phase
 """
 
+import json
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -12,7 +13,7 @@ from typing import Any
 
 from mlmkit.errors import UserError
 from mlmkit.hub import HUB
-from mlmkit.locations import Source
+from mlmkit.locations import Source, last_part
 from mlmkit.toml import build, checked
 from mlmkit.train.config_tables import (
     DataConfig,
@@ -273,3 +274,27 @@ def from_tables(tables: dict[str, Any]) -> Config:
         name: {key: value for key, value in values.items() if value is not None} for name, values in tables.items()
     }
     return build(Config, stated)
+
+
+def to_toml(config: Config) -> str:
+    """The configuration of one phase as a file for `load_config`, without the settings of `CHANGEABLE["train"]`.
+
+    A default is a comment, so the file states no setting that `load_config` would refuse as useless. Of a path there is
+    the last part.
+    """
+    defaults, lines = as_tables(Config(DataConfig(train=("",)))), list[str]()
+    for table, values in as_tables(config).items():
+        for key, value in values.items():
+            if value not in (None, "", (), []) and not (table == "train" and key in CHANGEABLE["train"].split()):
+                comment = "# " if value == defaults[table].get(key) else ""
+                lines.append(f"{comment}{table}.{key} = {_toml_value(value)}\n")
+    return "".join(lines)
+
+
+def _toml_value(value: Any) -> str:
+    if isinstance(value, dict):
+        stated = [f"{key} = {_toml_value(each)}" for key, each in value.items() if each != ""]
+        return f"{{ {', '.join(stated)} }}"
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(_toml_value, value))}]"
+    return json.dumps(last_part(value) if isinstance(value, str) else value, ensure_ascii=False)

@@ -28,7 +28,7 @@ from mlmkit.eval.sets import Request
 from mlmkit.eval.suites import each_or_none
 from mlmkit.files import RUN, atomic, read_record, write_record
 from mlmkit.pretrained import load_tokenizer
-from mlmkit.train.checkpoints import CURSOR, INITIAL, read_state, saved_checkpoints
+from mlmkit.train.checkpoints import CURSOR, INITIAL, State, read_state, saved_checkpoints
 from mlmkit.train.log import can_draw, read_log
 from mlmkit.train.order import Cursor
 
@@ -39,12 +39,16 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A model folder of a run. In `step` steps it has seen `tokens`, special tokens included, and about `words`."""
+    """A model folder of a run. In `step` steps it has seen `tokens`, special tokens included, and about `words`.
+
+    `state` is None for `initial` and `model`.
+    """
 
     folder: Path
     step: int
     tokens: int
     words: int
+    state: State | None = None
 
 
 def kept_checkpoints(run: Path) -> list[Checkpoint]:
@@ -55,7 +59,8 @@ def kept_checkpoints(run: Path) -> list[Checkpoint]:
     if not (run / RUN).exists():
         raise UserError(f"{run} is not a training run: name the folder that `mlmkit train` wrote")
     saved = saved_checkpoints(run)
-    found = [_at(folder, read_state(folder, verify=False).position.cursor) for folder in saved]
+    states = {folder: read_state(folder, verify=False) for folder in saved}
+    found = [_at(folder, state.position.cursor, state) for folder, state in states.items()]
     if (run / INITIAL).exists():
         origin = read_state(run, verify=False).position.cursor if (run / CURSOR).exists() else Cursor()
         found.insert(0, _at(run / INITIAL, origin))
@@ -69,8 +74,8 @@ def kept_checkpoints(run: Path) -> list[Checkpoint]:
     return found
 
 
-def _at(folder: Path, cursor: Cursor) -> Checkpoint:
-    return Checkpoint(folder, cursor.step, cursor.tokens, round(cursor.words))
+def _at(folder: Path, cursor: Cursor, state: State | None = None) -> Checkpoint:
+    return Checkpoint(folder, cursor.step, cursor.tokens, round(cursor.words), state)
 
 
 def evaluate_run(
