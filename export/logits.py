@@ -17,6 +17,7 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
 import torch
+from google.protobuf.message import DecodeError
 from torch import Tensor, nn
 from transformers import AutoTokenizer
 
@@ -24,7 +25,7 @@ from mlmkit.artifact import GRAPH, ONNX_FOLDER, weight_bytes
 from mlmkit.backends import Batch, ModelInfo, Scored
 from mlmkit.backends.torch import TorchBackend
 from mlmkit.distributed import cores
-from mlmkit.errors import CheckError, first_line
+from mlmkit.errors import CheckError, UserError, first_line
 from mlmkit.export.graphs import feeds, save_graph, scratch_folder
 from mlmkit.export.layout import GRAPH_NAMES, layout_folder, refuse_other_model
 from mlmkit.export.onnx import write_graph
@@ -45,6 +46,7 @@ from mlmkit.tokenizer import Tokenizer
 log = logging.getLogger(__name__)
 
 AXES = ("batch_size", "sequence_length")  # as optimum names them; transformers.js can fix them by name
+FINGERPRINT = "mlmkit.fingerprint"  # metadata of a graph: the weights that it is of, as in an artifact's manifest
 LOGITS_BYTES = 1 << 30  # at once; the rows of a batch are run in groups that stay below
 
 
@@ -79,13 +81,12 @@ def export_transformers(
     with layout_folder(checkpoint, output, precision, overwrite=overwrite) as folder:
         log.info("loading %s", checkpoint)
         reference = TorchBackend(checkpoint, "cpu", trust_remote_code=trust_remote_code)
-        tokenizer, model = (
-            from_pretrained(AutoTokenizer, checkpoint, trust_remote_code=trust_remote_code),
-            reference.model,
-        )
+        tokenizer = from_pretrained(AutoTokenizer, checkpoint, trust_remote_code=trust_remote_code)
+        model, info = reference.model, reference.info
         save_tokenizer(tokenizer, folder)
         save_config(model.network.config, folder)
         refuse_other_model(checkpoint, output, folder)
+        _refuse_other_weights(output / ONNX_FOLDER, GRAPH_NAMES[precision], checkpoint, info.fingerprint)
         if Tokenizer.from_folder(folder).fingerprint != reference.tokenizer.fingerprint:
             raise CheckError("the saved tokenizer differs from the loaded one; nothing was exported")
         graph, inputs = folder / ONNX_FOLDER / GRAPH_NAMES[precision], _inputs(model, tokenizer)
@@ -97,11 +98,23 @@ def export_transformers(
             batches = calibration_batches(text, precision, reference, size)
             # Calibration holds the logits several times: batches of eight rows took 23 GB for BERT-base.
             convert(scratch / GRAPH, precision, [row for batch in batches for row in row_groups(batch, 1)])
-            save_graph(ir.load(scratch / GRAPH), graph, single_file=True)
+            finished = ir.load(scratch / GRAPH)
+            finished.metadata_props[FINGERPRINT] = info.fingerprint
+            save_graph(finished, graph, single_file=True)
         log.info("checking parity with ONNX Runtime on real text")
-        engine = LogitsBackend(graph, reference.tokenizer, replace(reference.info, precision=precision))
+        engine = LogitsBackend(graph, reference.tokenizer, replace(info, precision=precision))
         parity = require_parity(reference, engine, text, precision, size, allow_drift=None)
     return LogitsGraph(output / ONNX_FOLDER / graph.name, precision, inputs, parity.as_dict())
+
+
+def _refuse_other_weights(graphs: Path, replaced: str, checkpoint: str, fingerprint: str) -> None:
+    """Raise `UserError` if a graph in `graphs` is of other weights, except for `replaced` and those of other tools."""
+    for path in sorted(graphs.glob("*.onnx")):
+        try:
+            if path.name != replaced and ir.load(path).metadata_props.get(FINGERPRINT, fingerprint) != fingerprint:
+                raise UserError(f"{path} has other weights than {checkpoint}: delete it, or choose another folder")
+        except DecodeError:
+            raise UserError(f"{path} is not an ONNX graph: delete it, or choose another folder") from None
 
 
 class Logits(nn.Module):

@@ -131,6 +131,8 @@ def test_plain_onnxruntime_gives_the_checkpoints_logits(kind, source, layout):
     inputs = [value.name for value in session.get_inputs()]
     assert inputs == ["input_ids", "attention_mask", *(["token_type_ids"] if kind == "bert" else [])]
     assert session.get_outputs()[0].type == "tensor(float)"
+    fingerprint = load(source(kind)).info.fingerprint
+    assert session.get_modelmeta().custom_metadata_map == {"mlmkit.fingerprint": fingerprint}
     (logits,) = session.run(["logits"], {name: rows[name].numpy() for name in inputs})
     assert_equals_checkpoint(logits, source(kind), rows)
 
@@ -194,9 +196,14 @@ def test_weights_beside_the_graph_go_with_it(source, layout, split, tmp_path):
     assert (folder / "onnx" / "model.onnx").read_bytes() == layout("bert").read_bytes()
 
 
-def test_graphs_join_the_checkpoint_that_they_are_of(capsys, source, tmp_path, text_file):
+def test_graphs_join_the_checkpoint_that_they_are_of(capsys, source, layout, tmp_path, text_file):
     folder = Path(shutil.copytree(source("bert"), tmp_path / "bert"))
     before = {file.name: file.read_bytes() for file in folder.iterdir()}
+    (folder / ".onnx.0123abcd.mlmkit-partial" / "onnx").mkdir(parents=True)  # a killed export left it
+    foreign = ir.load(layout("bert"))
+    foreign.metadata_props.clear()  # as other tools write graphs
+    (folder / "onnx").mkdir()
+    ir.save(foreign, folder / "onnx" / "model_O1.onnx")
     for precision in ("fp32", "int8"):
         report = run_json(
             capsys, "export", folder, "--output", folder, "--layout", "transformers", "--text", text_file,
@@ -206,9 +213,33 @@ def test_graphs_join_the_checkpoint_that_they_are_of(capsys, source, tmp_path, t
         assert report["inputs"] == ["input_ids", "attention_mask", "token_type_ids"]
         assert report["parity"]["masked"] > 300 and report["parity"]["mean_log_prob_difference"] < 0.2
     assert {file.name: file.read_bytes() for file in folder.iterdir() if file.is_file()} == before
-    assert sorted(file.name for file in folder.rglob("onnx/*")) == ["model.onnx", "model_int8.onnx"]
+    assert sorted(file.name for file in folder.rglob("onnx/*")) == ["model.onnx", "model_O1.onnx", "model_int8.onnx"]
     assert sorted(file.name for file in folder.iterdir()) == sorted([*before, "onnx"])
     load(folder)  # still a checkpoint
+
+
+def test_graphs_do_not_join_other_weights(capsys, source, layout, tmp_path, text_file):
+    """Of a run, say, whose checkpoints have equal configurations and tokenizers."""
+    folder = Path(shutil.copytree(layout("bert").parent.parent, tmp_path / "layout"))
+    other = Path(shutil.copytree(source("bert"), tmp_path / "other"))
+    weights = load_file(other / "model.safetensors")
+    weights["cls.predictions.bias"] += 1
+    save_file(weights, other / "model.safetensors", metadata={"format": "pt"})
+
+    def refused(checkpoint: Path, output: Path, *options: object) -> str:
+        before = sorted(tmp_path.rglob("*"))
+        command = ("export", checkpoint, "--output", output, "--layout", "transformers", "--text", text_file, *options)
+        message = refusal(capsys, *command)
+        assert sorted(tmp_path.rglob("*")) == before
+        return message
+
+    assert f"{other} has weights of its own: name it as CHECKPOINT too" in refused(source("bert"), other)
+    (other / "onnx").touch()
+    assert "onnx exists and is not a folder" in refused(other, other, "--overwrite")
+    fp16 = ("--precision", "fp16", "--overwrite")
+    assert "model.onnx has other weights than" in refused(other, folder, *fp16)
+    (folder / "onnx" / "model.onnx").write_text("version https://git-lfs.github.com/spec/v1")
+    assert "model.onnx is not an ONNX graph: delete it" in refused(other, folder, *fp16)
 
 
 def test_a_graph_is_replaced_only_if_told(capsys, source, layout, tmp_path, text_file):
