@@ -69,6 +69,16 @@ class _Model:
     run: Path | None = None
     checkpoints: Sequence[Any] = ()  # of the run, up to this one
 
+    @property
+    def has_onnx(self) -> bool:
+        """Whether transformers.js finds a graph."""
+        return (self.folder / "onnx" / "model.onnx").is_file()
+
+    @property
+    def phases(self) -> dict[str, Any]:
+        """The configuration of each phase of the run up to these weights, by the phase's name."""
+        return {each.state.phase: each.state.config for each in self.checkpoints if each.state}
+
 
 def write_card(
     model: str,
@@ -99,7 +109,7 @@ def write_card(
     if path.exists() and not overwrite and not _is_sealed(path.read_text(encoding="utf-8", errors="replace")):
         raise UserError(f"{path} is not as mlmkit wrote it: replace it with --overwrite")
     subject = _open(folder)
-    shown = [load_result(each).result for each in results]
+    shown = [load_result(each).result for each in dict.fromkeys(results)]
     for result in shown:
         if result["model"]["fingerprint"] != subject.info.fingerprint:
             raise UserError(f"the result of {result['model']['path']} was not measured on the weights of {model}")
@@ -108,7 +118,7 @@ def write_card(
     text = text or (held_out_text(folder.resolve()) if subject.run else None)
     example, sentence = find_example(text, subject.tokenizer, subject.info) if text else ("", "")
     given = {"license": license, "language": languages, "dataset": datasets}
-    given |= {"base-model": base_model} if any(each.model.init_from for each in _phases(subject).values()) else {}
+    given |= {"base-model": base_model} if any(each.model.init_from for each in subject.phases.values()) else {}
     if missing := [f"--{name}" for name, value in given.items() if not value]:
         log.warning("the Hub will miss what %s would say", ", ".join(missing))
     if not example:
@@ -214,7 +224,7 @@ def _mask_word(sentence: str, tokenizer: Tokenizer, max_length: int) -> str:
 def _usage(subject: _Model, base: str | None, example: str, sentence: str) -> str:
     """What the model is and how it is run. Without an example there are placeholders, which are in no language."""
     manifest, mask = subject.manifest, subject.tokenizer.mask_token
-    templates = ["artifact.md" if manifest else "checkpoint.md", *(["onnx.md"] if _has_onnx(subject) else [])]
+    templates = ["artifact.md" if manifest else "checkpoint.md", *(["onnx.md"] if subject.has_onnx else [])]
     text = "".join((Path(__file__).parent / "cards" / name).read_text(encoding="utf-8") for name in templates)
     example, sentence = (example, sentence) if example else (f"... {mask} ...", "...")
     article = "an" if subject.info.architecture[0] in "aeiou" else "a"
@@ -259,14 +269,13 @@ def _model_index(name: str, results: Sequence[Result]) -> list[dict[str, Any]]:
     """
     entries = []
     for result in results:
-        metrics = []
-        for metric, figures in result["metrics"].items():
-            if figures["value"] is not None:
-                entry = {"type": metric, "value": figures["value"], "name": _label(metric, figures)}
-                if figures["low"] is not None:
-                    entry["name"] += f" (95 % interval {span(figures, FORM)})"
-                    entry["args"] = {"low": figures["low"], "high": figures["high"]}
-                metrics.append(entry)
+        metrics, known = [], {name: it for name, it in result["metrics"].items() if it["value"] is not None}
+        for metric, figures in known.items():
+            entry = {"type": metric, "value": figures["value"], "name": _label(metric, figures)}
+            if figures["low"] is not None:
+                entry["name"] += f" (95 % interval {span(figures, FORM)})"
+                entry["args"] = {"low": figures["low"], "high": figures["high"]}
+            metrics.append(entry)
         kind = re.sub(r"[^a-z0-9]+", "-", _set_name(result).lower()).strip("-") or "text"
         digests = {"fingerprint": result["corpus"]["fingerprint"], "mask_digest": result["mask_digest"]}
         dataset = {"name": _set_name(result), "type": kind, "args": digests | scored_tokens(result)}
@@ -278,9 +287,7 @@ def _metrics(results: Sequence[Result]) -> str:
     """For each result a table, and what was scored under it."""
     parts = ["## Metrics\n\nLogarithms are natural. Intervals are over documents; in a set of items, over items.\n"]
     for result in results:
-        rows = [
-            (_label(name, each), number(each["value"]), span(each, FORM)) for name, each in result["metrics"].items()
-        ]
+        rows = [(_label(name, it), number(it["value"]), span(it, FORM)) for name, it in result["metrics"].items()]
         if "items" not in result and "unigram_entropy" in result:  # older results lack it
             rows.insert(1, ("unigram entropy, to beat", number(result["unigram_entropy"]), "–"))
         corpus, run_by = result["corpus"], f"{result['backend']['name']} on {result['backend']['device']}"
@@ -304,18 +311,13 @@ def _set_name(result: Result) -> str:
 # ---------------------------------------------------------------- the other sections
 
 
-def _phases(subject: _Model) -> dict[str, Any]:
-    """The configuration of each phase up to these weights, by the phase's name."""
-    return {each.state.phase: each.state.config for each in subject.checkpoints if each.state}
-
-
 def _training(subject: _Model) -> str:
     """How far these weights were trained, on which texts, with which settings."""
     if not subject.run:
         return ""
     from mlmkit.train.config import to_toml
 
-    at, phases = subject.checkpoints[-1], _phases(subject)
+    at = subject.checkpoints[-1]
     seen = f"{at.tokens:,} tokens (special tokens included) and {at.words:,} words, counting repeated passes"
     parts = [f"## Training\n\n{at.step:,} steps: {seen}.\n"]
     rows = [
@@ -326,23 +328,18 @@ def _training(subject: _Model) -> str:
         parts.append(_table(("text", "documents", "tokens", "words", "fingerprint"), rows))
     else:
         log.warning("the card does not count the training text: its tokens are not in the cache")
-    if not phases:
+    if not subject.phases:
         log.warning("the card does not show the settings of the training: no checkpoint of the run is left")
-    for name, config in phases.items():
+    for name, config in subject.phases.items():
         title = f"The configuration{name and f' of phase {name}'}, for `mlmkit train`; lines with # are defaults:"
         parts.append(f"{title}\n\n```toml\n{to_toml(config)}```\n")
     return "\n".join(parts)
 
 
-def _has_onnx(subject: _Model) -> bool:
-    """Whether transformers.js finds a graph, as `mlmkit export --layout transformers` writes it."""
-    return (subject.folder / "onnx" / "model.onnx").is_file()
-
-
 def _tags(subject: _Model) -> list[str]:
     manifest = subject.manifest
     engines = ["onnx", *(["tensorrt"] if manifest.tensorrt else []), manifest.precision] if manifest else []
-    engines += ["onnx", "transformers.js"] if _has_onnx(subject) else []
+    engines += ["onnx", "transformers.js"] if subject.has_onnx else []
     return ["mlmkit", "masked-lm", *engines, subject.info.architecture]
 
 

@@ -17,7 +17,7 @@ from mlmkit.errors import UserError
 from mlmkit.locations import Source
 from mlmkit.model import MaskedLM
 from mlmkit.tokenizer import Tokenizer
-from mlmkit.train.config import Config, DataConfig, as_tables, from_tables
+from mlmkit.train.config import Config, DataConfig, as_tables, from_tables, to_toml
 from mlmkit.train.config_file import load_config
 from mlmkit.train.presets import PRESETS, build_config
 
@@ -294,3 +294,21 @@ def test_presets_take_the_length_asked_for(name, tokenizer_folder):
     assert model.max_length() == 48
     assert model.network.config.vocab_size == tokenizer.vocabulary_size
     assert model.network.config.pad_token_id == tokenizer.pad_id
+
+
+def test_the_configuration_is_written_as_a_file_that_train_reads(tmp_path):
+    """As in the model card: paths without their folders, a hub dataset and a URL by what they are."""
+    path = tmp_path / "config.toml"
+    path.write_text(
+        '[[data.source]]\npath = ["/home/me/é.txt", "hub:user/name"]\nweight = 2.0\n[[data.source]]\npath = "b.txt"\n'
+        '[held_out]\nnews = "https://host/a/news.txt?key=1"\n[optim]\nlr = 5e-5\nwarmup_tokens = "1k"\n'
+        '[train]\ntokens = "1M"\nwandb = "mine"\n',
+        encoding="utf-8",
+    )
+    config = load_config(path)
+    path.write_text(to_toml(config), encoding="utf-8")
+    read = load_config(path)
+    assert [text.path for text in read.data.source] == [("é.txt", "hub:user/name"), ("b.txt",)]
+    assert read.held_out == {"news": "news.txt"} and "mine" not in path.read_text(encoding="utf-8")
+    assert (read.optim, read.train.tokens) == (config.optim, 1_000_000)
+    assert read.data.source_weights == config.data.source_weights == (2.0, 1.0)
