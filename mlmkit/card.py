@@ -44,7 +44,8 @@ SENTENCE_END = re.compile(r"(?<=[.!?…])\s+|(?<=[。！？])|\n")
 WORDS = range(5, 26)  # of a sentence that makes a good example
 BEGINNING = 10_000  # characters of a document among which an example is looked for
 CHECKPOINT = re.compile(r"model|step-\d{8}")  # of a run
-UNPUBLISHED = ("optimizer*", "trainer.json", "held-out*")  # what a run's checkpoint holds besides the model
+# What a checkpoint of a run holds besides the model, and what a killed export left there.
+UNPUBLISHED = ("optimizer*", "trainer.json", "held-out*", ".*.mlmkit-*")
 
 
 @dataclass(frozen=True)
