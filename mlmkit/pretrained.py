@@ -222,12 +222,13 @@ def from_pretrained(kind: Any, path: str, *, trust_remote_code: bool = False, **
         if kind is AutoTokenizer:
             for file in _fetch(path, ["tokenizer.json"]):
                 check_tokenizer(json.loads(file.read_bytes()))
+        files = []
         if kind is AutoModelForMaskedLM:
             files = weight_files(path, trust_remote_code=trust_remote_code)
             _refuse_missing_weights(options["config"], files, trust_remote_code=trust_remote_code)
             options |= {"use_safetensors": not any(file.suffix == ".bin" for file in files), "weights_only": True}
         try:
-            if kind is AutoModelForMaskedLM and trust_remote_code and _has_code(options["config"]):
+            if files and trust_remote_code and _has_code(options["config"]):
                 return _load_with_code(options["config"], files, options["dtype"])
             return kind.from_pretrained(path, trust_remote_code=trust_remote_code, **options)
         except pickle.UnpicklingError:  # torch's message says how to load them all the same

@@ -166,7 +166,7 @@ def test_an_interrupted_call_resumes(capsys, folder, text, monkeypatch):
     expected = every(capsys, folder, "--set", text, "--output", folder.parent / "straight")
     loads: list[str] = []
 
-    def load_two(path: str, *options: str) -> Backend:
+    def load_two(path: str, *options: Any) -> Backend:
         loads.append(path)
         if len(loads) > 2:
             raise KeyboardInterrupt

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ MERGES = ("x i 9", "xi n</w> 8", "c h 7", "ch à 6", "chà o</w> 5", "t h 4", "g
 JAPANESE = "[PAD] [UNK] [CLS] [SEP] [MASK] 東 京 都 ##京 ##都 に 住 む the ##re [ MASK ] ##MASK ##] M A S K"
 PROTEIN = "MKTAYIAKQRQISFVKSHFSRQ"
 # The class, its files, its settings, a text, and the words of it.
-KINDS: dict[str, tuple[str, dict[str, list[str]], dict[str, Any], str, list[str]]] = {
+KINDS: dict[str, tuple[str, dict[str, Sequence[str]], dict[str, Any], str, Sequence[str]]] = {
     "esm": ("EsmTokenizer", {"vocab.txt": RESIDUES.split()}, {}, PROTEIN, list(PROTEIN)),
     "phobert": (
         "PhobertTokenizer",
