@@ -253,7 +253,7 @@ def test_mistakes_are_one_line_and_write_nothing(artifact, checkpoint, tmp_path,
     for message, arguments in {
         "with --triton, or name the checkpoint": [artifact("bert"), "--overwrite"],
         "omit --output": [artifact("bert"), "--triton", new, "--output", tmp_path / "other"],
-        "need a checkpoint, not an artifact": [artifact("bert"), "--triton", new, "--precision", "fp16"],
+        "needs a checkpoint, not an artifact": [artifact("bert"), "--triton", new, "--precision", "fp16"],
         "--output ARTIFACT": [checkpoint("bert"), "--triton", new],
         "SHA-256 differs": [broken, "--triton", new],
         "cannot be part of a URL": [spaced, "--triton", new],
