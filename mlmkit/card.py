@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from mlmkit.artifact import CARD, FLAVOURS, MANIFEST, Manifest, is_artifact
+from mlmkit.artifact import CARD, FLAVOURS, GRAPH, MANIFEST, ONNX_FOLDER, Manifest, is_artifact
 from mlmkit.backends import ModelInfo
 from mlmkit.backends.protocol import open_artifact
 from mlmkit.documents import read_documents
@@ -73,7 +73,7 @@ class _Model:
     @property
     def has_onnx(self) -> bool:
         """Whether transformers.js finds a graph."""
-        return (self.folder / "onnx" / "model.onnx").is_file()
+        return (self.folder / ONNX_FOLDER / GRAPH).is_file()
 
     @property
     def phases(self) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from mlmkit.bounds import check_folder, check_tokenizer, weight_names
 from mlmkit.errors import UserError, as_user_error, first_line, require
 from mlmkit.files import locate_model
 from mlmkit.model import MaskedLM, sees_context
+from mlmkit.slow_tokenizer import WRITTEN_BY
 from mlmkit.tokenizer import CLEAN_UP, CLEAN_UP_BPE, NAMED_TOKENS, Tokenizer
 
 log = logging.getLogger(__name__)
@@ -32,12 +33,9 @@ CONVERT = "python -c \"import transformers as t; t.AutoModelForMaskedLM.from_pre
 TRUST = "eval, score, fill and export with --trust-remote-code"
 HAS_CODE = f"it comes with Python code (auto_map), which mlmkit does not run: only {TRUST} do"
 NOT_TENSORS = "its pytorch_model.bin holds objects other than tensors, which mlmkit never loads: ask its author"
-# Entries of tokenizer_config.json that transformers 4 cannot read, that are about the machine that wrote them, or that
+# Entries of tokenizer_config.json that transformers 4 cannot read, that tell of the process that wrote them, or that
 # name code.
-NOT_KEPT = (
-    *("backend", "extra_special_tokens", "is_local", "local_files_only", "model_specific_special_tokens"),
-    "auto_map",
-)
+NOT_KEPT = (*WRITTEN_BY, "auto_map", "extra_special_tokens", "model_specific_special_tokens")
 FREE_WEIGHTS = 4 << 20  # 16 MiB, too few to refuse
 
 
@@ -263,9 +261,9 @@ def _load_with_code(
     mismatched = [name for name in found.keys() & own.keys() if found[name].shape != own[name].shape]
     if not mismatched:
         network.load_state_dict(found, strict=False)
-    parameters = network.named_parameters(remove_duplicate=False)
-    missing = [name for name, weight in parameters if id(weight) not in shared]
-    if buffers := sorted(own.keys() - found.keys() - dict(network.named_parameters(remove_duplicate=False)).keys()):
+    parameters = dict(network.named_parameters(remove_duplicate=False))
+    missing = [name for name, weight in parameters.items() if id(weight) not in shared]
+    if buffers := sorted(own.keys() - found.keys() - parameters.keys()):
         log.warning("not in the weights, so taken as the model's code computes them: %s", ", ".join(buffers))
     return network, {"missing_keys": missing, "mismatched_keys": mismatched}
 

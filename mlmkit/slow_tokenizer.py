@@ -15,8 +15,9 @@ from tokenizers.processors import TemplateProcessing
 from mlmkit.files import file_sha256
 
 SEARCHED_CHARACTERS = 32  # after the token before, per token that was not found
+WRITTEN_BY = ("backend", "is_local", "local_files_only")  # settings that tell of the process that saved a tokenizer
 # Settings that determine no id. What the vocabulary's files hold is hashed, wherever they lie.
-INCIDENTAL = ("backend", "is_local", "local_files_only", "model_max_length", "name_or_path")
+INCIDENTAL = (*WRITTEN_BY, "model_max_length", "name_or_path")
 
 
 @dataclass(frozen=True)
