@@ -24,7 +24,8 @@ from mlmkit.backends import ModelInfo
 from mlmkit.backends.protocol import open_artifact
 from mlmkit.documents import read_documents
 from mlmkit.errors import UserError, as_user_error, require
-from mlmkit.eval.report import number, scored_tokens, span
+from mlmkit.eval.display import number, span
+from mlmkit.eval.report import scored_tokens
 from mlmkit.eval.result import Metric, Result
 from mlmkit.eval.results_store import load_result
 from mlmkit.export.parity import DOCUMENTS, held_out_text, parity_line

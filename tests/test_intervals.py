@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlmkit.eval.compare import paired_difference
+from mlmkit.eval.display import p_value
 from mlmkit.eval.item_metrics import item_scores, measure_items
 from mlmkit.eval.metrics import measure
-from mlmkit.eval.report import p_value
 from mlmkit.eval.statistics import Bootstrap
 
 SCORE = st.tuples(st.floats(-20, -1e-4), st.integers(0, 30), st.floats(-8, -1e-4))  # log P, rank, the best's log P

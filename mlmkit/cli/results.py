@@ -26,7 +26,7 @@ def compare(options: CompareOptions) -> None:
     two differ most. Refuses results on different text or with different masks.
     """
     from mlmkit.eval.compare import compare as run_comparison
-    from mlmkit.eval.report import write_comparison
+    from mlmkit.eval.comparison_page import write_comparison
 
     if len(options.results) < 2:
         raise UserError("name at least two results to compare")
@@ -42,7 +42,8 @@ def compare(options: CompareOptions) -> None:
 
 
 def _print_comparison(comparison: dict[str, Any]) -> None:
-    from mlmkit.eval.report import describe_side, differing_rows, measured_on, number, p_value, signed, span
+    from mlmkit.eval.comparison_page import describe_side, differing_rows, measured_on
+    from mlmkit.eval.display import number, p_value, signed, span
 
     first = comparison["first"]
     for line in describe_side("A", first):
