@@ -17,7 +17,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, MaxNLocator
+from matplotlib.ticker import EngFormatter, MaxNLocator, PercentFormatter
 from numpy.typing import NDArray
 
 INK, MUTED, LINE, ONE, TWO = "#22262b", "#6b727b", "#e3e6ea", "#2f6fb4", "#c4571b"
@@ -55,74 +55,68 @@ Floats = NDArray[np.float64]
 @styled
 def loss_histogram(counts: Floats, best: Floats, edges: Floats) -> str:
     """Tokens by −log P. Of the `counts` `[bins]`, `best` `[bins]` had rank 0; `edges` `[bins + 1]` are in nats."""
-    figure, axes = new_figure(4.8, 3.7)
+    figure, axes = new_figure(4.4, 3.6)
     percent, width = 100 / max(counts.sum(), 1), np.diff(edges)
     axes.bar(edges[:-1], percent * best, width, align="edge", color=ONE, label="is the best guess")
     axes.bar(edges[:-1], percent * (counts - best), width, percent * best, align="edge", color=TWO, label="is not")
     axes.set(xlabel="−log P of the original token, nats", ylabel="% of scored tokens", xlim=edges[[0, -1]])
     axes.grid(axis="x", visible=False)
-    axes.legend(loc="upper right")
-    probabilities = [p for p in (1.0, 0.1, 0.01, 0.001, 1e-4, 1e-5, 1e-6) if -np.log(p) <= edges[-1]]
+    figure.legend(loc="outside upper left", ncols=2, title="The original token", alignment="left")
+    powers = range(int(edges[-1] / np.log(10)) + 1)
     top = axes.secondary_xaxis("top")
-    top.set_xticks(-np.log(probabilities), [f"{p:g}" for p in probabilities])
+    top.set_xticks(np.log(10) * np.array(powers), [power_of_ten(power) for power in powers])
     top.set_xlabel("its P")
     return to_svg(figure, "loss")
 
 
 @styled
 def loss_by_probability(tokens: Floats, losses: Floats) -> str:
-    """Shares of the tokens and of the summed loss by P, both `[bins]` over 0 to 1, and the curve −log P."""
-    figure, axes = new_figure(4.8, 3.7)
-    edges = np.linspace(0, 1, len(tokens) + 1)
-    width = np.diff(edges) / 2
-    axes.bar(edges[:-1], 100 * tokens / max(tokens.sum(), 1), width, align="edge", color=ONE, label="tokens")
-    loss_shares = 100 * losses / max(losses.sum(), 1e-12)
-    axes.bar(edges[:-1] + width, loss_shares, width, align="edge", color=TWO, label="loss")
-    axes.set(xlabel="P of the original token", ylabel="% of all", xlim=(0, 1))
+    """Percentages of the tokens and of the summed loss by P: `[bins]`, of 1 to 0.1, 0.1 to 0.01, ..., the rest."""
+    figure, axes = new_figure(4.4, 3.6)
+    for offset, values, color, name in ((0.3, tokens, ONE, "of the tokens"), (0.7, losses, TWO, "of the loss")):
+        bars = axes.bar(np.arange(len(values)) + offset, 100 * values / max(values.sum(), 1e-12), 0.4, color=color)
+        bars.set_label(name)
+        axes.bar_label(bars, fmt="{:.0f}", fontsize=9, padding=1)
+    labels = [*map(power_of_ten, range(len(tokens))), "0"]
+    axes.set_xticks(range(len(labels)), labels)
+    axes.set(xlabel="P of the original token", ylabel="%", xlim=(0, len(tokens)))
     axes.grid(axis="x", visible=False)
-    axes.legend(loc="upper center")
-    curve = axes.twinx()
-    curve.grid(visible=False)
-    curve.spines["right"].set_visible(True)
-    p = np.linspace(1e-3, 1, 400)
-    curve.plot(p, -np.log(p), color=INK, **DASHED)
-    curve.set(ylim=(0, 7), ylabel="−log P, nats (dashed)")
+    figure.legend(loc="outside upper left", ncols=2)
     return to_svg(figure, "loss-by-probability")
+
+
+def power_of_ten(power: int) -> str:
+    """10 to the minus `power`, as it is written."""
+    return f"{10.0**-power:g}" if power < 4 else "10⁻" + str(power).translate(str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹"))
 
 
 @styled
 def calibration(confidence: Floats, accuracy: Floats, counts: Floats) -> str:
     """Accuracy against confidence, `[bins]`: the area of a point is its share of the tokens; empty bins are NaN."""
-    figure, axes = new_figure(4.8, 3.7)
+    figure, axes = new_figure(4.4, 3.6)
     axes.plot([0, 1], [0, 1], color=MUTED, **DASHED)
     full = counts > 0
     area = 30 + 500 * counts[full] / max(counts.sum(), 1)
     axes.plot(confidence[full], accuracy[full], color=ONE, linewidth=1)
     axes.scatter(confidence[full], accuracy[full], s=area, color=ONE, alpha=0.75, linewidths=0, clip_on=False)
     axes.set(xlabel="confidence: P of the best guess", ylabel="how often it is right", xlim=(0, 1), ylim=(0, 1))
+    axes.xaxis.set_major_formatter(PercentFormatter(1))
+    axes.yaxis.set_major_formatter(PercentFormatter(1))
     return to_svg(figure, "calibration")
 
 
 @styled
-def slice_bars(split: str, values: Mapping[str, float | None], label: str) -> str:
-    """One metric by slice. `label` names its axis."""
-    figure, axes = new_figure(4.8, 3.4)
-    axes.bar(range(len(values)), [value or np.nan for value in values.values()], 0.62, color=ONE, alpha=0.85)
-    turn: dict[str, Any] = {"rotation": 30, "ha": "right"} if len(values) > 4 else {}
-    axes.set_xticks(range(len(values)), list(values), **turn)
-    axes.set_ylabel(label)
-    axes.grid(axis="x", visible=False)
-    return to_svg(figure, f"slices-{split}")
-
-
-@styled
 def group_accuracies(
-    groups: Mapping[str, Mapping[str, Any]], metric: str, chance: float, references: Sequence[Mapping[str, Any]]
+    groups: Mapping[str, Mapping[str, Any]],
+    metric: str,
+    label: str,
+    chance: float,
+    references: Sequence[Mapping[str, Any]],
 ) -> str:
     """The `metric` of each group of items with its interval, beside published values (`phenomena`) and chance."""
     accuracy = {name: group[metric] for name, group in groups.items()}
     names = sorted(accuracy, key=lambda name: accuracy[name]["value"])
-    figure, axes = new_figure(7.2, 1.4 + 0.34 * len(names))
+    figure, axes = new_figure(6, 1.2 + 0.34 * len(names))
     axes.barh(range(len(names)), [100 * accuracy[name]["value"] for name in names], 0.6, color=ONE, alpha=0.85)
     bounds = [accuracy[name] for name in names]
     draw_intervals(axes, range(len(names)), bounds, scale=100, horizontal=True, color=INK, linewidth=1.2)
@@ -132,10 +126,10 @@ def group_accuracies(
         axes.plot(published, range(len(names)), linestyle="none", label=reference["model"], **mark)
     axes.axvline(100 * chance, color=MUTED, **DASHED)
     axes.set_yticks(range(len(names)), [name.replace("_", " ") for name in names])
-    axes.set(xlabel=f"{metric.replace('_', ' ')}, % (dashed: chance)", xlim=(0, 100), ylim=(-0.6, len(names) - 0.4))
+    axes.set(xlabel=f"{label}, % (dashed: chance)", xlim=(0, 100), ylim=(-0.6, len(names) - 0.4))
     axes.grid(axis="y", visible=False)
     if references:
-        axes.legend(loc="lower center", bbox_to_anchor=(0.4, 1.0), ncols=2, fontsize=10)
+        figure.legend(loc="outside upper left", ncols=2, title="Published", alignment="left", fontsize=10)
     return to_svg(figure, "groups")
 
 
