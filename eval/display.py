@@ -52,7 +52,7 @@ SLICE_METRICS = {  # compared by slice: metric, label of the axis
     "pseudo": ("pseudo_perplexity", "pseudo-perplexity"),
 }
 SLICE_COLUMNS = {  # of the report's tables of slices; the first is drawn as a bar
-    "masked": ("masked_cross_entropy", "masked_perplexity", "masked_accuracy", "masked_top5_accuracy"),
+    "masked": ("masked_cross_entropy", "masked_accuracy"),
     "pseudo": ("pseudo_perplexity",),
 }
 
