@@ -47,9 +47,13 @@ SLICINGS = {
     "piece": ("word or subword", "Whether the token is a whole word, or the first or a later piece of one."),
     "treatment": ("treatment", "What the model saw in its place: the mask, a random token, or the token itself."),
 }
-SLICE_METRICS = {  # drawn by slice: metric, label of the axis
+SLICE_METRICS = {  # compared by slice: metric, label of the axis
     "masked": ("masked_cross_entropy", "cross-entropy, nats"),
     "pseudo": ("pseudo_perplexity", "pseudo-perplexity"),
+}
+SLICE_COLUMNS = {  # of the report's tables of slices; the first is drawn as a bar
+    "masked": ("masked_cross_entropy", "masked_accuracy"),
+    "pseudo": ("pseudo_perplexity",),
 }
 
 
