@@ -96,11 +96,12 @@ class Result(TypedDict):
     batch_coupling: bool  # scores depended on the other rows of a batch
     timing: dict[str, Timing]  # by kind of score
     seconds: float  # in total, of the call that finished the evaluation
+    date: NotRequired[str]  # when it was finished, ISO 8601 in UTC. Older results lack it
     versions: dict[str, str]  # of mlmkit, Python and the packages that compute
     command: list[str]
     set: dict[str, Any] | None  # the declaration of the set
     identity: dict[str, Any]  # what another call must share to resume this evaluation
-    examples: dict[str, list[dict[str, Any]]]  # `worst` and `best` tokens in context, for the report
+    examples: dict[str, list[dict[str, Any]]]  # `worst` and `best` tokens in context: see `mlmkit.eval.examples`
     files: NotRequired[dict[str, str]]  # SHA-256 of the two tables; absent until they are complete
 
 

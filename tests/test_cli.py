@@ -299,7 +299,7 @@ def test_a_missing_extra_is_named(capsys, tmp_path, monkeypatch, checkpoint):
         ["demo", "--output", tmp_path / "demo"],
         ["average", checkpoint("bert"), checkpoint("bert"), "--output", tmp_path / "mean"],
     ):
-        assert "pip install 'mlmkit[train]'" in refusal(capsys, *arguments)
+        assert "pip install '.[train]' in a clone" in refusal(capsys, *arguments)
 
 
 def test_a_missing_optimiser_is_named_before_the_text_is_read(capsys, tmp_path, monkeypatch):
@@ -307,7 +307,7 @@ def test_a_missing_optimiser_is_named_before_the_text_is_read(capsys, tmp_path, 
     (tmp_path / "a.toml").write_text('[data]\ntrain = "none.txt"\n[optim]\nname = "stable_adamw"\n')
     for arguments in (["--dry-run"], ["--output", tmp_path / "run"]):
         said = refusal(capsys, "train", tmp_path / "a.toml", *arguments)
-        assert said == "mlmkit: optim.name: this needs optimi: pip install 'mlmkit[stable-adamw]'\n"
+        assert said == "mlmkit: optim.name: this needs optimi: pip install '.[stable-adamw]' in a clone of mlmkit\n"
 
 
 def test_a_causal_or_headless_checkpoint_is_refused(capsys, tmp_path, checkpoint):

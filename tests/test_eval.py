@@ -30,7 +30,7 @@ from mlmkit.locations import Source
 from mlmkit.masking import DIGEST_MODULUS, MaskRecipe, corrupt, document_key, format_digest, mask_digest
 from mlmkit.windows import overlapping_windows
 
-TIMES = ("seconds", "timing", "command")
+TIMES = ("date", "seconds", "timing", "command")
 CAPACITY = 62  # tokens of a document that a row of the test models holds
 
 

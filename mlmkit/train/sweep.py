@@ -143,7 +143,7 @@ def _compare(rows: list[dict[str, Any]], trials: Sequence[Trial], output: Path) 
     if can_draw(output / "sweep.png"):
         from mlmkit.eval.plots import sweep_curves
 
-        sweep_curves(evaluated, result["best"], output / "sweep.png")
+        sweep_curves(evaluated, result["best"], Path(result["held_out"]).name, output / "sweep.png")
     return result
 
 
