@@ -272,7 +272,7 @@ def test_mistakes_in_a_declaration_are_named(content, message, tmp_path):
 def test_a_set_that_is_not_known_is_named():
     with pytest.raises(UserError, match="did you mean wikitext-2"):
         find_set("wikitex-2")
-    with pytest.raises(UserError, match="the sets are .*wikitext-2"):
+    with pytest.raises(UserError, match="the sets are"):
         find_set("xyz")
 
 
