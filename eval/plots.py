@@ -80,7 +80,7 @@ def loss_by_probability(tokens: Floats, losses: Floats) -> str:
     for offset, values, color, name in ((0.3, tokens, ONE, "of the tokens"), (0.7, losses, TWO, "of the loss")):
         bars = axes.bar(np.arange(len(values)) + offset, 100 * values / max(values.sum(), 1e-12), 0.4, color=color)
         bars.set_label(name)
-        axes.bar_label(bars, fmt="{:.0f}", fontsize=9, padding=1)
+        axes.bar_label(bars, fmt="{:.0f}", fontsize=8, padding=1)
     labels = [*map(power_of_ten, range(len(tokens))), "0"]
     axes.set_xticks(range(len(labels)), labels)
     axes.set(xlabel="P of the original token", ylabel="%", xlim=(0, len(tokens)))
