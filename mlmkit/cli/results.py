@@ -15,7 +15,12 @@ STDOUT = "-"  # --table without a file
 
 @option_class
 class CompareOptions(JsonOption):
-    results: tuple[str, ...] = argument(nargs=-1, required=True, metavar="RESULT_A RESULT_B [RESULT ...]")
+    results: tuple[str, ...] = argument(
+        "Folders that mlmkit eval --output wrote.",
+        nargs=-1,
+        required=True,
+        metavar="RESULT_A RESULT_B [RESULT ...]",
+    )
     table: tuple[str, ...] = option(
         "--table",
         "Print a table of all models by all sets in Markdown, or write it to FILE (.md, .csv, .html). Repeatable. A "
@@ -25,13 +30,19 @@ class CompareOptions(JsonOption):
         flag_value=STDOUT,
         metavar="[FILE]",
     )
-    output: Path | None = option("--output", "Folder to write compare.html to.", type=PATH)
-    top: int = option("--top", "How many tokens to show.", default=20, type=click.IntRange(min=0))
+    output: Path | None = option("--output", "Folder to write compare.html to.", type=PATH, metavar="OUTPUT")
+    top: int = option(
+        "--top", "How many differing tokens to show.", default=20, type=click.IntRange(min=0), metavar="N"
+    )
 
 
 @command(CompareOptions)
 def compare(options: CompareOptions) -> None:
-    """Compare evaluations of the same text and masks, each with RESULT_A.
+    """Compare results with the first, RESULT_A.
+
+    \b
+    For example:
+      mlmkit compare result-a result-b --output comparison
 
     Shows each metric's difference with its paired interval and p-value, overall and by slice, and the tokens where the
     two differ most. Refuses results on different text or with different masks.
@@ -109,16 +120,20 @@ def _print_comparison(comparison: dict[str, Any]) -> None:
             print_table(tokens, ["token", "where", "A", "B", "B - A"], align="llrrr")
 
 
-@click.command()
-@click.argument("result", type=PATH)
-def report(result: Path) -> None:
-    """Write RESULT/report.html again, from the stored result."""
+@option_class
+class ReportOptions:
+    result: Path = argument("Folder that mlmkit eval --output wrote.", type=PATH)
+
+
+@command(ReportOptions)
+def report(options: ReportOptions) -> None:
+    """Write RESULT/report.html again."""
     from mlmkit.eval.report import write_report
     from mlmkit.eval.results_store import load_result
 
     require("report", "jinja2", "matplotlib")
-    stored = load_result(result)
-    if not os.access(result, os.W_OK):
-        raise UserError(f"{result} is read-only: copy it to a writable folder")
+    stored = load_result(options.result)
+    if not os.access(options.result, os.W_OK):
+        raise UserError(f"{options.result} is read-only: copy it to a writable folder")
     write_report(stored)
-    say(result / "report.html")
+    say(options.result / "report.html")
