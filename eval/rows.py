@@ -49,7 +49,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         if not self.metrics:
-            raise UserError("no metric to measure")
+            raise UserError(f"no metric is named: choose {' or '.join(METRICS)}")
         for metric in self.metrics:
             if metric not in METRICS:
                 raise UserError(f"no metric {metric!r}: choose {' or '.join(METRICS)}")
@@ -57,7 +57,7 @@ class Settings:
         if not 0.0 < self.pseudo_sample <= 1.0:
             raise UserError(f"the pseudo-likelihood sample must be above 0 and at most 1, not {self.pseudo_sample}")
         if not self.mask_seeds or len(set(self.mask_seeds)) < len(self.mask_seeds):
-            raise UserError("give at least one mask seed, and none twice")
+            raise UserError("give at least one mask seed, and none of them twice")
         for seed in self.mask_seeds:
             if not 0 <= seed < 1 << 64:
                 raise UserError(f"a mask seed must be between 0 and 2**64 - 1, not {seed}")

@@ -175,7 +175,7 @@ def _alternating_rows(split: Split, *, bad_first: bool) -> Iterator[Row]:
         elif not is_blank(line):
             first = line
     if first:
-        raise UserError(f"{split.file}: no second line follows {first!r}, but the lines must come in twos")
+        raise UserError(f"{split.file}: no second line follows {first!r}: every pair needs two lines")
 
 
 def _grouped_rows(split: Split) -> Iterator[Row]:

@@ -178,7 +178,7 @@ class Request:
         if self.task == "text":
             return settings
         if settings.pseudo_sample < 1.0:
-            raise UserError(f"{self.name} holds {self.task}, whose tokens are all scored: a sample is for text")
+            raise UserError(f"{self.name} holds {self.task}, whose tokens must all be scored: sampling is for text")
         declared, variant = self.columns.pll, variant and pll_variant(variant)
         if variant and declared and variant != declared:
             raise UserError(
@@ -310,7 +310,7 @@ def read_set(path: Path, *, own: bool = False) -> EvalSet:
     if not declared.hub and not declared.local:
         raise UserError(f"{path}: it needs hub or local, to say where the data is")
     if bool(declared.languages) != ("{language}" in declared.hub + declared.local):
-        raise UserError(f"{path}: languages and {{language}} in hub or local go together")
+        raise UserError(f"{path}: give both languages and {{language}} in hub or local, or neither")
     return declared
 
 

@@ -76,7 +76,9 @@ def _description(path: str) -> dict[str, Any]:
 def _refuse_difference(one: dict[str, Any], two: dict[str, Any], first: str, other: str) -> None:
     for key in sorted(one.keys() | two.keys()):
         if one.get(key) != two.get(key):
-            raise UserError(f"{key} is {two.get(key)} in {other}, but {one.get(key)} in {first}: they have no mean")
+            raise UserError(
+                f"{key} is {two.get(key)} in {other}, but {one.get(key)} in {first}: they cannot be averaged"
+            )
 
 
 def _means(paths: Sequence[str], shares: Sequence[float]) -> dict[str, Tensor]:
@@ -98,7 +100,9 @@ def _means(paths: Sequence[str], shares: Sequence[float]) -> dict[str, Tensor]:
             elif all(tensor.equal(tensors[0]) for tensor in tensors):
                 means[name] = tensors[0]
             else:
-                raise UserError(f"the integers {name} differ between the checkpoints: they have no mean")
+                raise UserError(
+                    f"the integers {name} differ between the checkpoints, which therefore cannot be averaged"
+                )
     return means
 
 

@@ -120,7 +120,7 @@ def find_files(source: Source) -> list[str]:
             raise UserError(f"{file!a}: the name of this file is not UTF-8: rename it")
         real = file if file.startswith(HUB) or is_remote(file) else os.path.realpath(file)
         if real in seen:  # also through a symbolic link
-            raise UserError(f"{source.name}: {file} is in it twice: leave one out")
+            raise UserError(f"{source.name} contains {file} twice: name it once")
         seen.add(real)
     return files
 

@@ -107,7 +107,7 @@ def _begin_or_check(config: Config, run: Path, ranks: Ranks, start_from: Path | 
         if run.exists() and not run.is_dir():
             raise UserError(f"{run} is not a folder: choose another --output")
         if run.is_dir() and content(run):
-            raise UserError(f"{run} holds something else than a training run: choose another --output")
+            raise UserError(f"{run} holds something other than a training run: choose another --output")
         return _begin(config, run, start_from)
     remedy = "delete that folder, or choose another --output and set model.init_from to a checkpoint of this run"
     before = read_record(run / RUN, remedy)
