@@ -126,7 +126,7 @@ def _score_pass(
 
 
 def _identity(backend: Backend, data: EvalData, settings: Settings, declared: EvalSet | None) -> dict[str, Any]:
-    """What a call must share with an unfinished evaluation to resume it. A different batch size is fine."""
+    """Everything that must be equal for a call to resume an unfinished evaluation. A different batch size is fine."""
     return {
         "format": RESULT_FORMAT,
         "text": data.corpus.fingerprint,

@@ -1,4 +1,4 @@
-"""Items: what a set of pairs, choices or cloze asks about, as texts of which a span is scored.
+"""Items of a set of pairs, choices or cloze targets: texts in each of which one span is scored.
 
     rows of fields (`set_files`) → `read_items`, by the columns that the set declares → `Item`s
     → one document per option (`item_data`) → accuracies (`item_metrics`) and correlations (`correlation`)
@@ -37,7 +37,7 @@ class Option:
 
     @classmethod
     def of(cls, context: str, scored: str, join: str = " ", suffix: str = "") -> "Option":
-        """`scored` in its frame. `join` stands only behind a context; it counts as scored, as in the token ` word`."""
+        """`scored` in its frame. `join` is added only after a context, and is scored, as it is in the token ` word`."""
         before, scored = (context, join + scored) if context else ("", scored)
         return cls(before + scored + suffix, len(before), len(before) + len(scored))
 
@@ -73,7 +73,7 @@ class Item:
 
 @dataclass(frozen=True)
 class ItemColumns(ABC):
-    """Where a row holds an item, and how its options are scored.
+    """The columns in which a row holds an item, and how its options are scored.
 
     A value that names a column may be a path, an alternative or a template. `a.b` reaches into nested rows, and `a.0`
     takes the first entry of a list, or of text separated by tabs; `a|b` takes the first that exists; in a template
@@ -107,7 +107,7 @@ class ItemColumns(ABC):
         return (self.item(group, numbers) for group in self.groups(rows))
 
     def groups(self, rows: Iterable[Row]) -> Iterator[list[Row]]:
-        """The rows of each item: one, unless the options stand in different rows."""
+        """The rows of each item: one, unless the options are in different rows."""
         return ([row] for row in rows)
 
     def item(self, group: list[Row], numbers: Iterable[str]) -> Item:
@@ -303,7 +303,7 @@ class ClozeColumns(ItemColumns):
 def read_items(rows: Iterable[Row], columns: ItemColumns, location: str, numbers: Iterable[str] = ()) -> list[Item]:
     """The items of a set's rows, with the human `numbers` of these columns.
 
-    Raises `UserError` if there are none, and naming the row for one that holds no item.
+    Raises `UserError` if there are none, or naming the first row that holds no item.
     """
     items = list(columns.items(rows, list(numbers)))
     if all(map(columns.is_empty, items)):
@@ -365,9 +365,9 @@ def _value(row: dict[str, Any], column: str, where: str, default: Any = None) ->
 
 
 def _text(row: dict[str, Any], column: str, where: str, *, is_strict: bool = False, is_literal: bool = False) -> str:
-    """The text of a column or template. With `is_strict` the field must hold text, not a number, say.
+    """The text of a column or template. With `is_strict` the field must hold text, not for example a number.
 
-    With `is_literal`, a name that is no template stands for itself.
+    With `is_literal`, a name that is not a template is used as the text itself.
     """
     if "{" in column:
         value = re.sub(r"\{([^{}]+)\}", lambda match: _text(row, match[1], where), column)

@@ -57,7 +57,7 @@ class PairReading(PairColumns):
 class Reference:
     """A published value of `metric` with its source, and the values of single phenomena if published.
 
-    `languages` holds the value of each language of a set that is there in several.
+    `languages` holds the value of each language of a set in several languages.
     """
 
     model: str
@@ -73,9 +73,9 @@ class Reference:
 class EvalSet:
     """A declared set. `hub` is a location as in `Source`, `local` a path or pattern in the data folder.
 
-    With `languages` it is one set for each of them, which takes the place of `{language}` in `hub` and `local`.
-    `files` says how local files of items are read. `phenomena` lists the paradigms of each, by name or as `prefix*`.
-    `metric` is its main metric, which stands for it in tables of several sets: by default the first one.
+    With `languages` it describes one set per language; the language replaces `{language}` in `hub` and `local`. `files`
+    says how local files of items are read. `phenomena` lists the paradigms of each, by name or as `prefix*`. `metric`
+    is its main metric, which tables of several sets show: by default the first one.
     """
 
     name: str
@@ -226,7 +226,7 @@ def find_set(
 ) -> Request:
     """Find what `--set NAME_OR_FILE` names: a built-in set, the path of a declaration, or a file or hub dataset.
 
-    `:LANGUAGE` behind the former two chooses a language of a set that is there in several.
+    `:LANGUAGE` after either of the first two chooses a language of a set in several languages.
 
     `data` is the data folder. `text_field`, `blank_line` and `pairs` say how to read a file or hub dataset. Raises
     `UserError` if `name` is none of these, or if its declaration is invalid.

@@ -40,9 +40,9 @@ def average(
 ) -> list[float]:
     """Write the mean of the weights of checkpoints as a complete model folder; returns each one's share of it.
 
-    A checkpoint is a folder, the folder of a finished run, or a hub name. `weights` gives each a number that its share
-    is proportional to; without it, shares are equal. A mean is rounded to the data type of its tensor; configuration
-    and tokenizer are those of the first checkpoint. The folder is created atomically.
+    A checkpoint is a folder, the folder of a finished run, or a hub name. `weights` has a number per checkpoint, to
+    which its share is proportional; by default, shares are equal. A mean is rounded to the data type of its tensor;
+    configuration and tokenizer are those of the first checkpoint. The folder is created atomically.
 
     Raises `UserError` for fewer than two checkpoints; for weights that are not one per checkpoint, negative or all
     zero; for checkpoints that differ in configuration, tokenizer, integers, or the names, shapes or data types of their

@@ -141,6 +141,6 @@ def row_sources(new: Tokenizer, old: Tokenizer) -> list[list[int]]:
 
 
 def _surface(tokenizer: Tokenizer, id: int) -> tuple[str, bool]:
-    """A token's text as decoding writes it, whatever marks stand for spaces, and whether it begins a word."""
+    """A token's text without the marks for spaces, as decoding writes it, and whether it begins a word."""
     text = tokenizer.decode([tokenizer.mask_id, id]).removeprefix(tokenizer.mask_token)
     return text.strip(), text[:1].isspace()
