@@ -1,16 +1,14 @@
 """A comparison for people: `compare.html`, and the rows and lines that the terminal shows too."""
 
-import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from mlmkit.errors import UserError, require
+from mlmkit.eval.compare import ROUNDING, distance
 from mlmkit.eval.display import SLICE_METRICS
 from mlmkit.eval.metrics import describe_unknown
 from mlmkit.eval.pages import render
-
-ROUNDING = 1e-6  # scores are float32
 
 Row = dict[str, Any]
 
@@ -67,19 +65,11 @@ def _named_rows(other: dict[str, Any]) -> Iterator[tuple[str, Row]]:
 
 def differing_rows(other: dict[str, Any]) -> tuple[list[tuple[str, Row]], str]:
     """The rows where A and B differ by more than rounding, and a line about the others, "" if there are none."""
-    gaps = [(_gap(row), name, row) for name, row in _named_rows(other)]
+    gaps = [(distance(row), name, row) for name, row in _named_rows(other)]
     agreed = [gap for gap, _, _ in gaps if gap <= ROUNDING]
     largest = f"to {max(agreed):.0e}" if any(agreed) else "exactly"
     line = f"A and B agree {largest} in {len(agreed)} of {len(gaps)} rows" if agreed else ""
     return [(name, row) for gap, name, row in gaps if gap > ROUNDING], line
-
-
-def _gap(row: Row) -> float:
-    """How far A and B, or an end of the interval, are apart; relative to values above 1."""
-    if row["difference"] is None:
-        return math.inf
-    widest = max(abs(row[name] or 0) for name in ("difference", "low", "high"))
-    return widest / max(1.0, abs(row["a"]), abs(row["b"]))
 
 
 def measured_on(row: Row) -> str:

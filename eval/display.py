@@ -4,7 +4,7 @@ The report, the comparison, the model card and the terminal share them.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -99,3 +99,23 @@ def p_value(value: float | None) -> str:
     """A p-value; the smallest that the bootstrap can give is shown as a bound."""
     lowest = 2 / (RESAMPLES + 1)
     return f"< {lowest:.3f}" if value == lowest else number(value, "{:.3f}")
+
+
+def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]], align: str = "") -> str:
+    """A Markdown table whose columns line up as text too. `align` has "l" or "r" per column; the rest are "l".
+
+    Cells cannot break out of the table or act as HTML: names of sets and models come from users.
+    """
+    lines = [[markdown_cell(cell) for cell in row] for row in (header, *rows)]
+    widths = [max(3, *map(len, column)) for column in zip(*lines, strict=True)]
+    is_right = [letter == "r" for letter in align.ljust(len(widths), "l")]
+    lines.insert(1, ["-" * (width - right) + ":" * right for width, right in zip(widths, is_right, strict=True)])
+    return "".join(
+        f"| {' | '.join(cell.rjust(width) if right else cell.ljust(width) for cell, width, right in cells)} |\n"
+        for cells in (zip(line, widths, is_right, strict=True) for line in lines)
+    )
+
+
+def markdown_cell(text: str) -> str:
+    """Text that cannot break out of a cell or act as HTML."""
+    return "".join(char for char in text.replace("|", "\\|").replace("<", "&lt;") if char.isprintable())

@@ -112,3 +112,9 @@ def main_metric(result: Result) -> str:
     """
     declared = (result["set"] or {}).get("metric")
     return declared if declared in result["metrics"] else next(iter(result["metrics"]))
+
+
+def sample_size(result: Result, metric: str) -> int:
+    """What a metric is measured on: documents, or items; for a correlation the items that have the human number."""
+    items = result.get("items", {})
+    return items.get("correlated", {}).get(metric) or items.get("items") or result["corpus"]["documents"]

@@ -280,12 +280,21 @@ def run_bash(script: str, folder: Path, variables: dict[str, str]) -> subprocess
 
 @pytest.mark.parametrize(
     ("words", "expected"),
-    [("ev", {"eval"}), ("eval --mask", {"--mask-seed", "--mask-seeds", "--mask-prob"}), ("x", set())],
+    [
+        ("ev", {"eval"}),
+        ("eval --mask", {"--mask-seed", "--mask-seeds", "--mask-prob"}),
+        ("eval run --backend = t", {"torch", "tensorrt"}),  # bash splits words at "="
+        ("eval run --set wikit", {"wikitext-2", "wikitext-103", "wikitalk.txt"}),
+        ("train --set optim.l", {"optim.lr="}),
+        ("x", set()),
+    ],
 )
 def test_bash_completes(shell, tmp_path, words, expected):
+    (tmp_path / "wikitalk.txt").touch()
     script = f"""
+    compopt() {{ :; }}  # bash allows it only while it completes
     eval "$(_MLMKIT_COMPLETE=bash_source mlmkit)"
-    COMP_WORDS=(mlmkit {words}); COMP_CWORD=$((${{#COMP_WORDS[@]}} - 1)); _mlmkit_completion mlmkit
+    COMP_WORDS=(mlmkit {words}); COMP_CWORD=$((${{#COMP_WORDS[@]}} - 1)); _mlmkit_completion mlmkit {words.split()[-1]}
     printf '%s\\n' "${{COMPREPLY[@]}}"
     """
     done = run_bash(script, tmp_path, {})

@@ -406,7 +406,9 @@ def test_results_of_items_are_printed_reported_and_compared(checkpoint, artifact
         assert "x_n_spearman" in (tmp_path / name / "report.html").read_text().replace(" ", "_")
     found = run_json(capsys, "compare", tmp_path / "a", tmp_path / "b", "--output", tmp_path / "compare")
     metrics = found["comparisons"][0]["metrics"]
-    assert {"choice_accuracy", "x", "x_n_spearman", "x_n_pearson", "x_n_r2_gain"} == set(metrics)
+    assert {"choice_accuracy", "choice_accuracy_macro", "x", "x_n_spearman", "x_n_pearson", "x_n_r2_gain"} == set(
+        metrics
+    )
     assert metrics["x_n_spearman"]["items"] == 8
     assert [metrics[name]["better"] for name in ("x", "x_n_r2_gain", "x_n_spearman")] == ["higher", "higher", "neither"]
     assert found["comparisons"][0]["items"]["groups"]["paradigms"]["g1"]["choice_accuracy"]["items"] == 4

@@ -13,6 +13,7 @@ from conftest import run
 from training import write_config
 from transformers import AutoModelForMaskedLM
 
+from mlmkit.cli.completion import setting_keys
 from mlmkit.errors import UserError
 from mlmkit.locations import Source
 from mlmkit.model import MaskedLM
@@ -119,6 +120,8 @@ def test_the_template_has_every_setting_with_its_default(tmp_path, capsys):
         for key, default in known[table].items():
             if default is not None and key not in ("train", "source"):
                 assert everything[table][key] == (list(default) if isinstance(default, tuple) else default), key
+    settings = {f"{table}.{key}=" for table in known.keys() - {"held_out", "phase"} for key in known[table]}
+    assert settings == {*setting_keys(), "data.source="}  # what the shell completes
 
 
 def test_the_template_takes_no_other_option(capsys):

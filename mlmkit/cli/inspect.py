@@ -17,13 +17,14 @@ Rows = list[tuple[str, str]]
 
 @option_class
 class InspectOptions(JsonOption):
-    artifact: Path = argument(type=PATH)
+    artifact: Path = argument("Folder that mlmkit export wrote.", type=PATH)
 
 
 @command(InspectOptions)
 def inspect(options: InspectOptions) -> None:
-    """Show ARTIFACT, check its files, and say what can run it here.
+    """Check ARTIFACT and show what can run it.
 
+    Shows what the artifact holds, compares its files with their digests, and tries the engines of this machine.
     Exit code 0 if it is exactly what was exported, 1 if it is damaged, 2 if it is not an artifact.
     """
     from mlmkit.inspection import inspect as run_inspection
