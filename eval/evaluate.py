@@ -126,7 +126,7 @@ def _score_pass(
 
 
 def _identity(backend: Backend, data: EvalData, settings: Settings, declared: EvalSet | None) -> dict[str, Any]:
-    """What a call must share with an unfinished evaluation to resume it. A different batch size is fine."""
+    """Everything that must be equal for a call to resume an unfinished evaluation. A different batch size is fine."""
     return {
         "format": RESULT_FORMAT,
         "text": data.corpus.fingerprint,
@@ -241,7 +241,7 @@ def _build_result(
             result["mask_seeds"] = {"by_seed": by_seed, "spread": seed_spread(measured.by_seed)}
     if "items" in result and declared and declared.metric and declared.metric not in result["metrics"]:
         known = ", ".join(result["metrics"])
-        raise UserError(f"{declared.name} has no metric {declared.metric!r} that could be its main one: it has {known}")
+        raise UserError(f"{declared.name} cannot have the main metric {declared.metric!r}: choose {known}")
     if corpus.unknown_share > UNKNOWN_LIMIT:
         for name in result["metrics"].keys() & PER_TEXT:
             result["metrics"][name] = {"value": None, "low": None, "high": None}

@@ -183,7 +183,7 @@ def test_unusable_pairs_are_named(tmp_path):
         read_pairs(str(tmp_path / "a.csv"), PairColumns())
     for content in ('{"s": "ab", "l": [1, 0]}', '{"s": ["a"], "l": [1, 0]}', '{"s": ["a", "b"], "l": 1}'):
         path.write_text(content)
-        with pytest.raises(UserError, match="not lists of one length"):
+        with pytest.raises(UserError, match="not lists of the same length"):
             read_pairs(str(path), PairColumns(good="s", bad="s", label="l"))
     (tmp_path / "a.txt").write_text("a\n")
     with pytest.raises(UserError, match="read from"):

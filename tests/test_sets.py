@@ -376,7 +376,7 @@ def test_languages_without_a_place_are_refused(birds):
     text = path.read_text()
     for wrong in (text.replace("{language}", "pt"), text.replace('languages = ["pt", "en"]\n', "")):
         path.write_text(wrong)
-        with pytest.raises(UserError, match=r"birds\.toml: languages and \{language\} in hub or local go together"):
+        with pytest.raises(UserError, match=r"birds\.toml: give both languages and \{language\} in hub or local"):
             read_set(path)
 
 
