@@ -36,7 +36,7 @@ class StoppedError(Exception):
 
 
 def install_hint(extra: str) -> str:
-    """Return the command that installs an extra. No package index has mlmkit yet, so it is that of a clone."""
+    """Return the command that installs an extra. No package index has mlmkit yet, so the command is for a clone."""
     return f"pip install '.[{extra}]' in a clone of mlmkit"
 
 

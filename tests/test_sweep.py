@@ -144,5 +144,5 @@ def made_up(**settings: list) -> list[dict]:
 )
 def test_a_plot_takes_any_setting(tmp_path, settings):
     plots = pytest.importorskip("mlmkit.eval.plots")
-    plots.sweep_curves(made_up(**settings), "2", tmp_path / "sweep.png")
+    plots.sweep_curves(made_up(**settings), "2", "held.txt", tmp_path / "sweep.png")
     assert (tmp_path / "sweep.png").stat().st_size > 10_000

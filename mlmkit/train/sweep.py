@@ -1,7 +1,7 @@
 """A sweep: one training run per value of some settings, compared on the same held-out masks in a table and a plot.
 
-Each is an ordinary run of `train`, so it can be resumed, and a finished one is kept. The held-out masks are mask-v1's
-default recipe, whatever a run masks its training text with.
+Each run is an ordinary run of `train`, so it can be resumed, and a finished one is kept. The held-out masks are
+mask-v1's default recipe, whatever a run masks its training text with.
 """
 
 import logging
@@ -143,7 +143,7 @@ def _compare(rows: list[dict[str, Any]], trials: Sequence[Trial], output: Path) 
     if can_draw(output / "sweep.png"):
         from mlmkit.eval.plots import sweep_curves
 
-        sweep_curves(evaluated, result["best"], output / "sweep.png")
+        sweep_curves(evaluated, result["best"], Path(result["held_out"]).name, output / "sweep.png")
     return result
 
 
