@@ -23,6 +23,8 @@ $(VENV_PYTHON):
 	@$(PYTHON) -m venv .venv || \
 		{ rm -rf .venv; echo "python -m venv failed: on Debian and Ubuntu, apt install python3-venv"; exit 1; }
 
+# pip of constraints.txt needs half the processor time of the one in Python 3.11: 30 instead of 60 s for the demo.
+# setuptools warns at length about every editable installation.
 # These marks depend on the package lists: a second run costs nothing, and a changed list installs again.
 $(INSTALLED): EXTRAS := dev
 $(INSTALLED): SIZE := 3 GB on disk, several minutes
@@ -30,8 +32,8 @@ $(DEMO_INSTALLED): EXTRAS := train,serve,report
 $(DEMO_INSTALLED): SIZE := 1.6 GB on disk, one to three minutes
 $(INSTALLED) $(DEMO_INSTALLED): pyproject.toml constraints.txt | $(VENV_PYTHON)
 	@echo "Installing mlmkit with its packages for $(EXTRAS) into .venv: $(SIZE)"
-	@$(PIP_INSTALL) setuptools
-	@$(PIP_INSTALL) --no-build-isolation --editable '.[$(EXTRAS)]'
+	@$(PIP_INSTALL) --quiet pip setuptools
+	@PYTHONWARNINGS=ignore $(PIP_INSTALL) --no-build-isolation --editable '.[$(EXTRAS)]'
 	@touch $@
 
 # The environment of the tests, where it exists, has all that the demo needs.

@@ -40,6 +40,7 @@ HEADLINES = {  # the cards of the report: label, unit, format
     "pseudo_perplexity_first": ("pseudo-perplexity", "first sentences", PERPLEXITY),
     "pseudo_perplexity_second": ("pseudo-perplexity", "second sentences", PERPLEXITY),
 }
+CORRELATIONS = {"_spearman": "Spearman's correlation", "_pearson": "Pearson's correlation", "_r2_gain": "gain of R²"}
 SLICINGS = {
     "frequency": ("token frequency", "How often the token occurs in this corpus."),
     "position": ("position", "Tokens before it in its document."),
@@ -58,7 +59,10 @@ SLICE_COLUMNS = {  # of the report's tables of slices; the first is drawn as a b
 
 
 def headline(name: str) -> tuple[str, str, str]:
-    """Label, unit and format of a metric. A correlation's label is its name."""
+    """Label, unit and format of a metric. A correlation's label is the name that its set gives it."""
+    for suffix, statistic in CORRELATIONS.items():
+        if name.endswith(suffix):
+            return name.removesuffix(suffix).replace("_", " "), statistic, SMALL
     return HEADLINES.get(name, (name.replace("_", " "), "", SMALL))
 
 
@@ -83,9 +87,10 @@ def number(value: float | None, form: str = SMALL) -> str:
     return (form if abs(value) < LARGEST else re.sub(r",?\.[24]f", ".3e", form)).format(value)
 
 
-def signed(value: float | None) -> str:
-    """A difference; small ones in scientific notation."""
-    return number(value, "{:+.1e}" if value and abs(value) < 1e-3 else "{:+.4f}")
+def signed(value: float | None, form: str = SMALL) -> str:
+    """A difference of values in this format; small ones in scientific notation."""
+    is_small = form == SMALL and value and abs(value) < 1e-3
+    return number(value, "{:+.1e}" if is_small else form.replace("{:", "{:+"))
 
 
 def span(metric: Mapping[str, Any], form: str = "") -> str:

@@ -8,6 +8,7 @@ import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from difflib import get_close_matches
 from pathlib import Path
 
 from mlmkit.errors import UserError
@@ -242,8 +243,10 @@ def find_set(
     if not name.startswith(HUB):
         path = Path(name)
         if not path.exists() and not path.suffix and path.name == name:
-            known = ", ".join(item.usage for item in built_in_sets())
-            raise UserError(f"no set or file {name!r}: the sets are {known}")
+            known = [item.usage for item in built_in_sets()]
+            guess = get_close_matches(name, known, n=2)
+            hint = f"did you mean {' or '.join(guess)}?" if guess else f"the sets are {', '.join(known)}"
+            raise UserError(f"no set or file {name!r}: {hint}")
         if not is_tokens(name):
             find_files(Source(name))
     label = Path(name.replace(":", "-").replace("#", "-")).stem

@@ -270,8 +270,10 @@ def test_mistakes_in_a_declaration_are_named(content, message, tmp_path):
 
 
 def test_a_set_that_is_not_known_is_named():
-    with pytest.raises(UserError, match="the sets are"):
+    with pytest.raises(UserError, match="did you mean wikitext-2"):
         find_set("wikitex-2")
+    with pytest.raises(UserError, match="the sets are"):
+        find_set("xyz")
 
 
 def test_a_set_with_strip_is_the_same_from_a_file_and_from_rows(checkpoint, tmp_path):

@@ -307,8 +307,8 @@ def test_the_document_describes_everything_and_its_requests_work(kind, served):
 CARDS = {
     "": ("", ""),
     "---\nlanguage: [pt, en]\nwidget:\n- text: a [MASK]\n---\n": ("a [MASK]", ""),
-    "---\nlanguage: pt\nwidget: [{src: a.png}, b [MASK], {text: [c]}]\n---\n": ("", "pt"),
-    "---\nlanguage: no\nwidget: {text: d [MASK]}\n---\n": ("d [MASK]", ""),  # YAML reads no as false
+    "---\nlanguage: pt\nwidget: [{src: a.png}, b, {text: [c]}]\n---\n": ("", "pt"),
+    "---\nlanguage: no\nwidget: {text: 'd [MASK]'}\n---\n": ("d [MASK]", ""),  # YAML reads no as false
     "---\nlanguage: [\n---\n": ("", ""),
     "---\n- a\n---\n": ("", ""),
 }

@@ -10,7 +10,7 @@ from mlmkit.cli.options import PATH, JsonOption, argument, command, option, opti
 from mlmkit.console import print_json, print_table, say
 from mlmkit.errors import UserError, require
 
-STDOUT = "-"  # --table without a file
+STDOUT = Path("-")  # --table without a file
 
 
 @option_class
@@ -21,13 +21,14 @@ class CompareOptions(JsonOption):
         required=True,
         metavar="RESULT_A RESULT_B [RESULT ...]",
     )
-    table: tuple[str, ...] = option(
+    table: tuple[Path, ...] = option(
         "--table",
         "Print a table of all models by all sets in Markdown, or write it to FILE (.md, .csv, .html). Repeatable. A "
         "RESULT may then be a folder that holds results.",
+        type=PATH,
         multiple=True,
         is_flag=False,
-        flag_value=STDOUT,
+        flag_value=str(STDOUT),
         metavar="[FILE]",
     )
     output: Path | None = option("--output", "Folder to write compare.html to.", type=PATH, metavar="OUTPUT")
@@ -43,6 +44,7 @@ def compare(options: CompareOptions) -> None:
     \b
     For example:
       mlmkit compare result-a result-b --output comparison
+      mlmkit compare results-a results-b results-c --table table.html
 
     Shows each metric's difference with its paired interval and p-value, overall and by slice, and the tokens where the
     two differ most. Refuses results on different text or with different masks.
@@ -73,7 +75,7 @@ def _print_table(options: CompareOptions) -> None:
 
     if options.output:
         raise click.UsageError("--output is for the page of a comparison: name the table's file, --table FILE.html.")
-    paths = [Path(name) for name in options.table if name != STDOUT]
+    paths = [path for path in options.table if path != STDOUT]
     for path in paths:
         check_path(path)
     table = results_table([Path(item) for item in options.results])

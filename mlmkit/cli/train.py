@@ -31,7 +31,7 @@ class DemoOptions:
 def demo(options: DemoOptions) -> None:
     """Try everything in a few minutes.
 
-    On Python's own documentation: trains a tokenizer and a small BERT, exports it to ONNX with a parity check,
+    Trains a tokenizer and a small BERT on Python's own documentation, exports the model to ONNX with a parity check,
     evaluates both on held-out documents with the same masks, and fills a few masks.
 
     Run the same command again to resume after an interruption.
