@@ -93,7 +93,7 @@ def _open_or_make(source: Source, tokenizer: Tokenizer, folder: Path, *, words: 
 
 
 def _make(source: Source, tokenizer: Tokenizer, folder: Path, *, words: bool) -> StoredCorpus:
-    """Tokenise a text into the cache. What a killed process has done is kept, of a text that cannot be read nothing."""
+    """Tokenise a text into the cache. A killed process leaves its work there, a text that cannot be read nothing."""
     try:
         plan = plan_corpus(source, tokenizer, folder, words=words, restart=True)
         for index in range(len(plan.splits)):

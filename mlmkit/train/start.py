@@ -129,11 +129,11 @@ def _begin_or_check(config: Config, run: Path, ranks: Ranks, start_from: Path | 
         _check_models(config, tokenizer, last, cursor.phase if cursor else 0)
         _check_rows(config, tokenizer, texts)
         write_record(run / RUN, now)
-        log.info("%s resumes; settings of what it has not begun have changed", run)
+        log.info("%s resumes; settings that do not affect past steps were changed", run)
     elif cursor or (run / "model").exists():
         raise UserError(f"{run} was begun with another {difference}: choose another --output, or delete that folder")
     else:
-        log.info("%s was begun with another %s and has no checkpoint: beginning anew", run, difference)
+        log.info("%s was begun with another %s and has no checkpoint: starting over", run, difference)
         return _begin(config, run, start_from)
     return texts, held_out
 
