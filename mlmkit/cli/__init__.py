@@ -13,7 +13,7 @@ from importlib import import_module
 import click
 
 from mlmkit import __version__
-from mlmkit.console import printable
+from mlmkit.console import MessageFormatter, MessageHandler, printable
 from mlmkit.distributed import RESUME
 from mlmkit.errors import CheckError, EndedElsewhereError, StoppedError, UserError
 
@@ -33,13 +33,6 @@ MODULES = {  # of each command, in the order in which they are used
     "fill": "inference",
     "serve": "inference",
 }
-
-
-class _PrintableFormatter(logging.Formatter):
-    """Escapes messages, which quote names and texts from anyone. Tracebacks (--verbose) keep their lines."""
-
-    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802
-        return printable(super().formatMessage(record))
 
 
 class _Commands(click.Group):
@@ -64,8 +57,8 @@ def cli(verbose: bool) -> None:
     MODEL is a Hugging Face checkpoint (a folder or a hub name), the folder of a finished training run, or an artifact
     that `mlmkit export` wrote. Results go to standard output; progress and messages go to standard error.
     """
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(_PrintableFormatter())
+    handler = MessageHandler()
+    handler.setFormatter(MessageFormatter())
     logging.basicConfig(level=logging.DEBUG if verbose else logging.WARNING, handlers=[handler])
     logging.getLogger("mlmkit").setLevel(logging.DEBUG if verbose else logging.INFO)
     if not verbose:

@@ -312,8 +312,22 @@ def _list_sets(data: Path | None, as_json: bool) -> None:
     if as_json:
         print_json({"sets": rows})
         return
-    columns = ("name", "task", "language", "available", "description")
-    print_table([[row[name] for name in columns] for row in rows], columns)
+    cells = []
+    for row in rows:
+        name, language = row["name"].partition(":")[0], len(row["languages"]) or row["language"]
+        cells.append([name, row["task"], language, row["available"], row["description"]])
+    print_table(cells, ["name", "task", "language", "source", "description"], crop=True)
+    say("")
+    legend = {
+        "local": f"found in the data folder, {data}"
+        if data
+        else "found in the data folder: --data-dir or $MLMKIT_DATA",
+        "hub": "downloaded from the Hugging Face Hub on first use",
+        "missing": "eval MODEL --set NAME says what to put where in the data folder",
+        "a number": "so many languages: name one, as in --set multiblimp:por",
+    }
+    print_table(legend.items())
+    say("Descriptions and licences: docs/sets.md, or --list-sets --json")
 
 
 def _print_result(result: "Result", *, by_paradigm: bool = False) -> None:

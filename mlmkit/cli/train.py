@@ -102,7 +102,7 @@ def train(options: TrainOptions) -> None:
                 for line in [*([f"phase {name}"] if name else []), *lines(report)]:
                     say(line)
     elif options.output and options.sweeps:
-        from mlmkit.train.sweep import check, make_trials, sweep, table
+        from mlmkit.train.sweep import check, make_trials, sweep
 
         with said_once():
             trials = make_trials(options.config, options.overrides, options.sweeps, base)
@@ -110,8 +110,7 @@ def train(options: TrainOptions) -> None:
             if options.as_json:
                 print_json(results)
             else:
-                for line in table(results).splitlines():
-                    say(line)
+                _print_sweep(results, options.output)
             check(results)
     elif options.output:
         from mlmkit.train.loop import train as run_training
@@ -121,6 +120,19 @@ def train(options: TrainOptions) -> None:
         if os.environ.get("RANK", "0") == "0":
             outcome = summarise(options.output, settings)
             print_json(outcome) if options.as_json else _print_summary(outcome)
+
+
+def _print_sweep(results: dict[str, Any], output: Path) -> None:
+    from mlmkit.train.sweep import ACCURACY, INTERVAL, explain, table
+
+    header, *rows = table(results)
+    print_table(rows, header, align="r" * (len(header) - 1), expendable=(ACCURACY, INTERVAL))
+    for line in explain(results):
+        say(line)
+    say("")
+    plot = {"plot": output / "sweep.png"} if (output / "sweep.png").exists() else {}
+    lowest = {"lowest loss": output / results["lowest"] / "model"}
+    print_table(({"table": output / "sweep.md", "details": output / "sweep.json"} | plot | lowest).items())
 
 
 def _print_summary(summary: dict[str, Any]) -> None:
