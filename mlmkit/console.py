@@ -108,5 +108,5 @@ def _fold(text: str, width: int, *, crop: bool) -> list[str]:
 
 
 def number(value: float | None) -> str:
-    """A number with four decimals; a dash for None."""
-    return "-" if value is None else f"{value:.4f}"
+    """A number with four decimals, none above 10,000; a dash for None."""
+    return "-" if value is None else f"{value:.4f}" if abs(value) < 1e4 else f"{value:.0f}"

@@ -22,7 +22,7 @@ from mlmkit.errors import UserError
 from mlmkit.model import MaskedLM
 from mlmkit.train import log as training_log
 from mlmkit.train.config import Config, DataConfig, RunConfig
-from mlmkit.train.cost import dry_run, flops_per_token, lines, peak_flops
+from mlmkit.train.cost import dry_run, figures, first_texts, flops_per_token, peak_flops
 from mlmkit.train.log import TrainingLog, check_loggers, draw_loss, read_log
 
 DIGEST = "1c044900ad748e10e57622261079d324"
@@ -317,9 +317,10 @@ def test_the_decoded_batch_is_the_text(tmp_path, text_file, architecture):
 
 def test_the_console_shows_a_part_of_it(tmp_path, text_file):
     found = dry_run(write_config(tmp_path, text_file, "bert-tiny", "model.max_length=16"))[""]
-    shown = lines(found)
-    assert shown[0].startswith(f"model       bert-tiny, {found.parameters / 1e3:.3g} k parameters")
-    assert any(line.startswith("time ") and "s per step" in line for line in shown)
+    shown = figures(found)
+    assert shown["model"].startswith(f"bert-tiny, {found.parameters / 1e3:.3g} k parameters")
+    assert "s per step" in shown["time"]
+    shown = first_texts(found)
     assert shown[-1] == f"  and {len(found.first_batch) - 6} more documents"
     assert max(map(len, shown)) <= 403
 

@@ -229,6 +229,7 @@ def _evaluate_every(
             [[*places[step], *(cells.get((name, step), "-") for name in columns)] for step in sorted(places)],
             ["checkpoint", "tokens", "words", *(f"{name} {metric}" for name, metric in columns.items())],
             align="l" + "r" * (2 + len(columns)),
+            expendable=("words", "tokens"),
         )
         say(f"results: {output}")
     ranks.close()
@@ -251,7 +252,8 @@ def _finish_suite(
         for row in record["sets"]:
             published = next((f"{number(each['value'])} {each['model']}" for each in row["published"]), "")
             rows.append([row["set"], row["metric"], *_value(row), row["n"], published])
-        print_table(rows, ["set", "metric", "value", "95 % interval", "n", "published"], align="llrlrl")
+        header = ["set", "metric", "value", "95 % interval", "n", "published"]
+        print_table(rows, header, align="llrlrl", expendable=("n", "metric"))
     if predictions := _predictions(options, suite):
         for folder, content in zip(folders, contents, strict=True):
             written = predictions.write(folder.name, content, folder)

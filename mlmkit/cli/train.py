@@ -91,7 +91,7 @@ def train(options: TrainOptions) -> None:
             raise UserError("--output is missing: name the run folder")
         require("train", "torch", "transformers", "safetensors")
     if options.dry_run:
-        from mlmkit.train.cost import dry_run, lines
+        from mlmkit.train.cost import dry_run, figures, first_texts
 
         reports = dry_run(settings, options.start_from)
         if options.as_json:
@@ -99,7 +99,10 @@ def train(options: TrainOptions) -> None:
             print_json(tables.get("", tables))
         else:
             for name, report in reports.items():
-                for line in [*([f"phase {name}"] if name else []), *lines(report)]:
+                if name:
+                    say(f"phase {name}")
+                print_table(figures(report).items())
+                for line in first_texts(report):
                     say(line)
     elif options.output and options.sweeps:
         from mlmkit.train.sweep import check, make_trials, sweep
@@ -181,7 +184,6 @@ def average(options: AverageOptions) -> None:
     if options.as_json:
         print_json({"model": model, "checkpoints": averaged, "shares": shares})
         return
-    for checkpoint, share in zip(averaged, shares, strict=True):
-        say(f"{share:7.2%}  {checkpoint}")
+    print_table([(f"{share:.2%}", checkpoint) for checkpoint, share in zip(averaged, shares, strict=True)], align="r")
     say(f"model: {model}")
     say(f"evaluate it: mlmkit eval {shlex.quote(model)} --set TEXT --output RESULT")

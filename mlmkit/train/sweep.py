@@ -139,8 +139,8 @@ def _compare(rows: list[dict[str, Any]], trials: Sequence[Trial], output: Path) 
     lowest = min(evaluated, key=lambda row: row[METRIC]["value"])
     name, source = next(iter(trials[0].config.held_out_sources.items()))
     for row in evaluated:
-        runs = [output / each["run"] for each in (lowest, row)]
-        row["above_lowest"] = None if row is lowest else _difference(*runs, name)
+        pair = output / lowest["run"], output / row["run"]
+        row["above_lowest"] = None if row is lowest else _difference(*pair, name)
     result = {
         "metric": METRIC,
         "held_out": source.name,
