@@ -20,6 +20,7 @@ DOCS = ROOT / "docs"
 PAGES = {"contributing.md": "CONTRIBUTING.md", "changelog.md": "CHANGELOG.md", "recipes.md": "recipes/README.md"}
 REPOSITORY = "https://github.com/mlmkit/mlmkit"
 HELP, SETTINGS = "<!-- help of every command -->", "<!-- every setting -->"
+OPTION = re.compile(r"(?<![\w!\"#-])--[a-z][\w-]*")  # in a text, not in an anchor or a comment
 # Code comes first in the pattern, so that anything like a link inside code is skipped.
 CODE_OR_LINK = re.compile(r"^(?:```|~~~).*?^(?:```|~~~)|`+[^`]+`+|(?<=\]\()(?P<target>[^()\s]+)(?=\))", re.M | re.S)
 
@@ -46,9 +47,14 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     return page_text.replace(SETTINGS, f"```toml\n{settings}```")
 
 
+def on_page_content(html: str, **_: Any) -> str:
+    """Keep an option such as `--output` on one line: browsers break a word after each hyphen."""
+    return OPTION.sub(r'<span class="option">\g<0></span>', html)
+
+
 def commands_help() -> str:
     """Return one section per command with its `--help` text, as Markdown."""
-    group = click.Context(cli, info_name="mlmkit", **{**cli.context_settings, "terminal_width": 96})
+    group = click.Context(cli, info_name="mlmkit", **{**cli.context_settings, "terminal_width": 92})
     commands = {name: cli.get_command(group, name) for name in cli.list_commands(group)}
     contexts = [group, *(click.Context(found, group, name) for name, found in commands.items() if found)]
     return "\n".join(f"### {each.command_path}\n\n```text\n{each.get_help()}\n```\n" for each in contexts)

@@ -44,8 +44,9 @@ def measure(options: argparse.Namespace) -> Report:
     return Report(
         [table(name, records(sizes, rows)) for name, rows in figures.items()],
         [
-            f"Linear is {' : '.join(f'{times / options.times[0]:g}' for times in options.times)} in seconds. "
-            "Evaluation works in parts of about 262,144 tokens: a text smaller than one part takes less memory."
+            f"Linear growth would be {' : '.join(f'{times / options.times[0]:g}' for times in options.times)} in "
+            "seconds. Evaluation works in parts of about 262,144 tokens: a text smaller than one part takes less "
+            "memory."
         ],
         figures=figures,
     )
@@ -59,7 +60,7 @@ def records(sizes: list[str], rows: list[dict[str, float]]) -> list[dict[str, ob
             "tokens": row["tokens"],
             "seconds": row["seconds"],
             "tokens/s": row["tokens"] / row["seconds"],
-            "x the first's": row["seconds"] / rows[0]["seconds"],
+            "seconds, x the first row": row["seconds"] / rows[0]["seconds"],
             "peak above the start, MiB": row["growth"],
         }
         for size, row in zip(sizes, rows, strict=True)

@@ -11,11 +11,14 @@ from processes import ROOT
 REMOVED_AT = "20ba236"  # the last commit with the scripts whose question docs/decisions.md answers
 # What README quotes, by its key: a description and a unit. Values with "x" are medians of the ratios within a round.
 HEADLINES = {
-    "train_times_trainer_paragraphs": ("training, real tokens/s, a document per example", "x transformers.Trainer"),
+    "train_times_trainer_paragraphs": (
+        "training, real tokens/s, Trainer with one document per example",
+        "x transformers.Trainer",
+    ),
     "train_times_trainer_by_length": ("the same, Trainer grouping by length", "x transformers.Trainer"),
     "train_times_run_mlm": ("the same, Trainer on run_mlm.py's full rows", "x transformers.Trainer"),
     "pll_times_as_fast": ("exact pseudo-log-likelihood, ONNX Runtime", "x the plain loop"),
-    "pll_share_of_floor": ("the same, of the matrix products' floor", ""),
+    "pll_share_of_floor": ("the same, as a share of the hardware limit", ""),
     "pll_int8_times_as_fast": ("the same in dynamic int8", "x the plain loop"),
     "pairs_onnx_times_as_fast": ("minimal pairs, ONNX Runtime", "x every row in batches of 2,048"),
     "masked_times_as_fast": ("masked cross-entropy of documents, ONNX Runtime", "x transformers"),
@@ -23,13 +26,13 @@ HEADLINES = {
     "optimum_8x128_times_as_fast": ("scoring 8 x 128 tokens", "x optimum-onnx's graph"),
     "optimum_32x128_times_as_fast": ("scoring 32 x 128 tokens", "x optimum-onnx's graph"),
     "serve_64_times_as_fast": ("serving, 64 connections, requests/s", "x transformers.pipeline behind FastAPI"),
-    "serve_overhead_ms": ("what the server adds to a request on one connection", "ms"),
-    "fill_seconds": ("`mlmkit fill`, BERT-base, a fresh process", "s"),
+    "serve_overhead_ms": ("time that the server adds to a request, one connection", "ms"),
+    "fill_seconds": ("`mlmkit fill`, BERT-base, a new process", "s"),
     "pipeline_seconds": ("transformers.pipeline, the same", "s"),
     "help_seconds": ("`mlmkit --help`", "s"),
     "import_seconds": ("`import mlmkit`", "s"),
-    "loss_memory_ratio": ("a training step's memory at a vocabulary of 64,000, logits everywhere", "x mlmkit's"),
-    "pack_fill_8192": ("how full packs of 8,192 tokens are", ""),
+    "loss_memory_ratio": ("memory of a training step with logits everywhere, vocabulary of 64,000", "x mlmkit's"),
+    "pack_fill_8192": ("fill of packs of 8,192 tokens", ""),
     "mask_seconds_a_million_tokens": ("masks and digest of a million tokens", "s"),
 }
 
@@ -46,10 +49,11 @@ def render(results: dict[str, Any], name: str) -> str:
         f"{results['processor']}, {results['cores']} cores. {versions}. Text: {results['text']}. "
         f"All benchmarks together took {results['seconds'] / 60:.0f} minutes.",
         "",
-        "Contestants take turns, each in a process of its own, after a warm-up. Tables show medians; ratios are taken "
-        "within a round and shown as median (least to most). Models have random weights, as times do not depend on "
-        "the weights. Other work on the machine slows all contestants equally, so ratios are more reliable than "
-        "seconds. Trainings of hours, longer loads and what GPUs would add: [runs](runs.md).",
+        "Contestants take turns, each in its own process, after a warm-up. Tables show medians; ratios are computed "
+        "within a round and shown as median (least to most). Models have random weights, because speed does not depend "
+        "on the weights. The hardware limit is the time of the model's matrix products at the best rate that torch "
+        "reaches here. Other work on the machine slows all contestants equally, so ratios are more reliable than "
+        "seconds. Complete trainings and long load tests are in [runs](runs.md).",
         "",
     ]
     headlines = headlines_of(results)
@@ -70,10 +74,10 @@ def render(results: dict[str, Any], name: str) -> str:
     dry = {script: report for script, report in reports.items() if report["is_dry_run"]}
     if dry:
         ran = [f"`{script}`" + (" (**failed**)" if "failed" in report else "") for script, report in dry.items()]
-        lines += ["## Only tried out", "", f"With `--quick`, whose figures mean nothing: {', '.join(ran)}.", ""]
+        lines += ["## Dry runs", "", f"These ran with `--quick`, so their figures mean nothing: {', '.join(ran)}.", ""]
     if results["left_out"]:
         names = ", ".join(f"`{script}`" for script in results["left_out"])
-        lines += ["## Left out", "", f"Of this run (`--only`): {names}.", ""]
+        lines += ["## Left out", "", f"Not part of this run (`--only`): {names}.", ""]
     return "\n".join(lines)
 
 

@@ -7,9 +7,9 @@ torch, each in a process of its own. Three ways take turns:
 - distinct rows in batches of that size, as `mlmkit eval` makes them,
 - distinct rows in batches of today's size.
 
-Their scores must agree: to the bit on ONNX Runtime, within `BOUND` on torch. The floor is the encoder's matrix products
-for every row, at the fastest rate that torch reaches here. Heads, attention and the rest come on top; rows that are
-scored once save from it.
+Their scores must agree: to the bit on ONNX Runtime, within `BOUND` on torch. The hardware limit is the
+encoder's matrix products for every row, at the fastest rate that torch reaches here. Heads, attention and the rest come
+on top of it; a row that is scored once instead of twice saves time.
 
 The pairs are the first `--first` of blimp-filtered if MLMKIT_DATA has BLiMP (a sample of `--pairs` of them), or else
 made from Python's documentation: a sentence, and the same with another word in one place.
@@ -131,8 +131,8 @@ def measure(options: argparse.Namespace) -> Report:
     seconds = {key: [each.seconds for each in taken] for key, taken in passes.items()}
     fast = {key: ratios(times, seconds[key[0], EVERY]) for key, times in seconds.items()}
     least = passes["onnx", EVERY][0].tokens / floor
-    records: list[dict[str, object]] = [{"": f"floor of every row, {max(rates) / 1e9:.0f} GFLOP/s"}]
-    records[0] |= {"pairs/s": len(pairs) / least, "share of the floor": 1.0}
+    records: list[dict[str, object]] = [{"": f"hardware limit, every row, {max(rates) / 1e9:.0f} GFLOP/s"}]
+    records[0] |= {"pairs/s": len(pairs) / least, "share of the limit": 1.0}
     for (backend, way), taken in passes.items():
         took = median(seconds[backend, way])
         record = {
@@ -141,7 +141,7 @@ def measure(options: argparse.Namespace) -> Report:
             "tokens": taken[0].tokens,
             "pairs/s": len(pairs) / took,
         }
-        records.append(record | {"share of the floor": least / took, "x every row": fast[backend, way]})
+        records.append(record | {"share of the limit": least / took, "x every row": fast[backend, way]})
     return Report(
         [table("Pairs", records)],
         [f"{len(pairs)} pairs {described}. Log-probabilities differ by at most {apart['torch']:.1e} on torch."],

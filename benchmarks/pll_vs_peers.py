@@ -8,8 +8,8 @@ process of its own:
 - mlmkit on torch and on ONNX Runtime, through `pseudo_log_likelihood`,
 - mlmkit on a dynamic int8 artifact (what it costs in accuracy differs for a trained model).
 
-The floor is two operations per encoder parameter and real token, at the best rate at which torch multiplies float32
-matrices here. Attention, vocabulary head and padding come on top of it.
+The hardware limit is two operations per encoder parameter and real token, at the best rate at which torch multiplies
+float32 matrices here. Attention, vocabulary head and padding come on top of it.
 
 Then masked cross-entropy of documents: transformers with its collator and loss against `mlmkit.evaluate`. Tokenising is
 not counted on either side.
@@ -174,14 +174,14 @@ def measure(options: argparse.Namespace) -> Report:
 def speeds(
     title: str, passes: dict[str, list[Pass]], fast: dict[str, Any], floor: float, rate: float, peaks: dict[str, float]
 ) -> Table:
-    """A row per contestant, below the floor: medians over the rounds."""
+    """A row per contestant, below the hardware limit: medians over the rounds."""
 
     def speed(name: str, one: Pass, seconds: float) -> dict[str, object]:
         share = one.tokens / seconds / floor
-        return {"": name, "rows/s": one.rows / seconds, "tokens/s": one.tokens / seconds, "share of the floor": share}
+        return {"": name, "rows/s": one.rows / seconds, "tokens/s": one.tokens / seconds, "share of the limit": share}
 
     first = next(iter(passes.values()))[0]
-    rows = [speed(f"floor, {rate / 1e9:.0f} GFLOP/s", first, first.tokens / floor)]
+    rows = [speed(f"hardware limit, {rate / 1e9:.0f} GFLOP/s", first, first.tokens / floor)]
     for name, taken in passes.items():
         row = speed(name, taken[0], median(each.seconds for each in taken))
         rows.append(row | {"x the peer": fast[name], "peak RSS GiB": peaks[name]})

@@ -4,7 +4,7 @@ A BERT-base shape with random weights in float32 fills one mask in English sente
 share its cores. The peer is what people write: a FastAPI route that calls the pipeline, one request at a time. For each
 number of connections: requests per second, and the latency's median and 99th percentile, as clients in a process of
 their own see them. Rounds alternate, each with fresh servers. Before them, on one connection, what the server adds to
-the bare engine's call, in alternating slices of a second. The floor is the bare engine: its calls one after another,
+the bare engine's call, in alternating slices of a second. The limit is the bare engine: its calls one after another,
 and its rows per second in calls of 64.
 
 `--mixed SECONDS` is another measurement: more clients than the server can keep up with send short texts, long ones,
@@ -206,8 +206,8 @@ def compare(options: argparse.Namespace) -> Report:
         [table("", records)],
         [
             f"On one connection the server adds {cell(added)} ms to the bare call's {median(alone['bare']) * 1e3:.2f} "
-            f"ms, in alternating slices of a second. The engine alone does {alone['rows per second'][0]:.1f} rows per "
-            "second in calls of 64: the floor."
+            f"ms, in alternating slices of a second. The engine alone scores {alone['rows per second'][0]:.1f} rows "
+            "per second in calls of 64; no server can exceed that."
         ],
         headlines,
         figures={"overhead": alone, "runs": {f"{name}, {count}": rounds for (name, count), rounds in runs.items()}},

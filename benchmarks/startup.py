@@ -74,7 +74,7 @@ def steps(work: str, folder: Path) -> dict[str, float]:
         marks[name] = time.perf_counter()
     figures = {name: after - before for (_, before), (name, after) in pairwise(marks.items())}
     weights = sum(path.stat().st_size for path in folder.iterdir()) / 1e6
-    return figures | {"peak less the artifact, MB": memory_mib() * 1.048576 - weights}
+    return figures | {"peak without the artifact, MB": memory_mib() * 1.048576 - weights}
 
 
 if __name__ == "__main__":

@@ -4,8 +4,8 @@
 
 Writes all figures to <results>/<machine>-<date>.json (with `--only`, <date>-part.json), and tables to the page
 (page.py). A benchmark that cannot run here, or fails, is listed with the reason; after a failure the exit code is
-1. In the end the headlines are shown beside those of the last run on this machine, so the cost of a change is seen at
-once. Nothing else should run on the machine meanwhile. inputs.py says which text is used.
+1. At the end the headlines are shown beside those of the last run on this machine, which shows the cost of a change.
+Nothing else should run on the machine meanwhile. inputs.py says which text is used.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from processes import ROOT, last_line
 # In the order of the page. Studies are dry-run here; the docs have their results.
 SCRIPTS = {
     "train_vs_transformers": "Training, against transformers.Trainer",
-    "pll_vs_peers": "Evaluation, against the loop that one writes",
+    "pll_vs_peers": "Evaluation, against a plain loop",
     "pairs_speed": "Minimal pairs: each distinct row once",
     "export_vs_optimum": "The exported graph, against optimum-onnx",
     "serve_load": "Serving under load, against transformers.pipeline",

@@ -12,9 +12,9 @@ the batch size within a step that a short trial finds fastest. A step has about 
 update of AdamW. Real tokens are the sum of the attention mask, special tokens included. The first steps of a turn, and
 starting and ending a training, are not counted.
 
-The floor is six operations per encoder parameter and real token, at the best rate at which torch multiplies matrices
-here; attention and vocabulary head come on top. Needs accelerate, which Trainer imports. gpu.py runs the same on CUDA,
-under bfloat16 autocast.
+The hardware limit is six operations per encoder parameter and real token, at the best rate at which torch multiplies
+matrices here; attention and vocabulary head come on top. Needs accelerate, which Trainer imports. gpu.py runs the
+same on CUDA, under bfloat16 autocast.
 """
 
 import argparse
@@ -249,12 +249,12 @@ def measure(options: argparse.Namespace) -> Report:
         floor = rate / 6 / isolated(trained_parameters, tokenizer, architecture, case.length)
     rates = {way: [turn.rate for turn in of_way] for way, of_way in taken.items()}
     fast = {way: ratios(of_way, rates[MLMKIT]) for way, of_way in rates.items()}
-    floor_row = {"": f"floor, {rate / 1e9:,.0f} GFLOP/s", "real tokens/s": floor, "of the floor": 1.0}
+    floor_row = {"": f"hardware limit, {rate / 1e9:,.0f} GFLOP/s", "real tokens/s": floor, "share of the limit": 1.0}
     rows = [
         {
             "": way,
             "real tokens/s": median(rates[way]),
-            "of the floor": median(rates[way]) / floor,
+            "share of the limit": median(rates[way]) / floor,
             "mlmkit is x times as fast": fast[way],
             "micro-batches per step": fastest[way],
             "tokens per turn": int(median(turn.tokens for turn in of_way)),
@@ -280,7 +280,7 @@ def measure(options: argparse.Namespace) -> Report:
 
 
 def trained_parameters(tokenizer: Path, architecture: str, length: int) -> int:
-    """The parameters that the floor counts, of the network that all contestants train."""
+    """The parameters that the hardware limit counts, of the network that all contestants train."""
     from mlmkit.pretrained import load_tokenizer
     from mlmkit.train.presets import build_config
 

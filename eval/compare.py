@@ -3,23 +3,36 @@
 two stored results → refuse what does not compare → differences of metrics, slices, items and single tokens
 """
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from mlmkit.errors import UserError
 from mlmkit.eval.correlation import Correlation, draw_statistics
-from mlmkit.eval.item_metrics import ItemScores, item_groups, item_scores, measure_family
-from mlmkit.eval.metrics import FAMILIES, PER_TEXT, UNKNOWN_LIMIT, WITHOUT_INTERVAL, better, describe_unknown
-from mlmkit.eval.results_store import StoredResult, load_result, read_blocks
+from mlmkit.eval.examples import add_texts
+from mlmkit.eval.item_metrics import ItemScores, item_groups, item_scores, measure_family, overall_statistics
+from mlmkit.eval.metrics import (
+    FAMILIES,
+    PER_TEXT,
+    UNKNOWN_LIMIT,
+    WITHOUT_INTERVAL,
+    MetricFamily,
+    better,
+    describe_unknown,
+)
+from mlmkit.eval.results_store import DOCUMENTS, StoredResult, load_result, read_blocks
 from mlmkit.eval.statistics import Bootstrap, Estimator, finite, percentiles
 
 TOKENIZER_FREE = frozenset({"pseudo_log_likelihood", *PER_TEXT})  # metrics that mean the same for any tokenizer
 POSITION = ["document", "offset", "token_id", "input_id"]  # columns that identify a scored token and its mask
+ROUNDING = 1e-6  # scores are float32
 
 
 def compare(folders: Sequence[Path], top: int = 20) -> dict[str, Any]:
@@ -53,27 +66,13 @@ def _describe(stored: StoredResult) -> dict[str, Any]:
 
 def _compare(a: StoredResult, b: StoredResult, top: int) -> dict[str, Any]:
     one, two = a.result, b.result
-    if one["corpus"]["fingerprint"] != two["corpus"]["fingerprint"]:
-        raise UserError(
-            f"{a.folder} and {b.folder} measure different texts (corpus fingerprints {one['corpus']['fingerprint']} "
-            f"and {two['corpus']['fingerprint']}): evaluate both on the same"
-        )
     seeds: dict[str, list[int | None]] = {}
     for name in one["digests"]:
         if name in two["digests"]:
-            metric, _, seed = name.partition("-")
-            seeds.setdefault(metric, []).append(int(seed) if seed else None)
-    if not seeds:
-        raise UserError(
-            f"{a.folder} measures {' and '.join(one['digests'])}, {b.folder} {' and '.join(two['digests'])}: "
-            "they share nothing to compare"
-        )
-    checks = [_check_positions(a, b, metric, seed) for metric in seeds for seed in seeds[metric]]
-    same_tokens = all(checks)
-    unknown = max(one["unknown"], two["unknown"], key=lambda side: side["character_share"])
-    is_lossy = unknown["character_share"] > UNKNOWN_LIMIT
-    if not same_tokens and is_lossy:
-        raise UserError(f"{a.folder}, {b.folder}: their tokenizers differ, and in one {describe_unknown(unknown)}")
+            metric, seed = pass_of(name)
+            seeds.setdefault(metric, []).append(seed)
+    same_tokens = check_comparable(a, b, seeds)
+    is_lossy = max(side["unknown"]["character_share"] for side in (one, two)) > UNKNOWN_LIMIT
     if "items" in one:
         metrics, groups = _compare_items(a, b)
         items = {"metrics": one["items"]["metrics"], "groups": groups}
@@ -86,7 +85,50 @@ def _compare(a: StoredResult, b: StoredResult, top: int) -> dict[str, Any]:
         slices |= {metric: slice_differences} if slice_differences else {}
     metric = next(iter(seeds))
     tokens = _largest_differences(a, b, metric, seeds[metric][0], top) if same_tokens else []
-    return {"metrics": metrics, "slices": slices, "tokens": tokens}
+    return {
+        "metrics": metrics,
+        "slices": slices,
+        "tokens": tokens,
+        "no_context": add_texts(tokens, a) if tokens else "",
+    }
+
+
+def pass_of(digest_name: str) -> tuple[str, int | None]:
+    """The kind of score and the mask seed of a pass, from its name in `digests`."""
+    metric, _, seed = digest_name.partition("-")
+    return metric, int(seed) if seed else None
+
+
+def check_comparable(a: StoredResult, b: StoredResult, seeds: Mapping[str, Sequence[int | None]]) -> bool:
+    """Whether both scored the same tokens, in the passes of `seeds`: the mask seeds of each kind of score.
+
+    False: their tokenizers differ, so only `TOKENIZER_FREE` metrics and those of items compare. Raises `UserError` for
+    different text, masks or documents, if there is no pass, and if a tokenizer that differs loses text.
+    """
+    one, two = a.result, b.result
+    if one["corpus"]["fingerprint"] != two["corpus"]["fingerprint"]:
+        raise UserError(
+            f"{a.folder} and {b.folder} measure different texts (corpus fingerprints {one['corpus']['fingerprint']} "
+            f"and {two['corpus']['fingerprint']}): evaluate both on the same"
+        )
+    if not seeds:
+        raise UserError(
+            f"{a.folder} measures {' and '.join(one['digests'])}, {b.folder} {' and '.join(two['digests'])}: "
+            "they share nothing to compare"
+        )
+    sizes, others = (_block_sizes(side) for side in (a, b))
+    if sizes != others:  # draws over blocks of other sizes are not paired
+        raise UserError(f"{a.folder} and {b.folder} read the text from different files: evaluate both on the same")
+    checks = [_check_positions(a, b, metric, seed) for metric in seeds for seed in seeds[metric]]
+    unknown = max(one["unknown"], two["unknown"], key=lambda side: side["character_share"])
+    if not all(checks) and unknown["character_share"] > UNKNOWN_LIMIT:
+        raise UserError(f"{a.folder}, {b.folder}: their tokenizers differ, and in one {describe_unknown(unknown)}")
+    return all(checks)
+
+
+def _block_sizes(stored: StoredResult) -> list[int]:
+    metadata = pq.read_metadata(stored.folder / DOCUMENTS)
+    return [metadata.row_group(number).num_rows for number in range(metadata.num_row_groups)]
 
 
 def _check_positions(a: StoredResult, b: StoredResult, metric: str, seed: int | None) -> bool:
@@ -120,12 +162,7 @@ def _compare_scores(
     """Differences of the metrics in `names`, and those of the slices by slicing and label."""
     family = FAMILIES[metric]
     draws = Bootstrap(a.result["corpus"]["documents"], 2 * family.column_count)
-    sides = [zip(*(read_blocks(side.folder, metric, seed) for seed in seeds), strict=True) for side in (a, b)]
-    for stretches in zip(*sides, strict=True):
-        sums = []
-        for side, stretch in zip((a, b), stretches, strict=True):
-            mask_id = side.result["model"]["mask_id"]
-            sums.append(np.sum([family.document_sums(*tables, mask_id) for tables in stretch], axis=0))
+    for sums in zip(*(_document_sums(side, metric, seeds, family) for side in (a, b)), strict=True):
         draws.add(np.concatenate(sums, axis=1))
 
     def differences(estimators: Mapping[str, Estimator], one: slice) -> dict[str, Any]:
@@ -144,6 +181,15 @@ def _compare_scores(
     return differences(family.estimators, slice(0, family.column_count)), slices
 
 
+def _document_sums(
+    stored: StoredResult, metric: str, seeds: Sequence[int | None], family: MetricFamily
+) -> Iterator[NDArray[np.float64]]:
+    """The family's column sums of consecutive documents, `[documents, columns]` each, added over the mask seeds."""
+    for blocks in zip(*(read_blocks(stored.folder, metric, seed) for seed in seeds), strict=True):
+        mask_id = stored.result["model"]["mask_id"]
+        yield np.sum([family.document_sums(*tables, mask_id) for tables in blocks], axis=0)
+
+
 def paired_difference(name: str, estimator: Estimator, draws: Bootstrap, one: slice, two: slice) -> dict[str, Any]:
     """The value of columns `two` minus that of columns `one`, with a paired interval and a p-value.
 
@@ -153,10 +199,10 @@ def paired_difference(name: str, estimator: Estimator, draws: Bootstrap, one: sl
     """
     with np.errstate(all="ignore"):
         sides = [np.append(estimator(draws.totals[side]), estimator(draws.resampled[:, side])) for side in (one, two)]
-    return _difference(name, *sides, int(min(draws.documents[one][0], draws.documents[two][0])))
+    return draws_difference(name, *sides, int(min(draws.documents[one][0], draws.documents[two][0])))
 
 
-def _difference(name: str, one: NDArray[np.float64], two: NDArray[np.float64], documents: int) -> dict[str, Any]:
+def draws_difference(name: str, one: NDArray[np.float64], two: NDArray[np.float64], documents: int) -> dict[str, Any]:
     """The difference of a metric's values, each `[1 + draws]`: on all documents, then on each draw."""
     values = [finite(side[0]) for side in (one, two)]
     with np.errstate(all="ignore"):
@@ -180,30 +226,75 @@ def _difference(name: str, one: NDArray[np.float64], two: NDArray[np.float64], d
     }
 
 
+def distance(row: Mapping[str, Any]) -> float:
+    """How far A and B, or an end of their interval, are apart; relative to values above 1."""
+    if row["difference"] is None:
+        return math.inf
+    widest = max(abs(row[name] or 0) for name in ("difference", "low", "high"))
+    return widest / max(1.0, abs(row["a"]), abs(row["b"]))
+
+
+def is_distinguishable(row: Mapping[str, Any]) -> bool:
+    """Whether A and B differ by more than rounding, and the interval of their difference excludes 0."""
+    return row["low"] is not None and not row["low"] <= 0 <= row["high"] and distance(row) > ROUNDING
+
+
+def metric_draws(stored: StoredResult, metric: str) -> tuple[NDArray[np.float64], int]:
+    """A metric's values `[1 + draws]`, on all documents (or items) and on each draw, and how many have data.
+
+    The draws are the same for each model, so the differences of two are paired. Raises `KeyError` for a metric that
+    only describes a result, such as the perplexity of one side of pairs.
+    """
+    result = stored.result
+    if "items" in result:
+        source = result["corpus"]["source"]
+        scores = item_scores(stored.folder, source["normalisation"])
+        for declared in (result["set"] or {}).get("correlation", ()):
+            statistics = draw_statistics(stored.folder, scores, Correlation(**declared))
+            if metric in statistics:
+                return statistics[metric]
+        overall = overall_statistics(stored.folder, measure_family(scores, source))
+        columns, estimator = {name: (columns, own[name]) for columns, own in overall for name in own}[metric]
+        draws = Bootstrap(*columns.shape)
+        draws.add(columns)
+    else:
+        kind = next(kind for kind, family in FAMILIES.items() if metric in family.estimators)
+        seeds = [seed for own, seed in map(pass_of, result["digests"]) if own == kind]
+        family = replace(FAMILIES[kind], slicings=())
+        draws, estimator = Bootstrap(result["corpus"]["documents"], family.column_count), family.estimators[metric]
+        for sums in _document_sums(stored, kind, seeds, family):
+            draws.add(sums)
+    with np.errstate(all="ignore"):
+        return np.append(estimator(draws.totals), estimator(draws.resampled)), int(draws.documents[0])
+
+
 def _compare_items(a: StoredResult, b: StoredResult) -> tuple[dict[str, Any], dict[str, Any]]:
     """Differences of the metrics of items, overall and by group, and of correlations, from resampling items."""
     source = a.result["corpus"]["source"]
     scores = [item_scores(side.folder, source["normalisation"]) for side in (a, b)]
     families = [measure_family(each, source) for each in scores]
-    columns = np.concatenate([family.columns for family in families], axis=1)
-    width = columns.shape[1] // 2
 
-    def group_differences(rows: NDArray[np.float64]) -> dict[str, Any]:
-        draws = Bootstrap(*rows.shape)
-        draws.add(rows)
+    def differences(
+        one: NDArray[np.float64], two: NDArray[np.float64], estimators: Mapping[str, Estimator]
+    ) -> dict[str, Any]:
+        columns = np.concatenate([one, two], axis=1)
+        draws, width = Bootstrap(*columns.shape), one.shape[1]
+        draws.add(columns)
         sides = slice(0, width), slice(width, 2 * width)
-        differences = {
-            name: paired_difference(name, estimator, draws, *sides)
-            for name, estimator in families[0].estimators.items()
-        }
-        return {name: {**row, "items": row.pop("documents")} for name, row in differences.items()}
+        rows = {name: paired_difference(name, estimator, draws, *sides) for name, estimator in estimators.items()}
+        return {name: {**row, "items": row.pop("documents")} for name, row in rows.items()}
 
+    metrics: dict[str, Any] = {}
+    overall = [overall_statistics(side.folder, family) for side, family in zip((a, b), families, strict=True)]
+    for (one, estimators), (two, _) in zip(*overall, strict=True):
+        metrics |= differences(one, two, estimators)
     groups: dict[str, Any] = {}
     for plural, names in item_groups(a.folder).items():
         groups[plural] = {
-            name: group_differences(columns[names == name]) for name in sorted(set(names.tolist()) - {""})
+            name: differences(*(family.columns[names == name] for family in families), families[0].estimators)
+            for name in sorted(set(names.tolist()) - {""})
         }
-    return {**group_differences(columns), **_compare_correlations(a, b, scores)}, groups
+    return {**metrics, **_compare_correlations(a, b, scores)}, groups
 
 
 def _compare_correlations(a: StoredResult, b: StoredResult, scores: list[ItemScores]) -> dict[str, Any]:
@@ -212,7 +303,7 @@ def _compare_correlations(a: StoredResult, b: StoredResult, scores: list[ItemSco
         correlation = Correlation(**declared)
         one, two = (draw_statistics(side.folder, own, correlation) for side, own in zip((a, b), scores, strict=True))
         for name, (values, items) in one.items():
-            row = _difference(name, values, two[name][0], items)
+            row = draws_difference(name, values, two[name][0], items)
             row |= {"better": "higher"} if name == correlation.name else {}  # a mean of gains
             differences[name] = {**row, "items": row.pop("documents")}
     return differences

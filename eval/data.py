@@ -8,6 +8,7 @@ A part is the unit that is scored, stored, resumed and shared among ranks.
 import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,8 +16,8 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from mlmkit.corpus import Corpus, concatenate, tokenize
-from mlmkit.documents import checked_text
-from mlmkit.locations import Source
+from mlmkit.documents import checked_text, read_documents
+from mlmkit.locations import EVERY_KEY, Source, is_tokens
 from mlmkit.stored import StoredCorpus
 from mlmkit.token_cache import load_corpus
 from mlmkit.tokenizer import Tokenizer
@@ -27,10 +28,15 @@ PART_TOKENS = 1 << 18
 
 
 class EvalData:
-    """A tokenised corpus. `source` says where it came from, for `result.json`."""
+    """A tokenised corpus. `source` says where it came from, for `result.json`.
 
-    def __init__(self, corpus: Corpus | StoredCorpus, source: dict[str, Any]) -> None:
-        self.corpus, self.source = corpus, source
+    `texts` reads the documents themselves, in the order of the corpus; it gives none if only their tokens are there.
+    """
+
+    def __init__(
+        self, corpus: Corpus | StoredCorpus, source: dict[str, Any], texts: Callable[[], Iterable[str]] = tuple
+    ) -> None:
+        self.corpus, self.source, self.texts = corpus, source, texts
 
     def pseudo_targets(self) -> NDArray[np.int64] | None:
         """Flat indices of the tokens that pseudo-likelihood scores, ascending; None for all."""
@@ -42,18 +48,22 @@ class EvalData:
 
 
 def texts_data(texts: Iterable[str], tokenizer: Tokenizer) -> EvalData:
-    """Texts from Python. An empty one is a document without tokens, so that indices stay the caller's.
+    """Texts from Python. An empty text is a document without tokens, so that indices match those of the caller.
 
     Raises `UserError` for no texts, and for one that is not valid Unicode text.
     """
-    checked = (checked_text(text, f"text {number}") for number, text in enumerate(texts))
-    return EvalData(tokenize(checked, tokenizer), {"set": None, "location": "texts given in Python"})
+    checked = [checked_text(text, f"text {number}") for number, text in enumerate(texts)]
+    return EvalData(tokenize(checked, tokenizer), {"set": None, "location": "texts given in Python"}, lambda: checked)
 
 
 def file_data(source: Source, tokenizer: Tokenizer, set_name: str | None = None) -> EvalData:
     """Text or tokens from outside, through the token cache. Raises `UserError` as `load_corpus` does."""
     described = {"set": set_name, **asdict(source), "location": source.name, "locations": source.locations}
-    return EvalData(load_corpus(source, tokenizer), json.loads(json.dumps(described)))  # tuples as they are read back
+    described = json.loads(json.dumps(described))  # tuples as they are read back
+    # A share of a training text is not worth reading all of it again.
+    is_readable = source.keys == EVERY_KEY and not is_tokens(source.location)
+    texts = partial(read_documents, source) if is_readable else tuple
+    return EvalData(load_corpus(source, tokenizer), described, texts)
 
 
 @dataclass(frozen=True)

@@ -3,39 +3,44 @@
 The report, the comparison, the model card and the terminal share them.
 """
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from mlmkit.eval.statistics import RESAMPLES
 
+SHARE, SMALL, PERPLEXITY, TOTAL = "{:.2%}", "{:.4f}", "{:,.2f}", "{:,.1f}"  # the formats of all metrics
+LARGEST = 1e6  # larger values are in scientific notation, except for totals
 HEADLINES = {  # the cards of the report: label, unit, format
-    "masked_cross_entropy": ("masked cross-entropy", "nats per token", "{:.4f}"),
-    "masked_perplexity": ("masked perplexity", "", "{:,.2f}"),
-    "masked_accuracy": ("masked accuracy", "", "{:.2%}"),
-    "masked_top5_accuracy": ("top-5 accuracy", "", "{:.2%}"),
-    "mean_reciprocal_rank": ("mean reciprocal rank", "", "{:.4f}"),
-    "expected_calibration_error": ("calibration error", "", "{:.2%}"),
-    "pseudo_perplexity": ("pseudo-perplexity", "per token", "{:,.2f}"),
-    "pseudo_perplexity_per_word": ("pseudo-perplexity", "per word", "{:,.4g}"),
-    "pseudo_perplexity_per_character": ("pseudo-perplexity", "per character", "{:,.4f}"),
-    "bits_per_byte": ("bits per byte", "", "{:.4f}"),
-    "pseudo_log_likelihood": ("pseudo-log-likelihood", "nats", "{:,.1f}"),
-    "pair_accuracy": ("pairs right", "by PLL", "{:.2%}"),
-    "pair_accuracy_per_token": ("pairs right", "by PLL per token", "{:.2%}"),
-    "pair_accuracy_macro": ("pairs right", "mean of paradigms", "{:.2%}"),
-    "first_preferred": ("first preferred", "by PLL", "{:.2%}"),
-    "first_preferred_per_token": ("first preferred", "by PLL per token", "{:.2%}"),
-    "first_preferred_macro": ("first preferred", "mean of paradigms", "{:.2%}"),
-    "choice_accuracy": ("choices right", "", "{:.2%}"),
-    "choice_accuracy_macro": ("choices right", "mean of paradigms", "{:.2%}"),
-    "cloze_log_probability": ("log-probability of the target", "nats per item", "{:.4f}"),
-    "cloze_probability": ("probability of the target", "", "{:.2%}"),
-    "cloze_accuracy": ("targets right", "every token the most probable", "{:.2%}"),
-    "pseudo_perplexity_good": ("pseudo-perplexity", "better sentences", "{:,.2f}"),
-    "pseudo_perplexity_bad": ("pseudo-perplexity", "worse sentences", "{:,.2f}"),
-    "pseudo_perplexity_first": ("pseudo-perplexity", "first sentences", "{:,.2f}"),
-    "pseudo_perplexity_second": ("pseudo-perplexity", "second sentences", "{:,.2f}"),
+    "masked_cross_entropy": ("masked cross-entropy", "nats per token", SMALL),
+    "masked_perplexity": ("masked perplexity", "", PERPLEXITY),
+    "masked_accuracy": ("masked accuracy", "", SHARE),
+    "masked_top5_accuracy": ("top-5 accuracy", "", SHARE),
+    "mean_reciprocal_rank": ("mean reciprocal rank", "", SMALL),
+    "expected_calibration_error": ("calibration error", "", SHARE),
+    "pseudo_perplexity": ("pseudo-perplexity", "per token", PERPLEXITY),
+    "pseudo_perplexity_per_word": ("pseudo-perplexity", "per word", PERPLEXITY),
+    "pseudo_perplexity_per_character": ("pseudo-perplexity", "per character", SMALL),
+    "bits_per_byte": ("bits per byte", "", SMALL),
+    "pseudo_log_likelihood": ("pseudo-log-likelihood", "nats", TOTAL),
+    "pair_accuracy": ("pairs right", "by PLL", SHARE),
+    "pair_accuracy_per_token": ("pairs right", "by PLL per token", SHARE),
+    "pair_accuracy_macro": ("pairs right", "mean of paradigms", SHARE),
+    "first_preferred": ("first preferred", "by PLL", SHARE),
+    "first_preferred_per_token": ("first preferred", "by PLL per token", SHARE),
+    "first_preferred_macro": ("first preferred", "mean of paradigms", SHARE),
+    "choice_accuracy": ("choices right", "", SHARE),
+    "choice_accuracy_macro": ("choices right", "mean of paradigms", SHARE),
+    "cloze_log_probability": ("log-probability of the target", "nats per item", SMALL),
+    "cloze_probability": ("probability of the target", "", SHARE),
+    "cloze_accuracy": ("targets right", "every token the most probable", SHARE),
+    "pseudo_perplexity_good": ("pseudo-perplexity", "better sentences", PERPLEXITY),
+    "pseudo_perplexity_bad": ("pseudo-perplexity", "worse sentences", PERPLEXITY),
+    "pseudo_perplexity_first": ("pseudo-perplexity", "first sentences", PERPLEXITY),
+    "pseudo_perplexity_second": ("pseudo-perplexity", "second sentences", PERPLEXITY),
 }
+CORRELATIONS = {"_spearman": "Spearman's correlation", "_pearson": "Pearson's correlation", "_r2_gain": "gain of R²"}
 SLICINGS = {
     "frequency": ("token frequency", "How often the token occurs in this corpus."),
     "position": ("position", "Tokens before it in its document."),
@@ -43,25 +48,49 @@ SLICINGS = {
     "piece": ("word or subword", "Whether the token is a whole word, or the first or a later piece of one."),
     "treatment": ("treatment", "What the model saw in its place: the mask, a random token, or the token itself."),
 }
-SLICE_METRICS = {  # drawn by slice: metric, label of the axis
+SLICE_METRICS = {  # compared by slice: metric, label of the axis
     "masked": ("masked_cross_entropy", "cross-entropy, nats"),
     "pseudo": ("pseudo_perplexity", "pseudo-perplexity"),
+}
+SLICE_COLUMNS = {  # of the report's tables of slices; the first is drawn as a bar
+    "masked": ("masked_cross_entropy", "masked_accuracy"),
+    "pseudo": ("pseudo_perplexity",),
 }
 
 
 def headline(name: str) -> tuple[str, str, str]:
-    """Label, unit and format of a metric. A correlation's label is its name."""
-    return HEADLINES.get(name, (name.replace("_", " "), "", "{:.4f}"))
+    """Label, unit and format of a metric. A correlation's label is the name that its set gives it."""
+    for suffix, statistic in CORRELATIONS.items():
+        if name.endswith(suffix):
+            return name.removesuffix(suffix).replace("_", " "), statistic, SMALL
+    return HEADLINES.get(name, (name.replace("_", " "), "", SMALL))
 
 
-def number(value: float | None, form: str = "{:.4f}") -> str:
+def model_name(path: str) -> str:
+    """The name of a model's folder or hub entry; with the name of its run if it is called `model` or `step-100`."""
+    parts = [part for part in Path(path).parts if part not in ("/", "checkpoints")]
+    is_generic = parts and re.fullmatch(r"model|initial|artifact|checkpoint|step-\d+", parts[-1])
+    return "/".join(parts[-2 if is_generic else -1 :])
+
+
+def slice_name(label: str) -> str:
+    """A slice's label: `1000-9999` with separators, `whole-word` as two words."""
+    if not label[0].isdigit():
+        return label.replace("-", " ")
+    return re.sub(r"\d+", lambda count: f"{int(count[0]):,}", label).replace("-", " to ")
+
+
+def number(value: float | None, form: str = SMALL) -> str:
     """A metric's value; a dash for None."""
-    return "–" if value is None else (form if abs(value) < 1e6 else form.replace(".4f", ".3e")).format(value)
+    if value is None:
+        return "–"
+    return (form if abs(value) < LARGEST else re.sub(r",?\.[24]f", ".3e", form)).format(value)
 
 
-def signed(value: float | None) -> str:
-    """A difference; small ones in scientific notation."""
-    return number(value, "{:+.1e}" if value and abs(value) < 1e-3 else "{:+.4f}")
+def signed(value: float | None, form: str = SMALL) -> str:
+    """A difference of values in this format; small ones in scientific notation."""
+    is_small = form == SMALL and value and abs(value) < 1e-3
+    return number(value, "{:+.1e}" if is_small else form.replace("{:", "{:+"))
 
 
 def span(metric: Mapping[str, Any], form: str = "") -> str:
@@ -75,3 +104,23 @@ def p_value(value: float | None) -> str:
     """A p-value; the smallest that the bootstrap can give is shown as a bound."""
     lowest = 2 / (RESAMPLES + 1)
     return f"< {lowest:.3f}" if value == lowest else number(value, "{:.3f}")
+
+
+def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]], align: str = "") -> str:
+    """A Markdown table whose columns line up as text too. `align` has "l" or "r" per column; the rest are "l".
+
+    Cells cannot break out of the table or act as HTML: names of sets and models come from users.
+    """
+    lines = [[markdown_cell(cell) for cell in row] for row in (header, *rows)]
+    widths = [max(3, *map(len, column)) for column in zip(*lines, strict=True)]
+    is_right = [letter == "r" for letter in align.ljust(len(widths), "l")]
+    lines.insert(1, ["-" * (width - right) + ":" * right for width, right in zip(widths, is_right, strict=True)])
+    return "".join(
+        f"| {' | '.join(cell.rjust(width) if right else cell.ljust(width) for cell, width, right in cells)} |\n"
+        for cells in (zip(line, widths, is_right, strict=True) for line in lines)
+    )
+
+
+def markdown_cell(text: str) -> str:
+    """Text that cannot break out of a cell or act as HTML."""
+    return "".join(char for char in text.replace("|", "\\|").replace("<", "&lt;") if char.isprintable())

@@ -12,27 +12,27 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
+from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
-import pyarrow as pa
 from numpy.typing import NDArray
 
 from mlmkit import __version__
 from mlmkit.backends import Backend, capacity
-from mlmkit.corpus import Corpus
 from mlmkit.distributed import Ranks
 from mlmkit.errors import UserError
 from mlmkit.eval.correlation import measure_correlations
 from mlmkit.eval.data import EvalData, Part, cut_parts
+from mlmkit.eval.examples import token_examples
 from mlmkit.eval.item_data import ItemData
 from mlmkit.eval.item_metrics import item_scores, measure_items
 from mlmkit.eval.metrics import PER_TEXT, UNKNOWN_LIMIT, measure, seed_spread
 from mlmkit.eval.report import write_report
 from mlmkit.eval.result import RESULT_FORMAT, Result, Timing
-from mlmkit.eval.results_store import PartRecord, ResultsStore, StoredResult, read_blocks, token_table
+from mlmkit.eval.results_store import PartRecord, ResultsStore, StoredResult, token_table
 from mlmkit.eval.rows import Pass, Rows, Settings
 from mlmkit.eval.scoring import refuse_batch_coupling, score_parts
 from mlmkit.eval.sets import EvalSet
@@ -41,11 +41,7 @@ from mlmkit.files import locked
 from mlmkit.masking import DIGEST_MODULUS, format_digest
 from mlmkit.overlap import find_overlap
 from mlmkit.progress import progress
-from mlmkit.stored import StoredCorpus, warn_of_words
-from mlmkit.tokenizer import Tokenizer
-
-EXAMPLES = 12
-CONTEXT = 14  # tokens shown on either side of an example
+from mlmkit.stored import warn_of_words
 
 Records = dict[str, list[PartRecord]]  # by name of the pass
 
@@ -127,7 +123,7 @@ def _score_pass(
 
 
 def _identity(backend: Backend, data: EvalData, settings: Settings, declared: EvalSet | None) -> dict[str, Any]:
-    """What a call must share with an unfinished evaluation to resume it. A different batch size is fine."""
+    """Everything that must be equal for a call to resume an unfinished evaluation. A different batch size is fine."""
     return {
         "format": RESULT_FORMAT,
         "text": data.corpus.fingerprint,
@@ -219,8 +215,9 @@ def _build_result(
         "command": sys.argv,
         "set": asdict(declared) if declared else None,
         "identity": store.identity,
-        "examples": _token_examples(store.folder, passes[0], corpus, backend.tokenizer),
+        "examples": token_examples(store.folder, passes[0], data, backend.tokenizer),
         "seconds": 0.0,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
     for metric in by_metric:
         if metric == "pseudo" and isinstance(data, ItemData):
@@ -241,7 +238,7 @@ def _build_result(
             result["mask_seeds"] = {"by_seed": by_seed, "spread": seed_spread(measured.by_seed)}
     if "items" in result and declared and declared.metric and declared.metric not in result["metrics"]:
         known = ", ".join(result["metrics"])
-        raise UserError(f"{declared.name} has no metric {declared.metric!r} that could be its main one: it has {known}")
+        raise UserError(f"{declared.name} cannot have the main metric {declared.metric!r}: choose {known}")
     if corpus.unknown_share > UNKNOWN_LIMIT:
         for name in result["metrics"].keys() & PER_TEXT:
             result["metrics"][name] = {"value": None, "low": None, "high": None}
@@ -265,49 +262,3 @@ def _versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return versions
-
-
-def _token_examples(
-    folder: Path, item: Pass, corpus: Corpus | StoredCorpus, tokenizer: Tokenizer
-) -> dict[str, list[dict[str, Any]]]:
-    """The `worst` and `best` tokens of a pass, at most one per document, each with its neighbours and their scores."""
-    chosen: dict[str, list[tuple[float, int, dict[str, Any]]]] = {"worst": [], "best": []}
-    for tokens, _ in read_blocks(folder, item.metric, item.mask_seed):
-        log_prob, document = tokens["log_prob"].to_numpy(), tokens["document"].to_numpy()
-        for name, sign in (("worst", 1.0), ("best", -1.0)):
-            order = np.argsort(sign * log_prob, kind="stable")
-            first_of_document = np.sort(np.unique(document[order], return_index=True)[1])
-            for row in order[first_of_document[:EXAMPLES]].tolist():
-                example = _in_context(tokens, row, corpus, tokenizer)
-                chosen[name].append((sign * float(log_prob[row]), int(document[row]), example))
-            chosen[name] = sorted(chosen[name])[:EXAMPLES]
-    return {name: [example for _, _, example in examples] for name, examples in chosen.items()}
-
-
-def _in_context(tokens: pa.Table, row: int, corpus: Corpus | StoredCorpus, tokenizer: Tokenizer) -> dict[str, Any]:
-    token = tokens.slice(row, 1).to_pylist()[0]
-    document, offset = token["document"], token["offset"]
-    begin, end = np.searchsorted(tokens["document"].to_numpy(), [document, document + 1]).tolist()
-    neighbours = tokens.slice(begin, end - begin)
-    log_prob = dict(zip(neighbours["offset"].to_pylist(), neighbours["log_prob"].to_pylist(), strict=True))
-    own = corpus.part(document, document + 1)
-    shown = range(max(offset - CONTEXT, 0), min(offset + CONTEXT + 1, len(own.ids)))
-    words = [int(own.words[at]) for at in shown]
-    return {
-        "document": document,
-        "offset": offset,
-        "log_prob": token["log_prob"],
-        "rank": token["rank"],
-        "shown": tokenizer.readable(token["input_id"]),
-        "guess": None if token["top_id"] is None else tokenizer.readable(token["top_id"]),
-        "target": offset - shown.start,
-        "cut": [shown.start > 0, shown.stop < len(own.ids)],
-        "tokens": [
-            {
-                "text": tokenizer.readable(int(own.ids[at])),
-                "begins_word": number == 0 or words[number] != words[number - 1],
-                "log_prob": log_prob.get(at),
-            }
-            for number, at in enumerate(shown)
-        ],
-    }

@@ -38,7 +38,8 @@ class ItemData(EvalData):
         self.options = list(chain.from_iterable(item.options for item in self.items))
         self.first = np.cumsum([0, *(len(item.options) for item in self.items)])
         self._tokenizer = tokenizer
-        corpus = tokenize([option.text for option in self.options], tokenizer)
+        texts = [option.text for option in self.options]
+        corpus = tokenize(texts, tokenizer)
         scored = {"task": task, "scoring": columns.scoring, "normalisation": columns.normalisation}
         # All of this is part of what is measured: the same sentences with other labels are another corpus.
         labels = [(item.label, item.phenomenon, item.paradigm, item.id, str(item.numbers)) for item in self.items]
@@ -46,7 +47,7 @@ class ItemData(EvalData):
         identity = json.dumps([corpus.fingerprint, self.first.tolist(), labels, spans, scored])
         fingerprint = blake2b(identity.encode(), digest_size=16).hexdigest()
         corpus = replace(corpus, fingerprint=fingerprint, empty_texts=len(given) - len(self.items))
-        super().__init__(corpus, {**source, **scored, "sides": list(columns.sides)})
+        super().__init__(corpus, {**source, **scored, "sides": list(columns.sides)}, lambda: texts)
 
     def pseudo_targets(self) -> NDArray[np.int64] | None:
         """The flat indices of the tokens that are scored: those that overlap an option's span, None for all.

@@ -1,4 +1,4 @@
-"""What a model makes of items: how often it prefers the right option, and how probable a cloze target is.
+"""Metrics of items: how often a model prefers the right option, and how probable a cloze target is.
 
 tokens.parquet + documents.parquet → `item_scores` → `ItemScores` → column sums → values and intervals over items
 """
@@ -97,8 +97,9 @@ def item_groups(folder: Path) -> dict[str, NDArray[np.str_]]:
 def accuracy_columns(scores: ItemScores) -> NDArray[np.float64]:
     """For each item `[items, 6]`: 1, unscored, right, tied, and the latter two by mean log-probability per token.
 
-    An item is right only if the right option has the strictly greatest score. Options with the same ids tie, whatever
-    the last bits say. An item with an option without a scored token is neither right nor tied.
+    An item is right only if the right option has the strictly greatest score. Options with the same ids always tie,
+    even if their scores differ in the last bits. An item with an option without a scored token is neither right nor
+    tied.
     """
     rows, options = np.arange(len(scores)), np.arange(scores.score.shape[1])
     exists = options < scores.sizes[:, None]
@@ -159,7 +160,9 @@ def measure_family(scores: ItemScores, source: Mapping[str, Any]) -> Family:
 def measure_items(folder: Path, scores: ItemScores, source: Mapping[str, Any]) -> tuple[Metrics, dict[str, Any]]:
     """Metrics, and `items` of the result: counts, ties, chance level, and the metrics of each group, with intervals."""
     family = measure_family(scores, source)
-    metrics = bootstrap(family.columns, family.estimators)
+    metrics: Metrics = {}
+    for columns, estimators in overall_statistics(folder, family):
+        metrics |= bootstrap(columns, estimators)
     described: dict[str, Any] = {"task": source["task"], "metrics": list(family.estimators), **_counts(family)}
     if source["task"] != "cloze":
         described["chance"] = float((1.0 / scores.sizes).mean())
@@ -170,8 +173,6 @@ def measure_items(folder: Path, scores: ItemScores, source: Mapping[str, Any]) -
                 name: {**_counts(family, rows), **bootstrap(rows, family.estimators)}
                 for name, rows in sorted(groups.items())
             }
-        if groups and plural == "paradigms" and family.macro:
-            metrics |= _macro(family, names, list(groups))
     for index, side in enumerate(source["sides"]):
         sums = np.stack([scores.tokens[:, index], np.nan_to_num(scores.log_probability[:, index])], axis=1)
         perplexity = {f"pseudo_perplexity_{side}": lambda totals: np.exp(-totals[..., 1] / totals[..., 0])}
@@ -189,10 +190,17 @@ def _counts(family: Family, rows: NDArray[np.float64] | None = None) -> dict[str
     return {name: sums[column] for name, column in names.items()}
 
 
-def _macro(family: Family, names: NDArray[np.str_], groups: list[str]) -> Metrics:
-    """The mean of the paradigms' accuracies, all weighted equally."""
-    membership = names[:, None] == np.array(groups)
+def overall_statistics(folder: Path, family: Family) -> list[tuple[NDArray[np.float64], Mapping[str, Estimator]]]:
+    """Columns `[items, ...]` with the metrics of all items that are estimated from them.
+
+    They are the family's, and the mean of the paradigms' accuracies, all weighted equally.
+    """
+    paradigms = item_groups(folder)["paradigms"]
+    groups = [name for name in dict.fromkeys(paradigms.tolist()) if name]
+    if not (groups and family.macro):
+        return [(family.columns, family.estimators)]
+    membership = (paradigms[:, None] == np.array(groups)).astype(np.float64)
     sums = np.concatenate([family.columns[:, [COUNT]], membership, membership * family.columns[:, [RIGHT]]], axis=1)
     end = len(groups) + 1
-    estimator: Estimator = lambda totals: np.nanmean(totals[..., end:] / totals[..., 1:end], axis=-1)  # noqa: E731
-    return bootstrap(sums.astype(np.float64), {family.macro: estimator})
+    macro: Estimator = lambda totals: np.nanmean(totals[..., end:] / totals[..., 1:end], axis=-1)  # noqa: E731
+    return [(family.columns, family.estimators), (sums, {family.macro: macro})]

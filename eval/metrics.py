@@ -159,7 +159,7 @@ PSEUDO_WIDTH = 3
 
 
 def _pll(totals: Columns) -> Columns:
-    """The mean times the number of scorable tokens, which is the sum itself where every token is scored."""
+    """The mean times the number of scorable tokens, which is the sum itself if every token is scored."""
     return totals[..., 1] / totals[..., 0] * totals[..., PSEUDO_WIDTH]
 
 
@@ -257,13 +257,13 @@ def _sampling_errors(totals: Columns) -> dict[str, float]:
     """Standard errors of pseudo-likelihood metrics from scoring n of N tokens, all equally likely to be drawn.
 
     SE(PLL) = N sqrt(1 - n / N) s / sqrt(n) with s the sample's standard deviation (Cochran 1977, section 2.6). The
-    others follow from it to first order.
+    others follow from it to first order. Empty if every token was scored, because then there is no such error.
     """
     n, total, squares, scorable, words, characters, size = totals[: PSEUDO_WIDTH + len(SIZES)].tolist()
-    if n < 2:
+    if n < 2 or n == scorable:
         return {}
     variance = max(squares - total**2 / n, 0.0) / (n - 1)
-    error = scorable * math.sqrt(max(1 - n / scorable, 0.0) * variance / n)
+    error = scorable * math.sqrt((1 - n / scorable) * variance / n)
     units = (1, scorable, words, characters, size * math.log(2))
     errors = {
         name: error / unit * (float(estimator(totals)) if "perplexity" in name else 1.0)

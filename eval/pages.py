@@ -1,6 +1,7 @@
 """Render the HTML pages from `eval/templates`. They load nothing from elsewhere."""
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,14 @@ def render(template: str, path: Path, **content: Any) -> None:
     loader = FileSystemLoader(Path(__file__).parent / "templates")
     options = {"autoescape": True, "undefined": StrictUndefined, "trim_blocks": True, "lstrip_blocks": True}
     environment = Environment(loader=loader, **options)
-    environment.filters |= {"number": number, "signed": signed, "span": span, "p_value": p_value, "heat": heat}
+    environment.filters |= {each.__name__: _with_minus(each) for each in (number, signed, span, p_value)}
+    environment.filters["heat"] = heat
     write_text(path, environment.get_template(template).render(**content))
+
+
+def _with_minus(shown: Callable[..., str]) -> Callable[..., str]:
+    """The same text with the minus sign in place of the hyphen."""
+    return lambda *values: shown(*values).replace("-", "−")
 
 
 def heat(log_prob: float | None) -> str:

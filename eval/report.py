@@ -2,13 +2,16 @@
 
 import logging
 import os
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from mlmkit.eval.display import SLICE_METRICS, SLICINGS, headline
+from mlmkit.eval.display import SLICE_COLUMNS, SLICINGS, headline, model_name, slice_name
 from mlmkit.eval.metrics import CALIBRATION_BINS, calibration_bin, describe_unknown
 from mlmkit.eval.pages import render
 from mlmkit.eval.result import Metric, Result
@@ -18,7 +21,8 @@ from mlmkit.overlap import describe_overlap
 
 log = logging.getLogger(__name__)
 
-LARGEST_LOSS, LOSS_BINS, PROBABILITY_BINS = 14.0, 28, 20
+LARGEST_LOSS, LOSS_BINS = 14.0, 28
+POWERS_OF_TEN = 7  # bins of P: 1 to 0.1, ..., and all below 10 to the minus 6
 
 
 def write_report(stored: StoredResult) -> bool:
@@ -40,7 +44,6 @@ def write_report(stored: StoredResult) -> bool:
     if not items and "unigram_entropy" in result:  # older results lack it
         entropy: Metric = {"value": result["unigram_entropy"], "low": None, "high": None}
         headlines.insert(1, ("unigram entropy", "nats per token, to beat", "{:.4f}", entropy))
-    figures, groups_figure = _figures(stored, metric, references)
     render(
         "report.html.jinja",
         stored.folder / REPORT,
@@ -51,14 +54,20 @@ def write_report(stored: StoredResult) -> bool:
         scored=scored_tokens(result),
         masked=how_masked(pseudo["variant"], pseudo["appended_masks"]) if (pseudo := result["pseudo"]) else "",
         title=declared.get("name") or Path(result["corpus"]["source"]["location"]).name,
-        model=Path(result["model"]["path"]).name,
+        model=model_name(result["model"]["path"]),
+        date=result.get("date", "")[:10],
+        command=command_line(result["command"]),
         headlines=headlines,
-        figures=figures,
+        figures=_figures(stored, metric),
         items=items,
         headline=headline,
-        groups_figure=groups_figure,
+        groups_figure=_groups_figure(items, references),
         references=references,
-        slicings=SLICINGS,
+        slices=list(_slice_tables(result)),
+        slice_columns=SLICE_COLUMNS,
+        slice_name=slice_name,
+        examples={name: [(each, list(example_pieces(each))) for each in own] for name, own in _examples(result)},
+        joined=any("text" not in each for _, own in _examples(result) for each in own),
     )
     return True
 
@@ -81,14 +90,108 @@ def scored_tokens(result: Result) -> dict[str, str]:
     return described
 
 
-def _figures(
-    stored: StoredResult, metric: str, references: list[dict[str, Any]]
-) -> tuple[list[tuple[str, str, str]], str]:
-    """Caption, SVG and note of each figure, and the figure of the items' groups, "" without groups."""
+def command_line(command: Sequence[str]) -> str:
+    """The stored arguments of a process as a command that a shell understands."""
+    program, *arguments = command
+    name = Path(program).name
+    if name in ("mlmkit", "__main__.py"):
+        return shlex.join(["mlmkit", *arguments])
+    return shlex.join(["python", *command] if name.endswith(".py") else command)
+
+
+# ---------------------------------------------------------------- slices and examples
+
+
+def _slice_tables(result: Result) -> Iterator[tuple[str, str, str, dict[str, Any]]]:
+    """Kind of score, title, note and slices of each slicing that tells slices apart."""
+    for kind, slicings in result["slices"].items():
+        for slicing, (label, note) in SLICINGS.items():
+            if len(slices := slicings.get(slicing, {})) > 1:
+                yield kind, label, note, slices
+
+
+def _examples(result: Result) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    for name, title in (("worst", "Least expected tokens"), ("best", "Most expected tokens")):
+        yield title, result["examples"][name]
+
+
+@dataclass
+class Piece:
+    """A stretch of an example's text: what lies between tokens, a token, or several that share characters.
+
+    `tokens` are these, joined, as the vocabulary spells them; `log_prob` is None if one was not scored.
+    """
+
+    text: str
+    tokens: str = ""
+    log_prob: float | None = None
+    is_target: bool = False
+
+
+def example_pieces(example: Mapping[str, Any]) -> Iterator[Piece]:
+    """The text of an example in pieces. Where the text itself is not stored, its tokens are joined by words."""
+    tokens = [
+        (token, Piece(token["text"], token["text"], token["log_prob"], number == example["target"]))
+        for number, token in enumerate(example["tokens"])
+    ]
+    if "text" not in example:
+        for number, (token, piece) in enumerate(tokens):
+            if number and token["begins_word"]:
+                yield Piece(" ")
+            yield piece
+        return
+    text, reached = example["text"], 0
+    for begin, end, piece in _with_characters(tokens):
+        own = text[begin:end]
+        begin, end = begin + len(own) - len(own.lstrip()), end - len(own) + len(own.rstrip())
+        yield Piece(text[reached:begin])
+        piece.text = text[begin:end]
+        yield piece
+        reached = end
+    yield Piece(text[reached:])
+
+
+def _with_characters(tokens: Sequence[tuple[Mapping[str, Any], Piece]]) -> Iterator[tuple[int, int, Piece]]:
+    """Where each token stands in the text; those that share characters, as the bytes of one do, are one piece."""
+    begin, end, merged = 0, 0, None
+    for token, piece in tokens:
+        own_begin, own_end = token["span"]
+        if merged and (own_begin < end or own_begin == own_end):
+            end = max(end, own_end)
+            scores = merged.log_prob, piece.log_prob
+            merged.log_prob = None if None in scores else sum(scores)
+            merged.tokens += piece.tokens
+            merged.is_target |= piece.is_target
+            continue
+        if merged:
+            yield begin, end, merged
+        begin, end, merged = own_begin, own_end, piece
+    if merged:
+        yield begin, end, merged
+
+
+# ---------------------------------------------------------------- figures
+
+
+def _groups_figure(items: Mapping[str, Any], references: Sequence[Mapping[str, Any]]) -> str:
+    """The figure of the items' groups as SVG; "" without groups or chance level."""
+    from mlmkit.eval import plots
+
+    groups = items.get("phenomena") or items.get("paradigms")
+    if not groups or "chance" not in items:
+        return ""
+    metric = items["metrics"][0]
+    published = [reference for reference in references if reference["phenomena"] and reference["metric"] == metric]
+    label = ", ".join(headline(metric)[:2])
+    return plots.group_accuracies(groups, metric, label.removesuffix(", "), items["chance"], published[:5])
+
+
+def _figures(stored: StoredResult, metric: str) -> list[tuple[str, str, str]]:
+    """Caption, SVG and note of each figure."""
     from mlmkit.eval import plots
 
     result, histograms = stored.result, _histograms(stored, metric)
-    tokens, losses = histograms["tokens"], histograms["losses"]
+    tokens = histograms["tokens"]
     figures = [
         (
             f"Loss of the {tokens.sum():,.0f} scored tokens",
@@ -97,34 +200,25 @@ def _figures(
         ),
         (
             "Where the loss comes from",
-            plots.loss_by_probability(tokens, losses),
+            plots.loss_by_probability(tokens, histograms["losses"]),
             "Tokens, and their share of the summed loss, by the probability that the original token was given.",
         ),
     ]
     if metric == "masked":
         error = result["metrics"]["expected_calibration_error"]["value"]
         note = f"On the dashed line the model is right as often as it says. Expected error {error:.2%}."
+        note += " The larger a point, the more tokens."
         with np.errstate(invalid="ignore"):
             count, confidence, right = histograms["calibration"]
             figures.append(("Calibration", plots.calibration(confidence / count, right / count, count), note))
-    name, axis = SLICE_METRICS[metric]
-    for slicing, (label, note) in SLICINGS.items():
-        if slices := result["slices"].get(metric, {}).get(slicing):
-            values = {slice_name: found[name]["value"] for slice_name, found in slices.items()}
-            figures.append((f"Loss by {label}", plots.slice_bars(slicing, values, axis), note))
-    published = [reference for reference in references if reference["phenomena"]][:5]
-    items = result.get("items", {})
-    groups = items.get("phenomena") or items.get("paradigms")
-    if not groups or "chance" not in items:
-        return figures, ""
-    return figures, plots.group_accuracies(groups, items["metrics"][0], items["chance"], published)
+    return figures
 
 
 def _histograms(stored: StoredResult, metric: str) -> dict[str, Any]:
     """Counts of the scored tokens by loss and by probability, and calibration bins, read in blocks."""
     edges = np.linspace(0, LARGEST_LOSS, LOSS_BINS + 1)
     sums = {"counts": np.zeros(LOSS_BINS), "best": np.zeros(LOSS_BINS), "calibration": np.zeros((3, CALIBRATION_BINS))}
-    sums |= {"tokens": np.zeros(PROBABILITY_BINS), "losses": np.zeros(PROBABILITY_BINS)}
+    sums |= {"tokens": np.zeros(POWERS_OF_TEN), "losses": np.zeros(POWERS_OF_TEN)}
     for seed in stored.result["masking"]["seeds"] if metric == "masked" else [None]:
         for table, _ in read_blocks(stored.folder, metric, seed):
             loss = -table["log_prob"].to_numpy().astype(np.float64)
@@ -132,9 +226,9 @@ def _histograms(stored: StoredResult, metric: str) -> dict[str, Any]:
             by_loss = np.minimum(np.searchsorted(edges, loss, side="right") - 1, LOSS_BINS - 1)
             sums["counts"] += np.bincount(by_loss, minlength=LOSS_BINS)
             sums["best"] += np.bincount(by_loss, weights=is_best, minlength=LOSS_BINS)
-            by_probability = np.minimum((np.exp(-loss) * PROBABILITY_BINS).astype(int), PROBABILITY_BINS - 1)
-            sums["tokens"] += np.bincount(by_probability, minlength=PROBABILITY_BINS)
-            sums["losses"] += np.bincount(by_probability, weights=loss, minlength=PROBABILITY_BINS)
+            by_probability = np.clip(loss / np.log(10), 0, POWERS_OF_TEN - 1).astype(int)
+            sums["tokens"] += np.bincount(by_probability, minlength=POWERS_OF_TEN)
+            sums["losses"] += np.bincount(by_probability, weights=loss, minlength=POWERS_OF_TEN)
             if metric == "masked":
                 confidence = np.exp(table["top_log_prob"].to_numpy().astype(np.float64))
                 weights = (np.ones(len(loss)), confidence, is_best)

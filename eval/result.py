@@ -96,18 +96,25 @@ class Result(TypedDict):
     batch_coupling: bool  # scores depended on the other rows of a batch
     timing: dict[str, Timing]  # by kind of score
     seconds: float  # in total, of the call that finished the evaluation
+    date: NotRequired[str]  # when it was finished, ISO 8601 in UTC. Older results lack it
     versions: dict[str, str]  # of mlmkit, Python and the packages that compute
     command: list[str]
     set: dict[str, Any] | None  # the declaration of the set
     identity: dict[str, Any]  # what another call must share to resume this evaluation
-    examples: dict[str, list[dict[str, Any]]]  # `worst` and `best` tokens in context, for the report
+    examples: dict[str, list[dict[str, Any]]]  # `worst` and `best` tokens in context: see `mlmkit.eval.examples`
     files: NotRequired[dict[str, str]]  # SHA-256 of the two tables; absent until they are complete
 
 
 def main_metric(result: Result) -> str:
-    """The metric that stands for a result in tables of several: the one that its set declares, or the first.
+    """The metric that tables of several results show: the one that its set declares, or the first.
 
-    It is the first too if the declared one was not measured, such as a masked metric of `--metric pseudo`.
+    It is also the first if the declared one was not measured, such as a masked metric with `--metric pseudo`.
     """
     declared = (result["set"] or {}).get("metric")
     return declared if declared in result["metrics"] else next(iter(result["metrics"]))
+
+
+def sample_size(result: Result, metric: str) -> int:
+    """What a metric is measured on: documents, or items; for a correlation the items that have the human number."""
+    items = result.get("items", {})
+    return items.get("correlated", {}).get(metric) or items.get("items") or result["corpus"]["documents"]

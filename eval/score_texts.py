@@ -56,8 +56,8 @@ class TextScore:
     def words(self) -> list[Word]:
         """The words between white space, in order. Each scored token belongs to exactly one.
 
-        A token belongs to the word of its characters. One of white space alone belongs to the next word, or to the
-        last if none follows. Words that share a token are one `Word`, with the white space between them. A text of
+        A token belongs to the word of its characters. A token that is only white space belongs to the next word, or to
+        the last if none follows. Words that share a token are one `Word`, with the white space between them. A text of
         white space is one word.
         """
         bounds = [match.span() for match in re.finditer(r"\S+", self.text)] or [(0, len(self.text))]

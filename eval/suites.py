@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from mlmkit.errors import UserError
-from mlmkit.eval.result import Result, main_metric
+from mlmkit.eval.result import Result, main_metric, sample_size
 from mlmkit.eval.sets import beside
 from mlmkit.locations import existing_file
 from mlmkit.toml import build, read_toml
@@ -45,7 +45,7 @@ def find_suite(name: str) -> Suite:
 
 
 def each_or_none(action: Callable[[Given], Made], values: Iterable[Given]) -> list[Made]:
-    """The action on each value. Raises one `UserError` with all problems, so that users meet them together."""
+    """The action on each value. Raises one `UserError` with all problems, so that users see them together."""
     made, problems = [], []
     for value in values:
         try:
@@ -65,13 +65,12 @@ def suite_record(suite: Suite, folders: Sequence[Path], results: Sequence[Result
 
 
 def _row(name: str, result: Result) -> dict[str, Any]:
-    metric, items = main_metric(result), result.get("items", {})
-    counts = items.get("correlated", {})
+    metric = main_metric(result)
     published = [each for each in (result["set"] or {}).get("reference", ()) if each["metric"] == metric]
     return {
         "set": name,
         "metric": metric,
         **result["metrics"][metric],
-        "n": counts.get(metric) or items.get("items") or result["corpus"]["documents"],
+        "n": sample_size(result, metric),
         "published": [{key: each[key] for key in ("model", "value", "source")} for each in published if each["value"]],
     }

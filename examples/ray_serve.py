@@ -1,7 +1,7 @@
 """Fill-mask on Ray Serve: each replica loads the artifact once, and one engine call answers many requests.
 
-pip install 'mlmkit[serve]' 'ray[serve]'
-serve run ray_serve:app artifact=/path/to/artifact
+pip install '.[serve]' 'ray[serve]'
+cd examples && serve run ray_serve:app artifact=/path/to/artifact
 curl http://127.0.0.1:8000/ --json '{"inputs": "Return the [MASK] of the file."}'
 """
 

@@ -24,7 +24,7 @@ from mlmkit.backends import ModelInfo
 from mlmkit.backends.protocol import open_artifact
 from mlmkit.documents import read_documents
 from mlmkit.errors import UserError, as_user_error, require
-from mlmkit.eval.display import number, span
+from mlmkit.eval.display import markdown_cell, markdown_table, number, span
 from mlmkit.eval.report import scored_tokens
 from mlmkit.eval.result import Metric, Result
 from mlmkit.eval.results_store import load_result
@@ -97,8 +97,8 @@ def write_card(
 
     `results` are folders that `mlmkit eval` wrote; the evaluations that training made of these weights are added. The
     example is a sentence of `text`, by default of the run's held-out text. Raises `UserError` for a model that cannot
-    be read, a result of other weights, names that the Hub does not take, and, unless `overwrite` is set, a README.md
-    that is not as mlmkit wrote it.
+    be read, a result of other weights, names that the Hub does not accept, and, unless `overwrite` is set, a README.md
+    that has changed since mlmkit wrote it.
     """
     _check("--license", [license], LICENSE, "an identifier of the Hub, such as apache-2.0")
     _check("--language", languages, LANGUAGE, "an ISO 639 code without a country, such as pt")
@@ -224,7 +224,7 @@ def _mask_word(sentence: str, tokenizer: Tokenizer, max_length: int) -> str:
 
 
 def _usage(subject: _Model, base: str | None, example: str, sentence: str) -> str:
-    """What the model is and how it is run. Without an example there are placeholders, which are in no language."""
+    """What the model is and how it is run. Without an example there are placeholders without words of any language."""
     manifest, mask = subject.manifest, subject.tokenizer.mask_token
     templates = ["artifact.md" if manifest else "checkpoint.md", *(["onnx.md"] if subject.has_onnx else [])]
     text = "".join((Path(__file__).parent / "cards" / name).read_text(encoding="utf-8") for name in templates)
@@ -234,7 +234,7 @@ def _usage(subject: _Model, base: str | None, example: str, sentence: str) -> st
     python = {"mask": mask, "masked": example, "sentence": sentence}
     return Template(text).substitute(
         figures | {name: json.dumps(value, ensure_ascii=False) for name, value in python.items()},
-        title=f"{_cell(subject.name)}: {article} {subject.info.architecture} masked language model",
+        title=f"{markdown_cell(subject.name)}: {article} {subject.info.architecture} masked language model",
         shell_masked=shlex.quote(example),
         source=f", from [{base}](https://huggingface.co/{base})" if base else "",
         plan=f", and a plan of {FLAVOURS[manifest.tensorrt.flavour]}" if manifest and manifest.tensorrt else "",
@@ -296,7 +296,10 @@ def _metrics(results: Sequence[Result]) -> str:
         sizes = f"{corpus['documents']:,} documents, {corpus['tokens']:,} tokens"
         facts = {"text": f"{sizes}, fingerprint `{corpus['fingerprint']}`", **scored_tokens(result)}
         facts |= {"mask digest": f"`{result['mask_digest']}`", "run by": f"{run_by}, {result['model']['precision']}"}
-        parts += [f"### {_cell(_set_name(result))}\n", _table(("metric", "value", "95 % interval"), rows)]
+        parts += [
+            f"### {markdown_cell(_set_name(result))}\n",
+            markdown_table(("metric", "value", "95 % interval"), rows),
+        ]
         parts.append("".join(f"- {name}: {fact}\n" for name, fact in facts.items()))
     return "\n".join(parts) if results else ""
 
@@ -327,7 +330,7 @@ def _training(subject: _Model) -> str:
         for text in training_texts(subject.run)
     ]
     if rows:
-        parts.append(_table(("text", "documents", "tokens", "words", "fingerprint"), rows))
+        parts.append(markdown_table(("text", "documents", "tokens", "words", "fingerprint"), rows))
     else:
         log.warning("the card does not count the training text: its tokens are not in the cache")
     if not subject.phases:
@@ -348,21 +351,11 @@ def _tags(subject: _Model) -> list[str]:
 def _proof(subject: _Model) -> str:
     """The parity of an artifact, and the digests."""
     rows = [("weights", subject.info.fingerprint), ("tokenizer", subject.tokenizer.fingerprint)]
-    digests = f"## Digests\n\n{_table(('', 'SHA-256'), rows)}"
+    digests = f"## Digests\n\n{markdown_table(('', 'SHA-256'), rows)}"
     if not (manifest := subject.manifest):
         return digests
     # A text is named by its path, or as "the run's held-out text (PATH)".
     parity = manifest.parity | {"text": re.sub(r"(^|\()[^()]*/", r"\1", str(manifest.parity.get("text")))}
     drift = " **Exported with `--allow-drift`.**" if manifest.drift_allowed else ""
-    line = f"The engine against the checkpoint in float32, {_cell(parity_line(parity))}.{drift}"
+    line = f"The engine against the checkpoint in float32, {markdown_cell(parity_line(parity))}.{drift}"
     return f"## Parity with the checkpoint\n\n{line}\n\n{digests}\nFor those of the files see `{MANIFEST}`.\n"
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "".join(f"| {' | '.join(_cell(value) for value in line)} |\n" for line in lines)
-
-
-def _cell(text: str) -> str:
-    """Text that cannot break out of its cell or act as HTML: the names of sets come from users."""
-    return "".join(char for char in text.replace("|", "\\|").replace("<", "&lt;") if char.isprintable())

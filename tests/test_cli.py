@@ -1,6 +1,8 @@
 """The command line: in a process of its own where that matters, otherwise through `main`."""
 
 import json
+import logging
+import re
 import shutil
 import subprocess
 import sys
@@ -13,8 +15,10 @@ import pytest
 from conftest import PORTUGUESE, PROOF, process, refusal, run, run_json
 
 from mlmkit.backends import load
+from mlmkit.cli import MODULES, main
 from mlmkit.console import print_table
 from mlmkit.demo import demo_config
+from mlmkit.errors import UserError
 from mlmkit.files import read_record
 from mlmkit.fill import fill
 from mlmkit.train.config import Config
@@ -22,14 +26,60 @@ from mlmkit.train.config import Config
 ROOT = Path(__file__).parent.parent
 
 
-@pytest.mark.parametrize(
-    "command", ["demo", "train", "average", "export", "inspect", "eval", "compare", "report", "score", "fill", "serve"]
-)
-def test_each_command_has_help(capsys, command):
-    code, out, _ = run(capsys, command, "--help")
+@pytest.mark.parametrize("command", MODULES)
+def test_each_command_has_help(capsys, monkeypatch, command):
+    monkeypatch.setenv("COLUMNS", "80")
+    code, out, _ = run(capsys, command, "-h")
     assert code == 0
     assert out.startswith(f"Usage: mlmkit {command} ")
-    assert max(map(len, out.splitlines())) <= 100
+    assert max(map(len, out.splitlines())) <= 80
+    assert not re.search(r"RANGE|INTEGER|FLOAT|PATH|<=|>=|Default:|default: None", out)
+
+
+def test_no_short_help_is_cut(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    _, out, _ = run(capsys, "--help")
+    _, commands = out.split("Commands:\n")
+    assert [line.split()[0] for line in commands.splitlines()] == list(MODULES)
+    assert all(re.fullmatch(r"  \w+ +\S.*[^.]\.", line) for line in commands.splitlines())
+
+
+@pytest.mark.parametrize("arguments", [["-v", "inspect", "nowhere"], ["inspect", "nowhere", "-v"]])
+def test_verbose_is_taken_before_and_after_the_command(caplog, arguments):
+    caplog.set_level("INFO", logger="mlmkit")  # restored afterwards
+    with pytest.raises(UserError):  # which Python shows with its traceback
+        main(arguments)
+    assert logging.getLogger("mlmkit").level == logging.DEBUG
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("mod", []),
+        ("eval ru", ["dir,ru"]),
+        ("average one tw", ["dir,tw"]),
+        ("compare a b c", ["dir,c"]),
+        ("card r", ["dir,r"]),
+        ("train conf", ["file,conf"]),
+        ("score model", ["dir,model"]),
+        ("score model te", ["file,te"]),
+        ("fill model te", []),
+        ("train config.toml --from r", ["dir,r"]),
+        ("train config.toml --sweep masking.r", ["plain,masking.replace_prob=", "plain,masking.random_prob="]),
+        ("export model --precision int", ["plain,int8", "plain,int8-dynamic"]),
+        ("eval model --set wikitext", ["plain,wikitext-103", "plain,wikitext-2", "file,wikitext"]),
+        ("eval model --suite babylm-s", ["plain,babylm-strict", "file,babylm-s"]),
+        ("eval model --pll w", ["plain,within-word"]),
+        ("eval model --mask-seed 1", []),
+    ],
+)
+def test_completion_offers_what_fits(capsys, monkeypatch, words, expected):
+    words = ["mlmkit", *words.split()]
+    monkeypatch.setenv("_MLMKIT_COMPLETE", "bash_complete")
+    monkeypatch.setenv("COMP_WORDS", "\n".join(words))
+    monkeypatch.setenv("COMP_CWORD", str(len(words) - 1))
+    code, out, err = run(capsys)
+    assert (code, out.split(), err) == (0, expected, "")
 
 
 def test_a_table_aligns_wide_characters_and_escapes_control_characters(capsys):
@@ -311,7 +361,7 @@ def test_a_missing_extra_is_named(capsys, tmp_path, monkeypatch, checkpoint):
         ["demo", "--output", tmp_path / "demo"],
         ["average", checkpoint("bert"), checkpoint("bert"), "--output", tmp_path / "mean"],
     ):
-        assert "pip install 'mlmkit[train]'" in refusal(capsys, *arguments)
+        assert "pip install '.[train]' in a clone" in refusal(capsys, *arguments)
 
 
 def test_a_missing_optimiser_is_named_before_the_text_is_read(capsys, tmp_path, monkeypatch):
@@ -319,7 +369,7 @@ def test_a_missing_optimiser_is_named_before_the_text_is_read(capsys, tmp_path, 
     (tmp_path / "a.toml").write_text('[data]\ntrain = "none.txt"\n[optim]\nname = "stable_adamw"\n')
     for arguments in (["--dry-run"], ["--output", tmp_path / "run"]):
         said = refusal(capsys, "train", tmp_path / "a.toml", *arguments)
-        assert said == "mlmkit: optim.name: this needs optimi: pip install 'mlmkit[stable-adamw]'\n"
+        assert said == "mlmkit: optim.name: this needs optimi: pip install '.[stable-adamw]' in a clone of mlmkit\n"
 
 
 def test_a_causal_or_headless_checkpoint_is_refused(capsys, tmp_path, checkpoint):

@@ -35,6 +35,11 @@ MARKED = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 LINKED = [*MARKED, *(ROOT / name for name in ("CHANGELOG.md", "CONTRIBUTING.md", "recipes/README.md"))]
 LANGUAGES = ("bash", "python")
 MARK = re.compile(r"<!-- (?:(?P<runnable>runnable)(?:: (?P<changes>.+))?|(?:not run|run by): (?P<reason>.+)) -->\s*")
+# Not followed by the commit that had it last, as in "(removed since; at commit 20ba236)".
+REPOSITORY_FILE = re.compile(
+    r"(?<![\w/.:-])((?:benchmarks|deploy|examples|recipes|tests)/[\w/-]+\.\w+\b)"
+    r"(?!`[\s(]+(?:removed since; )?at (?:commit )?[0-9a-f]{7})"
+)
 SHELL = """
 set -eu
 mlmkit() {
@@ -137,6 +142,15 @@ def test_every_link_leads_to_a_file_and_a_heading(page: Page):
         if not is_here or (anchor and anchor not in (PAGES.get(target) or read_page(target)).anchors()):
             broken.append(link)
     assert not broken
+
+
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES.values() if page.name != "CHANGELOG.md"], ids=lambda page: page.name
+)
+def test_every_script_and_recipe_that_is_named_exists(page: Page):
+    """Unless the text says in which commit it was last."""
+    named = REPOSITORY_FILE.findall(page.path.read_text(encoding="utf-8"))
+    assert [path for path in named if not (ROOT / path).exists()] == []
 
 
 @pytest.mark.parametrize("page", PAGES.values(), ids=lambda page: page.name)
@@ -264,25 +278,31 @@ def run_bash(script: str, folder: Path, variables: dict[str, str]) -> subprocess
     )
 
 
-@pytest.mark.parametrize(
-    ("words", "expected"),
-    [("ev", {"eval"}), ("eval --mask", {"--mask-seed", "--mask-seeds", "--mask-prob"}), ("x", set())],
-)
-def test_bash_completes(shell, tmp_path, words, expected):
-    script = f"""
+def test_bash_completes(shell, tmp_path):
+    (tmp_path / "wikitalk.txt").touch()
+    cases = {
+        "eval --mask": {"--mask-seed", "--mask-seeds", "--mask-prob"},
+        "eval run --backend = t": {"torch", "tensorrt"},  # bash splits words at "="
+        "eval run --set wikit": {"wikitext-2", "wikitext-103", "wikitalk.txt"},
+        "train --set optim.l": {"optim.lr="},
+    }
+    script = """
     eval "$(_MLMKIT_COMPLETE=bash_source mlmkit)"
-    COMP_WORDS=(mlmkit {words}); COMP_CWORD=$((${{#COMP_WORDS[@]}} - 1)); _mlmkit_completion mlmkit
-    printf '%s\\n' "${{COMPREPLY[@]}}"
-    """
+    compopt() { :; }  # bash allows it only while it completes
+    complete_words() {
+        COMP_WORDS=(mlmkit "$@"); COMP_CWORD=$#; _mlmkit_completion mlmkit "${@: -1}"
+        echo "${COMPREPLY[@]}" | tr '\n' ' '; echo
+    }
+    """ + "".join(f"complete_words {words}\n" for words in cases)
     done = run_bash(script, tmp_path, {})
     assert done.returncode == 0, done.stdout
-    assert set(done.stdout.split()) == expected
+    assert [set(line.split()) for line in done.stdout.splitlines()] == list(cases.values())
 
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory) -> Path:
     if not find_spec("mkdocs") or not find_spec("material") or not find_spec("mkdocstrings"):
-        pytest.skip("the docs extra is not installed: pip install 'mlmkit[docs]'")
+        pytest.skip("the docs extra is not installed: pip install '.[docs]'")
     folder = tmp_path_factory.mktemp("site")
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)]
     environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}

@@ -26,7 +26,7 @@ from mlmkit.eval.results_store import ResultsStore
 from mlmkit.eval.statistics import Bootstrap
 from mlmkit.locations import Source
 
-TIMES = ("seconds", "timing", "command", "checksum")
+TIMES = ("date", "seconds", "timing", "command", "checksum")
 
 
 def without_times(folder: Path) -> dict[str, object]:

@@ -104,6 +104,13 @@ def test_help_imports_click_alone(always, arguments):
     assert packages(COMMAND, *arguments) - always == {"click"}
 
 
+def test_completion_imports_click_alone(always, monkeypatch):
+    monkeypatch.setenv("_MLMKIT_COMPLETE", "bash_complete")
+    monkeypatch.setenv("COMP_WORDS", "mlmkit\neval\nmodel\n--set\n")
+    monkeypatch.setenv("COMP_CWORD", "4")
+    assert packages(COMMAND) - always == {"click"}
+
+
 def test_an_artifact_runs_without_the_extras(always, artifact, tmp_path):
     (tmp_path / "text.txt").write_text("The statement\n")
     assert packages(COMMAND, "fill", artifact("bert"), "The [MASK] statement", "--device", "cpu") - always == ENGINE

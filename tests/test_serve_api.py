@@ -21,6 +21,7 @@ from serving import Server, tensors
 from mlmkit.backends import Batch, load
 from mlmkit.eval.score_texts import pseudo_log_likelihood
 from mlmkit.fill import fill
+from mlmkit.serve.examples import read_example
 
 
 @pytest.fixture(scope="module")
@@ -281,6 +282,44 @@ def test_info_metrics_and_documentation(artifact, server):
     assert "mlmkit_queue_tokens 0.0" in page
     pages = {"/docs": b"swagger-ui", "/static/swagger-ui-bundle.js": b"SwaggerUI", "/openapi.json": b"/fill-mask"}
     assert all(content in server.ask(path).body for path, content in pages.items())
+
+
+@pytest.mark.parametrize("kind", ["bert", "roberta"])
+def test_the_document_describes_everything_and_its_requests_work(kind, served):
+    server = served(kind)
+    document = server.ask("/openapi.json").json
+    assert f"**{kind}**" in document["info"]["description"]
+    assert "securitySchemes" not in document["components"]
+    asked = 0
+    for path, operations in document["paths"].items():
+        for operation in operations.values():
+            assert operation["summary"].endswith(".") and "security" not in operation
+            values = {each["name"]: each["example"] for each in operation.get("parameters", [])}
+            body = operation.get("requestBody", {}).get("content", {}).get("application/json", {}).get("example")
+            assert server.ask(path.format(**values), body).status == 200
+            asked += body is not None
+    assert asked == 4
+    for name, schema in document["components"]["schemas"].items():
+        undescribed = [field for field, it in schema["properties"].items() if "description" not in it]
+        assert (schema["description"].endswith("."), undescribed) == (True, []), name
+
+
+CARDS = {
+    "": ("", ""),
+    "---\nlanguage: [pt, en]\nwidget:\n- text: a [MASK]\n---\n": ("a [MASK]", ""),
+    "---\nlanguage: pt\nwidget: [{src: a.png}, b, {text: [c]}]\n---\n": ("", "pt"),
+    "---\nlanguage: no\nwidget: {text: 'd [MASK]'}\n---\n": ("d [MASK]", ""),  # YAML reads no as false
+    "---\nlanguage: [\n---\n": ("", ""),
+    "---\n- a\n---\n": ("", ""),
+}
+
+
+@pytest.mark.parametrize("card", CARDS)
+def test_a_card_of_any_form_gives_an_example_or_none(card, tmp_path, caplog):
+    (tmp_path / "README.md").write_text(card)
+    example = read_example(tmp_path, "[MASK]")
+    assert (example.text, example.language) == CARDS[card]
+    assert ("cannot be read" in caplog.text) == (card.endswith(("[\n---\n", "- a\n---\n")))
 
 
 def test_answers_carry_security_headers(server):

@@ -1,6 +1,5 @@
-"""The page of `mlmkit serve`, in a real browser against the real server."""
+"""The page of `mlmkit serve` and its `/docs`, in a real browser against the real server."""
 
-import math
 import re
 import shutil
 import socket
@@ -10,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from serving import Server
+from serving import Server, running
 
+from mlmkit.serve.middleware import PROBES
 from mlmkit.tokenizer import Tokenizer
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
@@ -22,8 +22,17 @@ Open = Callable[..., Any]
 Servers = dict[str, Server]
 Artifact = Callable[[str], Path]
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
-LEVELS = (1, 2, 4, 6, 9, 12)  # bits
+LEVELS = (1, 2, 3, 4, 6, 8)  # nats
 TOKEN = "a-secret"
+EXAMPLE = "O rato [MASK] a roupa do rei."
+CARD = f"""---
+language: pt
+widget:
+- text: The rat <mask> the king.
+- text: {EXAMPLE}
+---
+# A model
+"""
 WATCH = """
 window.violations = [];
 document.addEventListener("securitypolicyviolation", (event) => violations.push(event.violatedDirective));
@@ -31,10 +40,14 @@ document.addEventListener("securitypolicyviolation", (event) => violations.push(
 
 
 @pytest.fixture(scope="module")
-def servers(served: Callable[..., Server]) -> Servers:
-    """WordPiece, byte-level BPE, and one with a token and room for a single request."""
-    guarded = served("bert", "--token", TOKEN, "--max-requests", "1")
-    return {"bert": served("bert"), "roberta": served("roberta"), "guarded": guarded}
+def servers(
+    served: Callable[..., Server], artifact: Artifact, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Servers]:
+    """WordPiece, byte-level BPE, and one with a model card, a token, and room for a single request."""
+    folder = shutil.copytree(artifact("bert"), tmp_path_factory.mktemp("carded") / "carded")
+    (folder / "README.md").write_text(CARD, encoding="utf-8")
+    with running(folder, "--token", TOKEN, "--max-requests", "1") as guarded:
+        yield {"bert": served("bert"), "roberta": served("roberta"), "guarded": guarded}
 
 
 @pytest.fixture(scope="module")
@@ -262,14 +275,14 @@ def test_score_colours_each_token_and_shows_the_apis_figures(name: str, open_pag
         shades = [shade for _, _, shade in styles(page, "#legend span")]
         expected: list[list[Any]] = []
         for token in answer["per_token"]:
-            span, bits = (token["start"], token["end"]), -token["log_prob"] / math.log(2)
+            span, nats = (token["start"], token["end"]), -token["log_prob"]
             if expected and expected[-1][0] == span:  # the bytes of one character
-                expected[-1][1] += bits
+                expected[-1][1] += nats
             else:
-                expected.append([span, bits])
+                expected.append([span, nats])
         assert [(shown, shade) for shown, _, shade in styles(page, "#tokens .token")] == [
-            (text[start:end].strip() or text[start:end], shades[sum(bits >= level for level in LEVELS)])
-            for (start, end), bits in expected
+            (text[start:end].strip() or text[start:end], shades[sum(nats >= level for level in LEVELS)])
+            for (start, end), nats in expected
         ]
         assert page.locator("#token-rows tr").count() == answer["tokens"]
 
@@ -284,7 +297,7 @@ def test_token_details_by_keyboard_and_on_to_fill(open_page: Open, servers: Serv
     page.keyboard.press("ArrowLeft")
     begin, end, log_prob = (tokens[-2][name] for name in ("start", "end", "log_prob"))
     detail = page.inner_text("#token-detail")
-    assert detail.startswith(text[begin:end]) and f"{-log_prob / math.log(2):.2f} bits" in detail
+    assert detail.startswith(text[begin:end]) and f"{-log_prob:.2f} nats" in detail
     assert page.evaluate("document.activeElement.tabIndex") == 0
     page.keyboard.press("Enter")
     page.wait_for_selector("#panel-fill:not([hidden]) .candidate")
@@ -328,11 +341,13 @@ def test_the_token_is_asked_for_and_load_is_said_kindly(open_page: Open, servers
     page.keyboard.press("Enter")
     page.wait_for_selector("#insert-mask:enabled")
     assert page.is_hidden("#token-form")
+    assert page.input_value("#fill-text") == EXAMPLE
+    assert page.get_attribute("#fill-text", "lang") == page.get_attribute("#tokens", "lang") == "pt"
     page.reload()
     fill_in(page, "a [MASK]")
     assert page.is_hidden("#token-form")
     card = page.text_content("#model-card")
-    assert TOKEN not in card and "$MLMKIT_TOKEN" in card
+    assert TOKEN not in card and "$MLMKIT_TOKEN" in card and EXAMPLE in card
 
     half = f"POST /score HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {TOKEN}\r\nContent-Length: 99\r\n\r\n{{"
     with socket.create_connection(("127.0.0.1", servers["guarded"].port)) as slow:
@@ -340,6 +355,35 @@ def test_the_token_is_asked_for_and_load_is_said_kindly(open_page: Open, servers
         page.click("#fill-button")
         page.wait_for_selector("#fill-status.error")
     assert page.inner_text("#fill-status") == "The server is busy just now. Please try again in 1 second."
+
+
+def test_without_a_card_no_example_is_shown(open_page: Open) -> None:
+    page = open_page("roberta")
+    assert page.input_value("#fill-text") == page.input_value("#score-text") == ""
+    assert page.get_attribute("#fill-text", "placeholder") == "Write a text with <mask> where a word is missing."
+    assert page.get_attribute("#fill-text", "lang") == ""
+
+
+def test_the_reference_has_locks_where_the_token_is_needed_and_a_request_that_works(
+    open_page: Open, servers: Servers
+) -> None:
+    page = open_page("guarded", expected="401")
+    page.goto(f"{servers['guarded'].url}/docs")
+    page.wait_for_selector(".opblock")
+    assert EXAMPLE in page.inner_text(".info")
+    paths, locked = (
+        page.eval_on_selector_all(f"{blocks} .opblock-summary-path", "all => all.map((n) => n.dataset.path)")
+        for blocks in (".opblock", ".opblock:has(.authorization__btn)")
+    )
+    assert locked == [path for path in paths if path not in PROBES]
+    page.click(".authorize")
+    page.fill(".auth-container input", TOKEN)
+    page.click(".auth-btn-wrapper .authorize")
+    page.click(".auth-btn-wrapper .btn-done")
+    for button in (".opblock-summary-control", ".try-out__btn", ".execute"):
+        page.click(f".opblock:has([data-path='/fill-mask']) {button}")
+    page.wait_for_selector(".live-responses-table")
+    assert page.locator(".live-responses-table .response-col_status").nth(1).inner_text() == "200"
 
 
 def test_tabs_by_keyboard_alone(open_page: Open) -> None:

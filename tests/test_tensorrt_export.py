@@ -171,4 +171,4 @@ def test_without_tensorrt_the_hint_says_what_to_install(folder, tmp_path, monkey
         monkeypatch.setitem(sys.modules, name, None)
     more = ["--output", tmp_path / "x"] if option == "--trt" else []
     code, _, err = run(capsys, "export", folder, option, *more)
-    assert (code, "this needs TensorRT: pip install 'mlmkit[rtx]'" in err) == (2, True)
+    assert (code, "this needs TensorRT: pip install '.[rtx]'" in err) == (2, True)

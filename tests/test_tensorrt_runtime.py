@@ -291,7 +291,7 @@ def test_without_tensorrt_the_reason_is_one_line(machine, plan, monkeypatch):
     folder = plan()
     monkeypatch.setitem(sys.modules, "tensorrt", None)
     tensorrt_stub.forget()
-    with pytest.raises(UserError, match=r"cannot be imported .*: pip install 'mlmkit\[rtx\]' .* or 'mlmkit\[trt\]'"):
+    with pytest.raises(UserError, match=r"cannot be imported .*: pip install '\.\[rtx\]' .* with trt"):
         load(str(folder), backend="tensorrt")
     assert load(str(folder)).name == "onnx"
 

@@ -13,6 +13,7 @@ from conftest import run
 from training import write_config
 from transformers import AutoModelForMaskedLM
 
+from mlmkit.cli.completion import setting_keys
 from mlmkit.errors import UserError
 from mlmkit.locations import Source
 from mlmkit.model import MaskedLM
@@ -119,6 +120,8 @@ def test_the_template_has_every_setting_with_its_default(tmp_path, capsys):
         for key, default in known[table].items():
             if default is not None and key not in ("train", "source"):
                 assert everything[table][key] == (list(default) if isinstance(default, tuple) else default), key
+    settings = {f"{table}.{key}=" for table in known.keys() - {"held_out", "phase"} for key in known[table]}
+    assert settings == {*setting_keys(), "data.source="}  # what the shell completes
 
 
 def test_the_template_takes_no_other_option(capsys):
@@ -137,9 +140,9 @@ def test_the_help_names_the_presets_and_the_template(capsys):
     ("settings", "message"),
     [
         ("data.held_out=a.txt held_out.b=b.txt", r"data.held_out and \[held_out\] exclude each other"),
-        ("held_out.A=a.txt", r"held_out\.A: name it with lower-case letters"),
-        ("held_out.a/b=a.txt", r"held_out\.a/b: name it with lower-case letters"),
-        ("held_out.deadbeef=a.txt", r"held_out\.deadbeef: name it .* not with eight hexadecimal digits"),
+        ("held_out.A=a.txt", r"held_out\.A: a name has lower-case letters"),
+        ("held_out.a/b=a.txt", r"held_out\.a/b: a name has lower-case letters"),
+        ("held_out.deadbeef=a.txt", r"held_out\.deadbeef: .* not eight hexadecimal digits"),
         ("held_out.a=3", r"held_out\.a must be text"),
         ("held_out.a=0.005", r"held_out\.a must be text, not 0.005"),
         ("data.held_out=0.005 held_out.held-out=a.txt", "held_out.held-out is the name of the held-out share"),

@@ -168,7 +168,7 @@ def test_without_a_terminal_a_line_comes_now_and_then(tmp_path, monkeypatch, cap
 )
 def test_a_logger_that_is_not_installed_is_named(monkeypatch, module, name, settings):
     monkeypatch.setitem(__import__("sys").modules, module, None)  # importing it now fails
-    with pytest.raises(UserError, match=rf"train.{name} needs .*: pip install 'mlmkit\[{name}\]'"):
+    with pytest.raises(UserError, match=rf"train.{name} needs .*: pip install '\.\[{name}\]'"):
         check_loggers(RunConfig(**settings))
     check_loggers(RunConfig())
 
@@ -419,6 +419,5 @@ def test_without_matplotlib_or_entries_there_is_no_picture(tmp_path, monkeypatch
     caplog.set_level(logging.INFO, logger="mlmkit")
     caplog.clear()
     assert draw_loss(tmp_path) is None
-    assert caplog.messages == [
-        f"{tmp_path / 'loss.png'} is left out, because it needs matplotlib: pip install 'mlmkit[report]'"
-    ]
+    reason = "because it needs matplotlib: pip install '.[report]' in a clone of mlmkit"
+    assert caplog.messages == [f"{tmp_path / 'loss.png'} is left out, {reason}"]

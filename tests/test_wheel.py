@@ -130,10 +130,10 @@ def test_the_base_install_refuses_in_one_line_what_needs_more(base, artifact, ch
     damaged = Path(shutil.copytree(artifact("bert"), tmp_path / "damaged"))
     (damaged / "config.json").unlink()
     for command, code, message in (
-        (["fill", checkpoint("bert"), "a [MASK]"], 2, "pip install 'mlmkit[train]'"),
-        (["export", checkpoint("bert"), "--output", "out"], 2, "pip install 'mlmkit[train]'"),
+        (["fill", checkpoint("bert"), "a [MASK]"], 2, "pip install '.[train]'"),
+        (["export", checkpoint("bert"), "--output", "out"], 2, "pip install '.[train]'"),
         (["fill", damaged, "a [MASK]"], 2, "config.json is missing"),
-        (["serve", artifact("bert")], 2, "pip install 'mlmkit[serve]'"),
+        (["serve", artifact("bert")], 2, "pip install '.[serve]'"),
         (["inspect", damaged], 1, "is damaged"),
         (["inspect", tmp_path], 2, "is not an artifact"),
     ):

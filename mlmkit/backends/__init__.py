@@ -10,7 +10,7 @@ from pathlib import Path
 
 from mlmkit.artifact import Manifest, is_artifact, parse_manifest, refuse_other_graphs
 from mlmkit.backends.protocol import Backend, Batch, ModelInfo, Scored, capacity, merge_rows, score_together
-from mlmkit.errors import UserError, require
+from mlmkit.errors import UserError, install_hint, require
 from mlmkit.files import locate_model
 
 __all__ = [
@@ -28,7 +28,7 @@ __all__ = [
 
 log = logging.getLogger(__name__)
 
-INSTALL_TENSORRT = "pip install 'mlmkit[rtx]' (RTX cards) or 'mlmkit[trt]' (data-centre GPUs)"
+INSTALL_TENSORRT = f"{install_hint('rtx')} for RTX cards, or with trt for data-centre GPUs"
 BACKENDS = ("auto", "torch", "onnx", "tensorrt")
 DEVICES = ("auto", "cpu", "cuda")
 

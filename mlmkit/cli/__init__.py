@@ -13,10 +13,11 @@ from importlib import import_module
 import click
 
 from mlmkit import __version__
-from mlmkit.console import MessageFormatter, MessageHandler, printable
+from mlmkit.console import printable
 from mlmkit.distributed import RESUME
 from mlmkit.errors import CheckError, EndedElsewhereError, StoppedError, UserError
 
+COMPLETE = "_MLMKIT_COMPLETE"  # set by the shell when it asks for completions
 INTERRUPTED, TERMINATED = 130, 143
 MODULES = {  # of each command, in the order in which they are used
     "demo": "train",
@@ -41,6 +42,17 @@ class _Commands(click.Group):
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(MODULES)
 
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if not ctx.resilient_parsing and args[0] not in MODULES and not args[0].startswith("-"):
+            from difflib import get_close_matches
+
+            guess = get_close_matches(args[0], MODULES, n=1)
+            hint = f" Did you mean '{guess[0]}'?" if guess else ""
+            raise click.UsageError(f"No such command '{args[0]}'.{hint}", ctx)
+        return super().resolve_command(ctx, args)
+
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in MODULES:
             return None
@@ -54,17 +66,11 @@ class _Commands(click.Group):
 def cli(verbose: bool) -> None:
     """Train, export, evaluate and serve masked language models.
 
-    MODEL is a Hugging Face checkpoint (a folder or a hub name), the folder of a finished training run, or an artifact
-    that `mlmkit export` wrote. Results go to standard output; progress and messages go to standard error.
+    Start with mlmkit demo. Use mlmkit COMMAND --help for the options of a command.
+
+    MODEL is a Hugging Face checkpoint (a folder or a Hub name), the folder of a finished training run, or an artifact,
+    the folder that mlmkit export wrote. Results go to standard output; progress and messages go to standard error.
     """
-    handler = MessageHandler()
-    handler.setFormatter(MessageFormatter())
-    logging.basicConfig(level=logging.DEBUG if verbose else logging.WARNING, handlers=[handler])
-    logging.getLogger("mlmkit").setLevel(logging.DEBUG if verbose else logging.INFO)
-    if not verbose:
-        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # 30 lines at each check for a dead rank
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -72,14 +78,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     # An exception, as Ctrl-C raises one, so that half-written files are removed on the way out.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
     try:
-        code = cli.main(args=arguments, prog_name="mlmkit", standalone_mode=False)
+        if COMPLETE in os.environ:
+            import_module("mlmkit.cli.completion")
+        code = cli.main(args=arguments, prog_name="mlmkit", complete_var=COMPLETE, standalone_mode=False)
     except click.exceptions.NoArgsIsHelpError as error:
         click.echo(error.ctx.get_help() if error.ctx else "", err=True)
         code = 2
     except click.ClickException as error:
         context = getattr(error, "ctx", None)
         command = context.command_path if context else "mlmkit"
-        code = _fail(f"{error.format_message()} (see {command} --help)", 2)
+        code = _fail(f"{error.format_message()} See {command} --help.", 2)
     except EndedElsewhereError as error:
         code = error.exit_code
     except (UserError, CheckError, StoppedError) as error:

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mlmkit.cli.options import (
+    BATCH_COUPLING,
+    MODEL,
     PATH,
     InferenceOptions,
     JsonOption,
@@ -38,57 +40,114 @@ PAIRS = "pairs"
 
 
 @option_class
-class EvalOptions(VerifyOption, JsonOption, InferenceOptions, TextOptions):
-    model: str = argument(default="")
-    sets: tuple[str, ...] = option("--set", "What to measure on. Repeatable.", multiple=True, metavar="NAME|FILE")
-    suite: str | None = option(
-        "--suite", "Several sets and one table.", metavar="babylm-strict|babylm-fast|multilingual-pairs|FILE"
+class MaskOptions:
+    """How `--metric masked` selects and replaces tokens."""
+
+    heading = "Masks, for --metric masked"
+    mask_seed: int | None = option("--mask-seed", "Seed of the masks.", shown_default=0, type=int, metavar="N")
+    mask_seeds: str | None = option(
+        "--mask-seeds", "Measure with several seeds, and show the spread between them.", metavar="N,N,..."
     )
+    mask_prob: float = option("--mask-prob", "Share of the tokens to select.", default=0.15, metavar="SHARE")
+    replace_prob: float = option(
+        "--replace-prob", "Share of the selected tokens that become the mask.", default=0.8, metavar="SHARE"
+    )
+    random_prob: float = option(
+        "--random-prob", "Share of the selected tokens that become a random token.", default=0.1, metavar="SHARE"
+    )
+    whole_word: bool = switch("--whole-word", "Select whole words.")
+
+
+@option_class
+class PseudoOptions:
+    """How pseudo-likelihoods are computed."""
+
+    heading = "Pseudo-likelihood, for --metric pseudo and test items"
+    pll: str | None = option(
+        "--pll",
+        "Mask one token at a time, or also the later tokens of its word.",
+        shown_default="the set's own, or else original",
+        metavar="original|within-word",
+    )
+    pseudo_sample: float = option(
+        "--pseudo-sample", "Share of the tokens to score, for --metric pseudo.", default=1.0, metavar="SHARE"
+    )
+
+
+@option_class
+class SetOptions:
+    """Where sets are, what is in them, and what their suites write."""
+
+    heading = "Sets and suites"
+    list_sets: bool = switch("--list-sets", "List the built-in sets and exit.")
+    check_set: str | None = option(
+        "--check-set", "Show how the items of a set will be scored, and list every problem in it.", metavar="SET|FILE"
+    )
+    data_dir: str | None = option(
+        "--data-dir", "Folder with local copies of the sets.", shown_default="$MLMKIT_DATA", metavar="DIR"
+    )
+    by_paradigm: bool = switch("--by-paradigm", "Print the metrics of each paradigm of a set too.")
     babylm: Path | None = option(
         "--babylm-predictions",
-        "Folder to write the suite's predictions to, as BabyLM's leaderboard takes them.",
+        "Folder to write the suite's predictions to, in the form that BabyLM's leaderboard takes.",
         type=PATH,
+        metavar="DIR",
     )
-    check_set: str | None = option(
-        "--check-set", "Show how a set of items will be scored, and all that is wrong with it.", metavar="NAME|FILE"
+
+
+@option_class
+class EvalOptions(MaskOptions, PseudoOptions, InferenceOptions, TextOptions, SetOptions, JsonOption, VerifyOption):
+    model: str = argument(MODEL, default="")
+    sets: tuple[str, ...] = option(
+        "--set", "What to measure on. Repeatable. Give either --set or --suite.", multiple=True, metavar="SET|FILE"
     )
-    list_sets: bool = switch("--list-sets", "List the built-in sets and exit.")
-    every: bool = switch("--every", "MODEL is the folder of a training run: measure each checkpoint that it has kept.")
-    data_dir: str | None = option("--data-dir", "Folder with local copies of the sets. Default: $MLMKIT_DATA.")
+    suite: str | None = option(
+        "--suite",
+        "Measure on several sets, and show their main metrics in one table.",
+        metavar="babylm-strict|babylm-fast|multilingual-pairs|FILE",
+    )
     metrics: tuple[str, ...] = option(
-        "--metric", "Repeatable. Default: by set.", multiple=True, metavar="masked|pseudo|pairs"
+        "--metric",
+        "What to measure. Repeatable.",
+        shown_default="masked for text, the set's own for items",
+        multiple=True,
+        metavar="masked|pseudo|pairs",
     )
-    mask_seed: int | None = option("--mask-seed", "Seed of the masks. Default: 0.", type=int)
-    mask_seeds: str | None = option(
-        "--mask-seeds", "Several seeds, to show the spread between masks.", metavar="N,N,..."
+    output: Path | None = option(
+        "--output",
+        "Folder for result.json, the tables and report.html. Without it, results are only printed.",
+        type=PATH,
+        metavar="OUTPUT",
     )
-    mask_prob: float = option("--mask-prob", "Share of tokens to select.", default=0.15)
-    replace_prob: float = option("--replace-prob", "Share of those that become the mask.", default=0.8)
-    random_prob: float = option("--random-prob", "Share of those that become a random token.", default=0.1)
-    whole_word: bool = switch("--whole-word", "Select whole words.")
-    pll: str | None = option(
-        "--pll", "Pseudo-likelihood. Default: by set, else original.", metavar="original|within-word"
-    )
-    pseudo_sample: float = option("--pseudo-sample", "Share of tokens to score for pseudo.", default=1.0)
-    batch_tokens: int | None = option(
-        "--batch-tokens", "Tokens per padded batch. Default: by device.", type=click.IntRange(min=0), metavar="N"
-    )
-    allow_batch_coupling: bool = switch("--allow-batch-coupling", "Measure a dynamically quantized model anyway.")
-    output: Path | None = option("--output", "Folder for result.json, the tables and report.html.", type=PATH)
     overwrite: bool = switch("--overwrite", "Replace an existing result.")
-    by_paradigm: bool = switch("--by-paradigm", "Print the metrics of each paradigm of a set too.")
+    every: bool = switch("--every", "MODEL is the folder of a training run: measure each checkpoint that it has kept.")
+    batch_tokens: int | None = option(
+        "--batch-tokens",
+        "Tokens per padded batch.",
+        shown_default="depends on the device",
+        type=click.IntRange(min=0),
+        metavar="N",
+    )
+    allow_batch_coupling: bool = switch("--allow-batch-coupling", BATCH_COUPLING)
 
 
 @command(EvalOptions, "eval")
 def evaluate(options: EvalOptions) -> None:
-    """Measure MODEL on text, minimal pairs, choices or cloze items, with masks that anyone can reproduce.
+    """Measure MODEL on text or test items.
+
+    \b
+    For example:
+      mlmkit eval run/model --set heldout.txt --output result
+      mlmkit eval artifact --set wikitext-2 --metric masked --metric pseudo
 
     A set is a name from --list-sets, a .toml file that declares one, a text file (one document per line), .jsonl,
-    .csv, .tsv, .parquet, or hub:NAME[:CONFIG][@SPLIT]. With several sets, OUTPUT holds a folder for each. A suite is
-    several sets whose main metrics end in one table, OUTPUT/suite.json.
+    .csv, .tsv, .parquet, or hub:NAME[:CONFIG][@SPLIT]. Test items are minimal pairs, choices and cloze items.
 
-    Run the same command again to resume after an interruption. torchrun -m mlmkit eval shares the work. With --every,
-    the default OUTPUT is MODEL/evaluations, and later calls measure only new checkpoints.
+    With several sets, OUTPUT holds a folder for each. With --suite, OUTPUT/suite.json holds the table. With --every,
+    OUTPUT is MODEL/evaluations by default, and later calls measure only new checkpoints.
+
+    Run the same command again to resume after an interruption. torchrun -m mlmkit eval shares the work between
+    processes.
     """
     from mlmkit.eval.sets import data_folder, find_set
 

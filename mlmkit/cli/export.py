@@ -14,49 +14,75 @@ if TYPE_CHECKING:
     from mlmkit.artifact import TensorRT
 
 COUNT = click.IntRange(1, 2**31 - 1)
-PRECISIONS = "fp32|fp16|bf16|int8|int8-dynamic"
 
 
 @option_class
 class PlanArguments:
+    """The sizes and the GPUs of a TensorRT plan."""
+
+    heading = "TensorRT plan, for --trt"
     target: str | None = option(
-        "--target", "Build the plan for this GPU only, not for 8.0 to 8.9, 12.0 and later.", metavar="sm75|sm121"
+        "--target",
+        "Build the plan for this GPU only.",
+        shown_default="compute capabilities 8.0 to 8.9, 12.0 and later",
+        metavar="sm75|sm121",
     )
-    max_batch: int | None = option("--max-batch", "Rows per run of the plans. Default: 64.", type=COUNT)
-    max_seq: int | None = option("--max-seq", "Tokens per row in a full batch. Default: 512.", type=COUNT)
-    max_masked: int | None = option("--max-masked", "Masked positions per run. Default: 4096.", type=COUNT)
+    max_batch: int | None = option("--max-batch", "Rows per run.", shown_default=64, type=COUNT, metavar="N")
+    max_seq: int | None = option(
+        "--max-seq", "Tokens per row in a full batch.", shown_default=512, type=COUNT, metavar="N"
+    )
+    max_masked: int | None = option(
+        "--max-masked", "Masked positions per run.", shown_default=4096, type=COUNT, metavar="N"
+    )
 
 
 @option_class
-class ExportOptions(PlanArguments, JsonOption, TrustOption):
-    checkpoint: str = argument()
-    output: Path | None = option("--output", "The folder to write.", type=PATH)
+class ExportOptions(TrustOption, PlanArguments, JsonOption):
+    checkpoint: str = argument(
+        "Checkpoint (a folder or a Hugging Face Hub name) or folder of a training run; with --trt, --prove and "
+        "--triton also an artifact."
+    )
+    output: Path | None = option(
+        "--output", "Folder to write. Required, except with --prove or --triton alone.", type=PATH, metavar="OUTPUT"
+    )
+    precision: str | None = option(
+        "--precision", "Precision of the graph.", shown_default="fp32", metavar="fp32|fp16|bf16|int8|int8-dynamic"
+    )
     layout: str = option(
         "--layout",
-        "An artifact of mlmkit, or what optimum and transformers.js load.",
+        "An artifact of mlmkit, or the files that optimum and transformers.js load.",
         type=click.Choice(["mlmkit", "transformers"]),
         metavar="mlmkit|transformers",
         default="mlmkit",
     )
-    precision: str | None = option("--precision", "Precision of the graph. Default: fp32.", metavar=PRECISIONS)
     text: str | None = option(
-        "--text", "Calibrate and check parity on this text. Default: the run's held-out text.", type=click.Path()
+        "--text",
+        "Text for the proof, and for calibration in int8.",
+        shown_default="the run's held-out text",
+        type=click.Path(),
+        metavar="FILE",
     )
     allow_drift: bool = switch("--allow-drift", "Export even if the artifact's scores are outside the bounds.")
     trt: bool = switch("--trt", "Build a TensorRT plan too.")
-    prove: bool = switch("--prove", "Run the plan of the artifact CHECKPOINT on this machine's GPU and prove it.")
+    prove: bool = switch("--prove", "Prove the artifact's TensorRT plan by running it on this machine's GPU.")
     triton: Path | None = option(
-        "--triton", "Write a model repository for Triton Inference Server, too or only.", type=PATH, metavar="DIR"
+        "--triton", "Write a model repository for Triton Inference Server to this folder.", type=PATH, metavar="DIR"
     )
     overwrite: bool = switch("--overwrite", "Replace an existing artifact or graph.")
 
 
 @command(ExportOptions)
 def export(options: ExportOptions) -> None:
-    """Export CHECKPOINT to ONNX, with a proof that both give the same scores.
+    """Export CHECKPOINT to ONNX, with a proof.
 
-    The proof scores the same masked tokens of real text with both. Nothing is written unless their log-probabilities
-    agree: within 1e-4 in fp32, within the bounds of docs/export.md in the other precisions.
+    \b
+    For example:
+      mlmkit export run/model --output artifact
+      mlmkit export run/model --output artifact-int8 --precision int8
+      mlmkit export artifact --prove
+
+    The proof scores the same masked tokens of real text with CHECKPOINT and with the graph. Nothing is written unless
+    their log-probabilities agree: within 1e-4 in fp32, within the bounds of docs/export.md in the other precisions.
 
     With --trt, CHECKPOINT may be an artifact: its plan is built without torch. TensorRT for RTX builds plans without a
     GPU; --prove proves them on a machine with one. With only --prove or --triton, CHECKPOINT is an artifact, and there

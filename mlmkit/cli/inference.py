@@ -25,28 +25,33 @@ from mlmkit.serve.limits import BATCH_TOKENS, QUEUE_TOKENS, Limits
 
 
 @option_class
-class FillOptions(JsonOption, InferenceOptions, TextOptions):
-    text: str | None = argument(required=False)
-    file: str | None = option("--file", "Fill each text of this file instead, - for standard input.", metavar="FILE")
-    top_k: int = option("--top-k", "Candidates per mask.", default=5)
+class FillOptions(InferenceOptions, TextOptions, JsonOption):
+    text: str | None = argument("Text with at least one mask.", required=False)
+    file: str | None = option("--file", "Fill each text of this file instead; - is standard input.", metavar="FILE")
+    top_k: int = option("--top-k", "Candidates per mask.", default=5, metavar="N")
     targets: tuple[str, ...] = option(
-        "--targets", "Rank only this, exactly as written. Repeatable.", multiple=True, metavar="TEXT"
+        "--targets", "Rank only this candidate, exactly as written. Repeatable.", multiple=True, metavar="WORD"
     )
-    whole_targets: bool = switch("--whole-targets", "Rank --targets by all of their tokens, not by the first.")
+    whole_targets: bool = switch("--whole-targets", "Rank --targets by all of their tokens, not by the first alone.")
     joint: bool = switch("--joint", "Rank fillings of all masks of a text together. Not with --targets.")
-    as_json: bool = switch("--json", "Print one JSON object per text and nothing else.")
     truncation: bool = switch("--truncation", "Cut a text that is too long to a window around its masks.")
-    max_length: int | None = option("--max-length", "Tokens of that window.  [default: the model's maximum]", type=int)
+    max_length: int | None = option(
+        "--max-length", "Tokens of that window.", shown_default="the model's maximum", type=int, metavar="N"
+    )
 
 
 @command(FillOptions)
 def fill(options: FillOptions) -> None:
-    """Fill the masks in TEXT, or in the texts of a file.
+    """Fill the masks in TEXT or in a file's texts.
 
-    For example: mlmkit fill MODEL "O rato [MASK] a roupa do rei de Roma."
+    \b
+    For example:
+      mlmkit fill MODEL "O rato [MASK] a roupa do rei de Roma."
 
-    Write the mask as the model's tokenizer does: [MASK] for BERT, <mask> for RoBERTa. For tokenizers that spell bytes,
-    such as RoBERTa's, a target inside a text begins with its space: --targets " rei".
+    Write the mask as the model's tokenizer does: [MASK] for BERT, <mask> for RoBERTa. For byte-level tokenizers, such
+    as RoBERTa's, a target inside a text begins with its space: --targets " rei".
+
+    With --json, each line is the JSON object of one text.
     """
     from mlmkit.fill import answer_all
     from mlmkit.questions import ask_all
@@ -104,26 +109,29 @@ def _limit(flag: str, name: str, help: str, least: float = 1) -> Any:
     else:
         value = getattr(Limits, name, "the model's maximum")
         default = f"{value:g}" if isinstance(value, float) else str(value)
-    return option(flag, f"{help} Default: {default}.", type=kind)
+    return option(flag, help, shown_default=default, type=kind, metavar="N" if least == 1 else "SECONDS")
 
 
 @option_class
 class LimitOptions:
     """A field per field of `Limits`; None takes the default."""
 
+    heading = "Limits"
     body_bytes: int | None = _limit("--max-body-bytes", "body_bytes", "Bytes per request.")
     texts: int | None = _limit("--max-texts", "texts", "Texts per request.")
     text_tokens: int | None = _limit("--max-tokens", "text_tokens", "Tokens per text.")
     text_masks: int | None = _limit("--max-masks", "text_masks", "Masks per text.")
     targets: int | None = _limit("--max-targets", "targets", "Targets per request.")
     candidates: int | None = _limit("--max-candidates", "candidates", "Candidates per request, over all its masks.")
-    requests: int | None = _limit("--max-requests", "requests", "Requests at once.")
-    queue_tokens: int | None = _limit("--max-queue-tokens", "queue_tokens", "Tokens in the queue.")
-    batch_tokens: int | None = _limit("--batch-tokens", "batch_tokens", "Tokens per engine call.")
-    wait_seconds: float | None = _limit("--max-wait", "wait_seconds", "Seconds that a call waits for more requests.", 0)
-    deadline_seconds: float | None = _limit("--deadline", "deadline_seconds", "Seconds until an answer.", 0.01)
+    requests: int | None = _limit("--max-requests", "requests", "Requests at the same time.")
+    queue_tokens: int | None = _limit("--max-queue-tokens", "queue_tokens", "Tokens waiting in the queue.")
+    batch_tokens: int | None = _limit("--batch-tokens", "batch_tokens", "Tokens per run of the model.")
+    wait_seconds: float | None = _limit(
+        "--max-wait", "wait_seconds", "Longest wait for more requests before a run of the model.", 0
+    )
+    deadline_seconds: float | None = _limit("--deadline", "deadline_seconds", "Longest time until an answer.", 0.01)
     drain_seconds: float | None = _limit(
-        "--drain", "drain_seconds", "Seconds to answer accepted requests after SIGTERM.", 0
+        "--drain", "drain_seconds", "Time to answer accepted requests after SIGTERM.", 0
     )
 
     def given(self) -> dict[str, float]:
@@ -137,13 +145,21 @@ class LimitOptions:
 
 @option_class
 class ServeArguments(ModelOptions, LimitOptions):
-    host: str = option("--host", "Address to listen on.", default="127.0.0.1")
-    port: int = option("--port", "0 picks a free one.", type=click.IntRange(0, 65535), default=8000)
+    host: str = option("--host", "Address to listen on.", default="127.0.0.1", metavar="ADDRESS")
+    port: int = option(
+        "--port", "Port to listen on; 0 picks a free one.", type=click.IntRange(0, 65535), default=8000, metavar="N"
+    )
     workers: str | None = option("--workers", "", hidden=True)
-    token: str | None = option("--token", "Require this bearer token. Default: $MLMKIT_TOKEN.", envvar="MLMKIT_TOKEN")
+    token: str | None = option(
+        "--token",
+        "Answer only requests with this bearer token.",
+        shown_default="$MLMKIT_TOKEN",
+        envvar="MLMKIT_TOKEN",
+        metavar="TOKEN",
+    )
     names: tuple[str, ...] = option(
         "--allow-host",
-        "Another name that clients may use for this server. Repeatable.",
+        "Another host name that clients may use for this server. Repeatable.",
         metavar="NAME",
         multiple=True,
     )
@@ -152,10 +168,16 @@ class ServeArguments(ModelOptions, LimitOptions):
 
 @command(ServeArguments)
 def serve(options: ServeArguments) -> None:
-    """Serve MODEL over HTTP: fill-mask, scoring, and a web page.
+    """Serve MODEL over HTTP and as a web page.
 
-    The API is Hugging Face's: huggingface_hub.InferenceClient("http://127.0.0.1:8000").fill_mask(...). The running
-    server documents it at /docs. On SIGTERM the server answers the requests that it has accepted, then exits.
+    \b
+    For example:
+      mlmkit serve artifact
+      MLMKIT_TOKEN=secret mlmkit serve artifact --host 0.0.0.0
+
+    The API fills masks and scores texts. Hugging Face's client works with it: huggingface_hub.InferenceClient("http://127.0.0.1:8000").
+    The running server documents the API at /docs. On SIGTERM the server answers the requests that it has accepted,
+    then exits.
     """
     require("serve", "fastapi", "fastapi_offline", "httptools", "prometheus_client", "uvicorn")
     from mlmkit.serve.server import ServeOptions

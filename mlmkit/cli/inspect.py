@@ -17,14 +17,17 @@ Rows = list[tuple[str, str]]
 
 @option_class
 class InspectOptions(JsonOption):
-    artifact: Path = argument(type=PATH)
+    artifact: Path = argument("Folder that mlmkit export wrote.", type=PATH)
 
 
 @command(InspectOptions)
 def inspect(options: InspectOptions) -> None:
-    """Show ARTIFACT, check its files, and say what can run it here.
+    """Check ARTIFACT and show what can run it.
 
-    Exit code 0 if it is exactly what was exported, 1 if it is damaged, 2 if it is not an artifact.
+    Shows what ARTIFACT holds, compares its files with their digests, and lists the engines that can run it on this
+    machine.
+
+    Exit code 0 if ARTIFACT is exactly what was exported, 1 if it is damaged, 2 if it is not an artifact.
     """
     from mlmkit.inspection import inspect as run_inspection
 

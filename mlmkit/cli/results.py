@@ -10,21 +10,50 @@ from mlmkit.cli.options import PATH, JsonOption, argument, command, option, opti
 from mlmkit.console import print_json, print_table, say
 from mlmkit.errors import UserError, require
 
+STDOUT = Path("-")  # --table without a file
+
 
 @option_class
 class CompareOptions(JsonOption):
-    results: tuple[str, ...] = argument(nargs=-1, required=True, metavar="RESULT_A RESULT_B [RESULT ...]")
-    output: Path | None = option("--output", "Folder to write compare.html to.", type=PATH)
-    top: int = option("--top", "How many tokens to show.", default=20, type=click.IntRange(min=0))
+    results: tuple[str, ...] = argument(
+        "Folders that mlmkit eval --output wrote.",
+        nargs=-1,
+        required=True,
+        metavar="RESULT_A RESULT_B [RESULT ...]",
+    )
+    table: tuple[Path, ...] = option(
+        "--table",
+        "Print a table of all models by all sets in Markdown, or write it to FILE (.md, .csv, .html). Repeatable. A "
+        "RESULT may then be a folder that holds results.",
+        type=PATH,
+        multiple=True,
+        is_flag=False,
+        flag_value=str(STDOUT),
+        metavar="[FILE]",
+    )
+    output: Path | None = option("--output", "Folder to write compare.html to.", type=PATH, metavar="OUTPUT")
+    top: int = option(
+        "--top", "How many differing tokens to show.", default=20, type=click.IntRange(min=0), metavar="N"
+    )
 
 
 @command(CompareOptions)
 def compare(options: CompareOptions) -> None:
-    """Compare evaluations of the same text and masks, each with RESULT_A.
+    """Compare results with the first, RESULT_A.
+
+    \b
+    For example:
+      mlmkit compare result-a result-b --output comparison
+      mlmkit compare results-a results-b results-c --table table.html
 
     Shows each metric's difference with its paired interval and p-value, overall and by slice, and the tokens where the
     two differ most. Refuses results on different text or with different masks.
+
+    With --table, makes one table of all models by all sets instead, with intervals and ranks.
     """
+    if options.table:
+        _print_table(options)
+        return
     from mlmkit.eval.compare import compare as run_comparison
     from mlmkit.eval.comparison_page import write_comparison
 
@@ -39,6 +68,25 @@ def compare(options: CompareOptions) -> None:
     _print_comparison(comparison)
     if options.output:
         say(f"page: {options.output / 'compare.html'}")
+
+
+def _print_table(options: CompareOptions) -> None:
+    from mlmkit.eval.results_table import as_markdown, check_path, results_table, write_table
+
+    if options.output:
+        raise click.UsageError("--output is for the page of a comparison: name the table's file, --table FILE.html.")
+    paths = [path for path in options.table if path != STDOUT]
+    for path in paths:
+        check_path(path)
+    table = results_table([Path(item) for item in options.results])
+    for path in paths:
+        write_table(table, path)
+    if options.as_json:
+        print_json({"table": table.rows()})
+    elif STDOUT in options.table:
+        click.echo(as_markdown(table), nl=False)
+    for path in [] if options.as_json else paths:
+        say(f"table: {path}")
 
 
 def _print_comparison(comparison: dict[str, Any]) -> None:
@@ -81,12 +129,10 @@ def _print_differences(named_rows: list[tuple[str, dict[str, Any]]]) -> None:
             rows.append([f"{arrow} {metric} by part"])
         label = f"    {name.removeprefix(metric).lstrip()}" if " " in name else f"{arrow} {name}"
         decimals = _decimals(row["a"], row["b"])
-        sides = (number(row[side], f"{{:.{decimals}f}}") for side in ("a", "b"))
-        change, interval = signed(row["difference"]), span(row)
-        if decimals < 4:
-            change = number(row["difference"], f"{{:+.{decimals}f}}")
-            interval = span(row, f"{{:+.{decimals}f}}")
-        rows.append([label, *sides, change, interval, measured_on(row), p_value(row["p_value"])])
+        form = f"{{:.{decimals}f}}"
+        sides = number(row["a"], form), number(row["b"], form), signed(row["difference"], form)
+        interval = span(row, f"{{:+.{decimals}f}}" if decimals < 4 else "")
+        rows.append([label, *sides, interval, measured_on(row), p_value(row["p_value"])])
     say("↓: lower is better, ↑: higher is better. B - A is negative where B is lower.")
     say(f"n: {'items' if 'items' in named_rows[0][1] else 'scored tokens / documents'}")
     print_table(rows, ["metric", "A", "B", "B - A", "95 %", "n", "p"], align="lrrrlrr", expendable=("p", "n", "95 %"))
@@ -98,16 +144,20 @@ def _decimals(*values: float | None) -> int:
     return max(0, 4 - len(str(int(largest))) + 1)
 
 
-@click.command()
-@click.argument("result", type=PATH)
-def report(result: Path) -> None:
-    """Write RESULT/report.html again, from the stored result."""
+@option_class
+class ReportOptions:
+    result: Path = argument("Folder that mlmkit eval --output wrote.", type=PATH)
+
+
+@command(ReportOptions)
+def report(options: ReportOptions) -> None:
+    """Write RESULT/report.html again."""
     from mlmkit.eval.report import write_report
     from mlmkit.eval.results_store import load_result
 
     require("report", "jinja2", "matplotlib")
-    stored = load_result(result)
-    if not os.access(result, os.W_OK):
-        raise UserError(f"{result} is read-only: copy it to a writable folder")
+    stored = load_result(options.result)
+    if not os.access(options.result, os.W_OK):
+        raise UserError(f"{options.result} is read-only: copy it to a writable folder")
     write_report(stored)
-    say(result / "report.html")
+    say(options.result / "report.html")

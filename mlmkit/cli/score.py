@@ -4,6 +4,7 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from mlmkit.cli.options import (
+    BATCH_COUPLING,
     InferenceOptions,
     JsonOption,
     TextOptions,
@@ -22,22 +23,31 @@ if TYPE_CHECKING:
 
 
 @option_class
-class ScoreOptions(JsonOption, InferenceOptions, TextOptions):
-    file: str = argument(default="-")
-    pll: str = option("--pll", "Pseudo-likelihood.", default="original", metavar="original|within-word")
+class ScoreOptions(InferenceOptions, TextOptions, JsonOption):
+    file: str = argument("Texts to score; - (the default) is standard input.", default="-")
+    pll: str = option(
+        "--pll",
+        "Mask one token at a time, or also the later tokens of its word.",
+        default="original",
+        metavar="original|within-word",
+    )
     per_token: bool = switch("--per-token", "Show each token's log-probability.")
-    per_word: bool = switch("--per-word", "Show the surprisal, -log P, of each word between white space.")
-    bits: bool = switch("--bits", "With --per-word: surprisal in bits, -log2 P.")
-    allow_batch_coupling: bool = switch("--allow-batch-coupling", "Score with a dynamically quantized model anyway.")
+    per_word: bool = switch("--per-word", "Show each word's surprisal, -log P. Words stand between white space.")
+    bits: bool = switch("--bits", "With --per-word: show the surprisal in bits, -log2 P.")
+    allow_batch_coupling: bool = switch("--allow-batch-coupling", BATCH_COUPLING)
 
 
 @command(ScoreOptions)
 def score(options: ScoreOptions) -> None:
-    """Pseudo-log-likelihood of each text in FILE.
+    """Print the pseudo-log-likelihood of texts.
 
-    FILE is standard input by default. Logarithms are natural.
+    \b
+    For example:
+      echo "O rato roeu a roupa do rei de Roma." | mlmkit score MODEL
+      mlmkit score MODEL sentences.txt --per-word --bits --pll within-word
 
-    Prints one line per text: the sum ("-" without a scored token), the number of tokens, the text. Skips blank lines.
+    Prints one line per text: the sum of the log-probabilities in nats ("-" if no token is scored), the number of
+    tokens, the text. Skips blank lines.
     """
     from mlmkit.documents import read_documents
     from mlmkit.eval.rows import pll_variant

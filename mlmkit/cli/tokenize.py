@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from mlmkit.cli.options import PATH, JsonOption, VerifyOption, argument, command, option, option_class, switch
+from mlmkit.cli.options import CONFIG, PATH, JsonOption, VerifyOption, argument, command, option, option_class, switch
 from mlmkit.console import print_json, print_table, say
 from mlmkit.errors import require
 
@@ -16,27 +16,43 @@ if TYPE_CHECKING:
 
 
 @option_class
-class TokenizeOptions(VerifyOption, JsonOption):
-    config: str = argument(type=click.Path())
+class TokenizeOptions(JsonOption, VerifyOption):
+    config: str = argument(CONFIG, type=click.Path())
     overrides: tuple[str, ...] = option(
-        "--set", "Override a setting. Repeatable.", multiple=True, metavar="TABLE.KEY=VALUE"
+        "--set", "Override a setting of CONFIG. Repeatable.", multiple=True, metavar="TABLE.KEY=VALUE"
     )
-    output: Path = option("--output", "The folder to write.", type=PATH, required=True)
+    output: Path = option("--output", "Folder to write.", type=PATH, required=True, metavar="OUTPUT")
+    words: bool = switch(
+        "--words", "Store the word boundaries of training texts too, so that eval can measure on them."
+    )
     workers: int | None = option(
-        "--workers", "Processes, or tasks at once on a cluster. Default: one per core.", type=click.IntRange(1, 4096)
+        "--workers",
+        "Processes; on a cluster, tasks that run at the same time.",
+        shown_default="one per core",
+        type=click.IntRange(1, 4096),
+        metavar="N",
     )
     engine: str | None = option(
-        "--engine", "Tokenise on a cluster. Default: on this machine.", type=click.Choice(["ray", "slurm"])
+        "--engine",
+        "Tokenise on a cluster.",
+        shown_default="on this machine",
+        type=click.Choice(["ray", "slurm"]),
+        metavar="ray|slurm",
     )
-    words: bool = switch("--words", "Say where words begin in training texts too, to evaluate on them.")
 
 
 @command(TokenizeOptions)
 def tokenize(options: TokenizeOptions) -> None:
-    """Tokenise the texts of CONFIG, which train and eval then read in place of the texts.
+    """Tokenise the texts of CONFIG before training.
 
-    Run the same command again to resume an interrupted one. OUTPUT gets the tokenizer and a folder per text. The result
-    does not depend on the number of workers.
+    train and eval then read the tokens in place of the texts. OUTPUT gets the tokenizer and a folder per text. The
+    result does not depend on the number of workers.
+
+    \b
+    For example:
+      mlmkit tokenize config.toml --output tokens
+
+    Run the same command again to resume after an interruption.
     """
     require("train", "torch", "transformers", "safetensors")
     from mlmkit.cluster import run_on_cluster

@@ -8,23 +8,33 @@ from typing import Any
 
 import click
 
-from mlmkit.cli.options import PATH, JsonOption, VerifyOption, argument, command, option, option_class, switch
+from mlmkit.cli.options import CONFIG, PATH, JsonOption, VerifyOption, argument, command, option, option_class, switch
 from mlmkit.console import print_json, print_table, say
 from mlmkit.errors import UserError, require
 
 
 @option_class
 class DemoOptions:
-    text: str | None = option("--text", "Train on this text file (one document per line) instead.", type=click.Path())
-    output: Path = option("--output", "The demo's folder.", type=PATH, default=Path("mlmkit-demo"))
+    text: str | None = option(
+        "--text", "Train on this text file instead (one document per line).", type=click.Path(), metavar="FILE"
+    )
+    output: Path = option(
+        "--output",
+        "Folder for everything that the demo writes.",
+        type=PATH,
+        default=Path("mlmkit-demo"),
+        metavar="OUTPUT",
+    )
 
 
 @command(DemoOptions)
 def demo(options: DemoOptions) -> None:
-    """Everything below, in minutes, on Python's own docs.
+    """Try everything in a few minutes.
 
-    Trains a tokenizer and a small BERT, exports it to ONNX with a parity check, evaluates both on held-out documents
-    with the same masks, and fills a few masks. Run it again to resume from what is already there.
+    Trains a tokenizer and a small BERT on Python's own documentation, exports the model to ONNX with a parity check,
+    evaluates both on held-out documents with the same masks, and fills a few masks.
+
+    Run the same command again to resume after an interruption.
     """
     require("train", "torch", "transformers", "onnx", "onnxscript", "safetensors")
     from mlmkit.demo import run_demo
@@ -33,20 +43,15 @@ def demo(options: DemoOptions) -> None:
 
 
 @option_class
-class TrainOptions(VerifyOption, JsonOption):
-    config: str = argument(type=click.Path(), default="")
+class TrainOptions(JsonOption, VerifyOption):
+    config: str = argument(CONFIG, type=click.Path(), default="")
+    output: Path | None = option(
+        "--output", "Folder of the run. Only --dry-run needs none.", type=PATH, metavar="OUTPUT"
+    )
     overrides: tuple[str, ...] = option(
-        "--set", "Override a setting. Repeatable.", multiple=True, metavar="TABLE.KEY=VALUE"
+        "--set", "Override a setting of CONFIG. Repeatable.", multiple=True, metavar="TABLE.KEY=VALUE"
     )
-    output: Path | None = option("--output", "The run folder.", type=PATH)
-    start_from: Path | None = option(
-        "--from",
-        "Branch from a checkpoint of a run: keep its weights, optimiser state and place in the data. CONFIG says what "
-        "changes.",
-        type=PATH,
-        metavar="CHECKPOINT",
-    )
-    print_config: bool = switch("--print-config", "Print a configuration with every setting and its default, and exit.")
+    print_config: bool = switch("--print-config", "Print a CONFIG with every setting and its default, and exit.")
     dry_run: bool = switch("--dry-run", "Show what would be trained and what it costs, and exit.")
     sweeps: tuple[str, ...] = option(
         "--sweep",
@@ -54,17 +59,31 @@ class TrainOptions(VerifyOption, JsonOption):
         multiple=True,
         metavar="TABLE.KEY=VALUE,VALUE,...",
     )
+    start_from: Path | None = option(
+        "--from",
+        "Branch from a checkpoint of a run: keep its weights, optimiser state and place in the data. CONFIG says what "
+        "changes.",
+        type=PATH,
+        metavar="CHECKPOINT",
+    )
 
 
 @command(TrainOptions)
 def train(options: TrainOptions) -> None:
-    """Train a model from CONFIG (a TOML file; mlmkit train --print-config > config.toml makes one).
+    """Train a model as CONFIG describes.
+
+    \b
+    For example:
+      mlmkit train --print-config > config.toml     # then set data.train in it
+      mlmkit train config.toml --output run
+      mlmkit train config.toml --output run2 --set optim.lr=5e-4
+      torchrun --nproc-per-node 2 -m mlmkit train config.toml --output run
 
     Presets for model.architecture: bert-tiny, bert-mini, bert-small, bert-base, bert-large, roberta-base, distilbert,
-    modernbert-tiny, modernbert-base, modernbert-large.
+    modernbert-tiny, modernbert-base, modernbert-large. It also takes the path of a Hugging Face config.json.
 
-    Run the same command again to resume an interrupted run. The model is saved to OUTPUT/model, a Hugging Face folder.
-    On several GPUs: torchrun --nproc-per-node N -m mlmkit train CONFIG --output OUTPUT.
+    The model is saved to OUTPUT/model, a Hugging Face folder. Run the same command again to resume after an
+    interruption.
     """
     if options.print_config:
         if any(value for name, value in vars(options).items() if name != "print_config"):
@@ -160,17 +179,28 @@ def _print_summary(summary: dict[str, Any]) -> None:
 
 @option_class
 class AverageOptions(JsonOption):
-    checkpoints: tuple[str, ...] = argument(nargs=-1, required=True, metavar="CHECKPOINT_A CHECKPOINT_B [...]")
-    output: Path = option("--output", "The model folder to write.", type=PATH, required=True)
-    weights: str | None = option("--weights", "One per checkpoint. Default: all equal.", metavar="N,N,...")
+    checkpoints: tuple[str, ...] = argument(
+        "Folders of checkpoints with the same configuration, tokenizer and tensors.",
+        nargs=-1,
+        required=True,
+        metavar="CHECKPOINT_A CHECKPOINT_B [...]",
+    )
+    output: Path = option("--output", "Folder to write the model to.", type=PATH, required=True, metavar="OUTPUT")
+    weights: str | None = option(
+        "--weights", "Weight of each checkpoint.", shown_default="all equal", metavar="N,N,..."
+    )
     overwrite: bool = switch("--overwrite", "Replace an existing model.")
 
 
 @command(AverageOptions)
 def average(options: AverageOptions) -> None:
-    """Average the weights of checkpoints, such as the last ones of a run.
+    """Average the weights of checkpoints.
 
-    They must have the same configuration, tokenizer and tensors. The mean is computed in float64.
+    \b
+    For example:
+      mlmkit average run/checkpoint-9* --output mean
+
+    The mean is computed in float64.
     """
     try:
         weights = [float(each) for each in options.weights.split(",")] if options.weights else []

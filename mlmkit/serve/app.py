@@ -3,12 +3,9 @@
 import contextlib
 import logging
 from collections.abc import AsyncIterator
-from typing import Any
 
 from fastapi import FastAPI, Request, Response
-from fastapi.openapi.utils import get_openapi
 from fastapi.responses import JSONResponse, PlainTextResponse
-from pydantic.json_schema import models_json_schema
 from starlette.exceptions import HTTPException
 
 from mlmkit import __version__
@@ -17,9 +14,10 @@ from mlmkit.questions import NoMaskError, TargetError, TextTooLongError
 from mlmkit.serve import schemas
 from mlmkit.serve.bodies import json_body
 from mlmkit.serve.errors import ApiError
-from mlmkit.serve.kserve import InferRequest, kserve_router
+from mlmkit.serve.kserve import kserve_router
 from mlmkit.serve.metrics import CONTENT_TYPE
 from mlmkit.serve.middleware import AllowedHosts, RequestMiddleware
+from mlmkit.serve.openapi import ERROR_RESPONSES, fill_example, openapi, score_example
 from mlmkit.serve.pages import page_router
 from mlmkit.serve.requests import read_fill, read_score, write_fill, write_score
 from mlmkit.serve.service import Service
@@ -29,8 +27,6 @@ log = logging.getLogger(__name__)
 # Below these (bytes, quotes, candidates) parsing or writing takes 0.1 ms and stays on the event loop: a thread costs
 # 0.3 ms (docs/decisions.md). Quotes count because hundreds of short texts or targets take 10 ms in 2 KB.
 SHORT_BODY, SHORT_QUOTES, SHORT_ANSWER = 2048, 20, 20
-ERROR_STATUSES = (400, 401, 403, 404, 405, 408, 413, 415, 422, 429, 431, 500, 503)
-ERROR_RESPONSES: dict[int | str, dict[str, Any]] = {status: {"model": schemas.ErrorBody} for status in ERROR_STATUSES}
 ERROR_TYPES = {NoMaskError: "no_mask", TextTooLongError: "text_too_long", TargetError: "unknown_target"}
 
 
@@ -46,7 +42,6 @@ def build_app(service: Service, token: str | None, hosts: AllowedHosts) -> Reque
     app = FastAPI(
         title="mlmkit",
         version=__version__,
-        summary="Fill-mask and pseudo-log-likelihood from one masked language model.",
         lifespan=lifespan,
         docs_url=None,
         redoc_url=None,
@@ -58,17 +53,18 @@ def build_app(service: Service, token: str | None, hosts: AllowedHosts) -> Reque
     _add_routes(app, service)
     app.include_router(kserve_router(service))
     app.include_router(page_router())
-    app.openapi = lambda: _openapi(app)
+    app.openapi = lambda: openapi(app, service, has_token=token is not None)
     return RequestMiddleware(app, service.limits, service.metrics, token, hosts)
 
 
 def _add_routes(app: FastAPI, service: Service) -> None:
-    fill_schema, score_schema = schemas.body_schema(schemas.FillMaskRequest), schemas.body_schema(schemas.ScoreRequest)
+    fill_schema = schemas.body_schema(schemas.FillMaskRequest, fill_example(service))
+    score_schema = schemas.body_schema(schemas.ScoreRequest, score_example(service))
 
     @app.post("/", include_in_schema=False)
     @app.post("/fill-mask", tags=["Texts"], response_model=schemas.FillMaskAnswer, openapi_extra=fill_schema)
     async def fill_mask(request: Request) -> Response:
-        """The likeliest tokens for each mask, in the form of Hugging Face's pipeline and Inference API."""
+        """Return the likeliest tokens for each mask, in the form of Hugging Face's pipeline and Inference API."""
         body = await json_body(request)
         is_short = len(body) <= SHORT_BODY and body.count(b'"') <= SHORT_QUOTES
         job = await service.in_thread(read_fill, service, body, is_short=is_short)
@@ -83,21 +79,23 @@ def _add_routes(app: FastAPI, service: Service) -> None:
 
     @app.post("/score", tags=["Texts"], response_model=schemas.ScoreAnswer, openapi_extra=score_schema)
     async def score(request: Request) -> Response:
-        """Pseudo-log-likelihood of each text: the sum of its tokens' log-probabilities, each token masked alone."""
+        """Return each text's pseudo-log-likelihood: the sum of its tokens' log-probabilities, each masked alone."""
         job = await service.in_thread(read_score, service, await json_body(request))
         answer = await service.in_thread(write_score, service, job, await service.batcher.score(job.batches))
         return Response(answer, media_type="application/json")
 
     @app.get("/health", tags=["Server"])
     async def health() -> schemas.Health:
-        """Whether the server is alive; if not, restart it."""
+        """Whether the server is alive. If not, restart it."""
         if not service.is_alive:
             raise ApiError(503, "batcher_died", "the batcher died: restart the server")
         return schemas.Health()
 
-    @app.get("/ready", tags=["Server"], responses={503: {"model": schemas.Ready}})
+    not_ready = {"model": schemas.Ready, "description": "The server does not accept requests."}
+
+    @app.get("/ready", tags=["Server"], response_model=schemas.Ready, responses={503: not_ready})
     async def ready() -> Response:
-        """Whether the server accepts requests: once its model is loaded, until it is told to stop."""
+        """Whether the server accepts requests: from when its model is loaded until it is told to stop."""
         return JSONResponse({"ready": service.is_ready}, 200 if service.is_ready else 503)
 
     @app.get("/info", tags=["Server"])
@@ -137,18 +135,3 @@ def _from_starlette(error: HTTPException) -> ApiError:
     answer = ApiError(status, error_type, message)
     answer.headers.update(error.headers or {})
     return answer
-
-
-def _openapi(app: FastAPI) -> dict[str, Any]:
-    """FastAPI's document, with the bodies that `body_schema` refers to."""
-    if app.openapi_schema is None:
-        document = get_openapi(title=app.title, version=app.version, summary=app.summary, routes=app.routes)
-        document["servers"] = [{"url": "./"}]  # relative to this document: a proxy may put all behind a prefix
-        bodies = (schemas.FillMaskRequest, schemas.ScoreRequest, InferRequest)
-        models = [(model, "validation") for model in bodies]
-        _, definitions = models_json_schema(models, ref_template=schemas.REFERENCE)  # pyright: ignore[reportArgumentType]
-        document["components"]["schemas"] |= definitions["$defs"]
-        document["components"]["securitySchemes"] = {"bearer": {"type": "http", "scheme": "bearer"}}
-        document["security"] = [{}, {"bearer": []}]  # only a server with a token asks for it
-        app.openapi_schema = document
-    return app.openapi_schema

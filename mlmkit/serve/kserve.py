@@ -25,6 +25,7 @@ from mlmkit.serve.errors import ApiError
 from mlmkit.serve.limits import Limits
 from mlmkit.serve.schemas import BINARY, body_schema
 from mlmkit.serve.service import Service
+from mlmkit.tokenizer import Tokenizer
 
 HEADER_LENGTH = "Inference-Header-Content-Length"
 OCTETS = "application/octet-stream"
@@ -37,79 +38,96 @@ Integers = Annotated[list[StrictInt], Field(fail_fast=True)]
 
 
 class Parameters(BaseModel):
-    """Triton's binary data, on an input, an output or the request.
+    """Triton's binary data: parameters of an input, of an output, or of the request."""
 
-    `binary_data_size`: this input's data are so many bytes after the JSON. `binary_data`: send this output as bytes.
-    `binary_data_output`: send all outputs as bytes, unless one says otherwise.
-    """
-
-    binary_data_size: Annotated[StrictInt, Field(ge=0, multiple_of=8)] | None = None
-    binary_data: bool | None = None
-    binary_data_output: bool = False
+    binary_data_size: Annotated[StrictInt, Field(ge=0, multiple_of=8)] | None = Field(
+        None, description="Of an input: how many of the bytes after the JSON are its data."
+    )
+    binary_data: bool | None = Field(None, description="Of an output: send it as bytes.")
+    binary_data_output: bool = Field(
+        False, description="Of the request: send every output as bytes, unless its own `binary_data` says otherwise."
+    )
 
 
 OptionalParameters = Annotated[Parameters, BeforeValidator(lambda value: {} if value is None else value)]
 
 
 class InputTensor(BaseModel):
-    """`data` is flat or nested, in row-major order. Without it, the data follow the JSON as little-endian bytes."""
+    """An input of the scoring graph."""
 
-    name: Literal["input_ids", "attention_mask", "positions", "targets"]
-    shape: Annotated[list[Annotated[StrictInt, Field(ge=0, lt=1 << 31)]], Field(fail_fast=True)]
-    datatype: Literal["INT64"]
-    data: Integers | Annotated[list[Integers], Field(fail_fast=True)] | None = None
-    parameters: OptionalParameters = Parameters()
+    name: Literal["input_ids", "attention_mask", "positions", "targets"] = Field(description="Which input it is.")
+    shape: Annotated[list[Annotated[StrictInt, Field(ge=0, lt=1 << 31)]], Field(fail_fast=True)] = Field(
+        description="The size of each axis."
+    )
+    datatype: Literal["INT64"] = Field(description="Always `INT64`.")
+    data: Integers | Annotated[list[Integers], Field(fail_fast=True)] | None = Field(
+        None,
+        description="The values in row-major order, flat or nested. Without it, they follow the JSON as little-endian "
+        "bytes.",
+    )
+    parameters: OptionalParameters = Field(Parameters(), description="How many bytes after the JSON are its data.")
 
 
 class RequestedOutput(BaseModel):
     """An output to send."""
 
-    name: Literal["log_prob", "rank", "top_log_prob", "top_id"]
-    parameters: OptionalParameters = Parameters()
+    name: Literal["log_prob", "rank", "top_log_prob", "top_id"] = Field(description="Which output it is.")
+    parameters: OptionalParameters = Field(Parameters(), description="Whether to send it as bytes.")
 
 
 class InferRequest(BaseModel):
-    """The scoring graph's four inputs, and the outputs to send; by default all."""
+    """One batch for the scoring graph: all four inputs, each once."""
 
-    inputs: Annotated[list[InputTensor], Field(fail_fast=True)]
-    id: StrictStr | None = None
-    outputs: Annotated[list[RequestedOutput], Field(fail_fast=True)] | None = None
-    parameters: OptionalParameters = Parameters()
+    inputs: Annotated[list[InputTensor], Field(fail_fast=True)] = Field(description="The four inputs, in any order.")
+    id: StrictStr | None = Field(None, description="Any string; the answer repeats it.")
+    outputs: Annotated[list[RequestedOutput], Field(fail_fast=True)] | None = Field(
+        None, description="The outputs to send. Default: all."
+    )
+    parameters: OptionalParameters = Field(Parameters(), description="Whether to send all outputs as bytes.")
 
 
 class Tensor(BaseModel):
-    """A tensor, or the description of one, where -1 stands for an axis of any size."""
+    """A tensor, or the description of one."""
 
-    name: str
-    datatype: str
-    shape: list[int]
-    data: list[Any] | None = None
-    parameters: dict[str, Any] | None = None
+    name: str = Field(description="Its name in the scoring graph.")
+    datatype: str = Field(description="`INT64` or `FP32`.")
+    shape: list[int] = Field(description="The size of each axis; -1 in a description stands for any size.")
+    data: list[Any] | None = Field(None, description="The values in row-major order, flat.")
+    parameters: dict[str, Any] | None = Field(None, description="`binary_data_size`, if its data follow as bytes.")
 
 
 class InferAnswer(BaseModel):
-    """The scoring graph's outputs."""
+    """The outputs of the scoring graph for one batch."""
 
-    model_name: str
-    model_version: str
-    id: str | None = None
-    outputs: list[Tensor]
+    model_name: str = Field(description="The model's name.")
+    model_version: str = Field(description="The model's version, always `1`.")
+    id: str | None = Field(None, description="The `id` of the request.")
+    outputs: list[Tensor] = Field(description="The requested outputs.")
+
+
+class ServerMetadata(BaseModel):
+    """The server, in the form of the Open Inference Protocol."""
+
+    name: str = Field(description="Always `mlmkit`.")
+    version: str = Field(description="The version of mlmkit.")
+    extensions: list[str] = Field(description="Extensions of the protocol that the server supports.")
 
 
 class ModelMetadata(BaseModel):
-    """The scoring graph's inputs and outputs."""
+    """The inputs and outputs of the scoring graph."""
 
-    name: str
-    versions: list[str]
-    platform: str
-    inputs: list[Tensor]
-    outputs: list[Tensor]
+    name: str = Field(description="The model's name.")
+    versions: list[str] = Field(description="The model's versions, always `1` alone.")
+    platform: str = Field(description="What computes, such as `mlmkit_onnx`.")
+    inputs: list[Tensor] = Field(description="The inputs of the scoring graph.")
+    outputs: list[Tensor] = Field(description="The outputs of the scoring graph.")
 
 
 def kserve_router(service: Service) -> APIRouter:
     """The protocol's routes."""
     router = APIRouter(prefix="/v2", tags=["Open Inference Protocol"])
-    extra = body_schema(InferRequest, OCTETS) | {"responses": {"200": {"content": {OCTETS: BINARY}}}}
+    extra = body_schema(InferRequest, _example(service.backend.tokenizer), OCTETS)
+    extra |= {"responses": {"200": {"content": {OCTETS: BINARY}}}}
     infer_options: dict[str, Any] = {"response_model": InferAnswer, "openapi_extra": extra}
 
     def check_model(name: str, version: str) -> None:
@@ -117,13 +135,13 @@ def kserve_router(service: Service) -> APIRouter:
             raise ApiError(404, "no_such_model", f"this server has the model {service.name}, version {VERSION}")
 
     @router.get("")
-    async def server() -> dict[str, Any]:
+    async def server() -> ServerMetadata:
         """The server's name, version and extensions of the protocol."""
-        return {"name": "mlmkit", "version": __version__, "extensions": ["binary_tensor_data"]}
+        return ServerMetadata(name="mlmkit", version=__version__, extensions=["binary_tensor_data"])
 
     @router.get("/health/live")
     async def live() -> Response:
-        """Whether the server is alive; if not, restart it."""
+        """Whether the server is alive. If not, restart it."""
         return JSONResponse({"live": service.is_alive}, 200 if service.is_alive else 503)
 
     @router.get("/health/ready")
@@ -148,7 +166,10 @@ def kserve_router(service: Service) -> APIRouter:
     @router.post("/models/{name}/infer", **infer_options)
     @router.post("/models/{name}/versions/{version}/infer", **infer_options)
     async def infer(request: Request, name: str, version: str = VERSION) -> Response:
-        """Run the scoring graph on a batch. Its rows may share engine calls with other requests."""
+        """Run the scoring graph on a batch of token ids. Its rows may share engine calls with other requests.
+
+        If tensors follow the JSON as bytes, the header `Inference-Header-Content-Length` says how long the JSON is.
+        """
         check_model(name, version)
         length = request.headers.get(HEADER_LENGTH)
         body = await json_body(request) if length is None else await request.body()
@@ -160,6 +181,17 @@ def kserve_router(service: Service) -> APIRouter:
         return Response(answer, headers=headers)
 
     return router
+
+
+def _example(tokenizer: Tokenizer) -> dict[str, Any]:
+    """A request for one row with one mask."""
+    ids = tokenizer.frame(np.array([tokenizer.mask_id]))
+    batch = Batch(ids[None], np.ones_like(ids)[None], np.flatnonzero(ids == tokenizer.mask_id), np.zeros(1, np.int64))
+    inputs = [
+        {"name": name, "shape": list(values.shape), "datatype": "INT64", "data": values.ravel().tolist()}
+        for name, values in zip(INPUTS, batch, strict=True)
+    ]
+    return {"inputs": inputs, "outputs": [{"name": "log_prob"}, {"name": "rank"}]}
 
 
 def metadata(name: str, info: ModelInfo, platform: str) -> ModelMetadata:

@@ -13,13 +13,6 @@ POLICY = (
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
 DOCS_POLICY = POLICY.replace("style-src 'self'", "style-src 'self' 'unsafe-inline'")  # Swagger has inline styles
-DOCS = b"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>mlmkit API</title><link rel="icon" href="static/icon.svg">
-<link rel="stylesheet" href="static/swagger-ui.css"></head>
-<body><div id="swagger-ui"></div><script src="static/swagger-ui-bundle.js"></script>
-<script src="static/docs.js"></script></body></html>
-"""
-DOCS_SCRIPT = b'SwaggerUIBundle({ url: "openapi.json", dom_id: "#swagger-ui" });\n'
 
 
 def page_router() -> APIRouter:
@@ -59,5 +52,4 @@ def _files() -> dict[str, bytes]:
     swagger = (
         resources.files("fastapi_offline") / "static" / name for name in ("swagger-ui.css", "swagger-ui-bundle.js")
     )
-    files = {file.name: file.read_bytes() for file in (*page, *swagger) if file.name.rpartition(".")[2] in TYPES}
-    return files | {"docs.html": DOCS, "docs.js": DOCS_SCRIPT}
+    return {file.name: file.read_bytes() for file in (*page, *swagger) if file.name.rpartition(".")[2] in TYPES}

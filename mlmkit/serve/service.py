@@ -16,6 +16,7 @@ import numpy as np
 from mlmkit import __version__
 from mlmkit.backends import Backend, Batch
 from mlmkit.serve.batcher import Batcher
+from mlmkit.serve.examples import Example, read_example
 from mlmkit.serve.limits import Limits
 from mlmkit.serve.metrics import Metrics
 from mlmkit.serve.schemas import Info
@@ -43,6 +44,11 @@ class Service:
         return (Path(path).resolve().name if Path(path).exists() else path.replace("/", "--")) or "model"
 
     @cached_property
+    def example(self) -> Example:
+        """The example of the model's card."""
+        return read_example(Path(self.backend.info.path), self.backend.tokenizer.mask_token)
+
+    @cached_property
     def info(self) -> Info:
         """The answer of `/info`."""
         info, manifest = self.backend.info, self.backend.manifest
@@ -51,6 +57,8 @@ class Service:
             name=self.name,
             version=__version__,
             mask_token=self.backend.tokenizer.mask_token,
+            example=self.example.text,
+            language=self.example.language,
             backend=self.backend.name,
             device=self.backend.device,
             files=manifest.files if manifest else None,

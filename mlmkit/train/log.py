@@ -16,7 +16,7 @@ from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any
 
-from mlmkit.errors import UserError, first_line
+from mlmkit.errors import UserError, first_line, install_hint
 from mlmkit.files import write_text
 from mlmkit.progress import has_bars
 from mlmkit.train.config import HELD_OUT, Config, RunConfig
@@ -38,7 +38,7 @@ def check_loggers(config: RunConfig) -> None:
             if getattr(config, name):
                 resolve_name(member)
         except (ImportError, AttributeError):
-            raise UserError(f"train.{name} needs a package: pip install 'mlmkit[{name}]'") from None
+            raise UserError(f"train.{name} needs a package: {install_hint(name)}") from None
 
 
 class TrainingLog:
@@ -202,7 +202,7 @@ def can_draw(path: Path) -> bool:
     """Whether matplotlib is installed; logs that `path` is left out if not."""
     if find_spec("matplotlib"):
         return True
-    log.info("%s is left out, because it needs matplotlib: pip install 'mlmkit[report]'", path)
+    log.info("%s is left out, because it needs matplotlib: %s", path, install_hint("report"))
     return False
 
 

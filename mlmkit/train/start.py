@@ -68,8 +68,8 @@ def begin_or_check(
 
     The folder of a new run, with `tokenizer/` and `run.json`, is created atomically, and only if training can start. A
     folder begun with another configuration, text or tokenizer raises `UserError` that names the first difference; if it
-    has no checkpoint yet, nothing is lost and it begins anew. What has not begun may change: later phases, and the
-    length of a phase on its plateau.
+    has no checkpoint yet, nothing is lost and it begins anew. Phases that have not begun may change, and the length of
+    a phase on its plateau.
     """
     texts: dict[Source, StoredCorpus] = {}
 
@@ -109,7 +109,7 @@ def _begin_or_check(config: Config, run: Path, ranks: Ranks, start_from: Path | 
         if run.exists() and not run.is_dir():
             raise UserError(f"{run} is not a folder: choose another --output")
         if run.is_dir() and content(run):
-            raise UserError(f"{run} holds something else than a training run: choose another --output")
+            raise UserError(f"{run} holds something other than a training run: choose another --output")
         return _begin(config, run, start_from)
     remedy = "delete that folder, or choose another --output and set model.init_from to a checkpoint of this run"
     before = read_record(run / RUN, remedy)
@@ -187,7 +187,7 @@ def _check_rows(config: Config, tokenizer: Tokenizer, texts: dict[Source, Stored
 
 
 def _warn_of_rate(config: Config) -> None:
-    """Warn of a learning rate for a new model where an old one is trained further."""
+    """Warn of a learning rate for new models if an existing model is trained further."""
     rate = max(phase.optim.lr for phase in config.phases.values())
     if config.model.init_from and rate > HIGHEST_RATE:
         log.warning(
@@ -256,7 +256,8 @@ def _difference(before: object, now: object, name: str) -> str:
 
 
 def prepare_tokenizer(config: Config, folder: Path, start_from: Path | None = None) -> Tokenizer:
-    """The run's own: trained on the text, or a copy from `tokenizer.path` or `model.init_from`, with added tokens.
+    """The run's tokenizer: trained on the text, or copied from `tokenizer.path` or `model.init_from`, with added
+    tokens.
 
     A branch has that of its checkpoint.
     """

@@ -1,7 +1,7 @@
 """A sweep: one training run per value of some settings, compared on the same held-out masks in a table and a plot.
 
-Each is an ordinary run of `train`, so it can be resumed, and a finished one is kept. The held-out masks are mask-v1's
-default recipe, whatever a run masks its training text with.
+Each run is an ordinary run of `train`, so it can be resumed, and a finished one is kept. The held-out masks are
+mask-v1's default recipe, whatever a run masks its training text with.
 """
 
 import logging
@@ -15,8 +15,8 @@ from typing import Any
 
 from mlmkit.distributed import Ranks, ranks
 from mlmkit.errors import CheckError, UserError
-from mlmkit.eval.compare import compare
-from mlmkit.eval.display import signed, span
+from mlmkit.eval.compare import compare, is_distinguishable
+from mlmkit.eval.display import markdown_table, signed, span
 from mlmkit.files import RUN, locked, read_record, write_json, write_text
 from mlmkit.train.checkpoints import HELD_OUT_METRICS, held_out_folder, last_checkpoint
 from mlmkit.train.config import Config
@@ -27,7 +27,6 @@ from mlmkit.train.loop import train
 log = logging.getLogger(__name__)
 
 METRIC = "masked_cross_entropy"
-ROUNDING = 1e-6  # nats: scores are float32
 INTERVAL, ACCURACY = "95 % interval", "masked accuracy"  # columns that a narrow terminal drops
 NOT_IN_NAMES = re.compile(r"[^\w.+-]")
 BETWEEN_VALUES = re.compile(r",(?![^\[]*\])")  # a comma outside a list
@@ -151,15 +150,17 @@ def _compare(rows: list[dict[str, Any]], trials: Sequence[Trial], output: Path) 
         "runs": rows,
     }
     write_json(output / "sweep.json", result)
-    write_text(output / "sweep.md", "\n".join([_markdown(table(result)), *explain(result), ""]))
+    header, *lines = table(result)
+    markdown = markdown_table(header, lines, "r" * (len(header) - 1))
+    write_text(output / "sweep.md", "\n".join([markdown, *explain(result), ""]))
     if can_draw(output / "sweep.png"):
         from mlmkit.eval.plots import sweep_curves
 
-        sweep_curves(evaluated, result["best"] or "", output / "sweep.png")
+        sweep_curves(evaluated, result["best"], Path(result["held_out"]).name, output / "sweep.png")
     return result
 
 
-def _difference(lowest: Path, run: Path, held_out: str) -> dict[str, float] | None:
+def _difference(lowest: Path, run: Path, held_out: str) -> dict[str, Any] | None:
     """How much higher a run's loss is: the value with its paired interval; None if an evaluation is gone."""
     folders = [held_out_folder(last_checkpoint(each) or each, held_out) for each in (lowest, run)]
     try:
@@ -167,14 +168,14 @@ def _difference(lowest: Path, run: Path, held_out: str) -> dict[str, float] | No
     except UserError as error:
         log.warning("%s is not compared with %s: %s", run.name, lowest.name, error)
         return None
-    difference = other["metrics"][METRIC]
-    return {"value": difference["difference"], "low": difference["low"], "high": difference["high"]}
+    row = other["metrics"][METRIC]
+    interval = {"low": row["low"], "high": row["high"]}
+    return {"value": row["difference"], **interval, "distinguishable": is_distinguishable(row)}
 
 
 def _is_above(row: dict[str, Any]) -> bool:
     """Whether the run's loss is distinguishable from the lowest."""
-    difference = row["above_lowest"]
-    return difference is not None and (difference["low"] or 0.0) > ROUNDING
+    return row["above_lowest"] is not None and row["above_lowest"]["distinguishable"]
 
 
 def table(result: dict[str, Any]) -> list[list[str]]:
@@ -215,11 +216,3 @@ def _note(run: dict[str, Any], result: dict[str, Any]) -> str:
     if run["run"] == result["lowest"]:
         return "best" if result["best"] else "lowest"
     return "" if _is_above(run) else "tied"
-
-
-def _markdown(rows: list[list[str]]) -> str:
-    rows = [[cell.replace("|", "\\|") for cell in row] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*(row[:-1] for row in rows), strict=True)]
-    rows.insert(1, ["-" * (width - 1) + ":" for width in widths] + ["---"])
-    lines = [" | ".join([*map(str.rjust, row, widths), row[-1]]).rstrip() for row in rows]
-    return "".join(f"| {line} |\n" for line in lines)

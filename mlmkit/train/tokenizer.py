@@ -62,7 +62,7 @@ def sample_documents(documents: Iterable[str], tokens: int) -> list[str]:
             while sample and sample[0][0] == floor:
                 size -= len(heappop(sample)[1].encode())
     if not sample:
-        raise UserError(f"tokenizer.train_tokens ({tokens}) is less than one document has: raise it")
+        raise UserError(f"tokenizer.train_tokens ({tokens}) is smaller than one document: raise it")
     taken = f"{'all' if floor < 0 else 'a sample of'} {len(sample)} documents"
     log.info("it is trained on %s, about %d of the %d tokens asked for", taken, size // BYTES_PER_TOKEN, tokens)
     return [text for _, text in sample]

@@ -53,7 +53,7 @@ def tokenize_texts(
 def _texts(config: Config) -> dict[str, Source]:
     texts = {f"train-{number}": _absolute(source) for number, source in enumerate(config.train_sources, start=1)}
     if taken := [name for name in config.held_out_sources if name.startswith("train-")]:
-        raise UserError(f"held_out.{taken[0]}: training texts have such names here: give it another")
+        raise UserError(f"held_out.{taken[0]}: a training text has this name: choose another")
     return texts | {name: _absolute(source) for name, source in config.held_out_sources.items()}
 
 
@@ -75,7 +75,7 @@ def _begin(config: Config, texts: dict[str, Source], output: Path) -> Tokenizer:
         if output.exists() and not output.is_dir():
             raise UserError(f"{output} is not a folder: choose another --output")
         if output.exists() and content(output):
-            raise UserError(f"{output} holds something else than tokens: choose another --output")
+            raise UserError(f"{output} holds something other than tokens: choose another --output")
         with atomic(output, folder=True) as building:
             prepare_tokenizer(config, building / TOKENIZER)
             write_record(building / RECORD, settings)

@@ -37,6 +37,7 @@ const answer = await ask("info", null, find("model-status"));
 if (answer) {
   const info = answer.data;
   document.title = `${info.name} · mlmkit`;
+  for (const id of ["fill-text", "fill-results", "score-text", "tokens", "token-rows"]) find(id).lang = info.language;
   find("model-line").textContent = `${info.name} · ${info.precision} · ${info.backend} on ${info.device}`;
   find("model-card").replaceChildren(...showModel(info));
   say(find("model-status"), "");

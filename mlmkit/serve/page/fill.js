@@ -19,7 +19,8 @@ export function startFill(info, scoreText) {
   find("insert-mask").disabled = find("fill-button").disabled = false;
   for (const option of find("top-k").options) option.disabled = Number(option.value) > info.top_k;
   find("score-it").onclick = () => scoreText(box.value);
-  if (!box.value) box.value = `The rat ${mask} the king's ${mask}.`;
+  box.placeholder = `Write a text with ${mask} where a word is missing.`;
+  box.value ||= info.example;
 }
 
 /** Shows the tab with a new text and asks at once. `make` gets the mask token and returns the text. */
@@ -103,7 +104,7 @@ const best = (masks) => Math.max(...masks.map((candidates) => candidates[0].scor
 
 function showMask(text, candidates, index, masks) {
   const parts = excerpt(text, mask, index).map((part) => showPart(part, index, masks.length > 1));
-  const context = element("p", { class: "context" }, ...parts);
+  const context = element("p", { class: "context", dir: "auto" }, ...parts);
   const heading = element("h2", {}, masks.length > 1 ? `Mask ${index + 1}` : "Mask");
   const isWhole = (candidate) => !candidate.token_str.includes("\ufffd"); // otherwise only some bytes of a character
   const first = candidates.find(isWhole);
@@ -145,7 +146,7 @@ function showBar(share) {
 }
 
 function note(masks) {
-  const alone = "Each mask is judged with the others still masked: the best of each need not go together. ";
+  const alone = "Each mask is filled on its own, with the others still masked, so the best candidates may not go together. ";
   const scale = "All bars share one scale. ";
   const keys = element("span", { class: "keys" }, "↑ ↓ choose, Enter fills.");
   return element("p", { class: "note" }, masks.length > 1 ? alone + scale : "", keys);

@@ -8,7 +8,7 @@ export function showModel(info) {
   const about = {
     architecture: info.architecture,
     "vocabulary": `${count(info.vocabulary_size)} tokens`,
-    "longest text": `${count(info.max_length)} tokens, special ones counted`,
+    "longest text": `${count(info.max_length)} tokens, special tokens included`,
     precision: info.precision,
     "mask token": element("code", {}, info.mask_token),
     "runs on": `${info.backend}, ${info.device}`,
@@ -19,14 +19,14 @@ export function showModel(info) {
   if (info.parity) {
     parts.push(
       element("h2", {}, "Parity with the checkpoint"),
-      element("p", { class: "note" }, "Found on export, over real text, in nats."),
+      element("p", { class: "note" }, "Measured at export, in nats."),
       list(rows(info.parity)),
     );
   }
   parts.push(element("h2", {}, "Limits"), list(rows(info.limits)));
   if (info.files) {
     const files = Object.entries(info.files).map(([name, hash]) => [name, element("code", {}, hash)]);
-    const note = element("p", { class: "note" }, "SHA-256, checked before the server began.");
+    const note = element("p", { class: "note" }, "SHA-256, checked before the server started.");
     parts.push(element("h2", {}, "Files"), note, list(Object.fromEntries(files)));
   }
   return parts;
@@ -60,7 +60,7 @@ function figure(name, value) {
 
 function examples(info) {
   const server = new URL(".", document.baseURI).href;
-  const text = `... ${info.mask_token} ...`; // in no language, as the model may know any
+  const text = info.example || `... ${info.mask_token} ...`; // the second is in no language: the model may know any
   const header = needsToken() ? ` \\\n  -H "Authorization: Bearer $MLMKIT_TOKEN"` : "";
   const curl = `curl ${server}fill-mask \\
   -H "Content-Type: application/json"${header} \\

@@ -5,7 +5,7 @@ import { count, duration, element, find, percent, plural, say } from "./dom.js";
 import { moveFocusWith, shownToken, submitWithEnter } from "./dom.js";
 import { segments } from "./text.js";
 
-const LEVELS = [1, 2, 4, 6, 9, 12]; // bits at which the next colour begins
+const LEVELS = [1, 2, 3, 4, 6, 8]; // nats at which the next colour begins
 const HINT = "Choose a token to see how likely it was. ";
 const KEYS = "← → move along the text, Enter asks what else could stand there.";
 
@@ -17,7 +17,6 @@ const detail = find("token-detail");
 
 /** Sets up the tab. `maskToken` gets a function from the mask token to the text with one token masked. */
 export function startScore(maskToken) {
-  box.value ||= "The keys to the old cabinet is on the table.";
   find("legend").replaceChildren(
     ...[...LEVELS, Infinity].map((end, level) => {
       const begin = LEVELS[level - 1] ?? 0;
@@ -57,14 +56,14 @@ async function refresh(maskToken) {
   say(status, `${plural(score.tokens, "token")} in ${duration(answer.milliseconds)}`);
 }
 
-const bits = (token) => Math.max(0, -token.log_prob / Math.LN2);
+const surprise = (token) => Math.max(0, -token.log_prob);
 
 function showFigures(score) {
-  const mean = score.tokens ? -score.pseudo_log_likelihood / score.tokens / Math.LN2 : null;
+  const mean = score.tokens ? -score.pseudo_log_likelihood / score.tokens : null;
   const figures = [
-    ["pseudo-perplexity", score.pseudo_perplexity, "exp of the mean surprisal: among so many it is like choosing"],
+    ["pseudo-perplexity", score.pseudo_perplexity, "exp of the mean surprisal: as uncertain as a choice among so many tokens"],
     ["pseudo-log-likelihood, nats", score.pseudo_log_likelihood, "the sum of log P(token | the rest)"],
-    ["bits a token", mean, "the mean surprisal"],
+    ["nats per token", mean, "the mean surprisal"],
   ].map(([name, value, title]) => figure(name, value === null ? "–" : readable(value), title, value));
   find("score-figures").replaceChildren(...figures, figure("tokens", count(score.tokens), "", score.tokens));
 }
@@ -86,7 +85,7 @@ function showTokens(text, tokens, maskToken) {
   find("unscored").hidden = !pieces.some((segment) => !segment.tokens && segment.text.trim());
   const parts = pieces.map((segment, at) => {
     if (!segment.tokens) return segment.text;
-    const surprisal = segment.tokens.reduce((sum, token) => sum + bits(token), 0);
+    const surprisal = segment.tokens.reduce((sum, token) => sum + surprise(token), 0);
     const level = LEVELS.filter((end) => surprisal >= end).length;
     const part = element(
       "span",
@@ -94,7 +93,7 @@ function showTokens(text, tokens, maskToken) {
         class: `token level-${level}${pieces[at - 1]?.tokens ? " joined" : ""}`,
         role: "button",
         tabindex: segment === first ? "0" : "-1",
-        "aria-label": `${segment.text || segment.tokens[0].token_str}, ${surprisal.toFixed(1)} bits`,
+        "aria-label": `${segment.text || segment.tokens[0].token_str}, ${surprisal.toFixed(1)} nats`,
       },
       segment.text,
     );
@@ -118,13 +117,13 @@ const masked = (text, segment, mask) => {
 };
 
 function showDetail(segment, surprisal, askOthers) {
-  const probability = Math.exp(-surprisal * Math.LN2);
-  const odds = surprisal < 40 ? count(Math.max(1, Math.round(1 / probability))) : `2^${Math.round(surprisal)}`;
+  const probability = Math.exp(-surprisal);
+  const odds = surprisal < 28 ? count(Math.max(1, Math.round(1 / probability))) : `e^${Math.round(surprisal)}`;
   const several = segment.tokens.length > 1 ? ` in ${segment.tokens.length} tokens` : "";
   const others = element("button", { type: "button" }, "What else could stand here?");
   others.addEventListener("click", askOthers);
   const name = element("b", {}, shownToken(segment.text || segment.tokens[0].token_str));
-  const figures = `${several}: ${surprisal.toFixed(2)} bits, probability ${percent(probability)}, one in ${odds}`;
+  const figures = `${several}: ${surprisal.toFixed(2)} nats, probability ${percent(probability)}, one in ${odds}`;
   detail.replaceChildren(element("span", {}, name, figures), others);
 }
 
@@ -133,8 +132,7 @@ function showRow(token) {
     "tr",
     {},
     element("th", { scope: "row" }, shownToken(token.token_str)),
-    element("td", {}, bits(token).toFixed(2)),
-    element("td", {}, token.log_prob.toFixed(3)),
+    element("td", {}, surprise(token).toFixed(3)),
     element("td", {}, percent(Math.exp(token.log_prob))),
   );
 }

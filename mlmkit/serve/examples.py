@@ -1,0 +1,47 @@
+"""An example text in the model's own language, for the page and the API's documentation. The model card has it."""
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mlmkit.artifact import CARD
+from mlmkit.errors import UserError, as_user_error
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Example:
+    """A text with a mask, "" if there is none, and the ISO 639 code of its language, "" if that is not known."""
+
+    text: str = ""
+    language: str = ""
+
+
+def read_example(folder: Path, mask_token: str) -> Example:
+    """The first `widget` text with this mask token, and the `language`, in the front matter of the README.md.
+
+    Without a card, or with one that cannot be read, the example is empty: a text in another language would mislead.
+    """
+    path = folder / CARD
+    if not path.is_file():
+        return Example()
+    from huggingface_hub.repocard import metadata_load
+
+    try:
+        with as_user_error(path, "no example is shown, because the front matter cannot be read"):
+            front = metadata_load(path) or {}
+    except UserError as error:
+        log.warning("%s", error)
+        return Example()
+    texts = [each.get("text") for each in _list(front.get("widget")) if isinstance(each, dict)]
+    languages = _list(front.get("language"))
+    return Example(
+        next((text for text in texts if isinstance(text, str) and mask_token in text), ""),
+        languages[0] if len(languages) == 1 and isinstance(languages[0], str) else "",
+    )
+
+
+def _list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
