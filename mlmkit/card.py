@@ -122,7 +122,7 @@ def write_card(
     given = {"license": license, "language": languages, "dataset": datasets}
     given |= {"base-model": base_model} if any(each.model.init_from for each in subject.phases.values()) else {}
     if missing := [f"--{name}" for name, value in given.items() if not value]:
-        log.warning("the Hub will miss what %s would say", ", ".join(missing))
+        log.warning("the card lacks fields that the Hub shows: give %s", ", ".join(missing))
     if not example:
         log.warning("no example and no widget: pass --text FILE")
     front = {

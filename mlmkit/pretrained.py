@@ -265,7 +265,7 @@ def _load_with_code(
     parameters = dict(network.named_parameters(remove_duplicate=False))
     missing = [name for name, weight in parameters.items() if id(weight) not in shared]
     if buffers := sorted(own.keys() - found.keys() - parameters.keys()):
-        log.warning("not in the weights, so taken as the model's code computes them: %s", ", ".join(buffers))
+        log.warning("these are not in the weights file, so the model's code computes them: %s", ", ".join(buffers))
     return network, {"missing_keys": missing, "mismatched_keys": mismatched}
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-ORDER = 2  # another order of the same data has another number, so that no run continues with it
+ORDER = 2  # changes when the order of the same data does, so that no run resumes with another order
 WINDOWS_PER_BLOCK = 16_384
 # Neighbouring windows are read together: of a large text, chunks of them are permuted, and a block mixes at least 256
 # chunks. A text of fewer than 8,192 windows has chunks of one window.

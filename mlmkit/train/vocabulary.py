@@ -31,9 +31,9 @@ def add_tokens(tokenizer: Any, file: str) -> Any:
     drawn, and words of their own. Words that are single tokens already are left out, and counted in the log.
 
     WordPiece gets them as added tokens, found in the text before it is split into words. Byte-level BPE cannot: such a
-    token takes no space before it along, and its bytes are decoded a second time ("avó" becomes "av\ufffd"). There each
-    word becomes two entries of the vocabulary, with and without a space before it, and `ignore_merges` looks a whole
-    word up before it is put together from pieces.
+    token does not include the space before it, and its bytes are decoded a second time ("avó" becomes "av\ufffd").
+    There each word becomes two entries of the vocabulary, with and without a space before it, and `ignore_merges` looks
+    a whole word up before it is put together from pieces.
 
     Raises `UserError` for a word that cannot be added, a file without a new word, or another kind of tokenizer.
     """
