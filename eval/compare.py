@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from mlmkit.errors import UserError
 from mlmkit.eval.correlation import Correlation, draw_statistics
+from mlmkit.eval.examples import add_texts
 from mlmkit.eval.item_metrics import ItemScores, item_groups, item_scores, measure_family, overall_statistics
 from mlmkit.eval.metrics import (
     FAMILIES,
@@ -84,7 +85,12 @@ def _compare(a: StoredResult, b: StoredResult, top: int) -> dict[str, Any]:
         slices |= {metric: slice_differences} if slice_differences else {}
     metric = next(iter(seeds))
     tokens = _largest_differences(a, b, metric, seeds[metric][0], top) if same_tokens else []
-    return {"metrics": metrics, "slices": slices, "tokens": tokens}
+    return {
+        "metrics": metrics,
+        "slices": slices,
+        "tokens": tokens,
+        "no_context": add_texts(tokens, a) if tokens else "",
+    }
 
 
 def pass_of(digest_name: str) -> tuple[str, int | None]:

@@ -1,12 +1,12 @@
 """A comparison for people: `compare.html`, and the rows and lines that the terminal shows too."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from mlmkit.errors import UserError, require
-from mlmkit.eval.compare import ROUNDING, distance
-from mlmkit.eval.display import SLICE_METRICS
+from mlmkit.eval.compare import ROUNDING, distance, is_distinguishable
+from mlmkit.eval.display import SLICE_METRICS, SLICINGS, headline, model_name, slice_name
 from mlmkit.eval.metrics import describe_unknown
 from mlmkit.eval.pages import render
 
@@ -15,32 +15,60 @@ Row = dict[str, Any]
 
 def write_comparison(comparison: dict[str, Any], folder: Path) -> None:
     """Write `compare.html` into `folder`. Raises `UserError` without `mlmkit[report]`, or if it cannot be written."""
-    require("report", "jinja2", "matplotlib")
-    from mlmkit.eval import plots
-
-    sections = []
-    for other in comparison["comparisons"]:
-        different, agreement = differing_rows(other)
-        figures = {}
-        for name in ("masked_cross_entropy", "pseudo_perplexity", *other.get("items", {}).get("metrics", ())[:1]):
-            own = [(label, row) for label, row in different if label.split()[0] == name]
-            rows = [(f"{label[len(name) :] or 'all'} (n: {measured_on(row)})".strip(), row) for label, row in own]
-            if len(rows) > 1:
-                title = name.replace("_", " ")
-                axis = f"{title}, B − A ({rows[0][1]['better']} is better)"
-                figures[f"{title.capitalize()} by slice"] = plots.differences(rows, axis)
-        sections.append({"other": other, "different": different, "agreement": agreement, "figures": figures})
+    require("report", "jinja2")
+    first = comparison["first"]
+    content = {
+        "first": first,
+        "title": Path(first["set"]).name,
+        "sections": [_section(other) for other in comparison["comparisons"]],
+        "headline": headline,
+        "model_name": model_name,
+        "size": measured_on,
+        "is_distinguishable": is_distinguishable,
+        "describe_unknown": describe_unknown,
+    }
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        content = {
-            "comparison": comparison,
-            "sections": sections,
-            "size": measured_on,
-            "describe_unknown": describe_unknown,
-        }
         render("compare.html.jinja", folder / "compare.html", **content)
     except OSError as error:
         raise UserError(f"cannot write {folder}: {error.strerror}") from None
+
+
+def _section(other: dict[str, Any]) -> dict[str, Any]:
+    """What the page shows of a comparison: the metrics that differ, one table per metric by part, the tokens."""
+    tables = []
+    for metric, slicings in other["slices"].items():
+        name, _ = SLICE_METRICS[metric]
+        groups = [
+            (SLICINGS[slicing][0], [(slice_name(label), rows[name]) for label, rows in slices.items()])
+            for slicing, slices in slicings.items()
+        ]
+        tables.append((name, groups))
+    for plural, groups in other.get("items", {}).get("groups", {}).items():
+        if groups:
+            name = other["items"]["metrics"][0]
+            tables.append((name, [(plural, [(label.replace("_", " "), rows[name]) for label, rows in groups.items()])]))
+    different = [
+        (name, [(title, kept) for title, rows in groups if (kept := [row for row in rows if _differs(row[1])])])
+        for name, groups in tables
+    ]
+    return {
+        "other": other,
+        "agreement": differing_rows(other)[1],
+        "metrics": [(name, row) for name, row in other["metrics"].items() if _differs(row)],
+        "tables": [(name, groups, _axis([row for _, rows in groups for _, row in rows])) for name, groups in different],
+    }
+
+
+def _differs(row: Row) -> bool:
+    return distance(row) > ROUNDING
+
+
+def _axis(rows: Sequence[Row]) -> tuple[float, float]:
+    """The ends of an axis for these differences: 0 and all intervals, cut at 1.5 times the largest difference."""
+    limit = 1.5 * max((abs(row["difference"] or 0.0) for row in rows), default=0.0)
+    lows, highs = ([row[end] or row["difference"] or 0.0 for row in rows] for end in ("low", "high"))
+    return max(min([0.0, *lows]), -limit), min(max([0.0, *highs]), limit)
 
 
 def describe_side(letter: str, side: Mapping[str, Any]) -> Iterator[str]:

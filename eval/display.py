@@ -87,9 +87,10 @@ def number(value: float | None, form: str = SMALL) -> str:
     return (form if abs(value) < LARGEST else re.sub(r",?\.[24]f", ".3e", form)).format(value)
 
 
-def signed(value: float | None) -> str:
-    """A difference; small ones in scientific notation."""
-    return number(value, "{:+.1e}" if value and abs(value) < 1e-3 else "{:+.4f}")
+def signed(value: float | None, form: str = SMALL) -> str:
+    """A difference of values in this format; small ones in scientific notation."""
+    is_small = form == SMALL and value and abs(value) < 1e-3
+    return number(value, "{:+.1e}" if is_small else form.replace("{:", "{:+"))
 
 
 def span(metric: Mapping[str, Any], form: str = "") -> str:

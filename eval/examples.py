@@ -4,6 +4,7 @@ tokens.parquet → the extremes of a pass → their documents, read again → `e
 """
 
 import logging
+from dataclasses import fields
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,11 @@ import pyarrow as pa
 
 from mlmkit.corpus import Corpus
 from mlmkit.errors import UserError
-from mlmkit.eval.data import EvalData
-from mlmkit.eval.results_store import read_blocks
+from mlmkit.eval.data import EvalData, file_data
+from mlmkit.eval.results_store import StoredResult, read_blocks
 from mlmkit.eval.rows import Pass
+from mlmkit.hub import HUB
+from mlmkit.locations import Source, is_remote
 from mlmkit.masking import document_key
 from mlmkit.stored import StoredCorpus
 from mlmkit.tokenizer import LONGEST_TEXT, Tokenizer
@@ -45,7 +48,7 @@ def token_examples(folder: Path, item: Pass, data: EvalData, tokenizer: Tokenize
                 chosen[name].append((sign * float(log_prob[row]), int(document[row]), example))
             chosen[name] = sorted(chosen[name])[:EXAMPLES]
     examples = {name: [example for _, _, example in ranked] for name, ranked in chosen.items()}
-    _add_texts([*chain.from_iterable(examples.values())], data, tokenizer)
+    _add_document_texts([*chain.from_iterable(examples.values())], data, tokenizer)
     return examples
 
 
@@ -78,7 +81,7 @@ def _in_context(tokens: pa.Table, row: int, corpus: Corpus | StoredCorpus, token
     }
 
 
-def _add_texts(examples: list[Example], data: EvalData, tokenizer: Tokenizer) -> None:
+def _add_document_texts(examples: list[Example], data: EvalData, tokenizer: Tokenizer) -> None:
     """Add `text` and the tokens' `span` to the examples, where their documents can be read again unchanged."""
     wanted: dict[int, list[Example]] = {}
     for example in examples:
@@ -90,7 +93,7 @@ def _add_texts(examples: list[Example], data: EvalData, tokenizer: Tokenizer) ->
                 if document_key(text) == key:
                     _add_text(wanted[document], text, tokenizer)
     except UserError as error:
-        log.warning("the report joins the tokens of its examples, because their text cannot be read again: %s", error)
+        log.warning("examples are shown without their text, because it cannot be read again: %s", error)
 
 
 def _add_text(examples: list[Example], text: str, tokenizer: Tokenizer) -> None:
@@ -103,3 +106,39 @@ def _add_text(examples: list[Example], text: str, tokenizer: Tokenizer) -> None:
         example["text"] = text[begin:end]
         for token, span in zip(example["tokens"], (own - begin).tolist(), strict=True):
             token["span"] = span
+
+
+def add_texts(tokens: list[Example], stored: StoredResult) -> str:
+    """Add to tokens of a finished evaluation the `text` around each, its `span` in that text and where it is `cut`.
+
+    Each has a `document` and an `offset`. The text and the tokenizer are read again. Returns why there is no text, or
+    "".
+    """
+    result = stored.result
+    source = dict(result["corpus"]["source"])
+    locations = source.pop("locations", None)
+    if not locations or any(location.startswith(HUB) or is_remote(location) for location in locations):
+        return "the text is not in a local file"
+    try:
+        tokenizer = Tokenizer.from_folder(Path(result["model"]["path"]))
+        known = {field.name for field in fields(Source)} - {"location"}
+        reading = {name: value for name, value in source.items() if name in known}
+        data = file_data(Source(tuple(locations), **reading | {"keys": tuple(source["keys"])}), tokenizer)
+    except UserError as error:
+        return str(error)
+    if tokenizer.fingerprint != result["model"]["tokenizer"]:
+        return f"{result['model']['path']} has another tokenizer now"
+    if data.corpus.fingerprint != result["corpus"]["fingerprint"]:
+        return f"{source['location']} has changed since"
+    lengths, examples = data.corpus.lengths, []
+    for token in tokens:
+        target = min(token["offset"], CONTEXT)
+        count = target + min(int(lengths[token["document"]]) - token["offset"], CONTEXT + 1)
+        examples.append({**token, "target": target, "tokens": [{} for _ in range(count)]})
+    _add_document_texts(examples, data, tokenizer)
+    for token, example in zip(tokens, examples, strict=True):
+        if "text" in example:
+            end = token["offset"] - example["target"] + len(example["tokens"])
+            cut = [token["offset"] > example["target"], end < int(lengths[token["document"]])]
+            token |= {"text": example["text"], "span": example["tokens"][example["target"]]["span"], "cut": cut}
+    return "" if any("text" in token for token in tokens) else "only the tokens of the text are there"

@@ -138,22 +138,6 @@ def group_accuracies(
 
 
 @styled
-def differences(rows: Sequence[tuple[str, Mapping[str, Any]]], label: str) -> str:
-    """Named differences with their intervals, first row on top; grey where p is at least 0.05 or missing."""
-    figure, axes = new_figure(7.2, 1.0 + 0.28 * len(rows))
-    axes.set_yticks(range(len(rows)), [name for name, _ in reversed(rows)])
-    for y, (_, row) in enumerate(reversed(rows)):
-        if row["difference"] is not None:
-            color = MUTED if row["p_value"] is None or row["p_value"] >= 0.05 else ONE
-            draw_intervals(axes, [y], [row], horizontal=True, color=color, linewidth=2)
-            axes.plot(row["difference"], y, "o", color=color, markersize=6)
-    axes.axvline(0, color=INK, linewidth=1)
-    axes.set(xlabel=label, ylim=(-0.6, len(rows) - 0.4))
-    axes.grid(axis="y", visible=False)
-    return to_svg(figure, "differences")
-
-
-@styled
 def training_curves(entries: Sequence[Mapping[str, Any]], name: str, path: Path) -> None:
     """Loss and learning rate of the run `name` by step as PNG.
 

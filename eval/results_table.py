@@ -245,7 +245,7 @@ def write_table(table: ResultsTable, path: Path) -> None:
         if path.suffix == ".html":
             counts = (("model", len(table.models)), ("set", len(table.columns)))
             title = " on ".join(f"{count:,} {name}{'s' if count > 1 else ''}" for name, count in counts)
-            render("table.html.jinja", path, title=title, table=table, rule=RULE, cell=_cell_text, heading=_heading)
+            render("table.html.jinja", path, title=title, table=table, rule=RULE, parts=_cell_parts, heading=_heading)
         else:
             write_text(path, as_markdown(table) if path.suffix == ".md" else as_csv(table))
     except OSError as error:
@@ -266,8 +266,7 @@ def as_markdown(table: ResultsTable) -> str:
     rows = [["*metric*", *map(_heading, table.columns)]]
     rows.append(["*n*", *(f"{column.n:,} {column.unit}" for column in table.columns)])
     for model in table.models:
-        cells = [_cell_text(column, column.cells.get(model)) for column in table.columns]
-        rows.append([model, *(f"**{text}**" if bold else text for text, bold in cells)])
+        rows.append([model, *(_markdown_value(column, column.cells.get(model)) for column in table.columns)])
     notes = "".join(f"{column.note}.\n\n" for column in table.columns if column.note)
     return f"{markdown_table(header, rows, 'l' + 'r' * len(table.columns))}\n{notes}{RULE}\n"
 
@@ -281,6 +280,11 @@ def as_csv(table: ResultsTable) -> str:
     return text.getvalue()
 
 
+def _markdown_value(column: Column, cell: Cell | None) -> str:
+    text = " ".join(_cell_parts(column, cell)) if cell else "–"
+    return f"**{text}**" if cell and cell.rank == 1 else text
+
+
 def _heading(column: Column) -> str:
     """The metric with its unit and direction, such as `bits per byte ↓`."""
     label, unit, form = headline(column.metric)
@@ -288,11 +292,9 @@ def _heading(column: Column) -> str:
     return f"{named} {ARROWS[column.better]}".rstrip()
 
 
-def _cell_text(column: Column, cell: Cell | None) -> tuple[str, bool]:
-    """Value, interval and rank as text, and whether it is printed bold."""
-    if cell is None:
-        return "–", False
+def _cell_parts(column: Column, cell: Cell) -> list[str]:
+    """Value, rank and interval as text; the latter two are left out if there are none."""
     form = headline(column.metric)[2]
     value, low, high = (number(cell.metric[name], form).removesuffix("%") for name in ("value", "low", "high"))
-    interval = "" if cell.metric["low"] is None else f" [{low}, {high}]"
-    return f"{value}{interval}{'' if cell.rank is None else f' ({cell.rank})'}", cell.rank == 1
+    rank = [] if cell.rank is None else [f"({cell.rank})"]
+    return [value, *rank, *([] if cell.metric["low"] is None else [f"[{low}, {high}]"])]

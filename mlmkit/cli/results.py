@@ -10,7 +10,7 @@ from mlmkit.cli.options import PATH, JsonOption, argument, command, option, opti
 from mlmkit.console import print_json, print_table, say
 from mlmkit.errors import UserError, require
 
-STDOUT = "-"  # --table without a file
+STDOUT = Path("-")  # --table without a file
 
 
 @option_class
@@ -21,13 +21,14 @@ class CompareOptions(JsonOption):
         required=True,
         metavar="RESULT_A RESULT_B [RESULT ...]",
     )
-    table: tuple[str, ...] = option(
+    table: tuple[Path, ...] = option(
         "--table",
         "Print a table of all models by all sets in Markdown, or write it to FILE (.md, .csv, .html). Repeatable. A "
         "RESULT may then be a folder that holds results.",
+        type=PATH,
         multiple=True,
         is_flag=False,
-        flag_value=STDOUT,
+        flag_value=str(STDOUT),
         metavar="[FILE]",
     )
     output: Path | None = option("--output", "Folder to write compare.html to.", type=PATH, metavar="OUTPUT")
@@ -43,6 +44,7 @@ def compare(options: CompareOptions) -> None:
     \b
     For example:
       mlmkit compare result-a result-b --output comparison
+      mlmkit compare results-a results-b results-c --table table.html
 
     Shows each metric's difference with its paired interval and p-value, overall and by slice, and the tokens where the
     two differ most. Refuses results on different text or with different masks.
@@ -73,7 +75,7 @@ def _print_table(options: CompareOptions) -> None:
 
     if options.output:
         raise click.UsageError("--output is for the page of a comparison: name the table's file, --table FILE.html.")
-    paths = [Path(name) for name in options.table if name != STDOUT]
+    paths = [path for path in options.table if path != STDOUT]
     for path in paths:
         check_path(path)
     table = results_table([Path(item) for item in options.results])
@@ -88,8 +90,7 @@ def _print_table(options: CompareOptions) -> None:
 
 
 def _print_comparison(comparison: dict[str, Any]) -> None:
-    from mlmkit.eval.comparison_page import describe_side, differing_rows, measured_on
-    from mlmkit.eval.display import number, p_value, signed, span
+    from mlmkit.eval.comparison_page import describe_side, differing_rows
 
     first = comparison["first"]
     for line in describe_side("A", first):
@@ -104,12 +105,7 @@ def _print_comparison(comparison: dict[str, Any]) -> None:
             say(agreement)
         if not different:
             continue
-        rows = []
-        for name, row in different:
-            sides = number(row["a"]), number(row["b"]), signed(row["difference"])
-            rows.append([name, row["better"], *sides, span(row), p_value(row["p_value"]), measured_on(row)])
-        n = "items" if "items" in other else "tokens / documents"
-        print_table(rows, ["metric", "better", "A", "B", "B - A", "95 %", "p", f"n: {n}"], align="llrrrlrl")
+        _print_differences(different)
         if other["tokens"]:
             say("tokens that differ most (log P):")
             tokens = []
@@ -118,6 +114,34 @@ def _print_comparison(comparison: dict[str, Any]) -> None:
                 sides = (f"{token[name]:.3f}" for name in ("log_prob_a", "log_prob_b"))
                 tokens.append([repr(token["token"]), where, *sides, f"{token['difference']:+.3f}"])
             print_table(tokens, ["token", "where", "A", "B", "B - A"], align="llrrr")
+
+
+def _print_differences(named_rows: list[tuple[str, dict[str, Any]]]) -> None:
+    """Print rows with the name of a metric, or of a metric and a slice or group of items."""
+    from mlmkit.eval.comparison_page import measured_on
+    from mlmkit.eval.display import number, p_value, signed, span
+
+    rows, metric = [], ""
+    for name, row in named_rows:
+        arrow = "↓" if row["better"] == "lower" else "↑"
+        if " " in name and not name.startswith(f"{metric} "):
+            metric = name.split()[0]
+            rows.append([f"{arrow} {metric} by part"])
+        label = f"    {name.removeprefix(metric).lstrip()}" if " " in name else f"{arrow} {name}"
+        decimals = _decimals(row["a"], row["b"])
+        form = f"{{:.{decimals}f}}"
+        sides = number(row["a"], form), number(row["b"], form), signed(row["difference"], form)
+        interval = span(row, f"{{:+.{decimals}f}}" if decimals < 4 else "")
+        rows.append([label, *sides, interval, measured_on(row), p_value(row["p_value"])])
+    say("↓: lower is better, ↑: higher is better. B - A is negative where B is lower.")
+    say(f"n: {'items' if 'items' in named_rows[0][1] else 'scored tokens / documents'}")
+    print_table(rows, ["metric", "A", "B", "B - A", "95 %", "n", "p"], align="lrrrlrr", expendable=("p", "n", "95 %"))
+
+
+def _decimals(*values: float | None) -> int:
+    """How many decimals give the largest of the values five digits, at most four."""
+    largest = max((abs(value) for value in values if value is not None), default=0.0)
+    return max(0, 4 - len(str(int(largest))) + 1)
 
 
 @option_class
