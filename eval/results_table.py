@@ -20,7 +20,7 @@ from mlmkit.eval.compare import (
     metric_draws,
     pass_of,
 )
-from mlmkit.eval.display import headline, markdown_table, number
+from mlmkit.eval.display import ARROWS, headline, markdown_table, number
 from mlmkit.eval.metrics import FAMILIES, better
 from mlmkit.eval.pages import render
 from mlmkit.eval.result import Metric, Result, main_metric, sample_size
@@ -30,7 +30,6 @@ from mlmkit.files import write_text
 from mlmkit.locations import last_part, name_stem
 
 SUFFIXES = (".md", ".csv", ".html")
-ARROWS = {"lower": "↓", "higher": "↑", "neither": ""}
 RULE = (
     f"Brackets: 95 % interval, bootstrap over documents or items, {RESAMPLES:,} resamples. Parentheses: rank, 1 + the "
     "number of models that are better by a paired difference whose 95 % interval excludes 0, so models that cannot be "
