@@ -44,8 +44,9 @@ def measure(options: argparse.Namespace) -> Report:
     return Report(
         [table(name, records(sizes, rows)) for name, rows in figures.items()],
         [
-            f"Linear growth would be {' : '.join(f'{times / options.times[0]:g}' for times in options.times)} in seconds. "
-            "Evaluation works in parts of about 262,144 tokens: a text smaller than one part takes less memory."
+            f"Linear growth would be {' : '.join(f'{times / options.times[0]:g}' for times in options.times)} in "
+            "seconds. Evaluation works in parts of about 262,144 tokens: a text smaller than one part takes less "
+            "memory."
         ],
         figures=figures,
     )

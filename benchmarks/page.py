@@ -11,7 +11,10 @@ from processes import ROOT
 REMOVED_AT = "20ba236"  # the last commit with the scripts whose question docs/decisions.md answers
 # What README quotes, by its key: a description and a unit. Values with "x" are medians of the ratios within a round.
 HEADLINES = {
-    "train_times_trainer_paragraphs": ("training, real tokens/s, Trainer with one document per example", "x transformers.Trainer"),
+    "train_times_trainer_paragraphs": (
+        "training, real tokens/s, Trainer with one document per example",
+        "x transformers.Trainer",
+    ),
     "train_times_trainer_by_length": ("the same, Trainer grouping by length", "x transformers.Trainer"),
     "train_times_run_mlm": ("the same, Trainer on run_mlm.py's full rows", "x transformers.Trainer"),
     "pll_times_as_fast": ("exact pseudo-log-likelihood, ONNX Runtime", "x the plain loop"),

@@ -7,9 +7,9 @@ torch, each in a process of its own. Three ways take turns:
 - distinct rows in batches of that size, as `mlmkit eval` makes them,
 - distinct rows in batches of today's size.
 
-Their scores must agree: to the bit on ONNX Runtime, within `BOUND` on torch. The hardware limit is the encoder's matrix products
-for every row, at the fastest rate that torch reaches here. Heads, attention and the rest come on top; rows that are
-scored once save from it.
+Their scores must agree: to the bit on ONNX Runtime, within `BOUND` on torch. The hardware limit is the
+encoder's matrix products for every row, at the fastest rate that torch reaches here. Heads, attention and the rest come
+on top of it; a row that is scored once instead of twice saves time.
 
 The pairs are the first `--first` of blimp-filtered if MLMKIT_DATA has BLiMP (a sample of `--pairs` of them), or else
 made from Python's documentation: a sentence, and the same with another word in one place.

@@ -8,8 +8,8 @@ process of its own:
 - mlmkit on torch and on ONNX Runtime, through `pseudo_log_likelihood`,
 - mlmkit on a dynamic int8 artifact (what it costs in accuracy differs for a trained model).
 
-The hardware limit is two operations per encoder parameter and real token, at the best rate at which torch multiplies float32
-matrices here. Attention, vocabulary head and padding come on top of it.
+The hardware limit is two operations per encoder parameter and real token, at the best rate at which torch multiplies
+float32 matrices here. Attention, vocabulary head and padding come on top of it.
 
 Then masked cross-entropy of documents: transformers with its collator and loss against `mlmkit.evaluate`. Tokenising is
 not counted on either side.

@@ -206,8 +206,8 @@ def compare(options: argparse.Namespace) -> Report:
         [table("", records)],
         [
             f"On one connection the server adds {cell(added)} ms to the bare call's {median(alone['bare']) * 1e3:.2f} "
-            f"ms, in alternating slices of a second. The engine alone scores {alone['rows per second'][0]:.1f} rows per "
-            "second in calls of 64; no server can exceed that."
+            f"ms, in alternating slices of a second. The engine alone scores {alone['rows per second'][0]:.1f} rows "
+            "per second in calls of 64; no server can exceed that."
         ],
         headlines,
         figures={"overhead": alone, "runs": {f"{name}, {count}": rounds for (name, count), rounds in runs.items()}},

@@ -12,9 +12,9 @@ the batch size within a step that a short trial finds fastest. A step has about 
 update of AdamW. Real tokens are the sum of the attention mask, special tokens included. The first steps of a turn, and
 starting and ending a training, are not counted.
 
-The hardware limit is six operations per encoder parameter and real token, at the best rate at which torch multiplies matrices
-here; attention and vocabulary head come on top. Needs accelerate, which Trainer imports. gpu.py runs the same on CUDA,
-under bfloat16 autocast.
+The hardware limit is six operations per encoder parameter and real token, at the best rate at which torch multiplies
+matrices here; attention and vocabulary head come on top. Needs accelerate, which Trainer imports. gpu.py runs the
+same on CUDA, under bfloat16 autocast.
 """
 
 import argparse

@@ -122,7 +122,7 @@ def evaluate(
 
 
 def _seeds(seeds: SupportsIndex | Iterable[SupportsIndex]) -> tuple[int, ...]:
-    """Python integers, also from numpy's."""
+    """Convert seeds to Python integers; numpy's integers are accepted."""
     try:
         return tuple(index(seed) for seed in (seeds if isinstance(seeds, Iterable) else [seeds]))
     except TypeError:

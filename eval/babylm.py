@@ -29,11 +29,12 @@ def check_places(suite: Suite, requests: Sequence[Request]) -> None:
         raise UserError(f"the suite {suite.name} has no table [babylm], which says where BabyLM expects predictions")
     names = {request.name for request in requests if request.task != "text"}
     if unknown := sorted({*suite.babylm} - names):
-        raise UserError(f"the suite {suite.name}: [babylm] names {unknown[0]}, which is none of its sets of items")
+        raise UserError(f"the suite {suite.name}: [babylm] names {unknown[0]}, which is not one of its sets of items")
     for place in map(Path, suite.babylm.values()):
         if place.is_absolute() or ".." in place.parts:
             raise UserError(
-                f"the suite {suite.name}: [babylm] has {str(place)!r}, which leaves the folder: name one in it"
+                f"the suite {suite.name}: [babylm] has {str(place)!r}, which is outside the folder of "
+                "predictions: name a folder in it"
             )
 
 

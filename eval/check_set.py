@@ -1,4 +1,4 @@
-"""What a set holds as it will be scored, and everything that is wrong with it: `mlmkit eval MODEL --check-set FILE`.
+"""Show a set as it will be scored, and everything that is wrong with it: `mlmkit eval MODEL --check-set FILE`.
 
 rows → items, and a problem for each row that holds none → what the model reads for the first three items
 """
@@ -99,7 +99,7 @@ def _summary(data: ItemData, settings: Settings) -> Iterator[str]:
 
 
 def _warnings(data: ItemData, targets: NDArray[np.int64] | None, capacity: int) -> Iterator[str]:
-    """What is odd about the items, one line for each kind."""
+    """Warnings about the items, one line for each kind."""
     corpus, columns = data.corpus, data.document_columns(0, len(data.corpus))
     scored = corpus.lengths if targets is None else np.diff(np.searchsorted(targets, corpus.starts))
     of_options = {

@@ -138,7 +138,7 @@ def _ranks(values: Values) -> Values:
 
 
 def _r2_gain(table: Values) -> float:
-    """(R² − R²_baseline) / (1 − R²_baseline): the share of what the baseline leaves unexplained that the score adds.
+    """(R² − R²_baseline) / (1 − R²_baseline): the share of the variance left by the baseline that the score explains.
 
     Ordinary least squares. The baseline has its columns and the product of each two of them, the other model the score
     in addition (BabyLM's reading task). The gain is the squared partial correlation: that of what the baseline leaves

@@ -48,7 +48,7 @@ class EvalData:
 
 
 def texts_data(texts: Iterable[str], tokenizer: Tokenizer) -> EvalData:
-    """Texts from Python. An empty one is a document without tokens, so that indices stay the caller's.
+    """Texts from Python. An empty text is a document without tokens, so that indices match those of the caller.
 
     Raises `UserError` for no texts, and for one that is not valid Unicode text.
     """

@@ -41,6 +41,7 @@ HEADLINES = {  # the cards of the report: label, unit, format
     "pseudo_perplexity_second": ("pseudo-perplexity", "second sentences", PERPLEXITY),
 }
 ARROWS = {"lower": "↓", "higher": "↑", "neither": ""}  # which values are better
+CORRELATIONS = {"_spearman": "Spearman's correlation", "_pearson": "Pearson's correlation", "_r2_gain": "gain of R²"}
 SLICINGS = {
     "frequency": ("token frequency", "How often the token occurs in this corpus."),
     "position": ("position", "Tokens before it in its document."),
@@ -59,7 +60,10 @@ SLICE_COLUMNS = {  # of the report's tables of slices; the first is drawn as a b
 
 
 def headline(name: str) -> tuple[str, str, str]:
-    """Label, unit and format of a metric. A correlation's label is its name."""
+    """Label, unit and format of a metric. A correlation's label is the name that its set gives it."""
+    for suffix, statistic in CORRELATIONS.items():
+        if name.endswith(suffix):
+            return name.removesuffix(suffix).replace("_", " "), statistic, SMALL
     return HEADLINES.get(name, (name.replace("_", " "), "", SMALL))
 
 

@@ -22,7 +22,6 @@ from numpy.typing import NDArray
 
 from mlmkit import __version__
 from mlmkit.backends import Backend, capacity
-from mlmkit.console import progress
 from mlmkit.distributed import Ranks
 from mlmkit.errors import UserError
 from mlmkit.eval.correlation import measure_correlations
@@ -41,6 +40,7 @@ from mlmkit.eval.statistics import unigram_entropy
 from mlmkit.files import locked
 from mlmkit.masking import DIGEST_MODULUS, format_digest
 from mlmkit.overlap import find_overlap
+from mlmkit.progress import progress
 from mlmkit.stored import warn_of_words
 
 Records = dict[str, list[PartRecord]]  # by name of the pass
@@ -109,24 +109,21 @@ def _score_pass(
     def remaining(parts: Iterator[Part]) -> Iterator[tuple[Part, Rows]]:
         for part in parts:
             if part.index % ranks.world != ranks.rank or store.part(item.name, part.index):
-                bar.advance(task, len(part.corpus))
+                bar.advance(len(part.corpus))
             else:
                 yield part, item.rows(part, tokenizer, room)
 
-    with progress() as bar:
-        task = bar.add_task(f"{item.name}, documents", total=len(data.corpus))
+    with progress(item.title, len(data.corpus), "documents") as bar:
         work = remaining(cut_parts(data.corpus.blocks(), item.cost))
         began = time.perf_counter()
-        for part, rows, scores in score_parts(
-            backend, work, batch_tokens=batch_tokens, advance=lambda documents: bar.advance(task, documents)
-        ):
+        for part, rows, scores in score_parts(backend, work, batch_tokens=batch_tokens, advance=bar.advance):
             record = PartRecord.of(part, rows, tokenizer, time.perf_counter() - began)
             store.write_part(item.name, part.index, token_table(item, part, rows, scores, tokenizer), record)
             began = time.perf_counter()
 
 
 def _identity(backend: Backend, data: EvalData, settings: Settings, declared: EvalSet | None) -> dict[str, Any]:
-    """What a call must share with an unfinished evaluation to resume it. A different batch size is fine."""
+    """Everything that must be equal for a call to resume an unfinished evaluation. A different batch size is fine."""
     return {
         "format": RESULT_FORMAT,
         "text": data.corpus.fingerprint,
@@ -241,7 +238,7 @@ def _build_result(
             result["mask_seeds"] = {"by_seed": by_seed, "spread": seed_spread(measured.by_seed)}
     if "items" in result and declared and declared.metric and declared.metric not in result["metrics"]:
         known = ", ".join(result["metrics"])
-        raise UserError(f"{declared.name} has no metric {declared.metric!r} that could be its main one: it has {known}")
+        raise UserError(f"{declared.name} cannot have the main metric {declared.metric!r}: choose {known}")
     if corpus.unknown_share > UNKNOWN_LIMIT:
         for name in result["metrics"].keys() & PER_TEXT:
             result["metrics"][name] = {"value": None, "low": None, "high": None}

@@ -1,4 +1,4 @@
-"""What a model makes of items: how often it prefers the right option, and how probable a cloze target is.
+"""Metrics of items: how often a model prefers the right option, and how probable a cloze target is.
 
 tokens.parquet + documents.parquet → `item_scores` → `ItemScores` → column sums → values and intervals over items
 """
@@ -97,8 +97,9 @@ def item_groups(folder: Path) -> dict[str, NDArray[np.str_]]:
 def accuracy_columns(scores: ItemScores) -> NDArray[np.float64]:
     """For each item `[items, 6]`: 1, unscored, right, tied, and the latter two by mean log-probability per token.
 
-    An item is right only if the right option has the strictly greatest score. Options with the same ids tie, whatever
-    the last bits say. An item with an option without a scored token is neither right nor tied.
+    An item is right only if the right option has the strictly greatest score. Options with the same ids always tie,
+    even if their scores differ in the last bits. An item with an option without a scored token is neither right nor
+    tied.
     """
     rows, options = np.arange(len(scores)), np.arange(scores.score.shape[1])
     exists = options < scores.sizes[:, None]

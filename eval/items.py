@@ -1,4 +1,4 @@
-"""Items: what a set of pairs, choices or cloze asks about, as texts of which a span is scored.
+"""Items of a set of pairs, choices or cloze targets: texts in each of which one span is scored.
 
     rows of fields (`set_files`) → `read_items`, by the columns that the set declares → `Item`s
     → one document per option (`item_data`) → accuracies (`item_metrics`) and correlations (`correlation`)
@@ -37,7 +37,7 @@ class Option:
 
     @classmethod
     def of(cls, context: str, scored: str, join: str = " ", suffix: str = "") -> "Option":
-        """`scored` in its frame. `join` stands only behind a context; it counts as scored, as in the token ` word`."""
+        """`scored` in its frame. `join` is added only after a context, and is scored, as it is in the token ` word`."""
         before, scored = (context, join + scored) if context else ("", scored)
         return cls(before + scored + suffix, len(before), len(before) + len(scored))
 
@@ -73,7 +73,7 @@ class Item:
 
 @dataclass(frozen=True)
 class ItemColumns(ABC):
-    """Where a row holds an item, and how its options are scored.
+    """The columns in which a row holds an item, and how its options are scored.
 
     A value that names a column may be a path, an alternative or a template. `a.b` reaches into nested rows, and `a.0`
     takes the first entry of a list, or of text separated by tabs; `a|b` takes the first that exists; in a template
@@ -107,7 +107,7 @@ class ItemColumns(ABC):
         return (self.item(group, numbers) for group in self.groups(rows))
 
     def groups(self, rows: Iterable[Row]) -> Iterator[list[Row]]:
-        """The rows of each item: one, unless the options stand in different rows."""
+        """The rows of each item: one, unless the options are in different rows."""
         return ([row] for row in rows)
 
     def item(self, group: list[Row], numbers: Iterable[str]) -> Item:
@@ -169,13 +169,13 @@ class PairColumns(ItemColumns):
         if self.scoring == "shared" and (self.context or self.suffix or self.pll in ("together", "left-to-right")):
             raise UserError('scoring = "shared" is for whole sentences: leave out context, suffix and pll')
         if self.bad_context and not self.context:
-            raise UserError("bad_context needs context, that of the better sentence")
+            raise UserError("bad_context needs context, the context of the better sentence")
         if self.group_by and not (self.variant and len(self.variants) == len(set(self.variants)) == 2):
             raise UserError("group_by needs variant, a column, and variants, its two values")
         if (self.variant or self.variants) and not self.group_by:
             raise UserError("variant and variants need group_by, which says what the rows of an item have in common")
         if self.group_by and self.label:
-            raise UserError("group_by and label exclude each other")
+            raise UserError("group_by and label exclude each other: leave one out")
 
     @property
     def sides(self) -> tuple[str, ...]:
@@ -197,7 +197,7 @@ class PairColumns(ItemColumns):
             variant = _text(row, self.variant, where)
             if variant in variants:
                 raise UserError(
-                    f"{where}: {self.variant} {variant!r} is there twice for {self.group_by!r}: it needs more"
+                    f"{where}: {self.variant} {variant!r} occurs twice in one item: add columns to {self.group_by!r}"
                 )
             variants[variant] = (where, row)
         if missing := [each for each in self.variants if each not in variants]:
@@ -221,7 +221,7 @@ class PairColumns(ItemColumns):
         sentences, labels = _value(row, column, where), _value(row, self.label, where)
         wanted = (self.good_label, self.bad_label)[side]
         if not (isinstance(sentences, list) and isinstance(labels, list) and len(labels) == len(sentences)):
-            raise UserError(f"{where}: {column!r} and {self.label!r} are not lists of one length")
+            raise UserError(f"{where}: {column!r} and {self.label!r} are not lists of the same length")
         if wanted not in labels:
             raise UserError(f"{where}: no sentence is labelled {wanted!r}")
         sentence = checked_text(sentences[labels.index(wanted)], f"{where}, {column!r}")
@@ -253,10 +253,10 @@ class ChoiceColumns(ItemColumns):
         else:
             texts = [_text(row, column, where, is_strict=True) for column in self.choices]
         if len(texts) < 2:
-            raise UserError(f"{where} has {len(texts)} choices, and an item needs two")
+            raise UserError(f"{where} has {len(texts)} choices, but an item needs two or more")
         value = self.label if isinstance(self.label, int) else _value(row, self.label, where)
         if (label := _index(value, texts)) is None:
-            raise UserError(f"{where}: its label {value!r} is none of its {len(texts)} choices")
+            raise UserError(f"{where}: the label {value!r} is none of the {len(texts)} choices")
         return tuple(self._option(row, where, self.context, text) for text in texts), label
 
 
@@ -278,11 +278,11 @@ class ClozeColumns(ItemColumns):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.target:
-            raise UserError("cloze needs target, the column of what is scored")
+            raise UserError("cloze needs target, the column with the text to score")
         if self.previous_prefix and not self.previous_target:
             raise UserError("previous_prefix needs previous_target, the word before")
         if self.appended_masks < 0 or (self.appended_masks and self.pll != "left-to-right"):
-            raise UserError('appended_masks is a number of masks, and goes with pll = "left-to-right"')
+            raise UserError('appended_masks must be at least 1 and needs pll = "left-to-right"')
         if self.appended_masks and self.suffix:
             raise UserError("suffix has no effect with appended_masks, because the model sees nothing after the target")
 
@@ -303,7 +303,7 @@ class ClozeColumns(ItemColumns):
 def read_items(rows: Iterable[Row], columns: ItemColumns, location: str, numbers: Iterable[str] = ()) -> list[Item]:
     """The items of a set's rows, with the human `numbers` of these columns.
 
-    Raises `UserError` if there are none, and naming the row for one that holds no item.
+    Raises `UserError` if there are none, or naming the first row that holds no item.
     """
     items = list(columns.items(rows, list(numbers)))
     if all(map(columns.is_empty, items)):
@@ -365,9 +365,9 @@ def _value(row: dict[str, Any], column: str, where: str, default: Any = None) ->
 
 
 def _text(row: dict[str, Any], column: str, where: str, *, is_strict: bool = False, is_literal: bool = False) -> str:
-    """The text of a column or template. With `is_strict` the field must hold text, not a number, say.
+    """The text of a column or template. With `is_strict` the field must hold text, not for example a number.
 
-    With `is_literal`, a name that is no template stands for itself.
+    With `is_literal`, a name that is not a template is used as the text itself.
     """
     if "{" in column:
         value = re.sub(r"\{([^{}]+)\}", lambda match: _text(row, match[1], where), column)

@@ -159,7 +159,7 @@ PSEUDO_WIDTH = 3
 
 
 def _pll(totals: Columns) -> Columns:
-    """The mean times the number of scorable tokens, which is the sum itself where every token is scored."""
+    """The mean times the number of scorable tokens, which is the sum itself if every token is scored."""
     return totals[..., 1] / totals[..., 0] * totals[..., PSEUDO_WIDTH]
 
 

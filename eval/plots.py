@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from itertools import cycle
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 import matplotlib
@@ -79,7 +80,7 @@ def loss_by_probability(tokens: Floats, losses: Floats) -> str:
     for offset, values, color, name in ((0.3, tokens, ONE, "of the tokens"), (0.7, losses, TWO, "of the loss")):
         bars = axes.bar(np.arange(len(values)) + offset, 100 * values / max(values.sum(), 1e-12), 0.4, color=color)
         bars.set_label(name)
-        axes.bar_label(bars, fmt="{:.0f}", fontsize=9, padding=1)
+        axes.bar_label(bars, fmt="{:.0f}", fontsize=8, padding=1)
     labels = [*map(power_of_ten, range(len(tokens))), "0"]
     axes.set_xticks(range(len(labels)), labels)
     axes.set(xlabel="P of the original token", ylabel="%", xlim=(0, len(tokens)))
@@ -119,7 +120,7 @@ def group_accuracies(
     """The `metric` of each group of items with its interval, beside published values (`phenomena`) and chance."""
     accuracy = {name: group[metric] for name, group in groups.items()}
     names = sorted(accuracy, key=lambda name: accuracy[name]["value"])
-    figure, axes = new_figure(6, 1.2 + 0.34 * len(names))
+    figure, axes = new_figure(7, 1.2 + 0.34 * len(names))
     axes.barh(range(len(names)), [100 * accuracy[name]["value"] for name in names], 0.6, color=ONE, alpha=0.85)
     bounds = [accuracy[name] for name in names]
     draw_intervals(axes, range(len(names)), bounds, scale=100, horizontal=True, color=INK, linewidth=1.2)
@@ -216,7 +217,7 @@ def sweep_curves(runs: Sequence[Mapping[str, Any]], best: str | None, held_out: 
     axes.margins(x=0.08)
     axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, borderaxespad=0.2, fontsize=9)
     title = f"Loss on {held_out} by {' and '.join([key, *others])}, 95 % intervals"
-    figure.suptitle(title, x=0.01, ha="left", fontsize=12)
+    figure.suptitle(fill(title, 70), x=0.01, ha="left", fontsize=12)
     save_png(figure, path)
 
 

@@ -106,9 +106,9 @@ class Result(TypedDict):
 
 
 def main_metric(result: Result) -> str:
-    """The metric that stands for a result in tables of several: the one that its set declares, or the first.
+    """The metric that tables of several results show: the one that its set declares, or the first.
 
-    It is the first too if the declared one was not measured, such as a masked metric of `--metric pseudo`.
+    It is also the first if the declared one was not measured, such as a masked metric with `--metric pseudo`.
     """
     declared = (result["set"] or {}).get("metric")
     return declared if declared in result["metrics"] else next(iter(result["metrics"]))

@@ -93,7 +93,7 @@ def _row_groups(path: Path, metric: str, mask_seed: int | None) -> Iterator[pa.T
 
 @dataclass(frozen=True)
 class PartRecord:
-    """What is stored beside a part's table: its documents, its share of the mask digest, and the work it took."""
+    """The record stored beside a part's table: its documents, its share of the mask digest, and the work it took."""
 
     first_document: int
     end_document: int

@@ -35,7 +35,7 @@ class Settings:
 
     `metrics`: `masked`, `pseudo` or both. `recipe` and `mask_seeds` define the masks. The others apply to
     pseudo-likelihood: `variant` (see `VARIANTS`), `pseudo_sample`, the share of tokens to score, and `appended_masks`,
-    which with `left-to-right` replace all that follows a token by so many masks.
+    with which `left-to-right` replaces everything after a token by that many masks.
 
     Raises `UserError` for values outside their range.
     """
@@ -49,7 +49,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         if not self.metrics:
-            raise UserError("no metric to measure")
+            raise UserError(f"no metric is named: choose {' or '.join(METRICS)}")
         for metric in self.metrics:
             if metric not in METRICS:
                 raise UserError(f"no metric {metric!r}: choose {' or '.join(METRICS)}")
@@ -57,7 +57,7 @@ class Settings:
         if not 0.0 < self.pseudo_sample <= 1.0:
             raise UserError(f"the pseudo-likelihood sample must be above 0 and at most 1, not {self.pseudo_sample}")
         if not self.mask_seeds or len(set(self.mask_seeds)) < len(self.mask_seeds):
-            raise UserError("give at least one mask seed, and none twice")
+            raise UserError("give at least one mask seed, and none of them twice")
         for seed in self.mask_seeds:
             if not 0 <= seed < 1 << 64:
                 raise UserError(f"a mask seed must be between 0 and 2**64 - 1, not {seed}")
@@ -95,6 +95,11 @@ class MaskedPass:
         """Unique within an evaluation; also the beginning of the names of its part files."""
         return f"masked-{self.mask_seed}"
 
+    @property
+    def title(self) -> str:
+        """What people call it."""
+        return f"masked, seed {self.mask_seed}"
+
     def cost(self, lengths: NDArray[np.int64]) -> NDArray[np.float64]:
         """Tokens that the model reads for documents of these lengths, roughly: each once."""
         return lengths.astype(np.float64)
@@ -123,6 +128,7 @@ class PseudoPass:
     metric = "pseudo"
     mask_seed = None
     name = "pseudo"
+    title = "pseudo-log-likelihood"
 
     def cost(self, lengths: NDArray[np.int64]) -> NDArray[np.float64]:
         """Tokens that the model reads for documents of these lengths, roughly: a row for each scored token."""
@@ -192,9 +198,9 @@ def pseudo_rows(
     """One row per `scorable` token, with that token masked alone.
 
     `tokens` (flat, ascending) restricts which tokens are scored. With `variant="within-word"` the later tokens of the
-    same word are masked too (Kauf and Ivanova 2023); with `left-to-right` all later scored tokens of the document, or,
-    with `appended_masks`, so many masks follow instead of all later tokens; with `together` all its scored tokens.
-    Raises `UserError` for an unknown variant.
+    same word are masked too (Kauf and Ivanova 2023); with `left-to-right` all later scored tokens of the document; with
+    `together` all its scored tokens. With `appended_masks`, that many masks replace all later tokens. Raises
+    `UserError` for an unknown variant.
     """
     variant = pll_variant(variant)
     tokens = np.arange(len(corpus.ids)) if tokens is None else tokens
@@ -236,7 +242,7 @@ def pll_variant(name: str) -> str:
 
 
 def scorable(tokenizer: Tokenizer) -> MaskVocabulary:
-    """The vocabulary as pseudo-likelihood sees it: the unknown token is a target like any other.
+    """The vocabulary for pseudo-likelihood, in which the unknown token is a target like any other.
 
     mask-v1 treats the unknown token as special. The other special tokens are context for both.
     """

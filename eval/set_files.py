@@ -41,11 +41,11 @@ def _is_encoding(name: str) -> bool:
 class FileReading:
     """How the files of a set are read: `[files]` of its declaration.
 
-    `format` replaces what the suffixes say. In an `alternating` file the lines come in twos, which become the columns
-    `sentence_good` and `sentence_bad`; `first` says which of them is first, the good one by default. `quoting`: whether
-    a quotation mark at the beginning of a csv or tsv field encloses the field. By default it does in csv, and is
-    refused in tsv, which is written both ways. `encoding` is UTF-8 by default. A `grouped` file is one JSON object with
-    lists of rows; a row's column `group` is the key of its list.
+    `format` replaces what the suffixes say. In an `alternating` file every two lines are a pair, which become the
+    columns `sentence_good` and `sentence_bad`; `first` says which of them is first, the good one by default. `quoting`:
+    whether a quotation mark at the beginning of a csv or tsv field encloses the field. By default it does in csv; in
+    tsv such a field is refused, because both readings are common. `encoding` is UTF-8 by default. A `grouped` file is
+    one JSON object with lists of rows; a row's column `group` is the key of its list.
     """
 
     format: Annotated[str, one_of("jsonl", "csv", "tsv", "parquet", "arrow", ALTERNATING, GROUPED)] = ""
@@ -162,7 +162,7 @@ def _refuse_quotation_marks(split: Split, delimiter: str) -> None:
 
 
 def _alternating_rows(split: Split, *, bad_first: bool) -> Iterator[Row]:
-    """The pairs of a text whose lines come in twos. Blank lines may separate pairs, but not the lines of a pair."""
+    """The pairs of a text with two lines per pair. Blank lines may separate pairs, but not the two lines."""
     names = ("sentence_bad", "sentence_good") if bad_first else ("sentence_good", "sentence_bad")
     lines = Lines(split, BadRows())
     first = ""
@@ -175,7 +175,7 @@ def _alternating_rows(split: Split, *, bad_first: bool) -> Iterator[Row]:
         elif not is_blank(line):
             first = line
     if first:
-        raise UserError(f"{split.file}: no second line follows {first!r}, but the lines must come in twos")
+        raise UserError(f"{split.file}: no second line follows {first!r}: every pair needs two lines")
 
 
 def _grouped_rows(split: Split) -> Iterator[Row]:

@@ -8,6 +8,7 @@ import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from difflib import get_close_matches
 from pathlib import Path
 
 from mlmkit.errors import UserError
@@ -57,7 +58,7 @@ class PairReading(PairColumns):
 class Reference:
     """A published value of `metric` with its source, and the values of single phenomena if published.
 
-    `languages` holds the value of each language of a set that is there in several.
+    `languages` holds the value of each language of a set in several languages.
     """
 
     model: str
@@ -73,9 +74,9 @@ class Reference:
 class EvalSet:
     """A declared set. `hub` is a location as in `Source`, `local` a path or pattern in the data folder.
 
-    With `languages` it is one set for each of them, which takes the place of `{language}` in `hub` and `local`.
-    `files` says how local files of items are read. `phenomena` lists the paradigms of each, by name or as `prefix*`.
-    `metric` is its main metric, which stands for it in tables of several sets: by default the first one.
+    With `languages` it describes one set per language; the language replaces `{language}` in `hub` and `local`. `files`
+    says how local files of items are read. `phenomena` lists the paradigms of each, by name or as `prefix*`. `metric`
+    is its main metric, which tables of several sets show: by default the first one.
     """
 
     name: str
@@ -178,7 +179,7 @@ class Request:
         if self.task == "text":
             return settings
         if settings.pseudo_sample < 1.0:
-            raise UserError(f"{self.name} holds {self.task}, whose tokens are all scored: a sample is for text")
+            raise UserError(f"{self.name} holds {self.task}, whose tokens must all be scored: sampling is for text")
         declared, variant = self.columns.pll, variant and pll_variant(variant)
         if variant and declared and variant != declared:
             raise UserError(
@@ -226,7 +227,7 @@ def find_set(
 ) -> Request:
     """Find what `--set NAME_OR_FILE` names: a built-in set, the path of a declaration, or a file or hub dataset.
 
-    `:LANGUAGE` behind the former two chooses a language of a set that is there in several.
+    `:LANGUAGE` after either of the first two chooses a language of a set in several languages.
 
     `data` is the data folder. `text_field`, `blank_line` and `pairs` say how to read a file or hub dataset. Raises
     `UserError` if `name` is none of these, or if its declaration is invalid.
@@ -242,8 +243,10 @@ def find_set(
     if not name.startswith(HUB):
         path = Path(name)
         if not path.exists() and not path.suffix and path.name == name:
-            known = ", ".join(item.usage for item in built_in_sets())
-            raise UserError(f"no set or file {name!r}: the sets are {known}")
+            known = [item.usage for item in built_in_sets()]
+            guess = get_close_matches(name, known, n=2)
+            hint = f"did you mean {' or '.join(guess)}?" if guess else f"the sets are {', '.join(known)}"
+            raise UserError(f"no set or file {name!r}: {hint}")
         if not is_tokens(name):
             find_files(Source(name))
     label = Path(name.replace(":", "-").replace("#", "-")).stem
@@ -267,7 +270,7 @@ def _declared(name: str) -> EvalSet | None:
 
 def built_in_sets() -> list[EvalSet]:
     """The declarations that come with mlmkit, sorted by name."""
-    return [read_set(path) for path in sorted(BUILT_IN.glob("*.toml"))]
+    return [read_set(path) for path in sorted(BUILT_IN.glob("*.toml"), key=lambda path: path.stem)]
 
 
 def data_folder(option: str | None) -> Path | None:
@@ -310,7 +313,7 @@ def read_set(path: Path, *, own: bool = False) -> EvalSet:
     if not declared.hub and not declared.local:
         raise UserError(f"{path}: it needs hub or local, to say where the data is")
     if bool(declared.languages) != ("{language}" in declared.hub + declared.local):
-        raise UserError(f"{path}: languages and {{language}} in hub or local go together")
+        raise UserError(f"{path}: give both languages and {{language}} in hub or local, or neither")
     return declared
 
 

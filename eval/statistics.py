@@ -32,10 +32,10 @@ def unigram_entropy(counts: NDArray[np.int64]) -> float:
 class Bootstrap:
     """Column sums over documents, and over `RESAMPLES` draws of as many documents with replacement.
 
-    Documents are added a stretch at a time. The number of a draw's documents that fall in a stretch is binomial given
-    those that are left, and they are uniform within it: together this is the multinomial draw over all documents. The
-    random generator is fixed, so equal stretches give equal draws, and statistics of one object are paired.
-    `documents` counts the documents with a value in each column.
+    Documents are added a block at a time. The number of a draw's documents in a block is binomial given those that are
+    left, and they are uniform within it: together this is the multinomial draw over all documents. The random generator
+    is fixed, so equal blocks give equal draws, and statistics of one object are paired. `documents` counts the
+    documents with a value in each column.
     """
 
     def __init__(self, documents: int, columns: int) -> None:

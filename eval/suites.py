@@ -45,7 +45,7 @@ def find_suite(name: str) -> Suite:
 
 
 def each_or_none(action: Callable[[Given], Made], values: Iterable[Given]) -> list[Made]:
-    """The action on each value. Raises one `UserError` with all problems, so that users meet them together."""
+    """The action on each value. Raises one `UserError` with all problems, so that users see them together."""
     made, problems = [], []
     for value in values:
         try:

@@ -135,7 +135,7 @@ def dynamic_int8(graph: Path) -> ir.Model:
             nodes_to_quantize=[str(node.name) for node in linear_products(ir.load(graph).graph)],
             use_external_data_format=_has_external_data(graph),
         )
-        return ir.external_data.load_to_model(ir.load(folder / "dynamic.onnx"))  # the file goes with its folder
+        return ir.external_data.load_to_model(ir.load(folder / "dynamic.onnx"))  # the file is deleted with its folder
 
 
 def _has_external_data(graph: Path) -> bool:

@@ -1,4 +1,4 @@
-"""Writing graphs, the scoring graph above all, with torch's dynamo exporter."""
+"""Write ONNX graphs, above all the scoring graph, with torch's dynamo exporter."""
 
 from collections.abc import Sequence
 from pathlib import Path

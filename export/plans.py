@@ -124,7 +124,7 @@ def prove_plan(artifact: Path, *, text: ProofText | None = None, allow_drift: bo
         if reason := tensorrt_obstacle(manifest):
             raise UserError(f"{artifact}: {reason}")
         if not os.access(artifact, os.W_OK):
-            raise UserError(f"{artifact} is not writable, and the report belongs into its {MANIFEST}")
+            raise UserError(f"{artifact} is not writable, but its {MANIFEST} must record the parity report: copy it")
         return _prove(artifact, manifest, None, text or proof_text(str(artifact)), allow_drift=allow_drift)
 
 

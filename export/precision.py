@@ -1,4 +1,4 @@
-"""What a graph computes in: fp32, fp16, bf16, int8 or int8-dynamic.
+"""The precision of a graph: fp32, fp16, bf16, int8 or int8-dynamic.
 
 `convert` changes a graph file. For int8 it calls `mlmkit.export.int8`; for fp16 and bf16 it calls `lower`, which writes
 the precision of every node into the graph, with casts between them, so that the engine has nothing to choose. A node

@@ -1,6 +1,6 @@
-"""What one `mlmkit export` is asked to do: the checks of its options, and the calls that do the work.
+"""A request of `mlmkit export`: the checks of its options, and the calls that do the work.
 
-Nothing heavy is imported before `run`.
+No large package is imported before `run`.
 """
 
 from collections.abc import Mapping

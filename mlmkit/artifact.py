@@ -227,7 +227,7 @@ def read_tokenizer(folder: Path, manifest: Manifest, files: Mapping[str, Checked
     limits = (tokenizer.limit, config.get("max_position_embeddings"))
     if (limit := min(limit for limit in (*limits, 1 << 31) if type(limit) is int)) < manifest.max_length:
         raise UserError(
-            f"{folder}: {MANIFEST} has rows of {manifest.max_length} tokens, and the model takes {limit}: "
+            f"{folder}: {MANIFEST} allows rows of {manifest.max_length} tokens, but the model takes {limit}: "
             f"{REEXPORT_HINT}"
         )
     return tokenizer

@@ -40,9 +40,9 @@ def average(
 ) -> list[float]:
     """Write the mean of the weights of checkpoints as a complete model folder; returns each one's share of it.
 
-    A checkpoint is a folder, the folder of a finished run, or a hub name. `weights` gives each a number that its share
-    is proportional to; without it, shares are equal. A mean is rounded to the data type of its tensor; configuration
-    and tokenizer are those of the first checkpoint. The folder is created atomically.
+    A checkpoint is a folder, the folder of a finished run, or a hub name. `weights` has a number per checkpoint, to
+    which its share is proportional; by default, shares are equal. A mean is rounded to the data type of its tensor;
+    configuration and tokenizer are those of the first checkpoint. The folder is created atomically.
 
     Raises `UserError` for fewer than two checkpoints; for weights that are not one per checkpoint, negative or all
     zero; for checkpoints that differ in configuration, tokenizer, integers, or the names, shapes or data types of their
@@ -76,7 +76,9 @@ def _description(path: str) -> dict[str, Any]:
 def _refuse_difference(one: dict[str, Any], two: dict[str, Any], first: str, other: str) -> None:
     for key in sorted(one.keys() | two.keys()):
         if one.get(key) != two.get(key):
-            raise UserError(f"{key} is {two.get(key)} in {other}, but {one.get(key)} in {first}: they have no mean")
+            raise UserError(
+                f"{key} is {two.get(key)} in {other}, but {one.get(key)} in {first}: they cannot be averaged"
+            )
 
 
 def _means(paths: Sequence[str], shares: Sequence[float]) -> dict[str, Tensor]:
@@ -98,7 +100,9 @@ def _means(paths: Sequence[str], shares: Sequence[float]) -> dict[str, Tensor]:
             elif all(tensor.equal(tensors[0]) for tensor in tensors):
                 means[name] = tensors[0]
             else:
-                raise UserError(f"the integers {name} differ between the checkpoints: they have no mean")
+                raise UserError(
+                    f"the integers {name} differ between the checkpoints, which therefore cannot be averaged"
+                )
     return means
 
 

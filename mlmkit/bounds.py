@@ -32,7 +32,7 @@ def check_folder(folder: Path) -> dict[str, Any]:
     for path in folder.iterdir():
         most = largest_file(path.name)
         if READ.fullmatch(path.name) and not path.is_dir() and not (path.is_file() and path.stat().st_size <= most):
-            raise UserError(f"{path.name} is not a file of at most {most >> 20} MiB, as it is in every known model")
+            raise UserError(f"{path.name} must be a file of at most {most >> 20} MiB")
     if (folder / "adapter_config.json").exists():
         raise UserError("it is an adapter (adapter_config.json): merge it into the model, and save that")
     if (folder / "tokenizer_config.json").is_file():
@@ -46,7 +46,7 @@ def read_config(path: Path) -> dict[str, Any]:
     with path.open("rb") as file:
         content = file.read(most + 1)
     if len(content) > most:
-        raise UserError(f"{path.name} is larger than {most >> 20} MiB, as no real configuration is")
+        raise UserError(f"{path.name} is larger than {most >> 20} MiB, the limit for a configuration")
     config = json.loads(content, object_pairs_hook=lambda pairs: entries.extend(pairs) or dict(pairs))
     for key, value in entries:
         if (REFUSED.fullmatch(key) and value) or (key.endswith("_implementation") and "/" in str(value)):
@@ -83,7 +83,10 @@ def check_tokenizer(values: dict[str, Any]) -> None:
     worst = max(grown, _growth(values.get("post_processor")), _growth(values.get("decoder")))
     added = sum(len(token["content"]) for token in values.get("added_tokens") or ())
     if max(worst, added * grown / 262_144) > MOST_GROWTH:  # 64 Mi characters in added tokens; real ones have 100,000
-        raise UserError(f"its tokenizer turns one character into up to {worst:.4g}, besides {added:,} in added tokens")
+        raise UserError(
+            f"its tokenizer turns one character into up to {worst:.4g} (limit {MOST_GROWTH}), and has {added:,} "
+            "characters in added tokens"
+        )
 
 
 def _growth(step: Any) -> float:

@@ -97,8 +97,8 @@ def write_card(
 
     `results` are folders that `mlmkit eval` wrote; the evaluations that training made of these weights are added. The
     example is a sentence of `text`, by default of the run's held-out text. Raises `UserError` for a model that cannot
-    be read, a result of other weights, names that the Hub does not take, and, unless `overwrite` is set, a README.md
-    that is not as mlmkit wrote it.
+    be read, a result of other weights, names that the Hub does not accept, and, unless `overwrite` is set, a README.md
+    that has changed since mlmkit wrote it.
     """
     _check("--license", [license], LICENSE, "an identifier of the Hub, such as apache-2.0")
     _check("--language", languages, LANGUAGE, "an ISO 639 code without a country, such as pt")
@@ -122,7 +122,7 @@ def write_card(
     given = {"license": license, "language": languages, "dataset": datasets}
     given |= {"base-model": base_model} if any(each.model.init_from for each in subject.phases.values()) else {}
     if missing := [f"--{name}" for name, value in given.items() if not value]:
-        log.warning("the Hub will miss what %s would say", ", ".join(missing))
+        log.warning("the card lacks fields that the Hub shows: give %s", ", ".join(missing))
     if not example:
         log.warning("no example and no widget: pass --text FILE")
     front = {
@@ -224,7 +224,7 @@ def _mask_word(sentence: str, tokenizer: Tokenizer, max_length: int) -> str:
 
 
 def _usage(subject: _Model, base: str | None, example: str, sentence: str) -> str:
-    """What the model is and how it is run. Without an example there are placeholders, which are in no language."""
+    """What the model is and how it is run. Without an example there are placeholders without words of any language."""
     manifest, mask = subject.manifest, subject.tokenizer.mask_token
     templates = ["artifact.md" if manifest else "checkpoint.md", *(["onnx.md"] if subject.has_onnx else [])]
     text = "".join((Path(__file__).parent / "cards" / name).read_text(encoding="utf-8") for name in templates)

@@ -1,8 +1,13 @@
 """Errors that end a command. Each is shown to the user as one line."""
 
+import logging
+import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
+
+log = logging.getLogger(__name__)
 
 RUST_PANIC = "PanicException"  # derives from BaseException, and cannot be imported
 
@@ -36,15 +41,20 @@ class StoppedError(Exception):
 
 
 def install_hint(extra: str) -> str:
-    """Return the command that installs an extra. No package index has mlmkit yet, so it is that of a clone."""
+    """Return the command that installs an extra. No package index has mlmkit yet, so the command is for a clone."""
     return f"pip install '.[{extra}]' in a clone of mlmkit"
 
 
 def require(extra: str, *modules: str) -> None:
-    """Raise `UserError` naming the extra to install unless all `modules` are installed."""
+    """Raise `UserError` naming the extra to install unless all `modules` are installed.
+
+    Says so if torch is among them and not imported yet: importing it takes 2 to 10 seconds.
+    """
     missing = [module for module in modules if find_spec(module) is None]
     if missing:
         raise UserError(f"this needs {', '.join(missing)}: {install_hint(extra)}")
+    if "torch" in modules and "torch" not in sys.modules and os.environ.get("RANK", "0") == "0":
+        log.info("loading torch")
 
 
 def first_line(error: BaseException) -> str:

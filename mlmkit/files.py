@@ -1,6 +1,6 @@
 """Write files and folders atomically, lock folders, check hashes, and locate models and the cache.
 
-Everything that mlmkit writes and may be killed at is written with `atomic`.
+Every file that a kill could leave half written is written with `atomic`.
 """
 
 import errno
@@ -136,7 +136,7 @@ def sweep(folder: Path, *, age: float = GRACE_SECONDS) -> None:
         with suppress(OSError):
             lock = os.open(leftover, os.O_RDONLY)
             try:
-                # A lock may not reach other machines: what is still written there is young.
+                # Locks may not reach other machines, so a young file may still be written by one of them.
                 newest = max(path.stat().st_mtime for path in (leftover, *leftover.glob("*")))
                 if time.time() - newest >= age and _try_lock(lock):
                     _remove(leftover)

@@ -153,7 +153,7 @@ def _ranking(log_prob: NDArray, tokens: NDArray[np.int64]) -> list[tuple[float, 
 
 def _finite(log_prob: NDArray[np.float32]) -> NDArray[np.float64]:
     if not np.isfinite(log_prob).all():
-        raise CheckError("the model's scores are not finite: its weights or activations are not either")
+        raise CheckError("the model's scores are not finite: its weights or activations contain NaN or infinity")
     return log_prob.astype(np.float64)
 
 

@@ -46,7 +46,7 @@ class BadRows:
     first: str = ""
 
     def add(self, message: str) -> None:
-        """Report one."""
+        """Report a row that cannot be read."""
         if self.policy == "error":
             raise UserError(message)
         self.count += 1

@@ -94,7 +94,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Split:
-    """A part of a file. `begin` and `end` (exclusive; None is the end of the file) count what its format is cut by.
+    """A part of a file. `begin` and `end` (exclusive; None is the end of the file) count the units of its format.
 
     These are bytes of an uncompressed text or JSON-lines file, row groups of a parquet file, rows of a hub dataset. A
     document belongs to the split in which it begins. Other files are one split.
@@ -109,7 +109,7 @@ class Split:
 
 
 def find_files(source: Source) -> list[str]:
-    """Return the paths, URLs and hub datasets that the locations stand for: location by location, each sorted.
+    """Return the paths, URLs and hub datasets of the locations: location by location, each sorted.
 
     Raises `UserError` for a location without files, a file that cannot be read, and one that is named twice.
     """
@@ -120,7 +120,7 @@ def find_files(source: Source) -> list[str]:
             raise UserError(f"{file!a}: the name of this file is not UTF-8: rename it")
         real = file if file.startswith(HUB) or is_remote(file) else os.path.realpath(file)
         if real in seen:  # also through a symbolic link
-            raise UserError(f"{source.name}: {file} is in it twice: leave one out")
+            raise UserError(f"{source.name} contains {file} twice: name it once")
         seen.add(real)
     return files
 

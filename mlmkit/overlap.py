@@ -88,7 +88,7 @@ def record_texts(
 def find_overlap(model: str | Path, corpus: Corpus | StoredCorpus) -> Overlap | None:
     """The overlap of a corpus with the training texts of the run that a model comes from.
 
-    None if it comes from none, or the tokens of a text are gone.
+    None if it does not come from a run, or if the tokens of a text no longer exist.
     """
     if known := _read(run_of(model))["overlap"].get(corpus.fingerprint):
         return known

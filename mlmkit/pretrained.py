@@ -168,7 +168,7 @@ def save_tokenizer(tokenizer: Any, folder: Path) -> None:
 
 
 def _config_for_both_versions(config: dict[str, Any], tokenizer: Any) -> dict[str, Any]:
-    """`tokenizer_config.json` as transformers 4 and 5 both understand it, with what their defaults differ in.
+    """`tokenizer_config.json` for transformers 4 and 5 alike, with all settings whose defaults differ between them.
 
     Both take `PreTrainedTokenizerFast` exactly as `tokenizer.json` has it; `BertTokenizer` and the like change what
     they load, each version in its own way, and version 4 lacks some.
@@ -246,7 +246,8 @@ def _load_with_code(
     """Load a network whose class comes with it, and say which weights are missing or of another shape.
 
     Most such code was written for transformers 4. The `from_pretrained` of transformers 5 builds networks without
-    memory, so it loses what their `__init__` computes: NeoBERT's rotary table became NaN, tied weights came apart.
+    memory, so it loses what their `__init__` computes: NeoBERT's rotary table became NaN, and tied weights were no
+    longer tied.
     """
     network = AutoModelForMaskedLM.from_config(config, trust_remote_code=True, dtype=dtype)
     found: dict[str, torch.Tensor] = {}
@@ -264,7 +265,7 @@ def _load_with_code(
     parameters = dict(network.named_parameters(remove_duplicate=False))
     missing = [name for name, weight in parameters.items() if id(weight) not in shared]
     if buffers := sorted(own.keys() - found.keys() - parameters.keys()):
-        log.warning("not in the weights, so taken as the model's code computes them: %s", ", ".join(buffers))
+        log.warning("these are not in the weights file, so the model's code computes them: %s", ", ".join(buffers))
     return network, {"missing_keys": missing, "mismatched_keys": mismatched}
 
 

@@ -108,7 +108,7 @@ def ask_all(
     if not 1 <= top_k <= info.top_k:
         raise UserError(f"top_k must be between 1 and {info.top_k}, not {top_k}")
     if whole_targets and not targets:
-        raise UserError("no target is named that could be scored whole: name targets too")
+        raise UserError("whole_targets scores targets, and none is named: name targets too")
     if joint and targets:
         raise UserError("joint fillings rank the whole vocabulary: leave out either joint or the targets")
     if max_length is not None and not truncation:

@@ -221,8 +221,8 @@ class Tokenizer:
     def encode_pieces(self, pieces: Iterable[str], *, words: bool = True) -> Iterator[Tokens]:
         """Tokenise one text of any length, given in consecutive pieces cut anywhere, in bounded memory.
 
-        Each `Tokens` has a part of the text as its one document; together they are those of `encode([text])`, for some
-        tokenizers exactly and for the others in all likelihood: see `long_texts.py`. Where a tokenizer drops
+        Each `Tokens` has a part of the text as its one document; together they equal those of `encode([text])`, by
+        construction for some tokenizers and by a check for the others: see `long_texts.py`. Where a tokenizer drops
         characters, their count may differ by those at a border. Raises `UserError` as `encode` does.
         """
         texts, rest = regroup(pieces, self._window), ""

@@ -182,7 +182,7 @@ def test_a_file_too_large_to_be_what_it_is_called_is_not_read(capsys, copies, na
             with (folder / name).open("wb") as file:
                 file.truncate(size)  # sparse: it uses no disk space
     if name != "model.onnx":
-        assert f"{name} is not a file of at most" in refused(copies["checkpoint"])
+        assert f"{name} must be a file of at most" in refused(copies["checkpoint"])
     if (copies["artifact"] / name).exists():
         code, out, err = run(capsys, "inspect", copies["artifact"])
         assert (code, len(err.splitlines())) == (1, 1)
@@ -194,7 +194,7 @@ def test_a_pipe_or_a_device_is_not_waited_for(copies, name):
     for make in (os.mkfifo, lambda path: path.symlink_to("/dev/zero")):
         (copies["checkpoint"] / name).unlink()
         make(copies["checkpoint"] / name)
-        assert f"{name} is not a file of at most" in refused(copies["checkpoint"])
+        assert f"{name} must be a file of at most" in refused(copies["checkpoint"])
 
 
 @pytest.mark.parametrize(
@@ -283,7 +283,7 @@ def test_a_manifest_that_promises_longer_rows_is_refused(capsys, artifact, tmp_p
     code, *_ = run(capsys, "inspect", folder)
     assert code == 0
     edit_record(folder / "mlmkit.json", max_length=65)
-    assert "has rows of 65 tokens, and the model takes 64" in refused(folder)
+    assert "allows rows of 65 tokens, but the model takes 64" in refused(folder)
     code, out, _ = run(capsys, "inspect", folder)
     assert (code, "rows of 65 tokens" in out) == (1, True)
 

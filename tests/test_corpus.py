@@ -113,7 +113,7 @@ def test_a_full_disk_is_named_and_nothing_is_left(wordpiece, tmp_path, entries, 
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (room, before[1]))
     try:
-        with pytest.raises(UserError, match=r"cannot use the token cache .*: point MLMKIT_CACHE elsewhere"):
+        with pytest.raises(UserError, match=r"cannot use the token cache .*: set MLMKIT_CACHE to another folder"):
             load_corpus(Source(str(path)), wordpiece)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)

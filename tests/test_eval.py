@@ -325,7 +325,7 @@ def test_scores_that_are_not_finite_are_named(checkpoint):
     [
         ({"recipe": MaskRecipe(mask_prob=0.0)}, "select no token"),
         ({"metrics": ("bleu",)}, "no metric 'bleu'"),
-        ({"metrics": ()}, "no metric"),
+        ({"metrics": ()}, "no metric is named"),
         ({"pseudo_sample": 0}, "sample must be"),
         ({"metrics": "pseudo", "variant": "l2r"}, "variant 'l2r'"),
         ({"mask_seed": ()}, "seed"),

@@ -348,7 +348,7 @@ def test_several_locations_are_read_in_their_order(corpus_folder):
     assert list(read_documents(source)) == ["b", "c", "d"]
     assert source.name == f"{corpus_folder}/b.txt and 1 more"
     assert text_at([corpus_folder]) == text_at(str(corpus_folder))
-    with pytest.raises(UserError, match=r"b\.txt is in it twice"):
+    with pytest.raises(UserError, match=r"contains .*b\.txt twice"):
         find_files(text_at([corpus_folder / "b.txt", corpus_folder]))
 
 

@@ -164,7 +164,7 @@ def test_a_tokenizer_is_trained_on_a_sample_without_what_is_held_out(by_share, t
 
 
 def test_a_sample_needs_a_document(tmp_path, text_file):
-    with pytest.raises(UserError, match=r"tokenizer\.train_tokens \(1\) is less than one document has"):
+    with pytest.raises(UserError, match=r"tokenizer\.train_tokens \(1\) is smaller than one document"):
         train(make(tmp_path, text_file, "tokenizer.train_tokens=1"), tmp_path / "run")
 
 

@@ -183,7 +183,7 @@ def test_unusable_pairs_are_named(tmp_path):
         read_pairs(str(tmp_path / "a.csv"), PairColumns())
     for content in ('{"s": "ab", "l": [1, 0]}', '{"s": ["a"], "l": [1, 0]}', '{"s": ["a", "b"], "l": 1}'):
         path.write_text(content)
-        with pytest.raises(UserError, match="not lists of one length"):
+        with pytest.raises(UserError, match="not lists of the same length"):
             read_pairs(str(path), PairColumns(good="s", bad="s", label="l"))
     (tmp_path / "a.txt").write_text("a\n")
     with pytest.raises(UserError, match="read from"):
@@ -270,8 +270,10 @@ def test_mistakes_in_a_declaration_are_named(content, message, tmp_path):
 
 
 def test_a_set_that_is_not_known_is_named():
-    with pytest.raises(UserError, match="the sets are"):
+    with pytest.raises(UserError, match="did you mean wikitext-2"):
         find_set("wikitex-2")
+    with pytest.raises(UserError, match="the sets are"):
+        find_set("xyz")
 
 
 def test_a_set_with_strip_is_the_same_from_a_file_and_from_rows(checkpoint, tmp_path):

@@ -2,7 +2,9 @@
 
 import json
 import re
+import shlex
 import shutil
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -13,9 +15,15 @@ import pytest
 from conftest import PORTUGUESE, edit_record, paragraphs, run, run_json
 from test_pairs import write_pairs
 
+from mlmkit.backends import load
+from mlmkit.corpus import tokenize
 from mlmkit.errors import UserError
 from mlmkit.eval.api import evaluate
 from mlmkit.eval.compare import compare
+from mlmkit.eval.data import EvalData
+from mlmkit.eval.evaluate import run_evaluation
+from mlmkit.eval.report import Piece, example_pieces
+from mlmkit.eval.rows import Settings
 from mlmkit.files import write_record
 
 EVIL = "<script>alert('x')</script> & \"quotes\" $\\frac{1}{2}$ </style> {{ 7 * 7 }} <img src=http://evil.example/x>"
@@ -43,7 +51,7 @@ class Page(HTMLParser):
 
     def __init__(self, text: str) -> None:
         super().__init__()
-        self.tags, self.attributes, self.text = [], [], ""
+        self.tags, self.attributes, self.text, self.headline = [], [], "", ""
         self.feed(text)
 
     def handle_starttag(self, tag, attrs):
@@ -52,6 +60,8 @@ class Page(HTMLParser):
 
     def handle_data(self, data):
         self.text += data
+        if self.tags and self.tags[-1] == "h1":
+            self.headline += data.strip()
 
 
 def read_result(folder: Path) -> dict[str, Any]:
@@ -70,24 +80,79 @@ def test_the_report_is_one_safe_page(capsys, results):
     assert "<b>evil" not in pages[0]
     assert all(value.startswith("#") for name, value in page.attributes if name in ("src", "href", "xlink:href"))
     assert not re.search(r"url\((?!#)", pages[0])
-    assert page.tags.count("svg") == 8
+    assert page.tags.count("svg") == 3
     result = read_result(results["torch"])
+    assert page.headline == f"{Path(result['model']['path']).name} on <b>evil.txt" and result["date"][:10] in page.text
+    treatment = result["slices"]["masked"]["treatment"]["random"]
+    accuracy = treatment["masked_accuracy"]["value"]
+    row = ("random", f"{treatment['tokens']:,}", f"{treatment['documents']:,}", f"{accuracy:.2%}")
+    assert re.search(".*?".join(map(re.escape, row)), page.text, re.DOTALL)
+    assert all("standard_error" not in metric for metric in result["metrics"].values())  # every token was scored
     assert f"{result['metrics']['masked_cross_entropy']['value']:.4f}" in page.text
     assert result["mask_digest"] in page.text
     assert "unigram entropy, nats per token, to beat" in page.text
     assert f"{result['unigram_entropy']:.4f}" in page.text
 
 
-def test_results_of_older_versions_have_no_unigram_entropy(capsys, results, tmp_path):
+def test_results_of_older_versions_have_a_report(capsys, results, tmp_path):
     older = tmp_path / "older"
     shutil.copytree(results["torch"], older)
     record = read_result(older)
-    del record["unigram_entropy"], record["checksum"]
+    del record["unigram_entropy"], record["date"], record["checksum"]
+    for example in [*record["examples"]["worst"], *record["examples"]["best"]]:
+        del example["text"]
+        for token in example["tokens"]:
+            del token["span"]
     write_record(older / "result.json", record)
     code, _, err = run(capsys, "report", older)
     assert code == 0, err
-    assert "to beat" not in Page((older / "report.html").read_text(encoding="utf-8")).text
+    text = Page((older / "report.html").read_text(encoding="utf-8")).text
+    assert "to beat" not in text and "its tokens are joined" in text
     assert run(capsys, "compare", older, results["torch"])[0] == 0
+
+
+def test_the_command_can_be_pasted(capsys, results, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(results["torch"], folder)
+    arguments = ["eval", "a model", "--set", "it's $HOME.txt"]
+    for program, expected in (
+        ("/bin/mlmkit", ["mlmkit"]),
+        ("/x/mlmkit/__main__.py", ["mlmkit"]),
+        ("a b.py", ["python", "a b.py"]),
+    ):
+        edit_record(folder / "result.json", command=[program, *arguments])
+        assert run(capsys, "report", folder)[0] == 0
+        shown = Page((folder / "report.html").read_text(encoding="utf-8")).text.rpartition("command")[2]
+        assert shlex.split(shown) == [*expected, *arguments]
+
+
+def test_examples_show_the_text_of_the_document(results, texts, checkpoint, tmp_path):
+    def check(folder: Path, documents: list[str]) -> list[list[Piece]]:
+        found = read_result(folder)["examples"]
+        shown = []
+        for example in [*found["worst"], *found["best"]]:
+            pieces = list(example_pieces(example))
+            assert "".join(piece.text for piece in pieces) == example["text"]
+            assert example["text"] in documents[example["document"]]
+            assert [bool(piece.text.strip()) for piece in pieces if piece.is_target] == [True]
+            shown.append(pieces)
+        return shown
+
+    check(results["torch"], texts.read_text(encoding="utf-8").splitlines())
+    documents = ["A  Name is\tbound, É 日本語 too.", "The value of the name “日本” is Bound."] * 2
+    evaluate(checkpoint("roberta"), documents, metrics="pseudo", output=tmp_path / "bytes")
+    shown = check(tmp_path / "bytes", documents)
+    assert any(piece.text == "日" and piece.log_prob for pieces in shown for piece in pieces)  # three tokens or more
+
+
+def test_examples_do_not_show_another_text(artifact, tmp_path):
+    backend, documents = load(str(artifact("bert"))), ["The name is bound.", "A value is a name."]
+    for number, texts in enumerate((documents, ["The Name is bound.", "A value."], [])):
+        data = EvalData(
+            tokenize(documents, backend.tokenizer), {"set": None, "location": "x"}, lambda texts=texts: texts
+        )
+        result = run_evaluation(backend, data, Settings(metrics=("pseudo",)), tmp_path / str(number))
+        assert {"text" in example for example in result["examples"]["worst"]} == {texts is documents}
 
 
 def test_examples_are_the_extremes(results):
@@ -262,8 +327,10 @@ def test_the_comparison_as_lines_and_page(capsys, results, tmp_path):
     code, out, err = run(capsys, "compare", results["torch"], results["modern"], "--output", tmp_path, "--top", 3)
     assert code == 0, err
     lines = out.splitlines()
-    (overall,) = (line for line in lines if line.startswith("masked_cross_entropy  "))
-    assert overall.split()[1] == "lower" and re.search(r" < 0\.002   [\d,]+ / 32$", overall)
+    (overall,) = (line for line in lines if line.startswith("↓ masked_cross_entropy  "))
+    assert re.search(r" [\d,]+ / 32  < 0\.002$", overall)
+    by_part = lines.index("↓ masked_cross_entropy by part")
+    assert lines[by_part + 1].startswith("    treatment masked  ")
     assert sum(line.startswith("'") for line in lines) == 3
     text = (tmp_path / "compare.html").read_text(encoding="utf-8")
     assert "&lt; 0.002" in text and "(lower is better)" in text and re.search(r">[\d,]+ / 32<", text)
@@ -290,6 +357,17 @@ def test_tokens_that_differ_are_shown_in_their_text(results, texts, checkpoint, 
     for folder, reason in (("file", "has changed since"), ("list", "not in a local file")):
         (found,) = compare([tmp_path / folder] * 2)["comparisons"]
         assert reason in found["no_context"] and "text" not in found["tokens"][0]
+
+
+@pytest.mark.parametrize(("columns", "dropped"), [(60, "95 %"), (80, "n"), (100, "p"), (120, None)])
+def test_the_comparison_fits_a_terminal(capsys, monkeypatch, results, columns, dropped):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", str(columns))
+    _, out, _ = run(capsys, "compare", results["torch"], results["modern"], "--top", 3)
+    table = out[out.index("metric ") :].partition("tokens that differ")[0].splitlines()
+    assert max(map(len, table)) <= columns
+    titles = ["metric", "A", "B", "B - A", "95 %", "n", "p"]
+    assert re.split(" {2,}", table[0]) == titles[: titles.index(dropped) if dropped else None]
 
 
 def test_what_agrees_is_one_line(capsys, results, tmp_path):

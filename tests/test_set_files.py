@@ -150,7 +150,7 @@ def test_delimiters_and_encodings(tmp_path):
         ("a.jsonl", "quoting = false", "files.quoting has no effect on jsonl"),
         ("a.parquet", 'encoding = "latin-1"', "files.encoding has no effect on parquet"),
         ("a.txt", "", r"a\.txt is text: items are read from .*alternating"),
-        ("odd.txt", 'format = "alternating"', r"odd\.txt: no second line follows 'c', but the lines must come in twos"),
+        ("odd.txt", 'format = "alternating"', r"odd\.txt: no second line follows 'c': every pair needs two lines"),
         ("gap.txt", 'format = "alternating"', r"gap\.txt: no second line follows 'a'"),
         ("a.csv", 'format = "parquet"', r"a\.csv: cannot be read as parquet"),
         ("empty.zip", "", r"empty\.zip has no file to read"),

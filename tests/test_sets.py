@@ -363,7 +363,7 @@ def test_published_values_of_multiblimp_are_those_of_the_language():
         ("multiblimp", "name a language of multiblimp, as in multiblimp:abk: it has abk, aln, .*yrl"),
         ("multiblimp:pt", "name a language of multiblimp, as in multiblimp:abk"),
         ("blimp:en", "the set blimp has no languages to choose from: leave out 'en'"),
-        ("multiblimp-pt", "no set or file 'multiblimp-pt': the sets are .*multiblimp:LANGUAGE"),
+        ("multiblimp-pt", "no set or file 'multiblimp-pt': did you mean multiblimp:LANGUAGE"),
     ],
 )
 def test_a_language_that_is_missing_or_unknown_is_named(name, message):
@@ -376,7 +376,7 @@ def test_languages_without_a_place_are_refused(birds):
     text = path.read_text()
     for wrong in (text.replace("{language}", "pt"), text.replace('languages = ["pt", "en"]\n', "")):
         path.write_text(wrong)
-        with pytest.raises(UserError, match=r"birds\.toml: languages and \{language\} in hub or local go together"):
+        with pytest.raises(UserError, match=r"birds\.toml: give both languages and \{language\} in hub or local"):
             read_set(path)
 
 

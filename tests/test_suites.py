@@ -155,7 +155,7 @@ def test_bad_suites_are_refused(capsys, suite, checkpoint, tmp_path):
     assert "[babylm] names other" in refusal(capsys, "eval", model, "--suite", suite, *predictions)
     for place in ("../other", "/other"):
         suite.write_text(text.replace(PLACES["ewok"], place))
-        assert "leaves the folder" in refusal(capsys, "eval", model, "--suite", suite, *predictions)
+        assert "is outside the folder of predictions" in refusal(capsys, "eval", model, "--suite", suite, *predictions)
     suite.write_text(text.partition("[babylm]")[0])
     assert "has no table [babylm]" in refusal(capsys, "eval", model, "--suite", suite, *predictions)
     suite.write_text('name = "mine"\nsets = []\n')

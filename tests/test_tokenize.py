@@ -173,7 +173,7 @@ def test_what_does_not_fit_is_refused_in_one_line(capsys, configuration, tmp_pat
     assert f"{tokens} was begun with other texts" in line
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.tex").write_text("mine")
-    assert "holds something else than tokens" in refusal(capsys, *configuration, "--output", tmp_path / "other")
+    assert "holds something other than tokens" in refusal(capsys, *configuration, "--output", tmp_path / "other")
 
     settings = ["model.architecture=bert-tiny", f"data.train={tokens}/train-1"]
     command = ["train", configuration[1], "--output", tmp_path / "run"]
@@ -186,7 +186,7 @@ def test_what_does_not_fit_is_refused_in_one_line(capsys, configuration, tmp_pat
     assert "was tokenised with another tokenizer" in refused(other)
     assert "does not say where words begin" in refused(own, "masking.whole_word=true")
     (tokens / "train-1" / "tokens.json").unlink()
-    assert "is not tokenised to the end: run the same mlmkit tokenize command again" in refused(own)
+    assert "is incomplete: run the same mlmkit tokenize command again" in refused(own)
     (shard,) = list((tokens / "train-2" / "shards").iterdir())[:1]
     (shard / "ids.npy").write_bytes((shard / "ids.npy").read_bytes()[:-1] + b"x")
     settings[1] = f"data.train={tokens}/train-2"

@@ -140,9 +140,9 @@ def test_the_help_names_the_presets_and_the_template(capsys):
     ("settings", "message"),
     [
         ("data.held_out=a.txt held_out.b=b.txt", r"data.held_out and \[held_out\] exclude each other"),
-        ("held_out.A=a.txt", r"held_out\.A: name it with lower-case letters"),
-        ("held_out.a/b=a.txt", r"held_out\.a/b: name it with lower-case letters"),
-        ("held_out.deadbeef=a.txt", r"held_out\.deadbeef: name it .* not with eight hexadecimal digits"),
+        ("held_out.A=a.txt", r"held_out\.A: a name has lower-case letters"),
+        ("held_out.a/b=a.txt", r"held_out\.a/b: a name has lower-case letters"),
+        ("held_out.deadbeef=a.txt", r"held_out\.deadbeef: .* not eight hexadecimal digits"),
         ("held_out.a=3", r"held_out\.a must be text"),
         ("held_out.a=0.005", r"held_out\.a must be text, not 0.005"),
         ("data.held_out=0.005 held_out.held-out=a.txt", "held_out.held-out is the name of the held-out share"),

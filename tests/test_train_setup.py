@@ -95,7 +95,7 @@ def test_added_tokens_follow_the_tokenizer_s_spelling(tmp_path, tokenizers):
 @pytest.mark.parametrize(
     ("content", "kind", "message"),
     [
-        ("the old man\n", "wordpiece", "'the old man' cannot be added: a token is one word"),
+        ("the old man\n", "wordpiece", "'the old man' cannot be added: write one word"),
         ("[SEP]\n", "wordpiece", "no special token"),
         ("\u200b\n", "wordpiece", "cannot be added"),
         ("a\na\n", "wordpiece", "none of its 2 words is new"),

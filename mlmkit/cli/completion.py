@@ -61,7 +61,7 @@ class _Bash(BashComplete):
     done < <(COMP_WORDS="${COMP_WORDS[*]}" COMP_CWORD=$COMP_CWORD %(complete_var)s=bash_complete "$1")
     if [[ $has_files && ${COMPREPLY[0]-} ]]; then
         compopt -o filenames
-        COMPREPLY+=($(compgen -f -- "$2"))
+        mapfile -t -O ${#COMPREPLY[@]} COMPREPLY < <(compgen -f -- "$2")
     fi
     if [[ ${COMPREPLY[0]-} == *= ]]; then compopt -o nospace; fi
 }

@@ -64,7 +64,7 @@ class ExportOptions(TrustOption, PlanArguments, JsonOption):
     )
     allow_drift: bool = switch("--allow-drift", "Export even if the artifact's scores are outside the bounds.")
     trt: bool = switch("--trt", "Build a TensorRT plan too.")
-    prove: bool = switch("--prove", "Run the artifact's plan on this machine's GPU and prove it.")
+    prove: bool = switch("--prove", "Prove the artifact's TensorRT plan by running it on this machine's GPU.")
     triton: Path | None = option(
         "--triton", "Write a model repository for Triton Inference Server to this folder.", type=PATH, metavar="DIR"
     )

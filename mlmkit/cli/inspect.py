@@ -24,8 +24,10 @@ class InspectOptions(JsonOption):
 def inspect(options: InspectOptions) -> None:
     """Check ARTIFACT and show what can run it.
 
-    Shows what the artifact holds, compares its files with their digests, and tries the engines of this machine.
-    Exit code 0 if it is exactly what was exported, 1 if it is damaged, 2 if it is not an artifact.
+    Shows what ARTIFACT holds, compares its files with their digests, and lists the engines that can run it on this
+    machine.
+
+    Exit code 0 if ARTIFACT is exactly what was exported, 1 if it is damaged, 2 if it is not an artifact.
     """
     from mlmkit.inspection import inspect as run_inspection
 

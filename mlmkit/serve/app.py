@@ -91,7 +91,9 @@ def _add_routes(app: FastAPI, service: Service) -> None:
             raise ApiError(503, "batcher_died", "the batcher died: restart the server")
         return schemas.Health()
 
-    @app.get("/ready", tags=["Server"], responses={503: {"model": schemas.Ready}})
+    not_ready = {"model": schemas.Ready, "description": "The server does not accept requests."}
+
+    @app.get("/ready", tags=["Server"], response_model=schemas.Ready, responses={503: not_ready})
     async def ready() -> Response:
         """Whether the server accepts requests: from when its model is loaded until it is told to stop."""
         return JSONResponse({"ready": service.is_ready}, 200 if service.is_ready else 503)

@@ -153,7 +153,7 @@ def _save_model(model: MaskedLM, tokenizer_folder: Path, folder: Path, ranks: Ra
 def copy_model(checkpoint: Path, folder: Path) -> None:
     """Copy the part of a checkpoint that Hugging Face tools read. A folder that has all of it already stays as it is.
 
-    Otherwise what else is in the folder, such as a card or graphs, describes other weights: it is removed, and a
+    Otherwise other files in the folder, such as a card or graphs, describe the old weights: they are removed, and a
     warning says so.
     """
     ignored = shutil.ignore_patterns(OPTIMIZER, CURSOR, f"{HELD_OUT}*")
@@ -212,7 +212,7 @@ def read_state(folder: Path, *, verify: bool = True) -> State:
 
 
 def origin_folder(run: Path, start_from: Path) -> Path:
-    """Where the state is that a branch began with: the checkpoint, or the branch, which has a copy, once it is gone."""
+    """The folder with the state that a branch began with: the checkpoint, or the branch's own copy if that is gone."""
     return start_from if (start_from / CURSOR).exists() else run
 
 

@@ -85,8 +85,8 @@ class Config:
             raise UserError("data.held_out and [held_out] exclude each other: name all held-out texts in [held_out]")
         if wrong := [name for name in self.held_out if not SET_NAME.fullmatch(name)]:
             raise UserError(
-                f"held_out.{wrong[0]}: name it with lower-case letters, digits, - and _, a letter first; "
-                "not with eight hexadecimal digits"
+                f"held_out.{wrong[0]}: a name has lower-case letters, digits, - and _, begins with a letter, "
+                "and is not eight hexadecimal digits"
             )
         if self.phase:
             self.phases  # noqa: B018 - raises `UserError` for a phase that is wrong
@@ -195,7 +195,7 @@ class Config:
         if warmup >= total:
             length = next((f"train.{key} ({value})" for key in LENGTHS if (value := getattr(self.train, key))), total)
             value = getattr(optim, name)
-            raise UserError(f"optim.{name} ({value}) must end before {length}, for the schedule to reach its end")
+            raise UserError(f"optim.{name} ({value}) must end before {length}, so that the schedule reaches its end")
         return warmup
 
     @cached_property

@@ -158,10 +158,10 @@ class MaskingConfig:
 class OptimConfig:
     """`[optim]`: AdamW, StableAdamW, or Muon for the hidden matrices with AdamW for the rest; and the schedule.
 
-    `schedule` is what follows the warm-up: `constant`; decay to zero (`linear`, `cosine`, `1-sqrt`); or `wsd`, constant
-    with decay of `decay_shape` over the last `decay_share`. The warm-up is a number of steps, of tokens, or a share of
-    the phase; 100 steps by default, or a tenth of at most 100. The default of `beta2` is RoBERTa's (Liu et al. 2019,
-    section 4): 0.999 is unstable with large batches.
+    `schedule` says what the learning rate does after the warm-up: `constant`; decay to zero (`linear`, `cosine`,
+    `1-sqrt`); or `wsd`, constant with decay of `decay_shape` over the last `decay_share`. The warm-up is a number of
+    steps, of tokens, or a share of the phase; 100 steps by default, or a tenth of at most 100. The default of `beta2`
+    is RoBERTa's (Liu et al. 2019, section 4): 0.999 is unstable with large batches.
     """
 
     name: Annotated[str, one_of("adamw", "muon", "stable_adamw")] = "adamw"

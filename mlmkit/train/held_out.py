@@ -1,4 +1,4 @@
-"""The held-out texts, evaluated at every checkpoint and, for a model that was trained before, ahead of the first step.
+"""The held-out texts, evaluated at every checkpoint and, for a model that was already trained, before the first step.
 
 The masks are mask-v1's default recipe with seed 0, whatever the run trains with, so any two checkpoints compare.
 `CHECKPOINT/held-out` is a result of `mlmkit eval`; each of several texts has a `CHECKPOINT/held-out-NAME`.
@@ -60,7 +60,7 @@ def evaluate_checkpoint(
 ) -> Results:
     """The checkpoint's results on all held-out texts, which are made unless they exist; every rank takes part.
 
-    An existing result with another mask digest, so of another text, is kept as `held-out-DIGEST`.
+    An existing result with another mask digest, which means another text, is kept as `held-out-DIGEST`.
     """
     backend = cache(lambda: load(str(checkpoint), "torch", device))
     return {

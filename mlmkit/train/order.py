@@ -2,8 +2,8 @@
 
 Each text is an endless stream: pass after pass over its windows, each pass with its own permutation. Epoch e takes from
 a text of n windows and weight w the stretch `floor(e * w * n)` to `floor((e + 1) * w * n)` of its stream. An epoch is
-computed in blocks: a block takes its part of each stretch and shuffles them together. So at the end of a block, what
-has been seen of a text is a beginning of its stream, and within a block that and a short list.
+computed in blocks: a block takes its part of each stretch and shuffles them together. So at the end of a block, the
+windows seen of a text are the beginning of its stream; within a block, they are that beginning and a short list.
 """
 
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-ORDER = 2  # another order of the same data has another number, so that no run continues with it
+ORDER = 2  # changes when the order of the same data does, so that no run resumes with another order
 WINDOWS_PER_BLOCK = 16_384
 # Neighbouring windows are read together: of a large text, chunks of them are permuted, and a block mixes at least 256
 # chunks. A text of fewer than 8,192 windows has chunks of one window.

@@ -158,7 +158,7 @@ class RowBuilder:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What decides about the packs, as JSON holds it: if it is the same in the next phase, its cursor continues."""
+        """Everything that determines the packs, as JSON: if it is the same in the next phase, its cursor continues."""
         return {
             "texts": [corpus.fingerprint for corpus in self.corpora],
             "passes": list(self.passes),

@@ -5,6 +5,8 @@ import logging
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, replace
+from functools import cache
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,7 @@ from mlmkit.overlap import record_texts
 from mlmkit.packing import enable_packing
 from mlmkit.pretrained import from_pretrained, load_tokenizer, require_rust, save_tokenizer
 from mlmkit.stored import StoredCorpus, warn_of_words
-from mlmkit.token_cache import load_corpus
+from mlmkit.token_cache import load_corpus, tokenizer_file
 from mlmkit.tokenizer import Tokenizer
 from mlmkit.train.checkpoints import CURSOR, last_checkpoint, origin_folder, read_state, resuming, saved_checkpoints
 from mlmkit.train.config import CHANGEABLE, LENGTHS, WARMUPS, Config, RunConfig, TokenizerConfig, as_tables, named
@@ -66,8 +68,8 @@ def begin_or_check(
 
     The folder of a new run, with `tokenizer/` and `run.json`, is created atomically, and only if training can start. A
     folder begun with another configuration, text or tokenizer raises `UserError` that names the first difference; if it
-    has no checkpoint yet, nothing is lost and it begins anew. What has not begun may change: later phases, and the
-    length of a phase on its plateau.
+    has no checkpoint yet, nothing is lost and it begins anew. Phases that have not begun may change, and the length of
+    a phase on its plateau.
     """
     texts: dict[Source, StoredCorpus] = {}
 
@@ -107,7 +109,7 @@ def _begin_or_check(config: Config, run: Path, ranks: Ranks, start_from: Path | 
         if run.exists() and not run.is_dir():
             raise UserError(f"{run} is not a folder: choose another --output")
         if run.is_dir() and content(run):
-            raise UserError(f"{run} holds something else than a training run: choose another --output")
+            raise UserError(f"{run} holds something other than a training run: choose another --output")
         return _begin(config, run, start_from)
     remedy = "delete that folder, or choose another --output and set model.init_from to a checkpoint of this run"
     before = read_record(run / RUN, remedy)
@@ -129,11 +131,11 @@ def _begin_or_check(config: Config, run: Path, ranks: Ranks, start_from: Path | 
         _check_models(config, tokenizer, last, cursor.phase if cursor else 0)
         _check_rows(config, tokenizer, texts)
         write_record(run / RUN, now)
-        log.info("%s resumes; settings of what it has not begun have changed", run)
+        log.info("%s resumes; settings that do not affect past steps were changed", run)
     elif cursor or (run / "model").exists():
         raise UserError(f"{run} was begun with another {difference}: choose another --output, or delete that folder")
     else:
-        log.info("%s was begun with another %s and has no checkpoint: beginning anew", run, difference)
+        log.info("%s was begun with another %s and has no checkpoint: starting over", run, difference)
         return _begin(config, run, start_from)
     return texts, held_out
 
@@ -185,7 +187,7 @@ def _check_rows(config: Config, tokenizer: Tokenizer, texts: dict[Source, Stored
 
 
 def _warn_of_rate(config: Config) -> None:
-    """Warn of a learning rate for a new model where an old one is trained further."""
+    """Warn of a learning rate for new models if an existing model is trained further."""
     rate = max(phase.optim.lr for phase in config.phases.values())
     if config.model.init_from and rate > HIGHEST_RATE:
         log.warning(
@@ -254,7 +256,8 @@ def _difference(before: object, now: object, name: str) -> str:
 
 
 def prepare_tokenizer(config: Config, folder: Path, start_from: Path | None = None) -> Tokenizer:
-    """The run's own: trained on the text, or a copy from `tokenizer.path` or `model.init_from`, with added tokens.
+    """The run's tokenizer: trained on the text, or copied from `tokenizer.path` or `model.init_from`, with added
+    tokens.
 
     A branch has that of its checkpoint.
     """
@@ -268,14 +271,17 @@ def prepare_tokenizer(config: Config, folder: Path, start_from: Path | None = No
         limit = tokenizer.model_max_length if given == init_from else 0
         tokenizer.model_max_length = max(limit, _longest(config))
     else:
-        log.info("training a %s tokenizer with %d entries", settings.kind, settings.entries)
         sources = config.train_sources
+
+        @cache
+        def sample() -> list[str]:
+            return sample_documents(documents(), settings.train_tokens) if settings.train_tokens else []
 
         def documents() -> Iterator[str]:
             return chain.from_iterable(map(read_documents, sources))
 
-        sample = sample_documents(documents(), settings.train_tokens) if settings.train_tokens else []
-        tokenizer = train_tokenizer(lambda: sample or documents(), settings, _longest(config))
+        cached = tokenizer_file(sources, asdict(replace(settings, add="")))
+        tokenizer = train_tokenizer(lambda: sample() or documents(), settings, _longest(config), cached)
     if settings.add:
         tokenizer = add_tokens(tokenizer, settings.add)
     save_tokenizer(tokenizer, folder)

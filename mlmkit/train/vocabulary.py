@@ -31,9 +31,9 @@ def add_tokens(tokenizer: Any, file: str) -> Any:
     drawn, and words of their own. Words that are single tokens already are left out, and counted in the log.
 
     WordPiece gets them as added tokens, found in the text before it is split into words. Byte-level BPE cannot: such a
-    token takes no space before it along, and its bytes are decoded a second time ("avó" becomes "av\ufffd"). There each
-    word becomes two entries of the vocabulary, with and without a space before it, and `ignore_merges` looks a whole
-    word up before it is put together from pieces.
+    token does not include the space before it, and its bytes are decoded a second time ("avó" becomes "av\ufffd").
+    There each word becomes two entries of the vocabulary, with and without a space before it, and `ignore_merges` looks
+    a whole word up before it is put together from pieces.
 
     Raises `UserError` for a word that cannot be added, a file without a new word, or another kind of tokenizer.
     """
@@ -42,7 +42,7 @@ def add_tokens(tokenizer: Any, file: str) -> Any:
     words = [word.strip() for word in read_documents(Source(file))]
     for word in words:
         if len(word.split()) > 1 or old.token_id(word) in old.special_ids or not len(old.encode([word]).ids):
-            raise UserError(f"{file}: {word!r} cannot be added: a token is one word, and no special token")
+            raise UserError(f"{file}: {word!r} cannot be added: write one word, and no special token")
     if isinstance(model, WordPiece | WordLevel):
         new, count = _with_added_tokens(tokenizer, old, words)
     elif isinstance(model, BPE) and "ByteLevel" in str(pre_tokenizer):
@@ -53,7 +53,9 @@ def add_tokens(tokenizer: Any, file: str) -> Any:
         raise UserError(f"{file}: none of its {len(words)} words is new to the tokenizer: leave tokenizer.add out")
     log.info("%s: %d of %d words added; the others are repeated or in the vocabulary", file, count, len(words))
     if not extends(Tokenizer.from_transformers(new), old):
-        raise UserError("tokenizer.add: the tokenizer's vocabulary has unused ids, so tokens would be renumbered")
+        raise UserError(
+            "tokenizer.add: no word can be added, because unused ids in the vocabulary would renumber tokens"
+        )
     return new
 
 
@@ -70,7 +72,9 @@ def _with_vocabulary_entries(tokenizer: Any, old: Tokenizer, words: Sequence[str
     values = json.loads(rust.to_str())
     ordinary = [old.token(int(id)) for id in old.masking.ordinary]
     if not values["model"]["ignore_merges"] and any(len(rust.model.tokenize(entry)) != 1 for entry in ordinary):
-        raise UserError("tokenizer.add: the merges do not reach all of the vocabulary, so other texts would change")
+        raise UserError(
+            "tokenizer.add: no word can be added, because the tokenizer would then split other texts differently"
+        )
     entries: dict[str, str] = {}
     for word in words:
         for text in (f" {word}", word):
@@ -137,6 +141,6 @@ def row_sources(new: Tokenizer, old: Tokenizer) -> list[list[int]]:
 
 
 def _surface(tokenizer: Tokenizer, id: int) -> tuple[str, bool]:
-    """A token's text as decoding writes it, whatever marks stand for spaces, and whether it begins a word."""
+    """A token's text without the marks for spaces, as decoding writes it, and whether it begins a word."""
     text = tokenizer.decode([tokenizer.mask_id, id]).removeprefix(tokenizer.mask_token)
     return text.strip(), text[:1].isspace()
