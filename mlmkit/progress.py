@@ -89,9 +89,9 @@ class Bars:
 
     _lines: Progress
 
-    def add(self, name: str, total: float, unit: str = "", completed: float = 0) -> Bar:
+    def add(self, name: str, total: float, unit: str = "") -> Bar:
         """Add a bar that counts up to `total` units."""
-        return Bar(self._lines, self._lines.add_task(name, total=total, completed=completed, unit=unit, parts=()))
+        return Bar(self._lines, self._lines.add_task(name, total=total, unit=unit, parts=()))
 
 
 @contextmanager
