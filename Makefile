@@ -3,6 +3,8 @@
 #   make test    lint, types and tests
 #   make docs    build the documentation site in build/site
 # Everything is installed into .venv; nothing else is touched. All paths are relative, so a clone works anywhere.
+# On Linux, pip's PyTorch brings CUDA's libraries, several gigabytes. Those of the CPU alone are in PyTorch's own index:
+#   PIP_EXTRA_INDEX_URL=<that index> make demo
 
 PYTHON ?= python3
 VENV_PYTHON := .venv/bin/python
@@ -23,15 +25,15 @@ $(VENV_PYTHON):
 	@$(PYTHON) -m venv .venv || \
 		{ rm -rf .venv; echo "python -m venv failed: on Debian and Ubuntu, apt install python3-venv"; exit 1; }
 
-# pip of constraints.txt needs half the processor time of the one in Python 3.11: 30 instead of 60 s for the demo.
-# setuptools warns at length about every editable installation.
+# The pip of constraints.txt, its own installation included, takes 40 s of processor time for the demo; that of Python
+# 3.11 takes 60. Warnings are off because setuptools has ten lines for every editable installation.
 # These marks depend on the package lists: a second run costs nothing, and a changed list installs again.
 $(INSTALLED): EXTRAS := dev
-$(INSTALLED): SIZE := 3 GB on disk, several minutes
+$(INSTALLED): SIZE := 3 GB on disk and some minutes
 $(DEMO_INSTALLED): EXTRAS := train,serve,report
-$(DEMO_INSTALLED): SIZE := 1.6 GB on disk, one to three minutes
+$(DEMO_INSTALLED): SIZE := 1.6 GB on disk and one to three minutes
 $(INSTALLED) $(DEMO_INSTALLED): pyproject.toml constraints.txt | $(VENV_PYTHON)
-	@echo "Installing mlmkit with its packages for $(EXTRAS) into .venv: $(SIZE)"
+	@echo "Installing mlmkit with its packages for $(EXTRAS) into .venv: $(SIZE), more if PyTorch comes with CUDA"
 	@$(PIP_INSTALL) --quiet pip setuptools
 	@PYTHONWARNINGS=ignore $(PIP_INSTALL) --no-build-isolation --editable '.[$(EXTRAS)]'
 	@touch $@

@@ -20,7 +20,8 @@ DOCS = ROOT / "docs"
 PAGES = {"contributing.md": "CONTRIBUTING.md", "changelog.md": "CHANGELOG.md", "recipes.md": "recipes/README.md"}
 REPOSITORY = "https://github.com/mlmkit/mlmkit"
 HELP, SETTINGS = "<!-- help of every command -->", "<!-- every setting -->"
-OPTION = re.compile(r"(?<![\w!\"#-])--[a-z][\w-]*")  # in a text, not in an anchor or a comment
+# Options and small numbers in the text, not in anchors and comments.
+HYPHENATED = re.compile(r"(?<![\w!\"#-])(?:--[a-z][\w-]*|\d[\d.]*e-\d+)")
 # Code comes first in the pattern, so that anything like a link inside code is skipped.
 CODE_OR_LINK = re.compile(r"^(?:```|~~~).*?^(?:```|~~~)|`+[^`]+`+|(?<=\]\()(?P<target>[^()\s]+)(?=\))", re.M | re.S)
 
@@ -48,8 +49,8 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
 
 
 def on_page_content(html: str, **_: Any) -> str:
-    """Keep an option such as `--output` on one line: browsers break a word after each hyphen."""
-    return OPTION.sub(r'<span class="option">\g<0></span>', html)
+    """Keep options such as `--output` and numbers such as 1e-05 on one line: browsers break after each hyphen."""
+    return HYPHENATED.sub(r'<span class="unbroken">\g<0></span>', html)
 
 
 def commands_help() -> str:

@@ -1,12 +1,13 @@
-"""Write the figures that README shows of `mlmkit demo` and later commands to benchmarks/results/demo-<date>.json.
+"""Run README's commands. Write their figures to benchmarks/results/readme.json and the pictures in docs/images.
 
     python benchmarks/tour.py
 
-Takes two minutes. On one machine every figure but the speeds is the same each time, to the last digit that README
-shows, so this is not part of `make bench`. A test compares README with the file that it names.
+Takes about five minutes and needs Chromium. On one machine every figure but the speeds is the same each time, to the
+last digit that README shows, so this is not part of `make bench`. A test compares README with the file.
 """
 
 import json
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -16,13 +17,43 @@ from typing import Any
 from harness import machine
 from processes import ROOT
 
+from mlmkit.demo import prepare_text
+
 KEPT = ("metrics", "unigram_entropy", "mask_digest", "corpus", "masking", "scored", "backend", "timing")  # of a result
-SENTENCES = "Return the name of the file.\nReturn the file of name the.\n"
+WIDTH, HEIGHT = 1280, 800  # of the pictures, in CSS pixels
 
 
-def mlmkit(folder: Path, *words: object, text: str = "") -> str:
-    command = [sys.executable, "-m", "mlmkit", *map(str, words)]
-    return subprocess.run(command, cwd=folder, input=text, stdout=subprocess.PIPE, text=True, check=True).stdout
+def readme_config() -> str:
+    """The training configuration that README shows."""
+    _, _, rest = (ROOT / "README.md").read_text(encoding="utf-8").partition("<<'TOML'\n")
+    return rest.partition("TOML\n")[0]
+
+
+def main() -> None:
+    def mlmkit(*words: object) -> Any:
+        command = [sys.executable, "-m", "mlmkit", *map(str, words), "--json"]
+        answer = subprocess.run(command, cwd=folder, stdout=subprocess.PIPE, text=True, check=True).stdout
+        return json.loads(answer)
+
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        prepare_text(folder / "mlmkit-demo", None)
+        (folder / "config.toml").write_text(readme_config(), encoding="utf-8")
+        held_out = ("--set", "mlmkit-demo/heldout.txt")
+        figures = {
+            "command": "python benchmarks/tour.py",
+            **machine(),
+            "config": readme_config(),
+            "train": mlmkit("train", "config.toml", "--output", "run")["held_out"],
+            "export": mlmkit("export", "run/model", "--output", "artifact")["parity"],
+            "eval": kept(mlmkit("eval", "artifact", *held_out, "--output", "result")),
+            "eval_torch": kept(mlmkit("eval", "run/model", *held_out, "--output", "result-torch")),
+            "compare": mlmkit("compare", "result", "result-torch")["comparisons"][0]["metrics"],
+            "fill": mlmkit("fill", "artifact", "Raise ValueError [MASK] the string is empty."),
+        }
+        photograph(folder / "result" / "report.html")
+    path = ROOT / "benchmarks" / "results" / "readme.json"
+    path.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
 
 
 def kept(result: dict[str, Any]) -> dict[str, Any]:
@@ -30,32 +61,17 @@ def kept(result: dict[str, Any]) -> dict[str, Any]:
     return {key: result[key] for key in KEPT}
 
 
-def main() -> None:
-    figures: dict[str, Any] = {"command": "python benchmarks/tour.py", **machine(), "text": "Python's documentation"}
-    demo = Path("mlmkit-demo")
-    models = {"onnx": demo / "artifact", "torch": demo / "run" / "model"}
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
+def photograph(page: Path) -> None:
+    """Write the top of the page as docs/images/report.png and, in dark, report-dark.png."""
+    from playwright.sync_api import sync_playwright
 
-        def read(file: Path) -> Any:
-            return json.loads((folder / demo / file).read_text(encoding="utf-8"))
-
-        def answer(*words: object, text: str = "") -> Any:
-            return json.loads(mlmkit(folder, *words, "--json", text=text))
-
-        mlmkit(folder, "demo")
-        results = {"torch": "eval-checkpoint", "onnx": "eval-artifact"}
-        figures["demo"] = {name: kept(read(Path(result, "result.json"))) for name, result in results.items()}
-        figures["parity"] = read(Path("artifact", "mlmkit.json"))["parity"]
-        figures["fill"] = answer("fill", models["onnx"], "Return the [MASK] of the file.", "--top-k", 3)
-        figures["score"] = answer("score", models["onnx"], text=SENTENCES)
-        figures["eval"] = {
-            name: kept(answer("eval", model, "--set", demo / "heldout.txt", "--output", demo / name))
-            for name, model in models.items()
-        }
-        figures["compare"] = answer("compare", *(demo / name for name in models))["comparisons"][0]["metrics"]
-    path = ROOT / "benchmarks" / "results" / f"demo-{figures['date'][:10]}.json"
-    path.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
+        for scheme, name in (("light", "report.png"), ("dark", "report-dark.png")):
+            tab = browser.new_page(viewport={"width": WIDTH, "height": HEIGHT}, color_scheme=scheme)
+            tab.goto(page.as_uri())
+            tab.screenshot(path=ROOT / "docs" / "images" / name)
+        browser.close()
 
 
 if __name__ == "__main__":

@@ -6,7 +6,8 @@ from typing import Any
 
 from mlmkit.errors import UserError, require
 from mlmkit.eval.compare import ROUNDING, distance, is_distinguishable
-from mlmkit.eval.display import SLICE_METRICS, SLICINGS, headline, model_name, slice_name
+from mlmkit.eval.display import ARROWS, SLICE_METRICS, SLICINGS, headline, model_name, slice_name
+from mlmkit.eval.item_metrics import GROUPS
 from mlmkit.eval.metrics import describe_unknown
 from mlmkit.eval.pages import render
 
@@ -21,6 +22,7 @@ def write_comparison(comparison: dict[str, Any], folder: Path) -> None:
         "first": first,
         "title": Path(first["set"]).name,
         "sections": [_section(other) for other in comparison["comparisons"]],
+        "arrows": ARROWS,
         "headline": headline,
         "model_name": model_name,
         "size": measured_on,
@@ -44,10 +46,13 @@ def _section(other: dict[str, Any]) -> dict[str, Any]:
             for slicing, slices in slicings.items()
         ]
         tables.append((name, groups))
-    for plural, groups in other.get("items", {}).get("groups", {}).items():
-        if groups:
-            name = other["items"]["metrics"][0]
-            tables.append((name, [(plural, [(label.replace("_", " "), rows[name]) for label, rows in groups.items()])]))
+    if "items" in other:
+        name = other["items"]["metrics"][0]
+        groups = [
+            (kind, [(label.replace("_", " "), rows[name]) for label, rows in other["items"]["groups"][plural].items()])
+            for kind, plural in GROUPS.items()
+        ]
+        tables.append((name, groups))
     different = [
         (name, [(title, kept) for title, rows in groups if (kept := [row for row in rows if _differs(row[1])])])
         for name, groups in tables

@@ -40,6 +40,7 @@ HEADLINES = {  # the cards of the report: label, unit, format
     "pseudo_perplexity_first": ("pseudo-perplexity", "first sentences", PERPLEXITY),
     "pseudo_perplexity_second": ("pseudo-perplexity", "second sentences", PERPLEXITY),
 }
+ARROWS = {"lower": "↓", "higher": "↑", "neither": ""}  # which values are better
 CORRELATIONS = {"_spearman": "Spearman's correlation", "_pearson": "Pearson's correlation", "_r2_gain": "gain of R²"}
 SLICINGS = {
     "frequency": ("token frequency", "How often the token occurs in this corpus."),
@@ -88,8 +89,8 @@ def number(value: float | None, form: str = SMALL) -> str:
 
 
 def signed(value: float | None, form: str = SMALL) -> str:
-    """A difference of values in this format; small ones in scientific notation."""
-    is_small = form == SMALL and value and abs(value) < 1e-3
+    """A difference of values in this format; in scientific notation where that would show less than two digits."""
+    is_small = value and form.endswith("f}") and abs(value) < 10.0 ** (1 - int(form[-3]))
     return number(value, "{:+.1e}" if is_small else form.replace("{:", "{:+"))
 
 

@@ -22,7 +22,6 @@ from numpy.typing import NDArray
 
 from mlmkit import __version__
 from mlmkit.backends import Backend, capacity
-from mlmkit.console import progress
 from mlmkit.distributed import Ranks
 from mlmkit.errors import UserError
 from mlmkit.eval.correlation import measure_correlations
@@ -41,6 +40,7 @@ from mlmkit.eval.statistics import unigram_entropy
 from mlmkit.files import locked
 from mlmkit.masking import DIGEST_MODULUS, format_digest
 from mlmkit.overlap import find_overlap
+from mlmkit.progress import progress
 from mlmkit.stored import warn_of_words
 
 Records = dict[str, list[PartRecord]]  # by name of the pass
@@ -109,17 +109,14 @@ def _score_pass(
     def remaining(parts: Iterator[Part]) -> Iterator[tuple[Part, Rows]]:
         for part in parts:
             if part.index % ranks.world != ranks.rank or store.part(item.name, part.index):
-                bar.advance(task, len(part.corpus))
+                bar.advance(len(part.corpus))
             else:
                 yield part, item.rows(part, tokenizer, room)
 
-    with progress() as bar:
-        task = bar.add_task(f"{item.name}, documents", total=len(data.corpus))
+    with progress(item.title, len(data.corpus), "documents") as bar:
         work = remaining(cut_parts(data.corpus.blocks(), item.cost))
         began = time.perf_counter()
-        for part, rows, scores in score_parts(
-            backend, work, batch_tokens=batch_tokens, advance=lambda documents: bar.advance(task, documents)
-        ):
+        for part, rows, scores in score_parts(backend, work, batch_tokens=batch_tokens, advance=bar.advance):
             record = PartRecord.of(part, rows, tokenizer, time.perf_counter() - began)
             store.write_part(item.name, part.index, token_table(item, part, rows, scores, tokenizer), record)
             began = time.perf_counter()

@@ -115,11 +115,11 @@ def _examples(result: Result) -> Iterator[tuple[str, list[dict[str, Any]]]]:
         yield title, result["examples"][name]
 
 
-@dataclass
+@dataclass(frozen=True)
 class Piece:
     """A stretch of an example's text: what lies between tokens, a token, or several that share characters.
 
-    `tokens` are these, joined, as the vocabulary spells them; `log_prob` is None if one was not scored.
+    `tokens` are these, joined, as people read them; `log_prob` is None if one was not scored.
     """
 
     text: str
@@ -130,44 +130,41 @@ class Piece:
 
 def example_pieces(example: Mapping[str, Any]) -> Iterator[Piece]:
     """The text of an example in pieces. Where the text itself is not stored, its tokens are joined by words."""
-    tokens = [
-        (token, Piece(token["text"], token["text"], token["log_prob"], number == example["target"]))
-        for number, token in enumerate(example["tokens"])
-    ]
     if "text" not in example:
-        for number, (token, piece) in enumerate(tokens):
+        for number, token in enumerate(example["tokens"]):
             if number and token["begins_word"]:
                 yield Piece(" ")
-            yield piece
+            yield _piece(example, [number], token["text"])
         return
     text, reached = example["text"], 0
-    for begin, end, piece in _with_characters(tokens):
-        own = text[begin:end]
-        begin, end = begin + len(own) - len(own.lstrip()), end - len(own) + len(own.rstrip())
+    for begin, end, group in _groups(example["tokens"]):
+        if own := text[begin:end].strip():  # a token's space before its word is not coloured
+            begin = text.index(own, begin)
+            end = begin + len(own)
         yield Piece(text[reached:begin])
-        piece.text = text[begin:end]
-        yield piece
+        yield _piece(example, group, text[begin:end])
         reached = end
     yield Piece(text[reached:])
 
 
-def _with_characters(tokens: Sequence[tuple[Mapping[str, Any], Piece]]) -> Iterator[tuple[int, int, Piece]]:
-    """Where each token stands in the text; those that share characters, as the bytes of one do, are one piece."""
-    begin, end, merged = 0, 0, None
-    for token, piece in tokens:
-        own_begin, own_end = token["span"]
-        if merged and (own_begin < end or own_begin == own_end):
-            end = max(end, own_end)
-            scores = merged.log_prob, piece.log_prob
-            merged.log_prob = None if None in scores else sum(scores)
-            merged.tokens += piece.tokens
-            merged.is_target |= piece.is_target
-            continue
-        if merged:
-            yield begin, end, merged
-        begin, end, merged = own_begin, own_end, piece
-    if merged:
-        yield begin, end, merged
+def _groups(tokens: Sequence[Mapping[str, Any]]) -> list[tuple[int, int, list[int]]]:
+    """Begin, end and indices of the tokens that share characters, as the bytes of a character do; most are alone."""
+    groups: list[tuple[int, int, list[int]]] = []
+    for number, token in enumerate(tokens):
+        begin, end = token["span"]
+        if groups and (begin < groups[-1][1] or begin == end):
+            first, last, members = groups[-1]
+            groups[-1] = first, max(last, end), [*members, number]
+        else:
+            groups.append((begin, end, [number]))
+    return groups
+
+
+def _piece(example: Mapping[str, Any], group: Sequence[int], text: str) -> Piece:
+    tokens = [example["tokens"][number] for number in group]
+    scores = [token["log_prob"] for token in tokens]
+    log_prob = None if None in scores else sum(scores)
+    return Piece(text, "".join(token["text"] for token in tokens), log_prob, example["target"] in group)
 
 
 # ---------------------------------------------------------------- figures

@@ -7,9 +7,12 @@ import csv
 import io
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
 
 from mlmkit.errors import UserError, require
 from mlmkit.eval.compare import (
@@ -20,7 +23,7 @@ from mlmkit.eval.compare import (
     metric_draws,
     pass_of,
 )
-from mlmkit.eval.display import headline, markdown_table, number
+from mlmkit.eval.display import ARROWS, headline, markdown_table, number
 from mlmkit.eval.metrics import FAMILIES, better
 from mlmkit.eval.pages import render
 from mlmkit.eval.result import Metric, Result, main_metric, sample_size
@@ -30,13 +33,13 @@ from mlmkit.files import write_text
 from mlmkit.locations import last_part, name_stem
 
 SUFFIXES = (".md", ".csv", ".html")
-ARROWS = {"lower": "↓", "higher": "↑", "neither": ""}
 RULE = (
     f"Brackets: 95 % interval, bootstrap over documents or items, {RESAMPLES:,} resamples. Parentheses: rank, 1 + the "
     "number of models that are better by a paired difference whose 95 % interval excludes 0, so models that cannot be "
     "told apart share a rank. Bold: rank 1. ↓: lower is better; ↑: higher is better; a column without an arrow is not "
     "ranked. Not corrected for the number of comparisons."
 )
+Draws = tuple[NDArray[np.float64], int]  # see `metric_draws`
 RUN_PARTS = ("model", "checkpoints")  # of a checkpoint's path; they name no model
 
 
@@ -216,19 +219,25 @@ def _column(name: str, metric: str, named: Sequence[tuple[str, StoredResult]], n
         if model in cells:
             raise UserError(f"{cells[model].folder} and {each.folder} both measure {model} on {name}: leave one out")
         cells[model] = Cell(each.folder, each.result["metrics"][metric])
-    is_gain = any(metric == each["name"] for each in (first["set"] or {}).get("correlation", ()))
-    direction = "higher" if is_gain else better(metric)
+    direction = _direction(first, metric)
     bounded = {model: each for model, each in named if cells[model].metric["low"] is not None}
     ranks: dict[str, int] = {}
     if len(bounded) > 1 and direction != "neither":
         draws = {model: metric_draws(each, metric) for model, each in bounded.items()}
         ranks = {model: 1 + _count_better(metric, direction, own, draws.values()) for model, own in draws.items()}
-    cells = {model: Cell(cell.folder, cell.metric, ranks.get(model)) for model, cell in cells.items()}
+    cells = {model: replace(cell, rank=ranks.get(model)) for model, cell in cells.items()}
     unit = "items" if "items" in first else "documents"
     return Column(name, metric, direction, sample_size(first, metric), unit, cells, note)
 
 
-def _count_better(metric: str, direction: str, own: Any, draws: Iterable[Any]) -> int:
+def _direction(result: Result, metric: str) -> str:
+    """Which values of a metric are better. The perplexity of one side of pairs only describes a result."""
+    if any(metric == each["name"] for each in (result["set"] or {}).get("correlation", ())):
+        return "higher"  # a mean of gains
+    return "neither" if "items" in result and "perplexity" in metric else better(metric)
+
+
+def _count_better(metric: str, direction: str, own: Draws, draws: Iterable[Draws]) -> int:
     """How many of `draws` are better than `own` by a difference whose interval excludes 0."""
     sign = 1 if direction == "higher" else -1
     rows = (draws_difference(metric, own[0], values, min(own[1], count)) for values, count in draws)

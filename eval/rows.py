@@ -95,6 +95,11 @@ class MaskedPass:
         """Unique within an evaluation; also the beginning of the names of its part files."""
         return f"masked-{self.mask_seed}"
 
+    @property
+    def title(self) -> str:
+        """What people call it."""
+        return f"masked, seed {self.mask_seed}"
+
     def cost(self, lengths: NDArray[np.int64]) -> NDArray[np.float64]:
         """Tokens that the model reads for documents of these lengths, roughly: each once."""
         return lengths.astype(np.float64)
@@ -123,6 +128,7 @@ class PseudoPass:
     metric = "pseudo"
     mask_seed = None
     name = "pseudo"
+    title = "pseudo-log-likelihood"
 
     def cost(self, lengths: NDArray[np.int64]) -> NDArray[np.float64]:
         """Tokens that the model reads for documents of these lengths, roughly: a row for each scored token."""

@@ -10,11 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mlmkit.backends import Backend, capacity, load
-from mlmkit.console import progress
 from mlmkit.corpus import Corpus, tokenize
 from mlmkit.documents import checked_text
-from mlmkit.eval.rows import Rows, pseudo_rows
+from mlmkit.eval.rows import PseudoPass, Rows, pseudo_rows
 from mlmkit.eval.scoring import refuse_batch_coupling, score_rows
+from mlmkit.progress import progress
 from mlmkit.tokenizer import Tokenizer
 from mlmkit.windows import ranges
 
@@ -106,9 +106,8 @@ def pseudo_log_likelihood(
         return []
     corpus = tokenize(texts, loaded.tokenizer)
     rows = pseudo_rows(corpus, loaded.tokenizer, capacity(loaded), variant)
-    with progress() as bar:
-        task = bar.add_task("scoring, documents", total=len(corpus))
-        scores = score_rows(loaded, corpus, rows, batch_tokens, lambda documents: bar.advance(task, documents))
+    with progress(PseudoPass.title, len(corpus), "texts") as bar:
+        scores = score_rows(loaded, corpus, rows, batch_tokens, bar.advance)
     if unknown := int(corpus.text_sizes[:, 3].sum()):
         log.warning("%d characters are unknown to the tokenizer: scored as its unknown token, or not at all", unknown)
     return text_scores(texts, corpus, rows, scores.log_prob, loaded.tokenizer)

@@ -270,7 +270,7 @@ def _declared(name: str) -> EvalSet | None:
 
 def built_in_sets() -> list[EvalSet]:
     """The declarations that come with mlmkit, sorted by name."""
-    return [read_set(path) for path in sorted(BUILT_IN.glob("*.toml"))]
+    return [read_set(path) for path in sorted(BUILT_IN.glob("*.toml"), key=lambda path: path.stem)]
 
 
 def data_folder(option: str | None) -> Path | None:

@@ -19,13 +19,13 @@ from numpy.typing import NDArray
 from mlmkit.artifact import DYNAMIC_INT8
 from mlmkit.backends import Backend, Batch, Scored
 from mlmkit.batching import pad
-from mlmkit.console import progress
 from mlmkit.corpus import Corpus, tokenize
 from mlmkit.documents import read_documents
 from mlmkit.errors import CheckError, DamagedError, UserError
 from mlmkit.files import read_record
 from mlmkit.locations import EVERY_KEY, Source
 from mlmkit.masking import MaskRecipe, corrupt
+from mlmkit.progress import progress
 from mlmkit.pydocs import topics
 from mlmkit.tokenizer import Tokenizer
 
@@ -252,9 +252,10 @@ def check_parity(reference: Backend, engine: Backend, text: ProofText, bounds: B
         log.warning("the tokenizer does not know %.1f%% of the characters of %s", 100 * corpus.unknown_share, text.name)
     batches = parity_batches(corpus, reference.tokenizer, reference.info.max_length, weight_bytes)
     scores = []
-    with progress() as bar:
-        for batch in bar.track(batches, description="checking parity, batches"):
+    with progress("checking parity", len(batches), "batches") as bar:
+        for batch in batches:
             scores.append((reference.score(batch), engine.score(batch)))
+            bar.advance()
     wanted, actual = (Scored(*map(np.concatenate, zip(*side, strict=True))) for side in zip(*scores, strict=True))
     differences = np.abs(actual.log_prob - wanted.log_prob)
     # Rounding grows with the logits, also where one token takes all the probability: its candidates show their size.

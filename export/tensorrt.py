@@ -16,13 +16,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from rich.progress import Progress, TaskID
-
 from mlmkit.artifact import DYNAMIC_INT8, PLAN, Profile, TensorRT
 from mlmkit.backends.tensorrt.bindings import FLAVOUR, LOGGER, NAME, RTX, create_runtime, trt
-from mlmkit.console import progress
 from mlmkit.errors import UserError
 from mlmkit.export.profiles import PORTABLE, TARGETS, PlanOptions, make_profiles
+from mlmkit.progress import Bar, Bars, progress_bars
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +52,7 @@ def build_plan(
     """
     targets, profiles = plan_targets(architecture, precision, options), make_profiles(options, max_length)
     log.info("building %s with %s %s for compute capability %s", PLAN, NAME, trt.__version__, ", ".join(targets))
-    with BUILDING, progress() as bars:
+    with BUILDING, progress_bars() as bars:
         with _signals_cancel(monitor := _Monitor(bars)):
             plan = _build(graph, profiles, options.target, monitor)
         information, scratch = _read_log() if RTX else _inspect(plan)
@@ -162,9 +160,9 @@ class _Monitor(trt.IProgressMonitor):
     `cancelled` is the number of the signal that ends the build, or 0.
     """
 
-    def __init__(self, bars: Progress) -> None:
+    def __init__(self, bars: Bars) -> None:
         trt.IProgressMonitor.__init__(self)
-        self._bars, self._tasks = bars, dict[str, TaskID]()
+        self._bars, self._phases = bars, dict[str, Bar]()
         self.cancelled = 0
 
     def cancel(self, number: int, _frame: Any) -> None:
@@ -172,13 +170,13 @@ class _Monitor(trt.IProgressMonitor):
         self.cancelled = number
 
     def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
-        self._tasks[phase_name] = self._bars.add_task(("  " if parent_phase else "") + phase_name, total=num_steps)
+        self._phases[phase_name] = self._bars.add(("  " if parent_phase else "") + phase_name, num_steps, "steps")
 
     def phase_finish(self, phase_name: str) -> None:
-        self._bars.update(self._tasks[phase_name], visible=False)
+        self._phases[phase_name].remove()
 
     def step_complete(self, phase_name: str, step: int) -> bool:
-        self._bars.update(self._tasks[phase_name], completed=step + 1)
+        self._phases[phase_name].show(step + 1)
         return not self.cancelled
 
 

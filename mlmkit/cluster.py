@@ -19,8 +19,8 @@ from pathlib import Path
 from shutil import which
 from typing import Any
 
-from mlmkit.console import progress
 from mlmkit.errors import UserError, first_line, require
+from mlmkit.progress import progress
 from mlmkit.shards import Plan, is_made, make_shards
 from mlmkit.tokenizer import Tokenizer
 
@@ -42,10 +42,9 @@ def run_on_cluster(folders: Sequence[Path], tokenizer: Path, engine: str, worker
     tasks = tasks_of(folders)
     missing = [number for number, task in enumerate(tasks) if not is_made(*task)]
     if engine == "ray" and missing:
-        with progress() as bar:
-            shown = bar.add_task("parts of the text", total=len(missing))
+        with progress("tokenising", len(missing), "parts") as bar:
             for _ in run_with_ray(partial(make_task, tokenizer), [tasks[number] for number in missing], workers):
-                bar.advance(shown)
+                bar.advance()
     while missing and engine == "slurm":  # what was killed is submitted again, as long as other tasks succeed
         problem = _submit(folders, tokenizer, missing, len(tasks), workers)
         before, missing = missing, [number for number in missing if not is_made(*tasks[number])]

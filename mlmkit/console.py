@@ -1,29 +1,45 @@
-"""What a terminal shows: lines, tables and JSON on standard output, progress bars on standard error.
+"""What a terminal shows: lines, tables and JSON on standard output.
 
-rich is imported inside the functions: it takes 50 to 90 ms, and `mlmkit --help` and `mlmkit fill` do without.
+Progress bars on standard error are in `mlmkit.progress`.
 """
 
 import json
+import logging
 import re
+import sys
+import textwrap
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from shutil import get_terminal_size
+from typing import Any
 
 import click
-
-if TYPE_CHECKING:
-    from rich.progress import Progress
 
 # Control characters except the tab, line separators, overrides of the writing direction, half surrogates, invisible
 # tags. Characters that scripts need stay: joiners (Persian, Hindi), direction marks, soft hyphens, spaces of any kind.
 STEERING = re.compile(
     "[\0-\x08\n-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u206f\ufff9-\ufffb\ud800-\udfff\U000e0000-\U000e007f]"
 )
-UNLIMITED = 1 << 16  # columns
+UNLIMITED, GAP, NARROWEST_FOLD = 1 << 16, 2, 12  # columns
 
 
 def printable(text: str) -> str:
     """Return the text with each character that could steer a terminal replaced by its escape."""
     return STEERING.sub(lambda match: ascii(match[0])[1:-1], text)
+
+
+class MessageFormatter(logging.Formatter):
+    """Escapes messages, which quote names and texts from anyone. Tracebacks (--verbose) keep their lines."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802
+        return printable(super().formatMessage(record))
+
+
+class MessageHandler(logging.StreamHandler):
+    """Writes messages to what `sys.stderr` is then: a progress bar takes its place, and prints them above itself."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.stream = sys.stderr
+        super().emit(record)
 
 
 def say(line: object) -> None:
@@ -36,61 +52,61 @@ def print_json(value: Any) -> None:
     click.echo(STEERING.sub(lambda match: json.dumps(match[0])[1:-1], json.dumps(value, ensure_ascii=False)))
 
 
-def print_table(rows: Iterable[Sequence[object]], header: Sequence[str] = (), *, align: str = "") -> None:
+def print_table(
+    rows: Iterable[Sequence[object]],
+    header: Sequence[str] = (),
+    *,
+    align: str = "",
+    expendable: Sequence[str] = (),
+    crop: bool = False,
+) -> None:
     """Print rows in aligned columns, under a rule if there is a `header`.
 
-    `align` has a letter per column, "l" or "r"; columns without one are left-aligned. Cells are made `printable`. Long
-    cells are folded to the width of a terminal, and left whole where the output goes to a file or a pipe.
+    `align` has a letter per column, "l" or "r"; columns without one are left-aligned. Cells are made `printable`. Where
+    a terminal is too narrow, the columns with the `expendable` titles are left out, the first of them first, and then
+    the last column is folded, or with `crop` cut off. In a file or a pipe all is whole.
     """
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
+    from rich.cells import cell_len  # `mlmkit --help` imports click alone
 
-    cells = [[Text(printable(str(cell))) for cell in row] for row in rows]
-    table = Table(box=box.SIMPLE_HEAD if header else None, show_header=bool(header), show_edge=False, pad_edge=False)
-    for index in range(max(map(len, [header, *cells]))):
-        title = header[index] if index < len(header) else ""
-        table.add_column(title, justify="right" if align[index : index + 1] == "r" else "left", overflow="fold")
-    for row in cells:
-        table.add_row(*row)
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=UNLIMITED)
-    with console.capture() as capture:
-        console.print(table)
-    for line in capture.get().splitlines():
-        click.echo(line.rstrip())
+    cells = [[printable(str(cell)) for cell in row] for row in rows]
+    columns = list(range(max(map(len, [header, *cells]))))
+    table = [[*row, *[""] * (len(columns) - len(row))] for row in ([header] if header else []) + cells]
+    widths = [max(cell_len(row[column]) for row in table) for column in columns]
+    room = get_terminal_size().columns if sys.stdout.isatty() else UNLIMITED
+
+    def excess() -> int:
+        return sum(widths[column] + GAP for column in columns) - GAP - room
+
+    for title in expendable:
+        if excess() > 0:
+            columns.remove(header.index(title))
+    last = columns[-1]
+    if excess() > 0 and align[last : last + 1] != "r":
+        widths[last] = max(widths[last] - excess(), cell_len(table[0][last]), NARROWEST_FOLD)
+    for number, row in enumerate(table):
+        lines = _fold(row[last], widths[last], crop=crop)
+        for line, text in enumerate(lines):
+            texts = [text if column == last else "" if line else row[column] for column in columns]
+            padded = (
+                " " * space + text if align[column : column + 1] == "r" else text + " " * space
+                for column, text in zip(columns, texts, strict=True)
+                for space in [widths[column] - cell_len(text)]
+            )
+            click.echo((" " * GAP).join(padded).rstrip())
+        if header and not number:
+            click.echo("─" * (room + min(excess(), 0)))
 
 
-def progress(*, shown: bool = True) -> "Progress":
-    """Return a bar with count, description and time left, which vanishes when standard error is not a terminal.
+def _fold(text: str, width: int, *, crop: bool) -> list[str]:
+    from rich.cells import cell_len, set_cell_size
 
-    The bar itself takes what room is left: none of the rest is cut off at 80 columns.
-    """
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-    )
-
-    console = Console(stderr=True)
-    return Progress(
-        MofNCompleteColumn(),
-        TextColumn("{task.description}"),
-        TimeRemainingColumn(),
-        TextColumn("left"),
-        BarColumn(bar_width=None),
-        console=console,
-        expand=True,
-        transient=True,
-        disable=not (shown and console.is_terminal),
-    )
+    if cell_len(text) <= width:
+        return [text]
+    if crop:
+        return [set_cell_size(text, width - 1).rstrip() + "…"]
+    return textwrap.wrap(text, width)
 
 
 def number(value: float | None) -> str:
-    """A number with four decimals; a dash for None."""
-    return "-" if value is None else f"{value:.4f}"
+    """A number with four decimals, none above 10,000; a dash for None."""
+    return "-" if value is None else f"{value:.4f}" if abs(value) < 1e4 else f"{value:.0f}"

@@ -1,8 +1,13 @@
 """Errors that end a command. Each is shown to the user as one line."""
 
+import logging
+import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
+
+log = logging.getLogger(__name__)
 
 RUST_PANIC = "PanicException"  # derives from BaseException, and cannot be imported
 
@@ -41,10 +46,15 @@ def install_hint(extra: str) -> str:
 
 
 def require(extra: str, *modules: str) -> None:
-    """Raise `UserError` naming the extra to install unless all `modules` are installed."""
+    """Raise `UserError` naming the extra to install unless all `modules` are installed.
+
+    Says so if torch is among them and not imported yet: importing it takes 2 to 10 seconds.
+    """
     missing = [module for module in modules if find_spec(module) is None]
     if missing:
         raise UserError(f"this needs {', '.join(missing)}: {install_hint(extra)}")
+    if "torch" in modules and "torch" not in sys.modules and os.environ.get("RANK", "0") == "0":
+        log.info("loading torch")
 
 
 def first_line(error: BaseException) -> str:

@@ -1,16 +1,19 @@
-"""The cache of tokenised texts: a text is tokenised once, and each later start opens what is there."""
+"""The cache of tokenised texts and trained tokenizers: each is made once, and later starts open what is there."""
 
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from hashlib import sha256
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from mlmkit.errors import DamagedError, UserError
 from mlmkit.files import cache_root, locked, remove
 from mlmkit.locations import EVERY_KEY, Source, content_identities, file_format, find_files, is_tokens
+from mlmkit.progress import progress
 from mlmkit.shards import FORMAT, Plan, finish, make_shards, plan_corpus, warn_of_losses
 from mlmkit.stored import TOKENS, StoredCorpus, check_tokenizer
 from mlmkit.tokenizer import Tokenizer
@@ -62,12 +65,27 @@ def cache_folder(source: Source, tokenizer: Tokenizer, *, words: bool = True) ->
     Its name is a hash of the files' content, the reading options and the tokenizer. Raises `UserError` for a source
     that is missing, unreadable, or a pipe, which can be read once only.
     """
+    return cache_root() / "tokens" / _hash(CACHE_FORMAT, _identity(source), words, tokenizer.fingerprint)
+
+
+def tokenizer_file(sources: Sequence[Source], settings: Mapping[str, Any]) -> Path:
+    """Return where the cache keeps the tokenizer that training with these settings on these texts gives.
+
+    Raises `UserError` as `cache_folder` does.
+    """
+    identities = [_identity(source) for source in sources]
+    return cache_root() / "tokenizers" / f"{_hash(version('tokenizers'), identities, dict(settings))}.json"
+
+
+def _identity(source: Source) -> dict[str, Any]:
+    """What is in a source, and how it is read."""
     files = find_files(source)
     kinds = [file_format(file, source.format) for file in files]
-    content = list(zip(kinds, content_identities(files), strict=True))
-    options = asdict(source) | {"location": content}
-    identity = json.dumps([CACHE_FORMAT, options, words, tokenizer.fingerprint], sort_keys=True)
-    return cache_root() / "tokens" / sha256(identity.encode()).hexdigest()[:32]
+    return asdict(source) | {"location": list(zip(kinds, content_identities(files), strict=True))}
+
+
+def _hash(*identity: object) -> str:
+    return sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:32]
 
 
 def _cached(source: Source, tokenizer: Tokenizer, folder: Path, *, words: bool) -> StoredCorpus:
@@ -96,8 +114,10 @@ def _make(source: Source, tokenizer: Tokenizer, folder: Path, *, words: bool) ->
     """Tokenise a text into the cache. A killed process leaves its work there, a text that cannot be read nothing."""
     try:
         plan = plan_corpus(source, tokenizer, folder, words=words, restart=True)
-        for index in range(len(plan.splits)):
-            make_shards(folder, index, tokenizer)
+        with progress(f"tokenising {source.name}", len(plan.splits), "parts") as bar:
+            for index in range(len(plan.splits)):
+                make_shards(folder, index, tokenizer)
+                bar.advance()
         return finish(folder)
     except (UserError, OSError):
         remove(folder)

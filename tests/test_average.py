@@ -90,8 +90,8 @@ def test_a_run_and_its_checkpoints_are_averaged_and_can_be_evaluated(capsys, fin
     code, out, err = run(capsys, "average", finished, first, "--output", tmp_path / "mean")
     assert code == 0, err
     assert out.splitlines() == [
-        f" 50.00%  {finished}",
-        f" 50.00%  {first}",
+        f"50.00%  {finished}",
+        f"50.00%  {first}",
         f"model: {tmp_path}/mean",
         f"evaluate it: mlmkit eval {tmp_path}/mean --set TEXT --output RESULT",
     ]

@@ -85,19 +85,29 @@ def test_completion_offers_what_fits(capsys, monkeypatch, words, expected):
 def test_a_table_aligns_wide_characters_and_escapes_control_characters(capsys):
     print_table([("日本", 1.5, "[b]"), ("a\x1b", 22, "x" * 200)], ("name", "value", ""), align="lr")
     header, rule, first, second = capsys.readouterr().out.splitlines()
-    assert header == "name    value"
+    assert header == "name   value"
     assert set(rule) == {"─"}
-    assert first == "日本      1.5   [b]"
-    assert second == f"a\\x1b      22   {'x' * 200}"  # whole, because this is not a terminal
+    assert first == "日本     1.5  [b]"
+    assert second == f"a\\x1b     22  {'x' * 200}"  # whole, because this is not a terminal
     print_table([("one", "1"), ("three", "3")])
     assert capsys.readouterr().out == "one    1\nthree  3\n"
 
 
-def test_a_table_folds_long_cells_on_a_terminal(capsys, monkeypatch):
-    monkeypatch.setenv("FORCE_COLOR", "1")
-    monkeypatch.setenv("COLUMNS", "20")
-    print_table([("name", "x" * 30)])
-    assert max(map(len, capsys.readouterr().out.splitlines())) == 20
+def test_a_table_fits_a_terminal(capsys, monkeypatch):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "32")
+    row, header = ("first", "12,345,678", "words that do not fit"), ("name", "number", "text")
+    print_table([row], header, align="lr")
+    assert capsys.readouterr().out.splitlines() == [
+        "name       number  text",
+        "─" * 32,
+        "first  12,345,678  words that do",
+        "                   not fit",
+    ]
+    print_table([row], header, align="lr", crop=True)
+    assert capsys.readouterr().out.splitlines()[2] == "first  12,345,678  words that d…"
+    print_table([row], header, align="lr", expendable=("number", "name"))
+    assert capsys.readouterr().out.splitlines()[2] == "first  words that do not fit"
 
 
 @pytest.mark.parametrize("kind", ["bert", "roberta"])
@@ -208,7 +218,9 @@ def test_several_sets_have_a_folder_each(capsys, artifact, tmp_path):
 def test_built_in_sets_are_listed(capsys):
     listed = run_json(capsys, "eval", "--list-sets")["sets"]
     _, out, _ = run(capsys, "eval", "--list-sets")
-    assert [item["name"] for item in listed] == [line.split()[0] for line in out.splitlines()[2:]]
+    table, _, legend = out.partition("\n\n")
+    assert [item["name"].partition(":")[0] for item in listed] == [line.split()[0] for line in table.splitlines()[2:]]
+    assert {"local", "hub", "missing"} <= {line.split()[0] for line in legend.splitlines()}
 
 
 def mistakes(folder: Path, checkpoint: Path, artifact: Path) -> dict[str, list[object]]:

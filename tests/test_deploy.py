@@ -4,6 +4,7 @@ Neither has been built or applied.
 """
 
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -43,6 +44,24 @@ def test_the_workflow_runs_targets_that_exist_from_the_oldest_python_on():
     assert {"test", "docs"} <= wanted <= set(re.findall(r"^([a-z]+):", read("Makefile"), re.MULTILINE))
     oldest = re.search(r'requires-python = ">=([\d.]+)"', read("pyproject.toml"))
     assert oldest and jobs["test"]["strategy"]["matrix"]["python"][0] == oldest[1]
+
+
+@pytest.mark.skipif(not shutil.which("make"), reason="make is not installed")
+def test_the_demo_installs_less_than_the_tests_and_nothing_where_they_are_installed(tmp_path):
+    for name in ("Makefile", "pyproject.toml", "constraints.txt", "requirements-transformers4.txt"):
+        shutil.copy(ROOT / name, tmp_path)
+    (tmp_path / "tests" / "transformersjs").mkdir(parents=True)
+    (tmp_path / "tests" / "transformersjs" / "package.json").touch()
+
+    def installed_by(target: str) -> list[str]:
+        done = subprocess.run(["make", "-n", target], cwd=tmp_path, capture_output=True, text=True, check=True)
+        return re.findall(r"--editable '\.\[(.+)\]'", done.stdout)
+
+    assert [installed_by(target) for target in ("demo", "test", "docs")] == [["train,serve,report"], ["dev"], ["dev"]]
+    (tmp_path / ".venv" / "bin").mkdir(parents=True)
+    for name in ("bin/python", "installed"):
+        (tmp_path / ".venv" / name).touch()
+    assert [installed_by(target) for target in ("demo", "test")] == [[], []]
 
 
 # ---------------------------------------------------------------- image and manifest

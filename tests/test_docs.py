@@ -34,11 +34,12 @@ ROOT = Path(__file__).parent.parent
 MARKED = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 LINKED = [*MARKED, *(ROOT / name for name in ("CHANGELOG.md", "CONTRIBUTING.md", "recipes/README.md"))]
 LANGUAGES = ("bash", "python")
+PICTURE = "<picture>"  # one for the light and one for the dark page
 MARK = re.compile(r"<!-- (?:(?P<runnable>runnable)(?:: (?P<changes>.+))?|(?:not run|run by): (?P<reason>.+)) -->\s*")
 # Not followed by the commit that had it last, as in "(removed since; at commit 20ba236)".
 REPOSITORY_FILE = re.compile(
     r"(?<![\w/.:-])((?:benchmarks|deploy|examples|recipes|tests)/[\w/-]+\.\w+\b)"
-    r"(?!`[\s(]+(?:removed since; )?at (?:commit )?[0-9a-f]{7})"
+    r"(?!`[\s(]+(?:removed since; )?at\s(?:commit )?[0-9a-f]{7})"
 )
 SHELL = """
 set -eu
@@ -91,6 +92,8 @@ class Page:
 
     def links(self) -> Iterator[str]:
         for token in self.tokens:
+            if token.content.startswith(PICTURE):
+                yield from re.findall(r'src(?:set)?="(.+?)"', token.content)
             for child in token.children or ():
                 target = child.attrGet({"link_open": "href", "image": "src"}.get(child.type, ""))
                 if isinstance(target, str):
@@ -157,7 +160,8 @@ def test_every_script_and_recipe_that_is_named_exists(page: Page):
 def test_a_tag_in_the_text_is_quoted(page: Page):
     """The sentence token of RoBERTa, bare, strikes out the rest of the page."""
     inline = [child for token in page.tokens for child in token.children or () if child.type == "html_inline"]
-    blocks = [token for token in page.tokens if token.type == "html_block" and not token.content.startswith("<!--")]
+    allowed = ("<!--", PICTURE)
+    blocks = [token for token in page.tokens if token.type == "html_block" and not token.content.startswith(allowed)]
     assert [token.content for token in (*inline, *blocks)] == []
 
 

@@ -4,6 +4,7 @@ import json
 import re
 import shlex
 import shutil
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -133,7 +134,7 @@ def test_examples_show_the_text_of_the_document(results, texts, checkpoint, tmp_
             pieces = list(example_pieces(example))
             assert "".join(piece.text for piece in pieces) == example["text"]
             assert example["text"] in documents[example["document"]]
-            assert [bool(piece.text.strip()) for piece in pieces if piece.is_target] == [True]
+            assert sum(piece.is_target for piece in pieces) == 1
             shown.append(pieces)
         return shown
 
@@ -326,12 +327,14 @@ def test_the_comparison_as_lines_and_page(capsys, results, tmp_path):
     code, out, err = run(capsys, "compare", results["torch"], results["modern"], "--output", tmp_path, "--top", 3)
     assert code == 0, err
     lines = out.splitlines()
-    (overall,) = (line for line in lines if line.startswith("masked_cross_entropy  "))
-    assert overall.split()[1] == "lower" and re.search(r" < 0\.002   [\d,]+ / 32$", overall)
+    (overall,) = (line for line in lines if line.startswith("↓ masked_cross_entropy  "))
+    assert re.search(r" [\d,]+ / 32  < 0\.002$", overall)
+    by_part = lines.index("↓ masked_cross_entropy by part")
+    assert lines[by_part + 1].startswith("    treatment masked  ")
     assert sum(line.startswith("'") for line in lines) == 3
     text = (tmp_path / "compare.html").read_text(encoding="utf-8")
     assert "&lt; 0.002" in text and "(lower is better)" in text and re.search(r">[\d,]+ / 32<", text)
-    assert "<td>masked cross-entropy, nats per token</td>" in text and "By token frequency" in text
+    assert "<td>masked cross-entropy, nats per token&nbsp;↓</td>" in text and "By token frequency" in text
     assert text.count('class="token target"') == 3 and "The sentences are not shown" not in text
     assert text.count('class="dot"') == text.count('class="zero"') + 2  # a dot per row with a difference, and the key's
     assert "<b>evil" not in text
@@ -354,6 +357,17 @@ def test_tokens_that_differ_are_shown_in_their_text(results, texts, checkpoint, 
     for folder, reason in (("file", "has changed since"), ("list", "not in a local file")):
         (found,) = compare([tmp_path / folder] * 2)["comparisons"]
         assert reason in found["no_context"] and "text" not in found["tokens"][0]
+
+
+@pytest.mark.parametrize(("columns", "dropped"), [(60, "95 %"), (80, "n"), (100, "p"), (120, None)])
+def test_the_comparison_fits_a_terminal(capsys, monkeypatch, results, columns, dropped):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", str(columns))
+    _, out, _ = run(capsys, "compare", results["torch"], results["modern"], "--top", 3)
+    table = out[out.index("metric ") :].partition("tokens that differ")[0].splitlines()
+    assert max(map(len, table)) <= columns
+    titles = ["metric", "A", "B", "B - A", "95 %", "n", "p"]
+    assert re.split(" {2,}", table[0]) == titles[: titles.index(dropped) if dropped else None]
 
 
 def test_what_agrees_is_one_line(capsys, results, tmp_path):

@@ -7,13 +7,17 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import refusal, run, run_json
+from conftest import edit_record, refusal, run, run_json
 from test_intervals import write_tables
 
 from mlmkit.errors import UserError
+from mlmkit.eval.compare import metric_draws
+from mlmkit.eval.item_metrics import item_scores, measure_items
 from mlmkit.eval.metrics import measure
 from mlmkit.eval.result import RESULT_FORMAT
+from mlmkit.eval.results_store import load_result
 from mlmkit.eval.results_table import as_markdown, results_table
+from mlmkit.eval.statistics import percentiles
 from mlmkit.files import file_sha256, write_record
 
 DOCUMENTS = 40
@@ -83,10 +87,33 @@ def test_what_differs_by_rounding_is_a_tie(tmp_path):
     assert ranks([tmp_path]) == {"wiki": [1, 1]}
 
 
+def test_items_are_ranked_by_the_mean_of_the_paradigms(tmp_path):
+    """A pair is right if its first sentence has the lower loss. The perplexity of a side ranks nothing."""
+    source = {"set": "pairs", "location": "x", "task": "pairs", "sides": ["good", "bad"], "normalisation": "none"}
+    odd = np.arange(DOCUMENTS) % 2
+    for model, losses in (("never", 3 - odd), ("always", 3 + odd), ("half", 3 + odd * np.resize([1, 1, -1, -1], 40))):
+        folder = store(tmp_path / model / "pairs", losses, "pseudo", corpus={"source": source})
+        metrics, items = measure_items(folder, item_scores(folder, "none"), source)
+        for metric in ("pair_accuracy_macro", "pseudo_perplexity_good"):
+            edit_record(folder / "result.json", metrics=metrics, items=items, set={"metric": metric})
+            (column,) = results_table([folder]).columns
+            assert (column.metric, column.n, column.unit) == (metric, 20, "items")
+        edit_record(folder / "result.json", set={"metric": "pair_accuracy_macro"})
+        values, count = metric_draws(load_result(folder), "pair_accuracy_macro")
+        stored = metrics["pair_accuracy_macro"]
+        assert (values[0], *percentiles(values[1:]), count) == (stored["value"], stored["low"], stored["high"], 20)
+    table = results_table([tmp_path])
+    found = {row["model"]: (row["value"], row["rank"]) for row in table.rows()}
+    assert found == {"always": (1.0, 1), "half": (0.5, 2), "never": (0.0, 3)}
+    assert "pairs right, mean of paradigms, % ↑" in as_markdown(table) and "**100.00 (1) [100.00" in as_markdown(table)
+    for folder in tmp_path.glob("*/pairs"):
+        edit_record(folder / "result.json", set={"metric": "pseudo_perplexity_good"})
+    assert ranks([tmp_path]) == {"pairs": [None, None, None]}
+
+
 def test_higher_is_better_where_it_is(tmp_path):
     for model, losses in LOSSES.items():
-        declared = {"metric": "mean_reciprocal_rank"} if model else {}
-        folder = store(tmp_path / model / "wiki", losses, set=declared)
+        folder = store(tmp_path / model / "wiki", losses, set={"metric": "mean_reciprocal_rank"})
         assert results_table([folder]).columns[0].better == "higher"
     # The rank is 0 for every token, so none is better than another.
     assert ranks([tmp_path]) == {"wiki": [1, 1, 1]}

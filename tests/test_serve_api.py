@@ -21,7 +21,7 @@ from serving import Server, tensors
 from mlmkit.backends import Batch, load
 from mlmkit.eval.score_texts import pseudo_log_likelihood
 from mlmkit.fill import fill
-from mlmkit.serve.examples import read_example
+from mlmkit.serve.examples import CARD_BYTES, read_example
 
 
 @pytest.fixture(scope="module")
@@ -311,15 +311,16 @@ CARDS = {
     "---\nlanguage: no\nwidget: {text: 'd [MASK]'}\n---\n": ("d [MASK]", ""),  # YAML reads no as false
     "---\nlanguage: [\n---\n": ("", ""),
     "---\n- a\n---\n": ("", ""),
+    f"---\nlanguage: pt\n---\n{'a' * CARD_BYTES}": ("", ""),
 }
 
 
-@pytest.mark.parametrize("card", CARDS)
+@pytest.mark.parametrize("card", CARDS, ids=range(len(CARDS)))
 def test_a_card_of_any_form_gives_an_example_or_none(card, tmp_path, caplog):
     (tmp_path / "README.md").write_text(card)
     example = read_example(tmp_path, "[MASK]")
     assert (example.text, example.language) == CARDS[card]
-    assert ("cannot be read" in caplog.text) == (card.endswith(("[\n---\n", "- a\n---\n")))
+    assert ("cannot be read" in caplog.text) == card.endswith(("[\n---\n", "- a\n---\n", "aaa"))
 
 
 def test_answers_carry_security_headers(server):

@@ -66,35 +66,42 @@ def test_a_sweep_needs_held_out_text(path):
 # ------------------------------------------------------------------ the runs
 
 
-def test_runs_are_measured_alike_and_compared(path, tmp_path):
+def test_runs_are_measured_alike_and_compared(path, tmp_path, caplog):
     trials = make_trials(path, [], ["masking.mask_prob=0.15,0.5", "optim.lr=1e-9,1e-2"])
     output = tmp_path / "sweep"
-    found = sweep(trials, output)
+    with caplog.at_level("INFO", logger="mlmkit"):
+        found = sweep(trials, output)
     check(found)
+    assert caplog.text.count("training a wordpiece tokenizer") == 1
+    assert caplog.text.count("the tokenizer was trained on this text before") == 3
     assert json.loads((output / "sweep.json").read_text()) == found
     results = {row["run"]: row["masked_cross_entropy"] for row in found["runs"]}
     assert set(results) == {trial.name for trial in trials}
-    assert found["best"] == min(results, key=lambda run: results[run]["value"])
-    assert "optim.lr=1e-2" in found["best"]  # the other does not learn
+    lowest = min(results, key=lambda run: results[run]["value"])
+    assert found["lowest"] == lowest and "optim.lr=1e-2" in lowest  # the other does not learn
+    differences = {row["run"]: row["above_lowest"] for row in found["runs"] if row["run"] != lowest}
+    assert found["best"] == (lowest if all(each["distinguishable"] for each in differences.values()) else None)
+    for run, difference in differences.items():
+        assert difference["value"] == pytest.approx(results[run]["value"] - results[lowest]["value"])
+        assert difference["low"] > 0 or "optim.lr=1e-2" in run
     # Models that did not learn have the same loss: the held-out masks do not depend on the training masks.
     same = [results[f"masking.mask_prob={rate},optim.lr=1e-9"]["value"] for rate in ("0.15", "0.5")]
     assert same[0] == pytest.approx(same[1], abs=1e-5)
     lines = (output / "sweep.md").read_text().splitlines()
-    assert len(lines) == 2 + 4 + 2
-    assert len({len(line) for line in lines[2:6] if not line.endswith("best |")}) == 1
-    assert [line for line in lines if line.endswith("| best |")] == [lines[2 + list(results).index(found["best"])]]
-    assert found["mask_digest"] in lines[-1]
+    assert lines[2 + list(results).index(lowest)].endswith(("| best |", "| lowest |"))
+    assert found["mask_digest"] in "".join(lines[6:])
     pytest.importorskip("matplotlib")
     assert (output / "sweep.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_failing_run_does_not_lose_the_others(path, tmp_path):
-    trials = make_trials(path, ["train.steps=6"], ["optim.lr=1e-3,1e12"])
+    trials = make_trials(path, ["train.steps=6"], ["optim.lr=1e-9,2e-9,1e12"])
     found = sweep(trials, tmp_path / "sweep")
-    assert [bool(row["error"]) for row in found["runs"]] == [False, True]
-    assert found["best"] == "optim.lr=1e-3"
-    assert "failed: step" in table(found)
-    with pytest.raises(CheckError, match=r"1 of 2 runs failed: optim\.lr=1e12: step \d"):
+    assert [bool(row["error"]) for row in found["runs"]] == [False, False, True]
+    assert found["best"] is None  # as neither learns
+    *tied, failed = (row[-1] for row in table(found)[1:])
+    assert sorted(tied) == ["lowest", "tied"] and failed.startswith("failed: step")
+    with pytest.raises(CheckError, match=r"1 of 3 runs failed: optim\.lr=1e12: step \d"):
         check(found)
 
 

@@ -1,8 +1,12 @@
 """What a user sees of a training run: its log, the dry run and the curve."""
 
+import contextlib
 import json
 import logging
+import os
 import re
+import subprocess
+import sys
 import tempfile
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -18,7 +22,7 @@ from mlmkit.errors import UserError
 from mlmkit.model import MaskedLM
 from mlmkit.train import log as training_log
 from mlmkit.train.config import Config, DataConfig, RunConfig
-from mlmkit.train.cost import dry_run, flops_per_token, lines, peak_flops
+from mlmkit.train.cost import dry_run, figures, first_texts, flops_per_token, peak_flops
 from mlmkit.train.log import TrainingLog, check_loggers, draw_loss, read_log
 
 DIGEST = "1c044900ad748e10e57622261079d324"
@@ -313,11 +317,54 @@ def test_the_decoded_batch_is_the_text(tmp_path, text_file, architecture):
 
 def test_the_console_shows_a_part_of_it(tmp_path, text_file):
     found = dry_run(write_config(tmp_path, text_file, "bert-tiny", "model.max_length=16"))[""]
-    shown = lines(found)
-    assert shown[0].startswith(f"model       bert-tiny, {found.parameters / 1e3:.3g} k parameters")
-    assert any(line.startswith("time ") and "s per step" in line for line in shown)
+    shown = figures(found)
+    assert shown["model"].startswith(f"bert-tiny, {found.parameters / 1e3:.3g} k parameters")
+    assert "s per step" in shown["time"]
+    shown = first_texts(found)
     assert shown[-1] == f"  and {len(found.first_batch) - 6} more documents"
     assert max(map(len, shown)) <= 403
+
+
+# ------------------------------------------------------------------ the bar
+
+BARS = """
+import fcntl, logging, struct, sys, termios, time
+from mlmkit.console import MessageHandler
+from mlmkit.progress import progress, progress_bars
+logging.getLogger().addHandler(MessageHandler())
+for columns in map(int, sys.argv[1:]):
+    fcntl.ioctl(2, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+    with progress_bars() as bars:
+        bar = bars.add("", 20_000)
+        bar.show(1, ["step 1/20,000", ""])
+        time.sleep(0.02)
+        bar.show(10_000, ["step 10,000/20,000", "loss 6.161", "1,234,567 tokens/s", "MFU 45%"])
+        with progress("masked, seed 0", 356, "documents"):
+            logging.warning("a message")
+"""
+
+
+def test_the_bar_shows_step_loss_and_time_left_at_any_width():
+    """In a terminal: two bars, one below the other, with a message above them."""
+    (master, terminal), widths = os.openpty(), (50, 80, 100)
+    command = [sys.executable, "-c", BARS, *map(str, widths)]
+    environment = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "NO_COLOR")}
+    with subprocess.Popen(command, stderr=terminal, env=environment | {"TERM": "xterm"}) as process:
+        os.close(terminal)
+        shown = b""
+        with contextlib.suppress(OSError):  # Linux says so at the end
+            while block := os.read(master, 1 << 16):
+                shown += block
+    os.close(master)
+    assert process.returncode == 0, shown
+    lines = [line.rstrip() for line in re.split(r"[\r\n]+", re.sub(r"\x1b\[[^A-Za-z]*[A-Za-z]", "", shown.decode()))]
+    assert lines.count("a message") == len(widths)
+    full = [line for line in lines if "loss" in line]
+    for columns in widths:
+        line = [line for line in full if len(line) <= columns][-1]
+        assert re.match(r"step 10,000/20,000  loss 6\.161  \d:\d\d:\d\d left", line), lines
+        assert ("tokens/s" in line, "MFU" in line, "━━" in line) == (columns > 50, columns > 50, columns > 80), line
+    assert any(re.match("masked, seed 0  0/356 documents  -:--:-- left  ━━", line) for line in lines)
 
 
 # ------------------------------------------------------------------ the curve

@@ -288,6 +288,7 @@ def _evaluate_every(
             [[*places[step], *(cells.get((name, step), "-") for name in columns)] for step in sorted(places)],
             ["checkpoint", "tokens", "words", *(f"{name} {metric}" for name, metric in columns.items())],
             align="l" + "r" * (2 + len(columns)),
+            expendable=("words", "tokens"),
         )
         say(f"results: {output}")
     ranks.close()
@@ -310,7 +311,8 @@ def _finish_suite(
         for row in record["sets"]:
             published = next((f"{number(each['value'])} {each['model']}" for each in row["published"]), "")
             rows.append([row["set"], row["metric"], *_value(row), row["n"], published])
-        print_table(rows, ["set", "metric", "value", "95 % interval", "n", "published"], align="llrlrl")
+        header = ["set", "metric", "value", "95 % interval", "n", "published"]
+        print_table(rows, header, align="llrlrl", expendable=("n", "metric"))
     if predictions := _predictions(options, suite):
         for folder, content in zip(folders, contents, strict=True):
             written = predictions.write(folder.name, content, folder)
@@ -371,8 +373,22 @@ def _list_sets(data: Path | None, as_json: bool) -> None:
     if as_json:
         print_json({"sets": rows})
         return
-    columns = ("name", "task", "language", "available", "description")
-    print_table([[row[name] for name in columns] for row in rows], columns)
+    cells = []
+    for row in rows:
+        name, language = row["name"].partition(":")[0], len(row["languages"]) or row["language"]
+        cells.append([name, row["task"], language, row["available"], row["description"]])
+    print_table(cells, ["name", "task", "language", "source", "description"], crop=True)
+    say("")
+    legend = {
+        "local": f"found in the data folder, {data}"
+        if data
+        else "found in the data folder: --data-dir or $MLMKIT_DATA",
+        "hub": "downloaded from the Hugging Face Hub on first use",
+        "missing": "eval MODEL --set NAME says what to put where in the data folder",
+        "a number": "so many languages: name one, as in --set multiblimp:por",
+    }
+    print_table(legend.items())
+    say("Descriptions and licences: docs/sets.md, or --list-sets --json")
 
 
 def _print_result(result: "Result", *, by_paradigm: bool = False) -> None:

@@ -1,5 +1,6 @@
 """The commands that use a model: fill, serve."""
 
+import logging
 import math
 import re
 from dataclasses import fields
@@ -18,7 +19,7 @@ from mlmkit.cli.options import (
     option_class,
     switch,
 )
-from mlmkit.console import print_json, say
+from mlmkit.console import MessageFormatter, print_json, say
 from mlmkit.errors import UserError, require
 from mlmkit.serve.limits import BATCH_TOKENS, QUEUE_TOKENS, Limits
 
@@ -192,6 +193,8 @@ def serve(options: ServeArguments) -> None:
         if not re.fullmatch(r"[\w.-]+|\[[\da-fA-F:]+\]", name):
             raise UserError(f"--allow-host {name}: give a host name without https:// and port")
     token = token and token.strip()  # a secret read from a file may end in a newline
+    for handler in logging.getLogger().handlers:
+        handler.setFormatter(MessageFormatter("%(asctime)s  %(message)s", "%Y-%m-%dT%H:%M:%S%z"))
     run_server(
         ServeOptions(
             model=options.model,

@@ -16,7 +16,6 @@ offer: `cpu|cuda` those values, `FILE` files (`mlmkit.cli.completion`).
 
 import logging
 import os
-import sys
 from collections.abc import Callable
 from dataclasses import Field, dataclass, field, fields
 from functools import wraps
@@ -25,7 +24,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, dataclass_transform
 
 import click
 
-from mlmkit.console import printable
+from mlmkit.console import MessageFormatter, MessageHandler
 
 if TYPE_CHECKING:
     from click.shell_completion import CompletionItem
@@ -148,17 +147,10 @@ def _complete(ctx: click.Context, param: click.Parameter, incomplete: str) -> "l
     return offers(param.metavar or param.human_readable_name, incomplete)
 
 
-class _PrintableFormatter(logging.Formatter):
-    """Escapes messages, which quote names and texts from anyone. Tracebacks (--verbose) keep their lines."""
-
-    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802
-        return printable(super().formatMessage(record))
-
-
 def show_messages(verbose: bool) -> None:
     """Send messages to standard error: those of mlmkit, and with `verbose` those of every library."""
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(_PrintableFormatter())
+    handler = MessageHandler()
+    handler.setFormatter(MessageFormatter())
     logging.basicConfig(level=logging.DEBUG if verbose else logging.WARNING, handlers=[handler])
     logging.getLogger("mlmkit").setLevel(logging.DEBUG if verbose else logging.INFO)
     if not verbose:

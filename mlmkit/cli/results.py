@@ -90,8 +90,7 @@ def _print_table(options: CompareOptions) -> None:
 
 
 def _print_comparison(comparison: dict[str, Any]) -> None:
-    from mlmkit.eval.comparison_page import describe_side, differing_rows, measured_on
-    from mlmkit.eval.display import number, p_value, signed, span
+    from mlmkit.eval.comparison_page import describe_side, differing_rows
 
     first = comparison["first"]
     for line in describe_side("A", first):
@@ -106,12 +105,7 @@ def _print_comparison(comparison: dict[str, Any]) -> None:
             say(agreement)
         if not different:
             continue
-        rows = []
-        for name, row in different:
-            sides = number(row["a"]), number(row["b"]), signed(row["difference"])
-            rows.append([name, row["better"], *sides, span(row), p_value(row["p_value"]), measured_on(row)])
-        n = "items" if "items" in other else "tokens / documents"
-        print_table(rows, ["metric", "better", "A", "B", "B - A", "95 %", "p", f"n: {n}"], align="llrrrlrl")
+        _print_differences(different)
         if other["tokens"]:
             say("tokens that differ most (log P):")
             tokens = []
@@ -120,6 +114,34 @@ def _print_comparison(comparison: dict[str, Any]) -> None:
                 sides = (f"{token[name]:.3f}" for name in ("log_prob_a", "log_prob_b"))
                 tokens.append([repr(token["token"]), where, *sides, f"{token['difference']:+.3f}"])
             print_table(tokens, ["token", "where", "A", "B", "B - A"], align="llrrr")
+
+
+def _print_differences(named_rows: list[tuple[str, dict[str, Any]]]) -> None:
+    """Print rows with the name of a metric, or of a metric and a slice or group of items."""
+    from mlmkit.eval.comparison_page import measured_on
+    from mlmkit.eval.display import number, p_value, signed, span
+
+    rows, metric = [], ""
+    for name, row in named_rows:
+        arrow = "↓" if row["better"] == "lower" else "↑"
+        if " " in name and not name.startswith(f"{metric} "):
+            metric = name.split()[0]
+            rows.append([f"{arrow} {metric} by part"])
+        label = f"    {name.removeprefix(metric).lstrip()}" if " " in name else f"{arrow} {name}"
+        decimals = _decimals(row["a"], row["b"])
+        form = f"{{:.{decimals}f}}"
+        sides = number(row["a"], form), number(row["b"], form), signed(row["difference"], form)
+        interval = span(row, f"{{:+.{decimals}f}}" if decimals < 4 else "")
+        rows.append([label, *sides, interval, measured_on(row), p_value(row["p_value"])])
+    say("↓: lower is better, ↑: higher is better. B - A is negative where B is lower.")
+    say(f"n: {'items' if 'items' in named_rows[0][1] else 'scored tokens / documents'}")
+    print_table(rows, ["metric", "A", "B", "B - A", "95 %", "n", "p"], align="lrrrlrr", expendable=("p", "n", "95 %"))
+
+
+def _decimals(*values: float | None) -> int:
+    """How many decimals give the largest of the values five digits, at most four."""
+    largest = max((abs(value) for value in values if value is not None), default=0.0)
+    return max(0, 4 - len(str(int(largest))) + 1)
 
 
 @option_class

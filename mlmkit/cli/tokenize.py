@@ -72,7 +72,7 @@ def tokenize(options: TokenizeOptions) -> None:
         print_json({name: {key: corpus.record[key] for key in names} for name, corpus in corpora.items()})
         return
     header = ("folder", "documents", "tokens", "bytes per token", "tokens per word", "unknown", "text")
-    print_table([_row(corpus) for corpus in corpora.values()], header, align="lrrrrrl")
+    print_table([_row(corpus) for corpus in corpora.values()], header, align="lrrrrrl", expendable=("bytes per token",))
     say("")
     say("name the folders in place of their texts in the configuration, and the tokenizer:")
     for name, value in _settings(corpora, options.output / TOKENIZER).items():

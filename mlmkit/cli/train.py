@@ -110,7 +110,7 @@ def train(options: TrainOptions) -> None:
             raise UserError("--output is missing: name the run folder")
         require("train", "torch", "transformers", "safetensors")
     if options.dry_run:
-        from mlmkit.train.cost import dry_run, lines
+        from mlmkit.train.cost import dry_run, figures, first_texts
 
         reports = dry_run(settings, options.start_from)
         if options.as_json:
@@ -118,10 +118,13 @@ def train(options: TrainOptions) -> None:
             print_json(tables.get("", tables))
         else:
             for name, report in reports.items():
-                for line in [*([f"phase {name}"] if name else []), *lines(report)]:
+                if name:
+                    say(f"phase {name}")
+                print_table(figures(report).items())
+                for line in first_texts(report):
                     say(line)
     elif options.output and options.sweeps:
-        from mlmkit.train.sweep import check, make_trials, sweep, table
+        from mlmkit.train.sweep import check, make_trials, sweep
 
         with said_once():
             trials = make_trials(options.config, options.overrides, options.sweeps, base)
@@ -129,8 +132,7 @@ def train(options: TrainOptions) -> None:
             if options.as_json:
                 print_json(results)
             else:
-                for line in table(results).splitlines():
-                    say(line)
+                _print_sweep(results, options.output)
             check(results)
     elif options.output:
         from mlmkit.train.loop import train as run_training
@@ -140,6 +142,19 @@ def train(options: TrainOptions) -> None:
         if os.environ.get("RANK", "0") == "0":
             outcome = summarise(options.output, settings)
             print_json(outcome) if options.as_json else _print_summary(outcome)
+
+
+def _print_sweep(results: dict[str, Any], output: Path) -> None:
+    from mlmkit.train.sweep import ACCURACY, INTERVAL, explain, table
+
+    header, *rows = table(results)
+    print_table(rows, header, align="r" * (len(header) - 1), expendable=(ACCURACY, INTERVAL))
+    for line in explain(results):
+        say(line)
+    say("")
+    plot = {"plot": output / "sweep.png"} if (output / "sweep.png").exists() else {}
+    lowest = {"lowest loss": output / results["lowest"] / "model"}
+    print_table(({"table": output / "sweep.md", "details": output / "sweep.json"} | plot | lowest).items())
 
 
 def _print_summary(summary: dict[str, Any]) -> None:
@@ -199,7 +214,6 @@ def average(options: AverageOptions) -> None:
     if options.as_json:
         print_json({"model": model, "checkpoints": averaged, "shares": shares})
         return
-    for checkpoint, share in zip(averaged, shares, strict=True):
-        say(f"{share:7.2%}  {checkpoint}")
+    print_table([(f"{share:.2%}", checkpoint) for checkpoint, share in zip(averaged, shares, strict=True)], align="r")
     say(f"model: {model}")
     say(f"evaluate it: mlmkit eval {shlex.quote(model)} --set TEXT --output RESULT")

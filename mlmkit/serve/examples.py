@@ -10,6 +10,8 @@ from mlmkit.errors import UserError, as_user_error
 
 log = logging.getLogger(__name__)
 
+CARD_BYTES = 1 << 20  # a larger card is not read: anyone may have written it, as no hash covers it
+
 
 @dataclass(frozen=True)
 class Example:
@@ -31,6 +33,8 @@ def read_example(folder: Path, mask_token: str) -> Example:
 
     try:
         with as_user_error(path, "no example is shown, because the front matter cannot be read"):
+            if path.stat().st_size > CARD_BYTES:
+                raise ValueError(f"the file is larger than {CARD_BYTES} bytes")
             front = metadata_load(path) or {}
     except UserError as error:
         log.warning("%s", error)

@@ -41,11 +41,12 @@ class Parameters(BaseModel):
     """Triton's binary data: parameters of an input, of an output, or of the request."""
 
     binary_data_size: Annotated[StrictInt, Field(ge=0, multiple_of=8)] | None = Field(
-        None, description="Of an input: how many of the bytes after the JSON are its data."
+        default=None, description="Of an input: how many of the bytes after the JSON are its data."
     )
-    binary_data: bool | None = Field(None, description="Of an output: send it as bytes.")
+    binary_data: bool | None = Field(default=None, description="Of an output: send it as bytes.")
     binary_data_output: bool = Field(
-        False, description="Of the request: send every output as bytes, unless its own `binary_data` says otherwise."
+        default=False,
+        description="Of the request: send every output as bytes, unless its own `binary_data` says otherwise.",
     )
 
 
@@ -61,29 +62,31 @@ class InputTensor(BaseModel):
     )
     datatype: Literal["INT64"] = Field(description="Always `INT64`.")
     data: Integers | Annotated[list[Integers], Field(fail_fast=True)] | None = Field(
-        None,
+        default=None,
         description="The values in row-major order, flat or nested. Without it, they follow the JSON as little-endian "
         "bytes.",
     )
-    parameters: OptionalParameters = Field(Parameters(), description="How many bytes after the JSON are its data.")
+    parameters: OptionalParameters = Field(
+        default=Parameters(), description="How many bytes after the JSON are its data."
+    )
 
 
 class RequestedOutput(BaseModel):
     """An output to send."""
 
     name: Literal["log_prob", "rank", "top_log_prob", "top_id"] = Field(description="Which output it is.")
-    parameters: OptionalParameters = Field(Parameters(), description="Whether to send it as bytes.")
+    parameters: OptionalParameters = Field(default=Parameters(), description="Whether to send it as bytes.")
 
 
 class InferRequest(BaseModel):
     """One batch for the scoring graph: all four inputs, each once."""
 
     inputs: Annotated[list[InputTensor], Field(fail_fast=True)] = Field(description="The four inputs, in any order.")
-    id: StrictStr | None = Field(None, description="Any string; the answer repeats it.")
+    id: StrictStr | None = Field(default=None, description="Any string; the answer repeats it.")
     outputs: Annotated[list[RequestedOutput], Field(fail_fast=True)] | None = Field(
-        None, description="The outputs to send. Default: all."
+        default=None, description="The outputs to send. Default: all."
     )
-    parameters: OptionalParameters = Field(Parameters(), description="Whether to send all outputs as bytes.")
+    parameters: OptionalParameters = Field(default=Parameters(), description="Whether to send all outputs as bytes.")
 
 
 class Tensor(BaseModel):
@@ -92,8 +95,10 @@ class Tensor(BaseModel):
     name: str = Field(description="Its name in the scoring graph.")
     datatype: str = Field(description="`INT64` or `FP32`.")
     shape: list[int] = Field(description="The size of each axis; -1 in a description stands for any size.")
-    data: list[Any] | None = Field(None, description="The values in row-major order, flat.")
-    parameters: dict[str, Any] | None = Field(None, description="`binary_data_size`, if its data follow as bytes.")
+    data: list[Any] | None = Field(default=None, description="The values in row-major order, flat.")
+    parameters: dict[str, Any] | None = Field(
+        default=None, description="`binary_data_size`, if its data follow as bytes."
+    )
 
 
 class InferAnswer(BaseModel):
@@ -101,7 +106,7 @@ class InferAnswer(BaseModel):
 
     model_name: str = Field(description="The model's name.")
     model_version: str = Field(description="The model's version, always `1`.")
-    id: str | None = Field(None, description="The `id` of the request.")
+    id: str | None = Field(default=None, description="The `id` of the request.")
     outputs: list[Tensor] = Field(description="The requested outputs.")
 
 

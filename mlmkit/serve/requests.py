@@ -69,7 +69,7 @@ def read_fill(service: Service, body: bytes) -> FillJob:
     """
     limits, backend = service.limits, service.backend
     request = parse_body(FillMaskRequest, body)
-    texts, parameters = _checked_texts(service, request.inputs), request.parameters or FillMaskParameters(top_k=None)
+    texts, parameters = _checked_texts(service, request.inputs), request.parameters or FillMaskParameters()
     targets = [parameters.targets] if isinstance(parameters.targets, str) else parameters.targets or []
     if len(targets) > limits.targets:
         raise ApiError(422, "too_many_targets", f"{len(targets)} targets are more than the limit of {limits.targets}")

@@ -20,26 +20,28 @@ class TokenizerKwargs(_Strict):
     """What to do with a text that is longer than the model can read."""
 
     truncation: StrictBool | None = Field(
-        False, description="Cut the text to a window of `max_length` tokens around its masks, instead of refusing it."
+        default=False,
+        description="Cut the text to a window of `max_length` tokens around its masks, instead of refusing it.",
     )
     max_length: StrictInt | None = Field(
-        None, description="Length of the window in tokens, special tokens included. Default: the server's limit."
+        default=None,
+        description="Length of the window in tokens, special tokens included. Default: the server's limit.",
     )
 
 
 class FillMaskParameters(_Strict):
     """Options of a fill-mask request."""
 
-    top_k: StrictInt | None = Field(5, description="Candidates per mask.")
+    top_k: StrictInt | None = Field(default=5, description="Candidates per mask.")
     targets: StrictStr | Strings | None = Field(
-        None,
+        default=None,
         description="Rank only these, used exactly as written, with their spaces. Without `whole_targets`, a target of "
         "several tokens is ranked by its first token.",
     )
-    tokenizer_kwargs: TokenizerKwargs | None = Field(None, description="How to cut a text that is too long.")
-    whole_targets: StrictBool | None = Field(False, description="Rank each target by all of its tokens.")
+    tokenizer_kwargs: TokenizerKwargs | None = Field(default=None, description="How to cut a text that is too long.")
+    whole_targets: StrictBool | None = Field(default=False, description="Rank each target by all of its tokens.")
     joint: StrictBool | None = Field(
-        False, description="Rank fillings of all masks of a text together, instead of each mask alone."
+        default=False, description="Rank fillings of all masks of a text together, instead of each mask alone."
     )
 
 
@@ -47,8 +49,8 @@ class FillMaskRequest(_Strict):
     """A request in the form of Hugging Face's fill-mask task."""
 
     inputs: Texts
-    parameters: FillMaskParameters | None = Field(None, description="Options; all have defaults.")
-    options: dict[str, Any] | None = Field(None, deprecated=True, description="Accepted and ignored.")
+    parameters: FillMaskParameters | None = Field(default=None, description="Options; all have defaults.")
+    options: dict[str, Any] | None = Field(default=None, deprecated=True, description="Accepted and ignored.")
 
 
 class FilledMask(BaseModel):
@@ -90,18 +92,18 @@ class ScoreParameters(_Strict):
     """Options of a score request."""
 
     pll: Literal["original", "within-word"] | None = Field(
-        "original",
+        default="original",
         description="`original` masks each token alone (Salazar et al. 2020); `within-word` also masks the later "
         "tokens of its word (Kauf and Ivanova 2023).",
     )
-    per_token: StrictBool | None = Field(False, description="Also return each token with its log-probability.")
+    per_token: StrictBool | None = Field(default=False, description="Also return each token with its log-probability.")
 
 
 class ScoreRequest(_Strict):
     """Texts to score by pseudo-log-likelihood."""
 
     inputs: Texts
-    parameters: ScoreParameters | None = Field(None, description="Options; all have defaults.")
+    parameters: ScoreParameters | None = Field(default=None, description="Options; all have defaults.")
 
 
 class ScoredToken(BaseModel):
@@ -120,7 +122,7 @@ class ScoredText(BaseModel):
     pseudo_log_likelihood: float | None = Field(description="The sum of its tokens' log-probabilities, in nats.")
     pseudo_perplexity: float | None = Field(description="exp(-`pseudo_log_likelihood` / `tokens`).")
     tokens: int = Field(description="How many tokens were scored.")
-    per_token: list[ScoredToken] | None = Field(None, description="The tokens, if the request asks for them.")
+    per_token: list[ScoredToken] | None = Field(default=None, description="The tokens, if the request asks for them.")
 
 
 ScoreAnswer = ScoredText | list[ScoredText]
@@ -129,7 +131,7 @@ ScoreAnswer = ScoredText | list[ScoredText]
 class Health(BaseModel):
     """The server is alive."""
 
-    status: Literal["ok"] = Field("ok", description="Always `ok`: a dead server answers with an error.")
+    status: Literal["ok"] = Field(default="ok", description="Always `ok`: a dead server answers with an error.")
 
 
 class Ready(BaseModel):

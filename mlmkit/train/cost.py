@@ -222,10 +222,10 @@ def _dry_run(config: Config, model: MaskedLM, tokenizer: Tokenizer, corpora: Seq
     )
 
 
-def lines(report: DryRun) -> list[str]:
-    """The report for a console."""
+def figures(report: DryRun) -> dict[str, str]:
+    """Size and cost of the run by name, for a console."""
     whole_run = timedelta(seconds=round(report.step_seconds * report.steps))
-    rows = {
+    return {
         "model": f"{report.architecture}, {_short(report.parameters)} parameters, vocabulary {report.vocabulary:,}",
         "text": f"{report.documents:,} documents, {report.corpus_tokens:,} tokens",
         "per step": f"{report.tokens_per_step:,} tokens in {report.micro_batches} × {report.micro_batch_tokens:,}, "
@@ -235,10 +235,13 @@ def lines(report: DryRun) -> list[str]:
         "time": f"{report.step_seconds:.3g} s per step, {whole_run} in all on one {report.device} (first micro-batch)",
         "memory": f"{_short(report.state_bytes)}B for weights, gradients and optimiser",
     }
+
+
+def first_texts(report: DryRun) -> list[str]:
+    """The beginning of the first micro-batch, for a console."""
     texts = report.first_batch[:SHOWN_DOCUMENTS]
     more = len(report.first_batch) - len(texts)
     return [
-        *(f"{name:12}{value}" for name, value in rows.items()),
         "first micro-batch: [MASK→original], [random→original], [=original] where the token was kept",
         *(f"  {text[:SHOWN_CHARACTERS]}{'…' if len(text) > SHOWN_CHARACTERS else ''}" for text in texts),
         *([f"  and {more:,} more documents"] if more else []),

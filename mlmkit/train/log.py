@@ -16,10 +16,9 @@ from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any
 
-from rich.console import Console
-
 from mlmkit.errors import UserError, first_line, install_hint
 from mlmkit.files import write_text
+from mlmkit.progress import has_bars
 from mlmkit.train.config import HELD_OUT, Config, RunConfig
 
 log = logging.getLogger(__name__)
@@ -71,8 +70,8 @@ class TrainingLog:
         self.writers = _open_writers(run, config, step, self.stack) if is_first else []
         entries = read_log(run) if is_first else []
         self.evaluated = {(entry["step"], *held_out_set(entry)) for entry in entries if "held_out" in entry}
-        self.logs_lines = is_first and not Console(stderr=True).is_terminal  # on a terminal there is a bar
-        self.last_line, self.description = -SECONDS_BETWEEN_LINES, "training"
+        self.logs_lines = is_first and not has_bars()
+        self.last_line, self.figures = -SECONDS_BETWEEN_LINES, [""]
         self._restart(sums)
 
     def _restart(self, sums: dict[str, float]) -> None:
@@ -93,16 +92,17 @@ class TrainingLog:
         share: float,
         steps_left: int,
         **latest: float,
-    ) -> str:
-        """Record a step with `tokens` (of `capacity`) and `masked` tokens over all ranks; returns the progress line.
+    ) -> list[str]:
+        """Record a step with `tokens` (of `capacity`) and `masked` tokens over all ranks; returns what a bar shows.
 
         `share` of the phase is done: 1.0 after its last step. An entry takes `latest` (epoch, learning rate,
         ...) from its last step.
         """
         added = {"steps": 1, "learning": int(masked > 0), "tokens": tokens, "masked": masked, "loss": loss}
         self.sums |= {name: self.sums[name] + value for name, value in {**added, "capacity": capacity}.items()}
+        where = self.where(step, share)
         if step % self.every and share < 1:
-            return self.description
+            return [where, *self.figures]
         sums, seconds = self.sums, max(time.perf_counter() - self.since, 1e-9)
         entry = {
             "step": step,
@@ -119,14 +119,13 @@ class TrainingLog:
         if self.peak_flops:
             entry["mfu"] = self.flops_per_token * entry["tokens_per_second"] / self.peak_flops
         self._write(entry)
-        self.description = _summary(entry)
+        self.figures = _figures(entry)
         if self.logs_lines and (share >= 1 or time.perf_counter() - self.last_line >= SECONDS_BETWEEN_LINES):
             left = timedelta(seconds=round(steps_left * seconds / sums["steps"]))
-            where = self._where(step) if self.last_step else f"{self._where(step)} ({share:.0%})"
-            log.info("%s  %s  %s left", where, _summary(entry), left)
+            log.info("%s  %s  %s left", where, "  ".join(self.figures), left)
             self.last_line = time.perf_counter()
         self._restart(NO_STEPS)
-        return self.description
+        return [where, *self.figures]
 
     def held_out(self, step: int, results: Mapping[str, dict[str, Any]]) -> None:
         """Write what `held_out_metrics` takes from each held-out evaluation's `result.json`, by name, once."""
@@ -139,10 +138,12 @@ class TrainingLog:
             metric, entropy = entry["held_out"]["masked_cross_entropy"], entry["held_out"]["unigram_entropy"]
             interval = "" if metric["low"] is None else f" ({metric['low']:.4f} to {metric['high']:.4f})"
             shown = f"{metric['value']:.4f}{interval}" + ("" if entropy is None else f", unigram {entropy:.4f}")
-            log.info("%s  %s cross-entropy %s", self._where(step), name, shown)
+            log.info("%s  %s cross-entropy %s", self.where(step), name, shown)
 
-    def _where(self, step: int) -> str:
-        return f"{self.phase} step {step}".lstrip() + (f"/{self.last_step}" if self.last_step else "")
+    def where(self, step: int, share: float | None = None) -> str:
+        """Phase and step, with its number of steps, or, if that is not known, the `share` that is done."""
+        total = f"/{self.last_step}" if self.last_step else "" if share is None else f" ({share:.0%})"
+        return f"{self.phase} step {step}{total}".lstrip()
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -220,12 +221,12 @@ def _parse_entry(line: bytes) -> dict[str, Any] | None:
     return entry if is_complete else None
 
 
-def _summary(entry: dict[str, Any]) -> str:
+def _figures(entry: dict[str, Any]) -> list[str]:
     parts = [f"loss {entry['loss']:.3f}"] if "loss" in entry else ["nothing masked"]
     parts.append(f"{entry['tokens_per_second']:,.0f} tokens/s")
     if "mfu" in entry:
         parts.append(f"MFU {entry['mfu']:.0%}")
-    return "  ".join(parts)
+    return parts
 
 
 def _open_writers(run: Path, config: Config, step: int, stack: ExitStack) -> list[Callable[[dict[str, Any]], object]]:

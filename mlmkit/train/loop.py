@@ -22,12 +22,12 @@ from pathlib import Path
 import torch
 
 from mlmkit.backends.torch import pick_device
-from mlmkit.console import progress
 from mlmkit.distributed import Ranks, said_once
 from mlmkit.distributed import ranks as find_ranks
 from mlmkit.errors import CheckError, StoppedError, UserError
 from mlmkit.files import write_record
 from mlmkit.locations import Source
+from mlmkit.progress import progress_bars
 from mlmkit.stored import StoredCorpus
 from mlmkit.tokenizer import Tokenizer
 from mlmkit.train.checkpoints import (
@@ -206,9 +206,10 @@ def _train_phase(run: Run, name: str, config: Config, state: State, start: Path 
             peak_flops=peak,
             is_first=ranks.is_first,
         ) as training_log,
-        progress(shown=ranks.is_first) as bar,
+        progress_bars(shown=ranks.is_first) as bars,
     ):
-        task = bar.add_task(name or "training", total=schedule.total, completed=schedule.done(cursor))
+        bar = bars.add("", schedule.total)
+        bar.show(done := schedule.done(cursor), [training_log.where(cursor.step, done / schedule.total), ""])
 
         def evaluate_and_prune(checkpoint: Path) -> None:
             results = evaluate_checkpoint(checkpoint, run.config, run.digests, device.type, ranks)
@@ -243,7 +244,7 @@ def _train_phase(run: Run, name: str, config: Config, state: State, start: Path 
             update(optimizers, factor)
             mask_prob = schedule.recipe(before, cursor).mask_prob
             share = min(schedule.done(cursor) / schedule.total, 1.0)
-            description = training_log.record(
+            shown = training_log.record(
                 cursor.step,
                 epoch=cursor.epoch,
                 loss=loss,
@@ -258,7 +259,7 @@ def _train_phase(run: Run, name: str, config: Config, state: State, start: Path 
                 share=share,
                 steps_left=round(cursor.phase_steps * (1 / share - 1)),
             )
-            bar.update(task, completed=schedule.done(cursor), description=description)
+            bar.show(schedule.done(cursor), shown)
             is_last = schedule.is_over(cursor)
             is_kept = any(round(before.words) < mark <= round(cursor.words) for mark in config.train.keep_at_words)
             if stopping or is_last or is_kept or cursor.step % config.train.save_every == 0:

@@ -5,6 +5,8 @@ import logging
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, replace
+from functools import cache
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,7 @@ from mlmkit.overlap import record_texts
 from mlmkit.packing import enable_packing
 from mlmkit.pretrained import from_pretrained, load_tokenizer, require_rust, save_tokenizer
 from mlmkit.stored import StoredCorpus, warn_of_words
-from mlmkit.token_cache import load_corpus
+from mlmkit.token_cache import load_corpus, tokenizer_file
 from mlmkit.tokenizer import Tokenizer
 from mlmkit.train.checkpoints import CURSOR, last_checkpoint, origin_folder, read_state, resuming, saved_checkpoints
 from mlmkit.train.config import CHANGEABLE, LENGTHS, WARMUPS, Config, RunConfig, TokenizerConfig, as_tables, named
@@ -269,14 +271,17 @@ def prepare_tokenizer(config: Config, folder: Path, start_from: Path | None = No
         limit = tokenizer.model_max_length if given == init_from else 0
         tokenizer.model_max_length = max(limit, _longest(config))
     else:
-        log.info("training a %s tokenizer with %d entries", settings.kind, settings.entries)
         sources = config.train_sources
+
+        @cache
+        def sample() -> list[str]:
+            return sample_documents(documents(), settings.train_tokens) if settings.train_tokens else []
 
         def documents() -> Iterator[str]:
             return chain.from_iterable(map(read_documents, sources))
 
-        sample = sample_documents(documents(), settings.train_tokens) if settings.train_tokens else []
-        tokenizer = train_tokenizer(lambda: sample or documents(), settings, _longest(config))
+        cached = tokenizer_file(sources, asdict(replace(settings, add="")))
+        tokenizer = train_tokenizer(lambda: sample() or documents(), settings, _longest(config), cached)
     if settings.add:
         tokenizer = add_tokens(tokenizer, settings.add)
     save_tokenizer(tokenizer, folder)

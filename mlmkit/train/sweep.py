@@ -15,8 +15,10 @@ from typing import Any
 
 from mlmkit.distributed import Ranks, ranks
 from mlmkit.errors import CheckError, UserError
+from mlmkit.eval.compare import compare, is_distinguishable
+from mlmkit.eval.display import markdown_table, signed, span
 from mlmkit.files import RUN, locked, read_record, write_json, write_text
-from mlmkit.train.checkpoints import HELD_OUT_METRICS
+from mlmkit.train.checkpoints import HELD_OUT_METRICS, held_out_folder, last_checkpoint
 from mlmkit.train.config import Config
 from mlmkit.train.config_file import load_config, toml_value
 from mlmkit.train.log import can_draw
@@ -25,6 +27,7 @@ from mlmkit.train.loop import train
 log = logging.getLogger(__name__)
 
 METRIC = "masked_cross_entropy"
+INTERVAL, ACCURACY = "95 % interval", "masked accuracy"  # columns that a narrow terminal drops
 NOT_IN_NAMES = re.compile(r"[^\w.+-]")
 BETWEEN_VALUES = re.compile(r",(?![^\[]*\])")  # a comma outside a list
 
@@ -79,8 +82,10 @@ def make_trials(
 def sweep(trials: Sequence[Trial], output: Path, start_from: Path | None = None) -> dict[str, Any]:
     """Train and compare; returns the content of `OUTPUT/sweep.json`, and {} on all ranks but the first.
 
-    Also writes `sweep.md` and `sweep.png`. A run that fails is listed with its `error`, and the others continue. Raises
-    the first error if all fail, and `CheckError` if two were evaluated on different masks.
+    Also writes `sweep.md` and `sweep.png`. `lowest` is the run with the lowest loss on held-out text; it is the `best`
+    if the paired interval of each other run's difference from it is above 0, else `best` is None. A run that fails is
+    listed with its `error`, and the others continue. Raises the first error if all fail, and `CheckError` if two were
+    evaluated on different masks.
     """
     if (output / RUN).exists() or (output.exists() and not output.is_dir()):
         raise UserError(f"{output} is not the folder of a sweep: choose another --output")
@@ -130,16 +135,24 @@ def _compare(rows: list[dict[str, Any]], trials: Sequence[Trial], output: Path) 
                 f"{first['run']} and {row['run']} were evaluated on different masks, so they do not compare: "
                 "sweep settings that leave tokenizer and held-out text unchanged"
             )
+    lowest = min(evaluated, key=lambda row: row[METRIC]["value"])
+    name, source = next(iter(trials[0].config.held_out_sources.items()))
+    for row in evaluated:
+        pair = output / lowest["run"], output / row["run"]
+        row["above_lowest"] = None if row is lowest else _difference(*pair, name)
     result = {
         "metric": METRIC,
-        "held_out": next(iter(trials[0].config.held_out_sources.values())).name,
+        "held_out": source.name,
         "mask_digest": first["mask_digest"],
         "unigram_entropy": first["unigram_entropy"],
-        "best": min(evaluated, key=lambda row: row[METRIC]["value"])["run"],
+        "lowest": lowest["run"],
+        "best": lowest["run"] if all(_is_above(row) for row in evaluated if row is not lowest) else None,
         "runs": rows,
     }
     write_json(output / "sweep.json", result)
-    write_text(output / "sweep.md", table(result) + "\n")
+    header, *lines = table(result)
+    markdown = markdown_table(header, lines, "r" * (len(header) - 1))
+    write_text(output / "sweep.md", "\n".join([markdown, *explain(result), ""]))
     if can_draw(output / "sweep.png"):
         from mlmkit.eval.plots import sweep_curves
 
@@ -147,27 +160,59 @@ def _compare(rows: list[dict[str, Any]], trials: Sequence[Trial], output: Path) 
     return result
 
 
-def table(result: dict[str, Any]) -> str:
-    """The comparison as a Markdown table; other held-out texts have a column with their cross-entropy."""
+def _difference(lowest: Path, run: Path, held_out: str) -> dict[str, Any] | None:
+    """How much higher a run's loss is: the value with its paired interval; None if an evaluation is gone."""
+    folders = [held_out_folder(last_checkpoint(each) or each, held_out) for each in (lowest, run)]
+    try:
+        [other] = compare(folders, top=0)["comparisons"]
+    except UserError as error:
+        log.warning("%s is not compared with %s: %s", run.name, lowest.name, error)
+        return None
+    row = other["metrics"][METRIC]
+    interval = {"low": row["low"], "high": row["high"]}
+    return {"value": row["difference"], **interval, "distinguishable": is_distinguishable(row)}
+
+
+def _is_above(row: dict[str, Any]) -> bool:
+    """Whether the run's loss is distinguishable from the lowest."""
+    return row["above_lowest"] is not None and row["above_lowest"]["distinguishable"]
+
+
+def table(result: dict[str, Any]) -> list[list[str]]:
+    """The comparison, its header first. The last column says which run is the best, or which are tied."""
     others = next(list(run["other_sets"]) for run in result["runs"] if not run["error"])
-    rows = [[*result["runs"][0]["values"], "masked cross-entropy", "95 % interval", "masked accuracy", *others, ""]]
+    columns = ["cross-entropy", INTERVAL, "above the lowest", ACCURACY, *others, ""]
+    rows = [[*result["runs"][0]["values"], *columns]]
     for run in result["runs"]:
         if run["error"]:
-            measured = ["", "", "", *("" for _ in others), f"failed: {run['error']}".replace("|", "\\|")]
+            measured = [*("" for _ in columns[1:]), f"failed: {run['error']}"]
         else:
-            interval = [run[METRIC][bound] for bound in ("low", "high")]
-            shown = "" if None in interval else "{:.4f} to {:.4f}".format(*interval)
-            note = "best" if run["run"] == result["best"] else ""
             losses = [f"{metrics[METRIC]['value']:.4f}" for metrics in run["other_sets"].values()]
             accuracy = f"{run['masked_accuracy']['value']:.4f}"
-            measured = [f"{run[METRIC]['value']:.4f}", shown, accuracy, *losses, note]
+            interval = span(run[METRIC], "{:.4f}")
+            measured = [f"{run[METRIC]['value']:.4f}", interval, _above(run), accuracy, *losses, _note(run, result)]
         rows.append([*map(str, run["values"].values()), *measured])
-    widths = [max(map(len, column)) for column in zip(*(row[:-1] for row in rows), strict=True)]
-    rows.insert(1, ["-" * (width - 1) + ":" for width in widths] + ["---"])
-    lines = [" | ".join([*map(str.rjust, row, widths), row[-1]]).rstrip() for row in rows]
-    entropy = (
-        "" if result["unigram_entropy"] is None else f" Unigram entropy, to beat: {result['unigram_entropy']:.4f}."
-    )
-    masks = f"All with the same masks, digest {result['mask_digest']}."
-    held_out = f"Held out: {result['held_out']}. {masks}{entropy}"
-    return "\n".join([*(f"| {line} |" for line in lines), "", held_out])
+    return rows
+
+
+def explain(result: dict[str, Any]) -> list[str]:
+    """Lines that say what the table compares."""
+    entropy = result["unigram_entropy"]
+    beaten = "" if entropy is None else f"; unigram entropy, to beat: {entropy:.4f}"
+    return [
+        f"Masked cross-entropy in nats on {result['held_out']}{beaten}.",
+        f"All with the same masks, digest {result['mask_digest']}.",
+        "Above the lowest: the difference, paired by document, and its 95 % interval. Tied: it includes 0.",
+        "The intervals do not cover what another train.seed would change.",
+    ]
+
+
+def _above(run: dict[str, Any]) -> str:
+    difference = run["above_lowest"]
+    return f"{signed(difference['value'])} ({span(difference)})" if difference else ""
+
+
+def _note(run: dict[str, Any], result: dict[str, Any]) -> str:
+    if run["run"] == result["lowest"]:
+        return "best" if result["best"] else "lowest"
+    return "" if _is_above(run) else "tied"

@@ -3,13 +3,16 @@
 import logging
 from collections.abc import Callable, Iterable
 from heapq import heappop, heappush
+from pathlib import Path
 
 from tokenizers import Tokenizer as RustTokenizer
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from mlmkit.errors import UserError
+from mlmkit.errors import DamagedError, UserError
+from mlmkit.files import read_record, write_record
 from mlmkit.masking import document_key
+from mlmkit.token_cache import cache_errors
 from mlmkit.train.config import TokenizerConfig
 
 log = logging.getLogger(__name__)
@@ -66,22 +69,41 @@ def sample_documents(documents: Iterable[str], tokens: int) -> list[str]:
 
 
 def train_tokenizer(
-    documents: Callable[[], Iterable[str]], config: TokenizerConfig, max_length: int
+    documents: Callable[[], Iterable[str]], config: TokenizerConfig, max_length: int, cached: Path | None = None
 ) -> PreTrainedTokenizerFast:
     """WordPiece like BERT's or byte-level BPE like RoBERTa's, with at most `config.entries` entries.
 
     `documents` is called once per pass over the text. The same text gives the same tokenizer. Accents are always kept:
-    BERT drops them when it lowercases, which merges "avó" and "avô".
+    BERT drops them when it lowercases, which merges "avó" and "avô". With a file `cached`, it is read from there, or
+    written to it.
 
     Raises `UserError` when `vocab_size` is smaller than the number of characters.
     """
     wordpiece = config.kind == "wordpiece"
-    rust = _train_wordpiece(documents, config) if wordpiece else _train_bpe(documents, config)
-    if (size := rust.get_vocab_size()) > config.entries:
-        raise UserError(
-            f"tokenizer.vocab_size ({config.entries}) is too small: the text's characters alone take {size}"
-        )
+    rust = _read(cached) if cached else None
+    if not rust:
+        log.info("training a %s tokenizer with %d entries", config.kind, config.entries)
+        rust = _train_wordpiece(documents, config) if wordpiece else _train_bpe(documents, config)
+        if (size := rust.get_vocab_size()) > config.entries:
+            raise UserError(
+                f"tokenizer.vocab_size ({config.entries}) is too small: the text's characters alone take {size}"
+            )
+        if cached:
+            with cache_errors(cached):
+                cached.parent.mkdir(parents=True, exist_ok=True)
+                write_record(cached, {"tokenizer": rust.to_str()})
     return _wrap(rust, WORDPIECE_SPECIALS if wordpiece else BPE_SPECIALS, max_length)
+
+
+def _read(cached: Path) -> RustTokenizer | None:
+    try:
+        rust = RustTokenizer.from_str(read_record(cached, "it is trained again")["tokenizer"])
+    except DamagedError as error:
+        if cached.exists():
+            log.warning("%s", error)
+        return None
+    log.info("the tokenizer was trained on this text before: %s", cached)
+    return rust
 
 
 def _train_wordpiece(documents: Callable[[], Iterable[str]], config: TokenizerConfig) -> RustTokenizer:

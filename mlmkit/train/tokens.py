@@ -12,11 +12,11 @@ from functools import partial
 from pathlib import Path
 
 from mlmkit.cluster import make_task, tasks_of
-from mlmkit.console import progress
 from mlmkit.errors import UserError
 from mlmkit.files import atomic, content, locked, read_record, write_record
 from mlmkit.hub import HUB
 from mlmkit.locations import Source, is_remote
+from mlmkit.progress import progress
 from mlmkit.shards import finish, plan_corpus, warn_of_losses
 from mlmkit.stored import StoredCorpus
 from mlmkit.tokenizer import Tokenizer
@@ -88,10 +88,9 @@ def _begin(config: Config, texts: dict[str, Source], output: Path) -> Tokenizer:
 
 def _run_here(folders: list[Path], workers: int) -> None:
     tasks = tasks_of(folders)
-    with progress() as bar:
-        shown = bar.add_task("parts of the text", total=len(tasks))
+    with progress("tokenising", len(tasks), "parts") as bar:
         for _ in from_workers(partial(_make, folders[0].parent / TOKENIZER, tasks), min(workers, len(tasks))):
-            bar.advance(shown)
+            bar.advance()
 
 
 def _make(tokenizer: Path, tasks: list[tuple[Path, int]], *, index: int, every: int) -> Iterator[int]:
