@@ -148,7 +148,7 @@ def test_appended_masks_hide_all_that_follows(checkpoint, tmp_path):
 def test_settings_that_a_set_cannot_be_measured_with_are_refused(checkpoint, tmp_path):
     model = load(str(checkpoint("bert")))
     declared = declare(tmp_path, [{"t": "a name"}], 'task = "cloze"\n[cloze]\ntarget = "t"\n')
-    with pytest.raises(UserError, match="mine holds cloze, whose tokens are all scored"):
+    with pytest.raises(UserError, match="mine holds cloze, whose tokens must all be scored"):
         evaluate(model, declared, pseudo_sample=0.5)
     masks = 'task = "cloze"\n[cloze]\ntarget = "t"\npll = "left-to-right"\nappended_masks = 62\n'
     with pytest.raises(UserError, match="appended_masks = 62 leaves no room for text: the model takes 62 tokens"):
