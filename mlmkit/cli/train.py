@@ -148,7 +148,8 @@ def _print_sweep(results: dict[str, Any], output: Path) -> None:
     from mlmkit.train.sweep import ACCURACY, INTERVAL, explain, table
 
     header, *rows = table(results)
-    print_table(rows, header, align="r" * (len(header) - 1), expendable=(ACCURACY, INTERVAL))
+    others = header[header.index(ACCURACY) + 1 : -1]
+    print_table(rows, header, align="r" * (len(header) - 1), expendable=(ACCURACY, INTERVAL, *reversed(others)))
     for line in explain(results):
         say(line)
     say("")

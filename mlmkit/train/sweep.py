@@ -16,7 +16,7 @@ from typing import Any
 from mlmkit.distributed import Ranks, ranks
 from mlmkit.errors import CheckError, UserError
 from mlmkit.eval.compare import compare, is_distinguishable
-from mlmkit.eval.display import markdown_table, signed, span
+from mlmkit.eval.display import SMALL, markdown_table, signed, span
 from mlmkit.files import RUN, locked, read_record, write_json, write_text
 from mlmkit.train.checkpoints import HELD_OUT_METRICS, held_out_folder, last_checkpoint
 from mlmkit.train.config import Config
@@ -185,7 +185,7 @@ def table(result: dict[str, Any]) -> list[list[str]]:
     rows = [[*result["runs"][0]["values"], *columns]]
     for run in result["runs"]:
         if run["error"]:
-            measured = [*("" for _ in columns[1:]), f"failed: {run['error']}"]
+            measured = [*("" for _ in columns[1:]), "failed"]
         else:
             losses = [f"{metrics[METRIC]['value']:.4f}" for metrics in run["other_sets"].values()]
             accuracy = f"{run['masked_accuracy']['value']:.4f}"
@@ -202,14 +202,15 @@ def explain(result: dict[str, Any]) -> list[str]:
     return [
         f"Masked cross-entropy in nats on {result['held_out']}{beaten}.",
         f"All with the same masks, digest {result['mask_digest']}.",
-        "Above the lowest: the difference, paired by document, and its 95 % interval. Tied: it includes 0.",
+        "Above the lowest: paired difference and its 95 % interval. Tied: it includes 0.",
         "The intervals do not cover what another train.seed would change.",
+        *(f"{run['run']} failed: {run['error']}" for run in result["runs"] if run["error"]),
     ]
 
 
 def _above(run: dict[str, Any]) -> str:
     difference = run["above_lowest"]
-    return f"{signed(difference['value'])} ({span(difference)})" if difference else ""
+    return f"{signed(difference['value'])} ({span(difference, SMALL)})" if difference else ""
 
 
 def _note(run: dict[str, Any], result: dict[str, Any]) -> str:
