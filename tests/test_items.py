@@ -403,7 +403,7 @@ def test_results_of_items_are_printed_reported_and_compared(checkpoint, artifact
         code, out, _ = run(capsys, "eval", model, "--set", declared, "--output", tmp_path / name, "--by-paradigm")
         assert code == 0 and "chance level: 0.5000" in out and "choice_accuracy_macro" in out
         assert [line.split()[0] for line in out.splitlines() if line.endswith("4 items")] == ["g0", "g1"]
-        assert "x_n_spearman" in (tmp_path / name / "report.html").read_text().replace(" ", "_")
+        assert "x n, Spearman&#39;s correlation" in (tmp_path / name / "report.html").read_text()
     found = run_json(capsys, "compare", tmp_path / "a", tmp_path / "b", "--output", tmp_path / "compare")
     metrics = found["comparisons"][0]["metrics"]
     assert {"choice_accuracy", "choice_accuracy_macro", "x", "x_n_spearman", "x_n_pearson", "x_n_r2_gain"} == set(
