@@ -124,7 +124,7 @@ def test_the_card_of_a_portuguese_run(portuguese, capsys, caplog, tmp_path):
     last = [json.loads(line) for line in (portuguese / "run/log.jsonl").read_text().splitlines() if "loss" in line][-1]
     counts = f"{last['tokens_seen']:,} tokens (special tokens included) and {round(last['words_seen']):,} words"
     assert f"\n4 steps: {counts}, counting repeated passes.\n" in text
-    assert re.search(r"\| treino\.txt \| 12 \| \d+ \| \d+ \| [0-9a-f]{32} \|", text)
+    assert re.search(r"\| treino\.txt \| 12 \| \d+ \| \d+ \| [0-9a-f]{32} \|", unpadded(text))
     [toml] = blocks(text, "toml")
     assert 'model.architecture = "architecture.json"\n' in toml and "# masking.mask_prob = 0.15\n" in toml
     (tmp_path / "config.toml").write_text(toml)

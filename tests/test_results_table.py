@@ -29,7 +29,7 @@ LOSSES = {  # nats of each document's only scored token; a and b differ in both 
 }
 
 
-def store(folder: Path, losses: np.ndarray, metric: str = "masked", **changes: Any) -> Path:
+def store(folder: Path, losses: np.ndarray, metric: str = "masked", /, **changes: Any) -> Path:
     """A stored result with these losses; `changes` replace parts of its `model`, `corpus` or `result.json`."""
     folder.mkdir(parents=True)
     write_tables(folder, metric, [[(-loss, 0, -0.1)] for loss in losses])
