@@ -3,8 +3,8 @@
 #   make test    lint, types and tests
 #   make docs    build the documentation site in build/site
 # Everything is installed into .venv; nothing else is touched. All paths are relative, so a clone works anywhere.
-# On Linux, pip's PyTorch brings CUDA's libraries, several gigabytes. Those of the CPU alone are in PyTorch's own index:
-#   PIP_EXTRA_INDEX_URL=<that index> make demo
+# On Linux, pip's PyTorch brings CUDA's libraries, several gigabytes. PyTorch has an index of builds for CPUs alone, which
+# pytorch.org names under "Get started": PIP_EXTRA_INDEX_URL=<that index> make demo
 
 PYTHON ?= python3
 VENV_PYTHON := .venv/bin/python
@@ -25,8 +25,8 @@ $(VENV_PYTHON):
 	@$(PYTHON) -m venv .venv || \
 		{ rm -rf .venv; echo "python -m venv failed: on Debian and Ubuntu, apt install python3-venv"; exit 1; }
 
-# The pip of constraints.txt, its own installation included, takes 40 s of processor time for the demo; that of Python
-# 3.11 takes 60. Warnings are off because setuptools has ten lines for every editable installation.
+# With the pip of constraints.txt, the demo's packages took 44 s on two cores, with that of Python 3.11 87 s (one run
+# each, from a warm cache). Warnings are off because setuptools has ten lines for every editable installation.
 # These marks depend on the package lists: a second run costs nothing, and a changed list installs again.
 $(INSTALLED): EXTRAS := dev
 $(INSTALLED): SIZE := 3 GB on disk and some minutes
