@@ -23,7 +23,7 @@ from mlmkit.eval.compare import (
     metric_draws,
     pass_of,
 )
-from mlmkit.eval.display import ARROWS, headline, markdown_table, number
+from mlmkit.eval.display import ARROWS, headline, markdown_cell, markdown_table, number
 from mlmkit.eval.metrics import FAMILIES, better
 from mlmkit.eval.pages import render
 from mlmkit.eval.result import Metric, Result, main_metric, sample_size
@@ -35,9 +35,9 @@ from mlmkit.locations import last_part, name_stem
 SUFFIXES = (".md", ".csv", ".html")
 RULE = (
     f"Brackets: 95 % interval, bootstrap over documents or items, {RESAMPLES:,} resamples. Parentheses: rank, 1 + the "
-    "number of models that are better by a paired difference whose 95 % interval excludes 0, so models that cannot be "
-    "told apart share a rank. Bold: rank 1. ↓: lower is better; ↑: higher is better; a column without an arrow is not "
-    "ranked. Not corrected for the number of comparisons."
+    "number of models that are better by a paired difference whose 95 % interval excludes 0. Models with the same rank "
+    "are tied. Bold: rank 1. ↓: lower is better; ↑: higher is better; a column without an arrow is not ranked. Not "
+    "corrected for the number of comparisons."
 )
 Draws = tuple[NDArray[np.float64], int]  # see `metric_draws`
 RUN_PARTS = ("model", "checkpoints")  # of a checkpoint's path; they name no model
@@ -107,7 +107,9 @@ def results_table(folders: Sequence[Path]) -> ResultsTable:
 
 def _result_folders(folders: Iterable[Path]) -> Iterable[Path]:
     for folder in folders:
-        inside = sorted(path.parent for path in folder.rglob(RESULT) if not path.parent.name.startswith("."))
+        paths = (path.relative_to(folder) for path in folder.rglob(RESULT))
+        # Hidden folders are what a killed process has left.
+        inside = sorted(folder / path.parent for path in paths if not any(part[0] == "." for part in path.parts))
         yield from inside or [folder]
 
 
@@ -262,7 +264,9 @@ def write_table(table: ResultsTable, path: Path) -> None:
 
 
 def check_path(path: Path) -> None:
-    """Raise `UserError` for a suffix that is no form of the table, or one whose packages are missing."""
+    """Raise `UserError` for a folder, a suffix that is no form of the table, or one whose packages are missing."""
+    if path.is_dir():
+        raise UserError(f"--table {path}: this is a folder: name a file, or put --table after the results")
     if path.suffix not in SUFFIXES:
         raise UserError(f"--table {path}: end the file's name in {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}")
     if path.suffix == ".html":
@@ -276,7 +280,7 @@ def as_markdown(table: ResultsTable) -> str:
     rows.append(["*n*", *(f"{column.n:,} {column.unit}" for column in table.columns)])
     for model in table.models:
         rows.append([model, *(_markdown_value(column, column.cells.get(model)) for column in table.columns)])
-    notes = "".join(f"{column.note}.\n\n" for column in table.columns if column.note)
+    notes = "".join(f"{markdown_cell(column.note)}.\n\n" for column in table.columns if column.note)
     return f"{markdown_table(header, rows, 'l' + 'r' * len(table.columns))}\n{notes}{RULE}\n"
 
 
