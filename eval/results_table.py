@@ -23,7 +23,7 @@ from mlmkit.eval.compare import (
     metric_draws,
     pass_of,
 )
-from mlmkit.eval.display import ARROWS, headline, markdown_cell, markdown_table, number
+from mlmkit.eval.display import ARROWS, headline, markdown_cell, markdown_table, model_name, name_parts, number
 from mlmkit.eval.metrics import FAMILIES, better
 from mlmkit.eval.pages import render
 from mlmkit.eval.result import Metric, Result, main_metric, sample_size
@@ -40,7 +40,6 @@ RULE = (
     "corrected for the number of comparisons."
 )
 Draws = tuple[NDArray[np.float64], int]  # see `metric_draws`
-RUN_PARTS = ("model", "checkpoints")  # of a checkpoint's path; they name no model
 
 
 @dataclass(frozen=True)
@@ -123,20 +122,20 @@ class _Identity(NamedTuple):
     tokenizer: str
     precision: str
     backend: str
-    last_part: str
+    name: str
 
 
 def _identity(result: Result) -> _Identity:
     model = result["model"]
-    last = _name_parts(model["path"])[-1]
-    return _Identity(model["fingerprint"], model["tokenizer"], model["precision"], result["backend"]["name"], last)
+    name = model_name(model["path"])
+    return _Identity(model["fingerprint"], model["tokenizer"], model["precision"], result["backend"]["name"], name)
 
 
 def _model_names(results: Iterable[Result]) -> dict[_Identity, str]:
     """The shortest end of each model's path that tells it from the others; if none does, what else differs."""
     paths: dict[_Identity, tuple[str, ...]] = {}
     for result in results:
-        paths.setdefault(_identity(result), _name_parts(result["model"]["path"]))
+        paths.setdefault(_identity(result), name_parts(result["model"]["path"]))
     names = {identity: _shortest_end(path, set(paths.values())) for identity, path in paths.items()}
     for describe in (lambda own: f"{own.precision}, {own.backend}", lambda own: f"weights {own.weights[:8]}"):
         counts = Counter(names.values())
@@ -148,14 +147,6 @@ def _shortest_end(path: tuple[str, ...], paths: Iterable[tuple[str, ...]]) -> st
     others = [other for other in paths if other != path]
     ends = (path[-length:] for length in range(1, len(path)))
     return "/".join(next((end for end in ends if all(other[-len(end) :] != end for other in others)), path))
-
-
-def _name_parts(path: str) -> tuple[str, ...]:
-    """A model's path without what all runs share: `RUN/model` is called RUN, `RUN/checkpoints/step-N` RUN/step-N."""
-    parts = [part for part in Path(path).parts if part not in RUN_PARTS and part != Path(path).anchor]
-    if len(parts) > 1 and parts[-1].startswith("step-"):
-        parts[-2:] = ["/".join(parts[-2:])]
-    return tuple(parts) or (path,)
 
 
 def _set_name(result: Result) -> str:

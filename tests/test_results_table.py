@@ -14,6 +14,7 @@ from test_intervals import write_tables
 
 from mlmkit.errors import UserError
 from mlmkit.eval.compare import metric_draws
+from mlmkit.eval.display import model_name
 from mlmkit.eval.item_metrics import item_scores, measure_items
 from mlmkit.eval.metrics import measure
 from mlmkit.eval.result import RESULT_FORMAT
@@ -210,6 +211,13 @@ def test_models_have_the_shortest_names_that_tell_them_apart(tmp_path):
     }
     for number, (path, changes) in enumerate(models.items()):
         store(tmp_path / str(number) / "wiki", LOSSES["a"], model={"path": path, **changes})
+    assert [model_name(path) for path in models] == ["a", "b/step-00000100", "a", "c", "c"]
+    assert [model_name(path) for path in ("model", "/", "r/initial", "artifact")] == [
+        "model",
+        "/",
+        "r/initial",
+        "artifact",
+    ]
     assert list(results_table([tmp_path]).models) == [
         "runs/a", "b/step-00000100", "old/a", "data/runs/c", "runs/c",
     ]  # fmt: skip
