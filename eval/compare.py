@@ -35,17 +35,17 @@ POSITION = ["document", "offset", "token_id", "input_id"]  # columns that identi
 ROUNDING = 1e-6  # scores are float32
 
 
-def compare(folders: Sequence[Path], top: int = 20) -> dict[str, Any]:
+def compare(folders: Sequence[Path], top: int = 20, *, with_texts: bool = True) -> dict[str, Any]:
     """Compare each evaluation with the first one: differences (its value minus the first's), intervals, p-values.
 
     Returns `first` and `comparisons`: a description of each result, and for the others `metrics`, `slices`, `items`
-    and the `top` tokens whose scores differ most. Raises `UserError`, with the reason, for evaluations of different
-    text, masks or metrics.
+    and the `top` tokens whose scores differ most; `with_texts` adds the text around each, which is read again. Raises
+    `UserError`, with the reason, for evaluations of different text, masks or metrics.
     """
     first, *others = [load_result(folder) for folder in folders]
     return {
         "first": _describe(first),
-        "comparisons": [{**_describe(other), **_compare(first, other, top)} for other in others],
+        "comparisons": [{**_describe(other), **_compare(first, other, top, with_texts)} for other in others],
     }
 
 
@@ -64,7 +64,7 @@ def _describe(stored: StoredResult) -> dict[str, Any]:
     }
 
 
-def _compare(a: StoredResult, b: StoredResult, top: int) -> dict[str, Any]:
+def _compare(a: StoredResult, b: StoredResult, top: int, with_texts: bool) -> dict[str, Any]:
     one, two = a.result, b.result
     seeds: dict[str, list[int | None]] = {}
     for name in one["digests"]:
@@ -89,7 +89,7 @@ def _compare(a: StoredResult, b: StoredResult, top: int) -> dict[str, Any]:
         "metrics": metrics,
         "slices": slices,
         "tokens": tokens,
-        "no_context": add_texts(tokens, a) if tokens else "",
+        "no_context": add_texts(tokens, a) if tokens and with_texts else "",
     }
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from mlmkit.errors import UserError, require
 from mlmkit.eval.compare import ROUNDING, distance, is_distinguishable
-from mlmkit.eval.display import ARROWS, SLICE_METRICS, SLICINGS, headline, model_name, slice_name
+from mlmkit.eval.display import ARROWS, SLICE_COLUMNS, SLICINGS, headline, model_name, slice_name
 from mlmkit.eval.item_metrics import GROUPS
 from mlmkit.eval.metrics import describe_unknown
 from mlmkit.eval.pages import render
@@ -40,7 +40,7 @@ def _section(other: dict[str, Any]) -> dict[str, Any]:
     """What the page shows of a comparison: the metrics that differ, one table per metric by part, the tokens."""
     tables = []
     for metric, slicings in other["slices"].items():
-        name, _ = SLICE_METRICS[metric]
+        name = SLICE_COLUMNS[metric][0]
         groups = [
             (SLICINGS[slicing][0], [(slice_name(label), rows[name]) for label, rows in slices.items()])
             for slicing, slices in slicings.items()
@@ -87,7 +87,7 @@ def _named_rows(other: dict[str, Any]) -> Iterator[tuple[str, Row]]:
     """Every difference with its name: overall, then one metric by slice and by group of items."""
     yield from other["metrics"].items()
     for metric, slicings in other["slices"].items():
-        name, _ = SLICE_METRICS[metric]
+        name = SLICE_COLUMNS[metric][0]
         for slicing, slices in slicings.items():
             yield from ((f"{name} {slicing} {label}", row[name]) for label, row in slices.items())
     for groups in other.get("items", {}).get("groups", {}).values():

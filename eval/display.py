@@ -49,11 +49,7 @@ SLICINGS = {
     "piece": ("word or subword", "Whether the token is a whole word, or the first or a later piece of one."),
     "treatment": ("treatment", "What the model saw in its place: the mask, a random token, or the token itself."),
 }
-SLICE_METRICS = {  # compared by slice: metric, label of the axis
-    "masked": ("masked_cross_entropy", "cross-entropy, nats"),
-    "pseudo": ("pseudo_perplexity", "pseudo-perplexity"),
-}
-SLICE_COLUMNS = {  # of the report's tables of slices; the first is drawn as a bar
+SLICE_COLUMNS = {  # of the report's tables of slices; the first is drawn as a bar, and compared by slice
     "masked": ("masked_cross_entropy", "masked_accuracy"),
     "pseudo": ("pseudo_perplexity",),
 }
@@ -68,10 +64,16 @@ def headline(name: str) -> tuple[str, str, str]:
 
 
 def model_name(path: str) -> str:
-    """The name of a model's folder or hub entry; with the name of its run if it is called `model` or `step-100`."""
-    parts = [part for part in Path(path).parts if part not in ("/", "checkpoints")]
-    is_generic = parts and re.fullmatch(r"model|initial|artifact|checkpoint|step-\d+", parts[-1])
-    return "/".join(parts[-2 if is_generic else -1 :])
+    """What a model is called: its folder, or its run. See `name_parts`."""
+    return name_parts(path)[-1]
+
+
+def name_parts(path: str) -> tuple[str, ...]:
+    """A model's path without what all runs share: `RUN/model` is called RUN, `RUN/checkpoints/step-N` RUN/step-N."""
+    parts = [part for part in Path(path).parts if part not in ("model", "checkpoints", Path(path).anchor)]
+    if len(parts) > 1 and re.fullmatch(r"initial|artifact|checkpoint|step-\d+", parts[-1]):
+        parts[-2:] = ["/".join(parts[-2:])]
+    return tuple(parts) or (path,)
 
 
 def slice_name(label: str) -> str:

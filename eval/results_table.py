@@ -23,7 +23,7 @@ from mlmkit.eval.compare import (
     metric_draws,
     pass_of,
 )
-from mlmkit.eval.display import ARROWS, headline, markdown_table, number
+from mlmkit.eval.display import ARROWS, headline, markdown_cell, markdown_table, model_name, name_parts, number
 from mlmkit.eval.metrics import FAMILIES, better
 from mlmkit.eval.pages import render
 from mlmkit.eval.result import Metric, Result, main_metric, sample_size
@@ -35,12 +35,11 @@ from mlmkit.locations import last_part, name_stem
 SUFFIXES = (".md", ".csv", ".html")
 RULE = (
     f"Brackets: 95 % interval, bootstrap over documents or items, {RESAMPLES:,} resamples. Parentheses: rank, 1 + the "
-    "number of models that are better by a paired difference whose 95 % interval excludes 0, so models that cannot be "
-    "told apart share a rank. Bold: rank 1. ↓: lower is better; ↑: higher is better; a column without an arrow is not "
-    "ranked. Not corrected for the number of comparisons."
+    "number of models that are better by a paired difference whose 95 % interval excludes 0. Models with the same rank "
+    "are tied. Bold: rank 1. ↓: lower is better; ↑: higher is better; a column without an arrow is not ranked. Not "
+    "corrected for the number of comparisons."
 )
 Draws = tuple[NDArray[np.float64], int]  # see `metric_draws`
-RUN_PARTS = ("model", "checkpoints")  # of a checkpoint's path; they name no model
 
 
 @dataclass(frozen=True)
@@ -107,7 +106,9 @@ def results_table(folders: Sequence[Path]) -> ResultsTable:
 
 def _result_folders(folders: Iterable[Path]) -> Iterable[Path]:
     for folder in folders:
-        inside = sorted(path.parent for path in folder.rglob(RESULT) if not path.parent.name.startswith("."))
+        paths = (path.relative_to(folder) for path in folder.rglob(RESULT))
+        # Hidden folders are what a killed process has left.
+        inside = sorted(folder / path.parent for path in paths if not any(part[0] == "." for part in path.parts))
         yield from inside or [folder]
 
 
@@ -121,20 +122,20 @@ class _Identity(NamedTuple):
     tokenizer: str
     precision: str
     backend: str
-    last_part: str
+    name: str
 
 
 def _identity(result: Result) -> _Identity:
     model = result["model"]
-    last = _name_parts(model["path"])[-1]
-    return _Identity(model["fingerprint"], model["tokenizer"], model["precision"], result["backend"]["name"], last)
+    name = model_name(model["path"])
+    return _Identity(model["fingerprint"], model["tokenizer"], model["precision"], result["backend"]["name"], name)
 
 
 def _model_names(results: Iterable[Result]) -> dict[_Identity, str]:
     """The shortest end of each model's path that tells it from the others; if none does, what else differs."""
     paths: dict[_Identity, tuple[str, ...]] = {}
     for result in results:
-        paths.setdefault(_identity(result), _name_parts(result["model"]["path"]))
+        paths.setdefault(_identity(result), name_parts(result["model"]["path"]))
     names = {identity: _shortest_end(path, set(paths.values())) for identity, path in paths.items()}
     for describe in (lambda own: f"{own.precision}, {own.backend}", lambda own: f"weights {own.weights[:8]}"):
         counts = Counter(names.values())
@@ -146,14 +147,6 @@ def _shortest_end(path: tuple[str, ...], paths: Iterable[tuple[str, ...]]) -> st
     others = [other for other in paths if other != path]
     ends = (path[-length:] for length in range(1, len(path)))
     return "/".join(next((end for end in ends if all(other[-len(end) :] != end for other in others)), path))
-
-
-def _name_parts(path: str) -> tuple[str, ...]:
-    """A model's path without what all runs share: `RUN/model` is called RUN, `RUN/checkpoints/step-N` RUN/step-N."""
-    parts = [part for part in Path(path).parts if part not in RUN_PARTS and part != Path(path).anchor]
-    if len(parts) > 1 and parts[-1].startswith("step-"):
-        parts[-2:] = ["/".join(parts[-2:])]
-    return tuple(parts) or (path,)
 
 
 def _set_name(result: Result) -> str:
@@ -262,7 +255,9 @@ def write_table(table: ResultsTable, path: Path) -> None:
 
 
 def check_path(path: Path) -> None:
-    """Raise `UserError` for a suffix that is no form of the table, or one whose packages are missing."""
+    """Raise `UserError` for a folder, a suffix that is no form of the table, or one whose packages are missing."""
+    if path.is_dir():
+        raise UserError(f"--table {path}: this is a folder: name a file, or put --table after the results")
     if path.suffix not in SUFFIXES:
         raise UserError(f"--table {path}: end the file's name in {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}")
     if path.suffix == ".html":
@@ -276,7 +271,7 @@ def as_markdown(table: ResultsTable) -> str:
     rows.append(["*n*", *(f"{column.n:,} {column.unit}" for column in table.columns)])
     for model in table.models:
         rows.append([model, *(_markdown_value(column, column.cells.get(model)) for column in table.columns)])
-    notes = "".join(f"{column.note}.\n\n" for column in table.columns if column.note)
+    notes = "".join(f"{markdown_cell(column.note)}.\n\n" for column in table.columns if column.note)
     return f"{markdown_table(header, rows, 'l' + 'r' * len(table.columns))}\n{notes}{RULE}\n"
 
 

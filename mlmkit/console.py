@@ -63,13 +63,15 @@ def print_table(
     """Print rows in aligned columns, under a rule if there is a `header`.
 
     `align` has a letter per column, "l" or "r"; columns without one are left-aligned. Cells are made `printable`. Where
-    a terminal is too narrow, the columns with the `expendable` titles are left out, the first of them first, and then
-    the last column is folded, or with `crop` cut off. In a file or a pipe all is whole.
+    a terminal is too narrow, the columns with the `expendable` titles are left out, the first of them first, and named
+    in a line below; then the last column is folded, or with `crop` cut off. In a file or a pipe all is whole.
     """
     from rich.cells import cell_len  # `mlmkit --help` imports click alone
 
     cells = [[printable(str(cell)) for cell in row] for row in rows]
     columns = list(range(max(map(len, [header, *cells]))))
+    if not columns:
+        return
     table = [[*row, *[""] * (len(columns) - len(row))] for row in ([header] if header else []) + cells]
     widths = [max(cell_len(row[column]) for row in table) for column in columns]
     room = get_terminal_size().columns if sys.stdout.isatty() else UNLIMITED
@@ -77,12 +79,14 @@ def print_table(
     def excess() -> int:
         return sum(widths[column] + GAP for column in columns) - GAP - room
 
+    left_out = []
     for title in expendable:
         if excess() > 0:
             columns.remove(header.index(title))
+            left_out.append(title)
     last = columns[-1]
     if excess() > 0 and align[last : last + 1] != "r":
-        widths[last] = max(widths[last] - excess(), cell_len(table[0][last]), NARROWEST_FOLD)
+        widths[last] = max(widths[last] - excess(), cell_len(header[last]) if header else 0, NARROWEST_FOLD)
     for number, row in enumerate(table):
         lines = _fold(row[last], widths[last], crop=crop)
         for line, text in enumerate(lines):
@@ -95,16 +99,19 @@ def print_table(
             click.echo((" " * GAP).join(padded).rstrip())
         if header and not number:
             click.echo("─" * (room + min(excess(), 0)))
+    if left_out:
+        click.echo(f"A wider terminal also shows: {', '.join(reversed(left_out))}.")
 
 
 def _fold(text: str, width: int, *, crop: bool) -> list[str]:
-    from rich.cells import cell_len, set_cell_size
+    from rich.cells import cell_len, chop_cells, set_cell_size
 
     if cell_len(text) <= width:
         return [text]
     if crop:
         return [set_cell_size(text, width - 1).rstrip() + "…"]
-    return textwrap.wrap(text, width)
+    lines = textwrap.wrap(text, width)  # counts characters, of which some are two columns wide
+    return [part for line in lines for part in chop_cells(line, width)] or [""]
 
 
 def number(value: float | None) -> str:

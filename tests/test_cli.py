@@ -107,7 +107,12 @@ def test_a_table_fits_a_terminal(capsys, monkeypatch):
     print_table([row], header, align="lr", crop=True)
     assert capsys.readouterr().out.splitlines()[2] == "first  12,345,678  words that d…"
     print_table([row], header, align="lr", expendable=("number", "name"))
-    assert capsys.readouterr().out.splitlines()[2] == "first  words that do not fit"
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[2:] == ["first  words that do not fit", "A wider terminal also shows: number."]
+    print_table([("日本", "語" * 20), ("blank", " " * 40)])
+    assert capsys.readouterr().out == f"日本   {'語' * 12}\n       {'語' * 8}\nblank\n"
+    print_table([])
+    assert capsys.readouterr().out == ""
 
 
 @pytest.mark.parametrize("kind", ["bert", "roberta"])

@@ -16,6 +16,7 @@ from conftest import PORTUGUESE, edit_record, paragraphs, run, run_json
 from test_pairs import write_pairs
 
 from mlmkit.backends import load
+from mlmkit.cli.results import _print_differences
 from mlmkit.corpus import tokenize
 from mlmkit.errors import UserError
 from mlmkit.eval.api import evaluate
@@ -344,6 +345,9 @@ def test_tokens_that_differ_are_shown_in_their_text(results, texts, checkpoint, 
     documents = texts.read_text(encoding="utf-8").splitlines()
     (found,) = compare([results["torch"], results["modern"]])["comparisons"]
     assert found["no_context"] == ""
+    (bare,) = compare([results["torch"], results["modern"]], with_texts=False)["comparisons"]
+    assert [token["offset"] for token in bare["tokens"]] == [token["offset"] for token in found["tokens"]]
+    assert not any("text" in token for token in bare["tokens"])
     for token in found["tokens"]:
         begin, end = token["span"]
         assert token["text"][begin:end].strip().lower() == token["token"].lower()
@@ -368,6 +372,13 @@ def test_the_comparison_fits_a_terminal(capsys, monkeypatch, results, columns, d
     assert max(map(len, table)) <= columns
     titles = ["metric", "A", "B", "B - A", "95 %", "n", "p"]
     assert re.split(" {2,}", table[0]) == titles[: titles.index(dropped) if dropped else None]
+
+
+def test_only_a_metric_with_a_better_direction_has_an_arrow(capsys):
+    row = {"a": 0.1, "b": 0.3, "difference": 0.2, "low": 0.1, "high": 0.3, "p_value": 0.1, "items": 9}
+    _print_differences([("x_spearman", {**row, "better": "neither"}), ("x", {**row, "better": "higher"})])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line[:3] for line in lines if "+0.2000" in line] == ["  x", "↑ x"]
 
 
 def test_what_agrees_is_one_line(capsys, results, tmp_path):

@@ -2,6 +2,8 @@
 
 import csv
 import io
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from test_intervals import write_tables
 
 from mlmkit.errors import UserError
 from mlmkit.eval.compare import metric_draws
+from mlmkit.eval.display import model_name
 from mlmkit.eval.item_metrics import item_scores, measure_items
 from mlmkit.eval.metrics import measure
 from mlmkit.eval.result import RESULT_FORMAT
@@ -76,7 +79,7 @@ def test_models_that_cannot_be_told_apart_share_a_rank(results, tmp_path):
     assert ranks([results]) == {"news": [1, 1, None], "wiki": [1, 1, 3]}
     rows = {(row["model"], row["set"]): row for row in results_table([results]).rows()}
     assert [rows[model, "wiki"]["tied"] for model in "abc"] == [True, True, False]
-    # a is always better than d by a little, b is not: d is third to nobody but second to one.
+    # a is better than d on every document, b is not: d cannot be told apart from b, but comes after a.
     store(tmp_path / "d" / "wiki", LOSSES["a"] + 0.02)
     assert ranks([results])["wiki"] == [1, 1, 4, 2]
 
@@ -158,6 +161,9 @@ def test_the_page_escapes_names(capsys, tmp_path):
     assert "<h1>2 models on 1 set</h1>" in text and text.count("(1)</b>") == 2
     markdown = (tmp_path / "t.md").read_text(encoding="utf-8")
     assert "&lt;b>one" in markdown and "two\\|three" in markdown
+    (column,) = (table := results_table([tmp_path])).columns
+    markdown = as_markdown(replace(table, columns=[replace(column, note="<i>, because a\x1b[2J\n differs")]))
+    assert "\n&lt;i>, because a[2J differs.\n" in markdown
 
 
 def test_results_on_other_text_or_masks_are_refused(results, tmp_path):
@@ -205,6 +211,13 @@ def test_models_have_the_shortest_names_that_tell_them_apart(tmp_path):
     }
     for number, (path, changes) in enumerate(models.items()):
         store(tmp_path / str(number) / "wiki", LOSSES["a"], model={"path": path, **changes})
+    assert [model_name(path) for path in models] == ["a", "b/step-00000100", "a", "c", "c"]
+    assert [model_name(path) for path in ("model", "/", "r/initial", "artifact")] == [
+        "model",
+        "/",
+        "r/initial",
+        "artifact",
+    ]
     assert list(results_table([tmp_path]).models) == [
         "runs/a", "b/step-00000100", "old/a", "data/runs/c", "runs/c",
     ]  # fmt: skip
@@ -221,3 +234,13 @@ def test_bad_arguments_are_refused(capsys, results, tmp_path):
     assert "--output is for the page" in refusal(capsys, "compare", a, "--table", "--output", tmp_path)
     assert "does not exist" in refusal(capsys, "compare", tmp_path / "none", "--table")
     assert "cannot write" in refusal(capsys, "compare", a, "--table", a / "result.json" / "t.md")
+    assert "put --table after the results" in refusal(capsys, "compare", "--table", a, a)
+    assert "--top has no effect with --table" in refusal(capsys, "compare", a, "--table", "--top", 5)
+
+
+def test_folders_that_a_killed_process_has_left_are_not_searched(results, tmp_path):
+    hidden = tmp_path / "a" / ".left.mlmkit-1" / "held-out"
+    hidden.parent.mkdir()
+    shutil.copytree(tmp_path / "a" / "wiki", hidden)
+    assert ranks([results])["wiki"] == [1, 1, 3]
+    assert ranks([hidden]) == {"wiki": [None]}

@@ -309,6 +309,8 @@ CARDS = {
     "---\nlanguage: [pt, en]\nwidget:\n- text: a [MASK]\n---\n": ("a [MASK]", ""),
     "---\nlanguage: pt\nwidget: [{src: a.png}, b, {text: [c]}]\n---\n": ("", "pt"),
     "---\nlanguage: no\nwidget: {text: 'd [MASK]'}\n---\n": ("d [MASK]", ""),  # YAML reads no as false
+    '---\nlanguage: "\\uD800"\nwidget: [{text: "\\uD800 [MASK]"}, {text: "e\\nf [MASK]"}]\n---\n': ("e\nf [MASK]", ""),
+    f"---\nlanguage: pt-BR\nwidget: {{text: '{'g' * 1000} [MASK]'}}\n---\n": ("", "pt-BR"),
     "---\nlanguage: [\n---\n": ("", ""),
     "---\n- a\n---\n": ("", ""),
     f"---\nlanguage: pt\n---\n{'a' * CARD_BYTES}": ("", ""),

@@ -101,6 +101,10 @@ def test_a_failing_run_does_not_lose_the_others(path, tmp_path):
     assert found["best"] is None  # as neither learns
     assert sorted(row[-1] for row in table(found)[1:]) == ["failed", "lowest", "tied"]
     assert "failed: step" in explain(found)[-1]
+    (tmp_path / "sweep" / found["lowest"] / "checkpoints").rename(tmp_path / "gone")
+    found = sweep(trials, tmp_path / "sweep")
+    assert sorted(row[-1] for row in table(found)[1:]) == ["failed", "lowest", "not compared"]
+    assert sweep([trials[0]], tmp_path / "sweep")["best"] is None  # there is nothing to compare it with
     with pytest.raises(CheckError, match=r"1 of 3 runs failed: optim\.lr=1e12: step \d"):
         check(found)
 

@@ -407,14 +407,15 @@ def _print_result(result: "Result", *, by_paradigm: bool = False) -> None:
     if "mask_seeds" in result:
         seeds = result["mask_seeds"]
         for name, spread in seeds["spread"].items():
-            deviation = f"sd {number(spread['standard_deviation'])} over {len(seeds['by_seed'])} mask seeds"
-            rows.append([name, number(spread["mean"]), "", deviation])
+            rows.append([name, number(spread["mean"]), "", f"sd {number(spread['standard_deviation'])}"])
     items = result.get("items", {})
     paradigms = items.get("paradigms", {}) if by_paradigm else {}
     for name, group in [*items.get("phenomena", {}).items(), *paradigms.items()]:
         ties = f", {group['ties']} ties" if group.get("ties") else ""
         rows.append([name, *_value(group[items["metrics"][0]]), f"{group['items']} items{ties}"])
     print_table(rows, ["metric", "value", "95 % interval", ""], align="lr")
+    if "mask_seeds" in result:
+        say(f"sd: standard deviation between {len(result['mask_seeds']['by_seed'])} mask seeds, beside their mean")
     if items:
         _print_items(items)
     if by_paradigm and not paradigms:

@@ -11,6 +11,7 @@ from mlmkit.console import print_json, print_table, say
 from mlmkit.errors import UserError, require
 
 STDOUT = Path("-")  # --table without a file
+TOP = 20  # differing tokens
 
 
 @option_class
@@ -32,8 +33,8 @@ class CompareOptions(JsonOption):
         metavar="[FILE]",
     )
     output: Path | None = option("--output", "Folder to write compare.html to.", type=PATH, metavar="OUTPUT")
-    top: int = option(
-        "--top", "How many differing tokens to show.", default=20, type=click.IntRange(min=0), metavar="N"
+    top: int | None = option(
+        "--top", "How many differing tokens to show.", shown_default=TOP, type=click.IntRange(min=0), metavar="N"
     )
 
 
@@ -59,7 +60,9 @@ def compare(options: CompareOptions) -> None:
 
     if len(options.results) < 2:
         raise UserError("name at least two results to compare")
-    comparison = run_comparison([Path(item) for item in options.results], options.top)
+    with_texts = bool(options.output) or options.as_json  # the terminal shows none
+    top = TOP if options.top is None else options.top
+    comparison = run_comparison([Path(item) for item in options.results], top, with_texts=with_texts)
     if options.output:
         write_comparison(comparison, options.output)
     if options.as_json:
@@ -75,6 +78,8 @@ def _print_table(options: CompareOptions) -> None:
 
     if options.output:
         raise click.UsageError("--output is for the page of a comparison: name the table's file, --table FILE.html.")
+    if options.top is not None:
+        raise click.UsageError("--top has no effect with --table: leave it out.")
     paths = [path for path in options.table if path != STDOUT]
     for path in paths:
         check_path(path)
@@ -119,11 +124,11 @@ def _print_comparison(comparison: dict[str, Any]) -> None:
 def _print_differences(named_rows: list[tuple[str, dict[str, Any]]]) -> None:
     """Print rows with the name of a metric, or of a metric and a slice or group of items."""
     from mlmkit.eval.comparison_page import measured_on
-    from mlmkit.eval.display import number, p_value, signed, span
+    from mlmkit.eval.display import ARROWS, number, p_value, signed, span
 
     rows, metric = [], ""
     for name, row in named_rows:
-        arrow = "↓" if row["better"] == "lower" else "↑"
+        arrow = ARROWS[row["better"]] or " "
         if " " in name and not name.startswith(f"{metric} "):
             metric = name.split()[0]
             rows.append([f"{arrow} {metric} by part"])

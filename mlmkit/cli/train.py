@@ -199,7 +199,7 @@ def average(options: AverageOptions) -> None:
 
     \b
     For example:
-      mlmkit average run/checkpoint-9* --output mean
+      mlmkit average run/checkpoints/step-* --output mean
 
     The mean is computed in float64.
     """

@@ -61,7 +61,7 @@ def fill_example(service: Service) -> dict[str, Any]:
 def score_example(service: Service) -> dict[str, Any]:
     """The body of a score request with the longest part of `fill_example`'s text that has no mask."""
     parts = fill_example(service)["inputs"].split(service.backend.tokenizer.mask_token)
-    return {"inputs": max(parts, key=len).strip(), "parameters": {"per_token": True}}
+    return {"inputs": max(parts, key=len).strip() or "...", "parameters": {"per_token": True}}
 
 
 def openapi(app: FastAPI, service: Service, *, has_token: bool) -> dict[str, Any]:

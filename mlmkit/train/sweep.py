@@ -83,8 +83,8 @@ def sweep(trials: Sequence[Trial], output: Path, start_from: Path | None = None)
     """Train and compare; returns the content of `OUTPUT/sweep.json`, and {} on all ranks but the first.
 
     Also writes `sweep.md` and `sweep.png`. `lowest` is the run with the lowest loss on held-out text; it is the `best`
-    if the paired interval of each other run's difference from it is above 0, else `best` is None. A run that fails is
-    listed with its `error`, and the others continue. Raises the first error if all fail, and `CheckError` if two were
+    if the paired interval of each other run's difference from it is above 0, else, or if there is no other, `best` is
+    None. A run that fails is listed with its `error`, and the others continue. Raises the first error if all fail, and `CheckError` if two were
     evaluated on different masks.
     """
     if (output / RUN).exists() or (output.exists() and not output.is_dir()):
@@ -136,6 +136,7 @@ def _compare(rows: list[dict[str, Any]], trials: Sequence[Trial], output: Path) 
                 "sweep settings that leave tokenizer and held-out text unchanged"
             )
     lowest = min(evaluated, key=lambda row: row[METRIC]["value"])
+    others = [row for row in evaluated if row is not lowest]
     name, source = next(iter(trials[0].config.held_out_sources.items()))
     for row in evaluated:
         pair = output / lowest["run"], output / row["run"]
@@ -146,7 +147,7 @@ def _compare(rows: list[dict[str, Any]], trials: Sequence[Trial], output: Path) 
         "mask_digest": first["mask_digest"],
         "unigram_entropy": first["unigram_entropy"],
         "lowest": lowest["run"],
-        "best": lowest["run"] if all(_is_above(row) for row in evaluated if row is not lowest) else None,
+        "best": lowest["run"] if others and all(map(_is_above, others)) else None,
         "runs": rows,
     }
     write_json(output / "sweep.json", result)
@@ -216,4 +217,6 @@ def _above(run: dict[str, Any]) -> str:
 def _note(run: dict[str, Any], result: dict[str, Any]) -> str:
     if run["run"] == result["lowest"]:
         return "best" if result["best"] else "lowest"
+    if run["above_lowest"] is None:
+        return "not compared"
     return "" if _is_above(run) else "tied"
