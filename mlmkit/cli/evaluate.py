@@ -1,13 +1,13 @@
 """The command eval."""
 
 from contextlib import ExitStack
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
+from mlmkit.cli.evaluation_output import list_sets, print_result, value_and_interval
 from mlmkit.cli.options import (
     BATCH_COUPLING,
     MODEL,
@@ -26,8 +26,6 @@ from mlmkit.console import number, print_json, print_table, say
 from mlmkit.errors import UserError, require
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from mlmkit.distributed import Ranks
     from mlmkit.eval.babylm import Predictions
     from mlmkit.eval.data import EvalData
@@ -153,7 +151,7 @@ def evaluate(options: EvalOptions) -> None:
 
     data = data_folder(options.data_dir)
     if options.list_sets:
-        _list_sets(data, options.as_json)
+        list_sets(data, options.as_json)
         return
     if not options.model:
         raise click.UsageError("Missing argument 'MODEL'.")
@@ -218,7 +216,7 @@ def evaluate(options: EvalOptions) -> None:
             results.append(result)
             if ranks.is_first and not options.as_json:
                 if not suite:
-                    _print_result(result, by_paradigm=options.by_paradigm)
+                    print_result(result, by_paradigm=options.by_paradigm)
                 if output:
                     say(f"result: {folder}")
         if suite and ranks.is_first:
@@ -282,7 +280,7 @@ def _evaluate_every(
         print_json({"output": str(output), "evaluations": rows})
     elif ranks.is_first:
         columns = {row["set"]: row["metric"] for row in rows}
-        cells = {(row["set"], row["step"]): " ".join(_value(row)) for row in rows}
+        cells = {(row["set"], row["step"]): " ".join(value_and_interval(row)) for row in rows}
         places = {row["step"]: (row["checkpoint"], f"{row['tokens']:,}", f"{row['words']:,}") for row in rows}
         print_table(
             [[*places[step], *(cells.get((name, step), "-") for name in columns)] for step in sorted(places)],
@@ -310,7 +308,7 @@ def _finish_suite(
         rows = []
         for row in record["sets"]:
             published = next((f"{number(each['value'])} {each['model']}" for each in row["published"]), "")
-            rows.append([row["set"], row["metric"], *_value(row), row["n"], published])
+            rows.append([row["set"], row["metric"], *value_and_interval(row), row["n"], published])
         header = ["set", "metric", "value", "95 % interval", "n", "published"]
         print_table(rows, header, align="llrlrl", expendable=("n", "metric"))
     if predictions := _predictions(options, suite):
@@ -359,90 +357,3 @@ def _folders(output: Path, requests: list["Request"], *, always: bool) -> list[P
     if len(set(names)) < len(names):
         raise UserError("two sets have the same name: evaluate them into different --output folders")
     return [output / name for name in names]
-
-
-def _list_sets(data: Path | None, as_json: bool) -> None:
-    from mlmkit.eval.sets import built_in_sets
-
-    rows = []
-    for item in built_in_sets():
-        paths = [item.local.replace("{language}", language) for language in item.languages or [""]]
-        is_local = bool(data and item.local and any((data / path).exists() for path in paths))
-        available = "local" if is_local else "hub" if item.hub else "missing"
-        rows.append({**asdict(item), "name": item.usage, "available": available})
-    if as_json:
-        print_json({"sets": rows})
-        return
-    cells = []
-    for row in rows:
-        name, language = row["name"].partition(":")[0], len(row["languages"]) or row["language"]
-        cells.append([name, row["task"], language, row["available"], row["description"]])
-    print_table(cells, ["name", "task", "language", "source", "description"], crop=True)
-    say("")
-    legend = {
-        "local": f"found in the data folder, {data}"
-        if data
-        else "found in the data folder: --data-dir or $MLMKIT_DATA",
-        "hub": "downloaded from the Hugging Face Hub on first use",
-        "missing": "eval MODEL --set NAME says what to put where in the data folder",
-        "a number": "so many languages: name one, as in --set multiblimp:por",
-    }
-    print_table(legend.items())
-    say("Descriptions and licences: docs/sets.md, or --list-sets --json")
-
-
-def _print_result(result: "Result", *, by_paradigm: bool = False) -> None:
-    from mlmkit.eval.metrics import describe_unknown
-    from mlmkit.overlap import describe_overlap
-
-    corpus = result["corpus"]
-    source = corpus["source"]
-    say(f"{source['set'] or source['location']}: {corpus['documents']} documents, {corpus['tokens']} tokens")
-    rows = []
-    for name, metric in result["metrics"].items():
-        error = metric.get("standard_error")
-        rows.append([name, *_value(metric), f"standard error {number(error)}" if error else ""])
-    if "unigram_entropy" in result and "items" not in result:  # older results lack it
-        rows.insert(1, ["unigram_entropy", number(result["unigram_entropy"]), "-", "to beat"])
-    if "mask_seeds" in result:
-        seeds = result["mask_seeds"]
-        for name, spread in seeds["spread"].items():
-            rows.append([name, number(spread["mean"]), "", f"sd {number(spread['standard_deviation'])}"])
-    items = result.get("items", {})
-    paradigms = items.get("paradigms", {}) if by_paradigm else {}
-    for name, group in [*items.get("phenomena", {}).items(), *paradigms.items()]:
-        ties = f", {group['ties']} ties" if group.get("ties") else ""
-        rows.append([name, *_value(group[items["metrics"][0]]), f"{group['items']} items{ties}"])
-    print_table(rows, ["metric", "value", "95 % interval", ""], align="lr")
-    if "mask_seeds" in result:
-        say(f"sd: standard deviation between {len(result['mask_seeds']['by_seed'])} mask seeds, beside their mean")
-    if items:
-        _print_items(items)
-    if by_paradigm and not paradigms:
-        say("--by-paradigm: the set declares no paradigms")
-    if unknown := describe_unknown(result["unknown"]):
-        say(unknown)
-    if corpus["windowed_documents"]:
-        say(f"{corpus['windowed_documents']} documents are longer than the model takes and were read in windows")
-    if corpus["empty_texts"]:
-        say(f"{corpus['empty_texts']} empty texts were left out")
-    if overlap := describe_overlap(corpus.get("overlap")):
-        say(overlap)
-    if "mask_digest" in result:
-        say(f"mask_digest: {result['mask_digest']}")
-
-
-def _print_items(items: dict[str, Any]) -> None:
-    if "chance" in items:
-        say(f"chance level: {number(items['chance'])}")
-    problems = {"ties": "are ties, which count as wrong", "unscored": "have an option without a scored token, and "}
-    problems["unscored"] += "count as wrong" if "chance" in items else "are left out"
-    for name, problem in problems.items():
-        if items.get(name):
-            say(f"{items[name]} of {items['items']} items {problem}")
-
-
-def _value(metric: "Mapping[str, Any]") -> tuple[str, str]:
-    """A metric's value and interval."""
-    low, high = metric["low"], metric["high"]
-    return number(metric["value"]), "-" if low is high is None else f"[{number(low)}, {number(high)}]"
