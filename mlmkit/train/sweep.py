@@ -82,10 +82,10 @@ def make_trials(
 def sweep(trials: Sequence[Trial], output: Path, start_from: Path | None = None) -> dict[str, Any]:
     """Train and compare; returns the content of `OUTPUT/sweep.json`, and {} on all ranks but the first.
 
-    Also writes `sweep.md` and `sweep.png`. `lowest` is the run with the lowest loss on held-out text; it is the `best`
-    if the paired interval of each other run's difference from it is above 0, else, or if there is no other, `best` is
-    None. A run that fails is listed with its `error`, and the others continue. Raises the first error if all fail, and `CheckError` if two were
-    evaluated on different masks.
+    Also writes `sweep.md` and `sweep.png`. `lowest` is the run with the lowest loss on held-out text. It is the `best`
+    if there are others and the paired interval of each one's difference from it is above 0; otherwise `best` is None. A
+    run that fails is listed with its `error`, and the others continue. Raises the first error if all fail, and
+    `CheckError` if two were evaluated on different masks.
     """
     if (output / RUN).exists() or (output.exists() and not output.is_dir()):
         raise UserError(f"{output} is not the folder of a sweep: choose another --output")
