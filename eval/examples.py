@@ -121,13 +121,14 @@ def add_texts(tokens: list[Example], stored: StoredResult) -> str:
         return "the text is not in a local file"
     try:
         tokenizer = Tokenizer.from_folder(Path(result["model"]["path"]))
+        if tokenizer.fingerprint != result["model"]["tokenizer"]:  # it would tokenise the whole text
+            return f"{result['model']['path']} has another tokenizer now"
         known = {field.name for field in fields(Source)} - {"location"}
-        reading = {name: value for name, value in source.items() if name in known}
-        data = file_data(Source(tuple(locations), **reading | {"keys": tuple(source["keys"])}), tokenizer)
+        reading: dict[str, Any] = {name: value for name, value in source.items() if name in known}
+        reading["keys"] = tuple(source["keys"])
+        data = file_data(Source(tuple(locations), **reading), tokenizer)
     except UserError as error:
         return str(error)
-    if tokenizer.fingerprint != result["model"]["tokenizer"]:
-        return f"{result['model']['path']} has another tokenizer now"
     if data.corpus.fingerprint != result["corpus"]["fingerprint"]:
         return f"{source['location']} has changed since"
     lengths, examples = data.corpus.lengths, []

@@ -83,9 +83,9 @@ def sweep(trials: Sequence[Trial], output: Path, start_from: Path | None = None)
     """Train and compare; returns the content of `OUTPUT/sweep.json`, and {} on all ranks but the first.
 
     Also writes `sweep.md` and `sweep.png`. `lowest` is the run with the lowest loss on held-out text. It is the `best`
-    if there are others and the paired interval of each one's difference from it is above 0; else `best` is None. A run
-    that fails is listed with its `error`, and the others continue. Raises the first error if all fail, and `CheckError`
-    if two were evaluated on different masks.
+    if there are others and the paired interval of each one's difference from it is above 0; otherwise `best` is None. A
+    run that fails is listed with its `error`, and the others continue. Raises the first error if all fail, and
+    `CheckError` if two were evaluated on different masks.
     """
     if (output / RUN).exists() or (output.exists() and not output.is_dir()):
         raise UserError(f"{output} is not the folder of a sweep: choose another --output")
