@@ -126,4 +126,7 @@ def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]], align: 
 
 def markdown_cell(text: str) -> str:
     """Text that cannot break out of a cell or act as HTML."""
-    return "".join(char for char in text.replace("|", "\\|").replace("<", "&lt;") if char.isprintable())
+    escaped = re.sub(r"([\\|])", r"\\\1", text).replace(
+        "<", "&lt;"
+    )  # also a backslash, which would undo a later escape
+    return "".join(char for char in escaped if char.isprintable())

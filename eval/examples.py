@@ -92,7 +92,7 @@ def _add_document_texts(examples: list[Example], data: EvalData, tokenizer: Toke
                 key = data.corpus.part(document, document + 1).keys[0]
                 if document_key(text) == key:
                     _add_text(wanted[document], text, tokenizer)
-    except UserError as error:
+    except (UserError, OSError) as error:  # an OSError if the text is remote and does not answer any more
         log.warning("examples are shown without their text, because it cannot be read again: %s", error)
 
 

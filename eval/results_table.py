@@ -91,7 +91,8 @@ def results_table(folders: Sequence[Path]) -> ResultsTable:
     Raises `UserError` if the results of a set measure different text or masks, or share no metric that compares, and
     for two results of one model on one set.
     """
-    results = [load_result(folder) for folder in dict.fromkeys(_result_folders(folders))]
+    once = {folder.resolve(): folder for folder in _result_folders(folders)}
+    results = [load_result(folder) for folder in once.values()]
     names = _model_names(each.result for each in results)
     models: dict[str, str] = {}
     by_set: dict[str, list[tuple[str, StoredResult]]] = {}

@@ -140,7 +140,9 @@ def _print_differences(named_rows: list[tuple[str, dict[str, Any]]]) -> None:
         rows.append([label, *sides, interval, measured_on(row), p_value(row["p_value"])])
     say("↓: lower is better, ↑: higher is better. B - A is negative where B is lower.")
     say(f"n: {'items' if 'items' in named_rows[0][1] else 'scored tokens / documents'}")
-    print_table(rows, ["metric", "A", "B", "B - A", "95 %", "n", "p"], align="lrrrlrr", expendable=("p", "n", "A", "95 %"))
+    print_table(
+        rows, ["metric", "A", "B", "B - A", "95 %", "n", "p"], align="lrrrlrr", expendable=("p", "n", "A", "95 %")
+    )
 
 
 def _decimals(*values: float | None) -> int:
