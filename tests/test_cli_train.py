@@ -58,7 +58,7 @@ def test_a_sweep_ends_in_a_table(config, capsys, tmp_path, text_file):
     arguments = ["--set", f"data.held_out={held_out}", "--sweep", "masking.mask_prob=0.15,0.5"]
     code, out, _ = run(capsys, "train", config, "--output", tmp_path / "sweep", *arguments)
     assert code == 0
-    assert [line.split("|")[1].strip() for line in out.splitlines()[2:4]] == ["0.15", "0.5"]
+    assert [line.split()[0] for line in out.splitlines()[2:4]] == ["0.15", "0.5"]
     assert {"sweep.json", "sweep.md", "masking.mask_prob=0.15"} <= {
         path.name for path in (tmp_path / "sweep").iterdir()
     }

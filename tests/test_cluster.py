@@ -169,5 +169,5 @@ def test_without_sbatch(planned, text, monkeypatch):
 def test_without_ray(planned, text, monkeypatch):
     folder = planned("cluster", text)
     monkeypatch.setattr("mlmkit.errors.find_spec", lambda name: None if name == "ray" else find_spec(name))
-    with pytest.raises(UserError, match=r"mlmkit\[cluster\]"):
+    with pytest.raises(UserError, match=r"pip install '\.\[cluster\]'"):
         run_on_cluster([folder / "train-1"], folder / "tokenizer", "ray")

@@ -368,7 +368,7 @@ CLOZE = 'task = "cloze"\n[cloze]\ntarget = "t"\n'
         ('task = "cloze"\n[cloze]\nprefix = "t"\n', "cloze needs target"),
         (f'{CLOZE}normalisation = "words"\n', "no normalisation 'words'"),
         (f'{CLOZE}pll = "l2r"\n', "no pseudo-likelihood variant 'l2r'"),
-        (f"{CLOZE}appended_masks = 3\n", "appended_masks is a number.*left-to-right"),
+        (f"{CLOZE}appended_masks = 3\n", "appended_masks must be at least 1.*left-to-right"),
         (f'{CLOZE}previous_prefix = "p"\n', "previous_prefix needs previous_target"),
         (f'{CLOZE}[[correlation]]\nname = ""\ncolumns = "n"\n', r"each \[\[correlation\]\] needs a name of its own"),
         (CLOZE + 2 * '[[correlation]]\nname = "x"\ncolumns = "n"\n', r"each \[\[correlation\]\] needs a name"),

@@ -116,7 +116,7 @@ def test_another_configuration_or_text_is_refused_and_the_same_text_elsewhere_is
 def test_a_folder_with_something_else_is_left_alone(config, tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("precious")
-    with pytest.raises(UserError, match="something else"):
+    with pytest.raises(UserError, match="something other than a training run"):
         loop.train(config, tmp_path / "mine")
     assert names(tmp_path / "mine") == {"thesis.tex"}
 

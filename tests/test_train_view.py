@@ -147,16 +147,16 @@ def test_the_first_entry_after_a_resume_counts_the_steps_before_it(tmp_path, mon
 
 
 def test_without_a_terminal_a_line_comes_now_and_then(tmp_path, monkeypatch, caplog):
-    now, line = 0.0, ""
+    now, parts = 0.0, [""]
     monkeypatch.setattr(training_log.time, "perf_counter", lambda: now)
     caplog.set_level(logging.INFO, logger="mlmkit")
     options = {"last_step": 12, "flops_per_token": 1e9, "peak_flops": 1e12}
     with TrainingLog(tmp_path, make_config(log_every=1), 0, **options) as log:
         for step in range(1, 13):
             now += 4.0
-            line = log.record(step, loss=1.5, learning_rate=1e-3, tokens=990, masked=1, **place(step))
+            parts = log.record(step, loss=1.5, learning_rate=1e-3, tokens=990, masked=1, **place(step))
     assert read_log(tmp_path)[-1]["mfu"] == pytest.approx(0.2475)
-    assert line == "loss 1.500  248 tokens/s  MFU 25%"
+    assert parts == ["step 12/12", "loss 1.500", "248 tokens/s", "MFU 25%"]
     said = [re.match(r"step (\d+)/12  loss 1.500 .* (0:\d\d:\d\d) left", message) for message in caplog.messages]
     assert [match and int(match[1]) for match in said] == [1, 4, 7, 10, 12]
     assert [match and match[2] for match in said] == [f"0:00:{seconds:02}" for seconds in (44, 32, 20, 8, 0)]
@@ -400,7 +400,7 @@ def test_each_held_out_text_has_a_curve(tmp_path, monkeypatch):
     assert lines["held out, 95 % interval, last 7.000"] == [[12, 7.0]]
     assert lines["web, 95 % interval, last 3.000"] == [[12, 3.0]]
     entropies = [line for line in figures[0].axes[0].lines if line.get_linestyle() == "--"]
-    assert lines["unigram entropy"] == [[0, 6.5], [1, 6.5]]
+    assert lines["unigram entropy of held out, 6.500"] == lines["unigram entropy of web, 6.500"] == [[0, 6.5], [1, 6.5]]
     assert [line.get_ydata()[0] for line in entropies] == [6.5, 6.5]
     assert len({line.get_color() for line in entropies}) == 2
 
