@@ -38,31 +38,23 @@ def write_comparison(comparison: dict[str, Any], folder: Path) -> None:
 
 def _section(other: dict[str, Any]) -> dict[str, Any]:
     """What the page shows of a comparison: the metrics that differ, one table per metric by part, the tokens."""
-    tables = []
-    for metric, slicings in other["slices"].items():
-        name = SLICE_COLUMNS[metric][0]
-        groups = [
-            (SLICINGS[slicing][0], [(slice_name(label), rows[name]) for label, rows in slices.items()])
-            for slicing, slices in slicings.items()
-        ]
-        tables.append((name, groups))
-    if "items" in other:
-        name = other["items"]["metrics"][0]
-        groups = [
-            (kind, [(label.replace("_", " "), rows[name]) for label, rows in other["items"]["groups"][plural].items()])
-            for kind, plural in GROUPS.items()
-        ]
-        tables.append((name, groups))
-    different = [
-        (name, [(title, kept) for title, rows in groups if (kept := [row for row in rows if _differs(row[1])])])
-        for name, groups in tables
-    ]
+    tables: dict[str, list[tuple[str, list[tuple[str, Row]]]]] = {}
+    for metric, part, rows in _parts(other):
+        title, label = (SLICINGS[part][0], slice_name) if part in SLICINGS else (part, _group_name)
+        kept = [(label(name), row) for name, row in rows if _differs(row)]
+        tables.setdefault(metric, []).extend([(title, kept)] if kept else [])
     return {
         "other": other,
         "agreement": differing_rows(other)[1],
         "metrics": [(name, row) for name, row in other["metrics"].items() if _differs(row)],
-        "tables": [(name, groups, _axis([row for _, rows in groups for _, row in rows])) for name, groups in different],
+        "tables": [
+            (metric, groups, _axis([row for _, rows in groups for _, row in rows])) for metric, groups in tables.items()
+        ],
     }
+
+
+def _group_name(name: str) -> str:
+    return name.replace("_", " ")
 
 
 def _differs(row: Row) -> bool:
@@ -83,17 +75,24 @@ def describe_side(letter: str, side: Mapping[str, Any]) -> Iterator[str]:
         yield f"note: in {letter}, {unknown}"
 
 
+def _parts(other: dict[str, Any]) -> Iterator[tuple[str, str, list[tuple[str, Row]]]]:
+    """Metric, kind of part (a slicing, or a group of items) and its rows by label."""
+    for kind, slicings in other["slices"].items():
+        metric = SLICE_COLUMNS[kind][0]
+        for slicing, slices in slicings.items():
+            yield metric, slicing, [(label, rows[metric]) for label, rows in slices.items()]
+    if "items" in other:
+        metric = other["items"]["metrics"][0]
+        for kind, plural in GROUPS.items():
+            yield metric, kind, [(name, rows[metric]) for name, rows in other["items"]["groups"][plural].items()]
+
+
 def _named_rows(other: dict[str, Any]) -> Iterator[tuple[str, Row]]:
     """Every difference with its name: overall, then one metric by slice and by group of items."""
     yield from other["metrics"].items()
-    for metric, slicings in other["slices"].items():
-        name = SLICE_COLUMNS[metric][0]
-        for slicing, slices in slicings.items():
-            yield from ((f"{name} {slicing} {label}", row[name]) for label, row in slices.items())
-    for groups in other.get("items", {}).get("groups", {}).values():
-        for name, rows in groups.items():
-            metric = next(iter(rows))
-            yield f"{metric} {name}", rows[metric]
+    for metric, part, rows in _parts(other):
+        prefix = f"{metric} {part}" if part in SLICINGS else metric
+        yield from ((f"{prefix} {label}", row) for label, row in rows)
 
 
 def differing_rows(other: dict[str, Any]) -> tuple[list[tuple[str, Row]], str]:

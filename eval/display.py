@@ -126,7 +126,6 @@ def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]], align: 
 
 def markdown_cell(text: str) -> str:
     """Text that cannot break out of a cell or act as HTML."""
-    escaped = re.sub(r"([\\|])", r"\\\1", text).replace(
-        "<", "&lt;"
-    )  # also a backslash, which would undo a later escape
+    # A backslash too: one before a "|" would undo the escape.
+    escaped = re.sub(r"([\\|])", r"\\\1", text).replace("<", "&lt;")
     return "".join(char for char in escaped if char.isprintable())
