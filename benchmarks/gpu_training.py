@@ -18,9 +18,9 @@ from harness import SkippedError, ratios
 from processes import contestants
 from torch.nn import attention
 
+from mlmkit.model import encoder_layers
 from mlmkit.packing import enable_packing
 from mlmkit.train.cost import dry_run, peak_flops
-from mlmkit.train.step import encoder_layers
 
 STEPS, TRAINING_ROUNDS = 8, 2
 # Per step. 16: the longest paragraph pads its whole batch.

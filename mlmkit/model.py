@@ -3,11 +3,13 @@
 There is no code per architecture. A forward hook on `base_model` gathers the hidden rows at the masked positions before
 the vocabulary head runs. Nearly every masked-LM head treats positions independently, so the head costs only the masked
 share. `MaskedLM` tests this when it wraps a network; if the head does mix positions, it gathers the logits instead.
+For the same reason, the last layer leaves out rows (`last_layer.py`).
 """
 
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +19,7 @@ from transformers import PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
 from mlmkit.errors import UserError, first_line
+from mlmkit.last_layer import ScoredRows, skippable
 from mlmkit.loss import linear_cross_entropy_sum
 
 log = logging.getLogger(__name__)
@@ -46,17 +49,20 @@ class MaskedLM(nn.Module):
         self.network = network
         self.vocabulary_size: int = network.config.get_text_config().vocab_size
         self.top_k = min(top_k, self.vocabulary_size)
-        self._positions: Tensor | None = None
+        self.skips_rows = True  # in the last layer
+        self._scored = ScoredRows()
         network.base_model.register_forward_hook(self._gather)
         on_meta = network.device.type == "meta"
         self.gathers_before_head = on_meta or self._probe_head()
         self.ends_in_linear = not on_meta and self._probe_decoder()
+        if self.gathers_before_head and not on_meta:
+            self._skip_rows()
 
     def _gather(self, _module: nn.Module, _inputs: Any, output: Any) -> Any:
         """Turn `[batch, seq, hidden]` into `[1, masked, hidden]`, in a tuple or ModelOutput as it came."""
-        if self._positions is None:
+        if self._scored.positions is None:
             return output
-        rows = output[0].flatten(0, 1).index_select(0, self._positions).unsqueeze(0)
+        rows = output[0].flatten(0, 1).index_select(0, self._scored.positions).unsqueeze(0)
         if isinstance(output, ModelOutput):
             output["last_hidden_state"] = rows
             return output
@@ -69,11 +75,12 @@ class MaskedLM(nn.Module):
         """
         if not self.gathers_before_head:
             return self.dense_logits(**inputs).flatten(0, 1).index_select(0, positions)
-        self._positions = positions
+        self._scored.positions = positions
+        self._scored.shape = inputs["input_ids"].shape if self.skips_rows else None
         try:
             return self.network(**inputs).logits.squeeze(0)
         finally:
-            self._positions = None
+            self._scored.positions = self._scored.shape = None
 
     def dense_logits(self, **inputs: Any) -> Tensor:
         """Logits `[batch, seq, vocabulary]`. Perceiver returns its maximum length, whatever the row's: cut to seq."""
@@ -124,6 +131,22 @@ class MaskedLM(nn.Module):
         except PROBE_ERRORS as error:
             log.debug("the head does more than a matrix product: %s", error)
             return False
+
+    def _skip_rows(self) -> None:
+        """Let the last layer leave out rows, unless that changes the logits."""
+        seq = max(min(5, self.max_length()), 1)
+        ids = probe_inputs(self, [2 * seq])["input_ids"].view(2, seq).to(self.device)
+        positions = torch.arange(1, 2 * seq, 3, device=self.device)
+        run = partial(self.logits, positions, input_ids=ids, attention_mask=torch.ones_like(ids))
+        try:
+            with probing(self.network):
+                expected = run()
+                for linear in skippable(encoder_layers(self)[-1], run, positions, ids.shape):
+                    self._scored.attach(linear)
+                bound = torch.finfo(expected.dtype).eps ** 0.5 * _largest(expected)
+                self.skips_rows = _close(run(), expected, bound)
+        except PROBE_ERRORS as error:
+            log.debug("the last layer computes every row: %s", error)
 
     def _decoder_input(self, decoder: nn.Linear, positions: Tensor, **inputs: Any) -> Tensor:
         """Return the states `[masked, width]` that are multiplied by the vocabulary matrix."""
@@ -196,7 +219,18 @@ def score_logits(logits: Tensor, targets: Tensor, top_k: int) -> Scores:
     return Scores(log_probs.gather(-1, target).squeeze(-1), rank, log_probs.gather(-1, top_id), top_id)
 
 
-# ---------------------------------------------------------------- probes
+# ---------------------------------------------------------------- layers and probes
+
+
+def encoder_layers(model: MaskedLM) -> list[nn.Module]:
+    """The repeated layers of the encoder: the members of the outermost module lists, whatever the architecture."""
+
+    def stacks(module: nn.Module) -> list[nn.ModuleList]:
+        if isinstance(module, nn.ModuleList):
+            return [module]
+        return [stack for child in module.children() for stack in stacks(child)]
+
+    return [layer for stack in stacks(model.network.base_model) for layer in stack]
 
 
 @contextmanager

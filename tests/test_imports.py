@@ -21,7 +21,7 @@ def module_name(path: Path) -> str:
 
 MODULES = {module_name(path): path for pattern in PATTERNS for path in ROOT.glob(pattern)}
 LAYERS = [
-    {"errors", "files", "bounds", "masking", "console", "progress", "pydocs", "distributed", "loss"},
+    {"errors", "files", "bounds", "masking", "console", "progress", "pydocs", "distributed", "loss", "last_layer"},
     {"chunks", "hub", "long_texts", "slow_tokenizer"},
     {"tokenizer", "locations", "toml"},
     {"lines"},

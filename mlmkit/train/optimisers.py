@@ -8,9 +8,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from mlmkit.errors import UserError
-from mlmkit.model import MaskedLM
+from mlmkit.model import MaskedLM, encoder_layers
 from mlmkit.train.config import OptimConfig
-from mlmkit.train.step import encoder_layers
 
 
 def build_optimizers(model: MaskedLM, config: OptimConfig) -> list[torch.optim.Optimizer]:

@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from mlmkit.distributed import Ranks
 from mlmkit.errors import UserError
-from mlmkit.model import PROBE_ERRORS, MaskedLM, probe_inputs
+from mlmkit.model import PROBE_ERRORS, MaskedLM, encoder_layers, probe_inputs
 from mlmkit.train.data import MicroBatch
 
 # ---------------------------------------------------------------- preparing a model
@@ -49,25 +49,15 @@ def freeze_unused(model: MaskedLM) -> None:
         parameter.grad = None
 
 
-def encoder_layers(model: MaskedLM) -> list[nn.Module]:
-    """The repeated layers of the encoder: the members of the outermost module lists, whatever the architecture."""
-
-    def stacks(module: nn.Module) -> list[nn.ModuleList]:
-        if isinstance(module, nn.ModuleList):
-            return [module]
-        return [stack for child in module.children() for stack in stacks(child)]
-
-    return [layer for stack in stacks(model.network.base_model) for layer in stack]
-
-
 def checkpoint_layers(model: MaskedLM) -> None:
-    """Let each encoder layer keep only its inputs for the backward pass, which computes the rest again.
+    """Let each encoder layer but the last keep only its inputs for the backward pass, which computes the rest again.
 
     The second forward restores the random generator's state, so loss and gradients are bit-identical, with dropout too;
     in compiled layers the gradients round differently. Call it before `enable_packing` and `compile_layers`. Raises
     `UserError` if a layer gives other results the second time, as those of BART, MVP and XLM: they add to a cache.
     """
-    for layer in encoder_layers(model):
+    # The backward pass begins with the last layer, so recomputing that one would save nothing.
+    for layer in encoder_layers(model)[:-1]:
         layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
     try:
         freeze_unused(model)  # its probe
@@ -84,6 +74,7 @@ def compile_layers(model: MaskedLM, *, backend: str | Callable[..., Any] = "indu
     `pad_pack` gives fixed shapes; run other shapes, such as an evaluation, under
     `torch.compiler.set_stance("force_eager")`. Call it before `parallelise`.
     """
+    model.skips_rows = False  # their number changes with every batch
     layers = encoder_layers(model)
     for layer in layers:
         layer.compile(backend=backend)
