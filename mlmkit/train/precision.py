@@ -1,7 +1,7 @@
 """`train.precision`: the type of matrix products and attention in training.
 
 In bf16, the forward pass runs under bfloat16 autocast, and the backward pass in the types of the forward pass. Weights,
-gradients, optimiser state and loss stay float32, and so does every evaluation on the CPU.
+gradients, optimiser state and loss stay float32, and held-out texts are always evaluated in float32.
 """
 
 import logging
