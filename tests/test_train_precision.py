@@ -190,17 +190,17 @@ def losses(run: Path) -> list[float]:
     return [entry["loss"] for entry in log_lines(run) if "loss" in entry]
 
 
-def test_the_loss_falls_as_in_float32(tmp_path, text_file):
-    """Over 60 steps; another seed differs by more. Weights and optimiser state stay float32."""
+def test_the_loss_follows_that_of_float32(tmp_path, text_file):
+    """Over 60 steps by at most 0.004 nats where this was written; another seed differs by up to 0.6."""
     runs: dict[str, Any] = {}
     for name, settings in {"fp32": (), "bf16": (BF16,), "seed": ("train.seed=1",)}.items():
         config = configuration(tmp_path, text_file, "train.steps=60", "train.save_every=60", *settings)
         assert {tensor.dtype for tensor in weights(train(config, tmp_path / name)).values()} == {torch.float32}
         runs[name] = losses(tmp_path / name)
-    assert runs["fp32"][-1] < runs["fp32"][0] - 0.5
-    rounding = [abs(one - other) for one, other in zip(runs["fp32"], runs["bf16"], strict=True)]
-    assert 0 < max(rounding) < 0.02
-    assert max(rounding) < max(abs(one - other) for one, other in zip(runs["fp32"], runs["seed"], strict=True)) / 3
+    rounding, seeds = (
+        max(abs(one - other) for one, other in zip(runs["fp32"], runs[name], strict=True)) for name in ("bf16", "seed")
+    )
+    assert 0 < rounding < 0.02 < seeds / 5
 
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
