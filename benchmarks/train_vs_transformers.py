@@ -116,6 +116,7 @@ def mlmkit_config(case: Case, text: Path, tokenizer: Path, architecture: str, de
             save_every=1 << 30,
             log_every=1,
             device=device,
+            precision="bf16" if device == "cuda" else "fp32",  # as Trainer
             compile=device == "cuda",
             seed=SEED,
         ),

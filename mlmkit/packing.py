@@ -137,9 +137,9 @@ def _packed_attention(
     There is no dropout: the CUDA kernel has none, and both devices should train the same way. On the CPU, where the
     probe runs, raises `ValueError` for an attention with additional terms.
     """
-    if query.is_cuda:
+    if query.is_cuda and value.dtype != torch.float32:  # varlen_attn takes half types only
         return _on_cuda(query, key, value, cu_seq_lens_q, max_length_q, scaling, sliding_window), None
-    if torch.compiler.is_compiling():
+    if query.is_cuda or torch.compiler.is_compiling():
         return _padded(query, key, value, cu_seq_lens_q, max_length_q, scaling, sliding_window), None
     if softcap is not None or s_aux is not None or (attention_mask is not None and attention_mask.any()):
         raise ValueError("this attention adds a bias, a cap or a sink")
@@ -194,9 +194,11 @@ def _one_by_one(
 def _padded(
     query: Tensor, key: Tensor, value: Tensor, ends: Tensor, longest: int, scaling: float | None, window: int | None
 ) -> Tensor:
-    """Attend with a row of `longest` per document, for torch.compile on the CPU: no shape may depend on lengths."""
+    """Attend with a row of `longest` per document: for float32 on CUDA, and for torch.compile on the CPU, where no
+    shape may depend on lengths.
+    """
     total, documents = query.shape[2], len(ends) - 1
-    token, column = torch.arange(total), torch.arange(longest)
+    token, column = torch.arange(total, device=ends.device), torch.arange(longest, device=ends.device)
     is_token = column < ends.diff()[:, None]  # [documents, longest]
     source = torch.where(is_token, ends[:-1, None] + column, 0).flatten()
     document = torch.searchsorted(ends[1:], token, right=True)

@@ -38,6 +38,7 @@ micro_batch_tokens = 256
 save_every = 4
 log_every = 2
 device = "cpu"
+precision = "fp32"  # also on a CPU with bfloat16 units: some bounds hold for float32 alone
 """
 
 

@@ -108,6 +108,8 @@ def _continue(base: Config, tables: dict[str, Any], phases: list[dict[str, Any]]
     """
     given = setting_names(tables, "the branch")
     tables = dict(tables)
+    if tables.get("train", {}).get("precision") == "auto":  # that of the checkpoint
+        tables["train"] = {key: value for key, value in tables["train"].items() if key != "precision"}
     held_out = {**base.held_out, **tables.pop("held_out", {})}
     if "data.held_out" in given and isinstance(tables["data"]["held_out"], str):
         base = replace(base, held_out={})

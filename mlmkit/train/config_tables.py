@@ -185,7 +185,8 @@ class RunConfig:
 
     The length is a number of `steps` (1,000 by default), of `tokens`, or of `epochs`. A batch has room for
     `global_batch_tokens`, and first for `initial_batch_tokens`, which grow to it over `batch_warmup_tokens`. A
-    checkpoint is kept at the first step after each number of words in `keep_at_words` (see `Cursor`).
+    checkpoint is kept at the first step after each number of words in `keep_at_words` (see `Cursor`). For `precision`
+    see `resolve_precision`; the configuration in a checkpoint has the resolved one.
     """
 
     steps: PositiveInt | None = None
@@ -201,6 +202,7 @@ class RunConfig:
     keep_at_words: tuple[Count, ...] = ()
     log_every: PositiveInt = 10
     device: Annotated[str, one_of(*DEVICES)] = "auto"
+    precision: Annotated[str, one_of("auto", "fp32", "bf16")] = "auto"
     parallel: Annotated[str, one_of("ddp", "fsdp")] = "ddp"
     compile: bool = False
     checkpoint_activations: bool = False  # keep only the input of each layer, and compute the rest again

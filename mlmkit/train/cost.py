@@ -6,7 +6,7 @@ import re
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from itertools import chain, groupby, islice
 from pathlib import Path
@@ -32,6 +32,7 @@ from mlmkit.train.log import check_loggers
 from mlmkit.train.model_setup import build_model, fit_model
 from mlmkit.train.optimisers import build_optimizers
 from mlmkit.train.order import Cursor
+from mlmkit.train.precision import resolve_precision
 from mlmkit.train.start import begin_or_check, corpora_of, prepare
 from mlmkit.train.step import LossModule, backward, update
 
@@ -141,6 +142,7 @@ class DryRun:
     flops_per_token: float
     flops: float
     device: str
+    precision: str
     state_bytes: int
     step_seconds: float
     first_batch: list[str]
@@ -152,6 +154,8 @@ def dry_run(config: Config, start_from: Path | None = None) -> dict[str, DryRun]
     Prepares training in a temporary folder, and times the first micro-batch. Raises `UserError` as training does.
     """
     check_loggers(config.train)
+    precision = resolve_precision(config.train.precision, pick_device(config.train.device))
+    config = replace(config, train=replace(config.train, precision=precision))
     with tempfile.TemporaryDirectory() as temporary:
         tokenizer, texts = begin_or_check(config, Path(temporary) / "run", Ranks(), start_from)
     reports, model = {}, None
@@ -182,7 +186,7 @@ def _dry_run(config: Config, model: MaskedLM, tokenizer: Tokenizer, corpora: Seq
     try:
         for _ in ("allocates memory, chooses kernels", "is timed"):
             began = time.perf_counter()
-            backward(LossModule(model), batch[:1], [run.seed], scale=1.0, device=device)
+            backward(LossModule(model), batch[:1], [run.seed], scale=1.0, device=device, precision=run.precision)
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
@@ -216,6 +220,7 @@ def _dry_run(config: Config, model: MaskedLM, tokenizer: Tokenizer, corpora: Seq
         flops_per_token=flops,
         flops=flops * all_tokens,
         device=device.type,
+        precision=run.precision,
         state_bytes=sum(tensor.numel() * tensor.element_size() for tensor in kept),
         step_seconds=step_seconds,
         first_batch=decode(tokenizer, batch[0]),
@@ -232,7 +237,8 @@ def figures(report: DryRun) -> dict[str, str]:
         f"{'packed' if report.packed else 'padded'} to {report.fill:.1%}; {report.masked:.1%} masked",
         "the run": f"{report.steps:,} steps, {_short(report.tokens)} tokens, {report.epochs:.2f} epochs",
         "operations": f"{_short(report.flops_per_token)}FLOP per token, {_short(report.flops)}FLOP in all",
-        "time": f"{report.step_seconds:.3g} s per step, {whole_run} in all on one {report.device} (first micro-batch)",
+        "time": f"{report.step_seconds:.3g} s per step, {whole_run} in all on one {report.device}, "
+        f"{report.precision} (first micro-batch)",
         "memory": f"{_short(report.state_bytes)}B for weights, gradients and optimiser",
     }
 

@@ -53,9 +53,10 @@ from mlmkit.train.log import NO_STEPS, TrainingLog, check_loggers, draw_loss, he
 from mlmkit.train.model_setup import build_model
 from mlmkit.train.optimisers import build_optimizers
 from mlmkit.train.order import Position
+from mlmkit.train.precision import resolve_precision
 from mlmkit.train.rows import phase_schedule
 from mlmkit.train.schedule import Schedule
-from mlmkit.train.start import begin_or_check, corpora_of, prepare, run_lock
+from mlmkit.train.start import begin_or_check, begun_precision, corpora_of, prepare, run_lock
 from mlmkit.train.step import backward, clip_gradients, compile_layers, parallelise, update
 
 log = logging.getLogger(__name__)
@@ -101,6 +102,10 @@ def train(config: Config, run: Path, start_from: Path | None = None) -> Path:
     ranks.join("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     try:
         with run_lock(run, ranks):
+            precision = ranks.from_first(
+                lambda: resolve_precision(config.train.precision, device.type, begun_precision(config, run))
+            )
+            config = replace(config, train=replace(config.train, precision=precision))
             tokenizer, texts = begin_or_check(config, run, ranks, start_from)
             schedules = [phase_schedule(p, corpora_of(p, texts), tokenizer) for p in config.phases.values()]
             digests = ranks.from_first(lambda: held_out_digests(config, tokenizer))
@@ -167,8 +172,9 @@ def _train_phase(run: Run, name: str, config: Config, state: State, start: Path 
     corpora = corpora_of(config, run.texts)
     data = prepare(model, config, run.tokenizer, corpora, position=state.position, is_fresh=start is None)
     schedule, cursor = data.rows.schedule, data.rows.cursor
-    peak = ranks.world * peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else 0.0
-    flops = 0.0
+    peak, flops = 0.0, 0.0
+    if device.type == "cuda" and config.train.precision == "bf16":  # `peak_flops` knows no other rate
+        peak = ranks.world * peak_flops(torch.cuda.get_device_name(device))
     if peak:
         _, block, members = next(data.rows.packs(cursor))
         flops = flops_per_token(model, block.length[members] + data.rows.added, config.masking.mask_prob)
@@ -183,7 +189,7 @@ def _train_phase(run: Run, name: str, config: Config, state: State, start: Path 
             load_optimizers(start, model, optimizers, ranks)
     batches = data.batches(cursor, rank=ranks.rank, world=ranks.world, workers=config.data.workers)
     log.info(
-        "%s%s, %.1f M parameters, vocabulary %d; %d documents, %d tokens; %s",
+        "%s%s, %.1f M parameters, vocabulary %d; %d documents, %d tokens; %s, %s",
         f"{name}: " if name else "",
         config.model.init_from or config.model.architecture,
         sum(parameter.numel() for parameter in model.parameters()) / 1e6,
@@ -191,6 +197,7 @@ def _train_phase(run: Run, name: str, config: Config, state: State, start: Path 
         sum(len(corpus) for corpus in corpora),
         sum(corpus.tokens for corpus in corpora),
         f"{ranks.world} x {device.type}" if ranks.world > 1 else device.type,
+        config.train.precision,
     )
     last_step = None if schedule.in_tokens else cursor.step - cursor.phase_steps + schedule.total
     most = config.train.global_batch_tokens // config.train.micro_batch_tokens
@@ -233,8 +240,9 @@ def _train_phase(run: Run, name: str, config: Config, state: State, start: Path 
             # One dropout seed per micro-batch, so there is no generator state to save and ranks change nothing.
             seed = config.train.seed + before.step * most
             seeds = range(seed, seed + micro_batches)[ranks.rank :: ranks.world]
+            scale, precision = ranks.world / max(masked, 1), config.train.precision
             try:
-                loss = backward(module, batch, seeds, scale=ranks.world / max(masked, 1), device=device)
+                loss = backward(module, batch, seeds, scale=scale, device=device, precision=precision)
             except RuntimeError as error:
                 raise _memory_error(error, config, run.folder) or error from error
             grad_norm = clip_gradients(model, config.optim.max_grad_norm)

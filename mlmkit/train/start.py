@@ -13,6 +13,7 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
+from mlmkit.backends.torch import pick_device
 from mlmkit.distributed import Ranks
 from mlmkit.documents import read_documents
 from mlmkit.errors import UserError, as_user_error, require
@@ -91,6 +92,12 @@ def begin_or_check(
     return tokenizer, texts
 
 
+def begun_precision(config: Config, run: Path) -> str:
+    """The resolved `train.precision` with which the run in this folder was begun; empty if there is none."""
+    phases = _read_identity(config, run).get("phases") if (run / RUN).exists() else None
+    return phases[0]["train"]["precision"] if phases else ""
+
+
 def corpora_of(phase: Config, texts: dict[Source, StoredCorpus]) -> list[StoredCorpus]:
     """The training texts of a phase, in its order."""
     return [texts[source] for source in phase.data.sources]
@@ -111,8 +118,7 @@ def _begin_or_check(config: Config, run: Path, ranks: Ranks, start_from: Path | 
         if run.is_dir() and content(run):
             raise UserError(f"{run} holds something other than a training run: choose another --output")
         return _begin(config, run, start_from)
-    remedy = "delete that folder, or choose another --output and set model.init_from to a checkpoint of this run"
-    before = read_record(run / RUN, remedy)
+    before = _read_identity(config, run)
     try:
         tokenizer = load_tokenizer(str(run / "tokenizer"))
     except UserError as error:
@@ -138,6 +144,15 @@ def _begin_or_check(config: Config, run: Path, ranks: Ranks, start_from: Path | 
         log.info("%s was begun with another %s and has no checkpoint: starting over", run, difference)
         return _begin(config, run, start_from)
     return texts, held_out
+
+
+def _read_identity(config: Config, run: Path) -> dict[str, Any]:
+    """What `_identity` was when the run began."""
+    remedy = "delete that folder, or choose another --output and set model.init_from to a checkpoint of this run"
+    identity = read_record(run / RUN, remedy)
+    for phase in identity.get("phases", []):  # earlier versions had no such setting: bf16 on CUDA alone
+        phase["train"].setdefault("precision", "bf16" if pick_device(config.train.device) == "cuda" else "fp32")
+    return identity
 
 
 def _check_shares(train: RunConfig, ranks: Ranks) -> None:

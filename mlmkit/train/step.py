@@ -111,19 +111,25 @@ def parallelise(model: MaskedLM, ranks: Ranks, kind: str) -> nn.Module:
 
 
 def backward(
-    module: nn.Module, batch: list[MicroBatch], seeds: Sequence[int], *, scale: float, device: torch.device
+    module: nn.Module,
+    batch: list[MicroBatch],
+    seeds: Sequence[int],
+    *,
+    scale: float,
+    device: torch.device,
+    precision: str,
 ) -> float:
     """Accumulate the gradient of `scale` times the summed loss of this rank's micro-batches; returns that value.
 
     `scale` divides by the masked tokens of *all* ranks, so the gradient does not depend on how the global batch is cut
-    into micro-batches and ranks. `seeds` holds the dropout seed of each micro-batch.
+    into micro-batches and ranks. `seeds` holds the dropout seed of each micro-batch; `precision` is `fp32` or `bf16`.
     """
     total = torch.zeros((), device=device)
     for index, (micro, seed) in enumerate(zip(batch, seeds, strict=True)):
         torch.manual_seed(seed)
         micro = micro.to(device)
         with _synchronised(module, last=index == len(batch) - 1):
-            with torch.autocast("cuda", dtype=torch.bfloat16, enabled=device.type == "cuda"):
+            with torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
                 loss = module(micro.positions, micro.targets, micro.inputs) * scale
             loss.backward()
         total += loss.detach()
