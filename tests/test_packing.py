@@ -57,7 +57,7 @@ def packed(model: MaskedLM, documents: list[torch.Tensor]) -> dict[str, Any]:
 
 def gradients(model: MaskedLM, inputs: dict[str, Any]) -> dict[str, torch.Tensor]:
     model.zero_grad()
-    targets = torch.arange(len(inputs["positions"])) % model.vocabulary_size
+    targets = torch.arange(len(inputs["positions"]), device=model.device) % model.vocabulary_size
     model.loss_sum(targets=targets, **inputs).backward()
     return {name: each.grad.clone() for name, each in model.named_parameters() if each.grad is not None}
 
