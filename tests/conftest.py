@@ -41,6 +41,13 @@ def paragraphs() -> list[str]:
 PROOF = ProofText("paragraphs", paragraphs())
 
 
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """With `-m gpu` or `-m tensorrt`, import only the files with such tests: a GPU machine may lack other packages."""
+    mark = config.getoption("markexpr")
+    is_other = collection_path.match("test_*.py") and f"pytest.mark.{mark}" not in collection_path.read_text("utf-8")
+    return True if mark in ("gpu", "tensorrt") and is_other else None
+
+
 def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
     """Run a command in this process: its exit code, standard output and standard error."""
     from mlmkit.cli import main

@@ -30,15 +30,18 @@ def test_threads_that_share_a_model_get_their_own_scores(name, checkpoint, artif
             np.testing.assert_allclose(values, others, atol=1e-5, rtol=0)
 
 
-def test_a_model_leaves_the_setting_of_matrix_products_alone(checkpoint):
+def test_a_model_uses_full_float32_and_leaves_the_settings_of_the_process_alone(checkpoint):
+    def settings() -> tuple[str, bool]:
+        return torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("medium")
     try:
         seen = []
         model = load(str(checkpoint("bert")))
-        model.model.register_forward_hook(lambda *_: seen.append(torch.get_float32_matmul_precision()))  # pyright: ignore[reportAttributeAccessIssue]
+        model.model.register_forward_hook(lambda *_: seen.append(settings()))  # pyright: ignore[reportAttributeAccessIssue]
         model.score(random_batch(1, 5, 2))
-        assert (seen, torch.get_float32_matmul_precision()) == (["highest"], "medium")
+        assert (seen, settings()) == ([("highest", False)], ("medium", True))
     finally:
         torch.set_float32_matmul_precision(before)
 

@@ -1,5 +1,6 @@
 """Packed and padded documents give the same results, in every masked LM of transformers that can be built tiny."""
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -56,7 +57,7 @@ def packed(model: MaskedLM, documents: list[torch.Tensor]) -> dict[str, Any]:
 
 def gradients(model: MaskedLM, inputs: dict[str, Any]) -> dict[str, torch.Tensor]:
     model.zero_grad()
-    targets = torch.arange(len(inputs["positions"])) % model.vocabulary_size
+    targets = torch.arange(len(inputs["positions"]), device=model.device) % model.vocabulary_size
     model.loss_sum(targets=targets, **inputs).backward()
     return {name: each.grad.clone() for name, each in model.named_parameters() if each.grad is not None}
 
@@ -216,3 +217,28 @@ def test_both_forms_of_attention_agree(window, heads):
         results.append([output, *torch.autograd.grad((output * weights).sum(), (query, key, value))])
     for one, two in zip(*results, strict=True):
         torch.testing.assert_close(one, two, atol=1e-12, rtol=1e-12)
+
+
+@pytest.mark.parametrize("window", [None, 5])
+@pytest.mark.parametrize("heads", [4, 2])
+def test_varlen_attn_is_asked_for_the_same_attention(window, heads):
+    """By torch's own function, on a kernel for the CPU that is written out here as torch documents its arguments."""
+    from torch.nn.attention import varlen  # three seconds
+
+    @varlen._varlen_attn.register_kernel("cpu")
+    def _(query, key, value, ends, _ends_k, _max_q, _max_k, _is_causal, scale, reach, *_):
+        outputs = []
+        for begin, end in pairwise(ends.tolist()):
+            states = (each[begin:end].transpose(0, 1) for each in (query, key, value))
+            q, k, v = (each.repeat_interleave(query.shape[1] // each.shape[0], 0) for each in states)
+            behind = torch.arange(end - begin)[:, None] - torch.arange(end - begin)
+            is_seen = ((behind <= reach[0]) | (reach[0] < 0)) & ((-behind <= reach[1]) | (reach[1] < 0))
+            outputs.append((q @ k.mT * scale).masked_fill(~is_seen, -torch.inf).softmax(-1) @ v)
+        output = torch.cat(outputs, 1).transpose(0, 1).contiguous()
+        return output, torch.zeros(query.shape[1], query.shape[0]), torch.zeros(2, dtype=torch.uint64)
+
+    generator = torch.Generator().manual_seed(0)
+    states = [torch.randn(1, count, 40, 8, generator=generator) for count in (4, heads, heads)]
+    ends = torch.tensor([0, 1, 14, 14, 40, 40], dtype=torch.int32)
+    found, expected = (form(*states, ends, 30, 0.3, window) for form in (packing._on_cuda, packing._one_by_one))
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)

@@ -98,16 +98,27 @@ def log_lines(run: Path) -> list[dict]:
 
 
 class Ranks:
-    """A training run in `world` processes, started at once. Error messages go to `RUN.RANK.errors`."""
+    """A training run in `world` processes, started at once. Error messages go to `RUN.RANK.errors`.
 
-    def __init__(self, config: Config, run: Path, world: int = 1, limits: tuple[tuple[int, int], ...] = ()) -> None:
+    With `deterministic`, only kernels run that give the same bits each time, as those for the CPU do anyway.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        run: Path,
+        world: int = 1,
+        limits: tuple[tuple[int, int], ...] = (),
+        *,
+        deterministic: bool = False,
+    ) -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         self.errors = [run.with_name(f"{run.name}.{rank}.errors") for rank in range(world)]
         self.processes = [
-            PROCESSES.Process(target=_one_rank, args=(config, run, rank, world, port, self.errors[rank], limits))
-            for rank in range(world)
+            PROCESSES.Process(target=_one_rank, args=(config, run, rank, world, port, file, limits, deterministic))
+            for rank, file in enumerate(self.errors)
         ]
         for process in self.processes:
             process.start()
@@ -130,7 +141,14 @@ class Ranks:
 
 
 def _one_rank(
-    config: Config, run: Path, rank: int, world: int, port: int, errors: Path, limits: tuple[tuple[int, int], ...]
+    config: Config,
+    run: Path,
+    rank: int,
+    world: int,
+    port: int,
+    errors: Path,
+    limits: tuple[tuple[int, int], ...],
+    deterministic: bool,
 ) -> None:
     import resource
 
@@ -142,6 +160,9 @@ def _one_rank(
         os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank)}
         os.environ |= {"LOCAL_WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
+    if deterministic:
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # cuBLAS requires it
+        torch.use_deterministic_algorithms(True)
     try:
         train(config, run)
     except (UserError, CheckError, StoppedError) as error:

@@ -53,6 +53,8 @@ class OnnxBackend:
         refuse_changes(Path(path), files)  # the session has opened the weights file by its path
 
     def score(self, batch: Batch) -> Scored:
+        if not len(batch.positions):  # on the CPU, ONNX Runtime 1.30 divides by zero, and the process dies of SIGFPE
+            return Scored(*(np.zeros((0, self.info.top_k)[:axes], kind) for kind, axes in OUTPUTS.values()))
         try:
             if self.device == "cpu":
                 return Scored(*self._session.run(Scored._fields, batch._asdict()))  # pyright: ignore[reportArgumentType]

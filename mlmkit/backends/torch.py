@@ -40,13 +40,15 @@ class TorchBackend:
 
 @contextmanager
 def _full_float32() -> Iterator[None]:
-    """Multiply matrices in full float32, then restore the setting of the process."""
-    before = torch.get_float32_matmul_precision()
+    """Multiply matrices and convolve in full float32, then restore the settings of the process."""
+    before, convolutions = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False  # otherwise on for the convolutions of ConvBERT and SqueezeBERT
     try:
         yield
     finally:
         torch.set_float32_matmul_precision(before)
+        torch.backends.cudnn.allow_tf32 = convolutions
 
 
 def model_info(path: str, model: MaskedLM, tokenizer: Tokenizer) -> ModelInfo:
