@@ -306,8 +306,9 @@ def token_table(item: Pass, part: Part, rows: Rows, scores: TokenScores, tokeniz
     ids, spelled = np.unique(corpus.ids[flat], return_inverse=True)
     spellings = text_column([tokenizer.readable(int(id)) for id in ids])
 
-    def of_masked(values: NDArray, kind: pa.DataType) -> pa.Array:
-        return number_column(values).cast(kind) if item.metric == "masked" else pa.nulls(len(values), kind)
+    def of_masked(values: NDArray) -> pa.Array:
+        kind = pa.from_numpy_dtype(values.dtype)
+        return number_column(values) if item.metric == "masked" else pa.nulls(len(values), kind)
 
     numbers = {
         "document": part.first_document + rows.document,
@@ -325,8 +326,8 @@ def token_table(item: Pass, part: Part, rows: Rows, scores: TokenScores, tokeniz
         | {
             "metric": text_column([item.metric] * len(flat)),
             "mask_seed": no_seed if item.mask_seed is None else number_column(seed),
-            "top_id": of_masked(scores.top_id, pa.int32()),
-            "top_log_prob": of_masked(scores.top_log_prob, pa.float32()),
+            "top_id": of_masked(scores.top_id.astype(np.int32)),
+            "top_log_prob": of_masked(scores.top_log_prob.astype(np.float32)),
             "token": pa.DictionaryArray.from_arrays(number_column(spelled.astype(np.int32)), spellings),
             "piece": number_column(pieces(corpus, flat)),
             "length": number_column(corpus.lengths[rows.document].astype(np.int32)),
