@@ -29,6 +29,8 @@ HEADLINES = {
     "serve_overhead_ms": ("time that the server adds to a request, one connection", "ms"),
     "fill_seconds": ("`mlmkit fill`, BERT-base, a new process", "s"),
     "pipeline_seconds": ("transformers.pipeline, the same", "s"),
+    "score_tiny_seconds": ("`mlmkit score`, a tiny checkpoint, a new process", "s"),
+    "eval_tiny_seconds": ("`mlmkit eval`, the same", "s"),
     "help_seconds": ("`mlmkit --help`", "s"),
     "import_seconds": ("`import mlmkit`", "s"),
     "loss_memory_ratio": ("memory of a training step with logits everywhere, vocabulary of 64,000", "x mlmkit's"),

@@ -2,7 +2,9 @@
 
 `mlmkit fill` of a BERT-base artifact with random weights in float32 (about 440 MB beside the graph), against
 `transformers.pipeline` on the same weights. Aims: `import mlmkit` in less than 0.1 s beyond Python itself,
-`mlmkit --help` in less than 0.3 s, `mlmkit fill` in less than 1.5 s. Then the steps of filling a mask and of scoring.
+`mlmkit --help` in less than 0.3 s, `mlmkit fill` in less than 1.5 s. Then `mlmkit score` and `mlmkit eval` of a tiny
+checkpoint and of its artifact on a few texts: what they take before they compute. Then the steps of filling a mask and
+of scoring.
 """
 
 import argparse
@@ -13,7 +15,7 @@ from pathlib import Path
 from statistics import median
 
 from harness import Report, alternate, main, table, timed
-from inputs import artifact, checkpoint
+from inputs import TINY, artifact, checkpoint, held_out, kept_folder, write_lines
 from processes import isolated, memory_mib, run_command
 
 TEXT = "The [MASK] of the statement is an expression that is evaluated first."
@@ -23,6 +25,8 @@ HEADLINES = {
     "help_seconds": "mlmkit --help",
     "fill_seconds": "mlmkit fill",
     "pipeline_seconds": "transformers.pipeline",
+    "score_tiny_seconds": "mlmkit score, tiny checkpoint",
+    "eval_tiny_seconds": "mlmkit eval, tiny checkpoint",
 }
 AIMS = {"import mlmkit": 0.1, "mlmkit --help": 0.3, "mlmkit fill": 1.5}
 
@@ -39,6 +43,9 @@ def measure(options: argparse.Namespace) -> Report:
     }
     turns = {name: partial(timed, run_command, *arguments) for name, arguments in commands.items()}
     taken = alternate(turns, options.rounds)
+    taken |= alternate(
+        {name: partial(timed, run_command, *each) for name, each in small().items()}, options.small_rounds
+    )
     taken["import mlmkit"] = [a - b for a, b in zip(taken["import mlmkit"], taken["python"], strict=True)]
     runs = {work: [isolated(steps, work, target) for _ in range(options.rounds)] for work in ("fill", "score")}
     processes = [{"": name, "seconds": times, "aim": AIMS.get(name)} for name, times in taken.items()]
@@ -50,6 +57,18 @@ def measure(options: argparse.Namespace) -> Report:
     tables = [table("Whole processes (the import beyond Python's own time)", processes), table("Steps", steps_of_all)]
     headlines = {key: median(taken[name]) for key, name in HEADLINES.items()}
     return Report(tables, headlines=headlines, figures={"processes": taken, "steps": runs})
+
+
+def small() -> dict[str, tuple[object, ...]]:
+    """The commands whose time is their fixed cost: a tiny model on the beginnings of 16 texts."""
+    texts = write_lines(kept_folder() / "startup.txt", [text[:200] for text in held_out()[:16]])
+    models = {"tiny checkpoint": checkpoint("bert-base", **TINY), "tiny artifact": artifact("bert-base", **TINY)}
+    works = {"score": (texts,), "eval": ("--set", texts, "--metric", "masked")}
+    return {
+        f"mlmkit {work}, {name}": ("-m", "mlmkit", work, model, *arguments)
+        for name, model in models.items()
+        for work, arguments in works.items()
+    }
 
 
 def steps(work: str, folder: Path) -> dict[str, float]:
@@ -78,4 +97,4 @@ def steps(work: str, folder: Path) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    main(__doc__, measure, rounds=(5, 1), layers=(0, 2))
+    main(__doc__, measure, rounds=(5, 1), small_rounds=(3, 1), layers=(0, 2))

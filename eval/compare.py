@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from mlmkit.errors import UserError
+from mlmkit.eval.columns import as_numpy
 from mlmkit.eval.correlation import Correlation, draw_statistics
 from mlmkit.eval.examples import add_texts
 from mlmkit.eval.item_metrics import ItemScores, item_groups, item_scores, measure_family, overall_statistics
@@ -315,7 +316,7 @@ def _largest_differences(
     """The tokens whose log-probabilities differ most, the largest difference first."""
     largest: list[dict[str, Any]] = []
     for left, right in _tokens(a, b, metric, seed):
-        change = right["log_prob"].to_numpy().astype(np.float64) - left["log_prob"].to_numpy()
+        change = as_numpy(right["log_prob"]).astype(np.float64) - as_numpy(left["log_prob"])
         rows = np.argsort(-np.abs(change), kind="stable")[:top]
         sides = (table.take(rows).to_pylist() for table in (left, right))
         for one, two, difference in zip(*sides, change[rows].tolist(), strict=True):

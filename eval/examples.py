@@ -14,6 +14,7 @@ import pyarrow as pa
 
 from mlmkit.corpus import Corpus
 from mlmkit.errors import UserError
+from mlmkit.eval.columns import as_numpy
 from mlmkit.eval.data import EvalData, file_data
 from mlmkit.eval.results_store import StoredResult, read_blocks
 from mlmkit.eval.rows import Pass
@@ -39,7 +40,7 @@ def token_examples(folder: Path, item: Pass, data: EvalData, tokenizer: Tokenize
     """
     chosen: dict[str, list[tuple[float, int, Example]]] = {"worst": [], "best": []}
     for tokens, _ in read_blocks(folder, item.metric, item.mask_seed):
-        log_prob, document = tokens["log_prob"].to_numpy(), tokens["document"].to_numpy()
+        log_prob, document = as_numpy(tokens["log_prob"]), as_numpy(tokens["document"])
         for name, sign in (("worst", 1.0), ("best", -1.0)):
             order = np.argsort(sign * log_prob, kind="stable")
             first_of_document = np.sort(np.unique(document[order], return_index=True)[1])
@@ -55,7 +56,7 @@ def token_examples(folder: Path, item: Pass, data: EvalData, tokenizer: Tokenize
 def _in_context(tokens: pa.Table, row: int, corpus: Corpus | StoredCorpus, tokenizer: Tokenizer) -> Example:
     token = tokens.slice(row, 1).to_pylist()[0]
     document, offset = token["document"], token["offset"]
-    begin, end = np.searchsorted(tokens["document"].to_numpy(), [document, document + 1]).tolist()
+    begin, end = np.searchsorted(as_numpy(tokens["document"]), [document, document + 1]).tolist()
     neighbours = tokens.slice(begin, end - begin)
     log_prob = dict(zip(neighbours["offset"].to_pylist(), neighbours["log_prob"].to_pylist(), strict=True))
     own = corpus.part(document, document + 1)

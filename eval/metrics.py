@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from mlmkit.eval.columns import as_numpy
 from mlmkit.eval.result import Metrics, SliceGroups, Unknown
 from mlmkit.eval.results_store import read_blocks
 from mlmkit.eval.statistics import Bootstrap, Estimator, finite, sum_by
@@ -48,14 +49,14 @@ class Slicing:
 
 def _treatment(tokens: pa.Table, mask_id: int) -> NDArray[np.int64]:
     """What the model saw: a random token that happens to be the original counts as kept."""
-    shown, original = tokens["input_id"].to_numpy(), tokens["token_id"].to_numpy()
+    shown, original = as_numpy(tokens["input_id"]), as_numpy(tokens["token_id"])
     return np.select([shown == mask_id, shown != original], [0, 1], 2)
 
 
 def _bands(name: str, column: str, labels: Sequence[str]) -> Slicing:
     """Slices by ranges of a column's values; a label begins with the range's lowest value."""
     edges = [int(label.rstrip("+").partition("-")[0]) for label in labels[1:]]
-    return Slicing(name, tuple(labels), lambda tokens, _: np.searchsorted(edges, tokens[column].to_numpy(), "right"))
+    return Slicing(name, tuple(labels), lambda tokens, _: np.searchsorted(edges, as_numpy(tokens[column]), "right"))
 
 
 POSITIONS = ("0-7", "8-15", "16-31", "32-63", "64-127", "128-255", "256-511", "512+")
@@ -64,7 +65,7 @@ PIECES = ("whole-word", "first-piece", "later-piece")
 TREATMENT = Slicing("treatment", ("masked", "random", "kept"), _treatment)
 SLICINGS = (  # pseudo-likelihood masks every token that it scores, so it has no treatments
     _bands("frequency", "frequency", FREQUENCIES),
-    Slicing("piece", PIECES, lambda tokens, _: tokens["piece"].to_numpy().astype(np.int64)),
+    Slicing("piece", PIECES, lambda tokens, _: as_numpy(tokens["piece"]).astype(np.int64)),
     _bands("position", "offset", POSITIONS),
     _bands("length", "length", POSITIONS),
 )
@@ -105,13 +106,13 @@ class MetricFamily:
     def document_sums(self, tokens: pa.Table, documents: pa.Table, mask_id: int) -> Columns:
         """Column sums of consecutive documents, `[documents, column_count]`: overall, sizes, each slice."""
         values, size = self.token_columns(tokens), len(documents)
-        document = tokens["document"].to_numpy() - documents["document"][0].as_py()
+        document = as_numpy(tokens["document"]) - documents["document"][0].as_py()
 
         def sums(group: NDArray[np.int64], labels: int) -> Columns:
             columns = [sum_by(column, group, size * labels).reshape(size, labels) for column in values.T]
             return np.stack(columns, axis=2).reshape(size, labels * self.width)
 
-        groups = [sums(document, 1), np.stack([documents[name].to_numpy() for name in SIZES], axis=1)]
+        groups = [sums(document, 1), np.stack([as_numpy(documents[name]) for name in SIZES], axis=1)]
         for slicing in self.slicings:
             count = len(slicing.labels)
             groups.append(sums(document * count + slicing.codes(tokens, mask_id), count))
@@ -132,8 +133,8 @@ def _exp(estimator: Estimator, sign: float = 1.0) -> Estimator:
 
 def _masked_columns(tokens: pa.Table) -> Columns:
     """1, −log P, rank 0, rank below 5, reciprocal rank; by bin of confidence: correctness minus confidence."""
-    rank, log_prob = tokens["rank"].to_numpy(), tokens["log_prob"].to_numpy().astype(np.float64)
-    confidence = np.exp(tokens["top_log_prob"].to_numpy().astype(np.float64))
+    rank, log_prob = as_numpy(tokens["rank"]), as_numpy(tokens["log_prob"]).astype(np.float64)
+    confidence = np.exp(as_numpy(tokens["top_log_prob"]).astype(np.float64))
     values = np.zeros((len(rank), 5 + CALIBRATION_BINS))
     values[:, :5] = np.stack([np.ones(len(rank)), -log_prob, rank == 0, rank < 5, 1.0 / (1 + rank)], axis=1)
     values[np.arange(len(rank)), 5 + calibration_bin(confidence)] = (rank == 0) - confidence
@@ -151,7 +152,7 @@ def _calibration_error(totals: Columns) -> Columns:
 
 def _pseudo_columns(tokens: pa.Table) -> Columns:
     """1, log P and its square."""
-    log_prob = tokens["log_prob"].to_numpy().astype(np.float64)
+    log_prob = as_numpy(tokens["log_prob"]).astype(np.float64)
     return np.stack([np.ones(len(log_prob)), log_prob, log_prob**2], axis=1)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from mlmkit.eval.columns import as_numpy
 from mlmkit.eval.display import SLICE_COLUMNS, SLICINGS, headline, model_name, slice_name
 from mlmkit.eval.metrics import CALIBRATION_BINS, calibration_bin, describe_unknown
 from mlmkit.eval.pages import render
@@ -218,8 +219,8 @@ def _histograms(stored: StoredResult, metric: str) -> dict[str, Any]:
     sums |= {"tokens": np.zeros(POWERS_OF_TEN), "losses": np.zeros(POWERS_OF_TEN)}
     for seed in stored.result["masking"]["seeds"] if metric == "masked" else [None]:
         for table, _ in read_blocks(stored.folder, metric, seed):
-            loss = -table["log_prob"].to_numpy().astype(np.float64)
-            is_best = table["rank"].to_numpy() == 0
+            loss = -as_numpy(table["log_prob"]).astype(np.float64)
+            is_best = as_numpy(table["rank"]) == 0
             by_loss = np.minimum(np.searchsorted(edges, loss, side="right") - 1, LOSS_BINS - 1)
             sums["counts"] += np.bincount(by_loss, minlength=LOSS_BINS)
             sums["best"] += np.bincount(by_loss, weights=is_best, minlength=LOSS_BINS)
@@ -227,7 +228,7 @@ def _histograms(stored: StoredResult, metric: str) -> dict[str, Any]:
             sums["tokens"] += np.bincount(by_probability, minlength=POWERS_OF_TEN)
             sums["losses"] += np.bincount(by_probability, weights=loss, minlength=POWERS_OF_TEN)
             if metric == "masked":
-                confidence = np.exp(table["top_log_prob"].to_numpy().astype(np.float64))
+                confidence = np.exp(as_numpy(table["top_log_prob"]).astype(np.float64))
                 weights = (np.ones(len(loss)), confidence, is_best)
                 bins = [np.bincount(calibration_bin(confidence), each, CALIBRATION_BINS) for each in weights]
                 sums["calibration"] += bins

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from mlmkit.corpus import TEXT_SIZES
 from mlmkit.errors import CheckError, DamagedError, UserError
+from mlmkit.eval.columns import as_numpy, number_column, text_column
 from mlmkit.eval.data import EvalData, Part
 from mlmkit.eval.result import RESULT_FORMAT, Result
 from mlmkit.eval.rows import Pass, Rows, pieces, scorable, shown_ids
@@ -65,7 +66,7 @@ def load_result(folder: Path) -> StoredResult:
 
 def read_blocks(folder: Path, metric: str, mask_seed: int | None) -> Iterator[tuple[pa.Table, pa.Table]]:
     """The token rows of one pass and the rows of their documents, some documents at a time: (tokens, documents)."""
-    tokens = pq.read_schema(folder / TOKENS).empty_table()
+    tokens = pq.ParquetFile(folder / TOKENS).read_row_groups([])
     row_groups = _row_groups(folder / TOKENS, metric, mask_seed)
     file = pq.ParquetFile(folder / DOCUMENTS)
     for documents in map(file.read_row_group, range(file.num_row_groups)):
@@ -74,7 +75,7 @@ def read_blocks(folder: Path, metric: str, mask_seed: int | None) -> Iterator[tu
             if (row_group := next(row_groups, None)) is None:
                 break
             tokens = pa.concat_tables([tokens, row_group])
-        count = int(np.searchsorted(tokens["document"].to_numpy(), end))
+        count = int(np.searchsorted(as_numpy(tokens["document"]), end))
         yield tokens.slice(0, count), documents
         tokens = tokens.slice(count)
 
@@ -254,7 +255,8 @@ class ResultsStore:
                 index = np.arange(begin, begin + len(block))
                 counts = {"document": index, "tokens": block.lengths, "scorable": targets}
                 sizes = dict(zip(TEXT_SIZES, block.text_sizes.T, strict=True))
-                yield pa.table({**counts, **sizes, **data.document_columns(begin, begin + len(block))})
+                columns = {name: number_column(values) for name, values in (counts | sizes).items()}
+                yield pa.table({**columns, **data.document_columns(begin, begin + len(block))})
                 begin += len(block)
 
         def token_tables() -> Iterator[pa.Table]:
@@ -263,8 +265,8 @@ class ResultsStore:
                 if [record.first_document for record in records] + [len(data.corpus)] != [0, *ends]:
                     raise CheckError(f"{self.folder}: parts of {name} are missing: run the same command again")
                 for index in range(len(records)):
-                    table = pq.read_table(self._part_path(name, index), partitioning=None)
-                    yield table.append_column("frequency", pa.array(frequency[table["token_id"].to_numpy()]))
+                    table = pq.ParquetFile(self._part_path(name, index)).read()
+                    yield table.append_column("frequency", number_column(frequency[as_numpy(table["token_id"])]))
 
         _write_row_groups(self.folder / DOCUMENTS, document_tables())
         _write_row_groups(self.folder / TOKENS, token_tables())
@@ -301,28 +303,33 @@ def token_table(item: Pass, part: Part, rows: Rows, scores: TokenScores, tokeniz
     """A part's rows of `tokens.parquet`, one per scored token."""
     corpus = part.corpus
     flat = corpus.starts[rows.document] + rows.offset
-    seed = np.full(len(flat), item.mask_seed or 0, dtype=np.uint64)
     ids, spelled = np.unique(corpus.ids[flat], return_inverse=True)
-    spellings = pa.array([tokenizer.readable(int(id)) for id in ids], pa.string())
+    spellings = text_column([tokenizer.readable(int(id)) for id in ids])
 
-    def of_masked(values: NDArray, kind: pa.DataType) -> pa.Array:
-        return pa.array(values).cast(kind) if item.metric == "masked" else pa.nulls(len(values), kind)
+    def of_masked(values: NDArray) -> pa.Array:
+        kind = pa.from_numpy_dtype(values.dtype)
+        return number_column(values) if item.metric == "masked" else pa.nulls(len(values), kind)
 
+    numbers = {
+        "document": part.first_document + rows.document,
+        "offset": rows.offset.astype(np.int32),
+        "token_id": corpus.ids[flat].astype(np.int32),
+        "input_id": shown_ids(rows, corpus, tokenizer.mask_id).astype(np.int32),
+        "word": corpus.words[flat],
+        "log_prob": scores.log_prob,
+        "rank": scores.rank.astype(np.int32),
+    }
+    seed = np.full(len(flat), item.mask_seed or 0, dtype=np.uint64)
+    no_seed = pa.nulls(len(flat), pa.uint64())
     return pa.table(
-        {
-            "document": part.first_document + rows.document,
-            "offset": rows.offset.astype(np.int32),
-            "token_id": corpus.ids[flat].astype(np.int32),
-            "input_id": shown_ids(rows, corpus, tokenizer.mask_id).astype(np.int32),
-            "word": pa.array(corpus.words[flat]),
-            "log_prob": scores.log_prob,
-            "rank": scores.rank.astype(np.int32),
-            "metric": pa.array([item.metric] * len(flat), pa.string()),
-            "mask_seed": pa.array(seed, mask=np.full(len(flat), item.mask_seed is None)),
-            "top_id": of_masked(scores.top_id, pa.int32()),
-            "top_log_prob": of_masked(scores.top_log_prob, pa.float32()),
-            "token": pa.DictionaryArray.from_arrays(spelled.astype(np.int32), spellings),
-            "piece": pieces(corpus, flat),
-            "length": corpus.lengths[rows.document].astype(np.int32),
+        {name: number_column(values) for name, values in numbers.items()}
+        | {
+            "metric": text_column([item.metric] * len(flat)),
+            "mask_seed": no_seed if item.mask_seed is None else number_column(seed),
+            "top_id": of_masked(scores.top_id.astype(np.int32)),
+            "top_log_prob": of_masked(scores.top_log_prob.astype(np.float32)),
+            "token": pa.DictionaryArray.from_arrays(number_column(spelled.astype(np.int32)), spellings),
+            "piece": number_column(pieces(corpus, flat)),
+            "length": number_column(corpus.lengths[rows.document].astype(np.int32)),
         }
     )

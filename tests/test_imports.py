@@ -1,6 +1,7 @@
 """What modules and commands import. A test cannot measure seconds reliably, so it compares sets of packages."""
 
 import ast
+import gc
 import shutil
 import subprocess
 import sys
@@ -9,6 +10,8 @@ from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
+
+from mlmkit.collector import collector_paused
 
 ROOT = Path(__file__).parent.parent
 PATTERNS = ("mlmkit/**/*.py", "eval/*.py", "export/*.py")
@@ -21,7 +24,8 @@ def module_name(path: Path) -> str:
 
 MODULES = {module_name(path): path for pattern in PATTERNS for path in ROOT.glob(pattern)}
 LAYERS = [
-    {"errors", "files", "bounds", "masking", "console", "progress", "pydocs", "distributed", "loss", "last_layer"},
+    {"collector", "errors", "files", "bounds", "masking", "console", "progress", "pydocs", "distributed"},
+    {"loss", "last_layer"},
     {"chunks", "hub", "long_texts", "slow_tokenizer"},
     {"tokenizer", "locations", "toml"},
     {"lines"},
@@ -52,6 +56,7 @@ except SystemExit as stop:
     {SHOW}
     sys.exit(stop.code)
 """
+REPORT = {"jinja2", "matplotlib"}
 ENGINE = {"click", "numpy", "onnxruntime", "tokenizers"}
 
 
@@ -119,4 +124,33 @@ def test_an_artifact_runs_without_the_extras(always, artifact, tmp_path):
     card = packages(COMMAND, "card", folder, "--text", tmp_path / "text.txt")
     score = packages(COMMAND, "score", artifact("bert"), tmp_path / "text.txt")
     evaluate = packages(COMMAND, "eval", artifact("bert"), "--set", tmp_path / "text.txt", "--mask-prob", "0.9")
+    assert not (score | evaluate) & {"pandas", *REPORT}
     assert not (card | score | evaluate) & {"torch", "transformers", "onnx", "onnxscript", "safetensors", "datasets"}
+
+
+def test_a_checkpoint_is_evaluated_without_what_only_other_commands_need(checkpoint, tmp_path):
+    """transformers itself imports sympy, and scipy and accelerate if they are installed: docs/decisions.md."""
+    (tmp_path / "text.txt").write_text("The statement is executed before the loop\n")
+    arguments = ("--set", tmp_path / "text.txt", "--mask-prob", "0.9", "--device", "cpu")
+    evaluate = packages(COMMAND, "eval", checkpoint("bert"), *arguments)
+    others = {"datasets", "fsspec", "matplotlib", "onnx", "onnxruntime", "onnxscript", "pandas", "sklearn"}
+    assert "torch" in evaluate
+    assert not evaluate & others
+
+
+def test_loading_is_not_searched_for_garbage():
+    searched = []
+    watch = lambda phase, information: searched.append(information["generation"])  # noqa: E731
+    gc.callbacks.append(watch)
+    try:
+        with collector_paused():
+            kept = [[] for _ in range(200_000)]
+        assert not searched
+        assert gc.isenabled() and len(kept) > gc.get_count()[0]
+    finally:
+        gc.callbacks.remove(watch)
+
+
+def test_the_end_of_a_command_is_not_searched_for_garbage():
+    code = "import atexit, gc; atexit.register(lambda: print(gc.get_freeze_count() > 1000)); import mlmkit.cli"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT).stdout == "True\n"

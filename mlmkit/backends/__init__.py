@@ -10,6 +10,7 @@ from pathlib import Path
 
 from mlmkit.artifact import Manifest, is_artifact, parse_manifest, refuse_other_graphs
 from mlmkit.backends.protocol import Backend, Batch, ModelInfo, Scored, capacity, merge_rows, score_together
+from mlmkit.collector import collector_paused
 from mlmkit.errors import UserError, install_hint, require
 from mlmkit.files import locate_model
 
@@ -83,9 +84,10 @@ def load(
         refuse_other_graphs(Path(path))
         raise UserError(f"{path} is not an artifact: export it first (mlmkit export {path} --output ARTIFACT)")
     require("train", "torch", "transformers", "safetensors")
-    from mlmkit.backends.torch import TorchBackend
+    with collector_paused():
+        from mlmkit.backends.torch import TorchBackend
 
-    return TorchBackend(path, device, trust_remote_code=trust_remote_code)
+        return TorchBackend(path, device, trust_remote_code=trust_remote_code)
 
 
 def _picks_tensorrt(path: str, backend: str, device: str) -> bool:

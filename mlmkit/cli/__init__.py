@@ -3,6 +3,8 @@
 Commands import heavy modules inside their functions, so that `mlmkit --help` answers at once.
 """
 
+import atexit
+import gc
 import logging
 import os
 import signal
@@ -34,6 +36,8 @@ MODULES = {  # of each command, in the order in which they are used
     "fill": "inference",
     "serve": "inference",
 }
+# Otherwise Python searches a million objects of torch and transformers for garbage, several times, as the process ends.
+atexit.register(gc.freeze)
 
 
 class _Commands(click.Group):

@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from mlmkit.cli.options import CONFIG, PATH, JsonOption, VerifyOption, argument, command, option, option_class, switch
+from mlmkit.collector import collector_paused
 from mlmkit.console import print_json, print_table, say
 from mlmkit.errors import UserError, require
 
@@ -135,7 +136,8 @@ def train(options: TrainOptions) -> None:
                 _print_sweep(results, options.output)
             check(results)
     elif options.output:
-        from mlmkit.train.loop import train as run_training
+        with collector_paused():
+            from mlmkit.train.loop import train as run_training
         from mlmkit.train.summary import summarise
 
         run_training(settings, options.output, options.start_from)
