@@ -14,7 +14,7 @@ import random
 import re
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from itertools import chain
 from pathlib import Path
@@ -53,6 +53,30 @@ def sentences(count: int, tokens: int, tokenizer: Any) -> list[str]:
     lines = lines or list(chain.from_iterable(re.split(r"(?<=[.?!]) +", text) for text in held_out()))
     apart = [abs(len(ids) - tokens) for ids in tokenizer(lines, add_special_tokens=False)["input_ids"]]
     return [lines[index] for index in sorted(sorted(range(len(lines)), key=apart.__getitem__)[:count])]
+
+
+def short_documents(count: int, most: int, tokenizer: Any) -> list[str]:
+    """The first `count` held-out documents of at most `most` tokens."""
+    return [text for text, tokens in _measured(held_out(), tokenizer) if tokens <= most][:count]
+
+
+def long_documents(count: int, least: int, most: int, tokenizer: Any) -> list[str]:
+    """The first `count` of `least` to `most` tokens, each of consecutive held-out documents joined by spaces."""
+    joined: list[str] = []
+    parts: list[str] = []
+    total = 0
+    for text, tokens in _measured(held_out(), tokenizer):
+        if total + tokens > most:
+            joined += [" ".join(parts)] if total >= least else []
+            parts, total = [], 0
+        if tokens <= most:
+            parts, total = [*parts, text], total + tokens
+    return joined[:count]
+
+
+def _measured(texts: list[str], tokenizer: Any) -> Iterator[tuple[str, int]]:
+    """Each text and its tokens, without special tokens."""
+    return ((text, len(tokenizer(text, add_special_tokens=False)["input_ids"])) for text in texts)
 
 
 def _lines(name: str) -> list[str]:

@@ -22,6 +22,7 @@ HEADLINES = {
     "pll_int8_times_as_fast": ("the same in dynamic int8", "x the plain loop"),
     "pairs_onnx_times_as_fast": ("minimal pairs, ONNX Runtime", "x every row in batches of 2,048"),
     "masked_times_as_fast": ("masked cross-entropy of documents, ONNX Runtime", "x transformers"),
+    "masked_share_of_floor": ("the same, as a share of the hardware limit", ""),
     "optimum_1x16_times_as_fast": ("scoring 1 x 16 tokens", "x optimum-onnx's graph"),
     "optimum_8x128_times_as_fast": ("scoring 8 x 128 tokens", "x optimum-onnx's graph"),
     "optimum_32x128_times_as_fast": ("scoring 32 x 128 tokens", "x optimum-onnx's graph"),

@@ -11,28 +11,40 @@ process of its own:
 The hardware limit is two operations per encoder parameter and real token, at the best rate at which torch multiplies
 float32 matrices here. Attention, vocabulary head and padding come on top of it.
 
-Then masked cross-entropy of documents: transformers with its collator and loss against `mlmkit.evaluate`. Tokenising is
-not counted on either side.
+Then masked cross-entropy of documents: transformers with its collator and loss, in batches of documents in file order,
+against `mlmkit.evaluate`. Tokenising is not counted on either side. Short documents (up to 128 tokens) need batches
+with little padding; long ones (400 to 510 tokens, consecutive documents joined) show the cost of attention.
 """
 
 import argparse
 import operator
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from itertools import chain
 from statistics import mean, median
 from typing import Any, NamedTuple
 
-from harness import Report, Table, alternate, main, matrix_rate, ratios, table, timed
-from inputs import artifact, bert_tokenizer, checkpoint, encoder_parameters, held_out, sentences
+from harness import Report, Table, alternate, main, matrix_rate, ratios, table
+from inputs import (
+    artifact,
+    bert_tokenizer,
+    checkpoint,
+    encoder_parameters,
+    long_documents,
+    sentences,
+    short_documents,
+)
 from processes import calls, contestants, isolated
 
 BOUND = 1e-3  # nats per sentence
 BATCH_DOCUMENTS = 32  # of transformers
-TRIED_SENTENCES = (1, 4, 16, 32)  # batch sizes of the plain loop
+SHORT_TOKENS, LONG_TOKENS = 128, (400, 510)
+TRIED_SENTENCES = (1, 4, 8)  # batch sizes of the plain loop; 16 took 2 % longer than 4
 SENTENCE_TOKENS = 20
-PLAIN, PEER, BEST, INT8 = "plain loop", "masked, transformers", "onnx", "onnx, int8-dynamic"
+PLAIN, PEER, BEST, INT8 = "plain loop", "transformers", "onnx", "onnx, int8-dynamic"
 Scorer = Callable[[list[str], int], list[list[float]]]  # texts, batch size -> log-probabilities of each text's tokens
+Reader = Callable[[list[str]], "Pass"]
 
 
 class Pass(NamedTuple):
@@ -89,34 +101,36 @@ def mlmkit_scorer(source: str, backend: str) -> Scorer:
     ]
 
 
-def transformers_reader(source: str, documents: list[str]) -> Callable[[], Pass]:
-    """A pass over documents in file order, cut at 512 tokens, padded to the longest of the batch."""
+def transformers_reader(source: str) -> Reader:
+    """Reads documents in file order, cut at 512 tokens, padded to the longest of the batch."""
     import torch
     from transformers import AutoModelForMaskedLM, AutoTokenizer, DataCollatorForLanguageModeling
 
     tokenizer: Any = AutoTokenizer.from_pretrained(source)
     model = AutoModelForMaskedLM.from_pretrained(source).eval()
-    rows: list[Any] = [{"input_ids": ids} for ids in tokenizer(documents, truncation=True).input_ids]
     collate = DataCollatorForLanguageModeling(tokenizer, mlm_probability=0.15)
 
-    def read() -> None:
+    def read(documents: list[str]) -> Pass:
+        rows: list[Any] = [{"input_ids": ids} for ids in tokenizer(documents, truncation=True).input_ids]
+        began = time.perf_counter()
         for begin in range(0, len(rows), BATCH_DOCUMENTS):
             with torch.inference_mode():
                 model(**collate(rows[begin : begin + BATCH_DOCUMENTS])).loss.item()
+        return Pass(time.perf_counter() - began, len(rows), sum(len(row["input_ids"]) for row in rows), [])
 
-    return lambda: Pass(timed(read), len(rows), sum(len(row["input_ids"]) for row in rows), [])
+    return read
 
 
-def mlmkit_reader(source: str, backend: str, documents: list[str]) -> Callable[[], Pass]:
+def mlmkit_reader(source: str, backend: str) -> Reader:
     """The scoring pass of `mlmkit.evaluate`, as it times it itself."""
     from mlmkit.backends import load
     from mlmkit.eval.api import evaluate
 
     model = load(source, backend, "cpu")
 
-    def read() -> Pass:
-        result = evaluate(model, documents, metrics=["masked"]).result
-        return Pass(result["timing"]["masked"]["seconds"], len(documents), result["corpus"]["tokens"], [])
+    def read(documents: list[str]) -> Pass:
+        timing = evaluate(model, documents, metrics=["masked"]).result["timing"]["masked"]
+        return Pass(timing["seconds"], timing["rows"], round(timing["tokens_per_second"] * timing["seconds"]), [])
 
     return read
 
@@ -126,7 +140,10 @@ def measure(options: argparse.Namespace) -> Report:
     source, target = str(checkpoint("bert-base", **layers)), str(artifact("bert-base", **layers))
     small = str(artifact("bert-base", "--precision", "int8-dynamic", "--allow-drift", **layers))
     texts = sentences(options.sentences, SENTENCE_TOKENS, bert_tokenizer())
-    documents = [line[:2000] for line in held_out()[: options.documents]]
+    documents = {
+        "short": short_documents(options.short, SHORT_TOKENS, bert_tokenizer()),
+        "long": long_documents(options.long, *LONG_TOKENS, bert_tokenizer()),
+    }
     scorers = {
         PLAIN: (plain_loop, source),
         "torch": (mlmkit_scorer, source, "torch"),
@@ -134,9 +151,9 @@ def measure(options: argparse.Namespace) -> Report:
         INT8: (mlmkit_scorer, small, "onnx"),
     }
     readers = {
-        PEER: (transformers_reader, source, documents),
-        "masked, torch": (mlmkit_reader, source, "torch", documents),
-        f"masked, {BEST}": (mlmkit_reader, target, "onnx", documents),
+        PEER: (transformers_reader, source),
+        "torch": (mlmkit_reader, source, "torch"),
+        BEST: (mlmkit_reader, target, "onnx"),
     }
     rate = isolated(matrix_rate, "cpu")
     with contestants(scorers) as started:
@@ -148,44 +165,81 @@ def measure(options: argparse.Namespace) -> Report:
         size = min(trial, key=lambda size: trial[size])
         scored = alternate(calls(started, pseudo_pass, texts, size), options.rounds, warm=True)
         peaks = {name: contestant.peak_gib() for name, contestant in started.items()}
+    read = {}
     with contestants(readers) as started:
-        read = alternate(calls(started, operator.call), options.rounds)
-        peaks |= {name: contestant.peak_gib() for name, contestant in started.items()}
+        for contestant in started.values():
+            contestant.call(operator.call, documents["short"][:4])
+        for kind, texts_of_kind in documents.items():
+            read[kind] = alternate(calls(started, operator.call, texts_of_kind), options.rounds, warm=True)
+        read_peaks = {name: contestant.peak_gib() for name, contestant in started.items()}
     rate = max(rate, isolated(matrix_rate, "cpu"))  # other work on the machine only lowers it
 
     floor = rate / 2 / isolated(encoder_parameters, source)
-    seconds = {name: [each.seconds for each in passes] for name, passes in (scored | read).items()}
-    fast = {name: ratios(times, seconds[PEER if name in read else PLAIN]) for name, times in seconds.items()}
-    agreed = agreement({name: passes[0].scores for name, passes in scored.items()})
-    titled = {"Pseudo-log-likelihood": scored, "Masked cross-entropy": read}
+    pll = Speeds("Pseudo-log-likelihood", scored, PLAIN, floor, peaks)
+    short, long = (Speeds(heading(kind, passes), passes, PEER, floor, read_peaks) for kind, passes in read.items())
     return Report(
-        [speeds(title, passes, fast, floor, rate, peaks) for title, passes in titled.items()],
-        [f"The plain loop: {size} sentences per batch, the best of {', '.join(map(str, trial))}. {agreed}."],
+        [each.table(rate) for each in (pll, short, long)],
+        [
+            f"The plain loop: {size} sentences per batch, the best of {', '.join(map(str, trial))}. "
+            f"{agreement({name: passes[0].scores for name, passes in scored.items()})}."
+        ],
         {
-            "pll_times_as_fast": median(fast[BEST]),
-            "pll_int8_times_as_fast": median(fast[INT8]),
-            "masked_times_as_fast": median(fast[f"masked, {BEST}"]),
-            "pll_share_of_floor": scored[BEST][0].tokens / median(seconds[BEST]) / floor,
+            "pll_times_as_fast": median(pll.fast[BEST]),
+            "pll_int8_times_as_fast": median(pll.fast[INT8]),
+            "masked_times_as_fast": median(long.fast[BEST]),
+            "masked_share_of_floor": long.share(BEST),
+            "pll_share_of_floor": pll.share(BEST),
         },
-        figures={"seconds": seconds, "operations_per_second": rate, "trial": trial, "peak_gib": peaks},
+        figures={
+            "seconds": {each.title: each.seconds for each in (pll, short, long)},
+            "operations_per_second": rate,
+            "trial": trial,
+            "peak_gib": {"pseudo": peaks, "masked": read_peaks},
+        },
     )
 
 
-def speeds(
-    title: str, passes: dict[str, list[Pass]], fast: dict[str, Any], floor: float, rate: float, peaks: dict[str, float]
-) -> Table:
-    """A row per contestant, below the hardware limit: medians over the rounds."""
+def heading(kind: str, passes: dict[str, list[Pass]]) -> str:
+    first = passes[PEER][0]
+    return f"Masked cross-entropy, {first.rows} {kind} documents of {first.tokens / first.rows:.0f} tokens on average"
 
-    def speed(name: str, one: Pass, seconds: float) -> dict[str, object]:
-        share = one.tokens / seconds / floor
-        return {"": name, "rows/s": one.rows / seconds, "tokens/s": one.tokens / seconds, "share of the limit": share}
 
-    first = next(iter(passes.values()))[0]
-    rows = [speed(f"hardware limit, {rate / 1e9:.0f} GFLOP/s", first, first.tokens / floor)]
-    for name, taken in passes.items():
-        row = speed(name, taken[0], median(each.seconds for each in taken))
-        rows.append(row | {"x the peer": fast[name], "peak RSS GiB": peaks[name]})
-    return table(title, rows)
+@dataclass(frozen=True)
+class Speeds:
+    """The passes of contestants over the same texts, by name. `floor` is the hardware limit in tokens per second."""
+
+    title: str
+    passes: dict[str, list[Pass]]
+    peer: str
+    floor: float
+    peaks: dict[str, float]
+
+    @property
+    def seconds(self) -> dict[str, list[float]]:
+        return {name: [each.seconds for each in taken] for name, taken in self.passes.items()}
+
+    @property
+    def fast(self) -> dict[str, list[float]]:
+        """How many times as fast as the peer each one was, per round."""
+        return {name: ratios(times, self.seconds[self.peer]) for name, times in self.seconds.items()}
+
+    def share(self, name: str) -> float:
+        """A contestant's share of the hardware limit."""
+        return self.passes[name][0].tokens / median(self.seconds[name]) / self.floor
+
+    def table(self, rate: float) -> Table:
+        """A row per contestant, below the hardware limit: medians over the rounds."""
+        first = self.passes[self.peer][0]
+        rows = [_speed(f"hardware limit, {rate / 1e9:.0f} GFLOP/s", first, first.tokens / self.floor, 1.0)]
+        for name, taken in self.passes.items():
+            row = _speed(name, taken[0], median(self.seconds[name]), self.share(name))
+            rows.append(row | {"x the peer": self.fast[name], "peak RSS GiB": self.peaks[name]})
+        return table(self.title, rows)
+
+
+def _speed(name: str, one: Pass, seconds: float, share: float) -> dict[str, object]:
+    per_second = {"rows/s": one.rows / seconds, "tokens/s": one.tokens / seconds}
+    return {"": name, **per_second, "share of the limit": share}
 
 
 def agreement(scores: dict[str, list[list[float]]]) -> str:
@@ -201,4 +255,4 @@ def agreement(scores: dict[str, list[list[float]]]) -> str:
 
 
 if __name__ == "__main__":
-    main(__doc__, measure, layers=(0, 2), sentences=(16, 8), documents=(24, 8), rounds=(3, 1))
+    main(__doc__, measure, layers=(0, 2), sentences=(16, 8), short=(48, 8), long=(4, 1), rounds=(3, 1))

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mlmkit.backends import Backend, Batch
-from mlmkit.batching import BATCH_TOKENS, length_batches
+from mlmkit.batching import BATCH_TOKENS, CALL_TOKENS, length_batches
 from mlmkit.corpus import Corpus
 from mlmkit.errors import CheckError, UserError
 from mlmkit.eval.data import Part
@@ -118,11 +118,13 @@ def build_batch(
     return Batch(input_ids, attention_mask, positions, targets), scored
 
 
-def distinct_batches(batch: Batch, budget: int, *, equal: bool) -> Iterator[tuple[Batch, NDArray[np.int64]]]:
+def distinct_batches(
+    batch: Batch, budget: int, *, equal: bool, call_tokens: float
+) -> Iterator[tuple[Batch, NDArray[np.int64]]]:
     """Cut a padded batch into batches of its distinct rows, by length; each comes with the indices of its targets.
 
     Rows with the same ids become one row with all of their targets: a pair whose sentences differ in one token shares
-    the row that masks it. `budget` and `equal` are those of `length_batches`.
+    the row that masks it. `budget`, `equal` and `call_tokens` are those of `length_batches`.
     """
     lengths = batch.attention_mask.sum(axis=1)
     shown = np.column_stack([lengths, batch.input_ids]).astype(np.int32)  # with lengths, as a text may hold padding ids
@@ -131,7 +133,7 @@ def distinct_batches(batch: Batch, budget: int, *, equal: bool) -> Iterator[tupl
     order = np.argsort(row_of[row], kind="stable")
     counts = np.bincount(row_of[row], minlength=len(first))
     begin = np.cumsum(counts) - counts
-    for index in length_batches(lengths[first], budget, equal=equal):
+    for index in length_batches(lengths[first], budget, equal=equal, call_tokens=call_tokens):
         rows, longest = first[index], int(lengths[first[index]].max())
         targets = order[ranges(begin[index], counts[index])]
         positions = np.repeat(np.arange(len(index)), counts[index]) * longest + column[targets]
@@ -159,10 +161,11 @@ def _empty_scores(size: int) -> TokenScores:
 
 def _steps(work: Iterable[tuple[Part, Rows]], backend: Backend, batch_tokens: int) -> Generator[_Step]:
     tokenizer, budget = backend.tokenizer, batch_tokens or BATCH_TOKENS[backend.device]
+    equal, call_tokens = backend.info.sees_padding, CALL_TOKENS[backend.device]
     for part, rows in work:
         for stretch in length_batches(rows.lengths + tokenizer.added_tokens, max(budget, STRETCH_TOKENS)):
             padded, scored = build_batch(part.corpus, rows, stretch, tokenizer)
-            for batch, targets in distinct_batches(padded, budget, equal=backend.info.sees_padding):
+            for batch, targets in distinct_batches(padded, budget, equal=equal, call_tokens=call_tokens):
                 yield _Step(part, rows, batch, scored[targets])
         yield _Step(part, rows, None, np.zeros(0, dtype=np.int64))
 

@@ -1,5 +1,6 @@
 """Group windows into batches: packs with a token budget for training, length-sorted batches for evaluation."""
 
+import math
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
 
@@ -7,6 +8,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 BATCH_TOKENS = {"cpu": 1024, "cuda": 65536}  # on a CPU larger batches leave the cache: docs/decisions.md
+# What a call of a model costs besides its tokens, in tokens. BERT-base takes 62 ms and 3.1 ms per token on a core; a
+# GPU takes some milliseconds, in which it could read thousands of tokens (estimated).
+CALL_TOKENS = {"cpu": 20, "cuda": 2048}
 OPEN_PACKS = 32
 LOOKAHEAD = 1024
 
@@ -46,22 +50,28 @@ def pack(
     yield from packs
 
 
-def length_batches(lengths: NDArray[np.int64], budget: int, *, equal: bool = False) -> list[NDArray[np.int64]]:
+def length_batches(
+    lengths: NDArray[np.int64], budget: int, *, equal: bool = False, call_tokens: float = math.inf
+) -> list[NDArray[np.int64]]:
     """Return batches of row indices of similar length, each row once: `rows * longest <= budget`, or a single row.
 
-    With `equal`, all rows of a batch have the same length, so there is no padding. The longest come first, so that
-    memory peaks at the start and not at the end. The batches depend only on `lengths`.
+    A batch ends early where another batch, which costs `call_tokens`, saves more than that in padding. With `equal`,
+    all rows of a batch have the same length, so there is no padding. The longest come first, so that memory peaks at
+    the start and not at the end. The batches depend only on the arguments.
     """
     order = np.argsort(-lengths, kind="stable")
     descending = lengths[order]
     batches, begin = [], 0
     while begin < len(order):
         longest = int(descending[begin])
-        end = begin + max(budget // max(longest, 1), 1)
+        rows = descending[begin : begin + max(budget // max(longest, 1), 1)]
         if equal:
-            end = min(end, int(np.searchsorted(-descending, -longest, side="right")))
-        batches.append(order[begin:end])
-        begin = end
+            rows = rows[rows == longest]
+        # The padding that the rows from each one on would not have in a batch of their own.
+        while (saved := (longest - rows) * np.arange(len(rows), 0, -1)).max() > call_tokens:
+            rows = rows[: saved.argmax()]
+        batches.append(order[begin : begin + len(rows)])
+        begin += len(rows)
     return batches
 
 

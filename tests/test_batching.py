@@ -1,5 +1,6 @@
 """Packs, batches, and parts of batches that fit a TensorRT profile: every item once, no budget exceeded."""
 
+import math
 from collections.abc import Iterable, Sized
 
 import numpy as np
@@ -62,15 +63,22 @@ def test_an_item_over_the_budget_is_refused():
         list(pack([3, 11], 10))
 
 
-@given(lengths_strategy, st.integers(1, 200), st.booleans())
-def test_length_batches_hold_each_row_once_within_the_budget(lengths, budget, equal):
-    """And rows of one length alone, with `equal`."""
-    batches = length_batches(np.array(lengths, dtype=np.int64), budget, equal=equal)
+@given(lengths_strategy, st.integers(1, 200), st.booleans(), st.sampled_from([0, 5, math.inf]))
+def test_length_batches_hold_each_row_once_within_the_budget(lengths, budget, equal, call_tokens):
+    """And rows of one length alone, with `equal` or calls that cost nothing."""
+    batches = length_batches(np.array(lengths, dtype=np.int64), budget, equal=equal, call_tokens=call_tokens)
     assert is_partition(batches, lengths)
     for batch in batches:
         widths = {lengths[index] for index in batch}
         assert len(batch) == 1 or len(batch) * max(widths) <= budget
-        assert len(widths) == 1 or not equal
+        assert len(widths) == 1 or not (equal or call_tokens == 0)
+
+
+def test_few_rows_of_unlike_lengths_are_not_padded_to_one_another():
+    """A call costs as much as 20 tokens; the least cost of these lengths, by trying all batches, is 320."""
+    lengths = np.array([100, 20, 98, 18, 19, 3], dtype=np.int64)
+    batches = length_batches(lengths, 1024, call_tokens=20)
+    assert [batch.tolist() for batch in batches] == [[0, 2], [1, 4, 3, 5]]
 
 
 @given(lengths_strategy, st.integers(50, 200), st.integers(1, 30))

@@ -92,7 +92,8 @@ def test_a_pair_shares_the_row_of_the_word_that_differs(checkpoint):
 def test_a_padding_id_in_a_text_is_not_padding():
     """Rows of equal ids but other lengths stay apart; the targets of merged rows stay in their columns."""
     ids, mask = np.array([[5, 0, 0], [5, 0, 0], [5, 0, 0]]), np.array([[1, 1, 0], [1, 0, 0], [1, 1, 0]])
-    ((batch, targets),) = distinct_batches(Batch(ids, mask, np.array([1, 3, 6]), np.array([7, 8, 9])), 64, equal=False)
+    padded = Batch(ids, mask, np.array([1, 3, 6]), np.array([7, 8, 9]))
+    ((batch, targets),) = distinct_batches(padded, 64, equal=False, call_tokens=9)
     assert batch.input_ids.tolist() == [[5, 0], [5, 0]] and batch.attention_mask.tolist() == [[1, 1], [1, 0]]
     assert batch.positions.tolist() == [1, 0, 2] and batch.targets.tolist() == [7, 9, 8]
     assert targets.tolist() == [0, 2, 1]
