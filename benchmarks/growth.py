@@ -1,10 +1,10 @@
 """How time and memory grow with the corpus: tokenising, evaluating and training, each row on four times as much text.
 
-The first 1.6 MB of the training text, repeated up to 410 MB with a number before each document, so no two documents are
-equal and no cache applies. The model is tiny, with random weights, as only the corpus matters. Each measurement runs in
-a process of its own; memory is its peak above what it was before it opened the text. For training: a whole epoch's
-batches, built and laid out, and 20 steps on text that has been tokenised, whose seconds must not depend on the corpus.
-Evaluation is linear and slow, so it stops after `--evaluated` sizes.
+The training text is repeated with a number before each document, so no two documents are equal and no cache applies.
+The model is tiny, with random weights, as only the corpus matters. Each measurement runs in a process of its own;
+memory is its peak above what it was before it opened the text. For training: a whole epoch's batches, built and laid
+out, and 20 steps on text that has been tokenised, whose seconds must not depend on the corpus. Evaluation is linear
+and slow, so it stops after `--evaluated` sizes.
 """
 
 import argparse
@@ -12,6 +12,7 @@ import os
 import tempfile
 import time
 from importlib import import_module
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ def measure(options: argparse.Namespace) -> Report:
         folder = Path(temporary)
         os.environ["MLMKIT_CACHE"] = str(folder / "cache")
         source, target = checkpoint("bert-mini", **TINY), artifact("bert-mini", **TINY)
-        texts = [write_text(folder / f"{times}.txt", options.megabytes, times) for times in options.times]
+        texts = [write_text(folder / f"{size:g}.txt", size) for size in options.megabytes]
         figures: dict[str, list[dict[str, float]]] = {}
         # In this order: tokenising fills the cache that training reads; evaluation has its own.
         for name, work, model, count in (
@@ -42,14 +43,14 @@ def measure(options: argparse.Namespace) -> Report:
         ):
             output = folder / f"output-{len(figures)}"
             figures[name] = [isolated(work, model, text, output) for text in texts[:count]]
-    sizes = [f"{options.megabytes * times:g} MB" for times in options.times]
+    sizes = [f"{size:g} MB" for size in options.megabytes]
+    linear = " : ".join(f"{size / options.megabytes[0]:g}" for size in options.megabytes)
     return Report(
         [table(name, records(sizes, rows)) for name, rows in figures.items()],
         [
-            f"The text is the first {options.megabytes:g} MB of the training text, repeated with a number before each "
-            f"document. Linear growth would be {' : '.join(f'{times / options.times[0]:g}' for times in options.times)}"
-            f" in seconds. Evaluation is linear, so it stops at {sizes[: options.evaluated][-1]}. It works in parts of "
-            "about 262,144 tokens: a text smaller than one part takes less memory."
+            f"Linear growth would be {linear} in seconds. Evaluation is linear; it stops at "
+            f"{sizes[options.evaluated - 1]}. It works in parts of about 262,144 tokens, so a text smaller than one "
+            "part takes less memory. The text is repeated with a number before each document."
         ],
         figures=figures,
     )
@@ -71,17 +72,15 @@ def records(sizes: list[str], rows: list[dict[str, float]]) -> list[dict[str, ob
     ]
 
 
-def write_text(path: Path, megabytes: float, times: int) -> Path:
-    """Write `times` copies of the same documents, each after the number of its copy."""
-    size, chosen = 0, []
-    for document in documents():
-        chosen.append(document)
-        size += len(document.encode()) + 1
-        if size > megabytes * 1e6:
-            break
-    with path.open("w", encoding="utf-8") as file:
-        for copy in range(times):
-            file.writelines(f"{copy} {document}\n" for document in chosen)
+def write_text(path: Path, megabytes: float) -> Path:
+    """Write documents of the training text up to this size; each has the number of its repetition before it."""
+    texts = documents()
+    size = 0
+    with path.open("wb") as file:
+        for index, document in enumerate(cycle(texts)):
+            size += file.write(f"{index // len(texts)} {document}\n".encode())
+            if size >= megabytes * 1e6:
+                break
     return path
 
 
@@ -136,4 +135,4 @@ def _figures(memory_before: float, began: float, documents: int, tokens: int) ->
 
 
 if __name__ == "__main__":
-    main(__doc__, measure, megabytes=(1.6, 0.1), times=((1, 4, 16, 64, 256), (1, 2)), evaluated=(3, 1))
+    main(__doc__, measure, megabytes=((0.4, 1.6, 6.4, 25.6, 102.4, 409.6), (0.1, 0.2)), evaluated=(3, 1))
