@@ -14,8 +14,9 @@ from typing import Any
 
 import pytest
 
+from benchmarks import growth
 from benchmarks.gpu_evaluation import has_tensorrt
-from benchmarks.harness import Report, SkippedError, Table, alternate, machine, ratios, table, write_block
+from benchmarks.harness import Report, SkippedError, Table, alternate, installed, machine, ratios, table, write_block
 from benchmarks.page import changes, headlines_of, outdated_quotes, render
 from benchmarks.processes import Contestant, ContestantError, isolated
 from benchmarks.suite import SCRIPTS, STUDIES, earlier_run
@@ -96,6 +97,17 @@ def test_the_gpu_benchmark_without_a_gpu_exits_with_2():
     assert done.returncode == 2
     assert len(done.stderr.strip().splitlines()) == 1
     assert "GPU" in done.stderr
+
+
+def test_packages_that_are_not_installed_skip_a_benchmark():
+    with pytest.raises(SkippedError, match="make build/nothing/installed"):
+        installed("nothing")
+
+
+def test_a_text_of_any_size_repeats_no_document(tmp_path, monkeypatch):
+    monkeypatch.setattr(growth, "documents", lambda: ["one é", "two"])
+    lines = growth.write_text(tmp_path / "text.txt", 25e-6).read_text(encoding="utf-8").splitlines()
+    assert lines == ["0 one é", "0 two", "1 one é", "1 two"]  # 24 bytes after the third, 30 after the fourth
 
 
 def test_tensorrt_for_rtx_counts_as_tensorrt():
