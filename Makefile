@@ -11,6 +11,7 @@ VENV_PYTHON := .venv/bin/python
 INSTALLED := .venv/installed
 DEMO_INSTALLED := .venv/demo-installed
 TRANSFORMERS4 := build/transformers4
+OPENVINO := build/openvino
 TRANSFORMERS_JS := build/transformersjs
 # Python compiles modules on import anyway; compiling all two gigabytes took 110 of 250 seconds.
 PIP_INSTALL := $(VENV_PYTHON) -m pip install --no-compile --constraint constraints.txt
@@ -51,10 +52,11 @@ lint: $(INSTALLED)
 types: $(INSTALLED)
 	$(VENV_PYTHON) -m basedpyright
 
-# Transformers 4 and tools that need it, 75 MB, which the tests put before .venv on the path of a process of their own.
-$(TRANSFORMERS4)/installed: requirements-transformers4.txt | $(INSTALLED)
-	@rm -rf $(TRANSFORMERS4)
-	@$(VENV_PYTHON) -m pip install --quiet --no-compile --no-deps --target $(TRANSFORMERS4) --requirement $<
+# Transformers 4 and tools that need it, 75 MB, for tests and a benchmark; OpenVINO, 187 MB, for a benchmark. They are
+# put before .venv on the path of separate processes.
+$(TRANSFORMERS4)/installed $(OPENVINO)/installed: build/%/installed: requirements-%.txt | $(INSTALLED)
+	@rm -rf $(@D)
+	@$(VENV_PYTHON) -m pip install --quiet --no-compile --no-deps --target $(@D) --requirement $<
 	@touch $@
 
 # transformers.js for node, which comes with basedpyright. Scripts of packages do not run: one would download CUDA. What
@@ -72,9 +74,8 @@ $(TRANSFORMERS_JS)/installed: tests/transformersjs/package.json | $(INSTALLED)
 pytest: $(INSTALLED) $(TRANSFORMERS4)/installed $(TRANSFORMERS_JS)/installed
 	$(VENV_PYTHON) -m pytest --numprocesses 2 --dist loadfile
 
-# Writes benchmarks/results/<machine>-<date>.json and docs/results.md. Half an hour on two idle cores; the first run also
-# installs optimum-onnx into build/.
-bench: $(INSTALLED)
+# Writes benchmarks/results/<machine>-<date>.json and docs/results.md. Half an hour on two idle cores.
+bench: $(INSTALLED) $(TRANSFORMERS4)/installed $(OPENVINO)/installed
 	$(VENV_PYTHON) benchmarks/suite.py $(BENCH)
 
 # The variable silences the theme's notice about its successor.

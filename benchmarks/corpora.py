@@ -30,8 +30,7 @@ def measure(options: argparse.Namespace) -> Report:
         os.environ["MLMKIT_CACHE"] = str(folder / "cache")
         os.environ["TOKENIZERS_PARALLELISM"] = "false"  # figures are per core
         model = checkpoint("bert-mini", **TINY)
-        base = min(options.megabytes)
-        texts = {f"{mb:g} MB": write_text(folder / f"{mb:g}.txt", base, round(mb / base)) for mb in options.megabytes}
+        texts = {f"{size:g} MB": write_text(folder / f"{size:g}.txt", size) for size in options.megabytes}
         texts[f"one line of {options.line:g} MB"] = write_line(folder / "line.txt", options.line)
         tokenised, starts, cold = {}, {}, {}
         for name, text in texts.items():

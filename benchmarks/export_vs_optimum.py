@@ -9,8 +9,9 @@ computes the log-probability of every masked token. They take turns, each in a p
 - optimum -O2: the same with optimum's strongest optimisation that does not approximate,
 - PyTorch: the eager model of transformers with full logits, for orientation.
 
-optimum-onnx pins an older transformers, so it exports from a virtual environment of its own, made on the first run; its
-graphs run in this one. Fails if log-probabilities differ by more than `BOUND`.
+optimum-onnx needs transformers 4, so it exports in a process of its own from build/transformers4, which `make
+build/transformers4/installed` installs; its graphs run in this environment. Fails if log-probabilities differ by more
+than `BOUND`.
 """
 
 import argparse
@@ -20,24 +21,21 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
 import numpy as np
-from harness import Report, SkippedError, alternate, main, ratios, say, table
+from harness import Report, alternate, installed, main, ratios, table
 from inputs import SHAPES, artifact, checkpoint, real_batch
 from numpy.typing import NDArray
-from processes import ROOT, Contestant, calls, contestants, last_line
+from processes import Contestant, ContestantError, calls, contestants, last_line
 
 from mlmkit.backends import Batch
 
-OPTIMUM = "optimum-onnx[onnxruntime]==0.1.0"
 BOUND = 1e-3  # nats
 TURN_TOKENS = 2048  # per turn, in 20 batches at most
 PEER = "PyTorch, eager"
-VENV = ROOT / "build" / "optimum-venv"  # git ignores build/
 
 
 class Engine(NamedTuple):
@@ -65,23 +63,16 @@ def take_turn(engine: Engine, batch: Batch, repeats: int) -> Turn:
     return Turn((time.perf_counter() - began) / repeats, forward_seconds / repeats, log_prob)
 
 
-def optimum_environment(folder: Path) -> Path:
-    """The folder of its commands; if it does not exist it is made, with this environment's version of torch."""
-    commands = folder / "bin"
-    if not (commands / "optimum-cli").exists():
-        say(f"installing {OPTIMUM} into {folder}")
-        install = [commands / "python", "-m", "pip", "install", "--quiet", f"torch=={version('torch').split('+')[0]}"]
-        for command in ([sys.executable, "-m", "venv", folder], [*install, OPTIMUM]):
-            if code := subprocess.run(command).returncode:
-                raise SkippedError(f"{OPTIMUM} could not be installed: exit code {code}")
-    return commands
-
-
-def export_with_optimum(commands: Path, source: Path, output: Path, *flags: str) -> Path:
-    command = [commands / "optimum-cli", "export", "onnx", "--task", "fill-mask", "--model", source, *flags, output]
-    result = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"})
+def export_with_optimum(packages: Path, source: Path, output: Path, *flags: str) -> Path:
+    command = [sys.executable, "-m", "optimum.commands.optimum_cli", "export", "onnx", "--task", "fill-mask"]
+    result = subprocess.run(
+        [*command, "--model", source, *flags, output],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(packages)},
+    )
     if result.returncode:
-        raise SkippedError(f"optimum-cli failed: {last_line(result.stderr)}")
+        raise ContestantError(f"optimum-cli failed: {last_line(result.stderr)}")
     return output / "model.onnx"
 
 
@@ -134,12 +125,12 @@ def run_torch(source: Path, threads: int) -> Engine:
 
 
 def measure(options: argparse.Namespace) -> Report:
-    commands = optimum_environment(VENV)
+    packages = installed("transformers4")
     source = checkpoint("bert-base", num_hidden_layers=options.layers)
     target = artifact("bert-base", num_hidden_layers=options.layers)
     with tempfile.TemporaryDirectory() as temporary:
-        plain = export_with_optimum(commands, source, Path(temporary) / "plain")
-        optimised = export_with_optimum(commands, source, Path(temporary) / "O2", "--optimize", "O2")
+        plain = export_with_optimum(packages, source, Path(temporary) / "plain")
+        optimised = export_with_optimum(packages, source, Path(temporary) / "O2", "--optimize", "O2")
         makers = {
             "mlmkit": (run_mlmkit, target),
             "optimum": (run_optimum, plain, options.threads),

@@ -1,9 +1,10 @@
-"""How time and memory grow with the corpus: tokenising, evaluating and training at 1, 4 and 16 times as much text.
+"""How time and memory grow with the corpus: tokenising, evaluating and training, each row on four times as much text.
 
-The text is repeated with a number before each document, so no two documents are equal and no cache applies. The model
-is tiny, with random weights, as only the corpus matters. Each measurement runs in a process of its own; memory is its
-peak above what it was before it opened the text. For training: a whole epoch's batches, built and laid out, and the
-seconds of 20 steps, which must not depend on the corpus.
+The training text is repeated with a number before each document, so no two documents are equal and no cache applies.
+The model is tiny, with random weights, as only the corpus matters. Each measurement runs in a process of its own;
+memory is its peak above what it was before it opened the text. For training: a whole epoch's batches, built and laid
+out, and 20 steps on text that has been tokenised, whose seconds must not depend on the corpus. Evaluation is linear
+and slow, so it stops after `--evaluated` sizes.
 """
 
 import argparse
@@ -11,6 +12,7 @@ import os
 import tempfile
 import time
 from importlib import import_module
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -29,24 +31,26 @@ def measure(options: argparse.Namespace) -> Report:
         folder = Path(temporary)
         os.environ["MLMKIT_CACHE"] = str(folder / "cache")
         source, target = checkpoint("bert-mini", **TINY), artifact("bert-mini", **TINY)
-        texts = [write_text(folder / f"{times}.txt", options.megabytes, times) for times in options.times]
+        texts = [write_text(folder / f"{size:g}.txt", size) for size in options.megabytes]
         figures: dict[str, list[dict[str, float]]] = {}
         # In this order: tokenising fills the cache that training reads; evaluation has its own.
-        for name, work, model in (
-            ("tokenising", tokenise, source),
-            ("tokenising again, from the cache", tokenise, source),
-            ("evaluating (masked, ONNX Runtime)", evaluate, target),
-            ("an epoch of training batches", read_epoch, source),
-            (f"{STEPS} steps of training", train, source),
+        for name, work, model, count in (
+            ("tokenising", tokenise, source, len(texts)),
+            ("tokenising again, from the cache", tokenise, source, len(texts)),
+            ("evaluating (masked, ONNX Runtime)", evaluate, target, options.evaluated),
+            ("an epoch of training batches", read_epoch, source, len(texts)),
+            (f"{STEPS} steps of training", train, source, len(texts)),
         ):
-            figures[name] = [isolated(work, model, text, folder / f"output-{len(figures)}") for text in texts]
-    sizes = [f"{options.megabytes * times:g} MB" for times in options.times]
+            output = folder / f"output-{len(figures)}"
+            figures[name] = [isolated(work, model, text, output) for text in texts[:count]]
+    sizes = [f"{size:g} MB" for size in options.megabytes]
+    linear = " : ".join(f"{size / options.megabytes[0]:g}" for size in options.megabytes)
     return Report(
         [table(name, records(sizes, rows)) for name, rows in figures.items()],
         [
-            f"Linear growth would be {' : '.join(f'{times / options.times[0]:g}' for times in options.times)} in "
-            "seconds. Evaluation works in parts of about 262,144 tokens: a text smaller than one part takes less "
-            "memory."
+            f"Linear growth would be {linear} in seconds. Evaluation is linear; it stops at "
+            f"{sizes[options.evaluated - 1]}. It works in parts of about 262,144 tokens, so a text smaller than one "
+            "part takes less memory. The text is repeated with a number before each document."
         ],
         figures=figures,
     )
@@ -61,23 +65,22 @@ def records(sizes: list[str], rows: list[dict[str, float]]) -> list[dict[str, ob
             "seconds": row["seconds"],
             "tokens/s": row["tokens"] / row["seconds"],
             "seconds, x the first row": row["seconds"] / rows[0]["seconds"],
+            **({"without the steps, s": row["without_steps"]} if "without_steps" in row else {}),
             "peak above the start, MiB": row["growth"],
         }
-        for size, row in zip(sizes, rows, strict=True)
+        for size, row in zip(sizes, rows, strict=False)  # evaluation has fewer rows
     ]
 
 
-def write_text(path: Path, megabytes: float, times: int) -> Path:
-    """Write `times` copies of the same documents, each after the number of its copy."""
-    size, chosen = 0, []
-    for document in documents():
-        chosen.append(document)
-        size += len(document.encode()) + 1
-        if size > megabytes * 1e6:
-            break
-    with path.open("w", encoding="utf-8") as file:
-        for copy in range(times):
-            file.writelines(f"{copy} {document}\n" for document in chosen)
+def write_text(path: Path, megabytes: float) -> Path:
+    """Write documents of the training text up to this size; each has the number of its repetition before it."""
+    texts = documents()
+    size = 0
+    with path.open("wb") as file:
+        for index, document in enumerate(cycle(texts)):
+            size += file.write(f"{index // len(texts)} {document}\n".encode())
+            if size >= megabytes * 1e6:
+                break
     return path
 
 
@@ -121,7 +124,9 @@ def train(source: Path, text: Path, output: Path) -> dict[str, Any]:
     import_module("mlmkit.train.loop")  # its imports are not part of the measurement
     before, began = memory_mib(), time.perf_counter()
     steps = logged_steps(config, output / text.stem)
-    return _figures(before, began, len(steps), sum(step["tokens"] for step in steps))
+    figures = _figures(before, began, len(steps), sum(step["tokens"] for step in steps))
+    in_steps = sum(step["tokens"] / step["tokens_per_second"] for step in steps)
+    return figures | {"without_steps": figures["seconds"] - in_steps}  # its start and its end
 
 
 def _figures(memory_before: float, began: float, documents: int, tokens: int) -> dict[str, Any]:
@@ -130,4 +135,4 @@ def _figures(memory_before: float, began: float, documents: int, tokens: int) ->
 
 
 if __name__ == "__main__":
-    main(__doc__, measure, megabytes=(0.4, 0.1), times=((1, 4, 16), (1, 2)))
+    main(__doc__, measure, megabytes=((0.4, 1.6, 6.4, 25.6, 102.4, 409.6), (0.1, 0.2)), evaluated=(3, 1))

@@ -23,7 +23,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any, TypeVar
 
-from processes import ContestantError
+from processes import ROOT, ContestantError
 
 T = TypeVar("T")
 PACKAGES = (
@@ -100,6 +100,14 @@ def split_page(page: Path, script: str) -> tuple[str, str]:
 
 class SkippedError(Exception):
     """Says in one line why a benchmark cannot run here."""
+
+
+def installed(name: str) -> Path:
+    """The folder of packages that `make build/NAME/installed` installs. Raises `SkippedError` if it is not there."""
+    folder = ROOT / "build" / name
+    if not (folder / "installed").exists():
+        raise SkippedError(f"build/{name} is not installed: make build/{name}/installed")
+    return folder
 
 
 def main(description: str | None, measure: Callable[[argparse.Namespace], Report], **sizes: tuple[Any, Any]) -> None:

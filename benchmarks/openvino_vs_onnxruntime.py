@@ -4,42 +4,31 @@ BERT-base's and ModernBERT-base's shape with random weights in float32, on real 
 OpenVINO computes in float32 too and uses as many threads. They take turns, each in a process of its own. Fails if their
 log-probabilities differ by more than `BOUND`.
 
-OpenVINO is installed into a folder under build/ on the first run, as mlmkit does not use it (docs/decisions.md).
+mlmkit does not use OpenVINO (docs/decisions.md): `make build/openvino/installed` installs it into a folder of its own.
 """
 
 import argparse
-import subprocess
 import sys
 from pathlib import Path
 from statistics import median
 
 import numpy as np
 from export_vs_optimum import Engine, Turn, run_mlmkit, take_turn
-from harness import Report, SkippedError, alternate, main, ratios, say, table
+from harness import Report, alternate, installed, main, ratios, table
 from inputs import SHAPES, artifact, real_batch
-from processes import ROOT, calls, contestants
+from processes import calls, contestants
 
 from mlmkit.artifact import GRAPH
 from mlmkit.backends import Batch
 
-OPENVINO = "openvino==2026.4.1"
 BOUND = 1e-3  # nats
 TURN_TOKENS = 4096  # per turn, in 40 batches at most
-FOLDER = ROOT / "build" / "openvino"  # git ignores build/
 MODELS = ("bert-base", "modernbert-base")
 OURS, PEER = "ONNX Runtime", "OpenVINO"
 
 
-def install() -> None:
-    if not FOLDER.exists():
-        say(f"installing {OPENVINO} into {FOLDER}")
-        command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", FOLDER, OPENVINO]
-        if code := subprocess.run(command).returncode:
-            raise SkippedError(f"{OPENVINO} could not be installed: exit code {code}")
-
-
-def run_openvino(folder: Path, threads: int) -> Engine:
-    sys.path.insert(0, str(FOLDER))
+def run_openvino(packages: Path, folder: Path, threads: int) -> Engine:
+    sys.path.insert(0, str(packages))
     import openvino  # pyright: ignore[reportMissingImports]
 
     settings = {"INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": 1, "INFERENCE_PRECISION_HINT": "f32"}
@@ -52,11 +41,11 @@ def run_openvino(folder: Path, threads: int) -> Engine:
 
 
 def measure(options: argparse.Namespace) -> Report:
-    install()
+    packages = installed("openvino")
     rows, worst = [], 0.0
     for model in MODELS:
         folder = artifact(model, num_hidden_layers=options.layers)
-        makers = {OURS: (run_mlmkit, folder), PEER: (run_openvino, folder, options.threads)}
+        makers = {OURS: (run_mlmkit, folder), PEER: (run_openvino, packages, folder, options.threads)}
         with contestants(makers) as started:
             for size, length in SHAPES:
                 for batch in (real_batch(size, length), real_batch(size, length, ragged=True)):

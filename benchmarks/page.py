@@ -2,6 +2,8 @@
 
 import argparse
 import json
+import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,9 @@ from harness import Table
 from processes import ROOT
 
 REMOVED_AT = "20ba236"  # the last commit with the scripts whose question docs/decisions.md answers
+TIMES = ("s", "ms")  # units of headlines of which less is better
+MARGIN = 0.05  # beyond the range of the earlier run's rounds, headlines count as worse or better
+RANGE = re.compile(r"(\d[\d.]*) \((\d[\d.]*) to (\d[\d.]*)\)")
 # What README quotes, by its key: a description and a unit. Values with "x" are medians of the ratios within a round.
 HEADLINES = {
     "train_times_trainer_paragraphs": (
@@ -91,14 +96,63 @@ def headlines_of(results: dict[str, Any]) -> dict[str, float]:
 
 
 def changes(before: dict[str, Any], after: dict[str, Any]) -> Table:
-    """The headlines of two runs of the suite side by side; changes of a tenth or more are marked."""
+    """The headlines of two runs side by side.
+
+    A headline is worse, or better, if it is more than `MARGIN` outside the range of the earlier run's rounds. Seconds
+    are left out if the runs are from two kinds of machine, because only ratios carry over.
+    """
+    is_other_machine = any(before[key] != after[key] for key in ("processor", "cores"))
     old, new, rows = headlines_of(before), headlines_of(after), []
     for key, (what, unit) in HEADLINES.items():
-        if key in old and key in new:
-            gain = old[key] / new[key] if unit in ("s", "ms") else new[key] / old[key]
-            verdict = "worse" if gain < 0.9 else "better" if gain > 1.1 else ""
-            rows.append([what, figure(old[key], unit), figure(new[key], unit), f"{gain - 1:+.0%}", verdict])
-    return Table("", ["", f"on {before['date'][:10]}", "now", "change for the better", ""], rows)
+        if key not in old or key not in new or (is_other_machine and unit in TIMES):
+            continue
+        low, high = spread(before, key)
+        above, below = ("worse", "better") if unit in TIMES else ("better", "worse")
+        verdict = above if new[key] > high * (1 + MARGIN) else below if new[key] < low * (1 - MARGIN) else ""
+        gain = old[key] / new[key] if unit in TIMES else new[key] / old[key]
+        earlier = figure(old[key], unit) + (f" ({low:.3g} to {high:.3g})" if low < high else "")
+        rows.append([what, earlier, figure(new[key], unit), f"{gain - 1:+.0%}", verdict])
+    where = f", {before['processor']}" if is_other_machine else ""
+    return Table("", ["", f"on {before['date'][:10]}{where}", "now", "change for the better", ""], rows)
+
+
+def spread(results: dict[str, Any], key: str) -> tuple[float, float]:
+    """The least and the most of the rounds whose median is this headline, from its benchmark's tables and notes.
+
+    These show "median (least to most)" with three digits. Where they do not show it, both are the headline itself.
+    """
+    report = next(report for report in results["benchmarks"].values() if key in report.get("headlines", {}))
+    value = report["headlines"][key]
+    cells = [str(cell) for table in report["tables"] for row in table["rows"] for cell in row]
+    ranges = [tuple(map(float, found)) for text in (*cells, *report["notes"]) for found in RANGE.findall(text)]
+    found = [(low, high) for middle, low, high in ranges if abs(middle - value) <= 0.005 * value]
+    return min((low for low, _ in found), default=value), max((high for _, high in found), default=value)
+
+
+def outdated_quotes(before: dict[str, Any], after: dict[str, Any], pages: Iterable[Path]) -> list[str]:
+    """The lines of `pages` that seem to quote a headline of the earlier run that has another value now.
+
+    They have the earlier value with any rounding and its unit behind it, as in `2.01 x`, `2.0 ×` or `88 %`. Some lines
+    have the same number from elsewhere, so a reader has to decide.
+    """
+    old, new, quotes = headlines_of(before), headlines_of(after), []
+    moved = {key: unit for key, (_, unit) in HEADLINES.items() if key in old and key in new}
+    moved = {key: unit for key, unit in moved.items() if figure(old[key], unit) != figure(new[key], unit)}
+    for page in pages:
+        for number, line in enumerate(page.read_text(encoding="utf-8").splitlines(), 1):
+            found = [key for key, unit in moved.items() if _quote(old[key], unit).search(line)]
+            changed = "; ".join(
+                f"{key} {figure(old[key], moved[key])} -> {figure(new[key], moved[key])}" for key in found
+            )
+            quotes += [f"{page}:{number}: {changed}\n    {line.strip()[:120]}"] if found else []
+    return quotes
+
+
+def _quote(value: float, unit: str) -> re.Pattern[str]:
+    shown = value if unit else 100 * value
+    numbers = {f"{shown:.2f}", f"{shown:.1f}", *([f"{shown:.0f}"] if shown >= 10 else [])}
+    behind = {"": "%", "s": r"s\b|seconds", "ms": r"ms\b"}.get(unit, r"x\b|×|times")
+    return re.compile(rf"(?<![\w.,])({'|'.join(map(re.escape, sorted(numbers)))})( to [\d.]+)? ?({behind})")
 
 
 def figure(value: float, unit: str) -> str:

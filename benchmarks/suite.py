@@ -4,7 +4,8 @@
 
 Writes all figures to <results>/<machine>-<date>.json (with `--only`, <date>-part.json), and tables to the page
 (page.py). A benchmark that cannot run here, or fails, is listed with the reason; after a failure the exit code is
-1. At the end the headlines are shown beside those of the last run on this machine, which shows the cost of a change.
+1. At the end the headlines are shown beside those of the last run on this machine, or on another if there is none
+here, with those marked that got worse, and the lines of README and docs that quote an earlier value.
 Nothing else should run on the machine meanwhile. inputs.py says which text is used.
 """
 
@@ -21,7 +22,7 @@ from typing import Any
 
 from harness import machine, say, use_cores
 from inputs import KEPT
-from page import changes, render
+from page import changes, outdated_quotes, render
 from processes import ROOT, last_line
 
 # In the order of the page. Studies are dry-run here; the docs have their results.
@@ -63,6 +64,15 @@ def run(name: str, quick: bool) -> dict[str, Any]:
         return {key: value for key, value in results.items() if key not in left}
 
 
+def earlier_run(folder: Path, slug: str, ending: str) -> dict[str, Any] | None:
+    """The figures of the last run on this machine, or on any other if there is none."""
+    for machines in (slug, "*-cores"):
+        runs = [json.loads(path.read_text("utf-8")) for path in folder.glob(f"{machines}-????-??-??{ending}")]
+        if runs:
+            return max(runs, key=lambda run: run["date"])
+    return None
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="dry runs; their figures mean nothing")
@@ -77,8 +87,7 @@ def main() -> None:
     ending = f"{'' if is_whole else '-part'}{'-quick' * options.quick}.json"  # a part does not replace a complete run
     path = options.results / f"{slug}-{about['date'][:10]}{ending}"
     options.results.mkdir(parents=True, exist_ok=True)
-    earlier = sorted(options.results.glob(f"{slug}-????-??-??{ending}"))
-    before = json.loads(earlier[-1].read_text(encoding="utf-8")) if earlier else None
+    before = earlier_run(options.results, slug, ending)
     reports: dict[str, Any] = {}
     results: dict[str, Any] = {**about, "seconds": 0, "left_out": [], "benchmarks": reports}
     with tempfile.TemporaryDirectory(prefix="mlmkit-benchmarks-") as kept:
@@ -97,6 +106,9 @@ def main() -> None:
     say(f"{time.perf_counter() - began:.0f} s in all; figures in {path}, tables in {options.page}")
     if before:
         say(changes(before, results).markdown())
+        pages = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+        quotes = outdated_quotes(before, results, [page for page in pages if page.name != "results.md"])
+        say("\n".join(["", f"{len(quotes)} lines seem to quote an earlier value:", *quotes]))
     sys.exit(any("failed" in report for report in reports.values()))
 
 

@@ -14,11 +14,12 @@ from typing import Any
 
 import pytest
 
+from benchmarks import growth
 from benchmarks.gpu_evaluation import has_tensorrt
-from benchmarks.harness import Report, SkippedError, Table, alternate, machine, ratios, table, write_block
-from benchmarks.page import changes, headlines_of, render
+from benchmarks.harness import Report, SkippedError, Table, alternate, installed, machine, ratios, table, write_block
+from benchmarks.page import changes, headlines_of, outdated_quotes, render
 from benchmarks.processes import Contestant, ContestantError, isolated
-from benchmarks.suite import SCRIPTS, STUDIES
+from benchmarks.suite import SCRIPTS, STUDIES, earlier_run
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -98,6 +99,17 @@ def test_the_gpu_benchmark_without_a_gpu_exits_with_2():
     assert "GPU" in done.stderr
 
 
+def test_packages_that_are_not_installed_skip_a_benchmark():
+    with pytest.raises(SkippedError, match="make build/nothing/installed"):
+        installed("nothing")
+
+
+def test_a_text_of_any_size_repeats_no_document(tmp_path, monkeypatch):
+    monkeypatch.setattr(growth, "documents", lambda: ["one é", "two"])
+    lines = growth.write_text(tmp_path / "text.txt", 25e-6).read_text(encoding="utf-8").splitlines()
+    assert lines == ["0 one é", "0 two", "1 one é", "1 two"]  # 24 bytes after the third, 30 after the fourth
+
+
 def test_tensorrt_for_rtx_counts_as_tensorrt():
     if not find_spec("tensorrt_rtx"):
         pytest.skip("TensorRT for RTX is not installed")
@@ -165,20 +177,57 @@ def test_the_committed_table_of_plans_matches_the_committed_figures():
     assert all(f"TensorRT for RTX {results['versions']['tensorrt_rtx']}" in text for text in (rest, *results["notes"]))
 
 
-def test_headlines_are_compared_with_the_run_before():
-    def ran(**headlines: float) -> dict[str, object]:
-        reports = {"a": {"headlines": headlines}, "b": {"skipped": "no GPU"}}
-        return {"date": "2026-11-25T00:00:00", "benchmarks": reports}
+def ran(cells: list[str] | None = None, processor: str = "P", **headlines: float) -> dict[str, Any]:
+    """The figures of a run of the suite."""
+    report = {"headlines": headlines, "tables": [{"rows": [cells or []]}], "notes": ["It adds 4.00 (1.00 to 5.00) ms."]}
+    machine = {"date": "2026-11-25T00:00:00", "processor": processor, "cores": 2}
+    return machine | {"benchmarks": {"a": report, "b": {"skipped": "no GPU"}}}
 
-    before = ran(pll_times_as_fast=2.0, pll_share_of_floor=0.8, fill_seconds=1.0, help_seconds=1.0, import_seconds=1.0)
-    after = ran(pll_times_as_fast=1.5, pll_share_of_floor=0.79, fill_seconds=2.0, help_seconds=0.5, serve_overhead_ms=1)
-    shown = {row[0]: row[1:] for row in changes(before, after).rows}
-    assert list(shown.values()) == [
-        ["2.00 x the plain loop", "1.50 x the plain loop", "-25%", "worse"],
-        ["80%", "79%", "-1%", ""],
-        ["1.00 s", "2.00 s", "-50%", "worse"],
-        ["1.00 s", "0.50 s", "+100%", "better"],
+
+def test_headlines_are_compared_with_the_run_before():
+    cells = ["2.00 (1.90 to 2.10)", "2.00 (1.80 to 2.05)", "1.00", "0.990 (0.950 to 1.03)"]
+    old = {"pll_times_as_fast": 2.001, "pll_share_of_floor": 0.8, "fill_seconds": 0.99, "help_seconds": 0.5}
+    before = ran(cells, **old, import_seconds=1.0, serve_overhead_ms=4.0)
+    for value, verdict in ((1.72, ""), (1.70, "worse"), (2.20, ""), (2.21, "better")):
+        (row,) = changes(before, ran(pll_times_as_fast=value)).rows
+        assert row[1] == "2.00 x the plain loop (1.8 to 2.1)"
+        assert row[-1] == verdict, value
+    after = ran(pll_share_of_floor=0.75, fill_seconds=1.09, help_seconds=0.4, serve_overhead_ms=5.2)
+    assert [row[1:] for row in changes(before, after).rows] == [
+        ["80%", "75%", "-6%", "worse"],
+        ["4.00 ms (1 to 5)", "5.20 ms", "-23%", ""],
+        ["0.99 s (0.95 to 1.03)", "1.09 s", "-9%", "worse"],
+        ["0.50 s", "0.40 s", "+25%", "better"],
     ]
+
+
+def test_seconds_of_another_machine_are_not_compared():
+    shown = changes(
+        ran(pll_times_as_fast=2.0, fill_seconds=1.0), ran(None, "Q", pll_times_as_fast=2.0, fill_seconds=9.0)
+    )
+    assert shown.header[1] == "on 2026-11-25, P"
+    assert [row[0] for row in shown.rows] == ["exact pseudo-log-likelihood, ONNX Runtime"]
+
+
+def test_the_last_run_on_this_machine_comes_before_later_ones_elsewhere(tmp_path):
+    names = ("p-2-cores-2026-11-24", "p-2-cores-2026-11-25", "q-2-cores-2026-11-26", "a-gpu-2026-11-27")
+    for name in (*names, "p-2-cores-2026-11-28-part"):
+        (tmp_path / f"{name}.json").write_text(json.dumps({"date": name[-10:], "name": name}))
+    for slug, name in (("p-2-cores", names[1]), ("r-2-cores", names[2])):
+        run = earlier_run(tmp_path, slug, ".json")
+        assert run and run["name"] == name
+    assert earlier_run(tmp_path, "p-2-cores", "-quick.json") is None
+
+
+def test_lines_that_quote_a_changed_headline_are_listed(tmp_path):
+    page = tmp_path / "page.md"
+    lines = ["| 2.01 x |", "2.0 × faster", "1.46 to 1.47 times", "12.01 x", "2.01 s", "about 80 % of it", "3.00 x"]
+    page.write_text("\n".join(lines))
+    before = ran(train_times_run_mlm=2.006, pll_times_as_fast=1.463, pll_share_of_floor=0.8, masked_times_as_fast=3.0)
+    after = ran(train_times_run_mlm=1.9, pll_times_as_fast=1.4, pll_share_of_floor=0.7, masked_times_as_fast=3.001)
+    quotes = outdated_quotes(before, after, [page])
+    assert [int(quote.split(":")[1]) for quote in quotes] == [1, 2, 3, 6]
+    assert "train_times_run_mlm 2.01 x transformers.Trainer -> 1.90 x transformers.Trainer" in quotes[0]
 
 
 def test_the_committed_page_matches_the_committed_figures():
