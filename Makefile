@@ -16,6 +16,9 @@ TRANSFORMERS_JS := build/transformersjs
 # Python compiles modules on import anyway; compiling all two gigabytes took 110 of 250 seconds.
 PIP_INSTALL := $(VENV_PYTHON) -m pip install --no-compile --constraint constraints.txt
 
+# `make test` checks the types, 80 s on one core, beside the downloads of the tests' other packages and the first tests.
+MAKEFLAGS += --jobs=2
+
 .PHONY: setup demo test lint types pytest bench docs clean
 
 setup: $(INSTALLED)

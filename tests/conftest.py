@@ -233,16 +233,21 @@ def checkpoint(
 
 
 @pytest.fixture(scope="session")
-def lowered(tmp_path_factory: pytest.TempPathFactory, checkpoint: Callable[[str], Path]) -> Callable[[str, str], Path]:
+def lowered(
+    shared: Callable[[str, Callable[[Path], object]], Path], checkpoint: Callable[[str], Path]
+) -> Callable[[str, str], Path]:
     """The checkpoint's artifact in a precision."""
 
     @cache
     def make(kind: str, precision: str) -> Path:
         from mlmkit.export.export import export
 
-        folder = tmp_path_factory.mktemp("artifacts") / (kind if precision == "fp32" else f"{kind}-{precision}")
-        export(str(checkpoint(kind)), folder, precision=precision, text=PROOF)
-        return folder
+        name = kind if precision == "fp32" else f"{kind}-{precision}"
+
+        def fill(folder: Path) -> None:
+            export(str(checkpoint(kind)), folder / name, precision=precision, text=PROOF)
+
+        return shared(f"artifact-{name}", fill) / name
 
     return make
 

@@ -78,9 +78,7 @@ def make(
     return load_config(file, [*lists, *overrides])
 
 
-@pytest.mark.parametrize(
-    ("world", "overrides"), [(1, ()), (1, ("data.workers=2",)), (2, ()), (2, ("train.parallel=fsdp",))]
-)
+@pytest.mark.parametrize(("world", "overrides"), [(1, ("data.workers=2",)), (2, ()), (2, ("train.parallel=fsdp",))])
 def test_three_phases_killed_at_any_moment_end_with_the_same_weights(tmp_path, texts, world, overrides):
     config = make(tmp_path, texts, *overrides, phases=PHASES)
     expected, run, began = tmp_path / "straight", tmp_path / "killed", time.perf_counter()

@@ -1,4 +1,4 @@
-"""Real builds with TensorRT for RTX, which need no GPU: eight architectures, four precisions, and failing builds."""
+"""Real builds with TensorRT for RTX, which need no GPU: seven architectures, four precisions, and failing builds."""
 
 import json
 import logging
@@ -46,10 +46,12 @@ TYPES = {
     "bf16": {"bf16", "fp32", *INTEGERS},
     "int8": {"int8", "fp16", "fp32", *INTEGERS},
 }
+# Each build takes 10 to 20 processor seconds. An int8 plan computes its attention in fp16, so it shows both. Plans of
+# ELECTRA in every precision are in test_architectures.py.
 BUILT = [
-    *((kind, precision) for kind in ("bert", "deberta-v2", "modernbert") for precision in TYPES),
-    *((kind, precision) for kind in ("distilbert", "electra", "mpnet", "roberta") for precision in ("fp16", "int8")),
-    *(("eurobert", precision) for precision in ("fp16", "bf16")),
+    *(("bert", precision) for precision in TYPES),
+    *((kind, "int8") for kind in ("deberta-v2", "distilbert", "modernbert", "mpnet", "roberta")),
+    *(("eurobert", "fp16"), ("modernbert", "bf16")),
 ]
 
 
@@ -89,6 +91,7 @@ def test_plans_compute_in_the_types_of_the_graph_and_fuse_attention(kind, precis
     for name in names:
         assert built.layers[name].keys() <= TYPES[precision]
         assert built.layers[name].get(precision, 0) > 3
+        assert built.layers[name].get("fp16", 0) > 3 or precision not in ("fp16", "int8")
         assert built.fused_attention.get(name, 0) == (0 if precision == "fp32" else 2)
         assert built.scratch_mib[name] > 0
     layers = json.loads((tmp_path / "layers.json").read_text())["Layers"]
@@ -225,7 +228,7 @@ def test_a_signal_cancels_the_build(artifact, text_file, tmp_path, number, code)
 
 
 def test_builds_of_two_threads_keep_their_figures(graph, tmp_path):
-    kinds = ["bert", "modernbert"]
+    kinds = ["bert", "distilbert"]
     for kind in kinds:
         (tmp_path / kind).mkdir()
     alone = [build(graph(kind), tmp_path / kind) for kind in kinds]

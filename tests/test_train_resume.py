@@ -71,13 +71,12 @@ def complete(config: Config, run: Path, world: int) -> None:
     [
         (1, ()),
         (1, ("optim.name=muon", "data.workers=1", "masking.final_mask_prob=0.3")),
-        (2, ()),
-        (2, ("train.parallel=fsdp",)),
         (1, ("optim.name=stable_adamw",)),
         (2, ("optim.name=stable_adamw", "train.parallel=fsdp", "train.checkpoint_activations=true")),
     ],
 )
 def test_killed_at_any_moment_it_ends_with_the_same_weights(config, tmp_path, text_file, world, overrides):
+    """Two ranks with AdamW, whole and sharded, are in test_phases.py."""
     settings = ("train.steps=24", "train.save_every=3", "train.log_every=4", *overrides)
     config = write_config(tmp_path, text_file, config.model.architecture, *settings)
     expected, run, began = tmp_path / "straight", tmp_path / "killed", time.perf_counter()
