@@ -1,4 +1,7 @@
-"""Make something happen at a chosen file operation: a kill, or all of a second process's work. Quick processes."""
+"""Make something happen at a chosen file operation: a kill, or all of a second process's work. Quick processes.
+
+Also commands and ranks in forks of a process that has imported everything, where `python -m mlmkit` takes seconds.
+"""
 
 import json
 import multiprocessing
@@ -8,6 +11,7 @@ import socket
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +89,58 @@ def command(client: socket.socket) -> None:
     finally:
         sys.stdout.flush()
         client.send(bytes([code if isinstance(code, int) else 1]))
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def be_rank(rank: int, world: int, port: int) -> None:
+    """Set the variables that torchrun sets in each of its processes."""
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank)}
+    os.environ |= {"LOCAL_WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+
+
+def start_rank(
+    output: Path,
+    arguments: list[str],
+    before: Callable[[], None] | None = None,
+    ranks: tuple[int, int, int] = (0, 1, 0),
+) -> BaseProcess:
+    """Start `mlmkit` with these arguments, after `before`. Its output goes to `OUTPUT.out` and `OUTPUT.err`.
+
+    `ranks` are its rank, their number and their port.
+    """
+    process = PROCESSES.Process(target=_be_command, args=(output, arguments, before, *ranks))
+    process.start()
+    return process
+
+
+def run_two_ranks(output: Path, arguments: list[str], before: Callable[[], None] | None = None) -> str:
+    """Run a command in two ranks; return all that they print."""
+    port, paths = free_port(), [output.with_name(f"{output.name}-{rank}") for rank in range(2)]
+    processes = [start_rank(path, arguments, before, (rank, 2, port)) for rank, path in enumerate(paths)]
+    for process in processes:
+        process.join(120)
+    errors = [path.with_suffix(".err").read_text() for path in paths]
+    assert [process.exitcode for process in processes] == [0, 0], errors
+    return "".join(path.with_suffix(".out").read_text() for path in paths)
+
+
+def _be_command(
+    output: Path, arguments: list[str], before: Callable[[], None] | None, rank: int, world: int, port: int
+) -> None:
+    from mlmkit.cli import main
+
+    for number, suffix in ((1, ".out"), (2, ".err")):
+        os.dup2(os.open(output.with_suffix(suffix), os.O_WRONLY | os.O_CREAT, 0o600), number)
+    if world > 1:
+        be_rank(rank, world, port)
+    if before:
+        before()
+    main(arguments)
 
 
 def names(folder: Path) -> set[str]:

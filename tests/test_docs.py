@@ -6,6 +6,7 @@ A fence of `bash` or `python` has a mark before it, an HTML comment that no read
     <!-- runnable: steps = 900 → steps = 4 -->    the same with less of it; several are parted by `;`
     <!-- not run: needs a GPU -->                 why it does not
     <!-- run by: tests/test_use.py -->            another test runs it
+    <!-- run by: docs/phases.md -->               a translation: the same block of that page runs
 
 Each page runs in a folder of its own, which holds what `material` puts there.
 """
@@ -26,7 +27,7 @@ from typing import NamedTuple
 
 import pytest
 from conftest import paragraphs
-from interruptions import PROCESSES, command
+from interruptions import PROCESSES, command, free_port
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
 
@@ -35,6 +36,22 @@ MARKED = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 LINKED = [*MARKED, *(ROOT / name for name in ("CHANGELOG.md", "CONTRIBUTING.md", "recipes/README.md"))]
 LANGUAGES = ("bash", "python")
 PICTURE = "<picture>"  # one for the light and one for the dark page
+# Pages with the commands of an English page: that page, and its names for what the translation's user names otherwise.
+TRANSLATIONS = {
+    "docs/pt/adaptar.md": (
+        "docs/adapt.md",
+        "adaptar.toml=adapt.toml teste.txt=heldout.txt geral.txt=general.txt dominio=domain geral=general "
+        "adaptado=adapted comparacao=sweep acrescentado=added renovado=renewed vocabulario=vocabulary "
+        "vocabulario.toml=vocabulary.toml palavras.txt=tokens.txt palavras=words palavra=word novas=chosen "
+        "tokenizador=tokenizer antes=before depois=after meio-termo=between meio-termo-geral=between-general",
+    ),
+    "docs/pt/fases.md": (
+        "docs/phases.md",
+        "fases.toml=phases.toml teste.txt=heldout.txt curta=short longa=long queda=decay em-fases=phased rapido=quick "
+        "plato.toml=plateau.toml plato=plateau queda.toml=decay.toml ramo-300=branch-300 ramo-500=branch-500 "
+        "media=averaged medida-media=averaged-heldout",
+    ),
+}
 MARK = re.compile(r"<!-- (?:(?P<runnable>runnable)(?:: (?P<changes>.+))?|(?:not run|run by): (?P<reason>.+)) -->\s*")
 # Not followed by the commit that had it last, as in "(removed since; at commit 20ba236)".
 REPOSITORY_FILE = re.compile(
@@ -45,7 +62,7 @@ SHELL = """
 set -eu
 mlmkit() {
     if [ "${1:-}" != serve ]; then
-        if [ -n "$FORKS" ]; then python -S -c "$CLIENT" "$@"; else command mlmkit "$@"; fi
+        python -S -c "$CLIENT" "$@"
         return
     fi
     command mlmkit "$@" --port "$PORT" & SERVER=$!
@@ -171,6 +188,23 @@ def test_every_block_runs_or_says_why_not(path: Path):
     assert [f"{page.name}:{block.line}: {block.fault}" for block in page.blocks() if block.fault] == []
 
 
+@pytest.mark.parametrize("name", TRANSLATIONS)
+def test_a_translation_has_the_commands_of_its_page(name: str):
+    """So only one of the two has to run. Comments may differ, and the names of the user's own files and folders."""
+    original, pairs = TRANSLATIONS[name]
+    names = dict(pair.split("=") for pair in pairs.split())
+    translated = [
+        re.sub(r"[\w-]+(?:\.(?:toml|txt))?", lambda word: names.get(word[0], word[0]), each) for each in code(name)
+    ]
+    assert translated == code(original)
+
+
+def code(name: str) -> list[str]:
+    """The commands of a page, block by block, without comments and empty lines."""
+    blocks = [token.content for token in PAGES[ROOT / name].tokens if token.info.strip() in LANGUAGES]
+    return [re.sub(r"(?m)^\n", "", re.sub(r"(?m) *(?:^| )#.*$", "", block)) for block in blocks]
+
+
 @pytest.mark.parametrize(
     ("text", "runs", "fault"),
     [
@@ -220,8 +254,8 @@ def shell() -> None:
     "page", [page for page in PAGES.values() if any(block.runs for block in page.blocks())], ids=lambda page: page.name
 )
 def test_the_commands_run(page: Page, shell, material, forks, tmp_path):
-    """In README.md and wherever a page serves, `mlmkit` is the installed script, else a fork: imports take seconds."""
-    done = run_page(page, material, tmp_path, "" if page.name == "README.md" else forks)
+    """`mlmkit serve` is the installed script; other commands are forks of a process that has imported everything."""
+    done = run_page(page, material, tmp_path, forks)
     assert done.returncode == 0, done.stdout[-3000:]
 
 
@@ -258,12 +292,6 @@ def run_page(page: Page, material: Path, folder: Path, forks: str) -> subprocess
         if not re.search(rf"--output {source.name}\s", "\n".join(script)):  # else the page makes its own
             (shutil.copytree if source.is_dir() else shutil.copy)(source, folder / source.name)
     return run_bash("\n".join([*script, "end"]), folder, {"PORT": str(port), "FORKS": forks, "CLIENT": CLIENT})
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
 
 
 def run_bash(script: str, folder: Path, variables: dict[str, str]) -> subprocess.CompletedProcess[str]:
