@@ -1,7 +1,7 @@
 """What only a GPU can show, on tiny models: pytest -m gpu
 
 CUDA is compared with the CPU, or two ways of computing on CUDA with each other, within bounds that stand beside them.
-No GPU has run these tests yet. Their bodies ran on a CPU with torch 2.11.
+No GPU has run these tests yet. Their bodies ran on a CPU, with torch 2.11 or 2.13.
 """
 
 import copy
