@@ -1,8 +1,7 @@
 """What only a GPU can show, on tiny models: pytest -m gpu
 
 CUDA is compared with the CPU, or two ways of computing on CUDA with each other, within bounds that stand beside them.
-No GPU has run these tests yet. Their bodies were run on a CPU, with bfloat16 autocast where a GPU uses it; so the
-bounds on bfloat16 are at least three times the differences that the CPU showed.
+No GPU has run these tests yet. Their bodies ran on a CPU, with torch 2.11 or 2.13.
 """
 
 import copy
@@ -38,10 +37,10 @@ from mlmkit.train.loop import train
 
 pytestmark = pytest.mark.gpu
 
-# bfloat16 against float32, of the largest logit and of the largest gradient. Seen: 0.015 and 0.020; if a window is one
-# off 0.15 and 0.09, if the first two documents see each other 0.17 or more and 0.08 or more.
+# bfloat16 against float32, of the largest logit and of the largest gradient. On a CPU 0.015 and 0.020; if a window is
+# one off 0.15 and 0.09; if the first two documents see each other at least 0.16 and 0.07.
 MODEL = 0.05
-LOSS = 0.03  # nats per masked token, mean of ten steps: seen 0.004
+LOSS = 0.03  # nats per masked token, mean of ten steps or of one. Chosen, not measured: 0.6 % of the loss
 TEXT = "The [MASK] of a function is executed when the function is called."
 
 
@@ -127,7 +126,6 @@ def test_the_loss_curve_is_that_of_float32_on_the_cpu(device, trained, tmp_path,
     """The same weights at first, and the same masks."""
     train(configure(tmp_path, text_file, "cpu", "train.steps=80", "train.log_every=10"), tmp_path / "run")
     found, expected = losses(trained), losses(tmp_path / "run")
-    assert expected[0] - expected[-1] > 10 * LOSS, "it learns far more than the bound"
     np.testing.assert_allclose(found, expected, atol=LOSS, rtol=0)
     if device == "cuda":
         shown = ["mfu" in line for line in log_lines(trained)]
