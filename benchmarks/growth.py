@@ -91,7 +91,7 @@ def tokenise(source: Path, text: Path, _output: Path) -> dict[str, Any]:
 
     tokenizer = Tokenizer.from_folder(source)
     before, began = memory_mib(), time.perf_counter()
-    corpus = load_corpus(Source(str(text)), tokenizer)
+    corpus = load_corpus(Source(str(text)), tokenizer, words=False)  # as training asks for it
     return _figures(before, began, len(corpus), corpus.tokens)
 
 

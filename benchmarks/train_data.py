@@ -50,7 +50,7 @@ def training_data(
     from mlmkit.train.data import TrainingData
 
     tokenizer = Tokenizer.from_folder(tokenizer_path)
-    corpus = load_corpus(Source(str(text)), tokenizer)
+    corpus = load_corpus(Source(str(text)), tokenizer, words=False)
     run = RunConfig(steps=1 << 30, global_batch_tokens=micro_batches * budget, micro_batch_tokens=budget)
     config = Config(data=DataConfig(train=(str(text),)), model=ModelConfig(max_length=max_length), train=run)
     return TrainingData(config, [corpus], tokenizer, packed=True), len(corpus)
