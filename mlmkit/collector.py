@@ -17,7 +17,8 @@ def collector_paused() -> Iterator[None]:
     try:
         yield
     finally:
-        gc.freeze()
-        gc.unfreeze()  # moves them to the oldest generation without a search
+        if not gc.get_freeze_count():  # otherwise the program has frozen objects, which must stay so
+            gc.freeze()
+            gc.unfreeze()  # moves them to the oldest generation without a search
         if was_enabled:
             gc.enable()

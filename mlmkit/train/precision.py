@@ -18,8 +18,6 @@ def has_bfloat16_units() -> bool:
     """Whether this CPU multiplies bfloat16 matrices in hardware, and torch was built with oneDNN, which does it."""
     if not torch.backends.mkldnn.is_available():
         return False
-    if not hasattr(torch.cpu, "get_capabilities"):  # torch 2.10
-        return torch.cpu._is_avx512_bf16_supported()
     capabilities = torch.cpu.get_capabilities()
     return any(capabilities.get(unit, False) for unit in UNITS)
 
