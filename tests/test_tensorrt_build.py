@@ -46,8 +46,8 @@ TYPES = {
     "bf16": {"bf16", "fp32", *INTEGERS},
     "int8": {"int8", "fp16", "fp32", *INTEGERS},
 }
-# Each takes an export and 3 to 4 processor seconds for the build. An int8 plan computes its attention in fp16, so it shows both. Plans of
-# ELECTRA in every precision are in test_architectures.py.
+# Each takes an export and 3 to 4 processor seconds for the build. An int8 plan computes its attention in fp16, so it
+# shows both. Plans of ELECTRA in every precision are in test_architectures.py.
 BUILT = [
     *(("bert", precision) for precision in TYPES),
     *((kind, "int8") for kind in ("deberta-v2", "distilbert", "modernbert", "mpnet", "roberta")),
