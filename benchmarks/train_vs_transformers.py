@@ -43,7 +43,7 @@ from mlmkit.train.config import Config, DataConfig, MaskingConfig, ModelConfig, 
 UNCOUNTED_STEPS = 2  # at the start of a turn: kernels are chosen, memory grows
 MLMKIT, PARAGRAPHS, BY_LENGTH = "mlmkit", "Trainer, paragraphs", "Trainer, by length"
 RUN_MLM = "Trainer, run_mlm.py"
-WARMUP_STEPS, SEED = 10, 1
+WARMUP_STEPS, SEED = 1, 1
 Examples = list[dict[str, list[int]]]  # as Trainer takes them
 
 
