@@ -4,11 +4,13 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+import time
+from functools import partial
 from pathlib import Path
 
 import pytest
 from conftest import run
+from interruptions import free_port, start_rank
 from training import log_lines, small_architecture, write_config
 
 ROOT = Path(__file__).parent.parent
@@ -67,21 +69,16 @@ def test_a_sweep_ends_in_a_table(config, capsys, tmp_path, text_file):
     assert len({row["mask_digest"] for row in json.loads(again)["runs"]}) == 1
 
 
-def torchrun(program: Sequence[str], config: Path, output: Path, *settings: str) -> subprocess.CompletedProcess[str]:
-    """Train in two processes."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *program]
-    command = [*launcher, str(config), "--output", str(output), *settings]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
-
-
 def test_torchrun_trains_and_says_it_once(config, capsys, tmp_path, text_file):
     """On a text from two sources, as one process alone trains on them."""
     second = tmp_path / "second.txt"
     second.write_text("Another text, a line of it.\n" * 20)
     texts = (f"data.train=['{text_file}', '{second}']", "data.weights=[1.0, 0.5]")
     settings = [word for setting in (*texts, "train.steps=4") for word in ("--set", setting)]
-    result = torchrun(["-m", "mlmkit", "train"], config, tmp_path / "run", *settings)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "mlmkit"]
+    command = [*launcher, "train", str(config), "--output", str(tmp_path / "run"), *settings]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
     assert result.returncode == 0, result.stderr
     assert [line for line in result.stdout.splitlines() if line.startswith("model: ")] == [
         f"model: {tmp_path / 'run' / 'model'}"
@@ -96,15 +93,17 @@ def test_torchrun_trains_and_says_it_once(config, capsys, tmp_path, text_file):
 
 
 def test_the_ranks_say_a_mistake_of_the_configuration_once(config, tmp_path):
-    program = tmp_path / "program.py"  # the first rank is the last to look, as on a busy machine
-    program.write_text(
-        "import os, sys, time\nfrom mlmkit.cli import main\n"
-        "time.sleep(1 - int(os.environ['RANK']))\nmain(['train', *sys.argv[1:]])\n"
-    )
-    result = torchrun([str(program)], config, tmp_path / "run", "--set", "masking.mask_prob=1e-300")
-    assert result.returncode != 0
-    assert "exitcode  : 2" in result.stderr
-    assert [line for line in result.stderr.splitlines() if "mask_prob" in line] == [
+    """Also where the first rank is the last to look, as on a busy machine."""
+    arguments = ["train", str(config), "--output", str(tmp_path / "run"), "--set", "masking.mask_prob=1e-300"]
+    port, logs = free_port(), [tmp_path / f"rank-{rank}" for rank in range(2)]
+    ranks = [
+        start_rank(path, arguments, partial(time.sleep, 1 - rank), (rank, 2, port)) for rank, path in enumerate(logs)
+    ]
+    for each in ranks:
+        each.join(120)
+    assert 0 not in (codes := [each.exitcode for each in ranks]) and 2 in codes
+    printed, said = ("".join(path.with_suffix(kind).read_text() for path in logs) for kind in (".out", ".err"))
+    assert [line for line in said.splitlines() if "mask_prob" in line] == [
         "mlmkit: masking.mask_prob must be at least 0.001 and below 1, not 1e-300"
     ]
-    assert result.stdout == ""
+    assert printed == ""

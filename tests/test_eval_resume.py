@@ -1,10 +1,6 @@
 """Evaluations that are killed, resumed, shared between ranks, and bounded in memory."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -15,6 +11,7 @@ import pytest
 from conftest import paragraphs, run
 from hypothesis import given
 from hypothesis import strategies as st
+from interruptions import run_two_ranks, start_rank
 
 from mlmkit.backends import Backend, load
 from mlmkit.corpus import Corpus
@@ -135,28 +132,25 @@ def test_a_missing_or_damaged_part_is_scored_again(model, source, tmp_path, smal
     assert without_times(tmp_path / "cut") == without_times(tmp_path / "whole")
 
 
-# The command line in another process, with the parts of `small_parts`.
-PROGRAM = """
-from mlmkit.eval.data import cut_parts
-cut_parts.__defaults__ = (600.0,)
-from mlmkit.cli import main
-main()
-"""
+def cut_small_parts() -> None:
+    """In a process of its own, as `small_parts` does here."""
+    cut_parts.__defaults__ = (600.0,)
+
+
 OPTIONS = ("--metric", "masked", "--metric", "pseudo", "--pseudo-sample", "0.1", "--mask-seeds", "0,1", "--json")
 
 
 def test_kill_minus_nine(artifact, text_file, tmp_path, small_parts, capsys):
     """SIGKILL as soon as there is a part, then the same command."""
-    arguments = ["eval", artifact("bert"), "--set", text_file, *OPTIONS, "--batch-tokens", "300", "--output"]
+    arguments = ["eval", str(artifact("bert")), "--set", str(text_file), *OPTIONS, "--batch-tokens", "300", "--output"]
     killed = tmp_path / "killed"
-    command = [sys.executable, "-c", PROGRAM, *arguments, killed]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as process:
-        deadline = time.monotonic() + 120
-        while not list(killed.glob("parts/*.parquet")):
-            assert process.poll() is None, process.stderr.read() if process.stderr else ""
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
-        process.send_signal(signal.SIGKILL)
+    process = start_rank(tmp_path / "log", [*arguments, str(killed)], before=cut_small_parts)
+    deadline = time.monotonic() + 120
+    while not list(killed.glob("parts/*.parquet")):
+        assert process.is_alive() and time.monotonic() < deadline, (tmp_path / "log.err").read_text()
+        time.sleep(0.01)
+    process.kill()
+    process.join()
     assert list(killed.glob("parts/*.parquet")) and not (killed / "result.json").exists()
     for folder in (killed, tmp_path / "whole"):
         assert run(capsys, *arguments, folder)[0] == 0
@@ -167,15 +161,11 @@ def test_kill_minus_nine(artifact, text_file, tmp_path, small_parts, capsys):
 @pytest.mark.parametrize("kind", ["checkpoint", "artifact"])
 def test_two_ranks_give_what_one_gives(kind, checkpoint, artifact, source, tmp_path, small_parts, capsys):
     model = checkpoint("bert") if kind == "checkpoint" else artifact("bert")
-    (tmp_path / "program.py").write_text(PROGRAM)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
-    arguments = ["eval", model, "--set", source.location, *OPTIONS, "--output"]
-    command += [tmp_path / "program.py", *arguments, tmp_path / "two"]
-    environment = os.environ | {"MLMKIT_CACHE": str(tmp_path / "cache")}
-    two = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
+    arguments = ["eval", str(model), "--set", str(source.location), *OPTIONS, "--output"]
+    two = run_two_ranks(tmp_path / "log", [*arguments, str(tmp_path / "two")], before=cut_small_parts)
     code, one, err = run(capsys, *arguments, tmp_path / "one")
     assert code == 0, err
-    assert json.loads(two.stdout)["metrics"] == json.loads(one)["metrics"]  # printed once, by one rank
+    assert json.loads(two)["metrics"] == json.loads(one)["metrics"]  # printed once, by one rank
     assert without_times(tmp_path / "two") == without_times(tmp_path / "one")
     assert same_tables(tmp_path / "one", tmp_path / "two")
 

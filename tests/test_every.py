@@ -4,8 +4,6 @@ import csv
 import json
 import logging
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +13,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from conftest import refusal, run, run_json
+from interruptions import run_two_ranks
 from numpy.typing import NDArray
 from training import log_lines, write_config
 
@@ -207,11 +206,8 @@ def test_the_model_is_measured_if_no_checkpoint_is_left(capsys, folder, text):
 
 def test_two_ranks_share_the_work(capsys, folder, text):
     expected = every(capsys, folder, "--set", text, "--output", folder.parent / "alone")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "mlmkit"]
-    command += ["eval", str(folder), "--every", "--set", str(text), "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["evaluations"] == expected
+    printed = run_two_ranks(folder.parent / "log", ["eval", str(folder), "--every", "--set", str(text), "--json"])
+    assert json.loads(printed)["evaluations"] == expected
 
 
 def test_what_cannot_be_measured_is_refused_in_a_line(capsys, folder, text, tmp_path, checkpoint):

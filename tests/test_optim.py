@@ -3,7 +3,6 @@
 import copy
 import json
 import math
-import socket
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -15,10 +14,11 @@ import torch
 import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
+from interruptions import free_port
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
-from torch.multiprocessing.spawn import spawn
+from torch.multiprocessing.spawn import start_processes
 from training import log_lines, stored, write_config
 from transformers import AutoModelForMaskedLM
 
@@ -227,11 +227,8 @@ def test_sharded_weights_are_updated_as_whole_ones(checkpoint, tmp_path, config)
     for seed in range(3):
         one_step(model, optimizers, seed)
     expected = weights(model)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    arguments: tuple[Any, ...] = (port, folder, str(tmp_path / "whole.pt"), config)
-    spawn(sharded_steps, arguments, nprocs=2)
+    arguments: tuple[Any, ...] = (free_port(), folder, str(tmp_path / "whole.pt"), config)
+    start_processes(sharded_steps, arguments, nprocs=2, start_method="forkserver")  # torch is imported already
     found = torch.load(Path(tmp_path / "whole.pt"), weights_only=True)
     assert found.keys() == expected.keys()
     for name, values in expected.items():

@@ -1,6 +1,5 @@
 """The built wheel in a new environment: the base install runs artifacts."""
 
-import contextlib
 import json
 import os
 import shutil
@@ -44,23 +43,21 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def base(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """The Python of an environment with the wheel and its dependencies."""
-    with environment(str(wheel), tmp_path_factory.mktemp("environment")) as python:
-        yield python
-
-
-@contextlib.contextmanager
-def environment(package: str, folder: Path) -> Iterator[Path]:
-    """Create an environment with this package. Skips if pip cannot reach a registry."""
+    folder = tmp_path_factory.mktemp("environment")
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
-    python = folder / "bin" / "python"
+    install(str(wheel), python := folder / "bin" / "python")
+    yield python
+    shutil.rmtree(folder)  # several hundred megabytes
+
+
+def install(package: str, python: Path) -> None:
+    """Install into the environment of this Python. Skips if pip cannot reach a registry."""
     command = [sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--retries", "1"]
     command += ["--no-compile", "--constraint", ROOT / "constraints.txt", package]
     done = subprocess.run(command, capture_output=True, text=True, env=without_path())
     if done.returncode and any(word in done.stderr for word in ("Retrying (", "Connection", "timed out")):
         pytest.skip("pip reaches no registry to install the base dependencies from")
     assert done.returncode == 0, done.stderr
-    yield python
-    shutil.rmtree(folder)  # several hundred megabytes
 
 
 def without_path() -> dict[str, str]:
@@ -144,13 +141,14 @@ def test_the_base_install_refuses_in_one_line_what_needs_more(base, artifact, ch
         assert message in lines[0]
 
 
-def test_the_serve_extra_serves_artifacts_without_the_others(wheel, artifact, tmp_path):
-    with environment(f"{wheel}[serve]", tmp_path / "environment") as python:
-        installed: dict[str, Any] = {"environment": {"PYTHONPATH": ""}, "python": str(python), "cwd": tmp_path}
-        with running(artifact("bert"), program=["-c", WATCHED], **installed) as server:
-            assert len(server.ask("/fill-mask", {"inputs": "The [MASK]"}).json) == 5
-            assert server.ask("/score", {"inputs": "The statement"}).json["tokens"] > 1
-            assert "</html>" in server.ask("/").body.decode()
-            assert server.ask("/static/swagger-ui-bundle.js").status == 200
-            assert server.stop() == 0
-            assert "looked for" not in server.log
+def test_the_serve_extra_serves_artifacts_without_the_others(wheel, base, artifact, tmp_path):
+    """The last test of this file: it adds the extra to the base install."""
+    install(f"{wheel}[serve]", base)
+    installed: dict[str, Any] = {"environment": {"PYTHONPATH": ""}, "python": str(base), "cwd": tmp_path}
+    with running(artifact("bert"), program=["-c", WATCHED], **installed) as server:
+        assert len(server.ask("/fill-mask", {"inputs": "The [MASK]"}).json) == 5
+        assert server.ask("/score", {"inputs": "The statement"}).json["tokens"] > 1
+        assert "</html>" in server.ask("/").body.decode()
+        assert server.ask("/static/swagger-ui-bundle.js").status == 200
+        assert server.stop() == 0
+        assert "looked for" not in server.log

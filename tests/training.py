@@ -2,14 +2,13 @@
 
 import json
 import os
-import socket
 import sys
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import torch
-from interruptions import PROCESSES
+from interruptions import PROCESSES, be_rank, free_port
 from safetensors.torch import load_file
 
 from mlmkit.corpus import Corpus
@@ -112,9 +111,7 @@ class Ranks:
         *,
         deterministic: bool = False,
     ) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        port = free_port()
         self.errors = [run.with_name(f"{run.name}.{rank}.errors") for rank in range(world)]
         self.processes = [
             PROCESSES.Process(target=_one_rank, args=(config, run, rank, world, port, file, limits, deterministic))
@@ -157,8 +154,7 @@ def _one_rank(
     for kind, value in limits:
         resource.setrlimit(kind, (value, resource.RLIM_INFINITY))
     if world > 1:
-        os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank)}
-        os.environ |= {"LOCAL_WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        be_rank(rank, world, port)
     torch.set_num_threads(1)
     if deterministic:
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # cuBLAS requires it
