@@ -1,6 +1,7 @@
 """Fixtures: tiny random models, and small real text from Python's documentation and two Portuguese sentences."""
 
 import contextlib
+import gc
 import hashlib
 import json
 import os
@@ -46,6 +47,20 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     mark = config.getoption("markexpr")
     is_other = collection_path.match("test_*.py") and f"pytest.mark.{mark}" not in collection_path.read_text("utf-8")
     return True if mark in ("gpu", "tensorrt") and is_other else None
+
+
+def pytest_collection_finish() -> None:
+    """Let no garbage collection search what the tests have imported: it is millions of objects, and they stay."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def frozen_objects() -> Iterator[None]:
+    """Nor what a file's tests have imported or made for later ones. Training collects garbage after each phase."""
+    yield
+    gc.collect()
+    gc.freeze()
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:

@@ -3,6 +3,7 @@
 Also commands and ranks in forks of a process that has imported everything, where `python -m mlmkit` takes seconds.
 """
 
+import gc
 import json
 import multiprocessing
 import os
@@ -67,6 +68,7 @@ def killed(number: int, work: Callable[..., object], *arguments: Any, **options:
 
 
 def _work(number: int, work: Callable[..., object], arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
+    gc.freeze()  # what the server has imported is not searched for garbage
     with at_operation(number, lambda: os.kill(os.getpid(), signal.SIGKILL)):
         work(*arguments, **options)
 
@@ -75,6 +77,7 @@ def command(client: socket.socket) -> None:
     """Be the `mlmkit` of a client that sends its folder, arguments and standard streams; answer with the exit code."""
     from mlmkit.cli import main
 
+    gc.freeze()
     request, streams, _, _ = socket.recv_fds(client, 1 << 16, 3)
     for number, stream in enumerate(streams):
         os.dup2(stream, number)
@@ -134,6 +137,7 @@ def _be_command(
 ) -> None:
     from mlmkit.cli import main
 
+    gc.freeze()
     for number, suffix in ((1, ".out"), (2, ".err")):
         os.dup2(os.open(output.with_suffix(suffix), os.O_WRONLY | os.O_CREAT, 0o600), number)
     if world > 1:

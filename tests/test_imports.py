@@ -139,6 +139,7 @@ def test_a_checkpoint_is_evaluated_without_what_only_other_commands_need(checkpo
 
 
 def test_loading_is_not_searched_for_garbage():
+    gc.unfreeze()  # as the test session has frozen objects, which must stay so
     searched = []
     watch = lambda phase, information: searched.append(information["generation"])  # noqa: E731
     gc.callbacks.append(watch)

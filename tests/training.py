@@ -1,5 +1,6 @@
 """Shared by the tests of training: a small configuration, and runs in processes that can be killed."""
 
+import gc
 import json
 import os
 import sys
@@ -151,6 +152,7 @@ def _one_rank(
 
     from mlmkit.train.loop import train
 
+    gc.freeze()  # what the fork server has imported is not searched for garbage
     for kind, value in limits:
         resource.setrlimit(kind, (value, resource.RLIM_INFINITY))
     if world > 1:
