@@ -22,7 +22,8 @@ from mlmkit.eval.api import evaluate
 from mlmkit.export.export import export
 from mlmkit.files import PARTIAL, locked, new_folder
 from mlmkit.locations import Source
-from mlmkit.train.log import read_log
+from mlmkit.train import loop
+from mlmkit.train.log import draw_loss, read_log
 from mlmkit.train.loop import train
 
 KILLS = int(os.environ.get("MLMKIT_KILLS", "4"))  # per command; 200 take ten minutes
@@ -173,7 +174,8 @@ def test_an_evaluation_after_a_kill(artifact, tmp_path):
         assert (left(folder.parent), left(folder)) == ({"result"}, left(tmp_path / "whole" / "result")), operation
 
 
-def test_a_training_after_a_kill(text_file, tmp_path):
+def test_a_training_after_a_kill(text_file, tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "draw_loss", draw_loss)  # as in the process that is killed
     held_out = tmp_path / "held-out.txt"
     held_out.write_text("".join(text_file.read_text().splitlines(keepends=True)[::20]))
     settings = ["train.steps=4", "train.save_every=2", "train.log_every=1", f"data.held_out={held_out}"]

@@ -33,6 +33,7 @@ from mlmkit.train import loop
 from mlmkit.train.checkpoints import saved_checkpoints
 from mlmkit.train.config import Config
 from mlmkit.train.cost import dry_run
+from mlmkit.train.log import draw_loss
 from mlmkit.train.rows import RowBuilder
 from mlmkit.train.start import begin_or_check, corpora_of
 
@@ -47,8 +48,10 @@ def config(tmp_path_factory, text_file) -> Config:
 
 @pytest.fixture(scope="module")
 def finished(config, tmp_path_factory) -> Path:
-    """The finished run of `config`. A test that changes it takes a copy."""
-    return loop.train(config, tmp_path_factory.mktemp("finished") / "run").parent
+    """The finished run of `config`, with its curve. A test that changes it takes a copy."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "draw_loss", draw_loss)
+        return loop.train(config, tmp_path_factory.mktemp("finished") / "run").parent
 
 
 @pytest.fixture
