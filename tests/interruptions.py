@@ -17,10 +17,12 @@ from pathlib import Path
 from typing import Any
 
 OPERATIONS = {"open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.listdir", "os.scandir", "fcntl.flock"}
-# Forks of a server that has imported everything once, also what training imports only when it needs it (seconds), and
-# started no thread.
+# Forks of a server that has imported everything once, also what training and exporting import only when they need it
+# and what the files of tests import whose functions run in forks (seconds each), and started no thread.
 PROCESSES = multiprocessing.get_context("forkserver")
-LAZY = ["mlmkit.eval.plots", "transformers.models.bert.modeling_bert", "mlmkit.export.onnx"]
+MODELS = [f"transformers.models.{name}.modeling_{name}" for name in ("bert", "modernbert")]
+LAZY = ["mlmkit.eval.plots", *MODELS, "mlmkit.export.export", "torch.onnx._internal.exporter._compat"]
+LAZY += ["mlmkit.eval.report", "jinja2", "pytest", "hypothesis"]
 PROCESSES.set_forkserver_preload(["mlmkit.train.loop", "mlmkit.eval.api", "mlmkit.backends.onnx", *LAZY])
 
 _watching: list[Callable[[], None]] = []
