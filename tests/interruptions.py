@@ -76,7 +76,10 @@ def _work(number: int, work: Callable[..., object], arguments: tuple[Any, ...], 
 
 
 def command(client: socket.socket) -> None:
-    """Be the `mlmkit` of a client that sends its folder, arguments and standard streams; answer with the exit code."""
+    """Be the `mlmkit` of a client that sends its folder, arguments and standard streams; answer with the exit code.
+
+    With the arguments `-c CODE`, or `-` and the code on its standard input, be its `python`.
+    """
     from mlmkit.cli import main
 
     gc.freeze()
@@ -88,7 +91,11 @@ def command(client: socket.socket) -> None:
     os.chdir(folder)
     code: object = 1
     try:
-        main(arguments)
+        if arguments[:1] in (["-"], ["-c"]):
+            exec(arguments[1] if arguments[0] == "-c" else sys.stdin.read(), {"__name__": "__main__"})
+            code = 0
+        else:
+            main(arguments)
     except SystemExit as exit:
         code = exit.code or 0
     finally:

@@ -60,9 +60,11 @@ REPOSITORY_FILE = re.compile(
 )
 SHELL = """
 set -eu
+fork() { command python -S -c "$CLIENT" "$@"; }
+python() { if [ "$1" = -c ]; then fork "$@"; else command python "$@"; fi; }
 mlmkit() {
     if [ "${1:-}" != serve ]; then
-        python -S -c "$CLIENT" "$@"
+        fork "$@"
         return
     fi
     command mlmkit "$@" --port "$PORT" & SERVER=$!
@@ -254,7 +256,10 @@ def shell() -> None:
     "page", [page for page in PAGES.values() if any(block.runs for block in page.blocks())], ids=lambda page: page.name
 )
 def test_the_commands_run(page: Page, shell, material, forks, tmp_path):
-    """`mlmkit serve` is the installed script; other commands are forks of a process that has imported everything."""
+    """`mlmkit serve` is the installed script; other commands are forks of a process that has imported everything.
+
+    So are blocks of Python, but for clients of the server: the forks are offline.
+    """
     done = run_page(page, material, tmp_path, forks)
     assert done.returncode == 0, done.stdout[-3000:]
 
@@ -287,7 +292,8 @@ def run_page(page: Page, material: Path, folder: Path, forks: str) -> subprocess
         if block.runs:
             text = block.text.replace(":8000", f":{port}")
             script.append(f"echo '--- {page.name}:{block.line}' >&2")
-            script.append(f"python - <<'END_OF_BLOCK'\n{text}END_OF_BLOCK" if block.language == "python" else text)
+            run = "command python" if f":{port}" in text else "fork"
+            script.append(f"{run} - <<'END_OF_BLOCK'\n{text}END_OF_BLOCK" if block.language == "python" else text)
     for source in material.iterdir():
         if not re.search(rf"--output {source.name}\s", "\n".join(script)):  # else the page makes its own
             (shutil.copytree if source.is_dir() else shutil.copy)(source, folder / source.name)
