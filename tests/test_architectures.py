@@ -8,7 +8,7 @@ import onnx_ir as ir
 import pytest
 import torch
 
-from benchmarks.architectures import NO_PLANS, SHAPES, Row, add_plans, build, compare, plan_cells, write_page
+from benchmarks.architectures import NO_PLANS, SHAPES, SIZES, Row, add_plans, build, compare, plan_cells, write_page
 from benchmarks.plans import HEADER, measured_build, row
 from mlmkit.errors import UserError
 from mlmkit.export.attention import STANDARD_FORMS
@@ -83,14 +83,21 @@ def test_the_page_says_what_builds_what_is_fused_and_why_the_rest_is_not_built(t
     assert NO_PLANS in page and "fused" not in page
 
 
-def test_what_torch_cannot_export_is_refused_in_one_line(tmp_path):
+@pytest.fixture
+def one_layer(monkeypatch) -> None:
+    """Models of one layer, as exporting takes seconds for each."""
+    for name in ("num_hidden_layers", "n_layers"):
+        monkeypatch.setitem(SIZES, name, 1)
+
+
+def test_what_torch_cannot_export_is_refused_in_one_line(one_layer, tmp_path):
     with pytest.raises(UserError, match=r"torch cannot export a longformer model: \w") as raised:
         write_onnx(MaskedLM(build("longformer")), tmp_path / "model.onnx")
     assert "\n" not in str(raised.value)
     assert not list(tmp_path.iterdir())
 
 
-def test_a_length_that_the_exporter_fixed_is_found_out(tmp_path):
+def test_a_length_that_the_exporter_fixed_is_found_out(one_layer, tmp_path):
     model = MaskedLM(build("distilbert"))
 
     def count_by_hand(_module, _positional, named):
@@ -102,7 +109,7 @@ def test_a_length_that_the_exporter_fixed_is_found_out(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_form_that_gives_other_logits_is_not_used(monkeypatch, tmp_path):
+def test_a_form_that_gives_other_logits_is_not_used(one_layer, monkeypatch, tmp_path):
     monkeypatch.setitem(STANDARD_FORMS, "FNetBasicFourierTransform", ("forward", lambda module, config, x: (x,)))
     write_onnx(model := MaskedLM(build("fnet")), tmp_path / "model.onnx")
     assert "DFT" in {node.op_type for node in ir.load(tmp_path / "model.onnx").graph}
