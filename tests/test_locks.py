@@ -114,7 +114,7 @@ def test_two_trainings_into_one_folder(text_file, tmp_path):
             return False
         return True
 
-    for operation in points(operations(run, 1e-3, tmp_path / "counted"), 8):
+    for operation in points(operations(run, 1e-3, tmp_path / "counted"), 5):
         folder, second = tmp_path / str(operation), []
         with at_operation(operation, lambda: second.append(run(2e-3, folder))):  # noqa: B023
             first = run(1e-3, folder)
