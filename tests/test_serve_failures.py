@@ -249,9 +249,9 @@ def test_overload_gives_only_429_and_memory_does_not_grow(artifact):
     """A short form of `benchmarks/serve_load.py --mixed`."""
     requests = [SHORT, LONG, encode(FILL, {"inputs": ["The [MASK] is " + "a " * 50] * 8})]
     with running(artifact("bert"), "--max-requests", "12", "--max-queue-tokens", "70000") as server:
-        asyncio.run(run(server.port, requests, 24, 1.5, patience=0.02))
+        asyncio.run(run(server.port, requests, 24, 1.0, patience=0.02))
         before = _resident(server)
-        seen = asyncio.run(run(server.port, requests, 24, 4.0, patience=0.02))
+        seen = asyncio.run(run(server.port, requests, 24, 2.5, patience=0.02))
         assert set(seen["statuses"]) == {"200", "429"}, seen
         assert _resident(server) < before + 64
         assert server.metric("mlmkit_queue_tokens") == 0
