@@ -196,13 +196,13 @@ def test_the_loss_follows_that_of_float32(tmp_path, text_file):
     assert 0 < rounding < 0.02 < seeds / 5
 
 
-@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-def test_two_ranks_compute_the_same(tmp_path, text_file, parallel):
+def test_two_ranks_compute_the_same(tmp_path, text_file):
     """The first step's loss but for the order of sums; then rounding moves the weights by as much as bfloat16 does."""
-    config = configuration(tmp_path, text_file, BF16, f"train.parallel={parallel}")
-    for world in (1, 2):
-        ranks = Ranks(config, tmp_path / str(world), world)
+    for name, world in (("ddp", 1), ("ddp", 2), ("fsdp", 2)):
+        config = configuration(tmp_path, text_file, BF16, f"train.parallel={name}")
+        ranks = Ranks(config, tmp_path / f"{name}-{world}", world)
         assert ranks.wait() == [0] * world, ranks.messages()
-    alone, shared = losses(tmp_path / "1"), losses(tmp_path / "2")
-    assert shared[0] == pytest.approx(alone[0], abs=2e-5)
-    assert shared == pytest.approx(alone, abs=0.01)
+    alone = losses(tmp_path / "ddp-1")
+    for shared in (losses(tmp_path / "ddp-2"), losses(tmp_path / "fsdp-2")):
+        assert shared[0] == pytest.approx(alone[0], abs=2e-5)
+        assert shared == pytest.approx(alone, abs=0.01)
