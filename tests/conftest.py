@@ -118,6 +118,16 @@ def transformers4() -> Callable[..., Any]:
 
 
 @pytest.fixture(scope="session", autouse=True)
+def one_thread() -> Iterator[None]:
+    """ONNX Runtime computes in one thread: a second one waits actively, on a core that other tests need."""
+    from mlmkit.backends import onnx
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(onnx, "cores", lambda: 1)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
 def token_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Use a token cache for the tests instead of the user's."""
     os.environ["MLMKIT_CACHE"] = str(tmp_path_factory.mktemp("cache"))
