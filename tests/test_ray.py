@@ -18,14 +18,13 @@ from local_ray import local_ray
 from mlmkit.backends import load
 from mlmkit.fill import fill
 
-serve: Any = pytest.importorskip("ray.serve", reason="ray has no wheel for this Python or system")
-
 EXAMPLES = Path(__file__).parent.parent / "examples"
 TEXTS = ["Return a [MASK] object.", "If the argument is [MASK], an exception is raised.", "the [MASK] of the [MASK]"]
 
 
 @pytest.fixture(scope="module")
 def address(artifact) -> Iterator[str]:
+    serve: Any = pytest.importorskip("ray.serve", reason="ray has no wheel for this Python or system")
     os.environ["PYTHONPATH"] = os.pathsep.join([str(EXAMPLES), str(EXAMPLES.parent), os.environ.get("PYTHONPATH", "")])
     sys.path.insert(0, str(EXAMPLES))
     example = importlib.import_module("ray_serve")
