@@ -12,7 +12,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from http.client import parse_headers
 from pathlib import Path
@@ -145,14 +145,15 @@ def running(
             subprocess.Popen(command, stderr=log, cwd=cwd, env=os.environ | (environment or {})) as process,
         ):
             try:
-                yield Server(_port(process, log_file), process, log_file)
+                yield Server(port_of(log_file, lambda: process.poll() is None), process, log_file)
             finally:
                 process.kill()
 
 
-def _port(process: subprocess.Popen[bytes], log_file: Path) -> int:
+def port_of(log_file: Path, is_running: Callable[[], bool]) -> int:
+    """The port on which a server that writes this log listens, once it does."""
     until = time.monotonic() + STARTUP_SECONDS
-    while time.monotonic() < until and process.poll() is None:
+    while time.monotonic() < until and is_running():
         if match := re.search(r"on http://(?:127\.0\.0\.1|0\.0\.0\.0):(\d+)", log_file.read_text()):
             return int(match[1])
         time.sleep(0.02)
