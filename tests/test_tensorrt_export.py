@@ -46,6 +46,8 @@ def test_a_plan_is_built_without_a_gpu(installed, checkpoint, folder, tmp_path, 
     code, out, _ = run(capsys, "inspect", planned)
     assert code == 0
     assert all(said in out for said in ("unproven: no GPU has run it", "scratch memory", "fused attention"))
+    if source == "checkpoint":
+        return
     # again, from the artifact that has a plan
     code, out, _ = run(capsys, "export", planned, "--output", tmp_path / "again", "--trt", *SIZES, "--json")
     assert (code, json.loads(out)["tensorrt"]["parity"]) == (0, None)
