@@ -53,18 +53,28 @@ def slurm(tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("PATH", f"{script.parent}{os.pathsep}{os.environ['PATH']}")
 
 
+def plan(folder: Path, text: Path, tokenizer: Path, patch: pytest.MonkeyPatch) -> Path:
+    """Plan the corpus of a text, each file a task, in a new folder with the tokenizer; return the folder."""
+    patch.setattr("mlmkit.shards.SMALLEST_SPLIT", max(file.stat().st_size for file in text.iterdir()))
+    shutil.copytree(tokenizer, folder / "tokenizer")
+    plan_corpus(Source(str(text)), Tokenizer.from_folder(folder / "tokenizer"), folder / "train-1", words=True)
+    return folder
+
+
 @pytest.fixture
 def planned(tmp_path, tokenizer_folder, monkeypatch) -> Callable[[str, Path], Path]:
-    """Plans the corpus of a text, each file a task, in a folder with the tokenizer, whose path it returns."""
+    """Plans the corpus of a text in a folder of this name."""
+    return lambda name, text: plan(tmp_path / name, text, tokenizer_folder("wordpiece"), monkeypatch)
 
-    def plan(name: str, text: Path) -> Path:
-        folder = tmp_path / name
-        monkeypatch.setattr("mlmkit.shards.SMALLEST_SPLIT", max(file.stat().st_size for file in text.iterdir()))
-        shutil.copytree(tokenizer_folder("wordpiece"), folder / "tokenizer")
-        plan_corpus(Source(str(text)), Tokenizer.from_folder(folder / "tokenizer"), folder / "train-1", words=True)
-        return folder
 
-    return plan
+@pytest.fixture(scope="module")
+def made_here(text, tokenizer_folder, tmp_path_factory) -> dict[str, str]:
+    """The files that this process makes of the text, and their hashes."""
+    with pytest.MonkeyPatch.context() as patch:
+        here = plan(tmp_path_factory.mktemp("one") / "here", text, tokenizer_folder("wordpiece"), patch)
+        for part in range(PARTS):
+            make_shards(here / "train-1", part, Tokenizer.from_folder(here / "tokenizer"))
+        return _finished(here)
 
 
 @pytest.fixture(scope="module")
@@ -114,16 +124,14 @@ def _finished(folder: Path) -> dict[str, str]:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="finds the process to kill in /proc")
 @pytest.mark.parametrize("engine", ["ray", "slurm"])
-def test_a_killed_task_changes_no_byte(engine, planned, text, request):
-    here, cluster = planned("here", text), planned("cluster", text)
-    for part in range(PARTS):
-        make_shards(here / "train-1", part, Tokenizer.from_folder(here / "tokenizer"))
+def test_a_killed_task_changes_no_byte(engine, planned, made_here, text, request):
+    cluster = planned("cluster", text)
     request.getfixturevalue(engine)
     begun = time.monotonic()
     with one_killed(cluster) as killed:
         run_on_cluster([cluster / "train-1"], cluster / "tokenizer", engine, workers=2)
     assert len(killed) == 1
-    assert _finished(cluster) == _finished(here)
+    assert _finished(cluster) == made_here
     assert time.monotonic() - begun < 60
     if engine == "slurm":
         assert list((cluster / "logs").glob("*.log"))
