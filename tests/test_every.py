@@ -115,6 +115,12 @@ def test_a_number_of_words_that_was_not_reached_is_named(config, tmp_path, caplo
 # ------------------------------------------------------------------ eval --every
 
 
+@pytest.fixture(autouse=True)
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A call draws its figure only where it is looked at, as that takes half a second."""
+    monkeypatch.setattr(evaluations, "can_draw", lambda path: False)
+
+
 def every(capsys: pytest.CaptureFixture[str], run_folder: Path, *options: object) -> list[dict[str, Any]]:
     return run_json(capsys, "eval", run_folder, "--every", *options)["evaluations"]
 
@@ -124,7 +130,8 @@ def modified(run_folder: Path) -> dict[str, int]:
     return {str(path.relative_to(run_folder)): path.stat().st_mtime_ns for path in paths}
 
 
-def test_each_checkpoint_has_the_numbers_that_eval_gives(capsys, folder, text, pairs):
+def test_each_checkpoint_has_the_numbers_that_eval_gives(capsys, folder, text, pairs, monkeypatch):
+    monkeypatch.undo()  # with the figure
     rows = every(capsys, folder, "--set", text, "--set", pairs)
     names = ["initial", *(f"checkpoints/{path.name}" for path in saved_checkpoints(folder))]
     assert [(row["set"], row["checkpoint"]) for row in rows] == [
