@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from serving import Server, running
+from serving import Server, forked
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # as the command line sets it
@@ -290,10 +290,17 @@ def copy(artifact: Callable[[str], Path], tmp_path: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def served(artifact: Callable[[str], Path]) -> Iterator[Callable[..., Server]]:
+def served(
+    artifact: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Callable[..., Server]]:
     """A running server of a kind of model, one for each set of options."""
     with contextlib.ExitStack() as stack:
-        yield cache(lambda kind, *options: stack.enter_context(running(artifact(kind), *options)))
+
+        @cache
+        def serve(kind: str, *options: str) -> Server:
+            return stack.enter_context(forked(artifact(kind), tmp_path_factory.mktemp("served"), *options))
+
+        yield serve
 
 
 SIZES = '"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48'

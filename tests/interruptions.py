@@ -22,7 +22,7 @@ OPERATIONS = {"open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.list
 PROCESSES = multiprocessing.get_context("forkserver")
 MODELS = [f"transformers.models.{name}.modeling_{name}" for name in ("bert", "modernbert")]
 LAZY = ["mlmkit.eval.plots", *MODELS, "mlmkit.export.export", "torch.onnx._internal.exporter._compat"]
-LAZY += ["mlmkit.eval.report", "jinja2", "pytest", "hypothesis"]
+LAZY += ["mlmkit.eval.report", "jinja2", "mlmkit.serve.server", "pytest", "hypothesis"]
 PROCESSES.set_forkserver_preload(["mlmkit.train.loop", "mlmkit.eval.api", "mlmkit.backends.onnx", *LAZY])
 
 _watching: list[Callable[[], None]] = []

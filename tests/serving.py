@@ -1,4 +1,4 @@
-"""A real server in a process of its own, and a plain client for it."""
+"""A real server in a process of its own or in a fork, and a plain client for it."""
 
 import contextlib
 import json
@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
+from interruptions import start_rank
 
 STARTUP_SECONDS = 120.0
 
@@ -148,6 +149,22 @@ def running(
                 yield Server(port_of(log_file, lambda: process.poll() is None), process, log_file)
             finally:
                 process.kill()
+
+
+@contextlib.contextmanager
+def forked(model: Path, folder: Path, *options: str) -> Iterator[Server]:
+    """`mlmkit serve` in a fork that finds everything imported, for tests of its answers, not of its start and end.
+
+    Its messages go to a file in `folder`.
+    """
+    log_file = folder / "log.err"
+    log_file.touch()
+    process: Any = start_rank(folder / "log", ["serve", str(model), "--port", "0", *options])
+    try:
+        yield Server(port_of(log_file, process.is_alive), process, log_file)
+    finally:
+        process.kill()
+        process.join()
 
 
 def port_of(log_file: Path, is_running: Callable[[], bool]) -> int:

@@ -6,9 +6,8 @@ from typing import Any
 
 import pytest
 from conftest import process, refusal
-from interruptions import start_rank
 from pydantic import ValidationError
-from serving import Server, port_of, running, tensors
+from serving import Server, forked, running, tensors
 
 from mlmkit.serve.kserve import InferRequest
 from mlmkit.serve.schemas import FillMaskRequest, ScoreRequest
@@ -241,16 +240,8 @@ def test_a_taken_port_is_named(artifact):
 
 
 def test_a_checkpoint_is_served_with_torch(checkpoint, tmp_path):
-    """By a fork: a new interpreter takes ten seconds to import torch and transformers."""
-    log = tmp_path / "log.err"
-    log.touch()
-    process: Any = start_rank(tmp_path / "log", ["serve", str(checkpoint("bert")), "--port", "0"])
-    try:
-        server = Server(port_of(log, process.is_alive), process, log)
+    with forked(checkpoint("bert"), tmp_path) as server:
         info = server.ask("/info").json
         assert (info["backend"], info["files"]) == ("torch", None)
         assert len(server.ask(FILL, {"inputs": "The [MASK]"}).json) == 5
         assert server.ask("/score", {"inputs": "The"}).json["tokens"] == 1
-    finally:
-        process.kill()
-        process.join()
