@@ -289,11 +289,11 @@ def copy(artifact: Callable[[str], Path], tmp_path: Path) -> Path:
     return Path(shutil.copytree(artifact("bert"), tmp_path / "copy"))
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def served(
     artifact: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Callable[..., Server]]:
-    """A running server of a kind of model, one for each set of options."""
+    """A running server of a kind of model, one for each set of options. Each takes some time even when nobody asks."""
     with contextlib.ExitStack() as stack:
 
         @cache
