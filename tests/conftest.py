@@ -49,6 +49,21 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     return True if mark in ("gpu", "tensorrt") and is_other else None
 
 
+# The files that take longest, the longest first. Each process of the suite takes the next file when it is done, so one
+# that began last would leave the other process waiting.
+LONGEST = [
+    "docs", "architectures", "phases", "train_resume", "tensorrt_build", "locks", "train", "layout", "serve_failures",
+    "cluster", "cli", "wheel", "eval", "train_setup", "transformers4", "use", "precision", "optim",
+    "checkpoint_activations", "every", "train_data", "held_out", "eval_resume", "ray", "backends", "cli_train",
+    "train_precision",
+]  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    places = {f"test_{name}.py": place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.name, len(places)))
+
+
 def pytest_collection_finish() -> None:
     """Let no garbage collection search what the tests have imported: it is millions of objects, and they stay."""
     gc.collect()
