@@ -70,6 +70,14 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+@pytest.fixture(scope="session", autouse=True)
+def uncounted_objects() -> Iterator[None]:
+    """Loading a model asks whether objects are frozen. Counting millions for it takes a good part of a tenth second."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gc, "get_freeze_count", lambda: 1)
+        yield
+
+
 @pytest.fixture(scope="module", autouse=True)
 def frozen_objects() -> Iterator[None]:
     """Nor what a file's tests have imported or made for later ones. Training collects garbage after each phase."""

@@ -138,8 +138,9 @@ def test_a_checkpoint_is_evaluated_without_what_only_other_commands_need(checkpo
     assert not evaluate & others
 
 
-def test_loading_is_not_searched_for_garbage():
+def test_loading_is_not_searched_for_garbage(monkeypatch):
     gc.unfreeze()  # as the test session has frozen objects, which must stay so
+    monkeypatch.setattr(gc, "get_freeze_count", lambda: 0)  # conftest.py says 1 without counting
     searched = []
     watch = lambda phase, information: searched.append(information["generation"])  # noqa: E731
     gc.callbacks.append(watch)
