@@ -20,11 +20,10 @@ from test_export import with_scores
 from mlmkit.backends import Scored, load
 from mlmkit.errors import UserError
 from mlmkit.eval.api import evaluate
-from mlmkit.eval.item_data import ItemData
 from mlmkit.eval.items import Item, Option, PairColumns, keep_items, read_items
 from mlmkit.eval.score_texts import pseudo_log_likelihood
 from mlmkit.eval.set_files import set_rows
-from mlmkit.eval.sets import built_in_sets, find_set, read_set
+from mlmkit.eval.sets import Request, built_in_sets, find_set, read_set
 
 PAIRS = [
     ("The keys are on the table.", "The keys is on the table.", "agreement", "number"),
@@ -293,24 +292,25 @@ DATA = Path(os.environ.get("MLMKIT_DATA", "missing"))
 
 
 @pytest.mark.skipif(not (DATA / "blimp" / "BLiMP.zip").exists(), reason="needs MLMKIT_DATA with blimp/BLiMP.zip")
-def test_blimp_and_its_filter_are_whole(checkpoint):
-    tokenizer = load(str(checkpoint("bert"))).tokenizer
+def test_blimp_and_its_filter_are_whole():
     for name, size in (("blimp", 67000), ("blimp-filtered", 59875)):
-        request = find_set(name, DATA)
-        data = request.read(tokenizer)
-        assert isinstance(data, ItemData)
-        assert len(data.items) == size
-        assert len({item.paradigm for item in data.items}) == 67
-        assert len({(item.paradigm, item.id) for item in data.items}) == size
+        items = find_set(name, DATA).items()
+        assert len(items) == size
+        assert len({item.paradigm for item in items}) == 67
+        assert len({(item.paradigm, item.id) for item in items}) == size
 
 
 @pytest.mark.skipif(not (DATA / "crows_pairs").exists(), reason="needs MLMKIT_DATA with crows_pairs")
-def test_local_sets_are_evaluated(checkpoint, tmp_path):
-    model = load(str(checkpoint("bert")))
-    evaluation = evaluate(model, find_set("crows-pairs", DATA))
+def test_local_sets_are_evaluated(checkpoint, monkeypatch):
+    """CrowS-Pairs is read as a whole, and one pair in twenty is evaluated."""
+    model, request = load(str(checkpoint("bert"))), find_set("crows-pairs", DATA)
+    items = request.items()
+    assert (len(items), len({item.phenomenon for item in items})) == (1508, 9)
+    monkeypatch.setattr(Request, "items", lambda self: items[::20])
+    evaluation = evaluate(model, request)
     assert "items" in evaluation.result
     pairs = evaluation.result["items"]
-    assert (pairs["items"], len(pairs["phenomena"])) == (1508, 9)
+    assert (pairs["items"], set(pairs["phenomena"])) == (76, {item.phenomenon for item in items[::20]})
     bosque = evaluate(model, find_set("ud-pt-bosque", DATA))
     assert bosque.result["corpus"]["documents"] == 1167
     assert (bosque.result["set"] or {})["name"] == "ud-pt-bosque"
