@@ -216,7 +216,8 @@ def test_what_no_plan_can_be_built_of_is_refused_in_one_line(values, damaged, me
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_cancels_the_build(artifact, text_file, tmp_path, number, code):
     """Python would raise it in a callback of TensorRT, whose bindings swallow exceptions. The build needs no torch."""
-    program = "import sys; sys.modules.update(torch=None, transformers=None); from mlmkit.cli import main; main()"
+    program = "import signal, sys; sys.modules.update(torch=None, transformers=None); from mlmkit.cli import main; "
+    program += "signal.signal(signal.SIGINT, signal.default_int_handler); main()"  # a shell's background jobs ignore it
     command = [sys.executable, "-c", program, "export", str(artifact("bert")), "--text", str(text_file), "--trt"]
     with subprocess.Popen([*command, "--output", str(tmp_path / "out")], stderr=subprocess.PIPE, text=True) as it:
         assert it.stderr is not None
