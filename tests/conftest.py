@@ -52,10 +52,10 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 # The files that take longest, the longest first. Each process of the suite takes the next file when it is done, so one
 # that began last would leave the other process waiting.
 LONGEST = [
-    "docs", "architectures", "phases", "train_resume", "tensorrt_build", "locks", "train", "layout", "serve_failures",
-    "cluster", "cli", "wheel", "eval", "train_setup", "transformers4", "use", "precision", "optim",
-    "checkpoint_activations", "every", "train_data", "held_out", "eval_resume", "ray", "backends", "cli_train",
-    "train_precision",
+    "docs", "tensorrt_build", "train_resume", "phases", "layout", "architectures", "serve_failures", "precision",
+    "train_setup", "locks", "pairs", "held_out", "artifact", "long_texts", "wheel", "cli", "train_precision",
+    "bounds", "transformers4", "eval_resume", "train", "every", "damage", "eval", "serve_page", "cli_train",
+    "checkpoint_activations", "ray", "backends", "cluster", "use", "tensorrt_api",
 ]  # fmt: skip
 
 
