@@ -40,7 +40,7 @@ pytestmark = pytest.mark.gpu
 # bfloat16 against float32, of the largest logit and of the largest gradient. On a CPU 0.015 and 0.020; if a window is
 # one off 0.15 and 0.09; if the first two documents see each other at least 0.16 and 0.07.
 MODEL = 0.05
-LOSS = 0.03  # nats per masked token, mean of ten steps or of one: ten times the 0.002 that a CPU showed
+LOSS = 0.03  # nats per masked token, mean of ten steps or of one: more than ten times the 0.002 of a CPU
 LEARNING = (
     *("train.steps=80", "train.log_every=10", "optim.lr=1e-2", "optim.warmup_steps=5"),
     *("train.global_batch_tokens=2048", "train.micro_batch_tokens=1024"),
