@@ -76,7 +76,7 @@ def compile_layers(model: MaskedLM, *, backend: str | Callable[..., Any] = "indu
     `pad_pack` gives fixed shapes; run other shapes, such as an evaluation, under
     `torch.compiler.set_stance("force_eager")`. Call it before `parallelise`.
     """
-    model.skips_rows = False  # their number changes with every batch
+    model.compute_all_rows()  # the number of rows would change with every batch, and hooks make a layer another graph
     layers = encoder_layers(model)
     for layer in layers:
         layer.compile(backend=backend)
