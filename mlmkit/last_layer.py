@@ -72,8 +72,10 @@ def skippable(layer: nn.Module, run: Callable[[], object], positions: Tensor, sh
     def is_skippable(linear: nn.Linear) -> bool:
         seen: list[torch.Size] = []
 
-        def spoil(_module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        def spoil(_module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
             seen.append(inputs[0].shape[:-1])
+            if seen != [shape]:  # such as DeBERTa's products for relative positions
+                return None
             return output.flatten(0, -2).masked_fill(others[:, None], torch.nan).view_as(output)
 
         hook = linear.register_forward_hook(spoil)

@@ -49,7 +49,7 @@ class MaskedLM(nn.Module):
         self.network = network
         self.vocabulary_size: int = network.config.get_text_config().vocab_size
         self.top_k = min(top_k, self.vocabulary_size)
-        self.skips_rows = True  # in the last layer
+        self.skips_rows = False  # in the last layer: `_skip_rows`
         self._scored = ScoredRows()
         network.base_model.register_forward_hook(self._gather)
         on_meta = network.device.type == "meta"
@@ -146,8 +146,10 @@ class MaskedLM(nn.Module):
         try:
             with probing(self.network):
                 expected = run()
-                for linear in skippable(encoder_layers(self)[-1], run, positions, ids.shape):
+                linears = skippable(encoder_layers(self)[-1], run, positions, ids.shape)
+                for linear in linears:
                     self._scored.attach(linear)
+                self.skips_rows = bool(linears)
                 bound = torch.finfo(expected.dtype).eps ** 0.5 * _largest(expected)
                 if not _close(run(), expected, bound):
                     self.compute_all_rows()
@@ -175,6 +177,7 @@ class MaskedLM(nn.Module):
     def loss_sum(self, positions: Tensor, targets: Tensor, **inputs: Any) -> Tensor:
         """Sum the cross-entropy (nats) over `targets` `[masked]`. Divide it by the global count, not the batch's.
 
+        The positions must be distinct: the last layer's gradients would count one twice that comes twice.
         The sum is float32, or float64 for a model in float64. Memory does not grow with targets x vocabulary, except
         in the few architectures whose head does more than a matrix product.
         """

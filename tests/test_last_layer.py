@@ -18,7 +18,7 @@ SKIPPING = {
     "modernbert": ["attn.Wo", "mlp.Wi", "mlp.Wo"],  # query, key and value are one Linear
     "distilbert": ["attention.q_lin", "attention.out_lin", "ffn.lin1", "ffn.lin2"],
     "albert": [],  # its layers are one
-    "deberta-v2": [],  # relative positions multiply keys by what is made from the query's weights
+    "deberta-v2": ["attention.self.query_proj", *BERT[1:]],  # those of relative positions have other shapes
 }
 
 

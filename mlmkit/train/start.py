@@ -13,7 +13,6 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
-from mlmkit.backends.torch import pick_device
 from mlmkit.distributed import Ranks
 from mlmkit.documents import read_documents
 from mlmkit.errors import UserError, as_user_error, require
@@ -32,6 +31,7 @@ from mlmkit.train.data import TrainingData
 from mlmkit.train.held_out import held_out_digests
 from mlmkit.train.model_setup import build_model, fit_model
 from mlmkit.train.order import NOWHERE, ORDER, Cursor, Position
+from mlmkit.train.precision import unrecorded_precision
 from mlmkit.train.presets import fit_output_bias
 from mlmkit.train.rows import RowBuilder, passes_per_epoch, phase_schedule
 from mlmkit.train.schedule import may_follow
@@ -150,8 +150,8 @@ def _read_identity(config: Config, run: Path) -> dict[str, Any]:
     """What `_identity` was when the run began."""
     remedy = "delete that folder, or choose another --output and set model.init_from to a checkpoint of this run"
     identity = read_record(run / RUN, remedy)
-    for phase in identity.get("phases", []):  # earlier versions had no such setting: bf16 on CUDA alone
-        phase["train"].setdefault("precision", "bf16" if pick_device(config.train.device) == "cuda" else "fp32")
+    for phase in identity.get("phases", []):
+        phase["train"].setdefault("precision", unrecorded_precision(config.train.device))
     return identity
 
 
