@@ -24,6 +24,8 @@ class ScoredRows:
     def __init__(self) -> None:
         self.positions: Tensor | None = None
         self.shape: torch.Size | None = None
+        self.fill = 0.0  # what the other rows get
+        self._gathered = False
         self._hooks: list[RemovableHandle] = []
 
     def attach(self, linear: nn.Linear) -> None:
@@ -39,13 +41,15 @@ class ScoredRows:
         if self.shape is None or inputs[0].shape[:-1] != self.shape:
             return None
         assert self.positions is not None
+        self._gathered = True
         return inputs[0].flatten(0, 1).index_select(0, self.positions)
 
     def _scatter(self, _module: nn.Module, _inputs: Any, output: Tensor) -> Tensor | None:
-        if self.shape is None or output.ndim != 2:
+        if self.shape is None or not self._gathered:
             return None
+        self._gathered = False
         assert self.positions is not None
-        rows = output.new_zeros(self.shape.numel(), output.shape[-1])
+        rows = output.new_full((self.shape.numel(), output.shape[-1]), self.fill)
         return rows.index_copy_(0, self.positions, output).unflatten(0, self.shape)
 
 

@@ -7,6 +7,7 @@ For the same reason, the last layer leaves out rows (`last_layer.py`).
 """
 
 import logging
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -151,8 +152,10 @@ class MaskedLM(nn.Module):
                     self._scored.attach(linear)
                 self.skips_rows = bool(linears)
                 bound = torch.finfo(expected.dtype).eps ** 0.5 * _largest(expected)
+                self._scored.fill = math.nan  # in case something after the layer mixes positions
                 if not _close(run(), expected, bound):
                     self.compute_all_rows()
+                self._scored.fill = 0.0
         except PROBE_ERRORS as error:
             self.compute_all_rows()
             log.debug("the last layer computes every row: %s", error)

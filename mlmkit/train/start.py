@@ -93,8 +93,9 @@ def begin_or_check(
 
 
 def begun_precision(config: Config, run: Path) -> str:
-    """The resolved `train.precision` with which the run in this folder was begun; empty if there is none."""
-    phases = _read_identity(config, run).get("phases") if (run / RUN).exists() else None
+    """The resolved `train.precision` of the run in this folder; empty if none was begun, or it would start over."""
+    has_steps = last_checkpoint(run) or (run / "model").exists()
+    phases = _read_identity(config, run).get("phases") if has_steps and (run / RUN).exists() else None
     return phases[0]["train"]["precision"] if phases else ""
 
 
@@ -150,8 +151,11 @@ def _read_identity(config: Config, run: Path) -> dict[str, Any]:
     """What `_identity` was when the run began."""
     remedy = "delete that folder, or choose another --output and set model.init_from to a checkpoint of this run"
     identity = read_record(run / RUN, remedy)
-    for phase in identity.get("phases", []):
-        phase["train"].setdefault("precision", unrecorded_precision(config.train.device))
+    unrecorded = [phase["train"] for phase in identity.get("phases", []) if "precision" not in phase["train"]]
+    for settings in unrecorded:
+        settings["precision"] = unrecorded_precision(config.train.device)
+    if unrecorded:  # kept, as another start may find another device
+        write_record(run / RUN, identity)
     return identity
 
 
