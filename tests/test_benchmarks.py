@@ -186,7 +186,12 @@ def ran(cells: list[str] | None = None, processor: str = "P", **headlines: float
 
 def test_headlines_are_compared_with_the_run_before():
     cells = ["2.00 (1.90 to 2.10)", "2.00 (1.80 to 2.05)", "1.00", "0.990 (0.950 to 1.03)"]
-    old = {"pll_times_as_fast": 2.001, "pll_share_of_floor": 0.8, "fill_seconds": 0.99, "help_seconds": 0.5}
+    old: dict[str, Any] = {
+        "pll_times_as_fast": 2.001,
+        "pll_share_of_floor": 0.8,
+        "fill_seconds": 0.99,
+        "help_seconds": 0.5,
+    }
     before = ran(cells, **old, import_seconds=1.0, serve_overhead_ms=4.0)
     for value, verdict in ((1.72, ""), (1.70, "worse"), (2.20, ""), (2.21, "better")):
         (row,) = changes(before, ran(pll_times_as_fast=value)).rows

@@ -79,15 +79,16 @@ def test_packed_attention_and_its_gradients(device, heads, window, dtype):
     ends = torch.tensor([0, 1, 14, 14, 40, 40, 40], dtype=torch.int32)
     states = [torch.randn(1, count, 40, 16, generator=generator).to(dtype) for count in (4, heads, heads)]
     weights = torch.randn(1, 40, 4, 16, generator=generator).to(dtype)
-    exact = [each.double().requires_grad_() for each in states]
-    expected = packing._one_by_one(*exact, ends, 30, 0.3, window)
-    here = [each.to(device).requires_grad_() for each in states]
+    query, key, value = exact = [each.double().requires_grad_() for each in states]
+    expected = packing._one_by_one(query, key, value, ends, 30, 0.3, window)
+    query, key, value = here = [each.to(device).requires_grad_() for each in states]
     shape = {"cu_seq_lens_q": ends.to(device), "max_length_q": 30, "scaling": 0.3, "sliding_window": window}
-    found, _ = packing._packed_attention(torch.nn.Identity(), *here, None, **shape)
+    found, _ = packing._packed_attention(torch.nn.Identity(), query, key, value, None, **shape)
     for output in (found, expected):
         (output * weights.to(output)).sum().backward()
     bound = 0.05 if dtype == torch.bfloat16 else 1e-4  # values are up to 4; a window that is one off moves them by 1
-    for one, two in ((found, expected), *((one.grad, two.grad) for one, two in zip(here, exact, strict=True))):
+    pairs: Any = [(found, expected), *((one.grad, two.grad) for one, two in zip(here, exact, strict=True))]
+    for one, two in pairs:
         torch.testing.assert_close(one.detach().cpu().double(), two.detach(), atol=bound, rtol=0)
 
 

@@ -87,7 +87,7 @@ def test_rows_that_later_layers_need_are_computed():
         output["last_hidden_state"] = output[0] + output[0].roll(1, 1)
         return output
 
-    network = tiny("distilbert").network
+    network: Any = tiny("distilbert").network
     network.base_model.transformer.register_forward_hook(mix)
     model = MaskedLM(network)
     assert model.gathers_before_head
