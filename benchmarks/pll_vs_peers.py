@@ -186,8 +186,9 @@ def measure(options: argparse.Namespace) -> Report:
         {
             "pll_times_as_fast": median(pll.fast[BEST]),
             "pll_int8_times_as_fast": median(pll.fast[INT8]),
-            "masked_times_as_fast": median(long.fast[BEST]),
-            "masked_share_of_floor": long.share(BEST),
+            "masked_short_times_as_fast": median(short.fast[BEST]),
+            "masked_long_times_as_fast": median(long.fast[BEST]),
+            "masked_long_share_of_floor": long.share(BEST),
             "pll_share_of_floor": pll.share(BEST),
         },
         figures={

@@ -66,7 +66,7 @@ def load_result(folder: Path) -> StoredResult:
 
 def read_blocks(folder: Path, metric: str, mask_seed: int | None) -> Iterator[tuple[pa.Table, pa.Table]]:
     """The token rows of one pass and the rows of their documents, some documents at a time: (tokens, documents)."""
-    tokens = pq.ParquetFile(folder / TOKENS).read_row_groups([])
+    tokens = pq.ParquetFile(folder / TOKENS).read_row_groups([])  # a schema's `empty_table` imports pandas
     row_groups = _row_groups(folder / TOKENS, metric, mask_seed)
     file = pq.ParquetFile(folder / DOCUMENTS)
     for documents in map(file.read_row_group, range(file.num_row_groups)):

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mlmkit.backends import Backend, Batch, Scored, score_together
-from mlmkit.batching import BATCH_TOKENS, CALL_TOKENS, LOOKAHEAD, length_batches
+from mlmkit.batching import BATCH_TOKENS, LOOKAHEAD, length_batches
 from mlmkit.errors import CheckError
 from mlmkit.questions import Question, ask_all
 from mlmkit.tokenizer import Tokenizer
@@ -215,7 +215,7 @@ def _score(backend: Backend, rows: Sequence[Batch]) -> list[Scored]:
     sizes = np.array([max(row.input_ids.size, POSITION_TOKENS * len(row.positions)) for row in rows], dtype=np.int64)
     scored: dict[int, Scored] = {}
     budget = 1 if runs_alone else BATCH_TOKENS[backend.device]
-    for batch in length_batches(sizes, budget, call_tokens=CALL_TOKENS[backend.device]):
+    for batch in length_batches(sizes, budget):
         scored |= zip(batch.tolist(), score_together(backend, [rows[index] for index in batch]), strict=True)
     return [scored[index] for index in range(len(rows))]
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 
 class ScoredRows:
@@ -23,21 +24,32 @@ class ScoredRows:
     def __init__(self) -> None:
         self.positions: Tensor | None = None
         self.shape: torch.Size | None = None
+        self.fill = 0.0  # what the other rows get
+        self._gathered = False
+        self._hooks: list[RemovableHandle] = []
 
     def attach(self, linear: nn.Linear) -> None:
         """Let a `Linear` leave out the other rows from now on."""
-        linear.register_forward_pre_hook(self._gather)
-        linear.register_forward_hook(self._scatter)
+        self._hooks += [linear.register_forward_pre_hook(self._gather), linear.register_forward_hook(self._scatter)]
+
+    def detach(self) -> None:
+        """Let every `Linear` compute all rows again."""
+        for hook in self._hooks:
+            hook.remove()
 
     def _gather(self, _module: nn.Module, inputs: tuple[Tensor, ...]) -> Tensor | None:
-        if self.positions is None or inputs[0].shape[:-1] != self.shape:
+        if self.shape is None or inputs[0].shape[:-1] != self.shape:
             return None
+        assert self.positions is not None
+        self._gathered = True
         return inputs[0].flatten(0, 1).index_select(0, self.positions)
 
     def _scatter(self, _module: nn.Module, _inputs: Any, output: Tensor) -> Tensor | None:
-        if self.positions is None or self.shape is None or output.ndim != 2:
+        if self.shape is None or not self._gathered:
             return None
-        rows = output.new_zeros(self.shape.numel(), output.shape[-1])
+        self._gathered = False
+        assert self.positions is not None
+        rows = output.new_full((self.shape.numel(), output.shape[-1]), self.fill)
         return rows.index_copy_(0, self.positions, output).unflatten(0, self.shape)
 
 
@@ -59,13 +71,15 @@ def skippable(layer: nn.Module, run: Callable[[], object], positions: Tensor, sh
         return []
     inputs, named, output = calls[0]
     expected = _rows(output, positions)
-    others = torch.ones(shape.numel(), dtype=torch.bool).index_fill(0, positions, False)
+    others = torch.ones(shape.numel(), dtype=torch.bool, device=positions.device).index_fill(0, positions, False)
 
     def is_skippable(linear: nn.Linear) -> bool:
         seen: list[torch.Size] = []
 
-        def spoil(_module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        def spoil(_module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
             seen.append(inputs[0].shape[:-1])
+            if seen != [shape]:  # such as DeBERTa's products for relative positions
+                return None
             return output.flatten(0, -2).masked_fill(others[:, None], torch.nan).view_as(output)
 
         hook = linear.register_forward_hook(spoil)

@@ -7,6 +7,7 @@ For the same reason, the last layer leaves out rows (`last_layer.py`).
 """
 
 import logging
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -49,7 +50,7 @@ class MaskedLM(nn.Module):
         self.network = network
         self.vocabulary_size: int = network.config.get_text_config().vocab_size
         self.top_k = min(top_k, self.vocabulary_size)
-        self.skips_rows = True  # in the last layer
+        self.skips_rows = False  # in the last layer: `_skip_rows`
         self._scored = ScoredRows()
         network.base_model.register_forward_hook(self._gather)
         on_meta = network.device.type == "meta"
@@ -132,6 +133,11 @@ class MaskedLM(nn.Module):
             log.debug("the head does more than a matrix product: %s", error)
             return False
 
+    def compute_all_rows(self) -> None:
+        """Leave out no rows of the last layer any more."""
+        self.skips_rows = False
+        self._scored.detach()
+
     def _skip_rows(self) -> None:
         """Let the last layer leave out rows, unless that changes the logits."""
         seq = max(min(5, self.max_length()), 1)
@@ -141,11 +147,17 @@ class MaskedLM(nn.Module):
         try:
             with probing(self.network):
                 expected = run()
-                for linear in skippable(encoder_layers(self)[-1], run, positions, ids.shape):
+                linears = skippable(encoder_layers(self)[-1], run, positions, ids.shape)
+                for linear in linears:
                     self._scored.attach(linear)
+                self.skips_rows = bool(linears)
                 bound = torch.finfo(expected.dtype).eps ** 0.5 * _largest(expected)
-                self.skips_rows = _close(run(), expected, bound)
+                self._scored.fill = math.nan  # in case something after the layer mixes positions
+                if not _close(run(), expected, bound):
+                    self.compute_all_rows()
+                self._scored.fill = 0.0
         except PROBE_ERRORS as error:
+            self.compute_all_rows()
             log.debug("the last layer computes every row: %s", error)
 
     def _decoder_input(self, decoder: nn.Linear, positions: Tensor, **inputs: Any) -> Tensor:
@@ -168,6 +180,7 @@ class MaskedLM(nn.Module):
     def loss_sum(self, positions: Tensor, targets: Tensor, **inputs: Any) -> Tensor:
         """Sum the cross-entropy (nats) over `targets` `[masked]`. Divide it by the global count, not the batch's.
 
+        The positions must be distinct: the last layer's gradients would count one twice that comes twice.
         The sum is float32, or float64 for a model in float64. Memory does not grow with targets x vocabulary, except
         in the few architectures whose head does more than a matrix product.
         """

@@ -149,7 +149,7 @@ def _packed_attention(
 def _on_cuda(
     query: Tensor, key: Tensor, value: Tensor, ends: Tensor, longest: int, scaling: float | None, window: int | None
 ) -> Tensor:
-    from torch.nn.attention.varlen import varlen_attn  # three seconds in torch 2.13
+    from torch.nn.attention.varlen import varlen_attn  # the import takes three seconds in torch 2.13
 
     reach = -1 if window is None else window - 1
     # Under autocast, rotary positions of some architectures leave query and key in float32 and the value in bfloat16.

@@ -4,6 +4,7 @@ import os
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -31,8 +32,9 @@ def test_threads_that_share_a_model_get_their_own_scores(name, checkpoint, artif
 
 
 def test_a_model_uses_full_float32_and_leaves_the_settings_of_the_process_alone(checkpoint):
-    def settings() -> tuple[str, bool]:
-        return torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    def settings() -> tuple[str, str]:
+        cudnn: Any = torch.backends.cudnn
+        return torch.get_float32_matmul_precision(), cudnn.conv.fp32_precision
 
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("medium")
@@ -41,7 +43,7 @@ def test_a_model_uses_full_float32_and_leaves_the_settings_of_the_process_alone(
         model = load(str(checkpoint("bert")))
         model.model.register_forward_hook(lambda *_: seen.append(settings()))  # pyright: ignore[reportAttributeAccessIssue]
         model.score(random_batch(1, 5, 2))
-        assert (seen, settings()) == ([("highest", False)], ("medium", True))
+        assert (seen, settings()) == ([("highest", "ieee")], ("medium", "tf32"))
     finally:
         torch.set_float32_matmul_precision(before)
 

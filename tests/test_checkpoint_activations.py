@@ -11,6 +11,7 @@ import torch._dynamo
 import transformers as T
 from conftest import refusal
 from test_layers import CONFIGS, loss, packs
+from test_model import ragged, tiny
 from torch._dynamo.backends.debugging import aot_eager
 from training import Ranks, same_weights, small_architecture, write_config
 
@@ -100,6 +101,27 @@ def test_less_is_kept_for_the_same_gradients(kind, compiled):
     assert grads.keys() == same.keys()
     for name, grad in grads.items():  # compiled, the backward graph is another one, and rounds differently
         torch.testing.assert_close(same[name], grad, rtol=0, atol=1e-6 if compiled else 0, msg=name)
+
+
+def test_a_layer_that_runs_many_times_is_recomputed():
+    """ALBERT's only layer is its last one, and the backward pass needs all of its runs."""
+    model = tiny("albert").eval()
+    input_ids, attention_mask, positions, targets = ragged()
+
+    def kept() -> int:
+        sizes: dict[int, int] = {}
+
+        def keep(tensor: torch.Tensor) -> torch.Tensor:
+            sizes[tensor.data_ptr()] = tensor.numel()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            model.loss_sum(positions, targets, input_ids=input_ids, attention_mask=attention_mask)
+        return sum(sizes.values())
+
+    before = kept()
+    checkpoint_layers(model)
+    assert kept() < before / 4
 
 
 def test_layers_that_keep_a_cache_are_refused_in_one_line(capsys, tmp_path, text_file):

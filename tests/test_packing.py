@@ -238,7 +238,8 @@ def test_varlen_attn_is_asked_for_the_same_attention(window, heads):
         return output, torch.zeros(query.shape[1], query.shape[0]), torch.zeros(2, dtype=torch.uint64)
 
     generator = torch.Generator().manual_seed(0)
-    states = [torch.randn(1, count, 40, 8, generator=generator) for count in (4, heads, heads)]
+    query, key, value = (torch.randn(1, count, 40, 8, generator=generator) for count in (4, heads, heads))
     ends = torch.tensor([0, 1, 14, 14, 40, 40], dtype=torch.int32)
-    found, expected = (form(*states, ends, 30, 0.3, window) for form in (packing._on_cuda, packing._one_by_one))
+    forms = (packing._on_cuda, packing._one_by_one)
+    found, expected = (form(query, key, value, ends, 30, 0.3, window) for form in forms)
     torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)

@@ -128,6 +128,7 @@ def test_a_run_is_shown_and_resumes_in_what_auto_was(tmp_path, text_file, cpu, c
 
 
 def test_a_run_of_an_earlier_version_resumes_in_fp32_on_a_cpu(tmp_path, text_file, cpu):
+    """And so do its branches."""
     run = tmp_path / "run"
     expected = interrupted(configuration(tmp_path, text_file), run)
     for path in (run / RUN, *(saved / CURSOR for saved in saved_checkpoints(run))):
@@ -137,6 +138,9 @@ def test_a_run_of_an_earlier_version_resumes_in_fp32_on_a_cpu(tmp_path, text_fil
             del table["train"]["precision"]
         edit_record(path, **values)
     cpu(avx512_bf16=True)
+    (tmp_path / "branch.toml").write_text("[train]\nsteps = 2\n")
+    branch = load_config(tmp_path / "branch.toml", (), branch_config(run, saved_checkpoints(run)[0]))
+    assert branch.train.precision == "fp32"
     assert same_weights(train(configuration(tmp_path, text_file, AUTO), run), expected)
 
 

@@ -171,7 +171,7 @@ def test_held_out_evaluation_keeps_the_best(config, tmp_path, text_file):
     config = replace(
         config,
         data=replace(config.data, held_out=str(held_out)),
-        optim=replace(config.optim, lr=1.0, warmup_steps=39, schedule="wsd", decay_share=0.01),
+        optim=replace(config.optim, lr=0.1, warmup_steps=39, schedule="wsd", decay_share=0.01),
         train=replace(config.train, steps=40, save_every=5),
     )
     run = tmp_path / "run"
@@ -197,7 +197,7 @@ def test_another_held_out_text_is_measured_anew(config, tmp_path, text_file):
     for begin, path in enumerate(texts.values()):
         path.write_text("".join(lines[begin::30]))
     # The rate is so high, and the schedule constant, that an early checkpoint is the best on either text.
-    optim = replace(config.optim, lr=1.0, warmup_steps=39, schedule="wsd", decay_share=0.01)
+    optim = replace(config.optim, lr=0.1, warmup_steps=39, schedule="wsd", decay_share=0.01)
     train_settings = replace(config.train, steps=40, save_every=5, keep_checkpoints=1)
     first, second = (
         replace(config, data=replace(config.data, held_out=str(path)), optim=optim, train=train_settings)

@@ -4,6 +4,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from hashlib import sha256
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -41,14 +42,15 @@ class TorchBackend:
 @contextmanager
 def _full_float32() -> Iterator[None]:
     """Multiply matrices and convolve in full float32, then restore the settings of the process."""
-    before, convolutions = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    cudnn: Any = torch.backends.cudnn  # its older `allow_tf32` raises if the process has set `conv.fp32_precision`
+    before, convolutions = torch.get_float32_matmul_precision(), cudnn.conv.fp32_precision
     torch.set_float32_matmul_precision("highest")
-    torch.backends.cudnn.allow_tf32 = False  # otherwise on for the convolutions of ConvBERT and SqueezeBERT
+    cudnn.conv.fp32_precision = "ieee"  # otherwise TF32 for the convolutions of ConvBERT and SqueezeBERT
     try:
         yield
     finally:
         torch.set_float32_matmul_precision(before)
-        torch.backends.cudnn.allow_tf32 = convolutions
+        cudnn.conv.fp32_precision = convolutions
 
 
 def model_info(path: str, model: MaskedLM, tokenizer: Tokenizer) -> ModelInfo:

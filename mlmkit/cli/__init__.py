@@ -36,8 +36,6 @@ MODULES = {  # of each command, in the order in which they are used
     "fill": "inference",
     "serve": "inference",
 }
-# Otherwise Python searches a million objects of torch and transformers for garbage, several times, as the process ends.
-atexit.register(gc.freeze)
 
 
 class _Commands(click.Group):
@@ -79,6 +77,8 @@ def cli(verbose: bool) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line. Every error that the user can fix is one line on standard error."""
+    # Otherwise Python searches a million objects of torch and transformers for garbage, several times, as it ends.
+    atexit.register(gc.freeze)
     # An exception, as Ctrl-C raises one, so that half-written files are removed on the way out.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
     try:

@@ -40,6 +40,7 @@ from mlmkit.pretrained import save_config
 from mlmkit.train.config import HELD_OUT, Config, as_tables, from_tables
 from mlmkit.train.log import NO_STEPS
 from mlmkit.train.order import NOWHERE, Position
+from mlmkit.train.precision import unrecorded_precision
 from mlmkit.train.step import full_weights
 
 FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
@@ -226,7 +227,10 @@ def branch_config(run: Path, start_from: Path) -> Config:
         raise UserError(f"--from {start_from} is not a checkpoint of a run: name RUN/checkpoints/step-N")
     state = read_state(folder, verify=False)
     masking = replace(state.config.masking, mask_prob=state.mask_prob, final_mask_prob=None)
-    return replace(state.config, masking=masking)
+    train = state.config.train
+    if train.precision == "auto":  # of an earlier version: checkpoints record the resolved one
+        train = replace(train, precision=unrecorded_precision(train.device))
+    return replace(state.config, masking=masking, train=train)
 
 
 def load_optimizers(folder: Path, model: MaskedLM, optimizers: Sequence[Optimizer], ranks: Ranks) -> None:

@@ -8,6 +8,8 @@ import logging
 
 import torch
 
+from mlmkit.backends.torch import pick_device
+
 log = logging.getLogger(__name__)
 
 # What `torch.cpu.get_capabilities` calls the units: x86's two, and ARM's.
@@ -34,3 +36,8 @@ def resolve_precision(precision: str, device: str, begun_in: str = "") -> str:
     if precision == "bf16" and not is_fast:
         log.warning("train.precision is bf16, but this CPU has no bfloat16 units: fp32 is faster here")
     return precision
+
+
+def unrecorded_precision(device: str) -> str:
+    """What runs of earlier versions, which had no such setting, compute in on `auto`, `cpu` or `cuda`."""
+    return "bf16" if pick_device(device) == "cuda" else "fp32"

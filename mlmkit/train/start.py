@@ -13,7 +13,6 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
-from mlmkit.backends.torch import pick_device
 from mlmkit.distributed import Ranks
 from mlmkit.documents import read_documents
 from mlmkit.errors import UserError, as_user_error, require
@@ -32,6 +31,7 @@ from mlmkit.train.data import TrainingData
 from mlmkit.train.held_out import held_out_digests
 from mlmkit.train.model_setup import build_model, fit_model
 from mlmkit.train.order import NOWHERE, ORDER, Cursor, Position
+from mlmkit.train.precision import unrecorded_precision
 from mlmkit.train.presets import fit_output_bias
 from mlmkit.train.rows import RowBuilder, passes_per_epoch, phase_schedule
 from mlmkit.train.schedule import may_follow
@@ -93,8 +93,9 @@ def begin_or_check(
 
 
 def begun_precision(config: Config, run: Path) -> str:
-    """The resolved `train.precision` with which the run in this folder was begun; empty if there is none."""
-    phases = _read_identity(config, run).get("phases") if (run / RUN).exists() else None
+    """The resolved `train.precision` of the run in this folder; empty if none was begun, or it would start over."""
+    has_steps = last_checkpoint(run) or (run / "model").exists()
+    phases = _read_identity(config, run).get("phases") if has_steps and (run / RUN).exists() else None
     return phases[0]["train"]["precision"] if phases else ""
 
 
@@ -150,8 +151,11 @@ def _read_identity(config: Config, run: Path) -> dict[str, Any]:
     """What `_identity` was when the run began."""
     remedy = "delete that folder, or choose another --output and set model.init_from to a checkpoint of this run"
     identity = read_record(run / RUN, remedy)
-    for phase in identity.get("phases", []):  # earlier versions had no such setting: bf16 on CUDA alone
-        phase["train"].setdefault("precision", "bf16" if pick_device(config.train.device) == "cuda" else "fp32")
+    unrecorded = [phase["train"] for phase in identity.get("phases", []) if "precision" not in phase["train"]]
+    for settings in unrecorded:
+        settings["precision"] = unrecorded_precision(config.train.device)
+    if unrecorded:  # kept, as another start may find another device
+        write_record(run / RUN, identity)
     return identity
 
 

@@ -50,14 +50,16 @@ def freeze_unused(model: MaskedLM) -> None:
 
 
 def checkpoint_layers(model: MaskedLM) -> None:
-    """Let each encoder layer but the last keep only its inputs for the backward pass, which computes the rest again.
+    """Let each encoder layer keep only its inputs for the backward pass, which computes the rest again.
 
     The second forward restores the random generator's state, so loss and gradients are bit-identical, with dropout too;
     in compiled layers the gradients round differently. Call it before `enable_packing` and `compile_layers`. Raises
     `UserError` if a layer gives other results the second time, as those of BART, MVP and XLM: they add to a cache.
     """
-    # The backward pass begins with the last layer, so recomputing that one would save nothing.
-    for layer in encoder_layers(model)[:-1]:
+    layers = encoder_layers(model)
+    # A last layer that leaves out rows is not recomputed: the backward pass begins with it, so that would save nothing,
+    # and the second forward would not know the rows. ALBERT's only layer, which runs many times, leaves out none.
+    for layer in layers[:-1] if model.skips_rows else layers:
         layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
     try:
         freeze_unused(model)  # its probe
@@ -74,7 +76,7 @@ def compile_layers(model: MaskedLM, *, backend: str | Callable[..., Any] = "indu
     `pad_pack` gives fixed shapes; run other shapes, such as an evaluation, under
     `torch.compiler.set_stance("force_eager")`. Call it before `parallelise`.
     """
-    model.skips_rows = False  # their number changes with every batch
+    model.compute_all_rows()  # the number of rows would change with every batch, and hooks make a layer another graph
     layers = encoder_layers(model)
     for layer in layers:
         layer.compile(backend=backend)
