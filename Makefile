@@ -73,8 +73,8 @@ $(TRANSFORMERS_JS)/installed: tests/transformersjs/package.json | $(INSTALLED)
 			! -name "$$($(VENV_PYTHON) -c 'import sys; print(sys.platform)')" -exec rm -rf {} + && touch $@ || \
 		{ rm -rf $(@D); echo "transformers.js could not be installed: its tests will be skipped"; }
 
-# Two processes, each with whole files: 19 instead of 28 minutes on two cores, as a test uses at most one core. The order
-# of the files is that of tests/conftest.py.
+# Two processes, each with whole files, as a test uses at most one core: 19 minutes on two cores. The order of the files
+# is that of tests/conftest.py.
 pytest: $(INSTALLED) $(TRANSFORMERS4)/installed $(TRANSFORMERS_JS)/installed
 	$(VENV_PYTHON) -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
