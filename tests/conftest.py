@@ -70,14 +70,6 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
-@pytest.fixture(scope="session", autouse=True)
-def uncounted_objects() -> Iterator[None]:
-    """Loading a model asks whether objects are frozen. Counting millions for it takes a good part of a tenth second."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gc, "get_freeze_count", lambda: 1)
-        yield
-
-
 @pytest.fixture(scope="module", autouse=True)
 def frozen_objects() -> Iterator[None]:
     """Nor what a file's tests have imported or made for later ones. Training collects garbage after each phase."""
@@ -141,12 +133,15 @@ def transformers4() -> Callable[..., Any]:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def one_thread() -> Iterator[None]:
-    """ONNX Runtime computes in one thread: a second one waits actively, on a core that other tests need."""
+def shared_cores() -> Iterator[None]:
+    """Take no more of the processor than the tests need."""
     from mlmkit.backends import onnx
 
     with pytest.MonkeyPatch.context() as patch:
+        # A second thread of ONNX Runtime waits actively, on a core that other tests need.
         patch.setattr(onnx, "cores", lambda: 1)
+        # Loading a model asks whether objects are frozen. Counting millions takes a good part of a tenth of a second.
+        patch.setattr(gc, "get_freeze_count", lambda: 1)
         yield
 
 

@@ -20,7 +20,7 @@ from test_export import random_batch
 from test_packing import assert_same_gradients, gradients, model_and_documents, packed, padded
 from test_train_resume import kill_when, last_step
 from torch._dynamo.utils import counters
-from training import Ranks, log_lines, same_weights, small_architecture, write_config
+from training import Ranks, log_lines, losses, same_weights, small_architecture, write_config
 
 from benchmarks.architectures import SIZES
 from mlmkit import packing
@@ -61,10 +61,6 @@ def configure(folder: Path, text_file: Path, device: str, *settings: str, **arch
     given = (f"train.device={device}", f"train.precision={'bf16' if device == 'cuda' else 'fp32'}")
     folder.mkdir(exist_ok=True)
     return write_config(folder, text_file, small_architecture(folder, **architecture), *given, *settings)
-
-
-def losses(run: Path) -> np.ndarray:
-    return np.array([line["loss"] for line in log_lines(run)])
 
 
 # ---------------------------------------------------------------- packed attention

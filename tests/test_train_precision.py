@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import edit_record, refusal
 from test_packing import FAMILIES, gradients, model_and_documents, packed
-from training import Ranks, log_lines, same_weights, small_architecture, weights, write_config
+from training import Ranks, losses, same_weights, small_architecture, weights, write_config
 
 from mlmkit.errors import UserError
 from mlmkit.files import CHECKSUM, RUN
@@ -181,10 +181,6 @@ def test_packed_gradients_in_bfloat16(name):
     error = sum(float((found[key] - grad).square().sum()) for key, grad in expected.items())
     size = sum(float(grad.square().sum()) for grad in expected.values())
     assert 0 < error < 0.03**2 * size
-
-
-def losses(run: Path) -> list[float]:
-    return [entry["loss"] for entry in log_lines(run) if "loss" in entry]
 
 
 def test_the_loss_follows_that_of_float32(tmp_path, text_file):

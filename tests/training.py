@@ -101,6 +101,11 @@ def log_lines(run: Path) -> list[dict]:
     return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines(True) if line.endswith("\n")]
 
 
+def losses(run: Path) -> np.ndarray:
+    """The losses in `log.jsonl`, `[entries of training]`."""
+    return np.array([line["loss"] for line in log_lines(run) if "loss" in line])
+
+
 class Ranks:
     """A training run in `world` processes, started at once. Error messages go to `RUN.RANK.errors`.
 
