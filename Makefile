@@ -78,8 +78,7 @@ $(TRANSFORMERS_JS)/installed: tests/transformersjs/package.json | $(INSTALLED)
 pytest: $(INSTALLED) $(TRANSFORMERS4)/installed $(TRANSFORMERS_JS)/installed
 	$(VENV_PYTHON) -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
-# Writes benchmarks/results/<machine>-<date>.json and docs/results.md. Half an hour on two idle cores with
-# AVX-512; with AVX2 alone, training and evaluation take 20 minutes of a longer run.
+# Writes benchmarks/results/<machine>-<date>.json and docs/results.md: 70 minutes on two idle cores with AVX2.
 bench: $(INSTALLED) $(TRANSFORMERS4)/installed $(OPENVINO)/installed
 	$(VENV_PYTHON) benchmarks/suite.py $(BENCH)
 

@@ -104,7 +104,7 @@ def _config(model: Path, tokens: Path) -> Any:
         data=DataConfig(train=(str(tokens),)),
         tokenizer=TokenizerConfig(path=str(model)),
         model=ModelConfig(architecture=str(model / "config.json"), max_length=128),
-        train=RunConfig(steps=2, global_batch_tokens=BATCH, micro_batch_tokens=BATCH, device="cpu"),
+        train=RunConfig(steps=2, global_batch_tokens=BATCH, micro_batch_tokens=BATCH, device="cpu", precision="fp32"),
     )
 
 

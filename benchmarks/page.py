@@ -10,7 +10,6 @@ from typing import Any
 from harness import Table
 from processes import ROOT
 
-REMOVED_AT = "20ba236"  # the last commit with the scripts whose question docs/decisions.md answers
 TIMES = ("s", "ms")  # units of headlines of which less is better
 MARGIN = 0.05  # beyond the range of the earlier run's rounds, headlines count as worse or better
 RANGE = re.compile(r"(\d[\d.]*) \((\d[\d.]*) to (\d[\d.]*)\)")
@@ -26,7 +25,6 @@ HEADLINES = {
     "pll_share_of_floor": ("the same, as a share of the hardware limit", ""),
     "pll_int8_times_as_fast": ("the same in dynamic int8", "x the plain loop"),
     "pairs_onnx_times_as_fast": ("minimal pairs, ONNX Runtime", "x every row in batches of 2,048"),
-    "masked_times_as_fast": ("masked cross-entropy of documents, ONNX Runtime", "x transformers"),  # until 2026-11-25
     "masked_short_times_as_fast": ("masked cross-entropy of short documents, ONNX Runtime", "x transformers"),
     "masked_long_times_as_fast": ("masked cross-entropy of long documents, ONNX Runtime", "x transformers"),
     "masked_long_share_of_floor": ("the same, as a share of the hardware limit", ""),
@@ -76,8 +74,7 @@ def render(results: dict[str, Any], name: str) -> str:
         if reason := report.get("failed") or report.get("skipped"):
             lines += [f"Not run: {reason}.", ""]
             continue
-        removed = "" if (ROOT / f"benchmarks/{script}.py").exists() else f" (removed since; at commit {REMOVED_AT})"
-        lines += [f"`python benchmarks/{script}.py`{removed}, {report['seconds']:.0f} s.", ""]
+        lines += [f"`python benchmarks/{script}.py`, {report['seconds']:.0f} s.", ""]
         for table in report["tables"]:
             lines += [Table(**table).markdown(), ""]
         lines += [part for note in report["notes"] for part in (note, "")]

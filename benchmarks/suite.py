@@ -1,4 +1,4 @@
-"""`make bench`: run every benchmark, half an hour on two cores, into one file and docs/results.md.
+"""`make bench`: run every benchmark, 70 minutes on two cores, into one file and docs/results.md.
 
     python benchmarks/suite.py [--quick] [--only NAME ...] [--results FOLDER] [--page FILE]
 
@@ -101,7 +101,7 @@ def main() -> None:
             left_out = [name for name in SCRIPTS | STUDIES if name not in reports]
             results |= {"seconds": round(time.perf_counter() - began), "left_out": left_out}
             path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-            # After each script, as an interruption would lose half an hour.
+            # After each script, as an interruption would lose an hour.
             options.page.write_text(render(results, path.name), encoding="utf-8")
     say(f"{time.perf_counter() - began:.0f} s in all; figures in {path}, tables in {options.page}")
     if before:
