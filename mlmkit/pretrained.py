@@ -77,8 +77,8 @@ def load_pretrained(
         )
     if not sees_context(model):
         raise UserError(
-            f"{path}: this {config.model_type} model's predictions do not depend on the other tokens: its weights are "
-            "empty, or transformers lacks a kernel for it here"
+            f"{path}: this {config.model_type} model's predictions do not depend on the other tokens: its training "
+            "has collapsed (use a lower optim.lr), its weights are empty, or transformers lacks a kernel for it here"
         )
     return model, tokenizer
 

@@ -55,7 +55,7 @@ LONGEST = [
     "docs", "tensorrt_build", "train_resume", "phases", "layout", "architectures", "serve_failures", "precision",
     "train_setup", "locks", "pairs", "held_out", "artifact", "long_texts", "wheel", "cli", "train_precision",
     "bounds", "transformers4", "eval_resume", "train", "every", "damage", "eval", "serve_page", "cli_train",
-    "checkpoint_activations", "ray", "backends", "cluster", "use", "tensorrt_api",
+    "checkpoint_activations", "cluster", "backends", "use", "tensorrt_api",
 ]  # fmt: skip
 
 

@@ -1,17 +1,24 @@
 """Shards made by Ray and by Slurm jobs, of which one is killed: the same bytes as on one machine.
 
 Without a Slurm cluster, tests/sbatch.py takes the place of `sbatch`: it runs the elements of the real job here.
+examples/ray_serve.py is tested here too, as Ray takes 20 s to start: many requests at once over HTTP.
 """
 
+import importlib
+import json
 import os
 import shlex
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,24 +26,47 @@ from typing import Any
 
 import pytest
 from conftest import paragraphs
-from local_ray import local_ray
+from interruptions import free_port
 
+from mlmkit.backends import load
 from mlmkit.cluster import run_on_cluster, run_with_ray
 from mlmkit.errors import UserError
 from mlmkit.files import hash_tree
+from mlmkit.fill import fill
 from mlmkit.locations import Source
 from mlmkit.shards import finish, is_made, make_shards, plan_corpus
 from mlmkit.tokenizer import Tokenizer
 
 PARTS = 6  # files, and so tasks
 ROOT = Path(__file__).parent.parent
+EXAMPLES = ROOT / "examples"
+TEXTS = ["Return a [MASK] object.", "If the argument is [MASK], an exception is raised.", "the [MASK] of the [MASK]"]
 
 
 @pytest.fixture(scope="module")
 def ray() -> Iterator[Any]:
-    pytest.importorskip("ray", reason="ray has no wheel for this Python or system")
-    with local_ray() as ray:
+    """The `ray` module while Ray runs on loopback with two workers; skips the test where it does not start."""
+    ray: Any = pytest.importorskip("ray", reason="ray has no wheel for this Python or system")
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    temporary = tempfile.mkdtemp(prefix="ray-")  # not pytest's: Ray's sockets need a short path
+    with pytest.MonkeyPatch.context() as patch:  # its workers inherit this
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(EXAMPLES), str(ROOT), os.environ.get("PYTHONPATH", "")]))
+        try:
+            ray.init(
+                address="local",
+                num_cpus=2,
+                include_dashboard=False,
+                object_store_memory=100 << 20,
+                log_to_driver=False,
+                _temp_dir=temporary,
+            )
+        except Exception as error:  # too little shared memory or time, say
+            pytest.skip(f"Ray does not start on this machine: {error}")
+    try:
         yield ray
+    finally:
+        ray.shutdown()
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 @pytest.fixture
@@ -179,3 +209,51 @@ def test_without_ray(planned, text, monkeypatch):
     monkeypatch.setattr("mlmkit.errors.find_spec", lambda name: None if name == "ray" else find_spec(name))
     with pytest.raises(UserError, match=r"pip install '\.\[cluster\]'"):
         run_on_cluster([folder / "train-1"], folder / "tokenizer", "ray")
+
+
+# ---------------------------------------------------------------- serving with Ray
+
+
+@pytest.fixture(scope="module")
+def address(ray, artifact) -> Iterator[str]:
+    """Where the example answers."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(EXAMPLES))
+        serve, example = importlib.import_module("ray.serve"), importlib.import_module("ray_serve")
+        port = free_port()
+        try:
+            serve.start(http_options={"host": "127.0.0.1", "port": port})
+            serve.run(example.app({"artifact": str(artifact("bert"))}))
+            yield f"http://127.0.0.1:{port}/"
+        finally:
+            serve.shutdown()
+
+
+def post(address: str, body: Any) -> tuple[int, Any]:
+    try:
+        with urllib.request.urlopen(address, json.dumps(body).encode(), timeout=60) as response:
+            return response.status, json.load(response)
+    except urllib.error.HTTPError as error:
+        return error.code, json.load(error)
+
+
+def test_requests_at_once_get_the_answers_of_fill(address, artifact):
+    backend = load(str(artifact("bert")))
+    with ThreadPoolExecutor(12) as clients:
+        answers = list(clients.map(lambda text: post(address, {"inputs": text}), TEXTS * 8))
+    for text, (status, answer) in zip(TEXTS * 8, answers, strict=True):
+        assert status == 200
+        lists = answer if isinstance(answer[0], list) else [answer]
+        for masks, expected in zip(lists, fill(backend, text), strict=True):
+            for candidate, wanted in zip(masks, expected, strict=True):
+                assert candidate == {**wanted, "score": pytest.approx(wanted["score"], abs=1e-5)}
+
+
+def test_parameters_and_mistakes(address, artifact):
+    status, answer = post(address, {"inputs": TEXTS[0], "parameters": {"top_k": 2, "targets": ["a", "the"]}})
+    expected = fill(load(str(artifact("bert"))), TEXTS[0], top_k=2, targets=["a", "the"])[0]
+    assert (status, [one["token"] for one in answer]) == (200, [one["token"] for one in expected])
+    for wrong in ({"inputs": "no mask"}, {"inputs": 3}, [], {}, {"inputs": TEXTS[0], "parameters": {"beam": 3}}):
+        status, answer = post(address, wrong)
+        assert status == 422, wrong
+        assert answer["error_type"] == "invalid_request"
