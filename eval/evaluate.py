@@ -6,6 +6,7 @@
 Every part is stored as soon as it is scored, so an interrupted evaluation resumes after its last part.
 """
 
+import logging
 import platform
 import sys
 import time
@@ -43,6 +44,8 @@ from mlmkit.overlap import find_overlap
 from mlmkit.progress import progress
 from mlmkit.stored import warn_of_words
 
+log = logging.getLogger(__name__)
+
 Records = dict[str, list[PartRecord]]  # by name of the pass
 
 
@@ -76,11 +79,15 @@ def run_evaluation(
         ranks.from_first(lambda: stack.enter_context(locked(folder)))
         finished, store.folder = ranks.from_first(lambda: (store.finished(overwrite=overwrite), store.folder))
         if finished:
+            if ranks.is_first:
+                log.info("%s is finished: nothing to evaluate", folder)
             if report and ranks.is_first:
                 write_report(StoredResult(store.final, finished))
             return finished
         if ranks.is_first:
             stack.enter_context(store.working())
+            if count := store.count_parts():
+                log.info("%s: resuming, %d parts of the text are scored already", folder, count)
         ranks.barrier()
         for item in passes:
             _score_pass(backend, data, item, store, batch_tokens, ranks)

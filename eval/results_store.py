@@ -55,7 +55,9 @@ def load_result(folder: Path) -> StoredResult:
         problem = "is a file" if folder.exists() else "does not exist"
         raise UserError(f"{folder} {problem}: name the folder that `mlmkit eval` wrote")
     if not (folder / RESULT).exists():
-        raise UserError(f"{folder} has no {RESULT}: if its evaluation was interrupted, run the command again")
+        if (folder / UNFINISHED).exists():
+            raise UserError(f"{folder} holds an unfinished evaluation: run the same `mlmkit eval` again")
+        raise UserError(f"{folder} has no {RESULT}: name the folder that `mlmkit eval` wrote")
     result = read_record(folder / RESULT, REMEASURE_HINT)
     if result.get("format") != RESULT_FORMAT:
         raise UserError(f"{folder}/{RESULT} has format {result.get('format')}, this mlmkit reads {RESULT_FORMAT}")
@@ -231,6 +233,10 @@ class ResultsStore:
         while record := self.part(name, len(records)):
             records.append(record)
         return records
+
+    def count_parts(self) -> int:
+        """The number of stored parts of all passes; some may be damaged."""
+        return len([*(self.folder / PARTS).glob(f"*{RECORD_SUFFIX}")])
 
     def _part_path(self, name: str, index: int) -> Path:
         return self.folder / PARTS / f"{name}-{index:07d}.parquet"

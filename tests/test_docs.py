@@ -43,7 +43,8 @@ TRANSLATIONS = {
         "adaptar.toml=adapt.toml teste.txt=heldout.txt geral.txt=general.txt dominio=domain geral=general "
         "adaptado=adapted comparacao=sweep acrescentado=added renovado=renewed vocabulario=vocabulary "
         "vocabulario.toml=vocabulary.toml palavras.txt=tokens.txt palavras=words palavra=word novas=chosen "
-        "tokenizador=tokenizer antes=before depois=after meio-termo=between meio-termo-geral=between-general",
+        "tokenizador=tokenizer quebra=is_split pedacos=pieces antes=before depois=after meio-termo=between "
+        "medias=averaged teste=heldout",
     ),
     "docs/pt/fases.md": (
         "docs/phases.md",

@@ -75,7 +75,8 @@ def same_tables(first: Path, second: Path) -> bool:
     return tables[0] == tables[1]
 
 
-def test_an_interrupted_evaluation_resumes_and_ends_the_same(model, source, tmp_path, small_parts):
+def test_an_interrupted_evaluation_resumes_and_ends_the_same(model, source, tmp_path, small_parts, caplog):
+    caplog.set_level("INFO", logger="mlmkit")
     options = {"metrics": ("masked", "pseudo"), "pseudo_sample": 0.2, "mask_seed": (0, 7), "batch_tokens": 300}
     evaluate(model, source, output=tmp_path / "whole", **options)
     broken = Interrupted(model, 0)
@@ -90,12 +91,16 @@ def test_an_interrupted_evaluation_resumes_and_ends_the_same(model, source, tmp_
             parts.append(len(list((tmp_path / "cut" / "parts").glob("*.parquet"))))
             assert parts[-1] > parts[-2]  # finished parts stay
     assert len(parts) > 3
+    cut = tmp_path / "cut"
+    resumed = [f"{cut}: resuming, {count} parts of the text are scored already" for count in parts[1:]]
+    assert [message for message in caplog.messages if message.startswith(str(cut))] == resumed
     assert without_times(tmp_path / "cut") == without_times(tmp_path / "whole")
     assert same_tables(tmp_path / "cut", tmp_path / "whole")
     names = ["documents.parquet", "result.json", "tokens.parquet"]
     assert sorted(path.name for path in (tmp_path / "cut").iterdir()) == names
     broken.left = 0  # a finished evaluation is not done again
     evaluate(broken, source, output=tmp_path / "cut", **options)
+    assert caplog.messages[-1] == f"{cut} is finished: nothing to evaluate"
 
 
 def test_another_evaluation_does_not_resume_it(model, artifact, source, tmp_path, small_parts):

@@ -5,6 +5,7 @@ distilbert: Sanh et al. 2019; modernbert-base, -large: Warner et al. 2024.
 """
 
 from collections.abc import Sequence
+from difflib import get_close_matches
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -74,7 +75,7 @@ def build_config(architecture: str, tokenizer: Tokenizer, max_length: int) -> Pr
     It takes rows of `max_length` tokens. Raises `UserError` when `architecture` is neither a preset nor a readable
     `config.json` of a masked LM that transformers can build.
     """
-    values = dict(PRESETS.get(architecture) or _read_config(architecture))
+    values = read_architecture(architecture)
     model_type = values.pop("model_type", None)
     if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
         raise UserError(f"{architecture}: transformers knows no model_type {model_type!r}")
@@ -127,12 +128,19 @@ def fit_output_bias(model: MaskedLM, corpora: Sequence[StoredCorpus], weights: S
         bias.copy_(torch.from_numpy(np.log(counts / counts.sum())))
 
 
+def read_architecture(architecture: str) -> dict[str, Any]:
+    """The values of a preset or of a `config.json`. Raises `UserError` if it is neither."""
+    return dict(PRESETS.get(architecture) or _read_config(architecture))
+
+
 def _read_config(path: str) -> dict[str, Any]:
     try:
         values = read_config(Path(path))
     except OSError:
+        guess = get_close_matches(path, PRESETS, n=1)
+        hint = f": did you mean {guess[0]}?" if guess else ""
         raise UserError(
-            f"model.architecture: {path!r} is neither a preset ({', '.join(PRESETS)}) nor a config.json"
+            f"model.architecture: {path!r} is neither a preset ({', '.join(PRESETS)}) nor a config.json{hint}"
         ) from None
     except UserError as error:
         raise UserError(f"{path}: {error}") from None

@@ -14,7 +14,7 @@ from typing import Any
 from transformers import AutoTokenizer
 
 from mlmkit.distributed import Ranks
-from mlmkit.documents import read_documents
+from mlmkit.documents import read_documents, why_empty
 from mlmkit.errors import UserError, as_user_error, require
 from mlmkit.files import RUN, atomic, content, file_sha256, locate_model, locked, read_record, sweep, write_record
 from mlmkit.locations import Source, find_files, is_tokens
@@ -32,7 +32,7 @@ from mlmkit.train.held_out import held_out_digests
 from mlmkit.train.model_setup import build_model, fit_model
 from mlmkit.train.order import NOWHERE, ORDER, Cursor, Position
 from mlmkit.train.precision import unrecorded_precision
-from mlmkit.train.presets import fit_output_bias
+from mlmkit.train.presets import fit_output_bias, read_architecture
 from mlmkit.train.rows import RowBuilder, passes_per_epoch, phase_schedule
 from mlmkit.train.schedule import may_follow
 from mlmkit.train.step import checkpoint_layers, freeze_unused
@@ -175,6 +175,8 @@ def _begin(config: Config, run: Path, start_from: Path | None) -> Texts:
         with atomic(run, folder=True) as building:
             if not start_from:
                 _warn_of_rate(config)
+                if not config.model.init_from:
+                    read_architecture(config.model.architecture)  # a wrong one fails before a tokenizer is trained
             tokenizer = prepare_tokenizer(config, building / "tokenizer", start_from)
             _check_models(config, tokenizer, start_from)
             texts, held_out = _load_texts(config, tokenizer)
@@ -299,6 +301,8 @@ def prepare_tokenizer(config: Config, folder: Path, start_from: Path | None = No
         def documents() -> Iterator[str]:
             return chain.from_iterable(map(read_documents, sources))
 
+        if next(documents(), None) is None:
+            raise UserError(f"{sources[0].name}: no documents in it ({why_empty(sources[0])})")
         cached = tokenizer_file(sources, asdict(replace(settings, add="")))
         tokenizer = train_tokenizer(lambda: sample() or documents(), settings, _longest(config), cached)
     if settings.add:
@@ -340,7 +344,9 @@ def _check_vocabulary(corpus: StoredCorpus) -> None:
     if characters > WARN_ABOVE:
         message += ': a tokenizer trained with tokenizer.kind = "bpe" has no unknown tokens'
     elif sizes["bytes"] < FEW_BYTES_PER_TOKEN * count:
-        message += ": a tokenizer of its own, a larger tokenizer.vocab_size or the other tokenizer.kind may need fewer"
+        message += (
+            ": a tokenizer of its own, with a larger tokenizer.vocab_size or the other tokenizer.kind, may need fewer"
+        )
     if characters > REFUSE_ABOVE:
         raise UserError(message)
     if counts["tokens"] and counts["special_tokens"] == counts["tokens"]:
