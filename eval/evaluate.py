@@ -81,8 +81,8 @@ def run_evaluation(
         if finished:
             if ranks.is_first:
                 log.info("%s is finished: nothing to evaluate", folder)
-            if report and ranks.is_first:
-                write_report(StoredResult(store.final, finished))
+                if report:
+                    write_report(StoredResult(store.final, finished))
             return finished
         if ranks.is_first:
             stack.enter_context(store.working())

@@ -22,13 +22,16 @@ def is_selected(key: int, keys: tuple[float, float]) -> bool:
     return begin * 2.0**64 <= key < end * 2.0**64
 
 
-def why_empty(source: Source) -> str:
-    """Why a source has no documents, for a message."""
+def no_documents(source: Source) -> UserError:
+    """The error for a source without documents, with the reason."""
     begin, end = source.keys
     if (begin, end) == EVERY_KEY:
-        return "it is empty or blank"
-    taken = f"data.held_out = {begin or end:g} takes all documents: lower it, or name a held-out text"
-    return taken if begin else f"data.held_out = {end:g} takes none of its documents: raise it, or name a held-out text"
+        reason = "it is empty or blank"
+    elif begin:
+        reason = f"data.held_out = {begin:g} takes all documents: lower it, or name a held-out text"
+    else:
+        reason = f"data.held_out = {end:g} takes none of its documents: raise it, or name a held-out text"
+    return UserError(f"{source.name}: no documents in it ({reason})")
 
 
 def read_documents(source: Source) -> Iterator[str]:

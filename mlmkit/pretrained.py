@@ -215,10 +215,9 @@ def from_pretrained(kind: Any, path: str, *, trust_remote_code: bool = False, **
     with as_user_error(path):
         present = _fetch(path, ("config.json", "tokenizer_config.json", "adapter_config.json"))
         folder = present[0].parent if present else Path(path)
-        if not present and not folder.is_dir():
+        if not folder.is_dir():
             raise UserError("no such folder, and the Hub has no such model or cannot be reached")
-        if folder.is_dir():
-            check_folder(folder)
+        check_folder(folder)
         if kind is AutoTokenizer:
             for file in _fetch(path, ["tokenizer.json"]):
                 check_tokenizer(json.loads(file.read_bytes()))

@@ -21,7 +21,7 @@ from numpy.lib import format as npy
 from numpy.typing import DTypeLike, NDArray
 
 from mlmkit.corpus import TEXT_SIZES, Stretch, encode_documents
-from mlmkit.documents import read_pieces, why_empty
+from mlmkit.documents import no_documents, read_pieces
 from mlmkit.errors import UserError
 from mlmkit.files import atomic, hash_tree, read_record, remove, sweep, write_record
 from mlmkit.lines import BadRows
@@ -174,7 +174,7 @@ def finish(folder: Path) -> StoredCorpus:
     sweep(folder / "shards", age=0)
     totals = {name: sum(shard[name] for shard in shards) for name in COUNTS}
     if not totals["documents"]:
-        raise UserError(f"{plan.source.name}: no documents in it ({why_empty(plan.source)})")
+        raise no_documents(plan.source)
     bad_rows = sum(shard.get("bad_rows", 0) for shard in shards)
     first_bad_row = next((shard["first_bad_row"] for shard in shards if shard.get("bad_rows")), "")
     listed = [{name: shard[name] for name in ("name", "documents", "tokens", "files")} for shard in shards]

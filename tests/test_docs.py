@@ -54,10 +54,10 @@ TRANSLATIONS = {
     ),
 }
 MARK = re.compile(r"<!-- (?:(?P<runnable>runnable)(?:: (?P<changes>.+))?|(?:not run|run by): (?P<reason>.+)) -->\s*")
-# Not followed by the commit that had it last, as in "(removed since; at commit 20ba236)".
+# Not followed by the commit that had it last, as in "(at commit 20ba236)".
 REPOSITORY_FILE = re.compile(
     r"(?<![\w/.:-])((?:benchmarks|deploy|examples|recipes|tests)/[\w/-]+\.\w+\b)"
-    r"(?!`[\s(]+(?:removed since; )?at\s(?:commit )?[0-9a-f]{7})"
+    r"(?!`[\s(]+at\s(?:commit )?[0-9a-f]{7})"
 )
 SHELL = """
 set -eu

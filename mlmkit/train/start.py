@@ -14,7 +14,7 @@ from typing import Any
 from transformers import AutoTokenizer
 
 from mlmkit.distributed import Ranks
-from mlmkit.documents import read_documents, why_empty
+from mlmkit.documents import no_documents, read_documents
 from mlmkit.errors import UserError, as_user_error, require
 from mlmkit.files import RUN, atomic, content, file_sha256, locate_model, locked, read_record, sweep, write_record
 from mlmkit.locations import Source, find_files, is_tokens
@@ -302,7 +302,7 @@ def prepare_tokenizer(config: Config, folder: Path, start_from: Path | None = No
             return chain.from_iterable(map(read_documents, sources))
 
         if next(documents(), None) is None:
-            raise UserError(f"{sources[0].name}: no documents in it ({why_empty(sources[0])})")
+            raise no_documents(sources[0])
         cached = tokenizer_file(sources, asdict(replace(settings, add="")))
         tokenizer = train_tokenizer(lambda: sample() or documents(), settings, _longest(config), cached)
     if settings.add:
